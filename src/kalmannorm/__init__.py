@@ -1,0 +1,52 @@
+"""Kalman Normalization: normalizers, beliefs and conversion as a library; experiments, records and tables as a harness.
+
+The names below are the public API. They are imported on first use, so that `kalmannorm --help` and the reading of
+records do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kalmannorm.belief import Belief
+    from kalmannorm.convert import belief_report, convert, fold
+    from kalmannorm.norm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm
+    from kalmannorm.statistics import precise_statistics, set_statistics
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Belief": "kalmannorm.belief",
+    "KalmanBatchNorm2d": "kalmannorm.norm",
+    "KalmanGroupNorm": "kalmannorm.norm",
+    "NORMS": "kalmannorm.norm",
+    "belief_report": "kalmannorm.convert",
+    "convert": "kalmannorm.convert",
+    "fold": "kalmannorm.convert",
+    "precise_statistics": "kalmannorm.statistics",
+    "set_statistics": "kalmannorm.statistics",
+}
+
+__all__ = [
+    "NORMS",
+    "Belief",
+    "KalmanBatchNorm2d",
+    "KalmanGroupNorm",
+    "belief_report",
+    "convert",
+    "fold",
+    "precise_statistics",
+    "set_statistics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kalmannorm' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,211 @@
+"""Beliefs, and how the operations between two normalizers change them (the predict step, paper Eq. 7 lines 1 and 3).
+
+A belief is the estimated distribution of a feature map: a Gaussian with independent pixels and channels,
+
+    Belief(mean [rows, C], var [rows, C])
+
+with one row per statistics group (one per image for GKN, a single one when moving statistics normalize). Every rule
+below takes beliefs and returns the belief of the operation's output, always in float32 or wider, under autocast too.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Belief(NamedTuple):
+    """A feature map's estimated mean and variance, each [rows, C], in the units of the feature and their square."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def _full_precision(rule: Callable[P, T]) -> Callable[P, T]:
+    """Autocast would run the small matrix products below in half precision: the prior would lose most of its digits."""
+
+    @functools.wraps(rule)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        belief: Any = args[0]
+        with torch.autocast(belief.mean.device.type, enabled=False):
+            return rule(*args, **kwargs)
+
+    return wrapped
+
+
+# --- linear operations ------------------------------------------------------------------------------------------------
+
+
+@_full_precision
+def conv(belief: Belief, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Belief:
+    """Through a convolution, in closed form: [rows, C_in] -> [rows, C_out] (paper Eq. 7; Sigma's diagonal only).
+
+    mean' = (sum of the taps of W) mean + bias and var' = (sum of the taps of W^2) var. Exact for independent pixels in
+    the interior of the map, for any stride and dilation; the border's zero padding is ignored.
+    """
+    weight = weight.to(belief.mean.dtype)
+    taps = weight.flatten(2)
+    mean = _mix(belief.mean, taps.sum(2), groups)
+    var = _mix(belief.var, taps.square().sum(2), groups)
+    return Belief(mean if bias is None else mean + bias.to(mean.dtype), var)
+
+
+@_full_precision
+def linear(belief: Belief, weight: Tensor, bias: Tensor | None = None) -> Belief:
+    """Through a fully connected layer: [rows, C_in] -> [rows, C_out], exact for independent inputs."""
+    weight = weight.to(belief.mean.dtype)
+    mean = F.linear(belief.mean, weight, None if bias is None else bias.to(belief.mean.dtype))
+    return Belief(mean, F.linear(belief.var, weight.square()))
+
+
+def _mix(rows: Tensor, matrix: Tensor, groups: int) -> Tensor:
+    """rows [R, C_in] times matrix [C_out, C_in / groups], block-diagonal over the groups -> [R, C_out]."""
+    if groups == 1:
+        return F.linear(rows, matrix)
+    blocks = matrix.view(groups, -1, matrix.shape[1])  # [groups, C_out / groups, C_in / groups]
+    return torch.einsum("rgi,goi->rgo", rows.view(rows.shape[0], groups, -1), blocks).flatten(1)
+
+
+def add(a: Belief, b: Belief) -> Belief:
+    """A shortcut: the sum of two independent features. Means add, variances add."""
+    return Belief(a.mean + b.mean, a.var + b.var)
+
+
+def concat(beliefs: list[Belief]) -> Belief:
+    """Channels of several branches side by side. A single row (moving statistics) stands for every row."""
+    rows = max(b.mean.shape[0] for b in beliefs)
+    return Belief(
+        torch.cat([b.mean.expand(rows, -1) for b in beliefs], 1),
+        torch.cat([b.var.expand(rows, -1) for b in beliefs], 1),
+    )
+
+
+def pad_channels(belief: Belief, before: int, after: int) -> Belief:
+    """Zero channels on both sides (parameter-free shortcut of CIFAR ResNets): constants, mean 0 and variance 0.
+
+    Padded per row. The released code pads all groups as one flat vector, which misaligns groups and channels.
+    """
+    return Belief(F.pad(belief.mean, (before, after)), F.pad(belief.var, (before, after)))
+
+
+# --- ReLU -------------------------------------------------------------------------------------------------------------
+
+
+class _RectifiedMoments(torch.autograd.Function):
+    """Moments of max(0, N(mean, var)) and their exact derivatives, which are shorter than what autograd would record.
+
+    With a = mean / sd, E the new mean and V the new variance:
+    dE = Phi(a) dmean + phi(a) / (2 sd) dvar and dV = 2 E Phi(-a) dmean + (Phi(a) - E phi(a) / sd) dvar.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        positive = var > 0
+        sd = torch.where(positive, var, 1).sqrt()
+        # Beyond 30 deviations every term is 0 or exact in float64 too; unclamped, a^2 overflows for tiny variances.
+        # At zero variance the distribution is a point: a of +-30 selects it.
+        a = torch.where(positive, mean / sd, torch.where(mean > 0, 30.0, -30.0)).clamp(-30, 30)
+        density = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+        below, above = torch.special.ndtr(-a), torch.special.ndtr(a)
+        rectified = torch.where(positive, mean * above + sd * density, mean.clamp_min(0)).clamp_min(0)
+        # E2 - E^2, written so that it does not cancel (ALGORITHM: rectified Gaussian).
+        share = above + a * a * above * below + a * density * (below - above) - density * density
+        slope = torch.where(positive, density / sd, 0)
+        ctx.save_for_backward(above, below, slope, rectified)
+        return rectified, var * share.clamp_min(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        above, below, slope, rectified = ctx.saved_tensors
+        dmean, dvar = grads
+        return (
+            dmean * above + 2 * dvar * rectified * below,
+            0.5 * dmean * slope + dvar * (above - rectified * slope),
+        )
+
+
+@_full_precision
+def relu(belief: Belief) -> Belief:
+    """Moments of the rectified Gaussian. At variance 0: max(mean, 0) and 0, with finite gradients.
+
+    The paper's equations have no ReLU and cannot be run literally on a network that has them; the released code
+    rectifies a sample instead.
+    """
+    return Belief(*_RectifiedMoments.apply(*belief))
+
+
+# --- the sampling predictor (paper 3.2, released code) ----------------------------------------------------------------
+
+
+class Noise(nn.Module):
+    """Standard normal draws for one convolution's pseudo-images, one image per row of the belief.
+
+    Keyed by (seed, layer, step), with row g always the g-th part of the draw: the same for any number of devices, of
+    which this one is `shard` = (rank, world) and holds the groups rank, rank + world, ... Evaluation draws too, always
+    the same numbers. `step` counts the training forwards and travels in the state dict.
+    """
+
+    def __init__(self, layer: int, seed: int = 0) -> None:
+        super().__init__()
+        self.layer = layer
+        self.seed = seed
+        self.step = 0
+        self.shard = (0, 1)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step = int(state)
+
+    @torch.compiler.disable
+    def forward(self, belief: Belief, x: Tensor) -> Tensor:
+        """belief [rows, C] and the feature map x [N, C, H, W] it stands for -> draws [rows, C, H, W]."""
+        key = ("train", self.step) if self.training else ("eval", 0)
+        if self.training:
+            self.step += 1
+        digest = hashlib.blake2b(repr((self.seed, self.layer, *key)).encode(), digest_size=8).digest()
+        generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big") >> 1)
+        rank, world = self.shard
+        rows, channels = belief.mean.shape
+        shape = (rows * world, channels, *x.shape[2:])
+        return torch.randn(shape, generator=generator, device=x.device, dtype=belief.mean.dtype)[rank::world]
+
+
+@_full_precision
+def sampled_conv(
+    belief: Belief,
+    noise: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] | str = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    relu: bool = False,
+) -> Belief:
+    """Through a convolution by sampling (paper 3.2): one image per row, drawn, rectified where `relu`, convolved.
+
+    belief [rows, C_in], noise [rows, C_in, H, W] standard normal -> mean and population variance over the pixels of the
+    convolved image, [rows, C_out]. The layer's own zero padding applies.
+    """
+    mean, var = belief
+    # No eps under the root: a channel of variance 0 is a constant, and its gradient 0.
+    sd = torch.where(var > 0, var, 1).sqrt() * (var > 0)
+    image = mean[:, :, None, None] + sd[:, :, None, None] * noise
+    if relu:
+        image = F.relu(image)
+    dtype = mean.dtype
+    image = F.conv2d(
+        image, weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding, dilation, groups
+    )
+    sampled_var, sampled_mean = torch.var_mean(image, (2, 3), correction=0)
+    return Belief(sampled_mean, sampled_var)

@@ -1,0 +1,25 @@
+"""What went wrong, said to the person who can put it right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input, data or surroundings: something the user can put right, as opposed to a bug of ours.
+
+    The message is all the user sees (the command line prints it as one line and exits with code 2), so it names the
+    thing, its value, what was expected, and what to do.
+    """
+
+
+def nearest(name: str, valid: Iterable[str], kind: str = "name") -> str:
+    """The message for a name that is not among the valid ones, with the closest of them if there is a close one.
+
+    >>> nearest("cifar11", ["digits", "cifar10"], "dataset")
+    "unknown dataset 'cifar11'; did you mean 'cifar10'? valid: digits, cifar10"
+    """
+    names = list(valid)
+    folded = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), folded, n=1)
+    guess = f"did you mean {folded[close[0]]!r}? " if close else ""
+    return f"unknown {kind} {name!r}; {guess}valid: {', '.join(names)}"

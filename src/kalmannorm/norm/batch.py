@@ -1,0 +1,147 @@
+"""Batch Normalization over groups of `stat_batch` images, and what every normalizer of such groups shares."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.belief import Belief
+from kalmannorm.norm import groups
+
+Probe = Callable[..., None]
+
+
+class GroupedStatistics(_BatchNorm):
+    """Parameters, moving statistics and the choice of statistics of a normalizer over groups of `stat_batch` images.
+
+    In training, and in evaluation with `statistics = "online"`, every group of `stat_batch` images (None: the whole
+    batch) is normalized by statistics of its own. In evaluation with `statistics = "moving"` the moving averages
+    normalize, for any batch size. State-dict names are those of torch's BatchNorm2d.
+
+    `probe`, where set, is called with the statistics of every group: probe(measured=, used=, prior=), each a detached
+    Belief [groups, C] or None. Figures are made of it; it costs nothing when it is None.
+    """
+
+    statistics = "moving"
+    probe: Probe | None = None
+    layer_name = ""  # set by convert: errors name the layer
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        stat_batch: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        moving_groups: str = "mean",
+        moving_unbiased: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine)
+        if stat_batch is not None and stat_batch < 1:
+            raise ValueError(f"stat_batch must be at least 1, not {stat_batch}")
+        if moving_groups not in ("mean", "first"):
+            raise ValueError(f"moving_groups must be 'mean' or 'first', not {moving_groups!r}")
+        self.stat_batch = stat_batch
+        self.moving_groups = moving_groups
+        self.moving_unbiased = moving_unbiased
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"{self.where}: expected an input [N, C, ...], got {tuple(input.shape)}")
+
+    @property
+    def where(self) -> str:
+        """The layer's name for messages."""
+        return self.layer_name or type(self).__name__
+
+    @property
+    def uses_moving(self) -> bool:
+        return not self.training and self.statistics == "moving"
+
+    def count_groups(self, x: Tensor) -> int:
+        """Number of statistics groups in x [N, C, ...]; ValueError where statistics would be of a single value."""
+        self._check_input_dim(x)
+        try:
+            number = groups.count(x.shape[0], self.stat_batch)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from None
+        if x.numel() // (number * x.shape[1]) == 1:
+            raise ValueError(
+                f"{self.where}: statistics of a single value (statistics batch {x.shape[0] // number} on a feature map "
+                f"of {'x'.join(map(str, x.shape[2:])) or '1'}); take a larger stat_batch or keep a larger map there"
+            )
+        return number
+
+    def normalize_by_moving(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    @torch.no_grad()
+    def update_moving(self, mean: Tensor, var: Tensor, values: int) -> None:
+        """Exponential average of what normalizes: new = (1 - momentum) old + momentum * mean over the groups.
+
+        mean, var [groups, C] (population variance) of `values` values each. `momentum=None` is the cumulative average,
+        as in torch.
+        """
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        rate: float | Tensor = 1.0 / self.num_batches_tracked.float() if self.momentum is None else self.momentum
+        if self.moving_unbiased:
+            var = var * (values / (values - 1))
+        new_mean, new_var = (mean[0], var[0]) if self.moving_groups == "first" else (mean.mean(0), var.mean(0))
+        self.running_mean.lerp_(new_mean.to(self.running_mean.dtype), rate)
+        self.running_var.lerp_(new_var.to(self.running_var.dtype), rate)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, stat_batch={self.stat_batch}"
+
+
+class BatchNorm(GroupedStatistics):
+    """Batch Normalization (Ioffe & Szegedy 2015) of groups of `stat_batch` images ("ghost" batches).
+
+    x [N, C, H, W] or [N, C] -> (y, None). With `stat_batch` None it computes torch's BatchNorm bit for bit.
+    """
+
+    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+        if self.uses_moving:
+            return self.normalize_by_moving(x), None
+        number = self.count_groups(x)
+        if number == 1 and self.probe is None and self.moving_unbiased:
+            return self._normalize_whole_batch(x), None
+        split = groups.split(x, number)
+        if not split.is_contiguous() and not torch.compiler.is_compiling():
+            split = split.contiguous()  # channels_last: the native kernel knows no groups there
+        rows = split.flatten(1, 2)
+        features = rows.shape[1]
+        # With momentum 1 the kernel leaves each group's mean and unbiased variance here, at no cost.
+        mean = torch.zeros(features, device=x.device, dtype=moments_dtype(x))
+        var = torch.ones_like(mean)
+        weight = self.weight.repeat(number) if self.affine else None
+        bias = self.bias.repeat(number) if self.affine else None
+        y = F.batch_norm(rows, mean, var, weight, bias, True, 1.0, self.eps)
+        self._record(mean.view(number, -1), var.view(number, -1), x.numel() // features)
+        return groups.merge(y, x.shape), None
+
+    def _normalize_whole_batch(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, rate, self.eps)
+
+    def _record(self, mean: Tensor, unbiased_var: Tensor, values: int) -> None:
+        population = unbiased_var * ((values - 1) / values)
+        if self.training:
+            self.update_moving(mean, population, values)
+        if self.probe is not None:
+            measured = Belief(mean, population)
+            self.probe(measured=measured, used=measured, prior=None)
+
+
+def moments_dtype(x: Tensor) -> torch.dtype:
+    """Statistics are float32 under autocast too, and float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,178 @@
+"""Measure, update, normalize: one pass structure for every Kalman normalizer.
+
+Input x [N, C, ...] in G groups, statistics per (group, channel). Two forms of the same arithmetic:
+
+- plain tensor operations, which a compiler fuses and which may be differentiated twice;
+- one autograd function with torch's native batch-norm kernels, for eager mode: it saves x once, as BN does, and its
+  backward makes one reduction and one elementwise sweep.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalmannorm.belief import Belief
+from kalmannorm.norm import groups
+from kalmannorm.norm.batch import moments_dtype
+
+
+def normalize_by_posterior(
+    x: Tensor,
+    number: int,
+    prior: Belief | None,
+    gain: Tensor | float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mixture: bool,
+    guard: float | None,
+) -> tuple[Tensor, Belief, Belief]:
+    """x [N, C, ...] in `number` = G groups, prior [G or 1, C] (R included) -> y like x, posterior [G, C], detached
+    measurement [G, C].
+
+    Without a prior the posterior is the measurement. weight and bias are [C] or None.
+    """
+    shape = (number, x.shape[1])
+    if prior is not None:
+        prior = Belief(prior.mean.expand(shape), prior.var.expand(shape))
+    # The native kernels know groups only in contiguous memory; on a GPU the plain form is compiled by default.
+    native = x.is_contiguous() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    form = _Native.apply if native else _plain
+    gain = torch.as_tensor(gain, dtype=moments_dtype(x), device=x.device)
+    y, mean, var, measured_mean, measured_var = form(
+        x, number, *(prior or (None, None)), gain, weight, bias, eps, mixture, guard
+    )
+    return y, Belief(mean, var), Belief(measured_mean, measured_var)
+
+
+def _effective_gain(gain: Tensor, prior_var: Tensor, measured_var: Tensor, guard: float | None) -> Tensor:
+    """The gain, or 1 where the guard holds: mean over rows and channels of prior / measured variance >= guard."""
+    if guard is None:
+        return gain
+    held = (prior_var.detach() / measured_var.detach()).mean() >= guard
+    return torch.where(held, 1.0, gain)
+
+
+def _plain(
+    x: Tensor,
+    number: int,
+    prior_mean: Tensor | None,
+    prior_var: Tensor | None,
+    gain: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mixture: bool,
+    guard: float | None,
+) -> tuple[Tensor, ...]:
+    split = groups.split(x, number)  # [N / G, G, C, ...]
+    dims = (0, *range(3, split.dim()))
+    measured_var, measured_mean = torch.var_mean(split.to(moments_dtype(x)), dims, correction=0)
+    if prior_mean is None or prior_var is None:
+        mean, var = measured_mean, measured_var
+    else:
+        q = _effective_gain(gain, prior_var, measured_var, guard)
+        p = 1 - q
+        mean = p * prior_mean + q * measured_mean
+        var = p * prior_var + q * measured_var
+        if mixture:
+            var = var + p * q * (measured_mean - prior_mean).square()
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    over_pixels = (1, *scale.shape) + (1,) * (x.dim() - 2)
+    y = (split * scale.view(over_pixels) + shift.view(over_pixels)).to(x.dtype)
+    return groups.merge(y, x.shape), mean, var, measured_mean.detach(), measured_var.detach()
+
+
+def _rows(x: Tensor, number: int) -> Tensor:
+    """Contiguous x [N, C, ...] as [N / G, G * C, pixels], the native kernels' view of groups."""
+    return x.view(x.shape[0] // number, number * x.shape[1], -1)
+
+
+class _Native(torch.autograd.Function):
+    """`_plain` by native kernels, for contiguous x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        number: int,
+        prior_mean: Tensor | None,
+        prior_var: Tensor | None,
+        gain: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        mixture: bool,
+        guard: float | None,
+    ) -> tuple[Tensor, ...]:
+        shape = (number, x.shape[1])
+        rows = _rows(x, number)
+        dtype = moments_dtype(x)
+        zeros, ones = (torch.full((rows.shape[1],), value, dtype=dtype) for value in (0.0, 1.0))
+        # With momentum 0 the buffers stay as they are; they only make the kernel compute in their type.
+        measured_mean, measured_var = torch.batch_norm_update_stats(rows, zeros, ones, 0.0)
+        measured_mean, measured_var = measured_mean.view(shape), measured_var.view(shape)
+        if prior_mean is None or prior_var is None:
+            q, mean, var, deviation = None, measured_mean, measured_var, None
+        else:
+            q = _effective_gain(gain, prior_var, measured_var, guard)
+            deviation = measured_mean - prior_mean
+            mean = torch.lerp(prior_mean, measured_mean, q)
+            var = torch.lerp(prior_var, measured_var, q)
+            if mixture:
+                var = torch.addcmul(var, deviation, deviation * (q * (1 - q)))
+        weights = None if weight is None else weight.repeat(number)
+        biases = None if bias is None else bias.repeat(number)
+        y = torch.native_batch_norm(rows, weights, biases, mean.flatten(), var.flatten(), False, 0.0, eps)[0]
+        ctx.save_for_backward(x, mean, var, weight, q, deviation, prior_var, measured_mean, measured_var)
+        ctx.eps, ctx.mixture = eps, mixture
+        # Handed out for probes only. Clones: without a prior the posterior is the same tensor, and is differentiable.
+        measurement = measured_mean.clone(), measured_var.clone()
+        ctx.mark_non_differentiable(*measurement)
+        return groups.merge(y, x.shape), mean, var, *measurement
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dy, dmean, dvar = grads[:3]
+        x, mean, var, weight, q, deviation, prior_var, measured_mean, measured_var = ctx.saved_tensors
+        rows = _rows(x, mean.shape[0])
+        dy = dy.contiguous().view(rows.shape)
+        ones = torch.ones_like(mean).flatten()
+        # Sums of dy * (x - mean) * rstd and of dy, per row: the normalizer seen as a constant affine.
+        _, dot, total = torch.ops.aten.native_batch_norm_backward(
+            dy, rows, ones, mean.flatten(), var.flatten(), None, None, False, ctx.eps, [False, True, True]
+        )
+        dot, total = dot.view(mean.shape), total.view(mean.shape)
+        rstd = torch.rsqrt(var + ctx.eps)
+        scale = rstd if weight is None else rstd * weight
+        dmean = torch.addcmul(dmean, scale, total, value=-1)
+        dvar = torch.addcmul(dvar, scale * rstd, dot, value=-0.5)
+
+        dprior_mean = dprior_var = dgain = None
+        if q is None:
+            dmeasured_mean, dmeasured_var = dmean, dvar
+        else:
+            dmeasured_mean, dmeasured_var = q * dmean, q * dvar
+            dprior_mean, dprior_var = dmean - dmeasured_mean, dvar - dmeasured_var
+            slope = dmean * deviation + dvar * (measured_var - prior_var)
+            if ctx.mixture:
+                spread = 2 * q * (1 - q) * deviation * dvar
+                dmeasured_mean, dprior_mean = dmeasured_mean + spread, dprior_mean - spread
+                slope = slope + dvar * deviation.square() * (1 - 2 * q)
+            # Where the guard holds, q is the constant 1.
+            dgain = torch.where(q == 1, 0.0, slope.sum()) if ctx.needs_input_grad[4] else None
+
+        values = rows.shape[0] * rows.shape[2]
+        by_x = dmeasured_var * (2 / values)
+        constant = dmeasured_mean / values - by_x * measured_mean
+        column = (mean.numel(), 1)
+        dx = torch.addcmul(constant.view(column), rows, by_x.view(column))
+        dx = dx.addcmul_(dy, scale.view(column)).to(x.dtype).view(x.shape)
+        dweight = None if weight is None else dot.sum(0)
+        dbias = total.sum(0) if ctx.needs_input_grad[6] else None
+        return dx, None, dprior_mean, dprior_var, dgain, dweight, dbias, None, None, None

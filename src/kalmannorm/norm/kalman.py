@@ -1,0 +1,203 @@
+"""Kalman Normalization: the update step (paper Eq. 7 lines 2 and 4) over the statistics sets of BN and GN (Eq. 8)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmannorm.belief import Belief
+from kalmannorm.norm.batch import GroupedStatistics
+from kalmannorm.norm.estimate import normalize_by_posterior
+
+INITIAL_NOISE = 0.02  # R's start, per channel (ALGORITHM: "starts near 0.02"; no source gives it)
+
+
+class Estimator(nn.Module):
+    """The learned part of the update: gain q in (0, 1), one per layer; noise R >= 0, one per channel.
+
+    posterior mean = p prior + q measured, posterior var = p (prior + R) + q measured [+ p q (difference of means)^2],
+    p = 1 - q. Options as in KalmanBatchNorm2d.
+    """
+
+    gain_logit: Tensor | None
+    noise_raw: Tensor | None
+
+    def _init_estimator(
+        self,
+        channels: int,
+        gain: float,
+        learn_gain: bool,
+        noise: bool,
+        mixture: bool,
+        guard: float | None,
+        belief: str,
+    ) -> None:
+        if not 0 < gain <= 1:
+            raise ValueError(f"gain must lie in (0, 1], not {gain}")
+        if gain == 1 and learn_gain:
+            raise ValueError(
+                "gain 1 cannot be learned (its logit is infinite): pass learn_gain=False or a gain below 1"
+            )
+        if belief not in ("posterior", "output"):
+            raise ValueError(f"belief must be 'posterior' or 'output', not {belief!r}")
+        if guard is not None and guard <= 0:
+            raise ValueError(f"guard must be positive or None, not {guard}")
+        self.initial_gain, self.mixture, self.guard, self.belief = gain, mixture, guard, belief
+        self.gain_logit = nn.Parameter(torch.tensor(math.log(gain / (1 - gain)))) if learn_gain else None
+        self.noise_raw = nn.Parameter(torch.full((channels,), math.log(math.expm1(INITIAL_NOISE)))) if noise else None
+
+    @property
+    def gain(self) -> Tensor | float:
+        """q, the weight of the measurement."""
+        return self.initial_gain if self.gain_logit is None else torch.sigmoid(self.gain_logit)
+
+    def predicted(self, prior: Belief) -> Belief:
+        """The prior with R on its variance (Eq. 7 line 3)."""
+        return prior if self.noise_raw is None else Belief(prior.mean, prior.var + F.softplus(self.noise_raw))
+
+    def tie_idle(self, weight: Tensor) -> Tensor:
+        """`weight`, unchanged, made to depend on q and R: without a prior they are idle, but DDP waits for their gradients."""
+        for parameter in (self.gain_logit, self.noise_raw):
+            if parameter is not None and parameter.requires_grad:
+                weight = weight + 0 * parameter.sum()
+        return weight
+
+    def hand_on(self, posterior: Belief, weight: Tensor, bias: Tensor) -> Belief:
+        """The belief that the next layer predicts from.
+
+        `posterior`: of the un-normalized feature (paper, released code). `output`: N(beta, gamma^2), the distribution
+        after an exact normalization (as in Normalization Propagation).
+        """
+        return posterior if self.belief == "posterior" else Belief(bias[None], weight.square()[None])
+
+    def estimator_repr(self) -> str:
+        learned = "learned" if self.gain_logit is not None else "fixed"
+        return f"gain={self.initial_gain} ({learned}), noise={self.noise_raw is not None}, belief={self.belief}"
+
+
+class KalmanBatchNorm2d(GroupedStatistics, Estimator):
+    """(Batch) Kalman Normalization, KN or BKN: BN's statistics, corrected by the belief of the layers before.
+
+    Args:
+        num_features: channels C.
+        stat_batch: images that share statistics; None is the whole batch.
+        gain: weight q of the measurement, in (0, 1]; with `learn_gain` its start. 1 needs `learn_gain=False`.
+            No source gives the start: 0.5 is this project's choice.
+        noise: learn R, one per channel (Eq. 7). The released code has none.
+        mixture: add p q (measured mean - prior mean)^2 to the variance (the talk, v1's appendix, the released code).
+        guard: where the prior's variance is on average at least this many times the measured one, over the whole
+            batch, the measurement alone is used (released code: 100). It couples the groups of a batch.
+        belief: what is handed on, `posterior` or `output`.
+        moving_groups: `mean` over all groups, or only the `first` (released code).
+        moving_unbiased: Bessel's correction on the moving variance, as torch's BatchNorm has it.
+        first_unbiased: without a prior, hand on the unbiased variance (the released code's fused first layer).
+
+    (x [N, C, H, W] or [N, C], prior: Belief [rows, C] | None) -> (y like x, Belief [groups, C]). A prior has one row per
+    group, or a single one for all. ValueError: a batch that does not divide; statistics of a single value.
+    Source: paper Eq. 7; rows are groups, interleaved (norm/groups.py).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        stat_batch: int | None = None,
+        gain: float = 0.5,
+        learn_gain: bool = True,
+        noise: bool = True,
+        mixture: bool = False,
+        guard: float | None = None,
+        belief: str = "posterior",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        moving_groups: str = "mean",
+        moving_unbiased: bool = False,
+        first_unbiased: bool = False,
+    ) -> None:
+        super().__init__(
+            num_features,
+            stat_batch=stat_batch,
+            eps=eps,
+            momentum=momentum,
+            moving_groups=moving_groups,
+            moving_unbiased=moving_unbiased,
+        )
+        self.first_unbiased = first_unbiased
+        self._init_estimator(num_features, gain, learn_gain, noise, mixture, guard, belief)
+
+    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, Belief]:
+        if self.uses_moving:
+            assert self.running_mean is not None and self.running_var is not None
+            moving = Belief(self.running_mean[None], self.running_var[None])
+            return self.normalize_by_moving(x), self.hand_on(moving, self.weight, self.bias)
+        number = self.count_groups(x)
+        values = x.numel() // (number * x.shape[1])
+        predicted = None if prior is None else self.predicted(prior)
+        weight = self.weight if prior is not None else self.tie_idle(self.weight)
+        y, posterior, measured = normalize_by_posterior(
+            x, number, predicted, self.gain, weight, self.bias, self.eps, self.mixture, self.guard
+        )
+        if self.training:
+            self.update_moving(*posterior, values)
+        if self.probe is not None:
+            self.probe(measured=measured, used=posterior, prior=predicted)
+        if prior is None and self.first_unbiased:
+            posterior = Belief(posterior.mean, posterior.var * (values / (values - 1)))
+        return y, self.hand_on(posterior, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.estimator_repr()}"
+
+
+class KalmanGroupNorm(Estimator):
+    """Group Kalman Normalization, GKN (paper 3.3): GN's statistics, corrected by the same image's belief.
+
+    Rows are images. An image's prior is its belief [N, C] (+ R per channel) averaged over each group of channels, with
+    the variance of that mixture: mean of variances + variance of means. Options as in KalmanBatchNorm2d. There are no
+    moving statistics: training and evaluation compute the same.
+
+    (x [N, C, ...], prior: Belief [N or 1, C] | None) -> (y like x, Belief [N, C]).
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        *,
+        gain: float = 0.5,
+        learn_gain: bool = True,
+        noise: bool = True,
+        mixture: bool = False,
+        guard: float | None = None,
+        belief: str = "posterior",
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if num_groups < 1 or num_channels % num_groups:
+            raise ValueError(f"{num_groups} groups do not divide {num_channels} channels")
+        self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+        self._init_estimator(num_channels, gain, learn_gain, noise, mixture, guard, belief)
+
+    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, Belief]:
+        images, channels = x.shape[:2]
+        per_group = channels // self.num_groups
+        predicted = None
+        if prior is not None:
+            mean, var = (t.expand(images, -1).unflatten(1, (self.num_groups, per_group)) for t in self.predicted(prior))
+            predicted = Belief(mean.mean(2).flatten()[None], (var.mean(2) + mean.var(2, correction=0)).flatten()[None])
+        # One image whose channels are the N * num_groups sets of Eq. 8.
+        sets = x.contiguous().view(1, images * self.num_groups, -1)
+        y, posterior, _ = normalize_by_posterior(
+            sets, 1, predicted, self.gain, None, None, self.eps, self.mixture, self.guard
+        )
+        weight = self.weight if prior is not None else self.tie_idle(self.weight)
+        shape = (1, channels) + (1,) * (x.dim() - 2)
+        y = torch.addcmul(self.bias.view(shape).to(y.dtype), y.view(x.shape), weight.view(shape).to(y.dtype))
+        mean, var = (t.view(images, self.num_groups).repeat_interleave(per_group, 1) for t in posterior)
+        return y, self.hand_on(Belief(mean, var), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_groups}, {self.num_channels}, {self.estimator_repr()}"

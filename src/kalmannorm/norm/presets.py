@@ -1,0 +1,43 @@
+"""The variants of Kalman Normalization, as their sources have them (paper, released code)."""
+
+from typing import Any
+
+# gain "released": fixed values that the released code gives for two statistics batches only.
+_RELEASED_GAINS = {2: 0.1, 128: 0.95}
+
+# `predictor` and `relu` are read by convert; `batch` holds the options that exist only where groups of images share
+# statistics (BKN); the rest goes to every Kalman normalizer.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Paper Eq. 7: gain and R learned, no mixture term.
+    "paper": {
+        "predictor": "closed",
+        "relu": True,
+        "estimator": {"learn_gain": True, "noise": True, "mixture": False, "guard": None},
+        "batch": {"moving_groups": "mean", "first_unbiased": False},
+    },
+    # The authors' CIFAR script: sampled prior, fixed gain, mixture term, fall-back to the measurement, moving averages
+    # of the first group only, a fused first layer whose variance is unbiased.
+    "released": {
+        "predictor": "sampling",
+        "relu": True,
+        "estimator": {"learn_gain": False, "noise": False, "mixture": True, "guard": 100.0},
+        "batch": {"moving_groups": "first", "first_unbiased": True},
+    },
+}
+
+
+def preset_options(preset: str, norm: str, stat_batch: int | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of normalizer `norm` ("bkn" or "gkn") in a preset, under those given. ValueError: an unknown preset; the
+    released code's gain for a statistics batch that it does not have."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; valid: {', '.join(PRESETS)}")
+    chosen = PRESETS[preset]
+    options = {**chosen["estimator"], **(chosen["batch"] if norm == "bkn" else {}), **given}
+    if preset == "released" and "gain" not in given:
+        if stat_batch not in _RELEASED_GAINS:
+            raise ValueError(
+                f"the released code fixes the gain at statistics batch 2 (0.1) and 128 (0.95) only, not {stat_batch}: "
+                "pass gain="
+            )
+        options["gain"] = _RELEASED_GAINS[stat_batch]
+    return options

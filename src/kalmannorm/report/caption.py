@@ -1,0 +1,143 @@
+"""The caption of a table or figure: everything that its numbers depend on, read from configs and records."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kalmannorm.report.cells import Selection, Setting
+from kalmannorm.report.read import Record
+
+Config = Mapping[str, Any]
+
+KIND_OF_STATISTICS = {
+    "moving": "Moving: exponential averages kept in training.",
+    "online": "Online: computed from the evaluation batch, in the same groups as in training.",
+    "precise": "Precise: population statistics re-estimated on training batches after training.",
+}
+# The predictor that a preset stands for where the config leaves it open (the presets themselves are norm/'s).
+PRESET_PREDICTOR = {"paper": "closed form", "released": "sampling", "talk": "closed form", "v1": "closed form"}
+
+
+def what_was_trained(configs: Sequence[Config], runs: Sequence[Record]) -> str:
+    """Data, budget, architecture and arithmetic, in sentences; "a / b" where the rows differ."""
+    return " ".join([_data(configs, runs), _budget(configs, runs), _architecture(configs, runs)])
+
+
+def estimators(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How the KN rows estimate: preset, predictor, gain, belief; "" for a card without KN."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if row["config"]["norm"].get("preset"):
+            said.setdefault(_estimator(row["config"]["norm"]), []).append(row_label(row))
+    return " ".join(f"{' and '.join(labels)}: {text}." for text, labels in said.items())
+
+
+def arithmetic(settings: Sequence[Setting]) -> str:
+    """Precision and compilation of the runs: "fp32", "bf16, compiled"; "" without runs."""
+    kinds = dict.fromkeys(f"{setting.precision}{', compiled' if setting.compile else ''}" for setting in settings)
+    return f"Precision: {' / '.join(kinds)}." if kinds else ""
+
+
+def seeds(selections: Sequence[Selection]) -> str:
+    """The seeds of the runs, where all rows that ran have the same ones."""
+    kinds = {tuple(run["config"]["seed"] for run in selection.runs) for selection in selections if selection.runs}
+    if not kinds:
+        return ""
+    if len(kinds) > 1:
+        return "The rows have different seeds (listed in the CSV)."
+    (common,) = kinds
+    return f"{'Seeds' if len(common) > 1 else 'Seed'} {', '.join(map(str, common))}."
+
+
+def statistics(columns: Sequence[str]) -> str:
+    """What each column's statistics are, in sentences."""
+    return " ".join(KIND_OF_STATISTICS[column] for column in columns if column in KIND_OF_STATISTICS)
+
+
+def short(configs: Sequence[Config]) -> str:
+    """Data, architecture and budget in a few words: "digits, inception_cifar, budget lite (12 epochs)"."""
+    epochs = _joined(distinct(configs, "budget", "epochs"))
+    budget = f"budget {_joined(distinct(configs, 'budget', 'name'))} ({epochs} epoch{'s' if epochs != '1' else ''})"
+    names = (distinct(configs, "dataset", "name"), distinct(configs, "arch", "name"))
+    return ", ".join((*map(_joined, names), budget))
+
+
+def batches(config: Config) -> tuple[int, int]:
+    """(grad_batch, stat_batch) of a config; a stat_batch left open is the whole batch."""
+    grad = int(config["batch"]["grad_batch"])
+    return grad, int(config["batch"].get("stat_batch") or grad)
+
+
+def row_label(row: Mapping[str, Any]) -> str:
+    """A row's name; rows beyond the papers carry "(ours)"."""
+    return f"{row['label']} (ours)" if row.get("ours") else str(row["label"])
+
+
+def named_row(row: Mapping[str, Any]) -> str:
+    """A row's name with its batches, where it stands alone: "KN (128, 2)"."""
+    grad, stat = batches(row["config"])
+    return f"{row_label(row)} ({grad}, {stat})"
+
+
+def distinct(configs: Sequence[Config], *path: str) -> list[Any]:
+    """The different values at a path, in the order of the rows; without those that have none."""
+    found: list[Any] = []
+    for config in configs:
+        node: Any = config
+        for key in path:
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if node is not None and node not in found:
+            found.append(node)
+    return found
+
+
+def _data(configs: Sequence[Config], runs: Sequence[Record]) -> str:
+    fidelities = dict.fromkeys(str((run.get("data") or {}).get("fidelity") or "not recorded") for run in runs)
+    fidelity = f" ({' / '.join(fidelities)})" if fidelities else ""
+    images = sorted({values["images"] for run in runs for values in run["final"].values() if "images" in values})
+    test = f", evaluated on {' / '.join(f'{count:,}' for count in images)} test images" if images else ""
+    return f"Data: {_joined(distinct(configs, 'dataset', 'name'))}{fidelity}{test}."
+
+
+def _budget(configs: Sequence[Config], runs: Sequence[Record]) -> str:
+    said = []
+    for budget in distinct(configs, "budget"):
+        epochs = f"{budget['epochs']} epoch{'s' if budget['epochs'] != 1 else ''}"
+        if budget.get("of_epochs") and budget["of_epochs"] != budget["epochs"]:
+            epochs += f" (scaled down from {budget['of_epochs']})"
+        said.append(f"{budget['name']}: {epochs}, {_images(budget, runs)}, {budget['size']}x{budget['size']} pixels")
+    schedules = _joined(distinct(configs, "schedule", "name"))
+    return f"Budget {' / '.join(said)}; schedule {schedules}."
+
+
+def _images(budget: Config, runs: Sequence[Record]) -> str:
+    if budget.get("subset"):
+        return f"{budget['subset']:,} training images"
+    counts = {(run.get("data") or {}).get("train_images") for run in runs} - {None}
+    return f"all {counts.pop():,} training images" if len(counts) == 1 else "all training images"
+
+
+def _architecture(configs: Sequence[Config], runs: Sequence[Record]) -> str:
+    archs = []
+    for arch in distinct(configs, "arch"):
+        width = arch.get("width")
+        archs.append(arch["name"] + (f", width {width:g}" if width is not None else ""))
+    counts = sorted({run["parameters"] for run in runs if run.get("parameters")})
+    span = dict.fromkeys((counts[0], counts[-1])) if counts else {}
+    parameters = f" ({' to '.join(f'{count:,}' for count in span)} parameters)" if span else ""
+    return f"Architecture: {' / '.join(archs)}{parameters}."
+
+
+def _estimator(norm: Config) -> str:
+    options = norm.get("options") or {}
+    predictor = norm.get("predictor") or PRESET_PREDICTOR.get(norm["preset"], "of the preset")
+    if options.get("gain") is None:
+        gain = "gain of the preset"
+    elif options.get("learn_gain", True):
+        gain = f"initial gain {options['gain']:g} (learned; the start is ours, no source gives one)"
+    else:
+        gain = f"gain {options['gain']:g} (fixed)"
+    return f"preset {norm['preset']}, predictor {predictor}, {gain}, belief={options.get('belief', 'posterior')}"
+
+
+def _joined(values: Sequence[Any]) -> str:
+    return " / ".join(map(str, values))

@@ -1,0 +1,230 @@
+"""The pictures: Figure 5 (variance gaps of BN and KN), the gap per layer, and a table's accuracies as points.
+
+Drawn with matplotlib's objects, without pyplot: no window, no global state. Colours of Okabe and Ito and cividis, which
+colour-blind readers tell apart; every kind of point and line has its own marker, for print without colour.
+"""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kalmannorm.report import caption, gaps
+from kalmannorm.report.gaps import Array, Gaps
+from kalmannorm.report.read import Records
+from kalmannorm.report.table import Table, command
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 7.2  # inches: a page's text width, so that the fonts print at the size set here
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,
+}
+ORANGE, BLUE, SKY, GREEN, GREY = "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#777777"
+STATISTICS = {"online": (BLUE, "o"), "moving": (ORANGE, "s"), "precise": (GREEN, "D")}
+CLIP = (1, 99)  # percentiles of a row of panels between which its colours spread
+
+
+def figure5(card: Mapping[str, Any], records: Records) -> "Figure":
+    """Gap between every batch's variance and the moving variance: BN's, KN's posterior, KN's measurement.
+
+    Top: absolute. Bottom: over the moving variance, as the absolute variances of two networks do not compare. Needs
+    "bn" and "kn" of the card: the keys of two rows; "seed" of the card is drawn where both rows have it.
+    """
+    from matplotlib.figure import Figure
+
+    bn, kn = gaps.one_seed(
+        gaps.of_row(card, card["bn"], records, command(card)),
+        gaps.of_row(card, card["kn"], records, command(card)),
+        card.get("seed"),
+    )
+    names = {row["key"]: caption.named_row(row) for row in card["rows"]}
+    panels = [(f"{names[card['bn']]}: measurement", bn, bn.measured)]
+    if kn.used is not None:
+        panels.append((f"{names[card['kn']]}: posterior", kn, kn.used))
+    panels.append((f"{names[card['kn']]}: measurement", kn, kn.measured))
+
+    with _style():
+        figure = Figure(figsize=(WIDTH, 7.4), layout="constrained")
+        axes = figure.subplots(2, len(panels), sharex="col", sharey="col", squeeze=False)
+        _maps(figure, list(axes[0]), panels, [gap for _, _, gap in panels], "variance gap", log=True)
+        relative = [run.relative(gap) for _, run, gap in panels]
+        _maps(figure, list(axes[1]), panels, relative, "variance gap / moving variance", log=False)
+        for axis, (_, _, gap) in zip(axes[1], panels, strict=True):
+            axis.set_xlabel(f"batches, in {gap.shape[1]} bins")
+        figure.supylabel(f"channels of the last normalizers ({len(bn.moving)})", fontsize=8)
+        figure.supxlabel(_explain(card, bn, kn), fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def figure5_layers(card: Mapping[str, Any], records: Records) -> "Figure":
+    """Mean relative gap per normalizer in network order, mean over seeds with a band from the lowest to the highest."""
+    from matplotlib.figure import Figure
+
+    bn = gaps.of_row(card, card["bn"], records, command(card))
+    kn = gaps.of_row(card, card["kn"], records, command(card))
+    names = {row["key"]: caption.named_row(row) for row in card["rows"]}
+    posteriors = [run.layer_used for run in kn if run.layer_used is not None]
+    lines = [
+        (f"{names[card['bn']]}: measurement", [run.layer_measured for run in bn], ORANGE, "s", "-"),
+        (f"{names[card['kn']]}: measurement", [run.layer_measured for run in kn], SKY, "^", "--"),
+        (f"{names[card['kn']]}: posterior", posteriors, BLUE, "o", "-"),
+    ]
+    with _style():
+        figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+        axis = figure.subplots()
+        for label, runs, colour, marker, dashes in lines:
+            if runs:
+                _line(axis, np.stack(runs), f"{label} (n = {len(runs)})", colour, marker, dashes)
+        order = bn[0].layers
+        every = -(-len(order) // 24)  # more names than 24 would touch
+        axis.set_xticks(range(0, len(order), every), order[::every], rotation=60, ha="right", rotation_mode="anchor")
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel("mean variance gap / moving variance")
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+        band = " Band: from the lowest to the highest seed." if max(len(bn), len(kn)) > 1 else ""
+        setting = caption.short([row["config"] for row in card["rows"]])
+        figure.supxlabel(_wrapped(f"Normalizers in network order. {setting}.{band}"), fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def accuracy_bars(table: Table) -> "Figure":
+    """A table's accuracies as points with their intervals, every run as a dot, the paper's values hollow beside them.
+
+    The paper's values are left out where they are of another data set.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    with _style():
+        figure = Figure(figsize=(WIDTH, 1.5 + 0.26 * len(table.rows) * len(table.columns)), layout="constrained")
+        axis = figure.subplots()
+        paper_drawn = False
+        for place, row in enumerate(table.rows):
+            for i, cell in enumerate(row.cells):
+                y = place + (i - (len(row.cells) - 1) / 2) * 0.34
+                colour, marker = STATISTICS.get(cell.column, (GREY, "o"))
+                if cell.summary is None:
+                    note = f"{cell.column}: {cell.state}"
+                    axis.text(0.01, y, note, color=GREY, va="center", transform=axis.get_yaxis_transform())
+                else:
+                    mean, half_width = cell.summary.mean, cell.summary.half_width
+                    axis.plot(list(cell.by_seed.values()), [y] * cell.summary.n, "|", color=colour, ms=8, mew=1)
+                    axis.errorbar(mean, y, xerr=half_width, fmt=marker, color=colour, ms=5, capsize=2.5, elinewidth=1)
+                if cell.paper is not None and table.same_data_as_paper:
+                    axis.plot(cell.paper, y, marker, color=colour, markerfacecolor="white", ms=5, zorder=1)
+                    paper_drawn = True
+        axis.set_yticks(range(len(table.rows)), [textwrap.fill(row.name, 20) for row in table.rows])
+        axis.set_ylim(len(table.rows) - 0.5, -0.5)
+        for place in range(1, len(table.rows)):
+            axis.axhline(place - 0.5, color="#dddddd", linewidth=0.6)
+        if axis.get_xlim()[1] > 100:
+            axis.set_xlim(right=100.4)  # an interval may reach beyond 100 %, an accuracy cannot
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.set_xlabel("top-1 accuracy after the last epoch (%)")
+        axis.set_ylabel("normalizer (grad_batch, stat_batch)")
+        axis.set_title(f"{textwrap.fill(table.title, 90)}\n{table.setting}", loc="left")
+        kinds = [(column, *STATISTICS.get(column, (GREY, "o"))) for column in table.columns]
+        handles = [
+            Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{column} statistics")
+            for column, colour, marker in kinds
+        ]
+        handles.append(Line2D([], [], color="black", marker="|", linestyle="", label="one run"))
+        handles.append(Line2D([], [], color="black", label="95 % interval"))
+        if paper_drawn:
+            hollow = Line2D([], [], marker="o", linestyle="", color="black", markerfacecolor="white")
+            hollow.set_label("paper's value")
+            handles.append(hollow)
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def encode(figure: "Figure", kind: str) -> bytes:
+    """The bytes of a "png" (150 dpi) or "pdf" file, without dates and versions: the same picture is the same file."""
+    metadata = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}[kind]
+    out = io.BytesIO()
+    with _style():
+        figure.savefig(out, format=kind, dpi=150, metadata=metadata)
+    return out.getvalue()
+
+
+def _maps(
+    figure: "Figure",
+    axes: "Sequence[Axes]",
+    panels: Sequence[tuple[str, Gaps, Array]],
+    values: Sequence[Array],
+    label: str,
+    log: bool,
+) -> None:
+    """One row of panels under one colour scale."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    everything = np.concatenate([value.ravel() for value in values])
+    drawn = everything[np.isfinite(everything) & ((everything > 0) | (not log))]
+    low, high = np.percentile(drawn, CLIP) if drawn.size else (0.1, 1.0)
+    high = max(high, low * (1 + 1e-6) + 1e-12)
+    norm = LogNorm(low, high) if log else Normalize(0, high)
+    image = None
+    for axis, (title, _, _), value in zip(axes, panels, values, strict=True):
+        clipped = np.clip(value, norm.vmin, norm.vmax)
+        # "antialiased" draws cells as they are, and averages them where several fall on one pixel.
+        image = axis.imshow(clipped, norm=norm, cmap="cividis", aspect="auto", interpolation="antialiased")
+        axis.set_title(f"{title}\nmean {np.nanmean(value):.3g}, median {np.nanmedian(value):.3g}", loc="left")
+        axis.spines[:].set_visible(False)
+    for axis in axes[1:]:
+        axis.tick_params(labelleft=False)
+    assert image is not None  # panels are never empty
+    bar = figure.colorbar(image, ax=list(axes), extend="both" if log else "max", pad=0.01, aspect=30)
+    bar.set_label(label)
+
+
+def _line(axis: "Axes", runs: Array, label: str, colour: str, marker: str, dashes: str) -> None:
+    """runs: [seeds, K]."""
+    layers = np.arange(runs.shape[1])
+    axis.plot(layers, runs.mean(0), color=colour, marker=marker, linestyle=dashes, ms=4, lw=1.2, label=label)
+    if len(runs) > 1:
+        axis.fill_between(layers, runs.min(0), runs.max(0), color=colour, alpha=0.2, linewidth=0)
+
+
+def _explain(card: Mapping[str, Any], bn: Gaps, kn: Gaps) -> str:
+    """Under Figure 5: which runs, which data, how binned, which colours."""
+    runs = f"seed {bn.seed}" if bn.seed == kn.seed else f"seeds {bn.seed} (BN) and {kn.seed} (KN)"
+    bins = bn.measured.shape[1]
+    size = caption.batches(bn.record["config"])[1]
+    if bn.batches is None:
+        binned = f"batches of {size} in {bins} bins (how many a bin was not recorded)"
+    else:
+        binned = f"{bn.batches:,} batches of {size}, {bn.batches / bins:.3g} a bin (mean of their gaps)"
+    return _wrapped(
+        f"{caption.short([row['config'] for row in card['rows']])}; {runs}, "
+        f"runs {bn.record['id']} and {kn.record['id']}. "
+        f"Training set without augmentation: {binned}. Top: |variance − moving variance|, "
+        f"logarithmic colours from the {CLIP[0]}st to the {CLIP[1]}th percentile of the row. Bottom: the same over the "
+        f"moving variance, linear colours from 0 to the {CLIP[1]}th percentile. The posterior is what normalizes in KN."
+    )
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 112)
+
+
+def _style() -> AbstractContextManager[None]:
+    import matplotlib
+
+    return matplotlib.rc_context(STYLE)  # type: ignore[arg-type]

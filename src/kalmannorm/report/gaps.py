@@ -1,0 +1,106 @@
+"""The small arrays beside the records: variance gaps per channel and batch, and per layer."""
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kalmannorm.errors import UserError
+from kalmannorm.report import caption, cells
+from kalmannorm.report.read import Record, Records
+
+Array = NDArray[np.float64]
+CHANNELS = ("gap_measured", "moving_var")  # every record with batch statistics has these; KN has gap_used as well
+LAYERS = ("layer_gap_measured",)
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """One run's variance gaps. `used` and `layer_used` are None where the measurement itself normalizes (BN)."""
+
+    record: Record
+    measured: Array  # [C, B]: mean |variance of a batch - moving variance| of the batches in a bin
+    used: Array | None  # [C, B]: the same of the variance that normalizes, KN's posterior
+    moving: Array  # [C]: the moving variance
+    layer_measured: Array  # [K]: relative gap per normalizer, in network order
+    layer_used: Array | None  # [K]
+    batches: int | None  # how many batches the bins hold; None where that is not known
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.record["config"]["seed"])
+
+    @property
+    def layers(self) -> list[str]:
+        """The normalizers' names, in network order."""
+        names = (self.record.get("norms") or {}).get("order") or []
+        count = len(self.layer_measured)
+        return names if len(names) == count else [str(i + 1) for i in range(count)]
+
+    def relative(self, gap: Array) -> Array:
+        """A gap [C, B] over the moving variance; NaN at channels whose moving variance is 0."""
+        moving = np.where(self.moving > 0, self.moving, np.nan)
+        return gap / moving[:, None]
+
+
+def of_row(card: Mapping[str, Any], key: str, records: Records, command: str) -> list[Gaps]:
+    """The gaps of a row's runs, in the order of their seeds. Raises UserError when there is none."""
+    row = next(row for row in card["rows"] if row["key"] == key)
+    runs = records.of(row["config"])
+    selection = cells.select(runs, cells.most_common([records.of(other["config"]) for other in card["rows"]]))
+    if not selection.runs:
+        state = f"all {len(runs)} failed" if selection.failed else "none is recorded"
+        raise UserError(
+            f"{card['name']} needs a finished run of {caption.named_row(row)} ({caption.short([row['config']])}), "
+            f"but {state} in {records.folder / 'records'}. To run it: {command}"
+        )
+    return [_load(record, records.folder / "records" / f"{record['id']}.npz") for record in selection.runs]
+
+
+def one_seed(first: Sequence[Gaps], second: Sequence[Gaps], wanted: int | None = None) -> tuple[Gaps, Gaps]:
+    """A run of each row: of the wanted seed, else of the lowest common one, else the first of each."""
+    a, b = {gaps.seed: gaps for gaps in first}, {gaps.seed: gaps for gaps in second}
+    common = sorted(a.keys() & b.keys())
+    if not common:
+        return first[0], second[0]
+    seed = wanted if wanted in common else common[0]
+    return a[seed], b[seed]
+
+
+def _load(record: Record, path: Path) -> Gaps:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {key: np.asarray(stored[key], dtype=np.float64) for key in stored.files}
+    except FileNotFoundError as error:
+        what = f"restore it, or remove {record['id']}.json and run again"
+        raise UserError(f"{path} is missing beside its record: {what}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and {record['id']}.json, and run again") from error
+    if missing := [key for key in (*CHANNELS, *LAYERS) if key not in arrays]:
+        raise UserError(f"{path} has no {', '.join(missing)} (it holds {', '.join(arrays) or 'nothing'}): run it again")
+    channels = len(arrays["moving_var"])
+    for key in ("gap_measured", "gap_used"):
+        if key in arrays and (arrays[key].ndim != 2 or len(arrays[key]) != channels):
+            raise UserError(f"{path}: {key} has shape {arrays[key].shape}, expected [{channels}, bins]: run it again")
+    return Gaps(
+        record=record,
+        measured=arrays["gap_measured"],
+        used=arrays.get("gap_used"),
+        moving=arrays["moving_var"],
+        layer_measured=arrays["layer_gap_measured"],
+        layer_used=arrays.get("layer_gap_used"),
+        batches=_batches(record, arrays),
+    )
+
+
+def _batches(record: Record, arrays: Mapping[str, Array]) -> int | None:
+    """From the array `groups` (batches per bin) where it is stored, else from the size of the training set."""
+    if "groups" in arrays:
+        return int(arrays["groups"].sum())
+    images = record["config"]["budget"].get("subset") or (record.get("data") or {}).get("train_images")
+    return int(images) // caption.batches(record["config"])[1] if images else None

@@ -1,0 +1,149 @@
+"""Reading results/records: every table and figure is made from what this module returns, and from nothing else."""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kalmannorm.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas
+
+Record = dict[str, Any]
+
+# Settings that a row of a table does not fix: how precisely the arithmetic runs. Runs that differ in them never share a
+# mean (cells.py).
+EXECUTION = ("precision", "compile", "deterministic")
+# Where a run executes and what it reads and writes: no part of a run's identity, absent from records.
+PLACE = ("device", "data", "results", "runs")
+_LOOSE = frozenset((*EXECUTION, *PLACE, "seed"))
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of one results folder. `stale` ones, made under another NUMERICS, are listed but never tabulated."""
+
+    folder: Path
+    numerics: int
+    current: tuple[Record, ...]
+    stale: tuple[Record, ...]
+
+    def of(self, config: Mapping[str, Any]) -> list[Record]:
+        """The current records of a row: their configs equal `config` but for the seed and EXECUTION."""
+        return self._current_by_row.get(row_key(config), [])
+
+    def stale_of(self, config: Mapping[str, Any]) -> list[Record]:
+        """The stale records that would otherwise belong to the row."""
+        return self._stale_by_row.get(row_key(config), [])
+
+    @functools.cached_property
+    def _current_by_row(self) -> dict[str, list[Record]]:
+        return _by_row(self.current)
+
+    @functools.cached_property
+    def _stale_by_row(self) -> dict[str, list[Record]]:
+        return _by_row(self.stale)
+
+
+def records(results: Path, numerics: int) -> Records:
+    """All records in `results`/records, in the order of their ids; none when the folder does not exist.
+
+    Raises UserError for a file that is not a whole record: a table must not silently lose a run.
+    """
+    current: list[Record] = []
+    stale: list[Record] = []
+    for path in _record_files(results):
+        record = _read(path)
+        (current if record["numerics"] == numerics else stale).append(record)
+    return Records(results, numerics, tuple(current), tuple(stale))
+
+
+def load(results: str | Path = "results") -> "pandas.DataFrame":
+    """One row per record of every NUMERICS, with dotted columns, for notebooks.
+
+    Settings stand under their own names ("seed", "norm.name", "batch.stat_batch"), results under the record's
+    ("final.moving.accuracy", "host.seconds", ...), curves as lists ("curves.moving").
+    """
+    import pandas
+
+    rows = []
+    for path in _record_files(Path(results)):
+        record = _read(path)
+        row = {key: record.get(key) for key in ("id", "numerics", "status", "reason", "parameters")}
+        row |= _flat(record["config"], "")
+        for part in ("final", "data", "host", "curves"):
+            row |= _flat(record.get(part) or {}, f"{part}.")
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def row_key(config: Mapping[str, Any]) -> str:
+    """Equal for two configs exactly when their runs belong to the same row."""
+    return json.dumps({key: value for key, value in config.items() if key not in _LOOSE}, sort_keys=True)
+
+
+def _by_row(group: tuple[Record, ...]) -> dict[str, list[Record]]:
+    rows: dict[str, list[Record]] = {}
+    for record in group:
+        rows.setdefault(row_key(record["config"]), []).append(record)
+    return rows
+
+
+def _record_files(results: Path) -> list[Path]:
+    folder = results / "records"
+    if any(path.exists() and not path.is_dir() for path in (results, folder)):
+        raise UserError(f"{results} is not a results folder: expected a folder with a folder 'records' in it")
+    # A hidden file is one that its writer has not renamed to its final name.
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
+def _read(path: Path) -> Record:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): change its permissions or move it away") from error
+    except ValueError as error:
+        raise UserError(_broken(path, f"no valid JSON ({error}); it may be truncated")) from error
+    if problem := _problem(record, path.stem):
+        raise UserError(_broken(path, problem))
+    return record
+
+
+def _broken(path: Path, problem: str) -> str:
+    return f"{path} is not a usable record: {problem}. Move it out of {path.parent} (or delete it) and run it again"
+
+
+def _problem(record: Any, stem: str) -> str | None:
+    """What keeps a parsed file from being a record; None when nothing does."""
+    if not isinstance(record, dict):
+        return f"expected a JSON object, found {type(record).__name__}"
+    for key, kind in (("id", str), ("numerics", int), ("status", str), ("config", dict)):
+        if not isinstance(record.get(key), kind):
+            return f"{key!r} is {record.get(key)!r}, expected a value of type {kind.__name__}"
+    if record["id"] != stem:
+        return f"its id {record['id']!r} is not the file's name {stem!r} (renamed, or a copy)"
+    if record["status"] not in ("done", "failed"):
+        return f"'status' is {record['status']!r}, expected 'done' or 'failed'"
+    if not isinstance(record["config"].get("seed"), int):
+        return f"'config.seed' is {record['config'].get('seed')!r}, expected an integer"
+    if record["status"] == "done":
+        final = record.get("final")
+        if not isinstance(final, dict) or not final:
+            return "it is 'done' but has no 'final' values"
+        for name, values in final.items():
+            if not isinstance(values, dict) or not isinstance(values.get("accuracy"), int | float):
+                return f"'final.{name}' has no number 'accuracy'"
+    return None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

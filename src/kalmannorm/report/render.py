@@ -1,0 +1,179 @@
+"""A table as Markdown, CSV, LaTeX and aligned text. All of them hold the same cells and say the same below them."""
+
+import csv as csv_format
+import io
+import re
+import textwrap
+from typing import NamedTuple
+
+from kalmannorm.report.cells import Cell
+from kalmannorm.report.table import Row, Table, describe, mark
+
+WIDTH = 100  # characters of a terminal line
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "−": r"$-$",
+    "×": r"$\times$",
+    "–": "--",
+    "…": r"\ldots{}",
+}
+
+
+class Text(NamedTuple):
+    """What stands in one place of the grid."""
+
+    text: str
+    marks: str = ""
+
+
+def grid(table: Table) -> list[list[Text]]:
+    """The table's rows as text, one list per row, as wide as its header."""
+    rows = []
+    for row in table.rows:
+        line = [Text(row.label), Text(f"({row.batch[0]}, {row.batch[1]})")]
+        for cell in row.cells:
+            line.append(Text(_value(cell), table.marks(cell)))
+            if table.paper_note:
+                line.append(Text(_paper(row, cell)))
+        counts = dict.fromkeys(str(len(cell.by_seed)) for cell in row.cells)
+        rows.append([*line, Text("/".join(counts))])
+    return rows
+
+
+def markdown(table: Table) -> str:
+    """A pipe table, the caption above it and the notes below."""
+
+    def written(place: Text) -> str:
+        return _escape_markdown(place.text) + (f"<sup>{place.marks}</sup>" if place.marks else "")
+
+    rule = [":--", ":--", *[":-:"] * (len(table.header) - 2)]
+    lines = [[*map(_escape_markdown, table.header)], rule, *[[written(place) for place in row] for row in grid(table)]]
+    parts = [
+        f"**{_escape_markdown(table.title)}.** {_escape_markdown(table.caption)}",
+        "\n".join(f"| {' | '.join(line)} |" for line in lines),
+        *(f"<sup>{mark(i)}</sup> {_escape_markdown(note)}" for i, note in enumerate(table.footnotes)),
+        *map(_escape_markdown, _below(table)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def text(table: Table) -> str:
+    """Aligned columns for the terminal, wrapped at WIDTH."""
+    rows = [list(table.header)]
+    rows += [[place.text + (f" [{place.marks}]" if place.marks else "") for place in row] for row in grid(table)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(place.ljust(width) for place, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rule = "-" * max(map(len, lines))
+    notes = [f"[{mark(i)}] {note}" for i, note in enumerate(table.footnotes)]
+    above = [_wrap(f"{table.title}."), _wrap(table.caption)]
+    return "\n".join([*above, "", lines[0], rule, *lines[1:], rule, *map(_wrap, (*notes, *_below(table)))]) + "\n"
+
+
+def latex(table: Table) -> str:
+    """A table environment for the booktabs package."""
+
+    def written(place: Text) -> str:
+        return escape_latex(place.text) + (rf"\textsuperscript{{{place.marks}}}" if place.marks else "")
+
+    lines = [[*map(escape_latex, table.header)], *[[written(place) for place in row] for row in grid(table)]]
+    header, *body = [f"    {' & '.join(line)} \\\\" for line in lines]
+    notes = [rf"\textsuperscript{{{mark(i)}}} {escape_latex(note)}" for i, note in enumerate(table.footnotes)]
+    below = " \\\\\n".join(f"  {line}" for line in (*notes, *map(escape_latex, _below(table))))
+    return "\n".join(
+        [
+            "% needs \\usepackage{booktabs}",
+            r"\begin{table}",
+            r"  \centering",
+            rf"  \caption{{{escape_latex(table.title)}. {escape_latex(table.caption)}}}",
+            rf"  \label{{tab:{re.sub('[^A-Za-z0-9-]', '-', table.stem)}}}",
+            rf"  \begin{{tabular}}{{ll{'c' * (len(table.header) - 2)}}}",
+            r"    \toprule",
+            header,
+            r"    \midrule",
+            *body,
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            r"  \par\smallskip\raggedright\footnotesize",
+            below,
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def csv(table: Table) -> str:
+    """Long form, one line per cell, then one per difference to the baseline (half_width: of its interval; n: pairs)."""
+    out = io.StringIO()
+    writer = csv_format.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["kind", "row", "label", "grad_batch", "stat_batch", "column", "state", "mean", "half_width", "n", "seeds"]
+        + ["values", "paper", "paper_grad_batch", "paper_stat_batch", "records", "notes"]
+    )
+    for row in table.rows:
+        for cell in row.cells:
+            mean, half_width = (cell.summary.mean, cell.summary.half_width) if cell.summary else (None, None)
+            paper = ["", "", ""] if cell.paper is None else [cell.paper, *row.paper_batch]
+            writer.writerow(
+                ["accuracy", row.key, row.label, *row.batch, cell.column, cell.state]
+                + [_number(mean), _number(half_width), len(cell.by_seed), " ".join(map(str, cell.by_seed))]
+                + [" ".join(map(_number, cell.by_seed.values())), *paper, " ".join(cell.ids), "; ".join(cell.notes)]
+            )
+    for contrast in table.contrasts:
+        found = contrast.difference
+        numbers = ["", "", 0] if found is None else [_number(found.mean), _number(found.half_width), found.n]
+        state = found.verdict if found else contrast.remark
+        writer.writerow(
+            ["difference", f"{contrast.row} - {contrast.baseline}", "", "", "", contrast.column, state, *numbers]
+            + ["", "", "", "", "", "", describe(contrast)]
+        )
+    return out.getvalue()
+
+
+def escape_latex(text: str) -> str:
+    """Text with LaTeX's special characters, and the signs that its default fonts lack, as commands."""
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def _below(table: Table) -> list[str]:
+    return [*([table.paper_note] if table.paper_note else []), *table.remarks]
+
+
+def _value(cell: Cell) -> str:
+    if cell.summary is None:
+        return cell.state
+    half_width = "" if cell.summary.half_width is None else f" ± {cell.summary.half_width:.2f}"
+    return f"{cell.summary.mean:.2f}{half_width}"
+
+
+def _paper(row: Row, cell: Cell) -> str:
+    if cell.paper is None:
+        return "–"
+    elsewhere = f" ({row.paper_batch[0]}, {row.paper_batch[1]})" if row.paper_batch != row.batch else ""
+    return f"{cell.paper}{elsewhere}"  # as printed: 90.0, not 90.00
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _wrap(paragraph: str) -> str:
+    return textwrap.fill(paragraph, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _escape_markdown(text: str) -> str:
+    """Text that Markdown prints as it is, also inside a pipe table."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text).replace("<", "&lt;")
