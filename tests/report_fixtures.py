@@ -17,7 +17,7 @@ def config(norm: str = "bn", stat_batch: int | None = 2, **options: Any) -> dict
     kalman = norm in ("bkn", "gkn")
     chosen: dict[str, Any] = {"name": norm, "options": options}
     if kalman:
-        chosen |= {"preset": "paper", "predictor": None, "options": {"gain": 0.5, **options}}
+        chosen |= {"preset": "paper", "predictor": "closed", "options": {"gain": 0.5, **options}}
     return {
         "dataset": {"name": "digits", "classes": 10, "pad": 4, "flip": False},
         "arch": {"name": "inception_cifar", "width": 1.0},
@@ -39,7 +39,7 @@ def card(**changes: Any) -> dict[str, Any]:
     """Table 7 with one row of ours."""
     rows = [
         {"key": "bn_stat2", "label": "BN", "ours": False, "config": config()},
-        {"key": "bn_stat128", "label": "BN", "ours": False, "config": config(stat_batch=None)},
+        {"key": "bn_stat128", "label": "BN", "ours": False, "config": config(stat_batch=128)},
         {"key": "kn_stat2", "label": "KN", "ours": False, "config": config("bkn")},
         {"key": "kn_output", "label": "KN, belief=output", "ours": True, "config": config("bkn", belief="output")},
     ]
@@ -58,7 +58,7 @@ def card(**changes: Any) -> dict[str, Any]:
 def figure_card(**changes: Any) -> dict[str, Any]:
     """Figure 5 over two rows of the table."""
     rows = [row for row in card()["rows"] if row["key"] in ("bn_stat2", "kn_stat2")]
-    return {"name": "figure5", "title": "Figure 5", "rows": rows, "bn": "bn_stat2", "kn": "kn_stat2"} | changes
+    return {"name": "figure5", "kind": "figure", "title": "Figure 5", "rows": rows} | changes
 
 
 def write_record(
@@ -95,8 +95,17 @@ def write_record(
             "parameters": 903_018 + (1_600 if determining["norm"]["name"] == "bkn" else 0),
             "curves": {"epoch": [1, 2], "moving": [50.0, moving], "online": [50.0, online]},
             "final": {**final, "precise": final["moving"]},
-            "norms": {"gains": {}, "order": [f"block{i // 6}.b{i % 6}.bn" for i in range(LAYERS)]},
-            "data": {"name": determining["dataset"]["name"], "fidelity": "1,797 of 1,797 exact", "sha256": sha256},
+            "norms": {
+                "gains": {},
+                "order": [f"block{i // 6}.b{i % 6}.bn" for i in range(LAYERS)],
+                "last": ["block2.b5.bn", "block3.b0.bn"],
+            },
+            "data": {
+                "name": determining["dataset"]["name"],
+                "fidelity": "1,797 of 1,797 exact",
+                "sha256": sha256,
+                "train_images": 1437,
+            },
         }
     folder = results / "records"
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,4 +124,6 @@ def write_arrays(path: Path, seed: int, kalman: bool) -> None:
     arrays = {"gap_measured": spread * moving[:, None], "moving_var": moving, "layer_gap_measured": layers}
     if kalman:
         arrays |= {"gap_used": arrays["gap_measured"] * 0.5, "layer_gap_used": layers * 0.5}
-    np.savez(path, **{key: value.astype(np.float32) for key, value in arrays.items()})
+    half = CHANNELS // 2
+    last = np.array([half, CHANNELS - half])
+    np.savez(path, last_channels=last, **{key: value.astype(np.float32) for key, value in arrays.items()})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kalmannorm.belief import Belief
-    from kalmannorm.convert import belief_report, convert, fold
+    from kalmannorm.conversion import belief_report, convert, fold
     from kalmannorm.norm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm
     from kalmannorm.statistics import precise_statistics, set_statistics
 
@@ -20,9 +20,9 @@ _HOME = {
     "KalmanBatchNorm2d": "kalmannorm.norm",
     "KalmanGroupNorm": "kalmannorm.norm",
     "NORMS": "kalmannorm.norm",
-    "belief_report": "kalmannorm.convert",
-    "convert": "kalmannorm.convert",
-    "fold": "kalmannorm.convert",
+    "belief_report": "kalmannorm.conversion",
+    "convert": "kalmannorm.conversion",
+    "fold": "kalmannorm.conversion",
     "precise_statistics": "kalmannorm.statistics",
     "set_statistics": "kalmannorm.statistics",
 }

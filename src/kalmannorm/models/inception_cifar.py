@@ -48,7 +48,7 @@ class Inception(nn.Module):
 class InceptionCifar(nn.Module):
     """x [N, 3, 32, 32] -> logits [N, classes]. `width` scales every number of filters, for quick runs."""
 
-    last_normalizers = ("block3.b1.bn", "block3.b3.1.bn", "block3.b5.1.bn", "block3.pool.bn")
+    last_normalizers = ("blocks.2.b1.bn", "blocks.2.b3.1.bn", "blocks.2.b5.1.bn", "blocks.2.pool.bn")
 
     def __init__(self, classes: int = 10, width: float = 1.0, hidden: int = 0) -> None:
         super().__init__()
@@ -57,16 +57,17 @@ class InceptionCifar(nn.Module):
             return max(1, round(filters * width))
 
         self.stem = Unit(3, w(32), 3, stride=2)
+        blocks: list[Inception] = []
         channels = w(32)
-        for i, (b1, b3, b5, pool) in enumerate(FILTERS, 1):
-            block = Inception(channels, w(b1), (w(b3[0]), w(b3[1])), (w(b5[0]), w(b5[1])), w(pool))
-            self.add_module(f"block{i}", block)
-            channels = block.channels
+        for b1, b3, b5, pool in FILTERS:
+            blocks.append(Inception(channels, w(b1), (w(b3[0]), w(b3[1])), (w(b5[0]), w(b5[1])), w(pool)))
+            channels = blocks[-1].channels
+        self.blocks = nn.Sequential(*blocks)
         self.hidden = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU()) if hidden else nn.Identity()
         self.fc = nn.Linear(hidden or channels, classes)
         he_init(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.block3(self.block2(self.block1(self.stem(x))))
+        x = self.blocks(self.stem(x))
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
         return self.fc(self.hidden(x))

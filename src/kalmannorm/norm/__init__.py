@@ -14,7 +14,10 @@ from kalmannorm.norm.group import GroupNorm, channel_groups
 from kalmannorm.norm.kalman import Estimator, KalmanBatchNorm2d, KalmanGroupNorm
 
 
-def _gn(num_features: int, *, stat_batch: int | None = None, **options: Any) -> GroupNorm:
+# Those that know no statistics batch and no moving averages are handed both all the same, and ignore them.
+def _gn(
+    num_features: int, *, stat_batch: int | None = None, momentum: float | None = None, **options: Any
+) -> GroupNorm:
     return GroupNorm(num_features, **options)
 
 
@@ -22,6 +25,7 @@ def _gkn(
     num_features: int,
     *,
     stat_batch: int | None = None,
+    momentum: float | None = None,
     num_groups: int | None = None,
     max_groups: int = 32,
     **options: Any,

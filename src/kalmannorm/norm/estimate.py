@@ -7,6 +7,7 @@ Input x [N, C, ...] in G groups, statistics per (group, channel). Two forms of t
   backward makes one reduction and one elementwise sweep.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def normalize_by_posterior(
         prior = Belief(prior.mean.expand(shape), prior.var.expand(shape))
     # The native kernels know groups only in contiguous memory; on a GPU the plain form is compiled by default.
     native = x.is_contiguous() and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    form = _Native.apply if native else _plain
+    form: Callable[..., tuple[Tensor, ...]] = _Native.apply if native else _plain
     gain = torch.as_tensor(gain, dtype=moments_dtype(x), device=x.device)
     y, mean, var, measured_mean, measured_var = form(
         x, number, *(prior or (None, None)), gain, weight, bias, eps, mixture, guard

@@ -19,10 +19,10 @@ def count(batch: int, stat_batch: int | None) -> int:
 
 
 def split(x: Tensor, groups: int) -> Tensor:
-    """[N, C, ...] -> a view [N / G, G, C, ...] in which [:, g] are the images of group g. Free in every memory format."""
+    """[N, C, ...] -> a view [N / G, G, C, ...]; [:, g] are the images of group g. Free in every memory format."""
     return x.unflatten(0, (x.shape[0] // groups, groups))
 
 
 def merge(split: Tensor, shape: torch.Size) -> Tensor:
-    """Back from a fresh tensor of groups to [N, C, ...], not as a view: an in-place ReLU on a view costs copies in backward."""
+    """A fresh tensor of groups as [N, C, ...] again; not a view, on which an in-place ReLU would cost copies."""
     return torch.ops.aten._unsafe_view(split, shape)

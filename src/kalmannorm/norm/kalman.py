@@ -52,12 +52,17 @@ class Estimator(nn.Module):
         """q, the weight of the measurement."""
         return self.initial_gain if self.gain_logit is None else torch.sigmoid(self.gain_logit)
 
+    @property
+    def gain_value(self) -> float:
+        """q as a number, for records."""
+        return float(torch.as_tensor(self.gain).detach())
+
     def predicted(self, prior: Belief) -> Belief:
         """The prior with R on its variance (Eq. 7 line 3)."""
         return prior if self.noise_raw is None else Belief(prior.mean, prior.var + F.softplus(self.noise_raw))
 
     def tie_idle(self, weight: Tensor) -> Tensor:
-        """`weight`, unchanged, made to depend on q and R: without a prior they are idle, but DDP waits for their gradients."""
+        """`weight`, unchanged, as a function of q and R: idle without a prior, but DDP waits for their gradients."""
         for parameter in (self.gain_logit, self.noise_raw):
             if parameter is not None and parameter.requires_grad:
                 weight = weight + 0 * parameter.sum()
@@ -93,8 +98,8 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         moving_unbiased: Bessel's correction on the moving variance, as torch's BatchNorm has it.
         first_unbiased: without a prior, hand on the unbiased variance (the released code's fused first layer).
 
-    (x [N, C, H, W] or [N, C], prior: Belief [rows, C] | None) -> (y like x, Belief [groups, C]). A prior has one row per
-    group, or a single one for all. ValueError: a batch that does not divide; statistics of a single value.
+    (x [N, C, H, W] or [N, C], prior: Belief [rows, C] | None) -> (y like x, Belief [groups, C]). A prior has one row
+    per group, or a single one for all. ValueError: a batch that does not divide; statistics of a single value.
     Source: paper Eq. 7; rows are groups, interleaved (norm/groups.py).
     """
 

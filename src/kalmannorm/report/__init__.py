@@ -3,15 +3,14 @@
 `write` makes the files of an experiment card, `load` gives notebooks the records as a DataFrame.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kalmannorm.errors import UserError
 from kalmannorm.report import render
 from kalmannorm.report import table as tables
 from kalmannorm.report.read import Record, Records, load, records
+from kalmannorm.runs.record import write_atomically
 
 __all__ = ["Record", "Records", "load", "records", "write"]
 
@@ -20,11 +19,11 @@ def write(card: Mapping[str, Any], found: Records, out: Path) -> list[Path]:
     """Write the files of a card to `out` and return their paths.
 
     A table card: <name>_<dataset>_<budget>.md, .csv, .tex and, once a cell has a value, its picture as .png and .pdf.
-    A figure card (one with "bn" and "kn"): .png and .pdf of Figure 5 and of the gaps per layer. Raises UserError when
+    A card of kind "figure": .png and .pdf of Figure 5 and of the gaps per layer. Raises UserError when
     a figure has no run to draw, or when a file cannot be written; every file is written whole or not at all.
     """
     name = tables.stem(card)
-    if "bn" in card and "kn" in card:
+    if card.get("kind") == "figure":
         from kalmannorm.report import figure
 
         drawn = {name: figure.figure5(card, found)}
@@ -39,20 +38,6 @@ def write(card: Mapping[str, Any], found: Records, out: Path) -> list[Path]:
 
             picture = figure.accuracy_bars(table)
             files |= {f"{name}.{kind}": figure.encode(picture, kind) for kind in ("png", "pdf")}
-    return [_write(out / file, content) for file, content in files.items()]
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Write to a hidden file beside `path`, then rename: a reader sees the old file or the new one, nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        what = "free space or change the permissions, then report again"
-        raise UserError(f"cannot write {path} ({error.strerror}): {what}") from error
-    return path
+    for file, content in files.items():
+        write_atomically(out / file, content)
+    return [out / file for file in files]

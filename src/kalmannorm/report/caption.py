@@ -13,8 +13,6 @@ KIND_OF_STATISTICS = {
     "online": "Online: computed from the evaluation batch, in the same groups as in training.",
     "precise": "Precise: population statistics re-estimated on training batches after training.",
 }
-# The predictor that a preset stands for where the config leaves it open (the presets themselves are norm/'s).
-PRESET_PREDICTOR = {"paper": "closed form", "released": "sampling", "talk": "closed form", "v1": "closed form"}
 
 
 def what_was_trained(configs: Sequence[Config], runs: Sequence[Record]) -> str:
@@ -28,7 +26,10 @@ def estimators(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         if row["config"]["norm"].get("preset"):
             said.setdefault(_estimator(row["config"]["norm"]), []).append(row_label(row))
-    return " ".join(f"{' and '.join(labels)}: {text}." for text, labels in said.items())
+    sentences = [f"{' and '.join(labels)}: {text}." for text, labels in said.items()]
+    if any("initial gain" in text for text in said):
+        sentences.append("The initial gain is ours: no source gives one.")
+    return " ".join(sentences)
 
 
 def arithmetic(settings: Sequence[Setting]) -> str:
@@ -61,10 +62,14 @@ def short(configs: Sequence[Config]) -> str:
     return ", ".join((*map(_joined, names), budget))
 
 
-def batches(config: Config) -> tuple[int, int]:
-    """(grad_batch, stat_batch) of a config; a stat_batch left open is the whole batch."""
-    grad = int(config["batch"]["grad_batch"])
-    return grad, int(config["batch"].get("stat_batch") or grad)
+def batches(config: Config) -> tuple[int, int | None]:
+    """(grad_batch, stat_batch) of a config; a normalizer without batch statistics has no stat_batch."""
+    return int(config["batch"]["grad_batch"]), config["batch"].get("stat_batch")
+
+
+def pair(batch: tuple[int, int | None]) -> str:
+    """ "(128, 2)"; "(128, –)" without a stat_batch."""
+    return f"({batch[0]}, {'–' if batch[1] is None else batch[1]})"
 
 
 def row_label(row: Mapping[str, Any]) -> str:
@@ -72,10 +77,13 @@ def row_label(row: Mapping[str, Any]) -> str:
     return f"{row['label']} (ours)" if row.get("ours") else str(row["label"])
 
 
-def named_row(row: Mapping[str, Any]) -> str:
-    """A row's name with its batches, where it stands alone: "KN (128, 2)"."""
-    grad, stat = batches(row["config"])
-    return f"{row_label(row)} ({grad}, {stat})"
+def row_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Per key the row's name where it stands alone: its label, with the batches where others have the same label."""
+    labels = [row_label(row) for row in rows]
+    return {
+        row["key"]: label if labels.count(label) == 1 else f"{label} {pair(batches(row['config']))}"
+        for row, label in zip(rows, labels, strict=True)
+    }
 
 
 def distinct(configs: Sequence[Config], *path: str) -> list[Any]:
@@ -110,10 +118,10 @@ def _budget(configs: Sequence[Config], runs: Sequence[Record]) -> str:
 
 
 def _images(budget: Config, runs: Sequence[Record]) -> str:
-    if budget.get("subset"):
-        return f"{budget['subset']:,} training images"
-    counts = {(run.get("data") or {}).get("train_images") for run in runs} - {None}
-    return f"all {counts.pop():,} training images" if len(counts) == 1 else "all training images"
+    of_budget = [run for run in runs if run["config"]["budget"] == budget]
+    counts = sorted({(run.get("data") or {}).get("train_images") or 0 for run in of_budget} - {0})
+    said = " / ".join(f"{count:,} " for count in counts or [budget.get("subset") or 0] if count)
+    return f"{said}training images (a class-balanced subset)" if budget.get("subset") else f"all {said}training images"
 
 
 def _architecture(configs: Sequence[Config], runs: Sequence[Record]) -> str:
@@ -129,11 +137,11 @@ def _architecture(configs: Sequence[Config], runs: Sequence[Record]) -> str:
 
 def _estimator(norm: Config) -> str:
     options = norm.get("options") or {}
-    predictor = norm.get("predictor") or PRESET_PREDICTOR.get(norm["preset"], "of the preset")
+    predictor = {"closed": "closed form", None: "of the preset"}.get(norm.get("predictor"), norm.get("predictor"))
     if options.get("gain") is None:
         gain = "gain of the preset"
     elif options.get("learn_gain", True):
-        gain = f"initial gain {options['gain']:g} (learned; the start is ours, no source gives one)"
+        gain = f"initial gain {options['gain']:g} (learned)"
     else:
         gain = f"gain {options['gain']:g} (fixed)"
     return f"preset {norm['preset']}, predictor {predictor}, {gain}, belief={options.get('belief', 'posterior')}"

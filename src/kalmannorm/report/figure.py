@@ -42,28 +42,24 @@ CLIP = (1, 99)  # percentiles of a row of panels between which its colours sprea
 def figure5(card: Mapping[str, Any], records: Records) -> "Figure":
     """Gap between every batch's variance and the moving variance: BN's, KN's posterior, KN's measurement.
 
-    Top: absolute. Bottom: over the moving variance, as the absolute variances of two networks do not compare. Needs
-    "bn" and "kn" of the card: the keys of two rows; "seed" of the card is drawn where both rows have it.
+    Top: absolute. Bottom: over the moving variance, as the absolute variances of two networks do not compare. The
+    card's first two rows are BN's and KN's; the seed "seed" of the card is drawn where both rows have it.
     """
     from matplotlib.figure import Figure
 
-    bn, kn = gaps.one_seed(
-        gaps.of_row(card, card["bn"], records, command(card)),
-        gaps.of_row(card, card["kn"], records, command(card)),
-        card.get("seed"),
-    )
-    names = {row["key"]: caption.named_row(row) for row in card["rows"]}
-    panels = [(f"{names[card['bn']]}: measurement", bn, bn.measured)]
+    (bn_name, bn_runs), (kn_name, kn_runs) = _compared(card, records)
+    bn, kn = gaps.one_seed(bn_runs, kn_runs, card.get("seed"))
+    panels = [(f"{bn_name}: measurement", bn, bn.measured)]
     if kn.used is not None:
-        panels.append((f"{names[card['kn']]}: posterior", kn, kn.used))
-    panels.append((f"{names[card['kn']]}: measurement", kn, kn.measured))
+        panels.append((f"{kn_name}: posterior", kn, kn.used))
+    panels.append((f"{kn_name}: measurement", kn, kn.measured))
 
     with _style():
         figure = Figure(figsize=(WIDTH, 7.4), layout="constrained")
         axes = figure.subplots(2, len(panels), sharex="col", sharey="col", squeeze=False)
-        _maps(figure, list(axes[0]), panels, [gap for _, _, gap in panels], "variance gap", log=True)
+        _maps(figure, list(axes[0]), panels, [gap for _, _, gap in panels], "variance gap")
         relative = [run.relative(gap) for _, run, gap in panels]
-        _maps(figure, list(axes[1]), panels, relative, "variance gap / moving variance", log=False)
+        _maps(figure, list(axes[1]), panels, relative, "variance gap / moving variance")
         for axis, (_, _, gap) in zip(axes[1], panels, strict=True):
             axis.set_xlabel(f"batches, in {gap.shape[1]} bins")
         figure.supylabel(f"channels of the last normalizers ({len(bn.moving)})", fontsize=8)
@@ -75,14 +71,12 @@ def figure5_layers(card: Mapping[str, Any], records: Records) -> "Figure":
     """Mean relative gap per normalizer in network order, mean over seeds with a band from the lowest to the highest."""
     from matplotlib.figure import Figure
 
-    bn = gaps.of_row(card, card["bn"], records, command(card))
-    kn = gaps.of_row(card, card["kn"], records, command(card))
-    names = {row["key"]: caption.named_row(row) for row in card["rows"]}
+    (bn_name, bn), (kn_name, kn) = _compared(card, records)
     posteriors = [run.layer_used for run in kn if run.layer_used is not None]
     lines = [
-        (f"{names[card['bn']]}: measurement", [run.layer_measured for run in bn], ORANGE, "s", "-"),
-        (f"{names[card['kn']]}: measurement", [run.layer_measured for run in kn], SKY, "^", "--"),
-        (f"{names[card['kn']]}: posterior", posteriors, BLUE, "o", "-"),
+        (f"{bn_name}: measurement", [run.layer_measured for run in bn], ORANGE, "s", "-"),
+        (f"{kn_name}: measurement", [run.layer_measured for run in kn], SKY, "^", "--"),
+        (f"{kn_name}: posterior", posteriors, BLUE, "o", "-"),
     ]
     with _style():
         figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
@@ -99,7 +93,8 @@ def figure5_layers(card: Mapping[str, Any], records: Records) -> "Figure":
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
         band = " Band: from the lowest to the highest seed." if max(len(bn), len(kn)) > 1 else ""
         setting = caption.short([row["config"] for row in card["rows"]])
-        figure.supxlabel(_wrapped(f"Normalizers in network order. {setting}.{band}"), fontsize=8, x=0.01, ha="left")
+        said = f"Normalizers in network order; {setting}. KN's moving variance is its posterior's average.{band}"
+        figure.supxlabel(_wrapped(said), fontsize=8, x=0.01, ha="left")
     return figure
 
 
@@ -138,7 +133,6 @@ def accuracy_bars(table: Table) -> "Figure":
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.set_xlabel("top-1 accuracy after the last epoch (%)")
-        axis.set_ylabel("normalizer (grad_batch, stat_batch)")
         axis.set_title(f"{textwrap.fill(table.title, 90)}\n{table.setting}", loc="left")
         kinds = [(column, *STATISTICS.get(column, (GREY, "o"))) for column in table.columns]
         handles = [
@@ -164,22 +158,30 @@ def encode(figure: "Figure", kind: str) -> bytes:
     return out.getvalue()
 
 
+def _compared(card: Mapping[str, Any], records: Records) -> list[tuple[str, list[Gaps]]]:
+    """Name and runs of BN's row and of KN's."""
+    names = caption.row_names(card["rows"])
+    return [(names[row["key"]], gaps.of_row(card, row, records, command(card))) for row in card["rows"][:2]]
+
+
 def _maps(
     figure: "Figure",
     axes: "Sequence[Axes]",
     panels: Sequence[tuple[str, Gaps, Array]],
     values: Sequence[Array],
     label: str,
-    log: bool,
 ) -> None:
-    """One row of panels under one colour scale."""
-    from matplotlib.colors import LogNorm, Normalize
+    """One row of panels under one colour scale.
+
+    Logarithmic: channels, and KN's posterior and measurement, differ by orders of magnitude.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     everything = np.concatenate([value.ravel() for value in values])
-    drawn = everything[np.isfinite(everything) & ((everything > 0) | (not log))]
-    low, high = np.percentile(drawn, CLIP) if drawn.size else (0.1, 1.0)
-    high = max(high, low * (1 + 1e-6) + 1e-12)
-    norm = LogNorm(low, high) if log else Normalize(0, high)
+    positive = everything[np.isfinite(everything) & (everything > 0)]
+    low, high = np.percentile(positive, CLIP) if positive.size else (0.1, 1.0)
+    norm = LogNorm(low, max(high, low * 1.01))
     image = None
     for axis, (title, _, _), value in zip(axes, panels, values, strict=True):
         clipped = np.clip(value, norm.vmin, norm.vmax)
@@ -187,11 +189,36 @@ def _maps(
         image = axis.imshow(clipped, norm=norm, cmap="cividis", aspect="auto", interpolation="antialiased")
         axis.set_title(f"{title}\nmean {np.nanmean(value):.3g}, median {np.nanmedian(value):.3g}", loc="left")
         axis.spines[:].set_visible(False)
+        _name_channels(axis, panels[0][1])
     for axis in axes[1:]:
-        axis.tick_params(labelleft=False)
+        axis.tick_params(left=False, labelleft=False)
     assert image is not None  # panels are never empty
-    bar = figure.colorbar(image, ax=list(axes), extend="both" if log else "max", pad=0.01, aspect=30)
+    bar = figure.colorbar(image, ax=list(axes), extend="both", pad=0.01, aspect=30)
     bar.set_label(label)
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else range(1, 10)))
+    bar.ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _name_channels(axis: "Axes", run: Gaps) -> None:
+    """Each normalizer's name beside its channels; the channels' numbers where a record does not say whose they are."""
+    if run.last:
+        ends = np.cumsum([0, *run.last.values()])
+        axis.set_yticks((ends[:-1] + ends[1:] - 1) / 2, _without_common_parts(list(run.last)))
+        axis.tick_params(axis="y", length=0)
+        for end in ends[1:-1]:
+            axis.axhline(end - 0.5, color="white", linewidth=0.8)
+
+
+def _without_common_parts(names: list[str]) -> list[str]:
+    """["block3.b1.bn", "block3.pool.bn"] -> ["b1", "pool"]."""
+    split = [name.split(".") for name in names]
+    if len(names) > 1:
+        while all(len(parts) > 1 for parts in split) and len({parts[0] for parts in split}) == 1:
+            split = [parts[1:] for parts in split]
+        while all(len(parts) > 1 for parts in split) and len({parts[-1] for parts in split}) == 1:
+            split = [parts[:-1] for parts in split]
+    return [".".join(parts) for parts in split]
 
 
 def _line(axis: "Axes", runs: Array, label: str, colour: str, marker: str, dashes: str) -> None:
@@ -214,9 +241,10 @@ def _explain(card: Mapping[str, Any], bn: Gaps, kn: Gaps) -> str:
     return _wrapped(
         f"{caption.short([row['config'] for row in card['rows']])}; {runs}, "
         f"runs {bn.record['id']} and {kn.record['id']}. "
-        f"Training set without augmentation: {binned}. Top: |variance − moving variance|, "
-        f"logarithmic colours from the {CLIP[0]}st to the {CLIP[1]}th percentile of the row. Bottom: the same over the "
-        f"moving variance, linear colours from 0 to the {CLIP[1]}th percentile. The posterior is what normalizes in KN."
+        f"Training set without augmentation: {binned}. Top: |variance − moving variance|. Bottom: the same over the "
+        f"moving variance. One logarithmic colour scale per row, from its {CLIP[0]}st to its {CLIP[1]}th percentile. "
+        "The posterior is what normalizes in KN, and KN's moving variance is the posterior's average: where prior and "
+        "measurement disagree throughout, the measurement's gap has a part that no larger batch removes."
     )
 
 

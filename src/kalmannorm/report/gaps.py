@@ -16,6 +16,7 @@ from kalmannorm.report.read import Record, Records
 Array = NDArray[np.float64]
 CHANNELS = ("gap_measured", "moving_var")  # every record with batch statistics has these; KN has gap_used as well
 LAYERS = ("layer_gap_measured",)
+EPS = 1e-5  # torch's default for normalizers, which the models here keep: a channel that is always 0 divides by it
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Gaps:
     moving: Array  # [C]: the moving variance
     layer_measured: Array  # [K]: relative gap per normalizer, in network order
     layer_used: Array | None  # [K]
+    last: dict[str, int]  # the last normalizers, with their channels, in the order of C; empty where not known
     batches: int | None  # how many batches the bins hold; None where that is not known
 
     @property
@@ -43,20 +45,19 @@ class Gaps:
         return names if len(names) == count else [str(i + 1) for i in range(count)]
 
     def relative(self, gap: Array) -> Array:
-        """A gap [C, B] over the moving variance; NaN at channels whose moving variance is 0."""
-        moving = np.where(self.moving > 0, self.moving, np.nan)
-        return gap / moving[:, None]
+        """A gap [C, B] over what the normalizer divides by, the moving variance plus EPS."""
+        return gap / (self.moving[:, None] + EPS)
 
 
-def of_row(card: Mapping[str, Any], key: str, records: Records, command: str) -> list[Gaps]:
+def of_row(card: Mapping[str, Any], row: Mapping[str, Any], records: Records, command: str) -> list[Gaps]:
     """The gaps of a row's runs, in the order of their seeds. Raises UserError when there is none."""
-    row = next(row for row in card["rows"] if row["key"] == key)
     runs = records.of(row["config"])
     selection = cells.select(runs, cells.most_common([records.of(other["config"]) for other in card["rows"]]))
     if not selection.runs:
         state = f"all {len(runs)} failed" if selection.failed else "none is recorded"
+        what = f"{caption.row_names(card['rows'])[row['key']]} ({caption.short([row['config']])})"
         raise UserError(
-            f"{card['name']} needs a finished run of {caption.named_row(row)} ({caption.short([row['config']])}), "
+            f"{card['name']} needs a finished run of {what}, "
             f"but {state} in {records.folder / 'records'}. To run it: {command}"
         )
     return [_load(record, records.folder / "records" / f"{record['id']}.npz") for record in selection.runs]
@@ -94,13 +95,21 @@ def _load(record: Record, path: Path) -> Gaps:
         moving=arrays["moving_var"],
         layer_measured=arrays["layer_gap_measured"],
         layer_used=arrays.get("layer_gap_used"),
-        batches=_batches(record, arrays),
+        last=_last(record, arrays),
+        batches=_batches(record),
     )
 
 
-def _batches(record: Record, arrays: Mapping[str, Array]) -> int | None:
-    """From the array `groups` (batches per bin) where it is stored, else from the size of the training set."""
-    if "groups" in arrays:
-        return int(arrays["groups"].sum())
-    images = record["config"]["budget"].get("subset") or (record.get("data") or {}).get("train_images")
-    return int(images) // caption.batches(record["config"])[1] if images else None
+def _last(record: Record, arrays: Mapping[str, Array]) -> dict[str, int]:
+    """Names from the record, number of channels from the array `last_channels` where it is stored."""
+    names = (record.get("norms") or {}).get("last") or []
+    sizes = [int(size) for size in arrays.get("last_channels", ())]
+    fits = len(sizes) == len(names) and sum(sizes) == len(arrays["moving_var"])
+    return dict(zip(names, sizes, strict=True)) if fits else {}
+
+
+def _batches(record: Record) -> int | None:
+    """From the size of the training set; its last batch is filled up."""
+    grad, stat = caption.batches(record["config"])
+    images = (record.get("data") or {}).get("train_images")
+    return -(-int(images) // (stat or grad)) if images else None

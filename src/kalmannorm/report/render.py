@@ -6,6 +6,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
+from kalmannorm.report.caption import pair
 from kalmannorm.report.cells import Cell
 from kalmannorm.report.table import Row, Table, describe, mark
 
@@ -44,7 +45,7 @@ def grid(table: Table) -> list[list[Text]]:
     """The table's rows as text, one list per row, as wide as its header."""
     rows = []
     for row in table.rows:
-        line = [Text(row.label), Text(f"({row.batch[0]}, {row.batch[1]})")]
+        line = [Text(row.label), Text(pair(row.batch))]
         for cell in row.cells:
             line.append(Text(_value(cell), table.marks(cell)))
             if table.paper_note:
@@ -126,9 +127,9 @@ def csv(table: Table) -> str:
     for row in table.rows:
         for cell in row.cells:
             mean, half_width = (cell.summary.mean, cell.summary.half_width) if cell.summary else (None, None)
-            paper = ["", "", ""] if cell.paper is None else [cell.paper, *row.paper_batch]
+            paper = ["", "", ""] if cell.paper is None else [cell.paper, *_batches(row.paper_batch)]
             writer.writerow(
-                ["accuracy", row.key, row.label, *row.batch, cell.column, cell.state]
+                ["accuracy", row.key, row.label, *_batches(row.batch), cell.column, cell.state]
                 + [_number(mean), _number(half_width), len(cell.by_seed), " ".join(map(str, cell.by_seed))]
                 + [" ".join(map(_number, cell.by_seed.values())), *paper, " ".join(cell.ids), "; ".join(cell.notes)]
             )
@@ -162,8 +163,12 @@ def _value(cell: Cell) -> str:
 def _paper(row: Row, cell: Cell) -> str:
     if cell.paper is None:
         return "–"
-    elsewhere = f" ({row.paper_batch[0]}, {row.paper_batch[1]})" if row.paper_batch != row.batch else ""
+    elsewhere = f" {pair(row.paper_batch)}" if row.paper_batch != row.batch else ""
     return f"{cell.paper}{elsewhere}"  # as printed: 90.0, not 90.00
+
+
+def _batches(batch: tuple[int, int | None]) -> list[object]:
+    return ["" if size is None else size for size in batch]
 
 
 def _number(value: float | None) -> str:
@@ -171,9 +176,10 @@ def _number(value: float | None) -> str:
 
 
 def _wrap(paragraph: str) -> str:
-    return textwrap.fill(paragraph, WIDTH, break_long_words=False, break_on_hyphens=False)
+    indent = "  " if paragraph.startswith("- ") else ""
+    return textwrap.fill(paragraph, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _escape_markdown(text: str) -> str:
     """Text that Markdown prints as it is, also inside a pipe table."""
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text).replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")

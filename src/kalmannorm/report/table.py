@@ -3,6 +3,7 @@
 A card is a dict:
 
     name, title   "table7", what it reproduces
+    kind?         "table" (the default) or "figure", whose rows are BN's and KN's (figure.py)
     rows          [{"key", "label", "config", "ours"?: bool, "paper"?: path | None, "paper_batch"?: [grad, stat]}, ...]
     columns       kinds of statistics: names under a record's `final`
     paper?        path into paper_values.yaml; a cell's value stands at <paper>.<row key>.<column>
@@ -22,6 +23,12 @@ from kalmannorm.report.read import Records
 from kalmannorm.report.statistics import Difference, difference
 
 Card = Mapping[str, Any]
+VERDICTS = {
+    "exceeds": "larger than its interval",
+    "tie": "a tie, the interval contains 0",
+    "open": "open, no interval (one seed, or no spread over the seeds)",
+}
+APART = "not compared"  # how the remark of a difference between different data begins
 
 
 @dataclass(frozen=True)
@@ -30,14 +37,10 @@ class Row:
 
     key: str
     label: str  # with "(ours)" where it is no row of the papers
-    batch: tuple[int, int]  # grad_batch, stat_batch
-    paper_batch: tuple[int, int]  # those of the paper's value
+    name: str  # where it stands alone, outside the table
+    batch: tuple[int, int | None]  # grad_batch, stat_batch
+    paper_batch: tuple[int, int | None]  # those of the paper's value
     cells: tuple[Cell, ...]
-
-    @property
-    def name(self) -> str:
-        """The row where it stands alone: "KN (128, 2)"."""
-        return f"{self.label} ({self.batch[0]}, {self.batch[1]})"
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def table(card: Card, records: Records) -> Table:
     apart = _apart(selections)
     built = tuple(_row(card, *parts) for parts in zip(rows, selections, apart, strict=True))
     contrasts = _contrasts(card, built, selections)
-    dataset = caption.distinct([row["config"] for row in rows], "dataset", "name")
+    datasets = caption.distinct([row["config"] for row in rows], "dataset", "name")
+    same_data = card.get("paper_dataset") is None or datasets == [card["paper_dataset"]]
     return Table(
         name=card["name"],
         stem=stem(card),
@@ -107,8 +111,8 @@ def table(card: Card, records: Records) -> Table:
         contrasts=contrasts,
         footnotes=tuple(dict.fromkeys(note for row in built for cell in row.cells for note in cell.notes)),
         remarks=(*_verdicts(contrasts), *_stale(rows, records), *_not_run(card, built)),
-        paper_note=_paper_note(card, built),
-        same_data_as_paper=card.get("paper_dataset") in (None, *dataset) and len(dataset) == 1,
+        paper_note=_paper_note(card, built, same_data),
+        same_data_as_paper=same_data,
     )
 
 
@@ -143,24 +147,25 @@ def signed(value: float) -> str:
 
 
 def describe(contrast: Contrast) -> str:
-    """ "+1.20 ± 0.40, 3 pairs", without the names."""
+    """ "+1.20 ± 0.40 (3 pairs)", without the names."""
     if contrast.difference is None:
         return contrast.remark
     found = contrast.difference
     half_width = "" if found.half_width is None else f" ± {found.half_width:.2f}"
     count = f"{found.n} pair{'s' if found.n > 1 else ''}" if found.paired else f"unpaired, n = {found.n} or more"
-    return f"{signed(found.mean)}{half_width}, {count}{contrast.remark and f', {contrast.remark}'}"
+    return f"{signed(found.mean)}{half_width} ({count}{contrast.remark and f', {contrast.remark}'})"
 
 
 def _row(card: Card, row: Mapping[str, Any], selection: Selection, apart: str) -> Row:
     batch = caption.batches(row["config"])
-    path = row.get("paper", f"{card['paper']}.{row['key']}" if card.get("paper") and not row.get("ours") else None)
     grad, stat = row.get("paper_batch") or batch
+    path = row.get("paper", f"{card['paper']}.{row['key']}" if card.get("paper") and not row.get("ours") else None)
     return Row(
         key=row["key"],
         label=caption.row_label(row),
+        name=caption.row_names(card["rows"])[row["key"]],
         batch=batch,
-        paper_batch=(int(grad), int(stat)),
+        paper_batch=(grad, stat),
         cells=tuple(
             cells.cell(
                 row["key"],
@@ -205,35 +210,30 @@ def _contrast(row: Row, baseline: Row, pair: tuple[Cell, Cell], ours: Selection,
     found = difference(pair[0].by_seed, pair[1].by_seed)
     remark = ""
     if found is None:
-        remark = "not run"
+        remark = next(cell.state for cell in pair if not cell.summary)
     elif ours.setting and theirs.setting and ours.setting != theirs.setting:
         remark = cells.contrast(ours.setting, theirs.setting)
         if ours.setting.data != theirs.setting.data:
-            found, remark = None, f"not compared: {remark}"
+            found, remark = None, f"{APART}: {remark}"
     return Contrast(row.name, baseline.name, pair[0].column, found, remark)
 
 
 def _verdicts(contrasts: Sequence[Contrast]) -> list[str]:
-    """Which differences exceed their intervals, which tie, which the runs leave open."""
-    if not contrasts or all(contrast.remark == "not run" for contrast in contrasts):
-        return []
-    lists: dict[str, list[str]] = {"exceeds": [], "tie": [], "open": [], "not compared": []}
+    """Per row one line: its differences, and which exceed their intervals, which tie, which the runs leave open."""
+    lines: dict[str, list[str]] = {}
     for contrast in contrasts:
-        kind = contrast.difference.verdict if contrast.difference else "not compared"
-        lists[kind].append(f"{contrast.row} {contrast.column} {describe(contrast)}")
-    said = [
-        f"Differences to {contrasts[0].baseline} in points, with 95 % Student-t intervals, "
-        "paired by seed where at least two seeds are common; not corrected for their number."
+        if contrast.difference:
+            verdict = f"{describe(contrast)}: {VERDICTS[contrast.difference.verdict]}"
+            lines.setdefault(contrast.row, []).append(f"{contrast.column} {verdict}")
+        elif contrast.remark.startswith(APART):
+            lines.setdefault(contrast.row, []).append(f"{contrast.column} {contrast.remark}")
+    if not lines:
+        return []
+    return [
+        f"Differences to {contrasts[0].baseline} in points, with 95 % Student-t intervals, paired by seed where at "
+        "least two seeds are common; not corrected for their number:",
+        *(f"- {row}: {'; '.join(said)}." for row, said in lines.items()),
     ]
-    for kind, opening in (
-        ("exceeds", "Larger than their intervals"),
-        ("tie", "Ties (the interval contains 0)"),
-        ("open", "Without an interval (one seed, or no spread over the seeds)"),
-        ("not compared", "Missing"),
-    ):
-        if lists[kind]:
-            said.append(f"{opening}: {'; '.join(lists[kind])}.")
-    return said
 
 
 def _stale(rows: Sequence[Mapping[str, Any]], records: Records) -> list[str]:
@@ -248,14 +248,16 @@ def _stale(rows: Sequence[Mapping[str, Any]], records: Records) -> list[str]:
 
 def _not_run(card: Card, rows: Sequence[Row]) -> list[str]:
     missing = [row.name for row in rows if any(cell.state == "not run" for cell in row.cells)]
-    return [f"Not run: {', '.join(missing)}. To run what is missing: {command(card)}"] if missing else []
+    return [f"Not run: {'; '.join(missing)}. To run what is missing:", command(card)] if missing else []
 
 
-def _paper_note(card: Card, rows: Sequence[Row]) -> str:
+def _paper_note(card: Card, rows: Sequence[Row], same_data: bool) -> str:
     if all(cell.paper is None for row in rows for cell in row.cells):
         return ""
     setting = card.get("paper_setting") or card.get("paper_dataset")
     note = f"Paper: the printed value{f' ({setting})' if setting else ''}, never a measured one"
+    if not same_data:
+        note += ", and of other data than this table's"
     if all(row.batch == row.paper_batch for row in rows):
         return f"{note}; for the same (grad, stat) as its row."
     return f"{note}; for the (grad, stat) written beside it where that is not the row's."

@@ -1,4 +1,4 @@
-"""One line for any CNN: `convert` swaps the normalizers and threads the Kalman belief through the network; `fold` goes back.
+"""One line for any CNN: `convert` swaps the normalizers and threads the Kalman belief between them; `fold` goes back.
 
 The converted model is explicit code, `print(model.code)`: every belief stands there as a variable.
 """
@@ -9,7 +9,8 @@ import linecache
 import operator
 import sys
 import traceback
-from types import FunctionType, ModuleType
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,10 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.belief import Noise
 from kalmannorm.norm import NORMS, Estimator, GroupedStatistics
-from kalmannorm.norm.presets import PRESETS, preset_options
+from kalmannorm.presets import KALMAN, PRESETS, preset_options
 from kalmannorm.thread import Threader
 
-KALMAN = ("bkn", "gkn")
 _serial = itertools.count()
 
 
@@ -42,9 +42,9 @@ def convert(
             that was converted before.
         norm: a name of NORMS.
         stat_batch: images that share statistics; None is the whole batch.
-        preset: variant of Kalman Normalization, `paper` or `released` (norm/presets.py).
+        preset: variant of Kalman Normalization, `paper` or `released` (presets.py).
         predictor: `closed` or `sampling`; None is the preset's.
-        input_belief: (mean [C], var [C]) of the model's input, so that the first normalizer has a prior too (paper 3.3).
+        input_belief: (mean [C], var [C]) of the model's input, a prior for the first normalizer too (paper 3.3).
         options: the normalizer's own, and `relu` (whether ReLUs change beliefs), over the preset's.
 
     State-dict keys, eps, momentum, affine parameters and moving statistics of the original are kept, where the new
@@ -170,9 +170,8 @@ class Converted(nn.Module):
 
 def _build(norm: str, name: str, old: _BatchNorm, stat_batch: int | None, options: dict[str, Any]) -> nn.Module:
     try:
-        new = NORMS[norm](
-            old.num_features, **{"eps": old.eps, "momentum": old.momentum, **options}, stat_batch=stat_batch
-        )
+        kept = {"eps": old.eps, "momentum": old.momentum}
+        new = NORMS[norm](old.num_features, stat_batch=stat_batch, **{**kept, **options})
     except TypeError as error:
         raise ValueError(f"normalizer {norm!r}: {error}") from None
     except ValueError as error:
@@ -305,8 +304,8 @@ def _source(graph: fx.Graph) -> Source:
     return code.src, {k: ("module", v.__name__) if isinstance(v, ModuleType) else v for k, v in code.globals.items()}
 
 
-def _compile(code: str, names: dict[str, Any]) -> FunctionType:
-    scope = {k: sys.modules[v[1]] if isinstance(v, tuple) else v for k, v in names.items()}
+def _compile(code: str, names: dict[str, Any]) -> Callable[..., Any]:
+    scope: dict[str, Any] = {k: sys.modules[v[1]] if isinstance(v, tuple) else v for k, v in names.items()}
     filename = f"<converted {next(_serial)}>"
     linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # for tracebacks
     exec(compile(code, filename, "exec"), scope)

@@ -1,25 +1,27 @@
-"""The variants of Kalman Normalization, as their sources have them (paper, released code)."""
+"""The variants of Kalman Normalization, as their sources have them (paper, released code). Imports nothing heavy."""
 
 from typing import Any
 
-# gain "released": fixed values that the released code gives for two statistics batches only.
+KALMAN = ("bkn", "gkn")
+# Normalizers whose statistics are shared by a group of images: `stat_batch` means something for them.
+BATCH_STATISTICS = ("bn", "bkn")
+
+# The released code fixes the gain, at two statistics batches only.
 _RELEASED_GAINS = {2: 0.1, 128: 0.95}
 
-# `predictor` and `relu` are read by convert; `batch` holds the options that exist only where groups of images share
-# statistics (BKN); the rest goes to every Kalman normalizer.
+# `predictor` is read by convert; `batch` holds the options that exist only where groups of images share statistics
+# (BKN); `estimator` goes to every Kalman normalizer.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Paper Eq. 7: gain and R learned, no mixture term.
+    # Paper Eq. 7: gain and R learned, no mixture term. No source gives the gain's start: 0.5 is ours.
     "paper": {
         "predictor": "closed",
-        "relu": True,
-        "estimator": {"learn_gain": True, "noise": True, "mixture": False, "guard": None},
+        "estimator": {"gain": 0.5, "learn_gain": True, "noise": True, "mixture": False, "guard": None},
         "batch": {"moving_groups": "mean", "first_unbiased": False},
     },
     # The authors' CIFAR script: sampled prior, fixed gain, mixture term, fall-back to the measurement, moving averages
     # of the first group only, a fused first layer whose variance is unbiased.
     "released": {
         "predictor": "sampling",
-        "relu": True,
         "estimator": {"learn_gain": False, "noise": False, "mixture": True, "guard": 100.0},
         "batch": {"moving_groups": "first", "first_unbiased": True},
     },

@@ -1,0 +1,228 @@
+"""`kalmannorm bench`: speed and memory as ratios, both sides alternating step by step in one process.
+
+Machines are shared and noisy: a ratio is the median over repetitions of the ratio of two neighbouring steps, with the
+interval that holds the middle half of them; single times are printed for orientation only.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmannorm.conversion import convert
+from kalmannorm.engine.model import optimizer
+from kalmannorm.errors import UserError, nearest
+from kalmannorm.models import ARCHS
+
+GRAD_BATCH = 128
+SCHEDULE = {"momentum": 0.9, "weight_decay": 2e-4}
+WARM_UP = 3  # steps; compilation, allocation and caches
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`this` over `against`; `goal` is an upper bound, a lower one where `at_least`; None: for the record."""
+
+    this: str
+    against: str
+    goal: float | None
+    at_least: bool = False
+
+
+# ResNet-32 training steps of 128 images of 32 x 32 pixels.
+COMPARISONS = {
+    "grouped-bn": Comparison("BN at stat 2", "torch's BatchNorm at 128", 1.05),
+    "kn": Comparison("KN (closed) at stat 2, eager", "BN at stat 2, eager", 1.15),
+    "kn-compiled": Comparison("KN (closed) at stat 2, compiled", "BN at stat 2, compiled", 1.02),
+    "sampling": Comparison("KN (sampling) at stat 2", "KN (closed) at stat 2", None),
+    "memory": Comparison("bytes KN at stat 2 saves for backward", "bytes BN at stat 2 saves", 1.10),
+    "loop": Comparison("images/s of kalmannorm train", "images/s of the bare step", 0.95, at_least=True),
+}
+
+
+def bench(names: list[str], seconds: float) -> int:
+    """Runs the named comparisons (none: all), about `seconds` each, and prints a line for each. 0 if goals are met."""
+    for name in names:
+        if name not in COMPARISONS:
+            raise UserError(nearest(name, list(COMPARISONS), "comparison"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"ResNet-32, {GRAD_BATCH} images a step, {where}, torch {torch.__version__}")
+    missed = 0
+    for name in names or COMPARISONS:
+        comparison = COMPARISONS[name]
+        ratios, note = _MEASURE[name](device, seconds)
+        middle = statistics.median(ratios)
+        verdict = ""
+        if comparison.goal is not None:
+            met = middle >= comparison.goal if comparison.at_least else middle <= comparison.goal
+            verdict = f"  goal {'>=' if comparison.at_least else '<='} {comparison.goal}: {'met' if met else 'missed'}"
+            missed += not met
+        low, high = _middle_half(ratios)
+        spread = f" [{low:.3f}, {high:.3f}] n = {len(ratios)}" if len(ratios) > 1 else ""
+        print(
+            f"{name:12} {comparison.this} / {comparison.against}: {middle:.3f}{spread}{verdict}  ({note})", flush=True
+        )
+    return 1 if missed else 0
+
+
+def _middle_half(values: list[float]) -> tuple[float, float]:
+    if len(values) < 4:
+        return min(values), max(values)
+    quarters = statistics.quantiles(values, n=4)
+    return quarters[0], quarters[2]
+
+
+def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> tuple[list[float], str]:
+    """Ratios of neighbouring steps' times, the order within each pair alternating; and the median times in ms."""
+
+    def timed(step: Step) -> float:
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    for _ in range(WARM_UP):
+        timed(this), timed(against)
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(pairs) < 5:
+        if len(pairs) % 2:
+            second = timed(against)
+            pairs.append((timed(this), second))
+        else:
+            pairs.append((timed(this), timed(against)))
+    ours, theirs = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
+    return [a / b for a, b in pairs], f"{ours:.1f} ms against {theirs:.1f} ms"
+
+
+def training_step(model: nn.Module, device: torch.device, compiled: bool = False) -> Step:
+    """Forward, backward and optimizer step on one fixed batch."""
+    model.to(device).train()
+    x, labels = _batch(device)
+    optim = optimizer(model, SCHEDULE)
+    for group in optim.param_groups:
+        group["lr"] = 1e-3
+    run = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        optim.zero_grad(set_to_none=True)
+        F.cross_entropy(run(x), labels).backward()
+        optim.step()
+
+    return step
+
+
+def _batch(device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(GRAD_BATCH, 3, 32, 32, generator=generator)
+    return x.to(device), torch.randint(10, (GRAD_BATCH,), generator=generator).to(device)
+
+
+def _model(norm: str | None, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    plain = ARCHS["resnet32"]()
+    return plain if norm is None else convert(plain, norm, stat_batch=2, **options)
+
+
+def _grouped_bn(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    return alternate(training_step(_model("bn"), device), training_step(_model(None), device), seconds, device)
+
+
+def _kn(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    return alternate(training_step(_model("bkn"), device), training_step(_model("bn"), device), seconds, device)
+
+
+def _kn_compiled(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    print("compiling two ResNet-32s: minutes on a CPU", file=sys.stderr)
+    this, against = (training_step(_model(norm), device, compiled=True) for norm in ("bkn", "bn"))
+    return alternate(this, against, seconds, device)
+
+
+def _sampling(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    this, against = (training_step(_model("bkn", predictor=p), device) for p in ("sampling", "closed"))
+    return alternate(this, against, seconds, device)
+
+
+def _memory(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    ours, theirs = (_saved_bytes(_model(norm), device) for norm in ("bkn", "bn"))
+    return [ours / theirs], f"{ours / 2**20:.1f} MiB against {theirs / 2**20:.1f} MiB"
+
+
+def _saved_bytes(model: nn.Module, device: torch.device) -> int:
+    """Bytes of the distinct storages that autograd keeps between forward and backward, parameters aside."""
+    model.to(device).train()
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x, labels = _batch(device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = F.cross_entropy(model(x), labels)
+    loss.backward()
+    return sum(kept.values())
+
+
+def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    """`kalmannorm train` as it is (loader, augmentation, progress, logging) against the bare step of the same model.
+
+    Epochs of 10 steps on random images of CIFAR's size; each is followed by 10 bare steps.
+    """
+    import itertools
+    import tempfile
+    from pathlib import Path
+
+    import numpy as np
+
+    from kalmannorm.data.loader import Loader
+    from kalmannorm.engine.progress import Progress
+    from kalmannorm.engine.train import train_epoch
+    from kalmannorm.runs.config import compose
+
+    steps = 10
+    config = compose(["dataset=cifar10", "arch=resnet32", "norm=bkn", "budget=smoke", "budget.size=32"])
+    config["precision"], config["compile"] = "fp32", False
+    config["budget"]["epochs"] = 10**6
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (steps * GRAD_BATCH, 32, 32, 3), dtype=np.uint8)
+    loader = Loader(images, rng.integers(0, 10, len(images)), batch=GRAD_BATCH, device=device, pad=4, flip=True)
+    model = _model("bkn").to(device)
+    optim = optimizer(model, config["schedule"])
+    epochs = itertools.count()
+    bare = training_step(_model("bkn"), device)
+    with tempfile.TemporaryDirectory() as folder, Progress("bench", config) as progress:
+        progress.begin(0, steps, GRAD_BATCH, Path(folder))
+
+        def trained() -> None:
+            train_epoch(config, model, model, optim, loader, next(epochs), progress)
+
+        def plain() -> None:
+            for _ in range(steps):
+                bare()
+
+        ratios, note = alternate(plain, trained, seconds, device)  # time of bare over time of train: images/s of train
+    return ratios, f"{steps} steps bare and trained: {note}"
+
+
+_MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = {
+    "grouped-bn": _grouped_bn,
+    "kn": _kn,
+    "kn-compiled": _kn_compiled,
+    "sampling": _sampling,
+    "memory": _memory,
+    "loop": _loop,
+}

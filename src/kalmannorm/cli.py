@@ -1,0 +1,123 @@
+"""`kalmannorm`: train, evaluate, sweep, report, bench, data. Imports what a command needs when it needs it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from kalmannorm.errors import UserError
+
+EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule budget) or key=value, for example
+  kalmannorm train dataset=cifar10 arch=resnet32 norm=bkn batch=g128_s2 budget=lite seed=2
+  kalmannorm sweep table7 dataset=cifar10 budget=paper seeds=3
+  kalmannorm report table7 dataset=cifar10 budget=paper
+exit codes: 0 all well; 1 a run failed; 2 wrong input; 130 interrupted (the same command goes on)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    # Threads that wait busily make two processes on the same cores slow each other many times over.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except UserError as error:
+        print(f"kalmannorm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kalmannorm: interrupted; the same command goes on from the last whole epoch", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kalmannorm",
+        description="Kalman Normalization: reruns the papers' tables and figures, and says what holds.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        return sub
+
+    add("train", _train, "train and evaluate one run").add_argument("overrides", nargs="*", metavar="OVERRIDE")
+    evaluate = add("evaluate", _evaluate, "evaluate a run's weights with moving, online and precise statistics")
+    evaluate.add_argument("run", metavar="RUN", help="a run's id, or the beginning of it")
+    evaluate.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="data=, runs=, results=, device=")
+    sweep = add("sweep", _sweep, "run what is missing of an experiment")
+    sweep.add_argument("experiment", metavar="EXPERIMENT")
+    sweep.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="seeds=N, rows=paper, and overrides")
+    sweep.add_argument("--dry-run", action="store_true", help="list the runs and the predicted time, run nothing")
+    report = add("report", _report, "make an experiment's table or figure from the records")
+    report.add_argument("experiment", metavar="EXPERIMENT")
+    report.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for sweep")
+    bench = add("bench", _bench, "measure speed and memory as ratios, both sides alternating")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="which comparisons; none: all")
+    bench.add_argument("--seconds", type=float, default=20, help="per comparison (default 20)")
+    data = add("data", _data, "bring a data set into the form that the harness reads")
+    data.add_argument("action", choices=["prepare"])
+    data.add_argument("dataset")
+    data.add_argument("--root", help="where to (default: $KALMANNORM_DATA, else ./data)")
+    data.add_argument("--archive", help="an official archive that is already here")
+    data.add_argument("--no-download", action="store_true", help="never use the network")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from kalmannorm.runs.config import compose
+    from kalmannorm.runs.record import is_done, path, run_id
+
+    config = compose(options.overrides)
+    identity = run_id(config)
+    if is_done(config["results"], identity):
+        print(f"{identity}: done already, {path(config['results'], identity)}")
+        return 0
+    from kalmannorm.runs.execute import execute
+
+    return 0 if execute(config)["status"] == "done" else 1
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from kalmannorm.runs.execute import evaluate
+
+    evaluate(options.run, options.overrides)
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from kalmannorm.runs.sweep import sweep
+
+    return sweep(options.experiment, options.overrides, dry_run=options.dry_run)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from kalmannorm.runs.sweep import report
+
+    return report(options.experiment, options.overrides)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from kalmannorm.bench import bench
+
+    return bench(options.names, options.seconds)
+
+
+def _data(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from kalmannorm import data
+
+    archive = Path(options.archive) if options.archive else None
+    folder = data.prepare(options.dataset, data.root(options.root), archive, not options.no_download)
+    print(f"{options.dataset}: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Evaluation of one set of weights under moving, online and precise statistics; the variance gaps."""
+
+import copy
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmannorm.belief import Belief
+from kalmannorm.data.loader import Loader
+from kalmannorm.statistics import normalizers, precise_statistics, probing, set_statistics
+
+# Images per evaluation batch, about; online statistics depend on who shares a batch, so it is part of NUMERICS.
+EVALUATION_BATCH = 500
+# Training batches from which precise statistics are re-estimated.
+PRECISE_BATCHES = 200
+# Bins of consecutive statistics groups, along Figure 5's horizontal axis.
+GAP_BINS = 64
+# Two variances of every group: the one measured, and the one that normalizes (KN: the posterior).
+KINDS = ("measured", "used")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, statistics: str, stat_batch: int | None) -> dict[str, Any]:
+    """Accuracy in percent and mean cross-entropy over every image of the split, each counted once."""
+    fill = stat_batch or 1
+    set_statistics(model, statistics)
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=loader.device)
+    loss = torch.zeros((), dtype=torch.float64, device=loader.device)
+    images = 0
+    for x, labels, counted in loader.plain(max(1, EVALUATION_BATCH // fill) * fill, fill=fill):
+        logits, labels = model(x)[:counted].float(), labels[:counted]
+        correct += (logits.argmax(1) == labels).sum()
+        loss += F.cross_entropy(logits, labels, reduction="sum").double()
+        images += counted
+    mean_loss = loss.item() / images
+    # JSON has no NaN: a loss that is not finite is recorded as absent, its accuracy stays.
+    return {
+        "accuracy": 100 * correct.item() / images,
+        "loss": mean_loss if np.isfinite(mean_loss) else None,
+        "images": images,
+    }
+
+
+def evaluate_all(model: nn.Module, train: Loader, test: Loader, stat_batch: int | None, epoch: int) -> dict[str, Any]:
+    """One checkpoint under the three kinds of statistics.
+
+    Precise ones (mean of variances) come from PRECISE_BATCHES training batches with the augmentation of epoch `epoch`.
+    """
+    final = {kind: evaluate(model, test, kind, stat_batch) for kind in ("moving", "online")}
+    precise = copy.deepcopy(model)
+    if normalizers(precise):
+        precise_statistics(precise, (x for x, _ in islice(train.epoch(epoch), PRECISE_BATCHES)))
+    final["precise"] = evaluate(precise, test, "moving", stat_batch)
+    final["precise"] |= {"batches": min(PRECISE_BATCHES, train.steps_per_epoch), "definition": "mean of variances"}
+    return final
+
+
+class _Gaps:
+    """Sums |variance - moving variance| of one normalizer's groups, per channel and bin of consecutive groups."""
+
+    def __init__(self, moving: Tensor, groups: int, keep: bool) -> None:
+        self.moving, self.groups = moving, groups
+        bins = min(GAP_BINS, groups)
+        self.sums = {key: torch.zeros(len(moving), bins, dtype=torch.float64) for key in KINDS}
+        self.counts = torch.zeros(bins, dtype=torch.float64)
+        self.raw: dict[str, list[Tensor]] = {"measured": [], "used": []}
+        self.seen, self.keep = 0, keep
+
+    def __call__(self, *, measured: Belief, used: Belief, prior: Belief | None) -> None:
+        count = measured.var.shape[0]
+        bins = (torch.arange(self.seen, self.seen + count) * len(self.counts)) // self.groups
+        self.seen += count
+        self.counts.index_add_(0, bins, torch.ones(count, dtype=torch.float64))
+        for key, belief in (("measured", measured), ("used", used)):
+            gap = (belief.var - self.moving).abs().cpu()
+            self.sums[key].index_add_(1, bins, gap.T.double())
+            if self.keep:
+                self.raw[key].append(gap.half())
+
+    def binned(self, key: str) -> Tensor:
+        return (self.sums[key] / self.counts).float()
+
+    def relative(self, key: str, eps: float) -> float:
+        """Mean over channels and groups of the gap over the moving variance (+ the normalizer's eps)."""
+        per_channel = self.sums[key].sum(1) / self.counts.sum()
+        return (per_channel / (self.moving.cpu() + eps)).mean().item()
+
+
+@torch.no_grad()
+def variance_gaps(
+    model: nn.Module, train: Loader, last: tuple[str, ...], grad_batch: int, stat_batch: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Figure 5: gaps between every group's variance and the moving variance, over the training set as it is.
+
+    Returns the small arrays that stand beside the record (`gap_measured`, `gap_used` [C, bins] and `moving_var` [C] of
+    the last normalizers, whose channels stand side by side, `last_channels` of each; `layer_gap_measured`,
+    `layer_gap_used` per normalizer), and the raw gaps of the last normalizers [groups, C] in half precision.
+    """
+    layers = normalizers(model)
+    groups = -(-train.count // stat_batch)
+    probes = {}
+    for name, layer in layers.items():
+        assert layer.running_var is not None
+        probes[name] = _Gaps(layer.running_var.clone(), groups, keep=name in last)
+    set_statistics(model, "online")
+    model.eval()
+    with probing(model, dict(probes)):
+        for x, _, _ in train.plain(grad_batch, fill=stat_batch):
+            model(x)
+    set_statistics(model, "moving")
+    small = {
+        f"gap_{key}": torch.cat([probes[name].binned(key) for name in last]).numpy() for key in ("measured", "used")
+    }
+    small["moving_var"] = torch.cat([probes[name].moving for name in last]).float().cpu().numpy()
+    for key in KINDS:
+        values = [probe.relative(key, layers[name].eps) for name, probe in probes.items()]
+        small[f"layer_gap_{key}"] = np.array(values, dtype=np.float32)
+    raw = {
+        key: torch.cat([torch.cat(probes[name].raw[key]) for name in last], 1).numpy() for key in ("measured", "used")
+    }
+    return small, raw

@@ -1,0 +1,72 @@
+"""A run's model and optimizer, from its configuration. What can be wrong is found before any data is read."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kalmannorm.conversion import Converted, convert
+from kalmannorm.errors import UserError, nearest
+from kalmannorm.models import ARCHS
+from kalmannorm.statistics import seed_noise, set_statistics
+
+Config = dict[str, Any]
+
+
+def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
+    """The converted model, with fresh weights from the run's seed, and the names of its last normalizers (Figure 5).
+
+    UserError: an unknown architecture or option; a normalizer that does not fit a layer, named.
+    """
+    arch, norm, batch = dict(config["arch"]), config["norm"], config["batch"]
+    name = arch.pop("name")
+    if name not in ARCHS:
+        raise UserError(nearest(name, list(ARCHS), "arch"))
+    torch.manual_seed(config["seed"])
+    try:
+        plain = ARCHS[name](classes=config["dataset"]["classes"], **arch)
+    except TypeError as error:
+        raise UserError(f"arch {name}: {error}") from None
+    kalman = {"preset": norm["preset"], "predictor": norm["predictor"]} if norm["preset"] else {}
+    try:
+        model = convert(plain, norm["name"], stat_batch=batch["stat_batch"], **kalman, **norm["options"])
+    except ValueError as error:
+        raise UserError(f"norm {norm['name']} on {name}: {error}") from None
+    seed_noise(model, config["seed"])
+    _try_out(model, config)
+    return model, tuple(plain.last_normalizers)  # type: ignore[arg-type]
+
+
+def _try_out(model: Converted, config: Config) -> None:
+    """One statistics group of blank images: statistics of a single value, or a map that vanishes, show at start."""
+    size = config["budget"]["size"]
+    set_statistics(model, "online")
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(config["batch"]["stat_batch"] or 1, 3, size, size))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{config['arch']['name']} at {size} x {size} pixels: {error}") from None
+    finally:
+        set_statistics(model, "moving")
+        model.train()
+
+
+def optimizer(model: nn.Module, schedule: dict[str, Any]) -> torch.optim.SGD:
+    """SGD with momentum; weight decay on the weights of convolutions and the classifier only (released code).
+
+    So never on biases, gamma, beta, or a Kalman normalizer's q and R. The rate is set before every step.
+    """
+    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    chosen = {id(p) for p in decayed}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [{"params": decayed, "weight_decay": schedule["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=0.0, momentum=schedule["momentum"])
+
+
+def learning_rate(step: int, total_steps: int, schedule: dict[str, Any], of_epochs: int) -> float:
+    """Rate of a step (from 0), by the schedule's milestones in epochs of a run of `of_epochs`, scaled to this run."""
+    for last_epoch, rate in schedule["lr"]:
+        if step * of_epochs < last_epoch * total_steps:
+            return float(rate)
+    return float(schedule["lr"][-1][1])

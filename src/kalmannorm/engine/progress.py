@@ -1,0 +1,82 @@
+"""What a person sees of a run: a progress bar on a terminal, a line an epoch elsewhere; TensorBoard's event files."""
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Counts images and seconds of this process, shows how the run goes. A context: it leaves the terminal clean."""
+
+    def __init__(self, identity: str, config: dict[str, Any]) -> None:
+        norm, batch = config["norm"], config["batch"]
+        statistics = "" if batch["stat_batch"] is None else f" ({batch['grad_batch']},{batch['stat_batch']})"
+        self.title = f"{identity} {norm['name']}{statistics} seed {config['seed']}"
+        self.epochs = config["budget"]["epochs"]
+        self.images = 0
+        self._began = time.perf_counter()
+        self._console = Console(stderr=True)
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._writer: Any = None
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def begin(self, first: int, steps: int, batch: int, folder: Path) -> None:
+        """Training starts, or goes on, at epoch `first` (from 0) of `steps` steps of `batch` images."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._first, self._steps, self._batch = first, steps, batch
+        self._task = self._bar.add_task(self.title, total=self.epochs * steps, completed=first * steps, status="")
+        self._training = time.perf_counter()
+        # What a killed run logged after its last checkpoint is logged again.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first * steps + 1)
+
+    def step(self, epoch: int, done: int, loss: float, accuracy: float) -> None:
+        """`done` steps of the epoch are done; mean loss and training accuracy (percent) over them."""
+        total = epoch * self._steps + done
+        self.images = (total - self._first * self._steps) * self._batch
+        rate = self.images / (time.perf_counter() - self._training)
+        status = f"loss {loss:.3f}  accuracy {accuracy:.1f} %  {rate:.0f} images/s"
+        self._bar.update(self._task, completed=total, status=status)
+
+    def epoch(self, curves: dict[str, list[Any]]) -> None:
+        """An epoch is done and evaluated."""
+        now = {key: values[-1] for key, values in curves.items()}
+        for key in ("train_loss", "train_accuracy", "lr", "moving", "online"):
+            self._writer.add_scalar(key, now[key], now["step"])
+        self._writer.flush()
+        if self._bar.disable:
+            left = self.seconds / (now["epoch"] - self._first) * (self.epochs - now["epoch"])
+            print(
+                f"{self.title}  epoch {now['epoch']}/{self.epochs}  loss {now['train_loss']:.3f}  "
+                f"moving {now['moving']:.2f} %  online {now['online']:.2f} %  "
+                f"{self.images / self.seconds:.0f} images/s  {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )

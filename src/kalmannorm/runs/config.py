@@ -1,0 +1,146 @@
+"""From overrides to one run's configuration: composed by Hydra, resolved, checked before any data is touched."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from kalmannorm.errors import UserError, nearest
+from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, preset_options
+
+Config = dict[str, Any]
+
+# What determines a run's result, and so its id; the rest says where it runs.
+RESULT_KEYS = (
+    "dataset",
+    "arch",
+    "norm",
+    "batch",
+    "schedule",
+    "budget",
+    "seed",
+    "precision",
+    "compile",
+    "deterministic",
+)
+
+
+def conf_dir() -> Path:
+    """conf/ of the checkout; inside the package where it was installed from a wheel."""
+    here = Path(__file__).resolve().parents[1]
+    candidates = (here / "conf", here.parents[1] / "conf")
+    found = next((c for c in candidates if (c / "config.yaml").exists()), None)
+    if found is None:
+        raise UserError(f"no configuration found: looked for config.yaml in {' and '.join(map(str, candidates))}")
+    return found
+
+
+def compose(overrides: list[str]) -> Config:
+    """The configuration of one run, as plain values. UserError: unknown names or values, impossible combinations."""
+    config = _compose(overrides)
+    _resolve(config)
+    _check(config)
+    return config
+
+
+def result_part(config: Config) -> Config:
+    """What determines the result."""
+    return {key: config[key] for key in RESULT_KEYS}
+
+
+def _compose(overrides: list[str]) -> Config:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    conf = conf_dir()
+    for override in overrides:
+        _check_choice(conf, override)
+    try:
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            composed = hydra_compose("config", overrides)
+        resolved = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, overrides)) from None
+    assert isinstance(resolved, dict)
+    resolved["dataset"].pop("budgets")  # the chosen one stands under `budget`
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _check_choice(conf: Path, override: str) -> None:
+    """group=name with a name that does not exist: offer the nearest."""
+    group, equals, name = override.partition("=")
+    if not equals:
+        raise UserError(f"override {override!r}: expected key=value, for example seed=2 or norm=bn")
+    if (conf / group).is_dir() and not (conf / group / f"{name}.yaml").exists():
+        raise UserError(nearest(name, sorted(p.stem for p in (conf / group).glob("*.yaml")), group))
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    """Hydra's message in one line that names the override."""
+    text = " ".join(str(error).split())
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1]
+        override = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
+        return f"override {override!r}: there is no setting {key!r}; see conf/ for what there is"
+    return f"configuration: {text}"
+
+
+def _resolve(config: Config) -> None:
+    """Fill in what `auto` and null stand for, so that the record says what ran."""
+    config["device"] = _device(config["device"])
+    on_gpu = config["device"].startswith("cuda")
+    if config["precision"] == "auto":
+        config["precision"] = "bf16" if on_gpu else "fp32"
+    if config["compile"] == "auto":
+        config["compile"] = on_gpu
+    norm, batch = config["norm"], config["batch"]
+    if norm["name"] not in BATCH_STATISTICS:
+        batch["stat_batch"] = None  # means nothing there: one run serves every column
+    elif batch["stat_batch"] is None:
+        batch["stat_batch"] = batch["grad_batch"]
+    if norm["name"] in KALMAN:
+        given = {key: value for key, value in norm["options"].items() if value is not None}
+        try:
+            norm["options"] = preset_options(norm["preset"], norm["name"], batch["stat_batch"], given)
+        except ValueError as error:
+            raise UserError(f"norm.preset: {error}") from None
+        norm["predictor"] = norm["predictor"] or PRESETS[norm["preset"]]["predictor"]
+
+
+def _device(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    # Asking torch would take seconds, and a run that is done already needs no torch.
+    has_driver = Path("/proc/driver/nvidia/version").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    return "cuda" if has_driver else "cpu"
+
+
+def _check(config: Config) -> None:
+    batch, budget = config["batch"], config["budget"]
+    grad, stat = batch["grad_batch"], batch["stat_batch"]
+    _expect(config["precision"] in ("fp32", "bf16"), "precision", config["precision"], "fp32, bf16 or auto")
+    _expect(isinstance(config["compile"], bool), "compile", config["compile"], "true, false or auto")
+    _expect(isinstance(config["seed"], int) and config["seed"] >= 0, "seed", config["seed"], "an integer from 0")
+    _expect(isinstance(grad, int) and grad >= 1, "batch.grad_batch", grad, "a positive number of images")
+    if stat is not None:
+        _expect(isinstance(stat, int) and stat >= 1, "batch.stat_batch", stat, "a positive number of images, or null")
+        _expect(stat <= grad, "batch.stat_batch", stat, f"at most batch.grad_batch = {grad}")
+        _expect(grad % stat == 0, "batch.grad_batch", grad, f"a multiple of batch.stat_batch = {stat}")
+    for key in ("epochs", "of_epochs", "size"):
+        _expect(isinstance(budget[key], int) and budget[key] >= 1, f"budget.{key}", budget[key], "a positive integer")
+    subset = budget["subset"]
+    _expect(subset is None or (isinstance(subset, int) and subset >= grad), "budget.subset", subset,
+            f"null or at least one step's {grad} images")  # fmt: skip
+    options = config["norm"]["options"]
+    if options.get("gain") == 1 and options.get("learn_gain"):
+        raise UserError(
+            "norm.options.gain = 1 cannot be learned: pass norm.options.learn_gain=false, or a gain below 1"
+        )
+
+
+def _expect(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise UserError(f"{key} = {value}: expected {expected}")

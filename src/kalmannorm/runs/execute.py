@@ -1,0 +1,75 @@
+"""One run in this process, and the evaluation of one that is done."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kalmannorm import data
+from kalmannorm.engine import checkpoint, train
+from kalmannorm.engine.evaluate import evaluate_all
+from kalmannorm.engine.model import build
+from kalmannorm.errors import UserError
+from kalmannorm.runs import record as records
+from kalmannorm.runs.config import Config, compose
+
+
+def execute(config: Config) -> dict[str, Any]:
+    """Trains a run, says in one line how it ended, and returns its record."""
+    record = train.run(config)
+    file = records.path(config["results"], record["id"])
+    if record["status"] == "failed":
+        print(f"{record['id']}: failed, {record['reason']}; {file}", file=sys.stderr)
+    else:
+        final = record["final"]
+        shown = "  ".join(f"{kind} {final[kind]['accuracy']:.2f} %" for kind in ("moving", "online", "precise"))
+        print(f"{record['id']}: {shown}  {record['host']['images_per_s']} images/s; {file}")
+    return record
+
+
+def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
+    """Evaluates the weights of a finished run again, under all kinds of statistics, and prints the result.
+
+    `run` is an id or its beginning; `overrides` say where things are (data=, runs=, results=, device=). UserError: no
+    such run, several of them, no weights, or an override that would make it another run.
+    """
+    place = compose(overrides)
+    record = _find(place["results"], run)
+    config: Config = {**place, **record["config"]}
+    if any(o.partition("=")[0] not in ("data", "runs", "results", "device") for o in overrides):
+        raise UserError(
+            "evaluate takes data=, runs=, results= and device= only: the run's own settings are in its record"
+        )
+    folder = Path(config["runs"]) / record["id"]
+    state = checkpoint.load(folder, record["id"])
+    if state is None:
+        raise UserError(
+            f"{folder / checkpoint.NAME}: no weights of run {record['id']} here; pass runs=FOLDER or train it"
+        )
+    model, _ = build(config)
+    model.load_state_dict(state["model"])
+    model.to(config["device"])
+    arrays = data.load(config["dataset"]["name"], data.root(config["data"]))
+    train_loader, test_loader = train.loaders(config, arrays, torch.device(config["device"]))
+    epochs = config["budget"]["epochs"]
+    final = evaluate_all(model, train_loader, test_loader, config["batch"]["stat_batch"], epochs)
+    print(f"run {record['id']}: {arrays.provenance['name']}, {arrays.provenance['fidelity']}")
+    for kind, values in final.items():
+        recorded = record["final"][kind]["accuracy"]
+        print(f"  {kind:8} accuracy {values['accuracy']:6.2f} %  loss {values['loss']:.4f}  (record {recorded:.2f} %)")
+    return final
+
+
+def _find(results: str, run: str) -> dict[str, Any]:
+    matches = sorted((Path(results) / "records").glob(f"{run}*.json"))
+    if len(matches) != 1:
+        found = "no run" if not matches else f"{len(matches)} runs"
+        raise UserError(f"{found} in {Path(results) / 'records'} whose id begins with {run!r}: expected exactly one")
+    record = records.read(results, matches[0].stem)
+    assert record is not None
+    if record["status"] != "done":
+        raise UserError(f"run {record['id']} failed ({record['reason']}): there is nothing to evaluate")
+    if record["numerics"] != records.NUMERICS:
+        raise UserError(f"run {record['id']} was made by NUMERICS {record['numerics']}, this is {records.NUMERICS}")
+    return record

@@ -1,0 +1,134 @@
+"""Run records: results/records/<id>.json, and beside it <id>.npz with the small arrays that figures draw.
+
+Tables read records and nothing else. A record is written whole or not at all, the JSON last.
+"""
+
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kalmannorm.errors import UserError
+from kalmannorm.runs.config import Config, result_part
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Raised when a change alters results: records of another number are listed as stale and never tabulated.
+NUMERICS = 1
+
+
+def run_id(config: Config) -> str:
+    """Hash of what determines the result: 12 hexadecimal digits."""
+    text = json.dumps({"numerics": NUMERICS, **result_part(config)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def path(results: str | Path, identity: str) -> Path:
+    return Path(results) / "records" / f"{identity}.json"
+
+
+def read(results: str | Path, identity: str) -> dict[str, Any] | None:
+    """The record of a run, None where there is none. UserError: a file that is not a record."""
+    file = path(results, identity)
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        if record["id"] != identity or record["status"] not in ("done", "failed"):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is not a whole run record: move it away, or delete it to run again") from None
+    return record
+
+
+def is_done(results: str | Path, identity: str) -> bool:
+    record = read(results, identity)
+    return record is not None and record["status"] == "done"
+
+
+def write(results: str | Path, record: dict[str, Any], arrays: "dict[str, np.ndarray] | None" = None) -> Path:
+    """Writes the arrays, then the record; both by a temporary file and a rename."""
+    file = path(results, record["id"])
+    if arrays:
+        import numpy as np
+
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        write_atomically(file.with_suffix(".npz"), buffer.getvalue())
+    write_atomically(file, (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    return file
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Whole or not at all, also after a power cut. UserError: no permission, no space."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(file)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from None
+
+
+def host(device: str) -> dict[str, Any]:
+    """Time and place of a run: all that may differ between two records of it."""
+    import torch
+
+    on_gpu = device.startswith("cuda")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "hardware": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {_processor()}",
+        "threads": torch.get_num_threads(),
+        "git": _git(),
+        "versions": {name: _version(name) for name in ("torch", "torchvision", "numpy", "kalmannorm")}
+        | {"python": platform.python_version()},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any]:
+    """Commit of the source, and whether tracked files differ from it; nulls outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

@@ -1,0 +1,108 @@
+"""What the tests of the core share: tolerances, the order of images in groups, small networks that can be pickled."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmannorm import Belief
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b|, the measure of all tolerances here. Zeros must be met exactly."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    assert torch.isfinite(a).all()
+    difference, size = (a.double() - b.double()).abs().max().item(), b.double().abs().max().item()
+    return difference / size if size else float(difference > 0)
+
+
+def interleaved(images: int, groups: int) -> Tensor:
+    """Order that deals contiguous groups of images out in turn: group g becomes images g, g + groups, ..."""
+    return torch.arange(images).view(groups, images // groups).T.flatten()
+
+
+def random_belief(rows: int, channels: int, dtype: torch.dtype = torch.float32) -> Belief:
+    return Belief(torch.randn(rows, channels, dtype=dtype), torch.rand(rows, channels, dtype=dtype) + 0.1)
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    """Fresh copies that collect gradients."""
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def conv3x3(c_in: int, c_out: int, stride: int = 1, **options: object) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, 3, stride, 1, **{"bias": False, **options})  # type: ignore[arg-type]
+
+
+Middle = Callable[["Chain", Tensor], Tensor]
+
+
+class Chain(nn.Module):
+    """conv1, bn1, whatever `middle` does, conv2, bn2: what happens to a belief between two normalizers."""
+
+    def __init__(self, middle: Middle, c_middle: int = 4, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(3, 4), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = conv3x3(c_middle, 5, stride), nn.BatchNorm2d(5)
+        self.side = conv3x3(4, 4)
+        self.relu, self.relu_inplace = nn.ReLU(), nn.ReLU(inplace=True)
+        self.identity = nn.Identity()
+        self.middle = middle
+        for bn in (self.bn1, self.bn2):
+            nn.init.uniform_(bn.weight, 0.5, 1.5)
+            nn.init.normal_(bn.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.middle(self, self.bn1(self.conv1(x)))))
+
+
+class Residual(nn.Module):
+    """Stem, one residual block with a shortcut convolution, classifier: x [N, 3, H, W] -> [N, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv3x3(3, 6, bias=True), nn.BatchNorm2d(6, eps=1e-4, momentum=0.3)
+        self.conv1, self.bn1 = conv3x3(6, 8, 2), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = conv3x3(8, 8, groups=2), nn.BatchNorm2d(8)
+        self.shortcut = nn.Sequential(nn.Conv2d(6, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(8, 4)
+        for bn in (self.bn, self.bn1, self.bn2, self.shortcut[1]):
+            nn.init.uniform_(bn.weight, 0.5, 1.5)
+            nn.init.normal_(bn.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn(self.conv(x)))
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += self.shortcut(x)
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(self.relu(out), 1), 1))
+
+
+class Moody(nn.Module):
+    """Differs between training and evaluation: functional dropout, and an auxiliary head in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv3x3(3, 8), nn.BatchNorm2d(8)
+        self.aux_conv, self.aux_bn = conv3x3(8, 4), nn.BatchNorm2d(4)
+        self.fc, self.aux_fc = nn.Linear(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = F.dropout(F.relu(self.bn(self.conv(x))), 0.4, training=self.training)
+        out = self.fc(x.mean((2, 3)))
+        if self.training:
+            return out, self.aux_fc(self.aux_bn(self.aux_conv(x)).mean((2, 3)))
+        return out
+
+
+class Perceptron(nn.Module):
+    """Fully connected, with BatchNorm1d: x [N, 3] -> [N, 2]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.bn1 = nn.Linear(3, 6), nn.BatchNorm1d(6)
+        self.fc2, self.bn2 = nn.Linear(6, 2), nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.fc2(F.relu(self.bn1(self.fc1(x)))))

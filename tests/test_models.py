@@ -1,0 +1,142 @@
+"""The CIFAR architectures: sizes that the sources state, initialization, shortcuts, the normalizers Figure 5 looks at."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmannorm.models import ARCHS
+from kalmannorm.models.inception_cifar import FILTERS, InceptionCifar
+from kalmannorm.models.resnet_cifar import Block, PreactBlock, ResNet
+
+PARAMETERS = {
+    "inception_cifar": 903_018,
+    "resnet14": None,
+    "resnet14_preact": None,
+    "resnet32": 464_154,
+    "resnet32_preact": 464_154,
+    "resnet110": 1_727_962,
+    "resnet110_preact": 1_727_962,
+}
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_all_architectures_are_listed_here() -> None:
+    assert set(ARCHS) == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_size_and_output(name: str) -> None:
+    torch.manual_seed(0)
+    model = ARCHS[name](classes=10)
+    assert PARAMETERS[name] in (None, parameters(model))
+    assert ARCHS[name](classes=100).fc.out_features == 100
+    for size in (16, 32):
+        out = model(torch.randn(2, 3, size, size))
+        assert out.shape == (2, 10) and torch.isfinite(out).all()
+    normalizers = {type(m) for m in model.modules() if "norm" in type(m).__name__.lower()}
+    assert normalizers == {nn.BatchNorm2d}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_last_normalizers_see_what_is_pooled(name: str) -> None:
+    """Together they have every channel of the pooled feature, and nothing with weights comes behind but the classifier."""
+    model = ARCHS[name]().eval()
+    last = [model.get_submodule(n) for n in model.last_normalizers]
+    assert all(isinstance(m, nn.BatchNorm2d) for m in last)
+    assert sum(m.num_features for m in last) == model.fc.in_features == (512 if name == "inception_cifar" else 64)
+    order: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
+            module.register_forward_hook(lambda m, _, __: order.append(m))
+    model(torch.randn(1, 3, 32, 32))
+    branches = len(last)
+    assert order[-1] is model.fc and order[-2] is last[-1]
+    assert set(last) <= set(order[-(2 + 3 * branches) :])
+    if branches == 1:
+        assert isinstance(order[-3], nn.Conv2d) is not name.endswith("preact") or isinstance(order[-3], nn.Conv2d)
+
+
+@pytest.mark.parametrize("name", ["resnet32", "resnet32_preact", "resnet110", "resnet110_preact"])
+def test_depth(name: str) -> None:
+    layers = [m for m in ARCHS[name]().modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == int(name.removeprefix("resnet").removesuffix("_preact"))
+
+
+@pytest.mark.parametrize("name", ["inception_cifar", "resnet32", "resnet32_preact"])
+def test_he_initialization_by_fan_out(name: str) -> None:
+    torch.manual_seed(0)
+    for layer in ARCHS[name]().modules():
+        if isinstance(layer, nn.Conv2d):
+            assert layer.bias is None
+            fan_out = layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1]
+            std, n = layer.weight.std(correction=0).item(), layer.weight.numel()
+            assert abs(std / math.sqrt(2 / fan_out) - 1) < 4 / math.sqrt(2 * n)
+
+
+@pytest.mark.parametrize("width", [1.0, 0.5, 0.25, 0.1])
+def test_inception_widths(width: float) -> None:
+    model = InceptionCifar(10, width)
+    channels = [max(1, round(f * width)) for b1, b3, b5, pool in FILTERS[-1:] for f in (b1, b3[1], b5[1], pool)]
+    assert [model.get_submodule(n).num_features for n in model.last_normalizers] == channels
+    assert model.fc.in_features == sum(channels)
+    assert parameters(model) < 1.3 * width**1.5 * 903_018
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_inception_table() -> None:
+    """Paper 4.3.2: 16 x 16 after the stem, blocks of 256, 480 and 512 channels; 0.23 GMAC an image."""
+    model, shapes, work = InceptionCifar(), [], 0
+
+    def count(layer: nn.Conv2d, _: object, out: Tensor) -> None:
+        nonlocal work
+        work += out.numel() * layer.weight[0].numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    for module in (model.stem, *(m for m in model.modules() if type(m).__name__ == "Inception")):
+        module.register_forward_hook(lambda m, _, out: shapes.append(tuple(out.shape[1:])))
+    model(torch.randn(1, 3, 32, 32))
+    assert shapes == [(32, 16, 16), (256, 16, 16), (480, 16, 16), (512, 16, 16)]
+    assert round(work / 1e9, 2) == 0.23
+
+
+def test_inception_hidden_layer_is_an_option() -> None:
+    model = InceptionCifar(10, hidden=1000)
+    assert parameters(model) == 903_018 - 5130 + 513 * 1000 + 1001 * 10
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_parameter_free_shortcuts() -> None:
+    """Post-activation: subsampled, zero channels behind. Pre-activation: averaged, zero channels on both sides."""
+    x = torch.randn(2, 4, 6, 6)
+    post = Block(4, 8, 2)
+    nn.init.zeros_(post.bn2.weight)
+    out = post(x)
+    assert torch.equal(out[:, :4], F.relu(x[:, :, ::2, ::2])) and not out[:, 4:].any()
+    preact = PreactBlock(4, 8, 2, first=False)
+    nn.init.zeros_(preact.conv2.weight)
+    out = preact(x)
+    assert torch.equal(out[:, 2:6], F.avg_pool2d(x, 2)) and not out[:, :2].any() and not out[:, 6:].any()
+    same = PreactBlock(4, 4, 1, first=False)
+    nn.init.zeros_(same.conv2.weight)
+    assert torch.equal(same(x), x)
+
+
+def test_preactivation_order() -> None:
+    """The first block takes its input as it is (it is activated); the others normalize it; one normalizer at the end."""
+    model = ResNet(2, preact=True)
+    first, second = model.blocks[0], model.blocks[1]
+    assert isinstance(first.bn1, nn.Identity) and isinstance(second.bn1, nn.BatchNorm2d)
+    assert isinstance(model.bn_last, nn.BatchNorm2d) and isinstance(ResNet(2).bn_last, nn.Identity)
+    x = torch.randn(4, 16, 8, 8)
+    expected = x + second.conv2(F.relu(second.bn2(second.conv1(F.relu(second.bn1(x))))))
+    torch.testing.assert_close(second(x), expected)
+    expected = x + first.conv2(F.relu(first.bn2(first.conv1(x))))
+    torch.testing.assert_close(first(x), expected)

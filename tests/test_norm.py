@@ -1,0 +1,644 @@
+"""The normalizers: the Kalman update against formulas and torch's own layers, groups, moving statistics, errors."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import error, leaves, random_belief
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from kalmannorm import NORMS, Belief, KalmanBatchNorm2d, KalmanGroupNorm, belief, precise_statistics, set_statistics
+from kalmannorm.norm import BatchNorm
+from kalmannorm.norm.estimate import _Native, _plain
+from kalmannorm.statistics import probing
+
+D = torch.float64
+FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(D, 1e-12), (torch.float32, 1e-5)], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def affine(layer: nn.Module, channels: int) -> None:
+    """The same uneven gamma and beta for layers that are to be compared."""
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.5, 2, channels))  # type: ignore[operator, union-attr]
+        layer.bias.copy_(torch.linspace(-1, 1, channels))  # type: ignore[operator, union-attr]
+
+
+def measurement_only(channels: int, **options: Any) -> KalmanBatchNorm2d:
+    options = {"gain": 1, "learn_gain": False, "noise": False, "moving_unbiased": True, **options}
+    return KalmanBatchNorm2d(channels, **options)
+
+
+def step(layer: nn.Module, x: Tensor, dy: Tensor, *args: Any) -> list[Tensor]:
+    """Output and gradients of one forward and backward."""
+    (x,) = leaves(x)
+    layer.zero_grad()
+    out = layer(x, *args)
+    y = out[0] if isinstance(out, tuple) else out
+    y.backward(dy)
+    return [y.detach(), x.grad, layer.weight.grad.clone(), layer.bias.grad.clone()]  # type: ignore[union-attr, list-item]
+
+
+def moving(layer: nn.Module) -> list[Tensor]:
+    return [layer.running_mean, layer.running_var]  # type: ignore[list-item]
+
+
+def same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= tolerance
+
+
+# --- gain 1: the estimator gives back the normalizer it is built on ---
+
+
+@FORMATS
+@DTYPES
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_gain_1_is_batch_norm(
+    dtype: torch.dtype, tolerance: float, with_prior: bool, memory_format: torch.memory_format
+) -> None:
+    ours, torchs = measurement_only(5, eps=1e-4, momentum=0.3).to(dtype), nn.BatchNorm2d(5, 1e-4, 0.3).to(dtype)
+    for layer in (ours, torchs):
+        affine(layer, 5)
+    prior = (random_belief(1, 5, dtype),) if with_prior else ()
+    for _ in range(3):
+        x = (2 * torch.randn(6, 5, 4, 3, dtype=dtype) + 3).contiguous(memory_format=memory_format)
+        dy = torch.randn(6, 5, 4, 3, dtype=dtype)
+        same(step(ours, x, dy, *prior), step(torchs, x, dy), tolerance)
+    same(moving(ours), moving(torchs), tolerance)
+    assert ours.num_batches_tracked == torchs.num_batches_tracked
+    ours.eval(), torchs.eval()
+    assert error(ours(x)[0].detach(), torchs(x).detach()) <= tolerance
+
+
+@FORMATS
+@DTYPES
+@pytest.mark.parametrize("build", [BatchNorm, measurement_only], ids=["bn", "kn"])
+@pytest.mark.parametrize("stat_batch", [1, 2, 4])
+def test_groups_are_batch_norms_of_their_own(
+    stat_batch: int,
+    build: Callable[..., nn.Module],
+    dtype: torch.dtype,
+    tolerance: float,
+    memory_format: torch.memory_format,
+) -> None:
+    """Interleaved: image i of G groups belongs to group i mod G. Gradients add up, moving values are their mean."""
+    groups = 8 // stat_batch
+    ours = build(5, stat_batch=stat_batch).to(dtype)
+    parts = [nn.BatchNorm2d(5).to(dtype) for _ in range(groups)]
+    for layer in (ours, *parts):
+        affine(layer, 5)
+    for _ in range(2):
+        x = (2 * torch.randn(8, 5, 4, 3, dtype=dtype) + 3).contiguous(memory_format=memory_format)
+        dy = torch.randn(8, 5, 4, 3, dtype=dtype)
+        y, dx, dgamma, dbeta = step(ours, x, dy)
+        expected = [step(part, x[g::groups], dy[g::groups]) for g, part in enumerate(parts)]
+        for g in range(groups):
+            same([y[g::groups], dx[g::groups]], expected[g][:2], tolerance)
+        sums = [sum(e[i] for e in expected) for i in (2, 3)]
+        same([dgamma, dbeta], sums, tolerance)  # type: ignore[arg-type]
+    means = [torch.stack(values).mean(0) for values in zip(*map(moving, parts), strict=True)]
+    same(moving(ours), means, tolerance)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_bn_of_the_whole_batch_is_torchs_bit_for_bit(momentum: float | None) -> None:
+    ours, torchs = BatchNorm(5, momentum=momentum), nn.BatchNorm2d(5, momentum=momentum)
+    for _ in range(3):
+        x, dy = torch.randn(6, 5, 4, 3), torch.randn(6, 5, 4, 3)
+        assert all(torch.equal(a, b) for a, b in zip(step(ours, x, dy), step(torchs, x, dy), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours.buffers(), torchs.buffers(), strict=True))
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+
+
+@FORMATS
+@DTYPES
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_gkn_at_gain_1_is_group_norm(
+    groups: int, dtype: torch.dtype, tolerance: float, memory_format: torch.memory_format
+) -> None:
+    ours = KalmanGroupNorm(groups, 6, gain=1, learn_gain=False, noise=False).to(dtype)
+    torchs = nn.GroupNorm(groups, 6).to(dtype)
+    for layer in (ours, torchs):
+        affine(layer, 6)
+    x = (2 * torch.randn(4, 6, 4, 3, dtype=dtype) + 3).contiguous(memory_format=memory_format)
+    dy, prior = torch.randn(4, 6, 4, 3, dtype=dtype), random_belief(4, 6, dtype)
+    for args in ((), (prior,)):
+        same(step(ours, x, dy, *args), step(torchs, x, dy), tolerance)
+
+
+def test_gn_is_torchs() -> None:
+    x = torch.randn(4, 12, 3, 3)
+    for options, groups in (({}, 12), ({"max_groups": 5}, 4), ({"num_groups": 3}, 3)):
+        y, none = NORMS["gn"](12, stat_batch=2, **options)(x)
+        assert none is None and torch.equal(y, F.group_norm(x, groups, torch.ones(12), torch.zeros(12)))
+    assert [NORMS["gn"](c).num_groups for c in (16, 48, 64, 40, 7)] == [16, 24, 32, 20, 7]
+    assert [NORMS["gkn"](c).num_groups for c in (16, 48, 64, 40, 7)] == [16, 24, 32, 20, 7]
+
+
+# --- the update, by hand ---
+
+
+@FORMATS
+@pytest.mark.parametrize("rows", ["one for all", "one per group"])
+@pytest.mark.parametrize("mixture", [False, True])
+def test_update_is_equation_7(mixture: bool, rows: str, memory_format: torch.memory_format) -> None:
+    groups, q = 3, 0.3
+    layer = KalmanBatchNorm2d(5, stat_batch=2, gain=q, mixture=mixture, eps=1e-3).double()
+    affine(layer, 5)
+    with torch.no_grad():
+        layer.noise_raw.copy_(torch.linspace(-3, 1, 5))  # type: ignore[union-attr]
+    noise = torch.linspace(-3, 1, 5, dtype=D).exp().log1p()
+    prior = random_belief(1 if rows == "one for all" else groups, 5, D)
+    x = (2 * torch.randn(6, 5, 4, 3, dtype=D) + 1).contiguous(memory_format=memory_format)
+    y, posterior = layer(x, prior)
+    for g in range(groups):
+        images, row = x[g::groups].transpose(0, 1).flatten(1), 0 if rows == "one for all" else g
+        measured_mean, measured_var = images.mean(1), images.var(1, correction=0)
+        mean = (1 - q) * prior.mean[row] + q * measured_mean
+        var = (1 - q) * (prior.var[row] + noise) + q * measured_var
+        if mixture:
+            var = var + (1 - q) * q * (measured_mean - prior.mean[row]).square()
+        assert error(posterior.mean[g], mean) < 1e-7 and error(posterior.var[g], var) < 1e-7  # q is a float32 number
+        gamma, beta = layer.weight.view(1, 5, 1, 1), layer.bias.view(1, 5, 1, 1)
+        scaled = (x[g::groups] - mean.view(1, 5, 1, 1)) * (var + 1e-3).rsqrt().view(1, 5, 1, 1)
+        assert error(y[g::groups], scaled * gamma + beta) < 1e-6
+
+
+def test_learned_parameters_start_where_they_should() -> None:
+    for layer in (KalmanBatchNorm2d(7), KalmanGroupNorm(1, 7)):
+        assert float(layer.gain.detach()) == pytest.approx(0.5) and layer.gain_logit is not None
+        assert layer.gain_logit.shape == () and layer.gain_logit.requires_grad  # one per layer
+        assert layer.noise_raw is not None and layer.noise_raw.shape == (7,)  # one per channel
+        torch.testing.assert_close(F.softplus(layer.noise_raw), torch.full((7,), 0.02))
+        assert sum(p.numel() for p in layer.parameters()) == 7 + 7 + 7 + 1  # what Table 2 counts
+    assert float(KalmanBatchNorm2d(7, gain=0.1).gain.detach()) == pytest.approx(0.1)
+    fixed = KalmanBatchNorm2d(7, gain=0.9, learn_gain=False, noise=False)
+    assert fixed.gain == 0.9 and sum(p.numel() for p in fixed.parameters()) == 14
+
+
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_gkn_prior_is_the_mixture_of_the_channels_of_a_group(with_prior: bool) -> None:
+    layer = KalmanGroupNorm(2, 6, gain=0.3, mixture=True, eps=1e-3).double()
+    affine(layer, 6)
+    x, prior = torch.randn(4, 6, 3, 3, dtype=D), random_belief(4, 6, D)
+    y, posterior = layer(x, prior if with_prior else None)
+    for n in range(4):
+        for g in range(2):
+            channels = slice(3 * g, 3 * g + 3)
+            mean, var = x[n, channels].mean(), x[n, channels].var(correction=0)
+            if with_prior:
+                means, variances = prior.mean[n, channels], prior.var[n, channels] + 0.02
+                prior_mean, prior_var = means.mean(), variances.mean() + means.var(correction=0)
+                spread = 0.21 * (mean - prior_mean).square()
+                mean, var = 0.7 * prior_mean + 0.3 * mean, 0.7 * prior_var + 0.3 * var + spread
+            assert error(posterior.mean[n, channels], mean.expand(3)) < 1e-6
+            assert error(posterior.var[n, channels], var.expand(3)) < 1e-6
+            gamma, beta = (t[channels].view(3, 1, 1) for t in (layer.weight, layer.bias))
+            assert error(y[n, channels], (x[n, channels] - mean) * (var + 1e-3).rsqrt() * gamma + beta) < 1e-6
+
+
+def test_belief_handed_on() -> None:
+    x, prior = torch.randn(4, 6, 3, 3), random_belief(2, 6)
+    for layer in (KalmanBatchNorm2d(6, stat_batch=2, belief="output"), KalmanGroupNorm(2, 6, belief="output")):
+        affine(layer, 6)
+        b = layer(x, Belief(*(t.repeat(2, 1) for t in prior)) if isinstance(layer, KalmanGroupNorm) else prior)[1]
+        assert torch.equal(b.mean.expand(2, -1), layer.bias.expand(2, -1))
+        assert torch.equal(b.var.expand(2, -1), layer.weight.square().expand(2, -1))
+        assert b.mean.requires_grad and b.var.requires_grad
+    values = 2 * 9
+    unbiased = KalmanBatchNorm2d(6, stat_batch=2, first_unbiased=True)
+    biased = KalmanBatchNorm2d(6, stat_batch=2)
+    first = unbiased(x)[1], biased(x)[1]
+    assert error(first[0].var, first[1].var * values / (values - 1)) < 1e-6
+    assert torch.equal(unbiased(x)[0], biased(x)[0]) and error(unbiased.running_var, biased.running_var) < 1e-6
+    assert torch.equal(unbiased(x, prior)[1].var, biased(x, prior)[1].var)  # only without a prior
+
+
+# --- two forms of one arithmetic; gradients ---
+
+
+def arguments(prior: bool, weight: bool, dims: int, dtype: torch.dtype = D) -> list[Tensor | None]:
+    """x, prior mean, prior variance, gain, weight, bias for 3 groups of 2 images and 4 channels."""
+    x = torch.randn(6, 4, *(3, 2)[: dims - 2], dtype=dtype)
+    belief = random_belief(3, 4, dtype) if prior else (None, None)
+    gamma, beta = (torch.randn(4, dtype=dtype), torch.randn(4, dtype=dtype)) if weight else (None, None)
+    made = [x, *belief, torch.tensor(0.3, dtype=dtype), gamma, beta]
+    return [None if t is None else t.requires_grad_() for t in made]
+
+
+def run(form: Any, mixture: bool, guard: float | None, eps: float = 1e-2) -> Callable[..., tuple[Tensor, ...]]:
+    def call(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+        return form(x, 3, *others, eps, mixture, guard)[:3]
+
+    return call
+
+
+FORMS = pytest.mark.parametrize("form", [_Native.apply, _plain], ids=["native", "plain"])
+
+
+@DTYPES
+@pytest.mark.parametrize("dims", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("prior", "weight", "mixture", "guard"),
+    [
+        (False, True, False, None),
+        (True, True, False, None),
+        (True, False, True, None),
+        (True, True, True, 1e-3),  # the guard holds
+        (True, True, True, 1e9),  # it does not
+    ],
+)
+def test_native_form_is_the_plain_form(
+    prior: bool, weight: bool, mixture: bool, guard: float | None, dims: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    inputs = arguments(prior, weight, dims, dtype)
+    needed = [t for t in inputs if t is not None]
+    results = []
+    for form in (_Native.apply, _plain):
+        out = form(inputs[0], 3, *inputs[1:], 1e-5, mixture, guard)
+        cotangents = [torch.randn(t.shape, dtype=dtype, generator=torch.Generator().manual_seed(1)) for t in out[:3]]
+        grads = torch.autograd.grad(out[:3], needed, cotangents, allow_unused=True)
+        assert not out[3].requires_grad and not out[4].requires_grad
+        results.append([*out, *(torch.zeros_like(n) if g is None else g for n, g in zip(needed, grads, strict=True))])
+    for a, b in zip(*results, strict=True):
+        assert error(a.detach(), b.detach()) <= (tolerance if b.any() else 0)
+
+
+@FORMS
+@pytest.mark.parametrize("dims", [2, 4])
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("prior", [False, True])
+def test_gradients_of_the_update(form: Any, prior: bool, mixture: bool, dims: int) -> None:
+    inputs = arguments(prior, True, dims)
+    assert gradcheck(run(form, mixture, None), inputs, fast_mode=True)
+
+
+@FORMS
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("prior", [False, True])
+def test_gradients_at_zero_measured_variance(form: Any, prior: bool, mixture: bool) -> None:
+    inputs = arguments(prior, True, 4)
+    with torch.no_grad():
+        assert inputs[0] is not None
+        inputs[0][:, 1] = 0.7  # one constant channel
+        inputs[0][0::3, 2] = -1.5  # another constant in one group only
+    out = run(form, mixture, None)(*inputs)
+    assert prior or out[2][0, 2] == 0
+    assert gradcheck(run(form, mixture, None), inputs, fast_mode=True)
+
+
+@FORMS
+@pytest.mark.parametrize("guard", [0.5, 50.0])
+def test_gradients_with_a_guard(form: Any, guard: float) -> None:
+    """No gradient through the decision, and none to the prior where it is given up."""
+    inputs = arguments(True, True, 4)
+    ratio = (inputs[2] / _plain(inputs[0], 3, None, None, inputs[3], None, None, 0, False, None)[4]).mean()
+    assert 0.5 < ratio < 50
+    assert gradcheck(run(form, True, guard), inputs, fast_mode=True)
+    grads = torch.autograd.grad(sum(t.square().sum() for t in run(form, True, guard)(*inputs)), inputs)
+    assert all(bool(g.any()) is (guard == 50) for g in grads[1:4])
+
+
+def test_second_gradients_of_the_plain_form() -> None:
+    assert gradgradcheck(run(_plain, True, None), arguments(True, True, 4), fast_mode=True)
+    inputs = arguments(True, True, 4)
+    (dx,) = torch.autograd.grad(run(_Native.apply, True, None)(*inputs)[0].square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # refused, not silently wrong
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["native", "plain"])
+@pytest.mark.parametrize("kind", ["bkn", "gkn"])
+def test_gradients_through_the_prior(kind: str, channels_last: bool, sampling: bool) -> None:
+    """normalizer, ReLU, convolution, normalizer: gradients flow through everything, the prior included."""
+    options: dict[str, Any] = {"mixture": True, "eps": 1e-2}
+    if kind == "bkn":
+        first, second = (KalmanBatchNorm2d(c, stat_batch=2, **options).double() for c in (2, 3))
+    else:
+        first, second = KalmanGroupNorm(1, 2, **options).double(), KalmanGroupNorm(3, 3, **options).double()  # type: ignore[assignment]
+    images = 4
+    weight = torch.randn(3, 2, 3, 3, dtype=D, requires_grad=True)
+    noise = torch.randn(2 if kind == "bkn" else images, 2, 3, 3, dtype=D)
+    x = torch.randn(images, 2, 3, 3, dtype=D, requires_grad=True)
+    parameters = [*first.parameters(), *second.parameters()]
+    names = [n for layer in (first, second) for n, _ in layer.named_parameters()]
+
+    def network(x: Tensor, weight: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names[: len(names) // 2], values[: len(names) // 2], strict=True))
+        then = dict(zip(names[len(names) // 2 :], values[len(names) // 2 :], strict=True))
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        y, b = torch.func.functional_call(first, given, (x,))
+        if sampling:
+            prior = belief.sampled_conv(b, noise, weight, padding=(1, 1), relu=True)
+        else:
+            prior = belief.conv(belief.relu(b), weight)
+        y, b = torch.func.functional_call(second, then, (F.conv2d(F.relu(y), weight, padding=1), prior))
+        return y, *b
+
+    assert gradcheck(network, (x, weight, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("norm", ["bkn", "gkn"])
+def test_idle_parameters_get_zero_gradients(norm: str) -> None:
+    """DDP waits for the gradients of every parameter, and an optimizer must not move those that have no part."""
+    layer = NORMS[norm](6)
+    layer(torch.randn(4, 6, 3, 3))[0].sum().backward()
+    assert layer.gain_logit.grad is not None and layer.gain_logit.grad == 0
+    assert layer.noise_raw.grad is not None and not layer.noise_raw.grad.any()
+    layer(torch.randn(4, 6, 3, 3), random_belief(1, 6))[0].square().sum().backward()
+    assert layer.gain_logit.grad != 0 and layer.noise_raw.grad.any()
+
+
+# --- groups, memory formats, types ---
+
+
+@FORMATS
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gkn"])
+def test_groups_do_not_leak(norm: str, memory_format: torch.memory_format) -> None:
+    layer = NORMS[norm](5, **({} if norm == "gkn" else {"stat_batch": 2}))
+    x = torch.randn(8, 5, 4, 3).contiguous(memory_format=memory_format)
+    groups = 8 if norm == "gkn" else 4
+    prior = random_belief(groups, 5)
+    changed, other_prior = x.clone(memory_format=torch.preserve_format), Belief(*(t.clone() for t in prior))
+    changed[5] *= 3
+    other_prior.mean[5 % groups] += 1
+    (y, b), (z, c) = layer(x, prior), layer(changed, other_prior)
+    for image in range(8):
+        assert torch.equal(y[image], z[image]) is (image % groups != 5 % groups), image
+    for row in range(groups if b is not None else 0):
+        assert torch.equal(b.mean[row], c.mean[row]) is torch.equal(b.var[row], c.var[row]) is (row != 5 % groups)
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gkn"])
+def test_channels_last_is_contiguous(norm: str) -> None:
+    options: dict[str, Any] = {} if norm == "gkn" else {"stat_batch": 2}
+    layers = [NORMS[norm](6, **options).double() for _ in range(2)]
+    x, dy = torch.randn(8, 6, 4, 3, dtype=D), torch.randn(8, 6, 4, 3, dtype=D)
+    prior = random_belief(8 if norm == "gkn" else 4, 6, D)
+    found = []
+    for layer, memory_format in zip(layers, (torch.contiguous_format, torch.channels_last), strict=True):
+        b = Belief(*leaves(*prior))
+        found.append(step(layer, x.contiguous(memory_format=memory_format), dy, b))
+        found[-1] += [p.grad for p in layer.parameters()]
+        found[-1] += [] if norm == "bn" else [b.mean.grad, b.var.grad]  # type: ignore[list-item]
+    same(*found, 1e-12)
+    same(*(list(layer.buffers()) for layer in layers), 1e-12)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gkn"])
+def test_two_dimensional_inputs(norm: str) -> None:
+    options: dict[str, Any] = {"num_groups": 2} if norm == "gkn" else {"stat_batch": 4}
+    flat, spatial = NORMS[norm](6, **options), NORMS[norm](6, **options)
+    x, dy = torch.randn(8, 6), torch.randn(8, 6)
+    prior = random_belief(8 if norm == "gkn" else 2, 6)
+    found = step(flat, x, dy, prior)
+    assert found[0].shape == (8, 6)
+    expected = step(spatial, x[:, :, None, None], dy[:, :, None, None], prior)
+    same([found[0], found[1]], [expected[0][..., 0, 0], expected[1][..., 0, 0]], 1e-6)
+    same(found[2:], expected[2:], 1e-6)
+    if norm == "bn":
+        reference = nn.BatchNorm1d(6)
+        assert error(flat(x)[0][1::2].detach(), reference(x[1::2]).detach()) < 1e-6
+
+
+@FORMATS
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gkn"])
+def test_statistics_are_float32_under_autocast(norm: str, memory_format: torch.memory_format) -> None:
+    options: dict[str, Any] = {"num_groups": 2} if norm == "gkn" else {"stat_batch": 2}
+    cast, exact = NORMS[norm](6, **options), NORMS[norm](6, **options)
+    conv, torchs = nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6) if norm == "gkn" else nn.BatchNorm2d(6)
+    prior = random_belief(4 if norm == "gkn" else 2, 6)
+    image = torch.randn(4, 3, 10, 10).contiguous(memory_format=memory_format)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = conv(image) + 5
+        y, b = cast(x, prior)
+        assert x.dtype == torch.bfloat16 and y.dtype == torchs(x).dtype
+    expected, c = exact(x.detach().float(), prior)
+    assert error(y.detach().float(), expected.detach()) < 1e-2
+    if b is not None:
+        assert b.mean.dtype == b.var.dtype == torch.float32
+        assert error(b.mean, c.mean) < 1e-5 and error(b.var, c.var) < 1e-5  # of the same bf16 values, in float32
+    for a, e in zip(cast.buffers(), exact.buffers(), strict=True):
+        assert a.dtype == e.dtype and error(a, e) < 1e-5
+    y.float().square().sum().backward()
+    assert conv.weight.grad is not None and torch.isfinite(conv.weight.grad).all()
+
+
+@FORMATS
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_variance_does_not_cancel(norm: str, memory_format: torch.memory_format) -> None:
+    """A mean of a thousand deviations: E[x^2] - E[x]^2 in float32 would have no digit left."""
+    layer = NORMS[norm](3, stat_batch=4, momentum=1.0, moving_unbiased=False)
+    x = (torch.randn(8, 3, 16, 16) + 1000).contiguous(memory_format=memory_format)
+    layer(x)
+    exact = torch.stack([x[g::2].double().var((0, 2, 3), correction=0) for g in range(2)]).mean(0)
+    assert error(layer.running_var, exact) < 1e-5
+
+
+# --- moving, online, precise ---
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("which", ["mean", "first"])
+def test_moving_averages_are_of_what_normalizes(which: str, unbiased: bool, norm: str) -> None:
+    layer = NORMS[norm](5, stat_batch=2, moving_groups=which, moving_unbiased=unbiased, momentum=0.3)
+    expected = [torch.zeros(5), torch.ones(5)]
+    for _ in range(3):
+        x = torch.randn(6, 5, 4, 3) + 1
+        b = layer(x, random_belief(3, 5))[1]
+        if b is None:
+            groups = torch.stack([x[g::3].transpose(0, 1).flatten(1) for g in range(3)])
+            b = Belief(groups.mean(2), groups.var(2, correction=0))
+        var = b.var * (24 / 23 if unbiased else 1)
+        new = [b.mean[0], var[0]] if which == "first" else [b.mean.mean(0), var.mean(0)]
+        expected = [0.7 * old + 0.3 * value.detach() for old, value in zip(expected, new, strict=True)]
+    same(moving(layer), expected, 1e-5)
+    assert layer.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_momentum_none_is_the_cumulative_average(norm: str) -> None:
+    layer = NORMS[norm](5, stat_batch=2, momentum=None, moving_unbiased=True)
+    measured = []
+    for _ in range(3):
+        x = torch.randn(6, 5, 4, 3) + 1
+        layer(x)
+        measured += [x[g::3].transpose(0, 1).flatten(1) for g in range(3)]
+    expected = [torch.stack([m.mean(1) for m in measured]).mean(0), torch.stack([m.var(1) for m in measured]).mean(0)]
+    same(moving(layer), expected, 1e-5)
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_moving_statistics_in_evaluation(norm: str) -> None:
+    """They take any batch size, ignore the prior, do not change, and are the belief that is handed on."""
+    layer = NORMS[norm](5, stat_batch=4)
+    affine(layer, 5)
+    layer(torch.randn(8, 5, 4, 3) + 1)
+    layer.eval()
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(3, 5, 4, 3)
+    y, b = layer(x, random_belief(1, 5))
+    assert torch.equal(y, F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias))
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+    if norm == "bkn":
+        assert torch.equal(b.mean, layer.running_mean[None]) and torch.equal(b.var, layer.running_var[None])
+
+
+@pytest.mark.parametrize("stat_batch", [2, None])
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_online_statistics_in_evaluation(norm: str, stat_batch: int | None) -> None:
+    """The same groups and estimator as in training, prior included; nothing moves."""
+    layer = NORMS[norm](5, stat_batch=stat_batch)
+    x, prior = torch.randn(6, 5, 4, 3) + 1, random_belief(1, 5)
+    trained = layer(x, prior)[0]
+    before = copy.deepcopy(layer.state_dict())
+    layer.eval()
+    assert not torch.equal(layer(x, prior)[0], trained)
+    set_statistics(layer, "online")
+    assert torch.equal(layer(x, prior)[0], trained)
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+    set_statistics(layer, "moving")
+    assert not torch.equal(layer(x, prior)[0], trained)
+    with pytest.raises(ValueError, match=r"'moving' or 'online', not 'Option A'"):
+        set_statistics(layer, "Option A")
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+@pytest.mark.parametrize("sizes", [(6, 6, 6), (6, 4, 6)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("which", ["mean", "first"])
+def test_precise_statistics_by_hand(which: str, sizes: tuple[int, ...], norm: str) -> None:
+    """Mean over all groups of all batches, of different sizes too; modes, momentum and other layers are left alone."""
+    layer = NORMS[norm](5, stat_batch=2, moving_unbiased=False, moving_groups=which)
+    model = nn.Sequential(nn.Dropout(0.5), layer, Take())
+    layer.eval()  # frozen by the user
+    batches = [torch.randn(n, 5, 4, 3) + 1 for n in sizes]
+    state = torch.get_rng_state()
+    precise_statistics(model, batches)
+    assert torch.equal(state, torch.get_rng_state())  # no dropout was drawn
+    groups = [b[g :: len(b) // 2].transpose(0, 1).flatten(1) for b in batches for g in range(len(b) // 2)]
+    expected = [torch.stack(v).mean(0) for v in ([g.mean(1) for g in groups], [g.var(1, correction=0) for g in groups])]
+    same(moving(layer), expected, 1e-5)
+    assert [m.training for m in model] == [True, False, True] and layer.momentum == 0.1
+
+
+class Take(nn.Module):
+    """The output of a normalizer alone."""
+
+    def forward(self, both: tuple[Tensor, Belief | None]) -> Tensor:
+        return both[0]
+
+
+@pytest.mark.parametrize("batches", [[], [torch.randn(4, 5, 2, 2), torch.randn(3, 5, 2, 2)]], ids=["none", "ragged"])
+def test_precise_statistics_that_fail_leave_the_old_ones(batches: list[Tensor]) -> None:
+    layer = BatchNorm(5, stat_batch=2)
+    layer(torch.randn(4, 5, 2, 2) + 1)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match="batch"):
+        precise_statistics(nn.Sequential(layer), batches)
+    assert layer.training and layer.momentum == 0.1
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("stat_batch", [2, None])
+def test_probes_see_every_group(stat_batch: int | None) -> None:
+    model = nn.ModuleDict(
+        {"bn": BatchNorm(5, stat_batch=stat_batch), "kn": KalmanBatchNorm2d(5, stat_batch=stat_batch)}
+    )
+    seen: dict[str, list[dict[str, Belief | None]]] = {"bn": [], "kn": []}
+    x, prior = torch.randn(6, 5, 4, 3) + 1, random_belief(1, 5)
+    unseen = [layer(x, prior)[0] for layer in model.values()]
+    with probing(model, {name: lambda calls=calls, **what: calls.append(what) for name, calls in seen.items()}):
+        for layer, y in zip(model.values(), unseen, strict=True):
+            same([layer(x, prior)[0].detach()], [y.detach()], 1e-6)
+    posterior = model["kn"](x, prior)[1]  # no probe any more
+    number = 1 if stat_batch is None else 3
+    groups = torch.stack([x[g::number].transpose(0, 1).flatten(1) for g in range(number)])
+    for name in ("bn", "kn"):
+        (call,) = seen[name]
+        used = Belief(groups.mean(2), groups.var(2, correction=0)) if name == "bn" else posterior
+        same(list(call["measured"]), [groups.mean(2), groups.var(2, correction=0)], 1e-5)  # type: ignore[arg-type]
+        same([t.detach() for t in call["used"]], [t.detach() for t in used], 1e-5)  # type: ignore[union-attr]
+        assert all(not t.requires_grad for b in call.values() if b is not None for t in b)  # detached, as promised
+    assert seen["bn"][0]["prior"] is None
+    expected = [prior.mean, prior.var + 0.02]  # R included
+    same([t.detach().expand(1, 5) for t in seen["kn"][0]["prior"]], expected, 1e-5)  # type: ignore[union-attr]
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+@pytest.mark.parametrize(("stat_batch", "shape"), [(1, (4, 3, 1, 1)), (1, (4, 3)), (None, (1, 3, 1, 1))])
+def test_statistics_of_a_single_value(norm: str, stat_batch: int | None, shape: tuple[int, ...]) -> None:
+    layer = NORMS[norm](3, stat_batch=stat_batch)
+    layer.layer_name = "blocks.3.bn1"
+    before = copy.deepcopy(layer.state_dict())
+    for online in (False, True):
+        if online:
+            layer.eval()
+            set_statistics(layer, "online")
+        with pytest.raises(ValueError, match=r"blocks\.3\.bn1: statistics of a single value .*stat_batch"):
+            layer(torch.randn(shape))
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+    set_statistics(layer, "moving")
+    layer(torch.randn(shape))  # moving statistics have no such trouble
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_batches_that_do_not_divide(norm: str) -> None:
+    layer = NORMS[norm](3, stat_batch=4)
+    layer.layer_name = "stem.bn"
+    with pytest.raises(ValueError, match=r"stem\.bn: a batch of 6 images .* stat_batch = 4"):
+        layer(torch.randn(6, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"stem\.bn: a batch of 2 images .* stat_batch = 4"):
+        layer(torch.randn(2, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"stem\.bn: expected an input \[N, C, \.\.\.\], got \(3,\)"):
+        layer(torch.randn(3))
+
+
+@pytest.mark.parametrize(
+    ("norm", "options", "message"),
+    [
+        ("bkn", {"gain": 1}, "gain 1 cannot be learned"),
+        ("gkn", {"gain": 1.0}, "gain 1 cannot be learned"),
+        ("bkn", {"gain": 0}, r"gain must lie in \(0, 1\], not 0"),
+        ("bkn", {"gain": 1.5, "learn_gain": False}, "not 1.5"),
+        ("gkn", {"gain": -0.1}, r"not -0\.1"),
+        ("bkn", {"belief": "prior"}, "'posterior' or 'output', not 'prior'"),
+        ("bkn", {"guard": 0.0}, r"guard must be positive or None, not 0\.0"),
+        ("bkn", {"moving_groups": "last"}, "'mean' or 'first', not 'last'"),
+        ("bkn", {"stat_batch": 0}, "stat_batch must be at least 1, not 0"),
+        ("bn", {"stat_batch": -2}, "stat_batch must be at least 1, not -2"),
+        ("gn", {"num_groups": 4}, "4 groups do not divide 6 channels"),
+        ("gn", {"num_groups": 0}, "0 groups do not divide 6 channels"),
+        ("gkn", {"num_groups": 4}, "4 groups do not divide 6 channels"),
+    ],
+)
+def test_bad_options(norm: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NORMS[norm](6, **options)
+
+
+def test_kalman_group_norm_refuses_groups_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="4 groups do not divide 6 channels"):
+        KalmanGroupNorm(4, 6)
+
+
+def test_gain_from_the_measurement_alone_needs_no_logit() -> None:
+    layer = KalmanBatchNorm2d(3, gain=1, learn_gain=False)
+    assert layer.gain == 1 and layer.gain_logit is None and "gain_logit" not in layer.state_dict()
+    assert math.isclose(layer.initial_gain, 1)
