@@ -113,14 +113,11 @@ def variance_gaps(
         for x, _, _ in train.plain(grad_batch, fill=stat_batch):
             model(x)
     set_statistics(model, "moving")
-    small = {
-        f"gap_{key}": torch.cat([probes[name].binned(key) for name in last]).numpy() for key in ("measured", "used")
-    }
+    small = {f"gap_{key}": torch.cat([probes[name].binned(key) for name in last]).numpy() for key in KINDS}
+    small["last_channels"] = np.array([len(probes[name].moving) for name in last])
     small["moving_var"] = torch.cat([probes[name].moving for name in last]).float().cpu().numpy()
     for key in KINDS:
         values = [probe.relative(key, layers[name].eps) for name, probe in probes.items()]
         small[f"layer_gap_{key}"] = np.array(values, dtype=np.float32)
-    raw = {
-        key: torch.cat([torch.cat(probes[name].raw[key]) for name in last], 1).numpy() for key in ("measured", "used")
-    }
+    raw = {key: torch.cat([torch.cat(probes[name].raw[key]) for name in last], 1).numpy() for key in KINDS}
     return small, raw
