@@ -24,7 +24,7 @@ def names() -> list[str]:
 def load(name: str, arguments: list[str]) -> Experiment:
     """The card `name` under `arguments`: overrides of every run, and
 
-    seeds=N        seeds 1..N in place of the card's number; seeds=1,4 names them
+    seeds=N        seeds 1..N in place of the card's number; seeds=1,4 or seeds=4, names them
     rows=paper     only the papers' rows, without ours; rows=KEY,KEY names them
 
     Rows that come to the same run (a normalizer without batch statistics at two of them) share it.
@@ -72,10 +72,10 @@ def _choose(rows: list[dict[str, Any]], wanted: str | None) -> list[dict[str, An
 
 def _seeds(text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",") if part]
     except ValueError:
         raise UserError(f"seeds={text}: expected a number of seeds, or seeds separated by commas") from None
-    if len(numbers) == 1:
+    if "," not in text:
         numbers = list(range(1, numbers[0] + 1))
     if not numbers or min(numbers) < 0:
         raise UserError(f"seeds={text}: expected at least one seed from 0")
