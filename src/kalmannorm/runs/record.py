@@ -3,6 +3,7 @@
 Tables read records and nothing else. A record is written whole or not at all, the JSON last.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -117,6 +118,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache  # what this process imported, not what the checkout holds when a long sweep ends
 def _git() -> dict[str, Any]:
     """Commit of the source, and whether tracked files differ from it; nulls outside a checkout."""
     here = Path(__file__).resolve().parent
