@@ -31,6 +31,22 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
+def affine(layer: nn.Module, channels: int) -> None:
+    """The same uneven gamma and beta for layers that are to be compared."""
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.5, 2, channels))  # type: ignore[operator, union-attr]
+        layer.bias.copy_(torch.linspace(-1, 1, channels))  # type: ignore[operator, union-attr]
+
+
+def moving(layer: nn.Module) -> list[Tensor]:
+    return [layer.running_mean, layer.running_var]  # type: ignore[list-item]
+
+
+def same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= tolerance
+
+
 def conv3x3(c_in: int, c_out: int, stride: int = 1, **options: object) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, stride, 1, **{"bias": False, **options})  # type: ignore[arg-type]
 
@@ -47,7 +63,7 @@ class Chain(nn.Module):
         self.conv2, self.bn2 = conv3x3(c_middle, 5, stride), nn.BatchNorm2d(5)
         self.side = conv3x3(4, 4)
         self.relu, self.relu_inplace = nn.ReLU(), nn.ReLU(inplace=True)
-        self.identity = nn.Identity()
+        self.identity, self.pool, self.prelu = nn.Identity(), nn.MaxPool2d(2), nn.PReLU()
         self.middle = middle
         for bn in (self.bn1, self.bn2):
             nn.init.uniform_(bn.weight, 0.5, 1.5)

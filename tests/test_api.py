@@ -8,7 +8,8 @@ import kalmannorm as kn
 
 def test_every_public_name_is_there_whatever_was_imported_before():
     for first in kn.__all__:
-        code = f"import kalmannorm as kn; kn.{first}; assert all(callable(getattr(kn, n)) or n == 'NORMS' for n in kn.__all__)"
+        names = "all(callable(getattr(kn, name)) or name == 'NORMS' for name in kn.__all__)"
+        code = f"import kalmannorm as kn; kn.{first}; assert {names}"
         subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -25,6 +25,8 @@ from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, result_part
 from kalmannorm.statistics import normalizers
 
+# One value an epoch each; accuracies in percent, of training (augmented) and of the test set under two statistics.
+CURVES = ("epoch", "step", "lr", "train_loss", "train_accuracy", "moving", "online")
 CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU
 
 
@@ -61,19 +63,21 @@ def run(config: Config) -> dict[str, Any]:
     }
     model.to(device)
     small: dict[str, np.ndarray] = {}
+    curves: dict[str, list[Any]] = {key: [] for key in CURVES}
+    record["curves"] = curves
     progress = Progress(identity, config)
     try:
         with progress:
-            record["curves"], seconds = _fit(config, identity, model, train, test, folder, progress)
+            seconds = _fit(config, identity, model, train, test, folder, curves, progress)
             stat_batch, epochs = config["batch"]["stat_batch"], config["budget"]["epochs"]
             record["final"] = evaluate_all(model, train, test, stat_batch, epochs)
             if normalizers(model):
                 small, raw = variance_gaps(model, train, last, config["batch"]["grad_batch"], stat_batch)
                 np.savez(folder / "gaps.npz", **raw)  # type: ignore[arg-type]
+            record["norms"] = _describe(model, last)
     except Diverged as error:
         record |= {"status": "failed", "reason": str(error)}
         seconds = progress.seconds
-    record["norms"] = _describe(model, last)
     record["host"] |= {
         "seconds": round(progress.seconds, 1),
         "train_seconds": round(seconds, 1),
@@ -106,21 +110,26 @@ def loaders(config: Config, arrays: data.Arrays, device: torch.device) -> tuple[
 
 
 def _fit(
-    config: Config, identity: str, model: Converted, train: Loader, test: Loader, folder: Path, progress: Progress
-) -> tuple[dict[str, list[Any]], float]:
-    """The training loop. Returns the curves, one entry an epoch, and the seconds of training alone."""
+    config: Config,
+    identity: str,
+    model: Converted,
+    train: Loader,
+    test: Loader,
+    folder: Path,
+    curves: dict[str, list[Any]],
+    progress: Progress,
+) -> float:
+    """The training loop, over the epochs. Fills the curves; returns the seconds of training alone."""
     stat_batch = config["batch"]["stat_batch"]
     optim = optimizer(model, config["schedule"])
-    curves: dict[str, list[Any]] = {
-        key: [] for key in ("epoch", "step", "lr", "train_loss", "train_accuracy", "moving", "online")
-    }
     seconds, first = 0.0, 0
     state = checkpoint.load(folder, identity)
     if state is not None:
         model.load_state_dict(state["model"])
         optim.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        curves, seconds, first = state["curves"], state["seconds"], len(state["curves"]["epoch"])
+        curves.update(state["curves"])
+        seconds, first = state["seconds"], len(curves["epoch"])
     progress.begin(first, train.steps_per_epoch, train.batch, folder)
     forward = torch.compile(model) if config["compile"] else model
 
@@ -132,7 +141,6 @@ def _fit(
             curves[key].append(value)
         for kind in ("moving", "online"):
             curves[kind].append(evaluate(model, test, kind, stat_batch)["accuracy"])
-        progress.epoch(curves)
         checkpoint.save(
             folder,
             {
@@ -144,7 +152,8 @@ def _fit(
                 "seconds": seconds,
             },
         )
-    return curves, seconds
+        progress.epoch(curves)
+    return seconds
 
 
 def train_epoch(
@@ -195,7 +204,7 @@ def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
     return {
         "order": list(normalizers(model)),
         "last": list(last),
-        "gains": {name: float(m.gain_value) for name, m in model.named_modules() if isinstance(m, Estimator)},
+        "gains": {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)},
         "beliefs": belief_report(model),
     }
 

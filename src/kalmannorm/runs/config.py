@@ -51,13 +51,19 @@ def result_part(config: Config) -> Config:
 def _compose(overrides: list[str]) -> Config:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     conf = conf_dir()
+    parser = OverridesParser.create()
     for override in overrides:
         _check_choice(conf, override)
+        try:
+            parser.parse_override(override)
+        except HydraException as error:
+            raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from None
     try:
         with initialize_config_dir(str(conf), version_base="1.3"):
             composed = hydra_compose("config", overrides)

@@ -1,0 +1,65 @@
+# `make` lists the targets. The environment is made once, by the first target that needs it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+DATASET ?= cifar10
+BUDGET ?= lite
+SEEDS ?= 3
+DATA ?=
+ARGS ?=
+
+READY := $(VENV)/.ready
+KN := $(VENV)/bin/kalmannorm
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+OVERRIDES = dataset=$(DATASET) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(ARGS)
+DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=results/demo
+DATASETS := cifar10 cifar100 svhn svhn_extra
+
+.PHONY: help setup demo test test-all lint bench table7 figure5 clean $(DATASETS:%=data-%)
+
+help: ## list the targets
+	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder ARGS='overrides'):"
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  /'
+	@printf '  %-14s%s\n' data-NAME "prepare a data set from its official archive: $(DATASETS)"
+
+setup: $(READY) ## make the environment in .venv (python >= 3.11 and the package registry)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11: pass PYTHON=python3.11 or a newer one"; exit 2; }
+	@echo "making the environment in $(VENV), once"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(VENV)/bin/uv pip install --python $(VENV)/bin/python -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Table 7 and Figure 5 on the bundled digits: 9 trainings, minutes on 2 cores
+	@$(KN) sweep table7 $(DEMO)
+	@$(KN) report figure5 $(DEMO)
+	@$(KN) report table7 $(DEMO)
+
+table7: $(READY) ## Table 7: BN and KN, online against moving statistics
+	@$(KN) sweep table7 $(OVERRIDES) && $(KN) report table7 $(OVERRIDES)
+
+figure5: $(READY) ## Figure 5: variance gap of BN and KN
+	@$(KN) sweep figure5 $(OVERRIDES) && $(KN) report figure5 $(OVERRIDES)
+
+$(DATASETS:%=data-%): data-%: $(READY)
+	@$(KN) data prepare $* $(if $(DATA),--root $(DATA))
+
+test: $(READY) ## the tests, within 10 minutes on 2 cores
+	@$(PYTEST) -m "not slow"
+
+test-all: $(READY) ## all the tests, within 40 minutes on 2 cores
+	@$(PYTEST)
+
+lint: $(READY) ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+bench: $(READY) ## speed and memory, as ratios
+	@$(KN) bench
+
+clean: ## remove the environment, runs/ and the demo's results; records stay
+	@rm -rf $(VENV) runs results/demo

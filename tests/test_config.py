@@ -1,0 +1,151 @@
+"""Composition of a run's configuration, its id, and what is refused before any data is touched."""
+
+import copy
+
+import pytest
+
+from kalmannorm.errors import UserError
+from kalmannorm.presets import BATCH_STATISTICS
+from kalmannorm.runs import experiment
+from kalmannorm.runs.config import RESULT_KEYS, compose, conf_dir, result_part
+from kalmannorm.runs.record import run_id
+
+
+def test_presets_are_resolved_into_the_configuration():
+    paper = compose(["norm=kn"])["norm"]
+    assert paper["name"] == "bkn" and paper["predictor"] == "closed"
+    assert paper["options"]["gain"] == 0.5 and paper["options"]["learn_gain"] and paper["options"]["guard"] is None
+    released = compose(["norm=bkn", "norm.preset=released"])["norm"]
+    assert released["predictor"] == "sampling"
+    assert released["options"]["gain"] == 0.1 and released["options"]["guard"] == 100
+    assert released["options"]["moving_groups"] == "first" and not released["options"]["noise"]
+    at128 = compose(["norm=bkn", "norm.preset=released", "batch=g128_s128"])["norm"]
+    assert at128["options"]["gain"] == 0.95
+
+
+def test_auto_is_resolved_by_device():
+    cpu, gpu = compose(["device=cpu"]), compose(["device=cuda"])
+    assert (cpu["precision"], cpu["compile"]) == ("fp32", False)
+    assert (gpu["precision"], gpu["compile"]) == ("bf16", True)
+
+
+def test_id_depends_on_what_determines_the_result_and_on_nothing_else():
+    base = compose(["device=cpu"])
+    same = compose(["device=cpu", "data=/elsewhere", "results=/tmp/a", "runs=/tmp/b"])
+    assert run_id(base) == run_id(same) and len(run_id(base)) == 12
+    changes = ["seed=2", "precision=bf16", "compile=true", "batch.stat_batch=4", "norm.options.belief=output",
+               "budget.epochs=9", "arch.width=0.5", "dataset.pad=2", "schedule.weight_decay=0"]  # fmt: skip
+    ids = {run_id(compose(["device=cpu", change])) for change in changes}
+    assert len(ids) == len(changes) and run_id(base) not in ids
+
+
+def test_id_changes_with_numerics(monkeypatch):
+    config = compose([])
+    before = run_id(config)
+    monkeypatch.setattr("kalmannorm.runs.record.NUMERICS", 10**6)
+    assert run_id(config) != before
+
+
+def test_a_normalizer_without_batch_statistics_has_no_statistics_batch():
+    assert run_id(compose(["norm=gn", "batch=g128_s2"])) == run_id(compose(["norm=gn", "batch=g128_s128"]))
+    assert compose(["norm=bn", "batch.stat_batch=null"])["batch"]["stat_batch"] == 128
+
+
+def test_budgets_scale_one_schedule():
+    paper = compose(["dataset=cifar10", "budget=paper"])["budget"]
+    assert paper == {"name": "paper", "epochs": 400, "of_epochs": 400, "subset": None, "size": 32}
+    lite = compose(["dataset=cifar10", "budget=lite"])["budget"]
+    assert lite["of_epochs"] == 164 and lite["epochs"] < 400 and lite["subset"] and lite["size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("dataset=cifar11", ["cifar11", "cifar10"]),
+        ("arch=resnet33", ["resnet33", "resnet32"]),
+        ("norm=bkm", ["bkm", "bkn"]),
+        ("batch.stat_batch=256", ["batch.stat_batch = 256", "128"]),
+        ("batch.stat_batch=3", ["batch.grad_batch = 128", "stat_batch = 3"]),
+        ("batch.stat_batch=0", ["batch.stat_batch = 0"]),
+        ("batch.grad_batch=-8", ["batch.grad_batch = -8"]),
+        ("norm.optoins.gain=0.5", ["norm.optoins.gain"]),
+        ("nonsense", ["nonsense", "key=value"]),
+        ("precision=fp8", ["precision = fp8", "bf16"]),
+        ("seed=-1", ["seed = -1"]),
+        ("seed=one", ["seed = one"]),
+        ("budget.epochs=0", ["budget.epochs = 0"]),
+        ("budget.subset=50", ["budget.subset = 50"]),
+        ("norm.preset=relaesed", ["relaesed", "released"]),
+        ("seed=[", ["seed=["]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(override, words):
+    with pytest.raises(UserError) as error:
+        compose([override])
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_gain_1_cannot_be_learned():
+    with pytest.raises(UserError, match="learn_gain"):
+        compose(["norm=bkn", "norm.options.gain=1"])
+    compose(["norm=bkn", "norm.options.gain=1", "norm.options.learn_gain=false"])
+
+
+def test_released_gain_exists_for_two_statistics_batches_only():
+    with pytest.raises(UserError, match="pass gain="):
+        compose(["norm=bkn", "norm.preset=released", "batch=g128_s4"])
+
+
+@pytest.mark.parametrize("group", ["dataset", "arch", "norm", "batch", "schedule", "budget"])
+def test_every_choice_composes(group):
+    for file in (conf_dir() / group).glob("*.yaml"):
+        config = compose([f"{group}={file.stem}"])
+        assert set(RESULT_KEYS) <= set(config)
+
+
+def test_every_norm_is_known_to_the_library():
+    from kalmannorm import NORMS
+    from kalmannorm.models import ARCHS
+    from kalmannorm.norm import GroupedStatistics
+
+    names = {compose([f"norm={file.stem}"])["norm"]["name"] for file in (conf_dir() / "norm").glob("*.yaml")}
+    assert names == set(NORMS)
+    grouped = {name for name, build in NORMS.items() if isinstance(build(8), GroupedStatistics)}
+    assert grouped == set(BATCH_STATISTICS)
+    assert {file.stem for file in (conf_dir() / "arch").glob("*.yaml")} == set(ARCHS)
+
+
+@pytest.mark.parametrize("name", experiment.names())
+def test_experiments_expand_to_distinct_runs(name):
+    expanded = experiment.load(name, ["dataset=digits", "seeds=2"])
+    ids = [run_id(config) for config in expanded.runs]
+    assert len(set(ids)) == len(ids) and ids
+    for row in expanded.card["rows"]:
+        assert "seed" not in row["config"]
+        assert any(result_part(c) | {"seed": None} == row["config"] | {"seed": None} for c in expanded.runs)
+
+
+def test_sweep_arguments():
+    for text, expected in (("2", {1, 2}), ("4,7", {4, 7}), ("5,", {5})):
+        assert {c["seed"] for c in experiment.load("table7", [f"seeds={text}"]).runs} == expected
+    assert set(experiment.load("table7", ["rows=paper"]).keys) == {"bn_stat2", "bn_stat128", "kn_stat2"}
+    for bad, word in (("rows=bn_stat3", "bn_stat2"), ("seeds=x", "seeds=x"), ("seeds=0", "seeds=0")):
+        with pytest.raises(UserError, match=word):
+            experiment.load("table7", [bad])
+    with pytest.raises(UserError, match="table7"):
+        experiment.load("table77", [])
+
+
+def test_figure5_draws_runs_of_table7():
+    table = {run_id(c) for c in experiment.load("table7", ["dataset=digits"]).runs}
+    assert {run_id(c) for c in experiment.load("figure5", ["dataset=digits"]).runs} <= table
+
+
+def test_composing_leaves_no_state_behind():
+    first = compose(["norm=bkn"])
+    kept = copy.deepcopy(first)
+    compose(["norm=bn", "dataset=cifar10"])
+    assert compose(["norm=bkn"]) == kept

@@ -1,0 +1,389 @@
+"""Real trainings, small: records, resume, determinism, failures, evaluation, and the command line around them."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kalmannorm import data
+from kalmannorm.cli import main
+from kalmannorm.engine import checkpoint, train
+from kalmannorm.engine.evaluate import evaluate
+from kalmannorm.engine.model import build, learning_rate, optimizer
+from kalmannorm.errors import UserError
+from kalmannorm.runs import record as records
+from kalmannorm.runs.config import compose
+
+SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]
+
+
+def place(folder: Path) -> list[str]:
+    return [f"results={folder / 'results'}", f"runs={folder / 'runs'}"]
+
+
+def only_record(folder: Path) -> dict:
+    (file,) = (folder / "results" / "records").glob("*.json")
+    return json.loads(file.read_text())
+
+
+def comparable(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key != "host"}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run of two epochs, with its folder and overrides."""
+    folder = tmp_path_factory.mktemp("done")
+    overrides = [*SMALL, *place(folder), "budget.epochs=2"]
+    assert main(["train", *overrides]) == 0
+    return folder, overrides, only_record(folder)
+
+
+# --- the record ---
+
+
+def test_record_is_whole(done):
+    _, overrides, record = done
+    config = compose(overrides)
+    assert record["id"] == records.run_id(config) and record["status"] == "done"
+    assert record["config"] == json.loads(json.dumps({k: config[k] for k in record["config"]}))
+    assert len(record["curves"]["moving"]) == 2 and record["curves"]["step"] == [2, 4]
+    for kind in ("moving", "online", "precise"):
+        assert record["final"][kind]["images"] == 360
+        assert 0 <= record["final"][kind]["accuracy"] <= 100
+    assert record["curves"]["moving"][-1] == record["final"]["moving"]["accuracy"]
+    assert record["data"]["name"] == "digits" and len(record["data"]["sha256"]) == 64
+    assert record["host"]["images_per_s"] > 0 and record["host"]["git"].keys() == {"commit", "dirty"}
+    assert record["norms"]["beliefs"]["stem.bn"] and record["norms"]["beliefs"]["blocks.2.b3.1.bn"] is None
+    assert set(record["norms"]["gains"]) == set(record["norms"]["order"])
+    model, _ = build(config)
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_arrays_for_the_figure_stand_beside_the_record(done):
+    folder, _, record = done
+    with np.load(folder / "results" / "records" / f"{record['id']}.npz") as arrays:
+        channels = sum(arrays["last_channels"])
+        assert arrays["gap_used"].shape == arrays["gap_measured"].shape == (channels, 64)
+        assert arrays["moving_var"].shape == (channels,)
+        assert len(arrays["layer_gap_used"]) == len(record["norms"]["order"])
+        assert np.isfinite(arrays["gap_used"]).all() and (arrays["gap_used"] > 0).any()
+    raw = np.load(folder / "runs" / record["id"] / "gaps.npz")
+    assert raw["used"].shape == (128, channels)  # 256 images in groups of 2
+
+
+def test_gaps_are_what_they_say(done):
+    """Bin means recomputed from the raw gaps, which half precision rounds."""
+    folder, _, record = done
+    small = np.load(folder / "results" / "records" / f"{record['id']}.npz")
+    raw = np.load(folder / "runs" / record["id"] / "gaps.npz")
+    by_hand = raw["measured"].astype(np.float64).reshape(64, 2, -1).mean(1).T
+    np.testing.assert_allclose(small["gap_measured"], by_hand, rtol=2e-3, atol=1e-4)
+
+
+def test_a_finished_run_is_not_run_again_and_needs_no_torch(done):
+    folder, overrides, record = done
+    code = (
+        "import sys; from kalmannorm.cli import main\n"
+        f"assert main(['train', *{overrides!r}]) == 0 and 'torch' not in sys.modules"
+    )
+    began = time.perf_counter()
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "done already" in printed and time.perf_counter() - began < 10
+    assert only_record(folder) == record
+
+
+def test_evaluate_finds_the_recorded_numbers(done, capsys):
+    folder, _, record = done
+    assert main(["evaluate", record["id"][:6], *place(folder)]) == 0
+    printed = capsys.readouterr().out
+    for kind in ("moving", "online", "precise"):
+        line = next(line for line in printed.splitlines() if line.strip().startswith(kind))
+        accuracy = f"{record['final'][kind]['accuracy']:.2f} %"
+        assert line.count(accuracy) == 2, line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["zzzz"], "no run"),
+        ([""], "exactly one"),
+        (["ID", "seed=3"], "settings are in its record"),
+        (["ID", "runs=/nowhere"], "no weights"),
+    ],
+)
+def test_evaluate_refuses(done, capsys, arguments, word):
+    folder, _, record = done
+    (folder / "results" / "records" / "000000000000.json").write_text("{}")
+    arguments = [a.replace("ID", record["id"]) for a in arguments]
+    code = main(["evaluate", arguments[0], *place(folder), *arguments[1:]])
+    (folder / "results" / "records" / "000000000000.json").unlink()
+    assert code == 2 and word in capsys.readouterr().err
+
+
+# --- the same numbers again ---
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gn", "gkn"])
+def test_two_runs_are_equal_but_for_host(tmp_path, norm):
+    found = []
+    for name in "ab":
+        assert main(["train", *SMALL, f"norm={norm}", *place(tmp_path / name)]) == 0
+        found.append(only_record(tmp_path / name))
+    assert comparable(found[0]) == comparable(found[1])
+    assert found[0].keys() == found[1].keys()
+
+
+@pytest.mark.parametrize("extra", [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"]])
+def test_going_on_after_an_interruption_ends_in_the_same_numbers(tmp_path, monkeypatch, extra):
+    overrides = [*SMALL, *extra, "budget.epochs=3"]
+    assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
+    trained = train.train_epoch
+
+    def interrupted(*args):
+        if args[5] == 2:
+            raise KeyboardInterrupt
+        return trained(*args)
+
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    assert main(["train", *overrides, *place(tmp_path / "cut")]) == 130
+    assert not (tmp_path / "cut" / "results").exists()
+    monkeypatch.setattr(train, "train_epoch", trained)
+    assert main(["train", *overrides, *place(tmp_path / "cut")]) == 0
+    whole, cut = only_record(tmp_path / "whole"), only_record(tmp_path / "cut")
+    assert comparable(whole) == comparable(cut)
+    weights = [checkpoint.load(tmp_path / n / "runs" / whole["id"], whole["id"])["model"] for n in ("whole", "cut")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_killed_process_goes_on(tmp_path):
+    """SIGKILL after the first whole epoch; the same command ends in the record of an undisturbed run."""
+    overrides = [*SMALL, "budget.epochs=4"]
+    assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
+    command = [sys.executable, "-m", "kalmannorm", "train", *overrides, *place(tmp_path / "killed")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "epoch 1/4" in line:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "epoch 1/4" not in printed and "epoch 4/4" in printed
+    assert comparable(only_record(tmp_path / "whole")) == comparable(only_record(tmp_path / "killed"))
+
+
+# --- training ---
+
+
+def test_released_learning_rates_at_the_paper_s_budget():
+    config = compose(["dataset=cifar10", "budget=paper"])
+    steps = 390
+    rates = {epoch: learning_rate((epoch - 1) * steps, 400 * steps, config["schedule"], 400) for epoch in range(1, 401)}
+    expected = {1: 0.01, 2: 0.1, 82: 0.1, 83: 0.01, 123: 0.01, 124: 0.001, 300: 0.001, 301: 0.0002, 400: 0.0002}
+    assert {epoch: rates[epoch] for epoch in expected} == expected
+    assert learning_rate(steps - 1, 400 * steps, config["schedule"], 400) == 0.01
+
+
+def test_scaled_milestones():
+    schedule = compose([])["schedule"]
+    rates = [learning_rate(step, 164, schedule, 164) for step in range(164)]
+    assert [rates.count(rate) for rate in (0.01, 0.1, 0.001)] == [1 + 41, 81, 41]
+
+
+def test_weight_decay_is_by_module_type():
+    model, _ = build(compose([*SMALL, "norm=bkn"]))
+    decayed, rest = optimizer(model, compose([])["schedule"]).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 2e-4 and rest["weight_decay"] == 0
+    decayed_names = {names[id(p)] for p in decayed["params"]}
+    assert decayed_names == {n for n in names.values() if n.endswith(".conv.weight") or n == "fc.weight"}
+    assert {n for n in names.values() if "gain" in n or "noise" in n} <= {names[id(p)] for p in rest["params"]}
+
+
+def test_one_optimizer_step_a_batch(tmp_path, monkeypatch):
+    steps = []
+    original = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: (steps.append(1), original(self, *a))[1])
+    assert main(["train", *SMALL, "budget.epochs=2", *place(tmp_path)]) == 0
+    assert len(steps) == 2 * (256 // 128)
+
+
+def test_seeds_share_nothing_and_normalizers_share_initial_weights():
+    weights = {}
+    for norm in ("bn", "bkn"):
+        for seed in (1, 2):
+            model, _ = build(compose([*SMALL, f"norm={norm}", f"seed={seed}"]))
+            weights[norm, seed] = model.stem.conv.weight.detach()
+    assert torch.equal(weights["bn", 1], weights["bkn", 1])
+    assert not torch.equal(weights["bn", 1], weights["bn", 2])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_record_that_says_so(tmp_path, capsys):
+    overrides = [*SMALL, "schedule.lr=[[400,1.0e+30]]", "budget.epochs=3", *place(tmp_path)]
+    assert main(["train", *overrides]) == 1
+    record = only_record(tmp_path)
+    assert record["status"] == "failed" and "not finite" in record["reason"] and "epoch" in record["reason"]
+    assert "final" not in record and "not finite" in capsys.readouterr().err
+
+
+def test_bf16_and_compile_are_options(tmp_path):
+    assert main(["train", *SMALL, "precision=bf16", *place(tmp_path)]) == 0
+    assert only_record(tmp_path)["config"]["precision"] == "bf16"
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_like_an_eager_one(tmp_path):
+    for flag in ("true", "false"):
+        assert main(["train", *SMALL, f"compile={flag}", *place(tmp_path / flag)]) == 0
+    a, b = (only_record(tmp_path / flag)["curves"]["train_loss"][0] for flag in ("true", "false"))
+    assert math.isclose(a, b, rel_tol=1e-3)
+
+
+# --- evaluation ---
+
+
+def test_every_image_is_counted_once_and_the_order_of_the_test_set_does_not_matter_to_moving():
+    config = compose([*SMALL, "norm=bn", "batch.stat_batch=128"])
+    model, _ = build(config)
+    arrays = data.load("digits", Path("data"))
+    _, test = train.loaders(config, arrays, torch.device("cpu"))
+    for kind in ("moving", "online"):
+        assert evaluate(model, test, kind, 128)["images"] == 360  # 360 is no multiple of 128
+
+
+# --- bad input, each one line and exit code 2 ---
+
+
+def run_badly(arguments, capsys) -> str:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("kalmannorm: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_statistics_of_a_single_value_name_the_layer_before_data_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *a: pytest.fail("data was read"))
+    overrides = ["norm=bkn", "batch.stat_batch=1", "budget.size=2", *place(tmp_path)]
+    assert "stem.bn" in run_badly(["train", *overrides], capsys)
+
+
+def test_groups_that_do_not_divide_channels_name_the_layer(tmp_path, capsys):
+    overrides = ["norm=gn", "+norm.options.num_groups=7", *place(tmp_path)]
+    error = run_badly(["train", *overrides], capsys)
+    assert "stem.bn" in error and "7 groups do not divide 32 channels" in error
+
+
+def test_unknown_options_of_a_normalizer(tmp_path, capsys):
+    error = run_badly(["train", "norm=bn", "+norm.options.gain=0.5", *place(tmp_path)], capsys)
+    assert "gain" in error and "bn" in error
+
+
+def test_missing_data_says_where_it_was_looked_for_and_what_runs_without(tmp_path, capsys):
+    error = run_badly(["train", "dataset=cifar10", f"data={tmp_path}", *place(tmp_path)], capsys)
+    assert str(tmp_path) in error and "cifar10" in error and "digits" in error
+    assert main(["sweep", "table7", "dataset=cifar10", f"data={tmp_path}", *place(tmp_path)]) == 2
+    assert not list((tmp_path).glob("results/records/*"))
+
+
+def test_a_corrupt_record_is_named(tmp_path, capsys):
+    overrides = [*SMALL, *place(tmp_path)]
+    file = records.path(tmp_path / "results", records.run_id(compose(overrides)))
+    file.parent.mkdir(parents=True)
+    file.write_text('{"id": "trunc')
+    assert str(file) in run_badly(["train", *overrides], capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half"])
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys, content):
+    overrides = [*SMALL, *place(tmp_path)]
+    folder = tmp_path / "runs" / records.run_id(compose(overrides))
+    folder.mkdir(parents=True)
+    (folder / checkpoint.NAME).write_bytes(content)
+    assert checkpoint.NAME in run_badly(["train", *overrides], capsys)
+
+
+def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"id": "x", "model": Evil()}, tmp_path / checkpoint.NAME)
+    with pytest.raises(UserError, match="not a usable checkpoint"):
+        checkpoint.load(tmp_path, "x")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_no_permission_to_write(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    error = run_badly(["train", *SMALL, f"results={tmp_path}", f"runs={tmp_path / 'file'}"], capsys)
+    assert "cannot write" in error and str(tmp_path / "file") in error
+
+
+def test_not_enough_disk(tmp_path, capsys, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    error = run_badly(["train", *SMALL, *place(tmp_path)], capsys)
+    assert "MiB free" in error and "needed" in error
+
+
+def test_a_device_that_is_not_there(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert "device=cpu" in run_badly(["train", *SMALL, "device=cuda", *place(tmp_path)], capsys)
+
+
+def test_records_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    record = {"id": "a" * 12, "status": "done"}
+    records.write(tmp_path, record)
+    before = records.path(tmp_path, record["id"]).read_text()
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left"):
+        records.write(tmp_path, record | {"more": 1})
+    assert records.path(tmp_path, record["id"]).read_text() == before
+    assert [p.name for p in (tmp_path / "records").iterdir()] == ["a" * 12 + ".json"]
+
+
+# --- sweeps ---
+
+
+def test_a_sweep_goes_on_past_a_failure_skips_what_is_done_and_says_so(tmp_path, capsys, monkeypatch):
+    overrides = ["table7", *SMALL, "rows=paper", "seeds=1", *place(tmp_path)]
+    assert main(["sweep", *overrides, "--dry-run"]) == 0
+    assert "3 of 3 runs to do" in capsys.readouterr().err and not (tmp_path / "results").exists()
+    real = train.run
+
+    def broken(config):
+        if config["norm"]["name"] == "bn" and config["batch"]["stat_batch"] == 128:
+            raise RuntimeError("injected")
+        return real(config)
+
+    monkeypatch.setattr(train, "run", broken)
+    assert main(["sweep", *overrides]) == 1
+    error = capsys.readouterr().err
+    assert "1 of 3 runs failed" in error and "injected" in error
+    statuses = [json.loads(f.read_text())["status"] for f in (tmp_path / "results" / "records").glob("*.json")]
+    assert sorted(statuses) == ["done", "done", "failed"]
+    monkeypatch.setattr(train, "run", real)
+    assert main(["sweep", *overrides]) == 0  # the failed one is run again, the others are not
+    error = capsys.readouterr().err
+    assert "1 of 3 runs to do, about" in error
+    assert main(["report", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert "table7_digits_smoke.md" in printed and "BN" in printed
+    table = (tmp_path / "results" / "table7_digits_smoke.md").read_text()
+    for file in (tmp_path / "results" / "records").glob("*.json"):
+        record = json.loads(file.read_text())
+        for kind in ("moving", "online"):
+            assert f"{record['final'][kind]['accuracy']:.2f}" in table
+    assert (
+        main(["report", "figure5", *overrides[1:3], "arch.width=0.125", "device=cpu", "seeds=1", *place(tmp_path)]) == 0
+    )
+    assert (tmp_path / "results" / "figure5_digits_smoke.png").stat().st_size > 10_000
