@@ -1,4 +1,4 @@
-"""convert and fold: what is kept of the original, modes, copies, compilers and wrappers, errors. Beliefs: test_thread.py."""
+"""convert and fold: what is kept, modes, copies, compilers and wrappers, errors (beliefs: test_thread.py)."""
 
 import copy
 import pickle
@@ -178,9 +178,11 @@ def test_layers_without_a_trace_of_their_own() -> None:
         converted = convert(model, "bn")
         for network in (model, converted, fold(converted)):
             network.train()
-        assert torch.equal(converted(x := images()), model(x))
+        x = images()
+        assert torch.equal(converted(x), model(x))
         model.eval(), converted.eval()
-        assert torch.equal(converted(x := images()), model(x))
+        x = images()
+        assert torch.equal(converted(x), model(x))
         assert set(model.state_dict()) <= set(converted.state_dict())
         assert not any(
             p.requires_grad for n, p in converted.named_parameters() if n not in dict(model.named_parameters())
@@ -213,7 +215,8 @@ def test_a_normalizer_with_two_names_is_converted() -> None:
     assert converted.again is converted.bn1
     assert not any(type(m) is nn.BatchNorm2d for m in converted.modules())
     reference = convert(copy.deepcopy(model), "bn")
-    assert torch.equal(reference(x := images()), model(x))
+    x = images()
+    assert torch.equal(reference(x), model(x))
 
 
 class Named(nn.Module):
@@ -246,13 +249,15 @@ class Centred(nn.Module):
 def test_names_and_constants_of_the_users_own() -> None:
     model = Named()
     converted = convert(model, "bn")
-    assert torch.equal(converted(x := images()), model(x))
+    x = images()
+    assert torch.equal(converted(x), model(x))
     assert torch.equal(fold(converted).eval()(x), model.eval()(x))
 
 
 def test_buffers_by_the_name_of_the_input_belief() -> None:
     model = Centred()
-    assert torch.equal(fold(convert(model, "bn"))(x := images()), model(x))
+    x = images()
+    assert torch.equal(fold(convert(model, "bn"))(x), model(x))
     converted = convert(model, "bkn", input_belief=(torch.zeros(3), torch.ones(3)))
     folded = fold(converted.eval())
     assert equal_states(folded, model)
@@ -295,7 +300,8 @@ def test_copies_are_equal_and_independent(trip: str, predictor: str, tmp_path: P
     twin = round_trips(tmp_path)[trip](model)
     assert type(twin) is type(model) and twin.code == model.code and belief_report(twin) == belief_report(model)
     assert equal_states(model, twin)
-    assert torch.equal(train_step(model, x := images()), train_step(twin, x))
+    x = images()
+    assert torch.equal(train_step(model, x), train_step(twin, x))
     assert equal_states(model, twin)
     before = copy.deepcopy(model.state_dict())
     trained(twin)
@@ -456,6 +462,7 @@ def test_precise_statistics_of_a_network() -> None:
     model = convert(Moody(), "bkn", stat_batch=2).train()
     model.bn.eval()
     x = images(8)
+    model(x)
     auxiliary = model.aux_bn.running_mean.clone()
     precise_statistics(model, [x, x])
     posterior = [model.conv(x)[g::4].transpose(0, 1).flatten(1).mean(1) for g in range(4)]

@@ -1,4 +1,4 @@
-"""The CIFAR architectures: sizes that the sources state, initialization, shortcuts, the normalizers Figure 5 looks at."""
+"""The CIFAR architectures: sizes that the sources state, initialization, shortcuts, the normalizers of Figure 5."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_size_and_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_last_normalizers_see_what_is_pooled(name: str) -> None:
-    """Together they have every channel of the pooled feature, and nothing with weights comes behind but the classifier."""
+    """Together they have every channel of the pooled feature; only the classifier comes behind."""
     model = ARCHS[name]().eval()
     last = [model.get_submodule(n) for n in model.last_normalizers]
     assert all(isinstance(m, nn.BatchNorm2d) for m in last)
@@ -128,7 +128,7 @@ def test_parameter_free_shortcuts() -> None:
 
 
 def test_preactivation_order() -> None:
-    """The first block takes its input as it is (it is activated); the others normalize it; one normalizer at the end."""
+    """The first block takes its input as it is (it is activated), the others normalize it."""
     model = ResNet(2, preact=True)
     first, second = model.blocks[0], model.blocks[1]
     assert isinstance(first.bn1, nn.Identity) and isinstance(second.bn1, nn.BatchNorm2d)

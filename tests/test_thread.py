@@ -371,7 +371,7 @@ def sampled_by_hand(net: Chain, b: Belief, spy: Spy, relu: bool) -> Belief:
     ids=["F.relu", "module", "relu_ dropped", "relu and pooling", "no relu"],
 )
 def test_sampled_prior(middle: Middle, on_the_sample: bool, closed: bool, stride: int, norm: str) -> None:
-    """A ReLU directly before the convolution acts on the sample, any other in closed form; noise of the input's size."""
+    """A ReLU directly before the convolution acts on the sample, any other in closed form."""
     net = Chain(middle, stride=stride)
     options: dict[str, Any] = {} if norm == "gkn" else {"stat_batch": 2}
     model = convert(net, norm, predictor="sampling", **options)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kalmannorm.belief import Belief
 from kalmannorm.data.loader import Loader
+from kalmannorm.norm import Estimator
 from kalmannorm.statistics import normalizers, precise_statistics, probing, set_statistics
 
 # Images per evaluation batch, about; online statistics depend on who shares a batch, so it is part of NUMERICS.
@@ -113,11 +114,15 @@ def variance_gaps(
         for x, _, _ in train.plain(grad_batch, fill=stat_batch):
             model(x)
     set_statistics(model, "moving")
-    small = {f"gap_{key}": torch.cat([probes[name].binned(key) for name in last]).numpy() for key in KINDS}
-    small["last_channels"] = np.array([len(probes[name].moving) for name in last])
-    small["moving_var"] = torch.cat([probes[name].moving for name in last]).float().cpu().numpy()
-    for key in KINDS:
-        values = [probe.relative(key, layers[name].eps) for name, probe in probes.items()]
-        small[f"layer_gap_{key}"] = np.array(values, dtype=np.float32)
-    raw = {key: torch.cat([torch.cat(probes[name].raw[key]) for name in last], 1).numpy() for key in KINDS}
-    return small, raw
+    arrays = {
+        "last_channels": np.array([len(probes[name].moving) for name in last]),
+        "moving_var": torch.cat([probes[name].moving for name in last]).float().cpu().numpy(),
+    }
+    raw = {}
+    # Where the measurement itself normalizes there is nothing else to draw.
+    for key in KINDS if any(isinstance(layer, Estimator) for layer in layers.values()) else KINDS[:1]:
+        relative = [probe.relative(key, layers[name].eps) for name, probe in probes.items()]
+        arrays[f"layer_gap_{key}"] = np.array(relative, dtype=np.float32)
+        arrays[f"gap_{key}"] = torch.cat([probes[name].binned(key) for name in last]).numpy()
+        raw[key] = torch.cat([torch.cat(probes[name].raw[key]) for name in last], 1).numpy()
+    return arrays, raw

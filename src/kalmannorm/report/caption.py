@@ -55,11 +55,14 @@ def statistics(columns: Sequence[str]) -> str:
 
 
 def short(configs: Sequence[Config]) -> str:
-    """Data, architecture and budget in a few words: "digits, inception_cifar, budget lite (12 epochs)"."""
+    """In a few words: "digits, inception_cifar, width 1, budget lite (12 epochs, 16x16 pixels)"."""
     epochs = _joined(distinct(configs, "budget", "epochs"))
-    budget = f"budget {_joined(distinct(configs, 'budget', 'name'))} ({epochs} epoch{'s' if epochs != '1' else ''})"
-    names = (distinct(configs, "dataset", "name"), distinct(configs, "arch", "name"))
-    return ", ".join((*map(_joined, names), budget))
+    size = _joined(distinct(configs, "budget", "size"))
+    images = "".join(f", {subset:,} images" for subset in distinct(configs, "budget", "subset"))
+    length = f"{epochs} epoch{'s' if epochs != '1' else ''}{images}, {size}x{size} pixels"
+    budget = f"budget {_joined(distinct(configs, 'budget', 'name'))} ({length})"
+    archs = [_arch(arch) for arch in distinct(configs, "arch")]
+    return ", ".join((_joined(distinct(configs, "dataset", "name")), _joined(archs), budget))
 
 
 def batches(config: Config) -> tuple[int, int | None]:
@@ -125,14 +128,16 @@ def _images(budget: Config, runs: Sequence[Record]) -> str:
 
 
 def _architecture(configs: Sequence[Config], runs: Sequence[Record]) -> str:
-    archs = []
-    for arch in distinct(configs, "arch"):
-        width = arch.get("width")
-        archs.append(arch["name"] + (f", width {width:g}" if width is not None else ""))
+    archs = [_arch(arch) for arch in distinct(configs, "arch")]
     counts = sorted({run["parameters"] for run in runs if run.get("parameters")})
     span = dict.fromkeys((counts[0], counts[-1])) if counts else {}
     parameters = f" ({' to '.join(f'{count:,}' for count in span)} parameters)" if span else ""
     return f"Architecture: {' / '.join(archs)}{parameters}."
+
+
+def _arch(arch: Config) -> str:
+    width = arch.get("width")
+    return str(arch["name"]) + (f", width {width:g}" if width is not None else "")
 
 
 def _estimator(norm: Config) -> str:
