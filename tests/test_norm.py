@@ -196,8 +196,8 @@ def test_belief_handed_on() -> None:
     for layer in (KalmanBatchNorm2d(6, stat_batch=2, belief="output"), KalmanGroupNorm(2, 6, belief="output")):
         affine(layer, 6)
         b = layer(x, Belief(*(t.repeat(2, 1) for t in prior)) if isinstance(layer, KalmanGroupNorm) else prior)[1]
-        assert torch.equal(b.mean.expand(2, -1), layer.bias.expand(2, -1))
-        assert torch.equal(b.var.expand(2, -1), layer.weight.square().expand(2, -1))
+        assert torch.equal(b.mean, layer.bias.expand_as(b.mean))
+        assert torch.equal(b.var, layer.weight.square().expand_as(b.var))
         assert b.mean.requires_grad and b.var.requires_grad
     values = 2 * 9
     unbiased = KalmanBatchNorm2d(6, stat_batch=2, first_unbiased=True)
@@ -291,6 +291,24 @@ def test_gradients_with_a_guard(form: Any, guard: float) -> None:
     assert gradcheck(run(form, True, guard), inputs, fast_mode=True)
     grads = torch.autograd.grad(sum(t.square().sum() for t in run(form, True, guard)(*inputs)), inputs)
     assert all(bool(g.any()) is (guard == 50) for g in grads[1:4])
+
+
+@FORMS
+@pytest.mark.parametrize("guard", [None, 100.0])
+@pytest.mark.parametrize("var", [0.0, 1e-38])
+def test_a_point_as_prior(form: Any, var: float, guard: float | None) -> None:
+    """No variance in the prior, and none in one channel of the measurement: finite values and gradients."""
+    inputs = arguments(True, True, 4, torch.float32)
+    with torch.no_grad():
+        assert inputs[0] is not None and inputs[2] is not None
+        inputs[0][:, 1] = 0.7
+        inputs[2].fill_(var)
+    out = run(form, True, guard)(*inputs)
+    grads = torch.autograd.grad(sum(t.square().sum() for t in out), inputs)
+    assert all(torch.isfinite(t).all() for t in (*out, *grads))
+    measured = inputs[0].view(2, 3, 4, 3, 2)[:, :, 0].transpose(0, 1).flatten(1).var(1, correction=0)
+    spread = 0.21 * (inputs[0].view(2, 3, 4, 3, 2)[:, :, 0].mean((0, 2, 3)) - inputs[1][:, 0]).square()  # type: ignore[index]
+    assert error(out[2][:, 0].detach(), (0.3 * measured + spread).detach()) < 1e-5
 
 
 def test_second_gradients_of_the_plain_form() -> None:

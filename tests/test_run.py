@@ -141,43 +141,93 @@ def test_two_runs_are_equal_but_for_host(tmp_path, norm):
     assert found[0].keys() == found[1].keys()
 
 
-@pytest.mark.parametrize("extra", [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"]])
-def test_going_on_after_an_interruption_ends_in_the_same_numbers(tmp_path, monkeypatch, extra):
-    overrides = [*SMALL, *extra, "budget.epochs=3"]
-    assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
-    trained = train.train_epoch
+def command(folder: Path, overrides: list[str]) -> list[str]:
+    return [sys.executable, "-m", "kalmannorm", "train", *overrides, *place(folder)]
 
-    def interrupted(*args):
-        if args[5] == 2:
-            raise KeyboardInterrupt
-        return trained(*args)
 
-    monkeypatch.setattr(train, "train_epoch", interrupted)
-    assert main(["train", *overrides, *place(tmp_path / "cut")]) == 130
-    assert not (tmp_path / "cut" / "results").exists()
-    monkeypatch.setattr(train, "train_epoch", trained)
-    assert main(["train", *overrides, *place(tmp_path / "cut")]) == 0
-    whole, cut = only_record(tmp_path / "whole"), only_record(tmp_path / "cut")
-    assert comparable(whole) == comparable(cut)
-    weights = [checkpoint.load(tmp_path / n / "runs" / whole["id"], whole["id"])["model"] for n in ("whole", "cut")]
+def assert_same_run(a: Path, b: Path) -> None:
+    """Records equal but for time and host, weights bitwise."""
+    first, second = only_record(a), only_record(b)
+    assert comparable(first) == comparable(second)
+    weights = [checkpoint.load(x / "runs" / first["id"], first["id"])["model"] for x in (a, b)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("extra", [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"]])
+def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, extra):
+    """Stopped by a signal within the second epoch, and once more at its end, before it is evaluated."""
+    overrides = [*SMALL, *extra, "budget.epochs=3", "budget.subset=512"]
+    assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
+    steps = []
+    stepped, evaluated = torch.optim.SGD.step, train.evaluate
+
+    def step(self, *args):
+        steps.append(1)
+        if len(steps) == 6:
+            signal.raise_signal(signal.SIGUSR1)
+        return stepped(self, *args)
+
+    def evaluate_once(*args):
+        if len(steps) == 8:
+            steps.append(1)
+            signal.raise_signal(signal.SIGTERM)
+        return evaluated(*args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    monkeypatch.setattr(train, "evaluate", evaluate_once)
+    assert main(["train", *overrides, *place(tmp_path / "cut")]) == 128 + signal.SIGUSR1
+    assert len(steps) == 6 and not (tmp_path / "cut" / "results").exists()
+    assert main(["train", *overrides, *place(tmp_path / "cut")]) == 128 + signal.SIGTERM
+    assert main(["train", *overrides, *place(tmp_path / "cut")]) == 0
+    assert len(steps) == 3 * 4 + 1  # no step twice
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_killed_process_goes_on(tmp_path):
     """SIGKILL after the first whole epoch; the same command ends in the record of an undisturbed run."""
     overrides = [*SMALL, "budget.epochs=4"]
     assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
-    command = [sys.executable, "-m", "kalmannorm", "train", *overrides, *place(tmp_path / "killed")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(tmp_path / "killed", overrides), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if "epoch 1/4" in line:
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    assert "epoch 1/4" not in printed and "epoch 4/4" in printed
-    assert comparable(only_record(tmp_path / "whole")) == comparable(only_record(tmp_path / "killed"))
+    done = subprocess.run(command(tmp_path / "killed", overrides), check=True, capture_output=True, text=True)
+    assert "epoch 1/4" not in done.stderr and "epoch 4/4" in done.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_s_signal_saves_and_leaves(tmp_path, number):
+    overrides = [*SMALL, "budget.epochs=100"]
+    process = subprocess.Popen(command(tmp_path, overrides), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "epoch 1/100" in line:
+            process.send_signal(number)
+    assert process.wait() == 128 + number
+    assert "the same command goes on" in lines[-1]
+    assert checkpoint.load(next((tmp_path / "runs").iterdir()), records.run_id(compose(overrides)))["epoch"] >= 1
+
+
+def test_the_previous_checkpoint_stands_in_for_a_damaged_one(tmp_path, capsys):
+    checkpoint.save(tmp_path, {"id": "x", "epoch": 1})
+    checkpoint.save(tmp_path, {"id": "x", "epoch": 2})
+    assert checkpoint.load(tmp_path, "x")["epoch"] == 2
+    whole = (tmp_path / checkpoint.NAME).read_bytes()
+    (tmp_path / checkpoint.NAME).write_bytes(whole[: len(whole) // 2])
+    assert checkpoint.load(tmp_path, "x")["epoch"] == 1
+    said = capsys.readouterr().err
+    assert checkpoint.NAME in said and "not a usable checkpoint" in said and checkpoint.PREVIOUS in said
+    with pytest.raises(UserError, match="belongs to run x"):
+        checkpoint.load(tmp_path, "y")
+    (tmp_path / checkpoint.NAME).unlink()  # killed between the two renames
+    assert checkpoint.load(tmp_path, "x")["epoch"] == 1
 
 
 # --- training ---

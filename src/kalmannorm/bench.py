@@ -182,7 +182,6 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
 
     Epochs of 10 steps on random images of CIFAR's size; each is followed by 10 bare steps.
     """
-    import itertools
     import tempfile
     from pathlib import Path
 
@@ -190,6 +189,7 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
 
     from kalmannorm.data.loader import Loader
     from kalmannorm.engine.progress import Progress
+    from kalmannorm.engine.session import Session, StopRequest
     from kalmannorm.engine.train import train_epoch
     from kalmannorm.runs.config import compose
 
@@ -200,15 +200,15 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (steps * GRAD_BATCH, 32, 32, 3), dtype=np.uint8)
     loader = Loader(images, rng.integers(0, 10, len(images)), batch=GRAD_BATCH, device=device, pad=4, flip=True)
-    model = _model("bkn").to(device)
-    optim = optimizer(model, config["schedule"])
-    epochs = itertools.count()
+    model = convert(ARCHS["resnet32"](), "bkn", stat_batch=2).to(device)
     bare = training_step(_model("bkn"), device)
-    with tempfile.TemporaryDirectory() as folder, Progress("bench", config) as progress:
+    with tempfile.TemporaryDirectory() as folder, Progress("bench", config) as progress, StopRequest() as stop:
+        session = Session("bench", Path(folder), model, optimizer(model, config["schedule"]), device)
         progress.begin(0, steps, GRAD_BATCH, Path(folder))
 
         def trained() -> None:
-            train_epoch(config, model, model, optim, loader, next(epochs), progress)
+            train_epoch(config, session, model, loader, progress, stop)
+            session.begin_epoch(session.epoch + 1)
 
         def plain() -> None:
             for _ in range(steps):

@@ -5,13 +5,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from kalmannorm.errors import UserError
+from kalmannorm.errors import Stopped, UserError
 
 EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule budget) or key=value, for example
   kalmannorm train dataset=cifar10 arch=resnet32 norm=bkn batch=g128_s2 budget=lite seed=2
   kalmannorm sweep table7 dataset=cifar10 budget=paper seeds=3
   kalmannorm report table7 dataset=cifar10 budget=paper
-exit codes: 0 all well; 1 a run failed; 2 wrong input; 130 interrupted (the same command goes on)"""
+exit codes: 0 all well; 1 a run failed; 2 wrong input; 130, 138, 143 stopped by a signal (the same command goes on)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"kalmannorm: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"kalmannorm: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
-        print("kalmannorm: interrupted; the same command goes on from the last whole epoch", file=sys.stderr)
+        print("kalmannorm: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0

@@ -1,6 +1,7 @@
 """What went wrong, said to the person who can put it right."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -10,6 +11,14 @@ class UserError(Exception):
     The message is all the user sees (the command line prints it as one line and exits with code 2), so it names the
     thing, its value, what was expected, and what to do.
     """
+
+
+class Stopped(Exception):
+    """A signal asked a run to leave; what it had is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on")
+        self.exit_code = 128 + number
 
 
 def nearest(name: str, valid: Iterable[str], kind: str = "name") -> str:

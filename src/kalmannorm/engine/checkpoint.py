@@ -1,6 +1,8 @@
-"""Checkpoints: runs/<id>/checkpoint.pt, written whole or not at all, loaded without executing anything."""
+"""Checkpoint files: runs/<id>/checkpoint.pt and the one before it. Written whole or not at all, loaded without
+executing anything that a file may hold."""
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +11,47 @@ import torch
 from kalmannorm.errors import UserError
 from kalmannorm.runs.record import write_atomically
 
-NAME = "checkpoint.pt"
+NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
+    """At every moment one of the two files is whole: the last one becomes the previous one by a rename."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    if (folder / NAME).exists():
+        (folder / NAME).replace(folder / PREVIOUS)
     write_atomically(folder / NAME, buffer.getvalue())
 
 
 def load(folder: Path, identity: str) -> dict[str, Any] | None:
-    """The state last saved, on the CPU; None if there is none. UserError: a damaged file, or another run's."""
-    file = folder / NAME
-    if not file.exists():
-        return None
+    """The state last saved, on the CPU; None if there is none.
+
+    A damaged or foreign file is named; the previous one is used in its place. UserError: there is no good one.
+    """
+    problems = []
+    for file in (folder / NAME, folder / PREVIOUS):
+        if not file.exists():
+            continue
+        try:
+            state = _read(file, identity)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            print(f"kalmannorm: {'; '.join(problems)}; going on from {file.name}", file=sys.stderr)
+        return state
+    if problems:
+        raise UserError(f"{'; '.join(problems)}: delete it to start the run again")
+    return None
+
+
+def _read(file: Path, identity: str) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         found = state["id"]
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file} is not a usable checkpoint ({reason}): delete it to start the run again") from None
+        raise ValueError(f"{file} is not a usable checkpoint ({reason})") from None
     if found != identity:
-        raise UserError(f"{file} belongs to run {found}, not to {identity}: move it away")
+        raise ValueError(f"{file} belongs to run {found}, not to {identity}")
     return state

@@ -12,7 +12,7 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """Counts images and seconds of this process, shows how the run goes. A context: it leaves the terminal clean."""
+    """Seconds and images of this process, and how the run goes. A context: it leaves the terminal clean."""
 
     def __init__(self, identity: str, config: dict[str, Any]) -> None:
         norm, batch = config["norm"], config["batch"]
@@ -48,22 +48,21 @@ class Progress:
             self._writer.close()
 
     def begin(self, first: int, steps: int, batch: int, folder: Path) -> None:
-        """Training starts, or goes on, at epoch `first` (from 0) of `steps` steps of `batch` images."""
+        """Training starts, or goes on, after `first` steps of `batch` images; an epoch has `steps` of them."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._first, self._steps, self._batch = first, steps, batch
-        self._task = self._bar.add_task(self.title, total=self.epochs * steps, completed=first * steps, status="")
+        self._task = self._bar.add_task(self.title, total=self.epochs * steps, completed=first, status="")
         self._training = time.perf_counter()
         # What a killed run logged after its last checkpoint is logged again.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first * steps + 1)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
 
-    def step(self, epoch: int, done: int, loss: float, accuracy: float) -> None:
-        """`done` steps of the epoch are done; mean loss and training accuracy (percent) over them."""
-        total = epoch * self._steps + done
-        self.images = (total - self._first * self._steps) * self._batch
+    def step(self, done: int, loss: float, accuracy: float) -> None:
+        """`done` steps of the run are done; mean loss and training accuracy (percent) over the epoch's."""
+        self.images = (done - self._first) * self._batch
         rate = self.images / (time.perf_counter() - self._training)
         status = f"loss {loss:.3f}  accuracy {accuracy:.1f} %  {rate:.0f} images/s"
-        self._bar.update(self._task, completed=total, status=status)
+        self._bar.update(self._task, completed=done, status=status)
 
     def epoch(self, curves: dict[str, list[Any]]) -> None:
         """An epoch is done and evaluated."""
@@ -72,7 +71,8 @@ class Progress:
             self._writer.add_scalar(key, now[key], now["step"])
         self._writer.flush()
         if self._bar.disable:
-            left = self.seconds / (now["epoch"] - self._first) * (self.epochs - now["epoch"])
+            done = max(1, now["step"] - self._first)  # 0 where only the evaluation of an epoch was left to do
+            left = self.seconds / done * (self.epochs * self._steps - now["step"])
             print(
                 f"{self.title}  epoch {now['epoch']}/{self.epochs}  loss {now['train_loss']:.3f}  "
                 f"moving {now['moving']:.2f} %  online {now['online']:.2f} %  "

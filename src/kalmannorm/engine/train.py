@@ -13,20 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm import data
-from kalmannorm.conversion import Converted, belief_report
+from kalmannorm.conversion import belief_report
 from kalmannorm.data.loader import Loader
-from kalmannorm.engine import checkpoint
 from kalmannorm.engine.evaluate import evaluate, evaluate_all, variance_gaps
 from kalmannorm.engine.model import build, learning_rate, optimizer
 from kalmannorm.engine.progress import Progress
+from kalmannorm.engine.session import Session, StopRequest
 from kalmannorm.errors import UserError
 from kalmannorm.norm import Estimator
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, result_part
 from kalmannorm.statistics import normalizers
 
-# One value an epoch each; accuracies in percent, of training (augmented) and of the test set under two statistics.
-CURVES = ("epoch", "step", "lr", "train_loss", "train_accuracy", "moving", "online")
 CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU
 
 
@@ -62,28 +60,28 @@ def run(config: Config) -> dict[str, Any]:
         "host": records.host(config["device"]),
     }
     model.to(device)
-    small: dict[str, np.ndarray] = {}
-    curves: dict[str, list[Any]] = {key: [] for key in CURVES}
-    record["curves"] = curves
-    progress = Progress(identity, config)
-    try:
-        with progress:
-            seconds = _fit(config, identity, model, train, test, folder, curves, progress)
+    session = Session(identity, folder, model, optimizer(model, config["schedule"]), device)
+    record["curves"] = session.curves
+    arrays_of_figures: dict[str, np.ndarray] = {}
+    with Progress(identity, config) as progress, StopRequest() as stop:
+        try:
+            _fit(config, session, train, test, progress, stop)
             stat_batch, epochs = config["batch"]["stat_batch"], config["budget"]["epochs"]
             record["final"] = evaluate_all(model, train, test, stat_batch, epochs)
+            stop.check()
             if normalizers(model):
-                small, raw = variance_gaps(model, train, last, config["batch"]["grad_batch"], stat_batch)
+                arrays_of_figures, raw = variance_gaps(model, train, last, config["batch"]["grad_batch"], stat_batch)
                 np.savez(folder / "gaps.npz", **raw)  # type: ignore[arg-type]
             record["norms"] = _describe(model, last)
-    except Diverged as error:
-        record |= {"status": "failed", "reason": str(error)}
-        seconds = progress.seconds
-    record["host"] |= {
-        "seconds": round(progress.seconds, 1),
-        "train_seconds": round(seconds, 1),
-        "images_per_s": round(progress.images / seconds, 1) if seconds else None,
-    }
-    records.write(config["results"], record, small)
+        except Diverged as error:
+            record |= {"status": "failed", "reason": str(error)}
+        images = (session.epoch * train.steps_per_epoch + session.step) * train.batch
+        record["host"] |= {
+            "seconds": round(progress.seconds, 1),
+            "train_seconds": round(session.seconds, 1),
+            "images_per_s": round(images / session.seconds, 1) if session.seconds else None,
+        }
+    records.write(config["results"], record, arrays_of_figures)
     return record
 
 
@@ -109,94 +107,78 @@ def loaders(config: Config, arrays: data.Arrays, device: torch.device) -> tuple[
     return train, test
 
 
-def _fit(
-    config: Config,
-    identity: str,
-    model: Converted,
-    train: Loader,
-    test: Loader,
-    folder: Path,
-    curves: dict[str, list[Any]],
-    progress: Progress,
-) -> float:
-    """The training loop, over the epochs. Fills the curves; returns the seconds of training alone."""
-    stat_batch = config["batch"]["stat_batch"]
-    optim = optimizer(model, config["schedule"])
-    seconds, first = 0.0, 0
-    state = checkpoint.load(folder, identity)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optim.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        curves.update(state["curves"])
-        seconds, first = state["seconds"], len(curves["epoch"])
-    progress.begin(first, train.steps_per_epoch, train.batch, folder)
-    forward = torch.compile(model) if config["compile"] else model
+def _fit(config: Config, session: Session, train: Loader, test: Loader, progress: Progress, stop: StopRequest) -> None:
+    """The training, from where the last checkpoint left it. Raises Diverged and Stopped."""
+    session.restore()
+    epochs, stat_batch = config["budget"]["epochs"], config["batch"]["stat_batch"]
+    progress.begin(
+        session.epoch * train.steps_per_epoch + session.step, train.steps_per_epoch, train.batch, session.folder
+    )
+    forward = torch.compile(session.model) if config["compile"] else session.model
 
-    for epoch in range(first, config["budget"]["epochs"]):
-        began = time.perf_counter()
-        trained = train_epoch(config, model, forward, optim, train, epoch, progress)
-        seconds += time.perf_counter() - began
-        for key, value in trained.items():
-            curves[key].append(value)
+    while session.epoch < epochs:
+        trained = train_epoch(config, session, forward, train, progress, stop)
+        session.save()
         for kind in ("moving", "online"):
-            curves[kind].append(evaluate(model, test, kind, stat_batch)["accuracy"])
-        checkpoint.save(
-            folder,
-            {
-                "id": identity,
-                "model": model.state_dict(),
-                "optimizer": optim.state_dict(),
-                "rng": torch.get_rng_state(),
-                "curves": curves,
-                "seconds": seconds,
-            },
-        )
-        progress.epoch(curves)
-    return seconds
+            trained[kind] = evaluate(session.model, test, kind, stat_batch)["accuracy"]
+            stop.check()
+        for key, value in trained.items():
+            session.curves[key].append(value)
+        session.begin_epoch(session.epoch + 1)
+        session.save()
+        progress.epoch(session.curves)
 
 
 def train_epoch(
     config: Config,
-    model: nn.Module,
+    session: Session,
     forward: Callable[[Tensor], Tensor],
-    optim: torch.optim.Optimizer,
     train: Loader,
-    epoch: int,
     progress: Progress,
+    stop: StopRequest,
 ) -> dict[str, float]:
-    """One epoch (from 0) of `model`, run by `forward`, which is the model or its compiled form. Raises Diverged."""
+    """The rest of the session's epoch; `forward` is the model or its compiled form. Returns the curves' new values."""
     schedule, budget, steps = config["schedule"], config["budget"], train.steps_per_epoch
     total = steps * budget["epochs"]
+    save_every = max(1, round(config["checkpoint_every"] * total))
     autocast = torch.autocast(train.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
-    model.train()
-    loss_sum = torch.zeros((), device=train.device)
-    correct = torch.zeros((), dtype=torch.int64, device=train.device)
-    rate = 0.0
-    for i, (x, labels) in enumerate(train.epoch(epoch)):
-        rate = learning_rate(epoch * steps + i, total, schedule, budget["of_epochs"])
-        for group in optim.param_groups:
-            group["lr"] = rate
+    session.model.train()
+    began, before = time.perf_counter(), session.seconds
+    for x, labels in train.epoch(session.epoch, session.step):
+        done = session.epoch * steps + session.step
+        for group in session.optimizer.param_groups:
+            group["lr"] = learning_rate(done, total, schedule, budget["of_epochs"])
         with autocast:
             logits = forward(x)
             loss = F.cross_entropy(logits.float(), labels)
-        optim.zero_grad(set_to_none=True)
+        session.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optim.step()
-        loss_sum += loss.detach()
-        correct += (logits.detach().argmax(1) == labels).sum()
-        if (i + 1) % CHECK_EVERY == 0 or i + 1 == steps:
-            mean_loss = loss_sum.item() / (i + 1)
-            if not math.isfinite(mean_loss):
-                raise Diverged(f"the loss is not finite in epoch {epoch + 1}, step {i + 1} of {steps}")
-            progress.step(epoch, i + 1, mean_loss, 100 * correct.item() / ((i + 1) * train.batch))
+        session.optimizer.step()
+        session.loss_sum += loss.detach()
+        session.correct += (logits.detach().argmax(1) == labels).sum()
+        session.step += 1
+        session.seconds = before + time.perf_counter() - began
+        if session.step % CHECK_EVERY == 0 or session.step == steps:
+            loss_so_far, accuracy = _means(session, train.batch)
+            if not math.isfinite(loss_so_far):
+                raise Diverged(f"the loss is not finite in epoch {session.epoch + 1}, step {session.step} of {steps}")
+            progress.step(done + 1, loss_so_far, accuracy)
+        if stop.number is not None or ((done + 1) % save_every == 0 and session.step < steps):
+            session.save()
+            stop.check()
+    loss_so_far, accuracy = _means(session, train.batch)
     return {
-        "epoch": epoch + 1,
-        "step": (epoch + 1) * steps,
-        "lr": rate,
-        "train_loss": loss_sum.item() / steps,
-        "train_accuracy": 100 * correct.item() / (steps * train.batch),
+        "epoch": session.epoch + 1,
+        "step": (session.epoch + 1) * steps,
+        "lr": session.optimizer.param_groups[0]["lr"],
+        "train_loss": loss_so_far,
+        "train_accuracy": accuracy,
     }
+
+
+def _means(session: Session, batch: int) -> tuple[float, float]:
+    """Loss and training accuracy (percent) over the steps of the epoch so far."""
+    return session.loss_sum.item() / session.step, 100 * session.correct.item() / (session.step * batch)
 
 
 def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:

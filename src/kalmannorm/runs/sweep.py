@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kalmannorm.errors import UserError
+from kalmannorm.errors import Stopped, UserError
 from kalmannorm.report import read
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, result_part
@@ -30,8 +30,8 @@ def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
         identity = records.run_id(config)
         try:
             record = execute(config)
-        except UserError:
-            raise  # configuration, data or disk: every other run would meet the same
+        except (UserError, Stopped):
+            raise  # configuration, data or disk: every other run would meet the same; or a signal
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             record = {"id": identity, "numerics": records.NUMERICS, "status": "failed", "reason": reason}

@@ -1,0 +1,121 @@
+"""All that training changes, in one place: what a checkpoint holds, and the signals that ask for one."""
+
+import random
+import signal
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kalmannorm.conversion import Converted
+from kalmannorm.engine import checkpoint
+from kalmannorm.errors import Stopped
+
+# One value an epoch each; accuracies in percent, of training (augmented) and of the test set under two statistics.
+CURVES = ("epoch", "step", "lr", "train_loss", "train_accuracy", "moving", "online")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send ahead of taking the machine away
+
+
+@dataclass
+class Session:
+    """A training under way. The next step is number `step` of epoch `epoch`, both from 0; sums are of that epoch."""
+
+    identity: str
+    folder: Path
+    model: Converted
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0  # of training, without evaluation, over all processes that worked on the run
+    loss_sum: Tensor = field(init=False)
+    correct: Tensor = field(init=False)
+    curves: dict[str, list[Any]] = field(default_factory=lambda: {key: [] for key in CURVES})
+
+    def __post_init__(self) -> None:
+        self.begin_epoch(0)
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch, self.step = epoch, 0
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def save(self) -> None:
+        checkpoint.save(
+            self.folder,
+            {
+                "id": self.identity,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random": _random_state(self.device),
+                "epoch": self.epoch,
+                "step": self.step,
+                "seconds": self.seconds,
+                "loss_sum": self.loss_sum,
+                "correct": self.correct,
+                "curves": self.curves,
+            },
+        )
+
+    def restore(self) -> None:
+        """Goes back to the last checkpoint, if there is one."""
+        state = checkpoint.load(self.folder, self.identity)
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        _set_random_state(state["random"], self.device)
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.loss_sum, self.correct = state["loss_sum"].to(self.device), state["correct"].to(self.device)
+        self.curves.update(state["curves"])
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """Of every generator in the process. Training draws from generators keyed by (seed, epoch) and needs none of them,
+    but a model or data set of one's own may."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+    }
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+
+
+class StopRequest:
+    """While it lasts, SIGTERM and SIGUSR1 are noted and do not end the process; `check` raises Stopped after a step."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+
+    def check(self) -> None:
+        if self.number is not None:
+            raise Stopped(self.number)
