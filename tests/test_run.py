@@ -17,6 +17,7 @@ from kalmannorm.cli import main
 from kalmannorm.engine import checkpoint, train
 from kalmannorm.engine.evaluate import evaluate
 from kalmannorm.engine.model import build, learning_rate, optimizer
+from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import compose
@@ -304,7 +305,7 @@ def test_every_image_is_counted_once_and_the_order_of_the_test_set_does_not_matt
     config = compose([*SMALL, "norm=bn", "batch.stat_batch=128"])
     model, _ = build(config)
     arrays = data.load("digits", Path("data"))
-    _, test = train.loaders(config, arrays, torch.device("cpu"))
+    _, test = train.loaders(config, arrays, Ranks(config))
     for kind in ("moving", "online"):
         assert evaluate(model, test, kind, 128)["images"] == 360  # 360 is no multiple of 128
 

@@ -189,6 +189,7 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
 
     from kalmannorm.data.loader import Loader
     from kalmannorm.engine.progress import Progress
+    from kalmannorm.engine.ranks import Ranks
     from kalmannorm.engine.session import Session, StopRequest
     from kalmannorm.engine.train import train_epoch
     from kalmannorm.runs.config import compose
@@ -201,9 +202,10 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
     images = rng.integers(0, 256, (steps * GRAD_BATCH, 32, 32, 3), dtype=np.uint8)
     loader = Loader(images, rng.integers(0, 10, len(images)), batch=GRAD_BATCH, device=device, pad=4, flip=True)
     model = convert(ARCHS["resnet32"](), "bkn", stat_batch=2).to(device)
+    ranks = Ranks(config)
     bare = training_step(_model("bkn"), device)
-    with tempfile.TemporaryDirectory() as folder, Progress("bench", config) as progress, StopRequest() as stop:
-        session = Session("bench", Path(folder), model, optimizer(model, config["schedule"]), device)
+    with tempfile.TemporaryDirectory() as folder, Progress("bench", config) as progress, StopRequest(ranks) as stop:
+        session = Session("bench", Path(folder), model, optimizer(model, config["schedule"]), ranks)
         progress.begin(0, steps, GRAD_BATCH, Path(folder))
 
         def trained() -> None:

@@ -11,6 +11,7 @@ EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule 
   kalmannorm train dataset=cifar10 arch=resnet32 norm=bkn batch=g128_s2 budget=lite seed=2
   kalmannorm sweep table7 dataset=cifar10 budget=paper seeds=3
   kalmannorm report table7 dataset=cifar10 budget=paper
+  torchrun --nproc-per-node 8 -m kalmannorm train dataset=cifar10 norm=bkn       the same run on 8 devices
 exit codes: 0 all well; 1 a run failed; 2 wrong input; 130, 138, 143 stopped by a signal (the same command goes on)"""
 
 
@@ -83,7 +84,12 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     from kalmannorm.runs.execute import execute
 
-    return 0 if execute(config)["status"] == "done" else 1
+    code = 0 if execute(config)["status"] == "done" else 1
+    if "WORLD_SIZE" in os.environ:
+        from kalmannorm.engine.ranks import end_process
+
+        end_process(code)
+    return code
 
 
 def _evaluate(options: argparse.Namespace) -> int:

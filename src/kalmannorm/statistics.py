@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kalmannorm.belief import Noise
-from kalmannorm.norm import GroupedStatistics
+from kalmannorm.norm import Estimator, GroupedStatistics
 from kalmannorm.norm.batch import Probe
 
 STATISTICS = ("moving", "online")
@@ -59,6 +60,51 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
             layer.momentum = momentum
         for module, training in modes.items():
             module.training = training
+
+
+def spread_batches(model: nn.Module, spread: bool = True) -> None:
+    """From now on a batch is spread over processes or micro-batches, or no longer.
+
+    Moving averages wait for flush_moving; the released code's guard decides over the groups of all processes.
+    """
+    for module in model.modules():
+        if isinstance(module, GroupedStatistics):
+            module.pending = [] if spread else None
+        if isinstance(module, Estimator):
+            module.spread = spread
+
+
+@torch.no_grad()
+def flush_moving(model: nn.Module) -> None:
+    """One step of the deferred moving averages, over all groups of all ranks and micro-batches since the last."""
+    layers = [layer for layer in normalizers(model).values() if layer.pending]
+    sums = [torch.stack(layer.pending or []).sum(0) for layer in layers]  # mean, variance, number of groups; [3, C]
+    if sums and dist.is_initialized():
+        together = torch.cat(sums, 1)
+        dist.all_reduce(together)
+        sums = list(together.split([s.shape[1] for s in sums], 1))
+    for layer, (mean, var, count) in zip(layers, sums, strict=True):
+        layer.average_in(mean / count, var / count)
+        layer.pending = []
+
+
+def shard_noise(model: nn.Module, shard: tuple[int, int]) -> None:
+    """Which part (number, of how many) of every batch's groups the sampling predictor draws for."""
+    for module in model.modules():
+        if isinstance(module, Noise):
+            module.shard = shard
+
+
+def place_batch(model: nn.Module, step: int, part: int, parts: int) -> None:
+    """Tell the layers which `part` (of `parts`, over processes and micro-batches) of step number `step` comes next.
+
+    The sampling predictor draws by step and group, and the released code's moving averages look at the first group.
+    """
+    for module in model.modules():
+        if isinstance(module, Noise):
+            module.step, module.shard = step, (part, parts)
+        elif isinstance(module, GroupedStatistics):
+            module.holds_first = part == 0
 
 
 @contextmanager

@@ -150,13 +150,10 @@ class Loader:
         fill: the statistics batch. If the last batch is no multiple of it, the first images of the same order fill it
         up to the next one; only the first `counted` images of a batch count.
         With shards each rank gets whole statistics groups, in the order that keeps image i of G groups in group
-        i mod G; a rank for which the last batch has no group gets one batch less.
+        i mod G; where they do not divide evenly some ranks get a group, and at the end a batch, less.
         """
-        if fill < 1 or batch < 1 or batch % (fill * self.world):
-            raise UserError(
-                f"evaluation batch {batch} is not a multiple of the statistics batch {fill}"
-                + (f" times {self.world} devices" if self.world > 1 else "")
-            )
+        if fill < 1 or batch < 1 or batch % fill:
+            raise UserError(f"evaluation batch {batch} is not a multiple of the statistics batch {fill}")
         if order is None:
             generator = torch.Generator().manual_seed(mix(EVALUATION_SEED))
             indices = torch.randperm(self.count, generator=generator)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from kalmannorm.belief import Belief
 from kalmannorm.data.loader import Loader
+from kalmannorm.engine.ranks import Ranks
 from kalmannorm.norm import Estimator
-from kalmannorm.statistics import normalizers, precise_statistics, probing, set_statistics
+from kalmannorm.statistics import normalizers, precise_statistics, probing, set_statistics, shard_noise, spread_batches
 
 # Images per evaluation batch, about; online statistics depend on who shares a batch, so it is part of NUMERICS.
 EVALUATION_BATCH = 500
@@ -25,40 +26,48 @@ KINDS = ("measured", "used")
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, statistics: str, stat_batch: int | None) -> dict[str, Any]:
-    """Accuracy in percent and mean cross-entropy over every image of the split, each counted once."""
+def evaluate(
+    model: nn.Module, loader: Loader, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
+) -> dict[str, Any]:
+    """Accuracy in percent and mean cross-entropy over every image of the split, each counted once.
+
+    A loader that deals the images out needs the `ranks`, all of which return the same.
+    """
     fill = stat_batch or 1
+    shard_noise(model, (loader.rank, loader.world))
     set_statistics(model, statistics)
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=loader.device)
     loss = torch.zeros((), dtype=torch.float64, device=loader.device)
-    images = 0
+    images = torch.zeros((), dtype=torch.int64, device=loader.device)
     for x, labels, counted in loader.plain(max(1, EVALUATION_BATCH // fill) * fill, fill=fill):
         logits, labels = model(x)[:counted].float(), labels[:counted]
         correct += (logits.argmax(1) == labels).sum()
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         images += counted
-    mean_loss = loss.item() / images
+    if ranks is not None and loader.world > 1:
+        correct, loss, images = ranks.sum(correct, loss, images)
+    mean_loss = loss.item() / images.item()
     # JSON has no NaN: a loss that is not finite is recorded as absent, its accuracy stays.
     return {
-        "accuracy": 100 * correct.item() / images,
+        "accuracy": 100 * correct.item() / images.item(),
         "loss": mean_loss if np.isfinite(mean_loss) else None,
-        "images": images,
+        "images": int(images.item()),
     }
 
 
-def evaluate_all(model: nn.Module, train: Loader, test: Loader, stat_batch: int | None, epoch: int) -> dict[str, Any]:
-    """One checkpoint under the three kinds of statistics.
+def precise(model: nn.Module, train: Loader, test: Loader, stat_batch: int | None, epoch: int) -> dict[str, Any]:
+    """Evaluation by precise statistics (mean of variances), in this process alone.
 
-    Precise ones (mean of variances) come from PRECISE_BATCHES training batches with the augmentation of epoch `epoch`.
+    From PRECISE_BATCHES training batches with the augmentation of epoch `epoch`. The model stays as it is.
     """
-    final = {kind: evaluate(model, test, kind, stat_batch) for kind in ("moving", "online")}
-    precise = copy.deepcopy(model)
-    if normalizers(precise):
-        precise_statistics(precise, (x for x, _ in islice(train.epoch(epoch), PRECISE_BATCHES)))
-    final["precise"] = evaluate(precise, test, "moving", stat_batch)
-    final["precise"] |= {"batches": min(PRECISE_BATCHES, train.steps_per_epoch), "definition": "mean of variances"}
-    return final
+    model = copy.deepcopy(model)
+    spread_batches(model, False)
+    shard_noise(model, (0, 1))
+    if normalizers(model):
+        precise_statistics(model, (x for x, _ in islice(train.epoch(epoch), PRECISE_BATCHES)))
+    found = evaluate(model, test, "moving", stat_batch)
+    return found | {"batches": min(PRECISE_BATCHES, train.steps_per_epoch), "definition": "mean of variances"}
 
 
 class _Gaps:
@@ -108,6 +117,7 @@ def variance_gaps(
     for name, layer in layers.items():
         assert layer.running_var is not None
         probes[name] = _Gaps(layer.running_var.clone(), groups, keep=name in last)
+    shard_noise(model, (0, 1))
     set_statistics(model, "online")
     model.eval()
     with probing(model, dict(probes)):

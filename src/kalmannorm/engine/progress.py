@@ -14,11 +14,12 @@ from rich.progress import Progress as RichProgress
 class Progress:
     """Seconds and images of this process, and how the run goes. A context: it leaves the terminal clean."""
 
-    def __init__(self, identity: str, config: dict[str, Any]) -> None:
+    def __init__(self, identity: str, config: dict[str, Any], quiet: bool = False) -> None:
         norm, batch = config["norm"], config["batch"]
         statistics = "" if batch["stat_batch"] is None else f" ({batch['grad_batch']},{batch['stat_batch']})"
         self.title = f"{identity} {norm['name']}{statistics} seed {config['seed']}"
         self.epochs = config["budget"]["epochs"]
+        self.quiet = quiet  # one process of a distributed run speaks
         self.images = 0
         self._began = time.perf_counter()
         self._console = Console(stderr=True)
@@ -30,7 +31,7 @@ class Progress:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._writer: Any = None
 
@@ -49,11 +50,13 @@ class Progress:
 
     def begin(self, first: int, steps: int, batch: int, folder: Path) -> None:
         """Training starts, or goes on, after `first` steps of `batch` images; an epoch has `steps` of them."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self._first, self._steps, self._batch = first, steps, batch
         self._task = self._bar.add_task(self.title, total=self.epochs * steps, completed=first, status="")
         self._training = time.perf_counter()
+        if self.quiet:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
         # What a killed run logged after its last checkpoint is logged again.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
 
@@ -66,6 +69,8 @@ class Progress:
 
     def epoch(self, curves: dict[str, list[Any]]) -> None:
         """An epoch is done and evaluated."""
+        if self.quiet:
+            return
         now = {key: values[-1] for key, values in curves.items()}
         for key in ("train_loss", "train_accuracy", "lr", "moving", "online"):
             self._writer.add_scalar(key, now[key], now["step"])

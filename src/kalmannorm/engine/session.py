@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kalmannorm.conversion import Converted
 from kalmannorm.engine import checkpoint
+from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import Stopped
 
 # One value an epoch each; accuracies in percent, of training (augmented) and of the test set under two statistics.
@@ -29,7 +30,7 @@ class Session:
     folder: Path
     model: Converted
     optimizer: torch.optim.Optimizer
-    device: torch.device
+    ranks: Ranks
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation, over all processes that worked on the run
@@ -42,36 +43,52 @@ class Session:
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch, self.step = epoch, 0
-        self.loss_sum = torch.zeros((), device=self.device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.loss_sum = torch.zeros((), device=self.ranks.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.ranks.device)
+
+    def means(self, batch: int) -> tuple[float, float]:
+        """Loss and training accuracy (percent) over the epoch's steps of `batch` images so far, over all ranks."""
+        loss_sum, correct = self.ranks.sum(self.loss_sum, self.correct)
+        return loss_sum.item() / (self.step * self.ranks.world), 100 * correct.item() / (self.step * batch)
 
     def save(self) -> None:
+        """Rank 0 writes; each rank's sums and random generators go with it."""
+        own = {"random": _random_state(self.ranks.device), "loss_sum": self.loss_sum, "correct": self.correct}
+        of_ranks = self.ranks.gather(own)
+        if not self.ranks.main:
+            return
         checkpoint.save(
             self.folder,
             {
                 "id": self.identity,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "random": _random_state(self.device),
+                "ranks": of_ranks,
                 "epoch": self.epoch,
                 "step": self.step,
                 "seconds": self.seconds,
-                "loss_sum": self.loss_sum,
-                "correct": self.correct,
                 "curves": self.curves,
             },
         )
 
     def restore(self) -> None:
-        """Goes back to the last checkpoint, if there is one."""
-        state = checkpoint.load(self.folder, self.identity)
+        """Goes back to the last checkpoint, if there is one; the number of processes may differ from then."""
+        state = self.ranks.from_main(checkpoint.load(self.folder, self.identity) if self.ranks.main else None)
         if state is None:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        _set_random_state(state["random"], self.device)
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.loss_sum, self.correct = state["loss_sum"].to(self.device), state["correct"].to(self.device)
+        device, saved = self.ranks.device, state["ranks"]
+        if len(saved) == self.ranks.world:
+            own = saved[self.ranks.rank]
+            _set_random_state(own["random"], device)
+            self.loss_sum, self.correct = own["loss_sum"].to(device), own["correct"].to(device)
+        else:
+            # As many sums as there were ranks: their mean loss on every rank, all that was correct on the first.
+            self.loss_sum = torch.stack([own["loss_sum"].cpu() for own in saved]).mean().to(device)
+            correct = torch.stack([own["correct"].cpu() for own in saved]).sum()
+            self.correct = (correct if self.ranks.main else torch.zeros_like(correct)).to(device)
         self.curves.update(state["curves"])
 
 
@@ -100,7 +117,8 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
 class StopRequest:
     """While it lasts, SIGTERM and SIGUSR1 are noted and do not end the process; `check` raises Stopped after a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.number: int | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -116,6 +134,12 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
 
+    def asked(self) -> bool:
+        """Whether any rank was asked to stop; they all hear the same, at the same step."""
+        self.number = self.ranks.any(self.number)
+        return self.number is not None
+
     def check(self) -> None:
-        if self.number is not None:
+        if self.asked():
+            assert self.number is not None
             raise Stopped(self.number)

@@ -3,7 +3,6 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,16 @@ from torch import Tensor, nn
 from kalmannorm import data
 from kalmannorm.conversion import belief_report
 from kalmannorm.data.loader import Loader
-from kalmannorm.engine.evaluate import evaluate, evaluate_all, variance_gaps
+from kalmannorm.engine.evaluate import evaluate, precise, variance_gaps
 from kalmannorm.engine.model import build, learning_rate, optimizer
 from kalmannorm.engine.progress import Progress
+from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.session import Session, StopRequest
 from kalmannorm.errors import UserError
 from kalmannorm.norm import Estimator
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, result_part
-from kalmannorm.statistics import normalizers
+from kalmannorm.statistics import flush_moving, normalizers, place_batch, spread_batches
 
 CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU
 
@@ -35,19 +35,21 @@ class Diverged(Exception):
 def run(config: Config) -> dict[str, Any]:
     """Trains and evaluates one run; writes and returns its record. Goes on from the last checkpoint where there is one.
 
-    A loss that is not finite ends it with a record of status "failed". UserError: impossible configuration or data.
+    In a distributed run every process calls it and gets the record; rank 0 writes. A loss that is not finite ends it
+    with a record of status "failed". UserError: impossible configuration or data. Stopped: a signal.
     """
+    ranks = Ranks(config)
     identity = records.run_id(config)
     folder = Path(config["runs"]) / identity
-    device = _device(config)
     if config["deterministic"]:
         torch.use_deterministic_algorithms(True)
     model, last = build(config)
     arrays = data.load(config["dataset"]["name"], data.root(config["data"]))
     if arrays.classes != config["dataset"]["classes"]:
         raise UserError(f"{config['dataset']['name']} has {arrays.classes} classes, not {config['dataset']['classes']}")
-    _check_room(folder, model)
-    train, test = loaders(config, arrays, device)
+    if ranks.main:
+        _check_room(folder, model)
+    train, test = loaders(config, arrays, ranks)
 
     record: dict[str, Any] = {
         "id": identity,
@@ -57,22 +59,26 @@ def run(config: Config) -> dict[str, Any]:
         "config": result_part(config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": arrays.provenance | {"train_images": train.count, "test_images": test.count},
-        "host": records.host(config["device"]),
+        "host": records.host(str(ranks.device)) | {"processes": ranks.world},
     }
-    model.to(device)
-    session = Session(identity, folder, model, optimizer(model, config["schedule"]), device)
+    model.to(ranks.device)
+    session = Session(identity, folder, model, optimizer(model, config["schedule"]), ranks)
     record["curves"] = session.curves
-    arrays_of_figures: dict[str, np.ndarray] = {}
-    with Progress(identity, config) as progress, StopRequest() as stop:
+    figures: dict[str, np.ndarray] = {}
+    with Progress(identity, config, quiet=not ranks.main) as progress, StopRequest(ranks) as stop:
         try:
             _fit(config, session, train, test, progress, stop)
             stat_batch, epochs = config["batch"]["stat_batch"], config["budget"]["epochs"]
-            record["final"] = evaluate_all(model, train, test, stat_batch, epochs)
+            record["final"] = {kind: evaluate(model, test, kind, stat_batch, ranks) for kind in ("moving", "online")}
             stop.check()
-            if normalizers(model):
-                arrays_of_figures, raw = variance_gaps(model, train, last, config["batch"]["grad_batch"], stat_batch)
-                np.savez(folder / "gaps.npz", **raw)  # type: ignore[arg-type]
             record["norms"] = _describe(model, last)
+            if ranks.main:
+                if ranks.world > 1:
+                    train, test = loaders(config, arrays, ranks, whole=True)
+                record["final"]["precise"] = precise(model, train, test, stat_batch, epochs)
+                if normalizers(model):
+                    figures, raw = variance_gaps(model, train, last, config["batch"]["grad_batch"], stat_batch)
+                    np.savez(folder / "gaps.npz", **raw)  # type: ignore[arg-type]
         except Diverged as error:
             record |= {"status": "failed", "reason": str(error)}
         images = (session.epoch * train.steps_per_epoch + session.step) * train.batch
@@ -81,46 +87,64 @@ def run(config: Config) -> dict[str, Any]:
             "train_seconds": round(session.seconds, 1),
             "images_per_s": round(images / session.seconds, 1) if session.seconds else None,
         }
-    records.write(config["results"], record, arrays_of_figures)
+    if ranks.main:
+        records.write(config["results"], record, figures)
+    record = ranks.from_main(record)
+    ranks.leave()
     return record
 
 
-def loaders(config: Config, arrays: data.Arrays, device: torch.device) -> tuple[Loader, Loader]:
-    """Training and test images at the budget's resolution, on the device, both under the training images' mean."""
-    budget, dataset = config["budget"], config["dataset"]
+def loaders(config: Config, arrays: data.Arrays, ranks: Ranks, whole: bool = False) -> tuple[Loader, Loader]:
+    """Training and test images at the budget's resolution, on the device, both under the training images' mean.
+
+    Dealt out to the ranks; `whole`: all of them for this one.
+    """
+    budget, dataset, norm = config["budget"], config["dataset"], config["norm"]
     images, labels = arrays.train_images, arrays.train_labels
     if budget["subset"] is not None:
         chosen = data.class_balanced_subset(labels, budget["subset"])
         images, labels = images[chosen], labels[chosen]
     size = budget["size"]
-    pad = max(1, round(dataset["pad"] * size / 32))  # the released 4 is for 32 pixels
+    shard = (0, 1) if whole else ranks.shard
+    # The sampling predictor's draws and the guard know a whole batch of groups: each rank evaluates all the images.
+    together = norm["predictor"] == "sampling" or norm["options"].get("guard") is not None
     train = Loader(
         data.resize(images, size),
         labels,
         batch=config["batch"]["grad_batch"],
-        device=device,
-        pad=pad,
+        device=ranks.device,
+        pad=max(1, round(dataset["pad"] * size / 32)),  # the released 4 is for 32 pixels
         flip=dataset["flip"],
         seed=config["seed"],
+        shard=shard,
     )
-    test = Loader(data.resize(arrays.test_images, size), arrays.test_labels, batch=1, device=device, mean=train.mean)
+    test = Loader(
+        data.resize(arrays.test_images, size),
+        arrays.test_labels,
+        batch=shard[1],
+        device=ranks.device,
+        mean=train.mean,
+        shard=(0, 1) if together else shard,
+    )
     return train, test
 
 
 def _fit(config: Config, session: Session, train: Loader, test: Loader, progress: Progress, stop: StopRequest) -> None:
     """The training, from where the last checkpoint left it. Raises Diverged and Stopped."""
     session.restore()
-    epochs, stat_batch = config["budget"]["epochs"], config["batch"]["stat_batch"]
-    progress.begin(
-        session.epoch * train.steps_per_epoch + session.step, train.steps_per_epoch, train.batch, session.folder
-    )
-    forward = torch.compile(session.model) if config["compile"] else session.model
+    epochs, stat_batch, ranks = config["budget"]["epochs"], config["batch"]["stat_batch"], session.ranks
+    steps = train.steps_per_epoch
+    progress.begin(session.epoch * steps + session.step, steps, train.batch, session.folder)
+    forward = ranks.wrap(session.model)
+    if config["compile"]:
+        forward = torch.compile(forward)  # type: ignore[assignment]
+    spread_batches(session.model, ranks.world * config["accumulate"] > 1)
 
     while session.epoch < epochs:
         trained = train_epoch(config, session, forward, train, progress, stop)
         session.save()
         for kind in ("moving", "online"):
-            trained[kind] = evaluate(session.model, test, kind, stat_batch)["accuracy"]
+            trained[kind] = evaluate(session.model, test, kind, stat_batch, ranks)["accuracy"]
             stop.check()
         for key, value in trained.items():
             session.curves[key].append(value)
@@ -130,14 +154,9 @@ def _fit(config: Config, session: Session, train: Loader, test: Loader, progress
 
 
 def train_epoch(
-    config: Config,
-    session: Session,
-    forward: Callable[[Tensor], Tensor],
-    train: Loader,
-    progress: Progress,
-    stop: StopRequest,
+    config: Config, session: Session, forward: nn.Module, train: Loader, progress: Progress, stop: StopRequest
 ) -> dict[str, float]:
-    """The rest of the session's epoch; `forward` is the model or its compiled form. Returns the curves' new values."""
+    """The rest of the session's epoch; `forward` is the model, wrapped and compiled. Returns the curves' new values."""
     schedule, budget, steps = config["schedule"], config["budget"], train.steps_per_epoch
     total = steps * budget["epochs"]
     save_every = max(1, round(config["checkpoint_every"] * total))
@@ -148,25 +167,21 @@ def train_epoch(
         done = session.epoch * steps + session.step
         for group in session.optimizer.param_groups:
             group["lr"] = learning_rate(done, total, schedule, budget["of_epochs"])
-        with autocast:
-            logits = forward(x)
-            loss = F.cross_entropy(logits.float(), labels)
         session.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        _forward_backward(session, forward, autocast, x, labels, config["accumulate"], done)
         session.optimizer.step()
-        session.loss_sum += loss.detach()
-        session.correct += (logits.detach().argmax(1) == labels).sum()
         session.step += 1
         session.seconds = before + time.perf_counter() - began
         if session.step % CHECK_EVERY == 0 or session.step == steps:
-            loss_so_far, accuracy = _means(session, train.batch)
+            loss_so_far, accuracy = session.means(train.batch)
             if not math.isfinite(loss_so_far):
                 raise Diverged(f"the loss is not finite in epoch {session.epoch + 1}, step {session.step} of {steps}")
             progress.step(done + 1, loss_so_far, accuracy)
-        if stop.number is not None or ((done + 1) % save_every == 0 and session.step < steps):
+        if (stopping := stop.asked()) or ((done + 1) % save_every == 0 and session.step < steps):
             session.save()
-            stop.check()
-    loss_so_far, accuracy = _means(session, train.batch)
+            if stopping:
+                stop.check()
+    loss_so_far, accuracy = session.means(train.batch)
     return {
         "epoch": session.epoch + 1,
         "step": (session.epoch + 1) * steps,
@@ -176,9 +191,23 @@ def train_epoch(
     }
 
 
-def _means(session: Session, batch: int) -> tuple[float, float]:
-    """Loss and training accuracy (percent) over the steps of the epoch so far."""
-    return session.loss_sum.item() / session.step, 100 * session.correct.item() / (session.step * batch)
+def _forward_backward(
+    session: Session, forward: nn.Module, autocast: torch.autocast, x: Tensor, labels: Tensor, parts: int, step: int
+) -> None:
+    """Gradients of one step, in `parts` micro-batches, which are dealt out interleaved as the images of a batch are."""
+    ranks = session.ranks
+    for part in range(parts):
+        if ranks.world * parts > 1:
+            place_batch(session.model, step, ranks.rank + ranks.world * part, ranks.world * parts)
+        with ranks.without_exchange(forward, last=part == parts - 1):
+            with autocast:
+                logits = forward(x[part::parts])
+                loss = F.cross_entropy(logits.float(), labels[part::parts]) / parts
+            loss.backward()
+        session.loss_sum += loss.detach()
+        session.correct += (logits.detach().argmax(1) == labels[part::parts]).sum()
+    if ranks.world * parts > 1:
+        flush_moving(session.model)
 
 
 def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
@@ -189,16 +218,6 @@ def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
         "gains": {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)},
         "beliefs": belief_report(model),
     }
-
-
-def _device(config: Config) -> torch.device:
-    try:
-        device = torch.device(config["device"])
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={config['device']} cannot be used: {reason}; pass device=cpu") from None
-    return device
 
 
 def _check_room(folder: Path, model: nn.Module) -> None:

@@ -25,6 +25,8 @@ class GroupedStatistics(_BatchNorm):
     """
 
     statistics = "moving"
+    pending: "list[Tensor] | None" = None  # while not None, moving averages wait for statistics.flush_moving
+    holds_first = True  # whether this process and micro-batch has the batch's first group
     probe: Probe | None = None
     layer_name = ""  # set by convert: errors name the layer
 
@@ -85,15 +87,24 @@ class GroupedStatistics(_BatchNorm):
         mean, var [groups, C] (population variance) of `values` values each. `momentum=None` is the cumulative average,
         as in torch.
         """
+        if self.moving_unbiased:
+            var = var * (values / (values - 1))
+        if self.moving_groups == "first":
+            mean, var = mean[: int(self.holds_first)], var[: int(self.holds_first)]
+        if self.pending is None:
+            self.average_in(mean.mean(0), var.mean(0))
+        else:
+            self.pending.append(torch.stack((mean.sum(0), var.sum(0), mean.new_full(mean.shape[1:], len(mean)))))
+
+    @torch.no_grad()
+    def average_in(self, mean: Tensor, var: Tensor) -> None:
+        """One step of the moving averages, with what a batch gave: [C] each."""
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         rate: float | Tensor = 1.0 / self.num_batches_tracked.float() if self.momentum is None else self.momentum
-        if self.moving_unbiased:
-            var = var * (values / (values - 1))
-        new_mean, new_var = (mean[0], var[0]) if self.moving_groups == "first" else (mean.mean(0), var.mean(0))
-        self.running_mean.lerp_(new_mean.to(self.running_mean.dtype), rate)
-        self.running_var.lerp_(new_var.to(self.running_var.dtype), rate)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+        self.running_var.lerp_(var.to(self.running_var.dtype), rate)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stat_batch={self.stat_batch}"
@@ -109,7 +120,7 @@ class BatchNorm(GroupedStatistics):
         if self.uses_moving:
             return self.normalize_by_moving(x), None
         number = self.count_groups(x)
-        if number == 1 and self.probe is None and self.moving_unbiased:
+        if number == 1 and self.probe is None and self.pending is None and self.moving_unbiased:
             return self._normalize_whole_batch(x), None
         split = groups.split(x, number)
         if not split.is_contiguous() and not torch.compiler.is_compiling():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kalmannorm.belief import Belief
@@ -28,11 +29,13 @@ def normalize_by_posterior(
     eps: float,
     mixture: bool,
     guard: float | None,
+    over_ranks: bool = False,
 ) -> tuple[Tensor, Belief, Belief]:
     """x [N, C, ...] in `number` = G groups, prior [G or 1, C] (R included) -> y like x, posterior [G, C], detached
     measurement [G, C].
 
-    Without a prior the posterior is the measurement. weight and bias are [C] or None.
+    Without a prior the posterior is the measurement. weight and bias are [C] or None. `over_ranks`: the batch is spread
+    over the processes, all of which decide alike whether the guard holds.
     """
     shape = (number, x.shape[1])
     if prior is not None:
@@ -42,17 +45,22 @@ def normalize_by_posterior(
     form: Callable[..., tuple[Tensor, ...]] = _Native.apply if native else _plain
     gain = torch.as_tensor(gain, dtype=moments_dtype(x), device=x.device)
     y, mean, var, measured_mean, measured_var = form(
-        x, number, *(prior or (None, None)), gain, weight, bias, eps, mixture, guard
+        x, number, *(prior or (None, None)), gain, weight, bias, eps, mixture, guard, over_ranks
     )
     return y, Belief(mean, var), Belief(measured_mean, measured_var)
 
 
-def _effective_gain(gain: Tensor, prior_var: Tensor, measured_var: Tensor, guard: float | None) -> Tensor:
-    """The gain, or 1 where the guard holds: mean over rows and channels of prior / measured variance >= guard."""
+def _effective_gain(
+    gain: Tensor, prior_var: Tensor, measured_var: Tensor, guard: float | None, over_ranks: bool
+) -> Tensor:
+    """The gain, or 1 where the guard holds: one decision per layer and call, without a gradient."""
     if guard is None:
         return gain
-    held = (prior_var.detach() / measured_var.detach()).mean() >= guard
-    return torch.where(held, 1.0, gain)
+    ratio = (prior_var.detach() / measured_var.detach()).mean()
+    if over_ranks and dist.is_initialized():
+        dist.all_reduce(ratio)  # as many groups on every rank
+        ratio = ratio / dist.get_world_size()
+    return torch.where(ratio >= guard, 1.0, gain)
 
 
 def _plain(
@@ -66,6 +74,7 @@ def _plain(
     eps: float,
     mixture: bool,
     guard: float | None,
+    over_ranks: bool,
 ) -> tuple[Tensor, ...]:
     split = groups.split(x, number)  # [N / G, G, C, ...]
     dims = (0, *range(3, split.dim()))
@@ -73,7 +82,7 @@ def _plain(
     if prior_mean is None or prior_var is None:
         mean, var = measured_mean, measured_var
     else:
-        q = _effective_gain(gain, prior_var, measured_var, guard)
+        q = _effective_gain(gain, prior_var, measured_var, guard, over_ranks)
         p = 1 - q
         mean = p * prior_mean + q * measured_mean
         var = p * prior_var + q * measured_var
@@ -109,6 +118,7 @@ class _Native(torch.autograd.Function):
         eps: float,
         mixture: bool,
         guard: float | None,
+        over_ranks: bool,
     ) -> tuple[Tensor, ...]:
         shape = (number, x.shape[1])
         rows = _rows(x, number)
@@ -120,7 +130,7 @@ class _Native(torch.autograd.Function):
         if prior_mean is None or prior_var is None:
             q, mean, var, deviation = None, measured_mean, measured_var, None
         else:
-            q = _effective_gain(gain, prior_var, measured_var, guard)
+            q = _effective_gain(gain, prior_var, measured_var, guard, over_ranks)
             deviation = measured_mean - prior_mean
             mean = torch.lerp(prior_mean, measured_mean, q)
             var = torch.lerp(prior_var, measured_var, q)
@@ -176,4 +186,4 @@ class _Native(torch.autograd.Function):
         dx = dx.addcmul_(dy, scale.view(column)).to(x.dtype).view(x.shape)
         dweight = None if weight is None else dot.sum(0)
         dbias = total.sum(0) if ctx.needs_input_grad[6] else None
-        return dx, None, dprior_mean, dprior_var, dgain, dweight, dbias, None, None, None
+        return dx, None, dprior_mean, dprior_var, dgain, dweight, dbias, None, None, None, None

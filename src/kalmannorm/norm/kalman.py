@@ -20,6 +20,7 @@ class Estimator(nn.Module):
     p = 1 - q. Options as in KalmanBatchNorm2d.
     """
 
+    spread = False  # whether a batch is spread over processes (statistics.spread_batches)
     gain_logit: Tensor | None
     noise_raw: Tensor | None
 
@@ -51,6 +52,11 @@ class Estimator(nn.Module):
     def gain(self) -> Tensor | float:
         """q, the weight of the measurement."""
         return self.initial_gain if self.gain_logit is None else torch.sigmoid(self.gain_logit)
+
+    @property
+    def over_ranks(self) -> bool:
+        """Whether the batch that the guard decides over is more than what this process sees."""
+        return self.spread and self.training
 
     @property
     def gain_value(self) -> float:
@@ -141,7 +147,7 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         predicted = None if prior is None else self.predicted(prior)
         weight = self.weight if prior is not None else self.tie_idle(self.weight)
         y, posterior, measured = normalize_by_posterior(
-            x, number, predicted, self.gain, weight, self.bias, self.eps, self.mixture, self.guard
+            x, number, predicted, self.gain, weight, self.bias, self.eps, self.mixture, self.guard, self.over_ranks
         )
         if self.training:
             self.update_moving(*posterior, values)
@@ -196,7 +202,7 @@ class KalmanGroupNorm(Estimator):
         # One image whose channels are the N * num_groups sets of Eq. 8.
         sets = x.contiguous().view(1, images * self.num_groups, -1)
         y, posterior, _ = normalize_by_posterior(
-            sets, 1, predicted, self.gain, None, None, self.eps, self.mixture, self.guard
+            sets, 1, predicted, self.gain, None, None, self.eps, self.mixture, self.guard, self.over_ranks
         )
         weight = self.weight if prior is not None else self.tie_idle(self.weight)
         shape = (1, channels) + (1,) * (x.dim() - 2)

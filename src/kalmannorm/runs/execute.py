@@ -1,15 +1,16 @@
 """One run in this process, and the evaluation of one that is done."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kalmannorm import data
 from kalmannorm.engine import checkpoint, train
-from kalmannorm.engine.evaluate import evaluate_all
+from kalmannorm.engine.evaluate import evaluate as evaluate_once
+from kalmannorm.engine.evaluate import precise
 from kalmannorm.engine.model import build
+from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, compose
@@ -18,6 +19,8 @@ from kalmannorm.runs.config import Config, compose
 def execute(config: Config) -> dict[str, Any]:
     """Trains a run, says in one line how it ended, and returns its record."""
     record = train.run(config)
+    if int(os.environ.get("RANK", 0)):
+        return record
     file = records.path(config["results"], record["id"])
     if record["status"] == "failed":
         print(f"{record['id']}: failed, {record['reason']}; {file}", file=sys.stderr)
@@ -49,11 +52,13 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
         )
     model, _ = build(config)
     model.load_state_dict(state["model"])
-    model.to(config["device"])
+    ranks = Ranks(config)
+    model.to(ranks.device)
     arrays = data.load(config["dataset"]["name"], data.root(config["data"]))
-    train_loader, test_loader = train.loaders(config, arrays, torch.device(config["device"]))
-    epochs = config["budget"]["epochs"]
-    final = evaluate_all(model, train_loader, test_loader, config["batch"]["stat_batch"], epochs)
+    train_set, test_set = train.loaders(config, arrays, ranks)
+    stat_batch = config["batch"]["stat_batch"]
+    final = {kind: evaluate_once(model, test_set, kind, stat_batch) for kind in ("moving", "online")}
+    final["precise"] = precise(model, train_set, test_set, stat_batch, config["budget"]["epochs"])
     print(f"run {record['id']}: {arrays.provenance['name']}, {arrays.provenance['fidelity']}")
     for kind, values in final.items():
         recorded = record["final"][kind]["accuracy"]

@@ -1,0 +1,139 @@
+"""The processes of a distributed run (torchrun): who this one is, and the few things that they must agree on.
+
+A run on k processes computes what one process does: rank r takes the images r, r + k, ... of every batch, which are
+whole statistics groups (norm/groups.py); gradients are averaged, moving averages taken over the groups of all ranks.
+"""
+
+import os
+import sys
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kalmannorm.errors import UserError
+from kalmannorm.presets import BATCH_STATISTICS
+
+Config = dict[str, Any]
+# Rank 0 alone re-estimates precise statistics and measures gaps while the others wait.
+PATIENCE = timedelta(hours=2)
+
+
+class Ranks:
+    """rank, world and device of this process; collectives that do nothing where there is one process."""
+
+    def __init__(self, config: Config) -> None:
+        """UserError: a device that is not there; batches that do not divide among the processes."""
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        _check_batches(config, self.world)
+        self.device = self._device(config["device"])
+        self._control: Any = None
+        self._began = self.world > 1 and not dist.is_initialized()
+        if self._began:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
+        if self.world > 1:
+            self._control = dist.new_group(backend="gloo")  # for decisions: does not wait for a GPU
+
+    def _device(self, asked: str) -> torch.device:
+        if asked == "cuda" and self.world > 1:
+            asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        try:
+            device = torch.device(asked)
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"device={asked} cannot be used: {reason}; pass device=cpu") from None
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes records, checkpoints and logs."""
+        return self.rank == 0
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        return self.rank, self.world
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        if self.world == 1:
+            return model
+        ids = [self.device] if self.device.type == "cuda" else None
+        # Moving averages are brought together by statistics.flush_moving: broadcasting rank 0's would lose the rest.
+        with warnings.catch_warnings():  # the argument's new name is not in every torch that this runs on
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+    def without_exchange(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Gradients of all but the last micro-batch of a step stay here."""
+        return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+    def sum(self, *values: Tensor) -> list[Tensor]:
+        """Each value summed over the ranks, in float64."""
+        if self.world == 1:
+            return list(values)
+        together = torch.stack([value.double() for value in values])
+        dist.all_reduce(together)
+        return list(together)
+
+    def any(self, number: int | None) -> int | None:
+        """The largest of the ranks' numbers, None where all have None."""
+        if self.world == 1:
+            return number
+        flag = torch.tensor(number or 0)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
+        return int(flag) or None
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on rank 0; an empty list elsewhere."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world if self.main else []
+        dist.gather_object(value, values if self.main else None, group=self._control)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, everywhere."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self._control)
+        return box[0]
+
+    def leave(self) -> None:
+        """Call last: waits for the others, and ends the process group if it began here."""
+        if self.world > 1:
+            dist.barrier(group=self._control)
+        if self._began:
+            dist.destroy_process_group()
+
+
+def end_process(code: int) -> None:
+    """End of a distributed run's process, at once: interpreters that shut down beside gloo's threads often abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _check_batches(config: Config, world: int) -> None:
+    """Whole statistics groups on every device and in every micro-batch. UserError otherwise."""
+    grad, stat, parts = config["batch"]["grad_batch"], config["batch"]["stat_batch"], config["accumulate"]
+    name = config["norm"]["name"]
+    if not isinstance(parts, int) or parts < 1:
+        raise UserError(f"accumulate = {parts}: expected a positive number of micro-batches")
+    where = f"{world} devices" + (f" x accumulate = {parts}" if parts > 1 else "")
+    if grad % (world * parts):
+        raise UserError(f"batch.grad_batch = {grad} does not divide among {where}")
+    if name in BATCH_STATISTICS and (grad // (world * parts)) % stat:
+        raise UserError(
+            f"batch.grad_batch = {grad} on {where}: {grad // (world * parts)} images each are no whole groups of "
+            f"batch.stat_batch = {stat}, and a group cannot span devices; take fewer devices"
+        )
+    if parts > 1 and config["norm"]["options"].get("guard") is not None:
+        raise UserError("accumulate: the guard decides over the whole batch, which micro-batches do not see at once")

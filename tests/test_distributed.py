@@ -1,0 +1,207 @@
+"""k processes compute what one does: losses, accuracies, moving statistics, final weights; micro-batches likewise."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from kalmannorm.engine import checkpoint, train
+from kalmannorm.engine.ranks import Ranks
+from kalmannorm.errors import UserError
+from kalmannorm.runs.config import compose
+
+SMALL = [
+    "dataset=digits",
+    "budget=smoke",
+    "arch.width=0.125",
+    "device=cpu",
+    "batch.grad_batch=16",
+    "budget.subset=96",
+    "budget.epochs=1",
+]
+NORMS = {
+    "bn": ["norm=bn"],
+    "gn": ["norm=gn"],
+    "bkn": ["norm=bkn"],
+    "bkn-output": ["norm=bkn", "norm.options.belief=output"],
+    "bkn-sampling": ["norm=bkn", "norm.predictor=sampling"],
+    "bkn-released": ["norm=bkn", "norm.preset=released"],
+    "bkn-guarded": ["norm=bkn", "norm.preset=released", "norm.options.guard=0.5"],
+    "gkn": ["norm=gkn"],
+}
+
+
+def case(norm: str, stat_batch: int) -> list[str]:
+    extra = ["norm.options.gain=0.3"] if norm in ("bkn-released", "bkn-guarded") else []
+    return [*SMALL, *NORMS[norm], f"batch.stat_batch={stat_batch}", *extra]
+
+
+def cases(stat_batches: tuple[int, ...]) -> dict[str, list[str]]:
+    return {f"{norm}-{stat}": case(norm, stat) for norm in NORMS for stat in stat_batches}
+
+
+def run_all(folder: Path, runs: dict[str, list[str]]) -> None:
+    """Every case in its own folder, in this process or, where a process group is up, as one of its ranks."""
+    for name, overrides in runs.items():
+        train.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
+
+
+def worker(rank: int, world: int, port: int, folder: Path, runs: dict[str, list[str]]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo")
+    run_all(folder, runs)
+    dist.destroy_process_group()
+
+
+def on_processes(world: int, folder: Path, runs: dict[str, list[str]]) -> None:
+    """One spawn for all the cases: starting processes is most of the cost."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (world, port, folder, runs), nprocs=world)
+
+
+def outcome(folder: Path) -> tuple[dict, dict]:
+    (file,) = (folder / "records").glob("*.json")
+    record = json.loads(file.read_text())
+    return record, checkpoint.load(folder / record["id"], record["id"])
+
+
+def differences(one: Path, other: Path) -> dict[str, float]:
+    """Largest differences, of weights and moving statistics relative to the largest entry of each tensor."""
+    (a, state_a), (b, state_b) = outcome(one), outcome(other)
+    assert a["id"] == b["id"] and a["curves"].keys() == b["curves"].keys()
+
+    def largest(keys: list[str]) -> float:
+        found = []
+        for key in keys:
+            x, y = state_a["model"][key].double(), state_b["model"][key].double()
+            found.append(((x - y).abs().max() / x.abs().max().clamp_min(1e-3)).item())
+        return max(found, default=0.0)
+
+    keys = [key for key, value in state_a["model"].items() if isinstance(value, torch.Tensor) and value.numel()]
+    momenta = [
+        (
+            (x["momentum_buffer"] - y["momentum_buffer"]).abs().max() / x["momentum_buffer"].abs().max().clamp_min(1e-3)
+        ).item()
+        for x, y in zip(state_a["optimizer"]["state"].values(), state_b["optimizer"]["state"].values(), strict=True)
+    ]
+    accuracies = [abs(a["final"][kind]["accuracy"] - b["final"][kind]["accuracy"]) for kind in a["final"]]
+    return {
+        "loss": max(abs(x - y) for x, y in zip(a["curves"]["train_loss"], b["curves"]["train_loss"], strict=True)),
+        "gradients": max(momenta),
+        "moving": largest([key for key in keys if "running" in key]),
+        "weights": largest([key for key in keys if "running" not in key]),
+        "accuracy": max(accuracies),
+    }
+
+
+def assert_equal(one: Path, other: Path, runs: dict[str, list[str]]) -> None:
+    print()
+    for name in runs:
+        found = differences(one / name, other / name)
+        print(f"{name:18}", "  ".join(f"{key} {value:.1e}" for key, value in found.items()))
+        assert found["loss"] < 1e-5 and found["moving"] < 1e-3 and found["weights"] < 1e-3, (name, found)
+        assert found["gradients"] < 1e-2 and found["accuracy"] <= 100 / 360 * 1.01, (name, found)
+        assert outcome(one / name)[0]["final"]["online"]["images"] == 360
+        assert outcome(other / name)[0]["final"]["online"]["images"] == 360
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run_all(folder, cases((2,)))
+    return folder
+
+
+def test_two_processes_equal_one(one_process, tmp_path):
+    on_processes(2, tmp_path, cases((2,)))
+    assert_equal(one_process, tmp_path, cases((2,)))
+
+
+@pytest.mark.slow
+def test_two_and_four_processes_equal_one_at_other_statistics_batches(tmp_path):
+    at_4, at_8 = cases((4,)), cases((8,))
+    run_all(tmp_path / "1", at_4 | at_8)
+    on_processes(2, tmp_path / "2", at_4 | at_8)
+    on_processes(4, tmp_path / "4", at_4)
+    assert_equal(tmp_path / "1", tmp_path / "2", at_4 | at_8)
+    assert_equal(tmp_path / "1", tmp_path / "4", at_4)
+
+
+def test_micro_batches_equal_whole_ones(one_process, tmp_path):
+    runs = {name: run for name, run in cases((2,)).items() if not name.startswith(("bkn-released", "bkn-guarded"))}
+    run_all(tmp_path, {name: [*run, "accumulate=4"] for name, run in runs.items()})
+    assert_equal(one_process, tmp_path, runs)
+
+
+@pytest.mark.slow
+def test_micro_batches_on_two_processes_equal_whole_ones_on_one(one_process, tmp_path):
+    runs = {name: run for name, run in cases((2,)).items() if name in ("bn-2", "bkn-2", "bkn-sampling-2")}
+    on_processes(2, tmp_path, {name: [*run, "accumulate=2"] for name, run in runs.items()})
+    assert_equal(one_process, tmp_path, runs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "words"),
+    [
+        (["batch.stat_batch=8"], 4, ["4 devices", "stat_batch = 8", "span"]),
+        (["batch.stat_batch=2"], 3, ["grad_batch = 16", "3 devices"]),
+        (["batch.stat_batch=8", "accumulate=4"], 1, ["accumulate = 4", "stat_batch = 8"]),
+        (["batch.stat_batch=2", "accumulate=0"], 1, ["accumulate = 0"]),
+        (["batch.stat_batch=2", "norm.preset=released", "accumulate=2"], 1, ["guard"]),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(monkeypatch, overrides, world, words):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(UserError) as error:
+        Ranks(compose([*SMALL, "norm=bkn", *overrides]))
+    assert all(word in str(error.value) for word in words)
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*launcher, "-m", "kalmannorm", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_trains_once_and_leaves_cleanly(tmp_path):
+    place = [f"results={tmp_path}", f"runs={tmp_path}"]
+    done = torchrun(2, "train", *case("bkn", 2), *place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("moving") == 1 and done.stderr.count("epoch 1/1") == 1
+    record, _ = outcome(tmp_path)
+    assert record["host"]["processes"] == 2
+    again = torchrun(2, "train", *case("bkn", 2), *place)
+    assert again.returncode == 0 and "done already" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_with_its_own_error(tmp_path):
+    code = (
+        "import os, kalmannorm.engine.train as train\n"
+        "from kalmannorm.cli import main\n"
+        "real = train._forward_backward\n"
+        "def broken(session, *rest):\n"
+        "    if session.ranks.rank == 1 and session.step == 3: raise RuntimeError('rank 1 has had it')\n"
+        "    real(session, *rest)\n"
+        "train._forward_backward = broken\n"
+        f"main(['train', *{case('bkn', 2)!r}, 'results={tmp_path}', 'runs={tmp_path}'])\n"
+    )
+    (tmp_path / "job.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launcher, str(tmp_path / "job.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "rank 1 has had it" in done.stderr
