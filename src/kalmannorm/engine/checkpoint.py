@@ -16,6 +16,8 @@ NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 def save(folder: Path, state: dict[str, Any]) -> None:
     """At every moment one of the two files is whole: the last one becomes the previous one by a rename."""
+    for left_by_a_kill in folder.glob(f".{NAME}.*"):
+        left_by_a_kill.unlink()
     buffer = io.BytesIO()
     torch.save(state, buffer)
     if (folder / NAME).exists():

@@ -1,0 +1,80 @@
+"""A real training process, killed again and again at random moments, ends in the numbers of one that was left alone."""
+
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kalmannorm.engine import checkpoint
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+SMALL = [
+    "dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "budget.subset=512", "budget.epochs=8",
+]  # fmt: skip
+
+
+def job(folder: str, extra: list[str]) -> None:
+    """The body of the training process. Saving takes longer than it would, so that kills fall into it."""
+    import os
+
+    from kalmannorm.cli import main
+
+    fsync = os.fsync
+    os.fsync = lambda handle: (time.sleep(0.02), fsync(handle))[1]
+    torch.set_num_threads(1)
+    raise SystemExit(main(["train", *SMALL, *extra, f"results={folder}/results", f"runs={folder}/runs"]))
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Processes that do not each wait for torch: forked off a server that has imported it, and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kalmannorm.runs.execute", "torch.utils.tensorboard", "sklearn.datasets"])
+    return context
+
+
+def final(folder: Path) -> tuple[dict, dict]:
+    (file,) = (folder / "results" / "records").glob("*.json")
+    record = json.loads(file.read_text())
+    state = checkpoint.load(folder / "runs" / record["id"], record["id"])
+    assert state is not None
+    return {key: value for key, value in record.items() if key != "host"}, state["model"]
+
+
+@pytest.mark.parametrize("extra", [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"]])
+def test_killed_twenty_times_and_still_the_same_numbers(tmp_path, processes, extra):
+    alone = processes.Process(target=job, args=(str(tmp_path / "alone"), extra))
+    began = time.perf_counter()
+    alone.start()
+    alone.join()
+    assert alone.exitcode == 0
+    whole = time.perf_counter() - began
+    expected, expected_weights = final(tmp_path / "alone")
+    rng = random.Random(0)
+    kills = during_a_save = copies = 0
+    while kills < KILLS:  # a copy that ends before it was killed often enough is followed by another
+        copies += 1
+        folder = tmp_path / f"killed-{copies}"
+        while True:
+            process = processes.Process(target=job, args=(str(folder), extra))
+            process.start()
+            process.join(rng.uniform(0, whole) if kills < KILLS else None)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            during_a_save += bool(list(folder.glob("runs/*/.checkpoint.pt.*")))
+        assert process.exitcode == 0
+        record, weights = final(folder)
+        assert record == expected
+        assert weights.keys() == expected_weights.keys()
+        assert all(torch.equal(weights[key], expected_weights[key]) for key in weights)
+    print(f"\n{' '.join(extra)}: {kills} kills over {copies} runs, {during_a_save} of them during a save")
+    assert during_a_save > 0
