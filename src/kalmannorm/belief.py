@@ -123,6 +123,7 @@ class _RectifiedMoments(torch.autograd.Function):
         return rectified, var * share.clamp_min(0)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         above, below, slope, rectified = ctx.saved_tensors
         dmean, dvar = grads
@@ -153,8 +154,9 @@ class Noise(nn.Module):
     the same numbers. `step` counts the training forwards and travels in the state dict.
     """
 
-    def __init__(self, layer: int, seed: int = 0) -> None:
+    def __init__(self, layer: int, seed: int = 0, shared: bool = False) -> None:
         super().__init__()
+        self.shared = shared  # the belief has one row for all groups of all devices
         self.layer = layer
         self.seed = seed
         self.step = 0
@@ -174,7 +176,7 @@ class Noise(nn.Module):
             self.step += 1
         digest = hashlib.blake2b(repr((self.seed, self.layer, *key)).encode(), digest_size=8).digest()
         generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big") >> 1)
-        rank, world = self.shard
+        rank, world = (0, 1) if self.shared else self.shard
         rows, channels = belief.mean.shape
         shape = (rows * world, channels, *x.shape[2:])
         return torch.randn(shape, generator=generator, device=x.device, dtype=belief.mean.dtype)[rank::world]

@@ -22,6 +22,7 @@ from kalmannorm.norm import NORMS, Estimator, GroupedStatistics
 from kalmannorm.presets import KALMAN, PRESETS, preset_options
 from kalmannorm.thread import Threader
 
+INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a converted model
 _serial = itertools.count()
 
 
@@ -60,23 +61,31 @@ def convert(
         if predictor not in ("closed", "sampling"):
             raise ValueError(f"predictor must be 'closed' or 'sampling', not {predictor!r}")
     source = fold(model) if isinstance(model, Converted) else copy.deepcopy(model)
-    layers = {name: m for name, m in source.named_modules() if isinstance(m, _BatchNorm)}
+    layers = {name: m for name, m in source.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no BatchNorm layer to convert")
+    built: dict[nn.Module, nn.Module] = {}  # a layer can have several names
     for name, layer in layers.items():
-        _replace(source, name, _build(norm, name, layer, stat_batch, options))
+        if layer not in built:
+            built[layer] = _build(norm, name, layer, stat_batch, options)
+        _replace(source, name, built[layer])
 
     buffers = None
     if input_belief is not None:
-        buffers = ("input_mean", "input_var")
-        for name, value in zip(buffers, input_belief, strict=True):
-            source.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).view(1, -1), persistent=False)
+        buffers = INPUT_BELIEF
+        values = [torch.as_tensor(value, dtype=torch.float32).view(1, -1) for value in input_belief]
+        if len(values) != 2 or values[0].shape != values[1].shape:
+            raise ValueError(
+                f"input_belief must be (mean [C], var [C]), not of shapes {[tuple(v.shape[1:]) for v in values]}"
+            )
+        for name, value in zip(buffers, values, strict=True):
+            source.register_buffer(name, value, persistent=False)
     graphs = {}
     report: dict[str, str | None] = {}
     for mode, graph in _trace(source, set(layers)).items():
         graphs[mode] = graph
         report = _thread(graph, source, list(layers), predictor or "closed", relu, buffers)
-    return Converted(source, graphs, report, type(model).__name__)
+    return Converted(source, graphs, report, type(model).__name__, list(layers))
 
 
 def belief_report(model: nn.Module) -> dict[str, str | None]:
@@ -95,16 +104,22 @@ def fold(model: nn.Module) -> nn.Module:
     if not isinstance(model, Converted):
         raise ValueError(f"{type(model).__name__} is not a converted model: there is nothing to fold")
     plain = copy.deepcopy(model.source)
-    for name, layer in list(plain.named_modules()):
-        if isinstance(layer, Noise):
-            _delete(plain, name)
-        elif isinstance(layer, GroupedStatistics):
-            _replace(plain, name, _plain_batch_norm(layer))
-        elif isinstance(layer, Estimator) or (name in model.report):
+    layers = {name: plain.get_submodule(name) for name in model.normalizers}
+    folded: dict[nn.Module, nn.Module] = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, GroupedStatistics):
             raise ValueError(f"{name} ({type(layer).__name__}) has no moving statistics to fold into a BatchNorm")
-    for name in ("input_mean", "input_var"):
+        if layer not in folded:
+            folded[layer] = _plain_batch_norm(layer)
+        _replace(plain, name, folded[layer])
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, Noise):
+            _delete(plain, name)
+    for name in INPUT_BELIEF:
         plain._buffers.pop(name, None)
-    return plain.train(model.training)
+        plain._non_persistent_buffers_set.discard(name)
+    plain.training = model.training  # submodules keep their own mode
+    return plain
 
 
 class Converted(nn.Module):
@@ -115,10 +130,15 @@ class Converted(nn.Module):
     """
 
     def __init__(
-        self, source: nn.Module, graphs: dict[str, fx.Graph], report: dict[str, str | None], name: str
+        self,
+        source: nn.Module,
+        graphs: dict[str, fx.Graph],
+        report: dict[str, str | None],
+        name: str,
+        normalizers: list[str],
     ) -> None:
         super().__init__()
-        self.report, self.name = report, name
+        self.report, self.name, self.normalizers = report, name, normalizers
         self._sources = {mode: _source(graph) for mode, graph in graphs.items()}
         self.training = source.training  # not train(): submodules keep their own mode
         self._adopt(source)
@@ -146,7 +166,8 @@ class Converted(nn.Module):
         return "train" if self.training else "eval"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run[self._mode](self, *args, **kwargs)
+        # On the original's hierarchy, which has its plain attributes and constants too.
+        return self._run[self._mode](self.source, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_run"}
@@ -176,6 +197,8 @@ def _build(norm: str, name: str, old: _BatchNorm, stat_batch: int | None, option
         raise ValueError(f"normalizer {norm!r}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    if isinstance(new, GroupedStatistics):
+        new.replaced = (type(old), old.affine, old.track_running_stats)
     return _carry_over(old, new, name)
 
 
@@ -200,8 +223,9 @@ def _carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
     return new.train(old.training)
 
 
-def _plain_batch_norm(layer: GroupedStatistics) -> nn.BatchNorm2d:
-    plain = nn.BatchNorm2d(layer.num_features, layer.eps, layer.momentum, layer.affine)
+def _plain_batch_norm(layer: GroupedStatistics) -> nn.Module:
+    kind, affine, track_running_stats = layer.replaced
+    plain = kind(layer.num_features, layer.eps, layer.momentum, affine, track_running_stats)
     _carry_over(layer, plain)
     return plain
 
@@ -219,8 +243,30 @@ def _delete(root: nn.Module, name: str) -> None:
 # --- graphs and code --------------------------------------------------------------------------------------------------
 
 
+class _InPlaceProxy(fx.Proxy):
+    """fx traces `x += y` as x = x + y, a new tensor, which other names of x do not see: here it stays in place."""
+
+    def _operate(self, name: str, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._operate("iadd", other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._operate("isub", other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._operate("imul", other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._operate("itruediv", other)
+
+
 class _Tracer(fx.Tracer):
     """Leaves are torch's own modules and the normalizers."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _InPlaceProxy(node, self)
 
     def __init__(self, normalizers: set[str]) -> None:
         super().__init__()
@@ -269,11 +315,12 @@ def _thread(
 ) -> dict[str, str | None]:
     """Calls the normalizers by their contract and gives each the belief that reaches it. Returns the belief report."""
 
-    def add_noise(convolution: str) -> str:
+    def add_noise(convolution: str, shared: bool) -> str:
         name = f"{convolution}_noise"
         parent, _, leaf = name.rpartition(".")
         if not hasattr(source.get_submodule(parent), leaf):
-            _replace(source, name, Noise(sum(isinstance(m, Noise) for m in source.modules())))
+            layer = sum(isinstance(m, Noise) for m in source.modules())
+            _replace(source, name, Noise(layer, shared=shared))
         return name
 
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in normalizers]

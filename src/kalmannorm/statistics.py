@@ -43,21 +43,30 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """
     modes = {module: module.training for module in model.modules()}
     layers = normalizers(model).values()
-    momenta = {layer: layer.momentum for layer in layers}
+    kept = {layer: (layer.momentum, layer.moving_groups) for layer in layers}
+    old = {layer: {key: value.clone() for key, value in layer.named_buffers()} for layer in layers}
     model.eval()
     try:
         for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # cumulative average
+            layer.moving_groups = "mean"
             layer.train()
-        count = 0
-        for count, batch in enumerate(batches, 1):  # noqa: B007
+        seen = dict.fromkeys(layers, 0)  # groups so far
+        for batch in batches:
+            for layer in layers:
+                new = 1 if layer.stat_batch is None else max(1, len(batch) // layer.stat_batch)
+                seen[layer] += new
+                layer.momentum = new / seen[layer]  # every group counts the same
             model(batch)
-        if not count:
+        if not any(seen.values()):
             raise ValueError("precise statistics need at least one batch")
+    except BaseException:
+        for layer, buffers in old.items():
+            for key, value in buffers.items():
+                getattr(layer, key).copy_(value)
+        raise
     finally:
-        for layer, momentum in momenta.items():
-            layer.momentum = momentum
+        for layer, (momentum, moving_groups) in kept.items():
+            layer.momentum, layer.moving_groups = momentum, moving_groups
         for module, training in modes.items():
             module.training = training
 

@@ -38,7 +38,7 @@ _UNCHANGED_FUNCTIONS = {
     F.dropout2d,
 }
 _UNCHANGED_METHODS = {"contiguous", "clone", "float", "double"}
-_INPLACE_METHODS = {"relu_", "add_"}
+_INPLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
 class Threader:
@@ -56,7 +56,7 @@ class Threader:
         predictor: str,
         relu: bool,
         input_belief: tuple[str, str] | None,
-        add_noise: Callable[[str], str],
+        add_noise: Callable[[str, bool], str],
     ) -> None:
         self.graph, self.modules = graph, modules
         self.predictor, self.relu, self.input_belief, self.add_noise = predictor, relu, input_belief, add_noise
@@ -66,13 +66,17 @@ class Threader:
         self._written: dict[fx.Node, fx.Node] = {}
         self._name = ""  # of the belief being written
         self._latest: dict[fx.Node, fx.Node] = {}  # a tensor changed in place -> the operation that changed it last
+        self._alias: dict[fx.Node, fx.Node] = {}  # another name of a tensor -> the tensor
         for node in list(graph.nodes):
-            self.inputs[node] = self._inputs(node.args[0]) if node.args else []
+            first = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("tensors"))
+            self.inputs[node] = self._inputs(first)
             self._rules[node] = rule = self._rule(node)
             reasons = [rule] if isinstance(rule, str) else [self.lost[needed] for needed in rule[0]]
             self.lost[node] = next((why for why in reasons if why), None)
-            if self._is_inplace(node):
+            if self._is_inplace(node) and self.inputs[node]:
                 self._latest[self.inputs[node][0]] = node
+            elif isinstance(self._module(node), nn.Identity):
+                self._alias[node] = self.inputs[node][0]
 
     def write(self, node: fx.Node) -> fx.Node:
         """The node that computes the belief of `node`'s value, written right behind it on first use."""
@@ -88,8 +92,8 @@ class Threader:
     # --- rules ---
 
     def _now(self, node: fx.Node) -> fx.Node:
-        while node in self._latest:
-            node = self._latest[node]
+        while node in self._latest or node in self._alias:
+            node = self._alias[node] if node in self._alias else self._latest[node]
         return node
 
     def _inputs(self, value: Any) -> list[fx.Node]:
@@ -103,8 +107,10 @@ class Threader:
         if node.op == "call_module":
             return getattr(self._module(node), "inplace", False) is True
         if node.op == "call_method":
-            return node.target in _INPLACE_METHODS
-        return node.target in (operator.iadd, F.relu_, torch.relu_) or node.kwargs.get("inplace") is True
+            return str(node.target).endswith("_") and not str(node.target).endswith("__")
+        if node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
+            return True
+        return node.op == "call_function" and getattr(node.target, "__name__", "").endswith("_")
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.create_node("call_function", function, args, kwargs, name=self._name)
@@ -141,6 +147,8 @@ class Threader:
         module = self.modules[name]
         if isinstance(module, nn.Conv2d):
             return self._conv_rule(node, name, module, inputs)
+        if isinstance(module, nn.Linear):
+            return inputs, lambda beliefs: self._call(predict.linear, beliefs[0], *self._parameters(name, module))
         if isinstance(module, nn.ReLU):
             return self._relu_rule(inputs)
         if isinstance(module, _UNCHANGED_MODULES):
@@ -172,13 +180,13 @@ class Threader:
             return f"{node.name} (sum of something that is not two feature maps)"
         return inputs, lambda beliefs: self._call(predict.add, *beliefs)
 
-    def _conv_rule(self, node: fx.Node, name: str, module: nn.Conv2d, inputs: list[fx.Node]) -> Rule:
-        def parameters() -> tuple[fx.Node, fx.Node | None]:
-            bias = None if module.bias is None else self.graph.get_attr(f"{name}.bias")
-            return self.graph.get_attr(f"{name}.weight"), bias
+    def _parameters(self, name: str, module: nn.Conv2d | nn.Linear) -> tuple[fx.Node, fx.Node | None]:
+        bias = None if module.bias is None else self.graph.get_attr(f"{name}.bias")
+        return self.graph.get_attr(f"{name}.weight"), bias
 
+    def _conv_rule(self, node: fx.Node, name: str, module: nn.Conv2d, inputs: list[fx.Node]) -> Rule:
         def closed(beliefs: list[fx.Node]) -> fx.Node:
-            return self._call(predict.conv, beliefs[0], *parameters(), module.groups)
+            return self._call(predict.conv, beliefs[0], *self._parameters(name, module), module.groups)
 
         if self.predictor == "closed":
             return inputs, closed
@@ -191,11 +199,22 @@ class Threader:
         drawn_from = self.inputs[inputs[0]] if rectify else inputs
 
         def sampled(beliefs: list[fx.Node]) -> fx.Node:
-            noise = self.graph.call_module(self.add_noise(name), (beliefs[0], node.args[0]))
+            shared = self._single_row(drawn_from[0])
+            noise = self.graph.call_module(self.add_noise(name, shared), (beliefs[0], node.args[0]))
             how = (module.stride, module.padding, module.dilation, module.groups, rectify)
-            return self._call(predict.sampled_conv, beliefs[0], noise, *parameters(), *how)
+            return self._call(predict.sampled_conv, beliefs[0], noise, *self._parameters(name, module), *how)
 
         return drawn_from, sampled
+
+    def _single_row(self, node: fx.Node) -> bool:
+        """Whether a belief has one row for all groups of all devices: the model's input's, or N(beta, gamma^2)."""
+        rule = self._rules[node]
+        if isinstance(rule, str):
+            return False
+        if rule[0]:
+            return all(self._single_row(needed) for needed in rule[0])
+        source = self._module(self.inputs[node][0]) if self.inputs[node] else None
+        return source is None or (isinstance(source, Estimator) and source.belief == "output")
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":

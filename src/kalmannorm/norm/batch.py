@@ -29,6 +29,8 @@ class GroupedStatistics(_BatchNorm):
     holds_first = True  # whether this process and micro-batch has the batch's first group
     probe: Probe | None = None
     layer_name = ""  # set by convert: errors name the layer
+    # Class, affine and track_running_stats of the layer that it stands for: set by convert, for fold.
+    replaced: tuple[type[_BatchNorm], bool, bool] = (torch.nn.BatchNorm2d, True, True)
 
     def __init__(
         self,
@@ -77,8 +79,8 @@ class GroupedStatistics(_BatchNorm):
             )
         return number
 
-    def normalize_by_moving(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+    def normalize_by_moving(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, False, 0.0, self.eps)
 
     @torch.no_grad()
     def update_moving(self, mean: Tensor, var: Tensor, values: int) -> None:
@@ -118,7 +120,7 @@ class BatchNorm(GroupedStatistics):
 
     def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
         if self.uses_moving:
-            return self.normalize_by_moving(x), None
+            return self.normalize_by_moving(x, self.weight), None
         number = self.count_groups(x)
         if number == 1 and self.probe is None and self.pending is None and self.moving_unbiased:
             return self._normalize_whole_batch(x), None

@@ -78,7 +78,7 @@ class Estimator(nn.Module):
         """The belief that the next layer predicts from.
 
         `posterior`: of the un-normalized feature (paper, released code). `output`: N(beta, gamma^2), the distribution
-        after an exact normalization (as in Normalization Propagation).
+        after an exact normalization (as in Normalization Propagation): a single row, the same for all groups.
         """
         return posterior if self.belief == "posterior" else Belief(bias[None], weight.square()[None])
 
@@ -104,8 +104,8 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         moving_unbiased: Bessel's correction on the moving variance, as torch's BatchNorm has it.
         first_unbiased: without a prior, hand on the unbiased variance (the released code's fused first layer).
 
-    (x [N, C, H, W] or [N, C], prior: Belief [rows, C] | None) -> (y like x, Belief [groups, C]). A prior has one row
-    per group, or a single one for all. ValueError: a batch that does not divide; statistics of a single value.
+    (x [N, C, H, W] or [N, C], prior: Belief [rows, C] | None) -> (y like x, Belief [rows, C]). Rows: one per group, or a
+    single one for all. ValueError: a batch that does not divide; statistics of a single value.
     Source: paper Eq. 7; rows are groups, interleaved (norm/groups.py).
     """
 
@@ -141,7 +141,9 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         if self.uses_moving:
             assert self.running_mean is not None and self.running_var is not None
             moving = Belief(self.running_mean[None], self.running_var[None])
-            return self.normalize_by_moving(x), self.hand_on(moving, self.weight, self.bias)
+            # A frozen layer's q and R are idle, and DDP waits for their gradients.
+            weight = self.tie_idle(self.weight) if torch.is_grad_enabled() else self.weight
+            return self.normalize_by_moving(x, weight), self.hand_on(moving, self.weight, self.bias)
         number = self.count_groups(x)
         values = x.numel() // (number * x.shape[1])
         predicted = None if prior is None else self.predicted(prior)
@@ -152,7 +154,8 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         if self.training:
             self.update_moving(*posterior, values)
         if self.probe is not None:
-            self.probe(measured=measured, used=posterior, prior=predicted)
+            used, prior_used = (b and Belief(b.mean.detach(), b.var.detach()) for b in (posterior, predicted))
+            self.probe(measured=measured, used=used, prior=prior_used)
         if prior is None and self.first_unbiased:
             posterior = Belief(posterior.mean, posterior.var * (values / (values - 1)))
         return y, self.hand_on(posterior, self.weight, self.bias)
@@ -168,7 +171,7 @@ class KalmanGroupNorm(Estimator):
     the variance of that mixture: mean of variances + variance of means. Options as in KalmanBatchNorm2d. There are no
     moving statistics: training and evaluation compute the same.
 
-    (x [N, C, ...], prior: Belief [N or 1, C] | None) -> (y like x, Belief [N, C]).
+    (x [N, C, ...], prior: Belief [N or 1, C] | None) -> (y like x, Belief [N or 1, C]).
     """
 
     def __init__(
