@@ -3,14 +3,19 @@
 import subprocess
 import sys
 
-import kalmannorm as kn
 
-
-def test_every_public_name_is_there_whatever_was_imported_before():
-    for first in kn.__all__:
-        names = "all(callable(getattr(kn, name)) or name == 'NORMS' for name in kn.__all__)"
-        code = f"import kalmannorm as kn; kn.{first}; assert {names}"
-        subprocess.run([sys.executable, "-c", code], check=True)
+def test_public_names_are_what_they_say_whatever_was_imported_before():
+    """A module of the name of a public function would take its place on import."""
+    code = (
+        "import importlib, pkgutil, kalmannorm as kn\n"
+        "kn.fold\n"
+        "for module in pkgutil.iter_modules(kn.__path__):\n"
+        "    module.name == '__main__' or importlib.import_module(f'kalmannorm.{module.name}')\n"
+        "assert all(callable(getattr(kn, name)) or name == 'NORMS' for name in kn.__all__)\n"
+        "assert set(kn.__all__) <= set(dir(kn))\n"
+        "from kalmannorm import *\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_command_line_and_records_do_not_wait_for_torch():

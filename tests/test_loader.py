@@ -219,10 +219,6 @@ def test_user_errors() -> None:
         loader(batch=64).epoch(0)
     with pytest.raises(UserError, match="evaluation batch 10 is not a multiple of the statistics batch 4"):
         loader().plain(10, fill=4)
-    with pytest.raises(
-        UserError, match="evaluation batch 12 is not a multiple of the statistics batch 4 times 2 devices"
-    ):
-        loader(shard=(0, 2)).plain(12, fill=4)
 
 
 def test_programming_errors() -> None:
@@ -245,3 +241,19 @@ def test_a_gpu_sees_bitwise_the_same() -> None:
             assert torch.equal(here[0], there[0].cpu()) and torch.equal(here[1], there[1].cpu())
     for here, there in zip(loader().plain(16, fill=16), loader(device="cuda").plain(16, fill=16), strict=True):
         assert torch.equal(here[0], there[0].cpu()) and torch.equal(here[1], there[1].cpu()) and here[2] == there[2]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_groups_that_do_not_divide_evenly_are_dealt_out_whole(world: int) -> None:
+    """3 groups of 4 images a batch: the ranks together see every batch's groups, each whole, and count every image."""
+    one = list(loader().plain(12, fill=4))
+    counted = 0
+    for rank in range(world):
+        for images, _, count in loader(shard=(rank, world)).plain(12, fill=4):
+            assert len(images) % 4 == 0
+            counted += count
+    assert counted == len(IMAGES) == sum(count for _, _, count in one)
+    first = [next(iter(loader(shard=(rank, world)).plain(12, fill=4)), None) for rank in range(world)]
+    for rank, batch in enumerate(first):
+        mine = [i for i in range(12) if i % 3 % world == rank]
+        assert (batch is None and not mine) or torch.equal(batch[0], one[0][0][mine])

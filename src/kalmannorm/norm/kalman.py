@@ -104,8 +104,8 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         moving_unbiased: Bessel's correction on the moving variance, as torch's BatchNorm has it.
         first_unbiased: without a prior, hand on the unbiased variance (the released code's fused first layer).
 
-    (x [N, C, H, W] or [N, C], prior: Belief [rows, C] | None) -> (y like x, Belief [rows, C]). Rows: one per group, or a
-    single one for all. ValueError: a batch that does not divide; statistics of a single value.
+    (x [N, C, H, W] or [N, C], prior: Belief [rows, C] | None) -> (y like x, Belief [rows, C]). Rows: one per group, or
+    a single one for all. ValueError: a batch that does not divide; statistics of a single value.
     Source: paper Eq. 7; rows are groups, interleaved (norm/groups.py).
     """
 
