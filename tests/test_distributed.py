@@ -34,7 +34,9 @@ NORMS = {
     "bkn-sampling": ["norm=bkn", "norm.predictor=sampling"],
     "bkn-released": ["norm=bkn", "norm.preset=released"],
     "bkn-guarded": ["norm=bkn", "norm.preset=released", "norm.options.guard=0.5"],
+    "bkn-first": ["norm=bkn", "+norm.options.moving_groups=first"],
     "gkn": ["norm=gkn"],
+    "syncbn": ["norm=syncbn"],
 }
 
 
@@ -123,13 +125,17 @@ def one_process(tmp_path_factory) -> Path:
 
 
 def test_two_processes_equal_one(one_process, tmp_path):
-    on_processes(2, tmp_path, cases((2,)))
-    assert_equal(one_process, tmp_path, cases((2,)))
+    """And synchronized BN of the whole batch, which no other normalizer can do on two."""
+    whole = {"syncbn-16": case("syncbn", 16)}
+    run_all(tmp_path / "1", whole)
+    on_processes(2, tmp_path / "2", cases((2,)) | whole)
+    assert_equal(one_process, tmp_path / "2", cases((2,)))
+    assert_equal(tmp_path / "1", tmp_path / "2", whole)
 
 
 @pytest.mark.slow
 def test_two_and_four_processes_equal_one_at_other_statistics_batches(tmp_path):
-    at_4, at_8 = cases((4,)), cases((8,))
+    at_4, at_8 = cases((4,)) | {f"syncbn-{stat}": case("syncbn", stat) for stat in (8, 16)}, cases((8,))
     run_all(tmp_path / "1", at_4 | at_8)
     on_processes(2, tmp_path / "2", at_4 | at_8)
     on_processes(4, tmp_path / "4", at_4)
@@ -138,7 +144,8 @@ def test_two_and_four_processes_equal_one_at_other_statistics_batches(tmp_path):
 
 
 def test_micro_batches_equal_whole_ones(one_process, tmp_path):
-    runs = {name: run for name, run in cases((2,)).items() if not name.startswith(("bkn-released", "bkn-guarded"))}
+    refuse = ("bkn-released", "bkn-guarded", "syncbn")
+    runs = {name: run for name, run in cases((2,)).items() if not name.startswith(refuse)}
     run_all(tmp_path, {name: [*run, "accumulate=4"] for name, run in runs.items()})
     assert_equal(one_process, tmp_path, runs)
 
@@ -158,12 +165,13 @@ def test_micro_batches_on_two_processes_equal_whole_ones_on_one(one_process, tmp
         (["batch.stat_batch=8", "accumulate=4"], 1, ["accumulate = 4", "stat_batch = 8"]),
         (["batch.stat_batch=2", "accumulate=0"], 1, ["accumulate = 0"]),
         (["batch.stat_batch=2", "norm.preset=released", "accumulate=2"], 1, ["guard"]),
+        (["norm=syncbn", "accumulate=2"], 1, ["syncbn"]),
     ],
 )
 def test_batches_that_do_not_divide_are_refused(monkeypatch, overrides, world, words):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(UserError) as error:
-        Ranks(compose([*SMALL, "norm=bkn", *overrides]))
+        Ranks(compose([*SMALL, *overrides]))
     assert all(word in str(error.value) for word in words)
 
 

@@ -4,7 +4,9 @@ from typing import Any
 
 KALMAN = ("bkn", "gkn")
 # Normalizers whose statistics are shared by a group of images: `stat_batch` means something for them.
-BATCH_STATISTICS = ("bn", "bkn")
+BATCH_STATISTICS = ("bn", "bkn", "syncbn")
+# Those whose groups may span devices.
+SPAN_DEVICES = ("syncbn",)
 
 # The released code fixes the gain, at two statistics batches only.
 _RELEASED_GAINS = {2: 0.1, 128: 0.95}

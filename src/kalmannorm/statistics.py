@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kalmannorm.belief import Noise
-from kalmannorm.norm import Estimator, GroupedStatistics
+from kalmannorm.norm import Estimator, GroupedStatistics, SyncBatchNorm
 from kalmannorm.norm.batch import Probe
 
 STATISTICS = ("moving", "online")
@@ -79,7 +79,7 @@ def spread_batches(model: nn.Module, spread: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, GroupedStatistics):
             module.pending = [] if spread else None
-        if isinstance(module, Estimator):
+        if isinstance(module, Estimator | SyncBatchNorm):
             module.spread = spread
 
 

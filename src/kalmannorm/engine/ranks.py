@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kalmannorm.errors import UserError
-from kalmannorm.presets import BATCH_STATISTICS
+from kalmannorm.presets import BATCH_STATISTICS, SPAN_DEVICES
 
 Config = dict[str, Any]
 # Rank 0 alone re-estimates precise statistics and measures gaps while the others wait.
@@ -130,10 +130,13 @@ def _check_batches(config: Config, world: int) -> None:
     where = f"{world} devices" + (f" x accumulate = {parts}" if parts > 1 else "")
     if grad % (world * parts):
         raise UserError(f"batch.grad_batch = {grad} does not divide among {where}")
-    if name in BATCH_STATISTICS and (grad // (world * parts)) % stat:
+    if name in BATCH_STATISTICS and name not in SPAN_DEVICES and (grad // (world * parts)) % stat:
         raise UserError(
             f"batch.grad_batch = {grad} on {where}: {grad // (world * parts)} images each are no whole groups of "
             f"batch.stat_batch = {stat}, and a group cannot span devices; take fewer devices"
         )
-    if parts > 1 and config["norm"]["options"].get("guard") is not None:
-        raise UserError("accumulate: the guard decides over the whole batch, which micro-batches do not see at once")
+    if parts > 1 and (name in SPAN_DEVICES or config["norm"]["options"].get("guard") is not None):
+        what = name if name in SPAN_DEVICES else "the released code's guard"
+        raise UserError(
+            f"accumulate = {parts}: {what} looks at the whole batch, which micro-batches do not see at once"
+        )

@@ -1,6 +1,7 @@
 """Training of one run, from its configuration to its record. Read it from top to bottom."""
 
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -38,11 +39,12 @@ def run(config: Config) -> dict[str, Any]:
     In a distributed run every process calls it and gets the record; rank 0 writes. A loss that is not finite ends it
     with a record of status "failed". UserError: impossible configuration or data. Stopped: a signal.
     """
+    if config["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; before CUDA starts
+        torch.use_deterministic_algorithms(True)
     ranks = Ranks(config)
     identity = records.run_id(config)
     folder = Path(config["runs"]) / identity
-    if config["deterministic"]:
-        torch.use_deterministic_algorithms(True)
     model, last = build(config)
     arrays = data.load(config["dataset"]["name"], data.root(config["data"]))
     if arrays.classes != config["dataset"]["classes"]:

@@ -12,6 +12,7 @@ from torch import nn
 from kalmannorm.norm.batch import BatchNorm, GroupedStatistics
 from kalmannorm.norm.group import GroupNorm, channel_groups
 from kalmannorm.norm.kalman import Estimator, KalmanBatchNorm2d, KalmanGroupNorm
+from kalmannorm.norm.sync import SyncBatchNorm
 
 
 # Those that know no statistics batch and no moving averages are handed both all the same, and ignore them.
@@ -38,6 +39,16 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "gn": _gn,
     "bkn": KalmanBatchNorm2d,
     "gkn": _gkn,
+    "syncbn": SyncBatchNorm,
 }
 
-__all__ = ["NORMS", "BatchNorm", "Estimator", "GroupNorm", "GroupedStatistics", "KalmanBatchNorm2d", "KalmanGroupNorm"]
+__all__ = [
+    "NORMS",
+    "BatchNorm",
+    "Estimator",
+    "GroupNorm",
+    "GroupedStatistics",
+    "KalmanBatchNorm2d",
+    "KalmanGroupNorm",
+    "SyncBatchNorm",
+]

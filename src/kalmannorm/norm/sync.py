@@ -1,0 +1,74 @@
+"""Synchronized Batch Normalization: statistics groups that span the processes of a distributed run."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kalmannorm.belief import Belief
+from kalmannorm.norm.batch import BatchNorm, moments_dtype
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous()
+        dist.all_reduce(total)
+        return total
+
+
+class SyncBatchNorm(BatchNorm):
+    """BN whose groups of `stat_batch` images (None: the whole batch) are of the batch over all processes.
+
+    x [N, C, ...], rank r holding the images r, r + k, ... of k N, -> (y, None). Where batches are not spread over
+    processes (statistics.spread_batches; always in evaluation) it is BatchNorm. torch's own refuses CPU tensors, knows
+    no groups, and takes E[x^2] - E[x]^2 apart in another order.
+    """
+
+    spread = False  # set by statistics.spread_batches
+
+    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+        if not (self.spread and self.training and dist.is_initialized()):
+            return super().forward(x, prior)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        images, channels = x.shape[:2]
+        size = self.stat_batch or images * world
+        if images * world % size:
+            raise ValueError(f"{self.where}: {images * world} images on {world} devices are no whole groups of {size}")
+        number = images * world // size
+        values = size * (x.numel() // (images * channels))
+        member = (torch.arange(images, device=x.device) * world + rank) % number  # each image's group
+
+        wide = x.to(moments_dtype(x)).flatten(2) if x.dim() > 2 else x.to(moments_dtype(x))[..., None]
+        var, mean = torch.var_mean(wide, 2, correction=0)  # per image and channel
+        group_mean = self._over_groups(mean, member, number) / size
+        # Around the group's mean, not E[x^2] - E[x]^2: does not cancel.
+        group_var = self._over_groups(var + (mean - group_mean[member]).square(), member, number) / size
+
+        scale = torch.rsqrt(group_var + self.eps)
+        if self.affine:
+            scale = scale * self.weight
+        shift = -group_mean * scale if not self.affine else self.bias - group_mean * scale
+        over_pixels = (images, channels) + (1,) * (x.dim() - 2)
+        y = x * scale[member].view(over_pixels) + shift[member].view(over_pixels)
+        self.update_moving(group_mean, group_var, values)
+        if self.probe is not None:
+            measured = Belief(group_mean.detach(), group_var.detach())
+            self.probe(measured=measured, used=measured, prior=None)
+        return y.to(x.dtype), None
+
+    @staticmethod
+    def _over_groups(per_image: Tensor, member: Tensor, number: int) -> Tensor:
+        """[N, C] summed over the images of each group, of all processes -> [groups, C]."""
+        sums = per_image.new_zeros(number, per_image.shape[1]).index_add(0, member, per_image)
+        return _SumOverRanks.apply(sums)
