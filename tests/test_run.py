@@ -129,6 +129,22 @@ def test_evaluate_refuses(done, capsys, arguments, word):
     assert code == 2 and word in capsys.readouterr().err
 
 
+def test_export_holds_weights_and_configuration(done, capsys):
+    from safetensors import safe_open
+
+    folder, _, record = done
+    file = folder / "weights.safetensors"
+    assert main(["export", record["id"], str(file), *place(folder)]) == 0
+    state = checkpoint.load(folder / "runs" / record["id"], record["id"])
+    with safe_open(file, "pt") as exported:
+        assert json.loads(exported.metadata()["config"]) == record["config"]
+        assert json.loads(exported.metadata()["id"]) == record["id"]
+        assert set(exported.keys()) == set(state["model"])
+        assert all(torch.equal(exported.get_tensor(key), value) for key, value in state["model"].items())
+    assert main(["export", record["id"], str(folder), *place(folder)]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
 # --- the same numbers again ---
 
 

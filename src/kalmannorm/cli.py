@@ -1,4 +1,4 @@
-"""`kalmannorm`: train, evaluate, sweep, report, bench, data. Imports what a command needs when it needs it."""
+"""`kalmannorm`: train, evaluate, export, sweep, report, bench, data. Imports what a command needs when it needs it."""
 
 import argparse
 import os
@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", _evaluate, "evaluate a run's weights with moving, online and precise statistics")
     evaluate.add_argument("run", metavar="RUN", help="a run's id, or the beginning of it")
     evaluate.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="data=, runs=, results=, device=")
+    export = add("export", _export, "write a run's weights as safetensors, with its configuration")
+    export.add_argument("run", metavar="RUN", help="a run's id, or the beginning of it")
+    export.add_argument("file", metavar="FILE", help="for example weights.safetensors")
+    export.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="runs=, results=")
     sweep = add("sweep", _sweep, "run what is missing of an experiment")
     sweep.add_argument("experiment", metavar="EXPERIMENT")
     sweep.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="seeds=N, rows=paper, and overrides")
@@ -96,6 +100,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     from kalmannorm.runs.execute import evaluate
 
     evaluate(options.run, options.overrides)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from kalmannorm.runs.execute import export
+
+    export(options.run, options.file, options.overrides)
     return 0
 
 

@@ -1,5 +1,6 @@
 """One run in this process, and the evaluation of one that is done."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, compose
+
+PLACE = ("data", "runs", "results", "device")
 
 
 def execute(config: Config) -> dict[str, Any]:
@@ -37,21 +40,9 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     `run` is an id or its beginning; `overrides` say where things are (data=, runs=, results=, device=). UserError: no
     such run, several of them, no weights, or an override that would make it another run.
     """
-    place = compose(overrides)
-    record = _find(place["results"], run)
-    config: Config = {**place, **record["config"]}
-    if any(o.partition("=")[0] not in ("data", "runs", "results", "device") for o in overrides):
-        raise UserError(
-            "evaluate takes data=, runs=, results= and device= only: the run's own settings are in its record"
-        )
-    folder = Path(config["runs"]) / record["id"]
-    state = checkpoint.load(folder, record["id"])
-    if state is None:
-        raise UserError(
-            f"{folder / checkpoint.NAME}: no weights of run {record['id']} here; pass runs=FOLDER or train it"
-        )
+    record, config, weights = _finished(run, overrides)
     model, _ = build(config)
-    model.load_state_dict(state["model"])
+    model.load_state_dict(weights)
     ranks = Ranks(config)
     model.to(ranks.device)
     arrays = data.load(config["dataset"]["name"], data.root(config["data"]))
@@ -64,6 +55,37 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
         recorded = record["final"][kind]["accuracy"]
         print(f"  {kind:8} accuracy {values['accuracy']:6.2f} %  loss {values['loss']:.4f}  (record {recorded:.2f} %)")
     return final
+
+
+def export(run: str, file: str, overrides: list[str]) -> Path:
+    """Writes the weights of a finished run as safetensors, its id, configuration and final accuracies as metadata.
+
+    Load them into `convert(ARCHS[...](...), norm, ...)` of the same configuration. UserError as for evaluate; no
+    permission, no space.
+    """
+    from safetensors.torch import save
+
+    record, _, weights = _finished(run, overrides)
+    metadata = {key: json.dumps(record[key], sort_keys=True) for key in ("id", "config", "final", "data")}
+    records.write_atomically(Path(file), save({k: v.contiguous() for k, v in weights.items()}, metadata))
+    print(f"{file}: weights of run {record['id']}")
+    return Path(file)
+
+
+def _finished(run: str, overrides: list[str]) -> tuple[dict[str, Any], Config, dict[str, Any]]:
+    """Record, configuration (with the place that the overrides name) and weights of a finished run."""
+    if any(o.partition("=")[0] not in PLACE for o in overrides):
+        raise UserError(
+            f"expected only {', '.join(f'{key}=' for key in PLACE)} here: a run's settings are in its record"
+        )
+    place = compose(overrides)
+    record = _find(place["results"], run)
+    config: Config = {**place, **record["config"]}
+    folder = Path(config["runs"]) / record["id"]
+    state = checkpoint.load(folder, record["id"])
+    if state is None:
+        raise UserError(f"no weights of run {record['id']} in {folder}: pass runs=FOLDER, or train it")
+    return record, config, state["model"]
 
 
 def _find(results: str, run: str) -> dict[str, Any]:
