@@ -211,5 +211,5 @@ def test_a_rank_that_dies_ends_the_job_with_its_own_error(tmp_path):
     )
     (tmp_path / "job.py").write_text(code)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launcher, str(tmp_path / "job.py")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launcher, str(tmp_path / "job.py")], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "rank 1 has had it" in done.stderr
