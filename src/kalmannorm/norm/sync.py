@@ -31,8 +31,8 @@ class SyncBatchNorm(BatchNorm):
     """BN whose groups of `stat_batch` images (None: the whole batch) are of the batch over all processes.
 
     x [N, C, ...], rank r holding the images r, r + k, ... of k N, -> (y, None). Where batches are not spread over
-    processes (statistics.spread_batches; always in evaluation) it is BatchNorm. torch's own refuses CPU tensors, knows
-    no groups, and takes E[x^2] - E[x]^2 apart in another order.
+    processes (statistics.spread_batches; always in evaluation) it is BatchNorm. torch's own refuses CPU tensors and
+    knows no groups.
     """
 
     spread = False  # set by statistics.spread_batches
