@@ -3,7 +3,7 @@
 `write` makes the files of an experiment card, `load` gives notebooks the records as a DataFrame.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from kalmannorm.runs.record import write_atomically
 __all__ = ["Record", "Records", "load", "records", "write"]
 
 
+Files = dict[str, bytes]
+
+
 def write(card: Mapping[str, Any], found: Records, out: Path) -> list[Path]:
     """Write the files of a card to `out` and return their paths.
 
@@ -22,22 +25,33 @@ def write(card: Mapping[str, Any], found: Records, out: Path) -> list[Path]:
     A card of kind "figure": .png and .pdf of Figure 5 and of the gaps per layer. Raises UserError when
     a figure has no run to draw, or when a file cannot be written; every file is written whole or not at all.
     """
-    name = tables.stem(card)
-    if card.get("kind") == "figure":
-        from kalmannorm.report import figure
-
-        drawn = {name: figure.figure5(card, found)}
-        drawn[name.replace(card["name"], f"{card['name']}_layers", 1)] = figure.figure5_layers(card, found)
-        files = {f"{stem}.{kind}": figure.encode(drawn[stem], kind) for stem in drawn for kind in ("png", "pdf")}
-    else:
-        table = tables.table(card, found)
-        texts = {"md": render.markdown(table), "csv": render.csv(table), "tex": render.latex(table)}
-        files = {f"{name}.{ending}": text.encode() for ending, text in texts.items()}
-        if not table.empty:
-            from kalmannorm.report import figure
-
-            picture = figure.accuracy_bars(table)
-            files |= {f"{name}.{kind}": figure.encode(picture, kind) for kind in ("png", "pdf")}
+    files = KINDS[card.get("kind", "table")](card, found)
     for file, content in files.items():
         write_atomically(out / file, content)
     return [out / file for file in files]
+
+
+def _table(card: Mapping[str, Any], found: Records) -> Files:
+    table = tables.table(card, found)
+    name = tables.stem(card)
+    texts = {"md": render.markdown(table), "csv": render.csv(table), "tex": render.latex(table)}
+    files = {f"{name}.{ending}": text.encode() for ending, text in texts.items()}
+    if not table.empty:
+        from kalmannorm.report import figure
+
+        picture = figure.accuracy_bars(table)
+        files |= {f"{name}.{kind}": figure.encode(picture, kind) for kind in ("png", "pdf")}
+    return files
+
+
+def _figure(card: Mapping[str, Any], found: Records) -> Files:
+    from kalmannorm.report import figure
+
+    name = tables.stem(card)
+    drawn = {name: figure.figure5(card, found)}
+    drawn[name.replace(card["name"], f"{card['name']}_layers", 1)] = figure.figure5_layers(card, found)
+    return {f"{stem}.{kind}": figure.encode(drawn[stem], kind) for stem in drawn for kind in ("png", "pdf")}
+
+
+# What a card's `kind` makes: its files by name.
+KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {"table": _table, "figure": _figure}
