@@ -31,28 +31,26 @@ class BatchRenorm(BatchNorm):
     original has 0.01), and they are of the variance, as torch's BatchNorm keeps it, not of the deviation.
     """
 
-    limits: Tensor
+    limits: Tensor  # rmax and dmax as they are now
+    corrects: bool  # whether they differ from those of plain BN
 
     def __init__(self, num_features: int, *, rmax: float = 3.0, dmax: float = 5.0, **options: Any) -> None:
         super().__init__(num_features, **options)
         if rmax < 1 or dmax < 0:
             raise ValueError(f"rmax must be at least 1 and dmax at least 0, not {rmax} and {dmax}")
         self.rmax, self.dmax = rmax, dmax
-        self._reached = (float(rmax), float(dmax))
         # A tensor, so that compiled code does not depend on the numbers; follows from the progress, so not saved.
-        self.register_buffer("limits", torch.tensor(self._reached), persistent=False)
+        self.register_buffer("limits", torch.empty(2), persistent=False)
+        self._reached = (0.0, 0.0)
+        self.set_progress(1.0)
 
     def set_progress(self, fraction: float) -> None:
         """`fraction` of the training is done: rmax and dmax as the schedule has them there."""
-        rmax = 1 + (self.rmax - 1) * _ramp(fraction, R_REACHED)
-        dmax = self.dmax * _ramp(fraction, D_REACHED)
-        if (rmax, dmax) != self._reached:
-            self._reached = (rmax, dmax)
-            self.limits.copy_(torch.tensor(self._reached))
-
-    @property
-    def corrects(self) -> bool:
-        return self._reached != (1.0, 0.0)
+        reached = (1 + (self.rmax - 1) * _ramp(fraction, R_REACHED), self.dmax * _ramp(fraction, D_REACHED))
+        if reached != self._reached:
+            self._reached = reached
+            self.limits.copy_(torch.tensor(reached))
+            self.corrects = reached != (1.0, 0.0)
 
     def correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """r and d of groups of these statistics (population variance), all [groups, C]."""
