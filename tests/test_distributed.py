@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import kalmannorm
 from kalmannorm.engine import checkpoint, train
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
@@ -28,16 +29,33 @@ SMALL = [
 ]
 NORMS = {
     "bn": ["norm=bn"],
+    "brn": ["norm=brn"],
     "gn": ["norm=gn"],
+    "ln": ["norm=ln"],
+    "in": ["norm=in"],
+    "wn": ["norm=wn"],
+    "sn": ["norm=sn"],
     "bkn": ["norm=bkn"],
     "bkn-output": ["norm=bkn", "norm.options.belief=output"],
     "bkn-sampling": ["norm=bkn", "norm.predictor=sampling"],
     "bkn-released": ["norm=bkn", "norm.preset=released"],
     "bkn-guarded": ["norm=bkn", "norm.preset=released", "norm.options.guard=0.5"],
     "bkn-first": ["norm=bkn", "+norm.options.moving_groups=first"],
+    "bkn-talk": ["norm=bkn", "norm.preset=talk"],
+    "bkn-v1": ["norm=bkn", "norm.preset=v1"],
+    "bkn-input": ["norm=bkn", "+norm.options.input_belief=data"],
     "gkn": ["norm=gkn"],
+    "gkn-v1": ["norm=gkn", "norm.preset=v1"],
     "syncbn": ["norm=syncbn"],
+    "frozen": ["norm=frozen"],
+    "none": ["norm=none"],
 }
+# Left to the slow tests: what looks at one image, or at nothing, and variants of what is here.
+SLOW = ("ln", "in", "frozen", "none", "bkn-talk", "gkn-v1")
+
+
+def test_every_normalizer_is_listed_here():
+    assert set(kalmannorm.NORMS) == {overrides[0].removeprefix("norm=") for overrides in NORMS.values()}
 
 
 def case(norm: str, stat_batch: int) -> list[str]:
@@ -45,8 +63,9 @@ def case(norm: str, stat_batch: int) -> list[str]:
     return [*SMALL, *NORMS[norm], f"batch.stat_batch={stat_batch}", *extra]
 
 
-def cases(stat_batches: tuple[int, ...]) -> dict[str, list[str]]:
-    return {f"{norm}-{stat}": case(norm, stat) for norm in NORMS for stat in stat_batches}
+def cases(stat_batches: tuple[int, ...], slow: bool = False) -> dict[str, list[str]]:
+    norms = [norm for norm in NORMS if slow or norm not in SLOW]
+    return {f"{norm}-{stat}": case(norm, stat) for norm in norms for stat in stat_batches}
 
 
 def run_all(folder: Path, runs: dict[str, list[str]]) -> None:
@@ -135,7 +154,7 @@ def test_two_processes_equal_one(one_process, tmp_path):
 
 @pytest.mark.slow
 def test_two_and_four_processes_equal_one_at_other_statistics_batches(tmp_path):
-    at_4, at_8 = cases((4,)) | {f"syncbn-{stat}": case("syncbn", stat) for stat in (8, 16)}, cases((8,))
+    at_4, at_8 = cases((4,), slow=True) | {f"syncbn-{stat}": case("syncbn", stat) for stat in (8, 16)}, cases((8,))
     run_all(tmp_path / "1", at_4 | at_8)
     on_processes(2, tmp_path / "2", at_4 | at_8)
     on_processes(4, tmp_path / "4", at_4)
