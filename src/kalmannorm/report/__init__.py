@@ -5,12 +5,15 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kalmannorm.report import render
 from kalmannorm.report import table as tables
 from kalmannorm.report.read import Record, Records, load, records
 from kalmannorm.runs.record import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Record", "Records", "load", "records", "write"]
 
@@ -22,8 +25,9 @@ def write(card: Mapping[str, Any], found: Records, out: Path) -> list[Path]:
     """Write the files of a card to `out` and return their paths.
 
     A table card: <name>_<dataset>_<budget>.md, .csv, .tex and, once a cell has a value, its picture as .png and .pdf.
-    A card of kind "figure": .png and .pdf of Figure 5 and of the gaps per layer. Raises UserError when
-    a figure has no run to draw, or when a file cannot be written; every file is written whole or not at all.
+    A card of kind "figure": .png and .pdf of Figure 5 and of the gaps per layer. A card of another kind: its picture as
+    <name>_<dataset>_<budget>.png and .pdf. Raises UserError when a figure has no run to draw, or when a file cannot be
+    written; every file is written whole or not at all.
     """
     files = KINDS[card.get("kind", "table")](card, found)
     for file, content in files.items():
@@ -53,5 +57,41 @@ def _figure(card: Mapping[str, Any], found: Records) -> Files:
     return {f"{stem}.{kind}": figure.encode(drawn[stem], kind) for stem in drawn for kind in ("png", "pdf")}
 
 
+def _picture(draw: "Callable[[Mapping[str, Any], Records], Figure]", card: Mapping[str, Any], found: Records) -> Files:
+    from kalmannorm.report import figure
+
+    drawn = draw(card, found)
+    return {f"{tables.stem(card)}.{kind}": figure.encode(drawn, kind) for kind in ("png", "pdf")}
+
+
+def _curves(card: Mapping[str, Any], found: Records) -> Files:
+    from kalmannorm.report import curves
+
+    return _picture(curves.curves, card, found)
+
+
+def _against(card: Mapping[str, Any], found: Records) -> Files:
+    from kalmannorm.report import curves
+
+    setting = curves.SETTINGS[card["kind"]]
+    return _picture(lambda card, found: curves.against(card, found, setting), card, found)
+
+
+def _layers(card: Mapping[str, Any], found: Records) -> Files:
+    from kalmannorm.report import layers
+
+    draw = {"gains": layers.gains, "layer_errors": layers.errors, "mixture": layers.mixture}[card["kind"]]
+    return _picture(draw, card, found)
+
+
 # What a card's `kind` makes: its files by name.
-KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {"table": _table, "figure": _figure}
+KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {
+    "table": _table,
+    "figure": _figure,
+    "curves": _curves,
+    "stat_batch": _against,
+    "initial_gain": _against,
+    "gains": _layers,
+    "layer_errors": _layers,
+    "mixture": _layers,
+}

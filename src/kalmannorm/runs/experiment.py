@@ -1,6 +1,12 @@
-"""Experiments: one card each in conf/experiment, which names the runs of a table or figure."""
+"""Experiments: one card each in conf/experiment, which names the runs of a table or figure.
 
+A row with `sweep: {SETTING: [VALUE, ...], ...}` stands for one row per combination of the values: its overrides and
+SETTING=VALUE, its key with the values behind it.
+"""
+
+import itertools
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from typing import Any
 
 from kalmannorm.errors import UserError, nearest
@@ -25,7 +31,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
     """The card `name` under `arguments`: overrides of every run, and
 
     seeds=N        seeds 1..N in place of the card's number; seeds=1,4 or seeds=4, names them
-    rows=paper     only the papers' rows, without ours; rows=KEY,KEY names them
+    rows=paper     only the papers' rows, without ours; rows=KEY,KEY names them; rows=bn_* by a pattern
 
     Rows that come to the same run (a normalizer without batch statistics at two of them) share it.
     """
@@ -36,7 +42,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
     card: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml"), resolve=True)
     own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows")}
     overrides = [a for a in arguments if a.partition("=")[0] not in own]
-    card["rows"] = _choose(card["rows"], own.get("rows"))
+    card["rows"] = _choose([one for row in card["rows"] for one in _swept(row)], own.get("rows"))
     seeds = _seeds(own.get("seeds", str(card["seeds"])))
     card["command"] = " ".join(["kalmannorm sweep", name, *arguments])
 
@@ -64,10 +70,23 @@ def _choose(rows: list[dict[str, Any]], wanted: str | None) -> list[dict[str, An
     if wanted == "paper":
         return [row for row in rows if not row.get("ours")]
     keys = [row["key"] for row in rows]
-    for key in wanted.split(","):
-        if key not in keys:
-            raise UserError(nearest(key, [*keys, "paper", "all"], "row"))
-    return [row for row in rows if row["key"] in wanted.split(",")]
+    for pattern in wanted.split(","):
+        if not any(fnmatch(key, pattern) for key in keys):
+            raise UserError(nearest(pattern, [*keys, "paper", "all"], "row"))
+    return [row for row in rows if any(fnmatch(row["key"], pattern) for pattern in wanted.split(","))]
+
+
+def _swept(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that a row stands for: itself, or one per combination of its swept values."""
+    sweep: dict[str, list[Any]] = row.pop("sweep", {})
+    return [
+        row
+        | {
+            "key": "_".join(map(str, (row["key"], *values))),
+            "overrides": [*row["overrides"], *(f"{key}={value}" for key, value in zip(sweep, values, strict=True))],
+        }
+        for values in itertools.product(*sweep.values())
+    ]
 
 
 def _seeds(text: str) -> list[int]:
