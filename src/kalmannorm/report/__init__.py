@@ -15,7 +15,7 @@ from kalmannorm.runs.record import write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Record", "Records", "load", "records", "write"]
+__all__ = ["Record", "Records", "load", "records", "write", "write_all"]
 
 
 Files = dict[str, bytes]
@@ -84,6 +84,30 @@ def _layers(card: Mapping[str, Any], found: Records) -> Files:
     return _picture(draw, card, found)
 
 
+def _pending(card: Mapping[str, Any], found: Records) -> Files:
+    table = tables.pending(card)
+    texts = {"md": render.markdown(table), "csv": render.csv(table), "tex": render.latex(table)}
+    return {f"{table.stem}.{ending}": text.encode() for ending, text in texts.items()}
+
+
+def write_all(found: Records, out: Path) -> tuple[list[Path], list[str]]:
+    """Everything that the records give: the files of every card that has runs, claims.md and report.html.
+
+    Returns the paths, and in words which cards there are not.
+    """
+    from kalmannorm.report import claims, collection, page
+
+    cards, problems = collection.load_cards()
+    entries = collection.collect(cards, problems, found)
+    verdicts = claims.evaluate(found, cards)
+    files = {name: content for entry in entries for made in entry.made for name, content in made.files.items()}
+    files["claims.md"] = page.write_claims(verdicts).encode()
+    files["report.html"] = page.render_page(found, entries, verdicts).encode()
+    for file, content in files.items():
+        write_atomically(out / file, content)
+    return [out / file for file in files], [f"{name}: {problem}" for name, problem in problems.items()]
+
+
 # What a card's `kind` makes: its files by name.
 KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {
     "table": _table,
@@ -94,4 +118,5 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {
     "gains": _layers,
     "layer_errors": _layers,
     "mixture": _layers,
+    "pending": _pending,
 }

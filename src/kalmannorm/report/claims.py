@@ -91,17 +91,21 @@ class Verdict:
         return f"at budget {self.variant.budget_label}" if self.variant and not self.variant.full else ""
 
     @property
-    def numbers(self) -> str:
-        """ "+1.20 ± 0.40 points (3 seeds), p = 0.01, corrected for 12 tests 0.04"."""
+    def estimate(self) -> str:
+        """ "+1.20 ± 0.40 points (3 seeds)"."""
         if self.outcome is None:
             return ""
         found = self.outcome.summary
         half_width = "" if found.half_width is None or not self.outcome.deviation else f" ± {_short(found.half_width)}"
         unit = f" {self.claim.unit}".rstrip()
-        said = f"{_signed(found.mean)}{half_width}{unit} ({found.n} seed{'s' if found.n > 1 else ''})"
-        if self.outcome.p is not None and self.adjusted is not None:
-            said += f", p = {self.outcome.p:.2g}, corrected for {self.tests} tests {self.adjusted:.2g}"
-        return said
+        return f"{_signed(found.mean)}{half_width}{unit} ({found.n} seed{'s' if found.n > 1 else ''})"
+
+    @property
+    def test(self) -> str:
+        """ "p = 0.01, corrected for 12 tests 0.04"; "" where nothing was tested."""
+        if self.outcome is None or self.outcome.p is None or self.adjusted is None:
+            return ""
+        return f"p = {self.outcome.p:.2g}, corrected for {self.tests} test{'s' * (self.tests > 1)} {self.adjusted:.2g}"
 
 
 @functools.cache
@@ -207,7 +211,9 @@ def _judge(claim: Claim, variant: Variant, configs: Sequence[Config], records: R
             notes.append(f"seed {seed} left out: a record has no {claim.quantity.replace('_', ' ')}")
         else:
             values[seed] = value
-    used = list({run["id"]: run for seed, row in zip(seeds, runs, strict=True) if seed in values for run in row}.values())
+    used = list(
+        {run["id"]: run for seed, row in zip(seeds, runs, strict=True) if seed in values for run in row}.values()
+    )
     verdict = replace(verdict, notes=tuple(notes), ids=tuple(run["id"] for run in used))
     if not values:
         return replace(verdict, why=f"the records have no {claim.quantity.replace('_', ' ')}")
@@ -235,7 +241,9 @@ def _by_setting(runs: Sequence[Record], claim: Claim) -> dict[tuple[Any, ...], d
     return found
 
 
-def _common(sides: Sequence[Mapping[tuple[Any, ...], Mapping[int, Record]]]) -> tuple[tuple[Any, ...], list[int]] | None:
+def _common(
+    sides: Sequence[Mapping[tuple[Any, ...], Mapping[int, Record]]],
+) -> tuple[tuple[Any, ...], list[int]] | None:
     """The setting with the most seeds that all sides have, and these seeds."""
     shared = {
         setting: sorted(set.intersection(*(set(side[setting]) for side in sides)))
@@ -279,8 +287,12 @@ def _steps_saved(claim: Claim, runs: Sequence[Record]) -> tuple[float | None, bo
     return 100 * (1 - steps / of_theirs), never
 
 
-def _left_out(sides: Sequence[Mapping[tuple[Any, ...], Mapping[int, Record]]], chosen: Any, seeds: list[int]) -> list[str]:
-    others = sorted({run["id"] for side in sides for key, runs in side.items() if key != chosen for run in runs.values()})
+def _left_out(
+    sides: Sequence[Mapping[tuple[Any, ...], Mapping[int, Record]]], chosen: Any, seeds: list[int]
+) -> list[str]:
+    others = sorted(
+        {run["id"] for side in sides for key, runs in side.items() if key != chosen for run in runs.values()}
+    )
     alone = sorted({run["id"] for side in sides for seed, run in side[chosen].items() if seed not in seeds})
     notes = []
     if others:
@@ -297,7 +309,11 @@ def _rests_on(
     norms = dict.fromkeys(caption.estimator(config["norm"]) for config in configs if config["norm"].get("preset"))
     fidelities = dict.fromkeys(caption.fidelity(run) for run in runs)
     rates = {str(run["schedule"]) for config in configs for run in records.open_settings_of(config)}
-    count = "one learning-rate schedule" if len(rates) == 1 else f"one of {len(rates)} learning-rate schedules that were run"
+    count = (
+        "one learning-rate schedule"
+        if len(rates) == 1
+        else f"one of {len(rates)} learning-rate schedules that were run"
+    )
     seeds = sorted({run["config"]["seed"] for run in runs})
     return (
         caption.short(configs),
