@@ -53,7 +53,7 @@ class Errors:
     """
 
     def __init__(self, population: Belief, eps: float) -> None:
-        self.population, self.eps = population, eps
+        self.population, self.eps = Belief(population.mean.double(), population.var.double()), eps
         self.groups = 0
         self.sums: dict[str, Tensor] = {}  # per estimate, of errors and their squares: [2, mean or variance, C]
 

@@ -1,6 +1,6 @@
 """Tables and figures from the records of a results folder, and from nothing else; no torch.
 
-`write` makes the files of an experiment card, `load` gives notebooks the records as a DataFrame.
+`write` makes the files of an experiment card; `load`, `curves` and `variance_gaps` are for notebooks.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from kalmannorm.report import render
 from kalmannorm.report import table as tables
-from kalmannorm.report.read import Record, Records, load, records
+from kalmannorm.report.read import Record, Records, curves, load, records, variance_gaps
 from kalmannorm.runs.record import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Record", "Records", "load", "records", "write", "write_all"]
+__all__ = ["Record", "Records", "curves", "load", "records", "variance_gaps", "write", "write_all"]
 
 
 Files = dict[str, bytes]
@@ -65,16 +65,16 @@ def _picture(draw: "Callable[[Mapping[str, Any], Records], Figure]", card: Mappi
 
 
 def _curves(card: Mapping[str, Any], found: Records) -> Files:
-    from kalmannorm.report import curves
+    from kalmannorm.report import accuracy
 
-    return _picture(curves.curves, card, found)
+    return _picture(accuracy.curves, card, found)
 
 
 def _against(card: Mapping[str, Any], found: Records) -> Files:
-    from kalmannorm.report import curves
+    from kalmannorm.report import accuracy
 
-    setting = curves.SETTINGS[card["kind"]]
-    return _picture(lambda card, found: curves.against(card, found, setting), card, found)
+    setting = accuracy.SETTINGS[card["kind"]]
+    return _picture(lambda card, found: accuracy.against(card, found, setting), card, found)
 
 
 def _layers(card: Mapping[str, Any], found: Records) -> Files:

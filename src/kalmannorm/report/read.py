@@ -14,6 +14,8 @@ from kalmannorm.runs.record import run_id
 if TYPE_CHECKING:
     import pandas
 
+    from kalmannorm.report.gaps import Gaps
+
 Record = dict[str, Any]
 
 # Settings that a row of a table does not fix: how precisely the arithmetic runs. Runs that differ in them never share a
@@ -93,6 +95,39 @@ def load(results: str | Path = "results") -> "pandas.DataFrame":
             row |= flat(record.get(part) or {}, f"{part}.")
         rows.append(row)
     return pandas.DataFrame(rows)
+
+
+def curves(frame: "pandas.DataFrame") -> "pandas.DataFrame":
+    """The accuracies after every epoch of `load`'s records, in long form: one row per run, epoch and statistics.
+
+    Columns: every column of `load` that is no curve and no result, and "epoch", "step" (optimizer steps), "statistics"
+    ("moving" or "online") and "accuracy" in percent. Runs without curves (failed ones) have no rows.
+    """
+    import pandas
+
+    settings = [column for column in frame.columns if not column.startswith(("curves.", "final."))]
+    parts = []
+    for statistics in ("moving", "online"):
+        lists = {"epoch": "curves.epoch", "step": "curves.step", "accuracy": f"curves.{statistics}"}
+        if not set(lists.values()) <= set(frame.columns):
+            continue
+        whole = frame.dropna(subset=list(lists.values()))
+        part = whole[settings].assign(statistics=statistics, **{key: whole[name] for key, name in lists.items()})
+        parts.append(part.explode(list(lists), ignore_index=True))
+    if not parts:
+        return pandas.DataFrame(columns=[*settings, "epoch", "step", "statistics", "accuracy"])
+    return pandas.concat(parts, ignore_index=True).astype({"epoch": int, "step": int, "accuracy": float})
+
+
+def variance_gaps(identity: str, results: str | Path = "results") -> "Gaps":
+    """The arrays beside one run's record: variance gaps of the last normalizers, gaps and errors per layer.
+
+    UserError: no such record, or no arrays beside it.
+    """
+    from kalmannorm.report import gaps
+
+    path = Path(results) / "records" / f"{identity}.json"
+    return gaps.load(read_one(path), path.with_suffix(".npz"))
 
 
 def row_key(config: Mapping[str, Any]) -> str:

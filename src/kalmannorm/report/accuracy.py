@@ -149,7 +149,7 @@ def _line(axis: "Axes", points: Mapping[Any, list[float]], look: Look) -> None:
     """points: a setting's value -> accuracies of its runs; the value None is a horizontal line."""
     if (constant := points.get(None)) is not None:
         axis.axhline(float(np.mean(constant)), color=look.colour, linestyle=look.dashes, lw=1)
-        axis.axhspan(min(constant), max(constant), color=look.colour, alpha=0.12, linewidth=0)
+        axis.axhspan(min(constant), max(constant), color=look.colour, alpha=0.08, linewidth=0)
         axis.plot([0, 1], [np.mean(constant)] * 2, transform=axis.get_yaxis_transform(), clip_on=False, **look.points)
     places = sorted(x for x in points if x is not None)
     if places:
