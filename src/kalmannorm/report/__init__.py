@@ -95,11 +95,12 @@ def write_all(found: Records, out: Path) -> tuple[list[Path], list[str]]:
 
     Returns the paths, and in words which cards there are not.
     """
-    from kalmannorm.report import claims, collection, page
+    from kalmannorm.report import collection, page
+    from kalmannorm.report.verdicts import evaluate
 
     cards, problems = collection.load_cards()
     entries = collection.collect(cards, problems, found)
-    verdicts = claims.evaluate(found, cards)
+    verdicts = evaluate(found, cards)
     files = {name: content for entry in entries for made in entry.made for name, content in made.files.items()}
     files["claims.md"] = page.write_claims(verdicts).encode()
     files["report.html"] = page.render_page(found, entries, verdicts).encode()

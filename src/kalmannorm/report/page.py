@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from kalmannorm.report import caption, claims, render, table
 from kalmannorm.report.cells import Cell
-from kalmannorm.report.claims import Verdict
-from kalmannorm.report.collection import Entry
+from kalmannorm.report.collection import Entry, Made
 from kalmannorm.report.read import Record, Records, row_key
 from kalmannorm.report.table import Row, Table
+from kalmannorm.report.verdicts import Verdict
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -189,6 +189,11 @@ def _image(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
+def _images(made: Made) -> list[tuple[str, str]]:
+    """Name and data URI of each picture."""
+    return [(name, _image(content)) for name, content in made.files.items() if name.endswith(".png")]
+
+
 @functools.cache
 def _anchor(kind: str, text: str) -> str:
     return kind + hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -199,8 +204,8 @@ def write_claims(verdicts: Iterable[Verdict]) -> str:
     lines = [
         "# The papers' claims against the records",
         "",
-        "One verdict for each claim, data set and budget that has runs. p-values are corrected by Holm's method over all",
-        "claims tested at one budget. A verdict at a reduced budget says nothing about the papers' full length.",
+        "One verdict for each claim, data set and budget that has runs. p-values are corrected by Holm's method over",
+        "all claims tested at one budget. A verdict at a reduced budget says nothing about the papers' full length.",
         "",
         "| verdict | claim | setting | difference | paper |",
         "| :-- | :-- | :-- | :-- | :-: |",
@@ -213,9 +218,8 @@ def write_claims(verdicts: Iterable[Verdict]) -> str:
         printed = claim.printed(verdict.dataset) if verdict.dataset else None
         shown = "–" if printed is None else f"{printed:+g}".replace("-", "−")
         said = "; ".join(filter(None, (verdict.estimate, verdict.test, verdict.why)))
-        lines.append(
-            f"| {verdict.state} | {escape(claim.text)} ({escape(claim.where)}) | {setting or '–'} | {escape(said)} | {shown} |"
-        )
+        places = (verdict.state, escape(f"{claim.text} ({claim.where})"), setting or "–", escape(said), shown)
+        lines.append(f"| {' | '.join(places)} |")
         if verdict.outcome:
             about = [*verdict.rests_on, *verdict.notes, f"records {', '.join(verdict.ids)}"]
             details.append(f"- **{escape(claim.id)}**, {setting}: {escape('; '.join(about))}.")
