@@ -18,7 +18,7 @@ DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=res
 EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
 DATASETS := cifar10 cifar100 svhn svhn_extra
 
-.PHONY: help setup demo test test-all lint bench report clean $(EXPERIMENTS) $(DATASETS:%=data-%)
+.PHONY: help setup demo test test-all lint bench report notebooks clean $(EXPERIMENTS) $(DATASETS:%=data-%)
 
 help: ## list the targets
 	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder ARGS='overrides'):"
@@ -51,6 +51,9 @@ report: $(READY) ## all tables and figures, the claims' verdicts, results/report
 
 $(DATASETS:%=data-%): data-%: $(READY)
 	@$(KN) data prepare $* $(if $(DATA),--root $(DATA))
+
+notebooks: $(READY) ## execute the notebooks on the records; pages in runs/notebooks
+	@$(VENV)/bin/jupyter nbconvert --execute --to html --output-dir runs/notebooks notebooks/*.ipynb
 
 test: $(READY) ## the tests, within 10 minutes on 2 cores
 	@$(PYTEST) -m "not slow"

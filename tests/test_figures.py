@@ -221,7 +221,7 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
     """Each gives a PNG and a PDF and imports no torch; the same picture is the same bytes."""
     for of in (BN, BN_LARGE, KN, KN_OUTPUT):
         write_record(tmp_path, of, 1, errors=True)
-    kinds = ("curves", "stat_batch", "initial_gain", "gains", "layer_errors")
+    kinds = ("curves", "stat_batch", "layer_errors")
     (tmp_path / "cards.json").write_text(json.dumps([card_of(kind) for kind in kinds]))
     code = f"""
 import json, sys

@@ -94,7 +94,7 @@ def errors(card: Mapping[str, Any], records: Records) -> "Figure":
             card,
             found,
             "Of the typical (median) channel, over groups of training images. Population: the statistics of the same "
-            "features over the whole training set, in the network that normalizes as in training. Systematic: the same "
+            "features over the training set, in the network that normalizes as in training. Systematic: the same "
             "in all groups, so that gamma and beta can make up for it. Random: differs from group to group.",
             _band_said(found),
             f"Not recorded: {'; '.join(missing)}." if missing else "",

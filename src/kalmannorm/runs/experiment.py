@@ -149,6 +149,8 @@ def _choose(rows: list[dict[str, Any]], wanted: str | None) -> list[dict[str, An
 def _swept(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that a row stands for: itself, or one per combination of its swept values."""
     sweep: dict[str, list[Any]] = row.pop("sweep", {})
+    if not sweep:
+        return [row]
     return [
         row
         | {
