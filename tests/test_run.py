@@ -76,6 +76,10 @@ def test_arrays_for_the_figure_stand_beside_the_record(done):
         assert arrays["moving_var"].shape == (channels,)
         assert len(arrays["layer_gap_used"]) == len(record["norms"]["order"])
         assert np.isfinite(arrays["gap_used"]).all() and (arrays["gap_used"] > 0).any()
+        whole, bias, spread = (arrays[f"layer_error_var{part}"] for part in ("", "_bias", "_spread"))
+        assert whole.shape == bias.shape == spread.shape == (3, len(record["norms"]["order"]))
+        assert np.isnan(whole[1, 0]) and np.isfinite(whole[:, 1:]).all()  # the first normalizer has no prior
+        assert (spread[2, 1:] < spread[0, 1:]).mean() > 0.8  # what normalizes is less noisy than what is measured
     raw = np.load(folder / "runs" / record["id"] / "gaps.npz")
     assert raw["used"].shape == (128, channels)  # 256 images in groups of 2
 

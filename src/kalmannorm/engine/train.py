@@ -22,7 +22,7 @@ from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.session import Session, StopRequest
 from kalmannorm.engine.start import initialize, measure_input
 from kalmannorm.errors import UserError
-from kalmannorm.norm import Estimator
+from kalmannorm.norm import Estimator, SwitchableNorm
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, result_part
 from kalmannorm.statistics import flush_moving, normalizers, place_batch, set_progress, spread_batches
@@ -219,13 +219,15 @@ def _forward_backward(
 
 
 def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
-    """The normalizers after training: order, gains, which had a prior."""
+    """The normalizers after training: order, gains, which had a prior; SN's weights, of which no other has any."""
+    gains = {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)}
+    mixture = {name: m.weights for name, m in model.named_modules() if isinstance(m, SwitchableNorm)}
     return {
-        "order": list(normalizers(model)),
+        "order": list(normalizers(model)) or list(gains),  # GKN's have no batch statistics
         "last": list(last),
-        "gains": {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)},
+        "gains": gains,
         "beliefs": belief_report(model),
-    }
+    } | ({"mixture": mixture} if mixture else {})
 
 
 def _check_room(folder: Path, model: nn.Module) -> None:

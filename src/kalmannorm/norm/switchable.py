@@ -30,6 +30,12 @@ class SwitchableNorm(GroupedStatistics):
         self.mean_weight = nn.Parameter(torch.ones(len(MIXED)))
         self.var_weight = nn.Parameter(torch.ones(len(MIXED)))
 
+    @property
+    def weights(self) -> dict[str, list[float]]:
+        """The weights of MIXED in the mean and in the variance, as numbers, for records."""
+        logits = {"mean": self.mean_weight, "var": self.var_weight}
+        return {key: torch.softmax(value.detach(), 0).tolist() for key, value in logits.items()}
+
     def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
         self._check_input_dim(x)
         if x.shape[2:].numel() == 1:

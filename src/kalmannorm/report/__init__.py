@@ -1,18 +1,21 @@
 """Tables and figures from the records of a results folder, and from nothing else; no torch.
 
-`write` makes the files of an experiment card, `load` gives notebooks the records as a DataFrame.
+`write` makes the files of an experiment card; `load`, `curves` and `variance_gaps` are for notebooks.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kalmannorm.report import render
 from kalmannorm.report import table as tables
-from kalmannorm.report.read import Record, Records, load, records
+from kalmannorm.report.read import Record, Records, curves, load, records, variance_gaps
 from kalmannorm.runs.record import write_atomically
 
-__all__ = ["Record", "Records", "load", "records", "write"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Record", "Records", "curves", "load", "records", "variance_gaps", "write", "write_all"]
 
 
 Files = dict[str, bytes]
@@ -22,8 +25,9 @@ def write(card: Mapping[str, Any], found: Records, out: Path) -> list[Path]:
     """Write the files of a card to `out` and return their paths.
 
     A table card: <name>_<dataset>_<budget>.md, .csv, .tex and, once a cell has a value, its picture as .png and .pdf.
-    A card of kind "figure": .png and .pdf of Figure 5 and of the gaps per layer. Raises UserError when
-    a figure has no run to draw, or when a file cannot be written; every file is written whole or not at all.
+    A card of kind "figure": .png and .pdf of Figure 5 and of the gaps per layer. A card of another kind: its picture as
+    <name>_<dataset>_<budget>.png and .pdf. Raises UserError when a figure has no run to draw, or when a file cannot be
+    written; every file is written whole or not at all.
     """
     files = KINDS[card.get("kind", "table")](card, found)
     for file, content in files.items():
@@ -36,7 +40,7 @@ def _table(card: Mapping[str, Any], found: Records) -> Files:
     name = tables.stem(card)
     texts = {"md": render.markdown(table), "csv": render.csv(table), "tex": render.latex(table)}
     files = {f"{name}.{ending}": text.encode() for ending, text in texts.items()}
-    if not table.empty:
+    if not table.empty and not table.apart:
         from kalmannorm.report import figure
 
         picture = figure.accuracy_bars(table)
@@ -53,5 +57,67 @@ def _figure(card: Mapping[str, Any], found: Records) -> Files:
     return {f"{stem}.{kind}": figure.encode(drawn[stem], kind) for stem in drawn for kind in ("png", "pdf")}
 
 
+def _picture(draw: "Callable[[Mapping[str, Any], Records], Figure]", card: Mapping[str, Any], found: Records) -> Files:
+    from kalmannorm.report import figure
+
+    drawn = draw(card, found)
+    return {f"{tables.stem(card)}.{kind}": figure.encode(drawn, kind) for kind in ("png", "pdf")}
+
+
+def _curves(card: Mapping[str, Any], found: Records) -> Files:
+    from kalmannorm.report import accuracy
+
+    return _picture(accuracy.curves, card, found)
+
+
+def _against(card: Mapping[str, Any], found: Records) -> Files:
+    from kalmannorm.report import accuracy
+
+    setting = accuracy.SETTINGS[card["kind"]]
+    return _picture(lambda card, found: accuracy.against(card, found, setting), card, found)
+
+
+def _layers(card: Mapping[str, Any], found: Records) -> Files:
+    from kalmannorm.report import layers
+
+    draw = {"gains": layers.gains, "layer_errors": layers.errors, "mixture": layers.mixture}[card["kind"]]
+    return _picture(draw, card, found)
+
+
+def _pending(card: Mapping[str, Any], found: Records) -> Files:
+    table = tables.pending(card)
+    texts = {"md": render.markdown(table), "csv": render.csv(table), "tex": render.latex(table)}
+    return {f"{table.stem}.{ending}": text.encode() for ending, text in texts.items()}
+
+
+def write_all(found: Records, out: Path) -> tuple[list[Path], list[str]]:
+    """Everything that the records give: the files of every card that has runs, claims.md and report.html.
+
+    Returns the paths, and in words which cards there are not.
+    """
+    from kalmannorm.report import collection, page
+    from kalmannorm.report.verdicts import evaluate
+
+    cards, problems = collection.load_cards()
+    entries = collection.collect(cards, problems, found)
+    verdicts = evaluate(found, cards)
+    files = {name: content for entry in entries for made in entry.made for name, content in made.files.items()}
+    files["claims.md"] = page.write_claims(verdicts).encode()
+    files["report.html"] = page.render_page(found, entries, verdicts).encode()
+    for file, content in files.items():
+        write_atomically(out / file, content)
+    return [out / file for file in files], [f"{name}: {problem}" for name, problem in problems.items()]
+
+
 # What a card's `kind` makes: its files by name.
-KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {"table": _table, "figure": _figure}
+KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {
+    "table": _table,
+    "figure": _figure,
+    "curves": _curves,
+    "stat_batch": _against,
+    "initial_gain": _against,
+    "gains": _layers,
+    "layer_errors": _layers,
+    "mixture": _layers,
+    "pending": _pending,
+}
