@@ -62,7 +62,6 @@ def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[V
         "difference": _difference,
         "signed": table.signed,
         "mark": table.mark,
-        "environment_of": lambda run: _anchor("e", _environment(run)),
     }
     return environment.get_template("report.html.j2").render(**view, **helpers)
 
@@ -93,11 +92,26 @@ def _groups(records: Records, used: set[str]) -> list[dict[str, Any]]:
                 "used": in_use,
                 "config": _config_lines(config),
                 "curve": _curve(runs) if in_use else None,
-                "runs": runs,
+                "runs": [_line(run) for run in runs],
                 "n": len(runs),
             }
         )
     return sorted(groups, key=lambda group: (not group["used"], group["setting"], group["name"], group["anchor"]))
+
+
+def _line(run: Record) -> dict[str, Any]:
+    """What the page says of one run. A failed record has few of its keys."""
+    config, final, host, data = run["config"], run.get("final") or {}, run.get("host") or {}, run.get("data") or {}
+    kinds = [f"{final[kind]['accuracy']:.2f}" if kind in final else "–" for kind in ("moving", "online", "precise")]
+    return {
+        "id": run["id"],
+        "seed": config["seed"],
+        "failed": str(run.get("reason") or "no reason recorded") if run["status"] == "failed" else "",
+        "numbers": [*kinds, host.get("images_per_s") or "–"],
+        "fidelity": data.get("fidelity") or "–",
+        "arithmetic": f"{config.get('precision')}{', compiled' if config.get('compile') else ''}",
+        "environment": _anchor("e", _environment(run)),
+    }
 
 
 def _name(config: Mapping[str, Any]) -> str:
