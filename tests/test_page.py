@@ -114,6 +114,23 @@ def test_settings_of_a_card_are_apart(tmp_path: Path, cards: dict[str, Any]) -> 
     assert "dataset=cifar10 budget=lite budget.epochs=30" in variants.apply(cards["table7"], settings[2])["command"]
 
 
+def test_a_row_of_another_width_is_no_setting(tmp_path: Path, cards: dict[str, Any]) -> None:
+    """A card that widens a network (v1's Table 3): no row shows another's runs, and no other card takes the wide ones."""
+    plain = config_of(cards, "bn_stat2")
+    wide = {**plain, "arch": {**plain["arch"], "width": 1.031}}
+    card = {**cards["table7"], "name": "wider"}
+    card["rows"] = [{"key": "plain", "label": "p", "config": plain}, {"key": "wide", "label": "w", "config": wide}]
+    for seed, of in enumerate((plain, wide, {**plain, "arch": {**plain["arch"], "width": 0.5}}), 1):
+        write_record(tmp_path, of, seed, numerics=NUMERICS)
+    found = report.records(tmp_path, NUMERICS)
+    (setting,) = variants.of_card(card, found)
+    by_row = {row.key: row.filled[0].by_seed for row in table(variants.apply(card, setting), found).rows}
+    assert {key: list(seeds) for key, seeds in by_row.items()} == {"plain": [1], "wide": [2]}
+    named = variants.named_archs({"wider": card, "table7": cards["table7"]})
+    labels = [setting.label for setting in variants.of_card(cards["table7"], found, named)]
+    assert labels == ["cifar10, budget lite", "cifar10, budget lite (width=0.5)"]
+
+
 def test_table_of_several_data_sets(tmp_path: Path, cards: dict[str, Any]) -> None:
     fill(tmp_path, cards)
     kn100 = next(row for row in cards["table8"]["rows"] if row["key"] == "inception_kn_stat2")["configs"]["cifar100"]

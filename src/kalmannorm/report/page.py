@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DRAWN = 5  # seeds of a group whose curves are drawn
 POINTS = 40  # of a curve
 IMAGE_WIDTH = 1000  # pixels
+NAMED = 24  # records that a verdict in claims.md names
 STATES = ("supported", "contradicted", "undecided", "not run")
 
 
@@ -208,6 +209,11 @@ def _images(made: Made) -> list[tuple[str, str]]:
     return [(name, _image(content)) for name, content in made.files.items() if name.endswith(".png")]
 
 
+def _some(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    return ", ".join(ids[:NAMED]) + more
+
+
 @functools.cache
 def _anchor(kind: str, text: str) -> str:
     return kind + hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -235,7 +241,7 @@ def write_claims(verdicts: Iterable[Verdict]) -> str:
         places = (verdict.state, escape(f"{claim.text} ({claim.where})"), setting or "–", escape(said), shown)
         lines.append(f"| {' | '.join(places)} |")
         if verdict.outcome:
-            about = [*verdict.rests_on, *verdict.notes, f"records {', '.join(verdict.ids)}"]
+            about = [*verdict.rests_on, *verdict.notes, f"records {_some(verdict.ids)}"]
             details.append(f"- **{escape(claim.id)}**, {setting}: {escape('; '.join(about))}.")
     conflicts = [f"- {escape(conflict)}" for conflict in claims.conflicts()]
     lines += ["", "## What the verdicts rest on", "", *(details or ["Nothing is run."])]
