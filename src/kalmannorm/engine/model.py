@@ -7,7 +7,7 @@ from torch import nn
 
 from kalmannorm.conversion import Converted, convert
 from kalmannorm.errors import UserError, nearest
-from kalmannorm.models import ARCHS
+from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.statistics import seed_noise, set_statistics
 
 Config = dict[str, Any]
@@ -15,6 +15,16 @@ Config = dict[str, Any]
 
 def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
     """The converted model, with fresh weights from the run's seed, and the names of its last normalizers (Figure 5).
+
+    UserError: as of network; statistics of a single value at the budget's resolution, the layer named.
+    """
+    model = network(config)
+    _try_out(model, config)
+    return model, LAST_NORMALIZERS[config["arch"]["name"]]
+
+
+def network(config: Config) -> Converted:
+    """The converted model, with fresh weights from the run's seed, not tried out yet.
 
     UserError: an unknown architecture or option; a normalizer that does not fit a layer, named.
     """
@@ -33,8 +43,7 @@ def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
     except ValueError as error:
         raise UserError(f"norm {norm['name']} on {name}: {error}") from None
     seed_noise(model, config["seed"])
-    _try_out(model, config)
-    return model, tuple(plain.last_normalizers)  # type: ignore[arg-type]
+    return model
 
 
 def _try_out(model: Converted, config: Config) -> None:
