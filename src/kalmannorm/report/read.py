@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalmannorm.errors import UserError
+from kalmannorm.runs.config import RESULT_KEYS
+from kalmannorm.runs.record import run_id
 
 if TYPE_CHECKING:
     import pandas
@@ -129,6 +131,16 @@ def _problem(record: Any, stem: str) -> str | None:
         return f"'status' is {record['status']!r}, expected 'done' or 'failed'"
     if not isinstance(record["config"].get("seed"), int):
         return f"'config.seed' is {record['config'].get('seed')!r}, expected an integer"
+    if problem := _problem_of_results(record):
+        return problem
+    if missing := [key for key in RESULT_KEYS if key not in record["config"]]:
+        return f"its config has no {', '.join(missing)}"
+    if record["id"] != (expected := run_id(record["config"], record["numerics"])):
+        return f"its id is not that of its configuration, {expected} (edited after the run, or made up)"
+    return None
+
+
+def _problem_of_results(record: Record) -> str | None:
     if record["status"] == "done":
         final = record.get("final")
         if not isinstance(final, dict) or not final:
