@@ -46,6 +46,15 @@ def network(config: Config) -> Converted:
     return model
 
 
+def parameter_count(config: Config) -> int:
+    """How many numbers the network of a configuration learns, shared ones once. Its weights are not filled in.
+
+    UserError: as of network.
+    """
+    with torch.device("meta"):
+        return sum(p.numel() for p in network({"seed": 0, **config}).parameters())
+
+
 def _try_out(model: Converted, config: Config) -> None:
     """One statistics group of blank images: statistics of a single value, or a map that vanishes, show at start."""
     size = config["budget"]["size"]
