@@ -167,6 +167,15 @@ def cell(
     return Cell(row, column.key, state, summary, by_seed, tuple(ids), paper, tuple(said), batch, column.decimals)
 
 
+def apart(selection: Selection, others: Sequence[Selection]) -> str:
+    """A note when a row's runs were made under another setting than most rows' runs; else ""."""
+    settings = Counter(other.setting for other in others if other.setting)
+    if not selection.setting or len(settings) < 2:
+        return ""
+    most = settings.most_common(1)[0][0]
+    return f"unlike the other rows: {contrast(selection.setting, most)}" if selection.setting != most else ""
+
+
 def contrast(setting: Setting, other: Setting) -> str:
     """In words, how `setting` differs from `other`: "precision bf16 instead of fp32"."""
     said = []

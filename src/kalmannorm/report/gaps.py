@@ -111,8 +111,6 @@ def _last(record: Record, arrays: Mapping[str, Array]) -> dict[str, int]:
 
 def _batches(record: Record) -> int | None:
     """From the size of the training set; its last batch is filled up."""
-    images = (record.get("data") or {}).get("train_images")
-    if not images:
-        return None
     grad, stat = caption.batches(record["config"])
-    return -(-int(images) // (stat or grad))
+    images = (record.get("data") or {}).get("train_images")
+    return -(-int(images) // (stat or grad)) if images else None

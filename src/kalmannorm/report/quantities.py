@@ -1,6 +1,5 @@
 """What is read off one record: a final accuracy, the steps to an accuracy, gaps, counts, speed."""
 
-import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +54,7 @@ def of_run(run: Record, quantity: str, statistics: str, folder: Path) -> float |
     if quantity == "images_per_s":
         return _finite((run.get("host") or {}).get("images_per_s"))
     if quantity in ("variance_gap", "relative_variance_gap", "depth_trend"):
-        return _of_arrays(run["id"], folder).get(quantity)
+        return _of_arrays(run, folder).get(quantity)
     raise ValueError(f"unknown quantity {quantity!r}; valid: {', '.join(UNITS)}")
 
 
@@ -72,8 +71,7 @@ def machine_name(run: Record) -> str:
     return f"{hardware or 'unnamed hardware'}{shown}, {precision}{', compiled' if compiled else ''}"
 
 
-@functools.lru_cache(maxsize=None)
-def _of_arrays(identity: str, folder: Path) -> Mapping[str, float]:
+def _of_arrays(run: Record, folder: Path) -> Mapping[str, float]:
     """Means of the variance gaps that Figure 5 shows, of the variance that normalizes (KN: the posterior)."""
     import numpy as np
     from scipy.stats import spearmanr
@@ -82,7 +80,7 @@ def _of_arrays(identity: str, folder: Path) -> Mapping[str, float]:
     from kalmannorm.report import gaps
 
     try:
-        found = gaps.load({"id": identity}, folder / "records" / f"{identity}.npz")
+        found = gaps.load(run, folder / "records" / f"{run['id']}.npz")
     except UserError:  # no arrays beside the record: nothing to compare
         return {}
     gap = found.measured if found.used is None else found.used

@@ -15,7 +15,6 @@ A card is a dict:
     command?      what runs the card; else `make <name> DATASET=.. BUDGET=..`
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -246,7 +245,7 @@ def _row(card: Card, row: Mapping[str, Any], columns: Sequence[Column], selectio
             continue
         same_column = [selection for (_, key), selection in selections.items() if key == column.key]
         chosen = selections[row["key"], column.key]
-        apart = _apart(chosen, same_column)
+        apart = cells.apart(chosen, same_column)
         paper_value = _paper_value(card, row, column.key)
         notes = [apart] if apart else []
         found.append(cells.cell(row["key"], column, chosen, paper_value, notes, caption.batches(config)))
@@ -269,15 +268,6 @@ def _paper_value(card: Card, row: Mapping[str, Any], column: str) -> float | Non
     if not path:
         return None
     return paper.value(path.format(column=column) if "{column}" in path else f"{path}.{column}")
-
-
-def _apart(selection: Selection, others: Sequence[Selection]) -> str:
-    """A note when a cell's runs were made under another setting than most of its column's; else ""."""
-    settings = Counter(other.setting for other in others if other.setting)
-    if not selection.setting or len(settings) < 2:
-        return ""
-    most = settings.most_common(1)[0][0]
-    return f"unlike the other rows: {cells.contrast(selection.setting, most)}" if selection.setting != most else ""
 
 
 def _contrasts(

@@ -35,6 +35,16 @@ def names() -> list[str]:
     return sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml"))
 
 
+def read(name: str) -> dict[str, Any]:
+    """The card as it stands in its file. UserError: no card of that name."""
+    from omegaconf import OmegaConf
+
+    if name not in names():
+        raise UserError(nearest(name, names(), "experiment"))
+    card: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml"), resolve=True)
+    return dict(card)
+
+
 def load(name: str, arguments: list[str]) -> Experiment:
     """The card `name` under `arguments`: overrides of every run, and
 
@@ -46,11 +56,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
     Rows that come to the same run (a normalizer without batch statistics at two of them) share it. A card of kind
     "pending" has no runs yet. UserError: unknown names or values.
     """
-    from omegaconf import OmegaConf
-
-    if name not in names():
-        raise UserError(nearest(name, names(), "experiment"))
-    card: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml"), resolve=True)
+    card = read(name)
     own = {
         key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows", "columns")
     }
