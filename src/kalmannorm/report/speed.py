@@ -63,11 +63,10 @@ def sheet(card: Card, found: Records) -> Sheet:
         [Text(where(m), mark(i)), Text(setting(m["configs"][base["key"]])), *_values(m, base["key"], other["key"])]
         for i, m in enumerate(measurements)
     ]
-    wanted = {row["key"]: _input(measured_part(row["config"], False)) for row in card["rows"]}
-    missing = not any({key: _input(m["configs"][key]) for key in wanted} == wanted for m in measurements)
+    own = {row["key"]: measured_part(row["config"], False) for row in (base, other)}
+    missing = not any(all(_input(m["configs"][key]) == _input(own[key]) for key in own) for m in measurements)
     if missing:
-        own = measured_part(base["config"], False)
-        rows.append([Text("any device"), Text(_input_in_words(own)), *[Text("not run")] * 3, Text("0")])
+        rows.append([Text("any device"), Text(_input_in_words(own[base["key"]])), *[Text("not run")] * 3, Text("0")])
     printed = [paper.value(f"{card['paper']}.{row['key']}") for row in (base, other)]
     ratio = paper.value(card["paper_ratio"])
     papers = [_printed(value) for value in (*printed, ratio)]
@@ -84,8 +83,12 @@ def sheet(card: Card, found: Records) -> Sheet:
     if missing:
         below += ["Not run: the setting of this table's card. To run it:", str(card["command"])]
     header = ("device", "setting", f"{base['label']}, examples/s", f"{other['label']}, examples/s", "ratio", "n")
-    records = tuple(_record(m, row["key"], printed[i]) for m in measurements for i, row in enumerate((base, other)))
-    return Sheet(card["name"], card["title"], said, header, 2, rows, tuple(notes), tuple(below), records)
+    records = [
+        _record(row, (m["configs"] if m else own)[row["key"]], value, m, base["key"])
+        for m in (*measurements, *([None] if missing else []))
+        for row, value in zip((base, other), printed, strict=True)
+    ]
+    return Sheet(card["name"], card["title"], said, header, 2, rows, tuple(notes), tuple(below), tuple(records))
 
 
 def where(measurement: Measurement) -> str:
@@ -146,31 +149,46 @@ def _note(measurement: Measurement, kalman: str) -> str:
     return f"{how}Measured {host['started'][:10]}, {commit}, torch {host['versions']['torch']} ({measurement['id']})."
 
 
-def _record(measurement: Measurement, key: str, printed: float | None) -> dict[str, object]:
-    config, host, seconds = measurement["configs"][key], measurement["host"], measurement["seconds"][key]
-    low, high = middle_half(seconds)
+def _record(
+    row: Card, config: Card, printed: float | None, measurement: Measurement | None, base: str
+) -> dict[str, object]:
+    """A line of the CSV; without a measurement: not run."""
+    host = measurement["host"] if measurement else {}
+    seconds = measurement["seconds"][row["key"]] if measurement else []
+    low, high = middle_half(seconds) if seconds else (None, None)
+    ratios = _ratios(measurement, base, row["key"]) if measurement else []
+    ratio_low, ratio_high = middle_half(ratios) if ratios else (None, None)
     return {
-        "measurement": measurement["id"],
-        "row": key,
+        "row": row["key"],
+        "state": "done" if measurement else "not run",
+        "examples_per_s": _number(_rate(measurement, row["key"]) if measurement else None),
+        "seconds_per_step": _number(median(seconds) if seconds else None),
+        "seconds_low": _number(low),
+        "seconds_high": _number(high),
+        "seconds_over_base": _number(median(ratios) if ratios else None),
+        "seconds_over_base_low": _number(ratio_low),
+        "seconds_over_base_high": _number(ratio_high),
+        "n": len(seconds),
+        "paper_examples_per_s": "" if printed is None else printed,
         "network": config["arch"]["name"],
+        "width": config["arch"].get("width", ""),
         "normalizer": config["norm"]["name"],
-        "device": host["device"],
-        "hardware": host["hardware"],
-        "threads": host["threads"],
         "size": config["size"],
         "classes": config["classes"],
         "grad_batch": config["batch"]["grad_batch"],
         "stat_batch": config["batch"]["stat_batch"],
-        "precision": config["precision"],
-        "compile": config["compile"],
-        "examples_per_s": f"{_rate(measurement, key):.6g}",
-        "seconds_per_step": f"{median(seconds):.6g}",
-        "seconds_low": f"{low:.6g}",
-        "seconds_high": f"{high:.6g}",
-        "n": len(seconds),
-        "paper_examples_per_s": "" if printed is None else printed,
-        "started": host["started"],
-        "commit": host["git"]["commit"],
-        "dirty": host["git"]["dirty"],
-        "torch": host["versions"]["torch"],
+        "precision": config["precision"] if measurement else "",
+        "compile": config["compile"] if measurement else "",
+        "device": host.get("device", ""),
+        "hardware": host.get("hardware", ""),
+        "threads": host.get("threads", ""),
+        "started": host.get("started", ""),
+        "commit": host["git"]["commit"] if host else "",
+        "dirty": host["git"]["dirty"] if host else "",
+        "torch": host["versions"]["torch"] if host else "",
+        "measurement": measurement["id"] if measurement else "",
     }
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
