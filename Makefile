@@ -4,7 +4,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-DATASET ?= cifar10
+DATASET ?=
 BUDGET ?= lite
 SEEDS ?= 3
 DATA ?=
@@ -13,17 +13,17 @@ ARGS ?=
 READY := $(VENV)/.ready
 KN := $(VENV)/bin/kalmannorm
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
-OVERRIDES = dataset=$(DATASET) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(ARGS)
-# For cards whose columns are data sets: all of them, unless DATASET is given.
-ALL_DATASETS = $(if $(filter file,$(origin DATASET)),$(filter-out dataset=%,$(OVERRIDES)),$(OVERRIDES))
+OVERRIDES = $(if $(DATASET),dataset=$(DATASET)) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(ARGS)
 DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=results/demo
+EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
 DATASETS := cifar10 cifar100 svhn svhn_extra
 
-.PHONY: help setup demo test test-all lint bench table2 table3 table7 figure5 v1-table3 clean $(DATASETS:%=data-%)
+.PHONY: help setup demo test test-all lint bench report clean $(EXPERIMENTS) $(DATASETS:%=data-%)
 
 help: ## list the targets
 	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder ARGS='overrides'):"
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  /'
+	@for name in $(EXPERIMENTS); do printf '  %-14s%s\n' $$name "$$(sed -n 's/^title: *//p' conf/experiment/$$name.yaml | tr -d '"')"; done
 	@printf '  %-14s%s\n' data-NAME "prepare a data set from its official archive: $(DATASETS)"
 
 setup: $(READY) ## make the environment in .venv (python >= 3.11 and the package registry)
@@ -42,20 +42,12 @@ demo: $(READY) ## Table 7 and Figure 5 on the bundled digits: 9 trainings, minut
 	@$(KN) report figure5 $(DEMO)
 	@$(KN) report table7 $(DEMO)
 
-table2: $(READY) ## Table 2: parameters of the ImageNet networks, counted
-	@$(KN) report table2 $(ARGS)
+# What is missing of an experiment, then its table or figure from what there is; its exit code is the runs'.
+$(EXPERIMENTS): $(READY)
+	@$(KN) sweep $@ $(OVERRIDES); code=$$?; $(KN) report $@ $(OVERRIDES) || exit; exit $$code
 
-table3: $(READY) ## Table 3: training speed of Inception-v2 with BN and KN, measured here
-	@$(KN) sweep table3 $(ARGS) && $(KN) report table3 $(ARGS)
-
-table7: $(READY) ## Table 7: BN and KN, online against moving statistics
-	@$(KN) sweep table7 $(OVERRIDES) && $(KN) report table7 $(OVERRIDES)
-
-figure5: $(READY) ## Figure 5: variance gap of BN and KN
-	@$(KN) sweep figure5 $(OVERRIDES) && $(KN) report figure5 $(OVERRIDES)
-
-v1-table3: $(READY) ## v1's Table 3: KN with learned transitions, BN, and BN in wider networks
-	@$(KN) sweep v1-table3 $(ALL_DATASETS) && $(KN) report v1-table3 $(ALL_DATASETS)
+report: $(READY) ## all tables and figures, the claims' verdicts, results/report.html; from the records alone
+	@$(KN) report
 
 $(DATASETS:%=data-%): data-%: $(READY)
 	@$(KN) data prepare $* $(if $(DATA),--root $(DATA))

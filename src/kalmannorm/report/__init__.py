@@ -12,7 +12,7 @@ from kalmannorm.report import table as tables
 from kalmannorm.report.read import Record, Records, load, records
 from kalmannorm.runs.record import write_atomically
 
-__all__ = ["Record", "Records", "load", "records", "text", "write"]
+__all__ = ["Record", "Records", "load", "records", "text", "write", "write_all"]
 
 
 Files = dict[str, bytes]
@@ -63,11 +63,31 @@ def _figure(card: Mapping[str, Any], found: Records) -> Files:
     return {f"{stem}.{kind}": figure.encode(drawn[stem], kind) for stem in drawn for kind in ("png", "pdf")}
 
 
+def write_all(found: Records, out: Path) -> tuple[list[Path], list[str]]:
+    """Everything that the records give: the files of every card that has runs, claims.md and report.html.
+
+    Returns the paths, and in words which cards there are not.
+    """
+    from kalmannorm.report import collection, page
+    from kalmannorm.report.verdicts import evaluate
+
+    cards, problems = collection.load_cards()
+    entries = collection.collect(cards, problems, found)
+    verdicts = evaluate(found, cards)
+    files = {name: content for entry in entries for made in entry.made for name, content in made.files.items()}
+    files["claims.md"] = page.write_claims(verdicts).encode()
+    files["report.html"] = page.render_page(found, entries, verdicts).encode()
+    for file, content in files.items():
+        write_atomically(out / file, content)
+    return [out / file for file in files], [f"{name}: {problem}" for name, problem in problems.items()]
+
+
 # Of the kinds of card that are tables: the table.
 TABLES: dict[str, Callable[[Mapping[str, Any], Records], tables.Table | render.Sheet]] = {
     "table": tables.table,
     "parameters": parameters.sheet,
     "speed": speed.sheet,
+    "pending": lambda card, found: tables.pending(card),
 }
 
 # What a card's `kind` makes: its files by name.
@@ -76,4 +96,5 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {
     "parameters": lambda card, found: _written(parameters.sheet(card, found)),
     "speed": lambda card, found: _written(speed.sheet(card, found)),
     "figure": _figure,
+    "pending": lambda card, found: _written(tables.pending(card)),
 }

@@ -1,5 +1,7 @@
 """Table 2: parameters of networks, counted from the models when the table is made; nothing is trained for it."""
 
+import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +14,6 @@ Card = Mapping[str, Any]
 
 def sheet(card: Card, found: Records) -> Sheet:
     """A row per network, a column per normalizer; a card as table.py has it, `columns` with overrides."""
-    from kalmannorm.engine.model import parameter_count  # imports torch: this kind of card alone needs it
-
     header, rows, records, differing = ["network"], [], [], []
     for column in card["columns"]:
         header += [column["label"], f"{column['label']} (paper)"]
@@ -21,7 +21,7 @@ def sheet(card: Card, found: Records) -> Sheet:
         line = [Text(row["label"])]
         for column in card["columns"]:
             config = row["configs"][column["key"]]
-            count = parameter_count(config)
+            count = _count(json.dumps(config))
             printed = paper.value(f"{card['paper']}.{row['key']}.{column['key']}")
             line += [Text(f"{count / 1e6:.2f} ({count:,})"), Text("–" if printed is None else f"{printed:.2f}")]
             records.append(_record(row, column, config, count, printed))
@@ -48,6 +48,13 @@ def sheet(card: Card, found: Records) -> Sheet:
     )
     below = ("Paper: the printed value, in millions, never a counted one.", verdict)
     return Sheet(card["name"], card["title"], said, tuple(header), 1, rows, (), below, tuple(records))
+
+
+@functools.cache  # a report makes the table for the terminal and for the files
+def _count(config: str) -> int:
+    from kalmannorm.engine.model import parameter_count  # imports torch: this kind of card alone needs it
+
+    return parameter_count(json.loads(config))
 
 
 def _record(row: Card, column: Card, config: Card, count: int, printed: float | None) -> dict[str, object]:

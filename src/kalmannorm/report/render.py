@@ -77,9 +77,9 @@ def grid(table: Table) -> list[list[Text]]:
             rows.append([Text(f"{block}:"), *[Text("")] * (len(table.header) - 1)])
         line = [Text(row.label), *([Text(pair(row.batch) if row.batch else "")] if table.shows_batch else [])]
         for cell in row.cells:
-            line.append(Text(_value(cell, table.apart), table.marks(cell)) if cell else Text(""))
+            line.append(Text(value(cell, table.apart), table.marks(cell)) if cell else Text(""))
             if table.paper_note:
-                line.append(Text(_paper(row, cell) if cell else ""))
+                line.append(Text(paper_value(row, cell) if cell else ""))
         if not table.apart:
             line.append(Text("/".join(dict.fromkeys(str(len(cell.by_seed)) for cell in row.filled))))
         rows.append(line)
@@ -91,15 +91,15 @@ def markdown(table: Table | Sheet) -> str:
     page = sheet(table)
 
     def written(place: Text) -> str:
-        return _escape_markdown(place.text) + (f"<sup>{place.marks}</sup>" if place.marks else "")
+        return escape_markdown(place.text) + (f"<sup>{place.marks}</sup>" if place.marks else "")
 
     rule = [*[":--"] * page.labels, *[":-:"] * (len(page.header) - page.labels)]
-    lines = [[*map(_escape_markdown, page.header)], rule, *[[written(place) for place in row] for row in page.rows]]
+    lines = [[*map(escape_markdown, page.header)], rule, *[[written(place) for place in row] for row in page.rows]]
     parts = [
-        f"**{_escape_markdown(page.title)}.** {_escape_markdown(page.caption)}",
+        f"**{escape_markdown(page.title)}.** {escape_markdown(page.caption)}",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        *(f"<sup>{mark(i)}</sup> {_escape_markdown(note)}" for i, note in enumerate(page.footnotes)),
-        *map(_escape_markdown, page.below),
+        *(f"<sup>{mark(i)}</sup> {escape_markdown(note)}" for i, note in enumerate(page.footnotes)),
+        *map(escape_markdown, page.below),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -193,7 +193,8 @@ def escape_latex(text: str) -> str:
     return "".join(LATEX.get(character, character) for character in text)
 
 
-def _value(cell: Cell, with_count: bool) -> str:
+def value(cell: Cell, with_count: bool) -> str:
+    """A cell's mean with its interval, or its state."""
     if cell.summary is None:
         return cell.state
     half_width = "" if cell.summary.half_width is None else f" ± {cell.summary.half_width:,.{cell.decimals}f}"
@@ -201,7 +202,8 @@ def _value(cell: Cell, with_count: bool) -> str:
     return f"{cell.summary.mean:,.{cell.decimals}f}{half_width}{count}"
 
 
-def _paper(row: Row, cell: Cell) -> str:
+def paper_value(row: Row, cell: Cell) -> str:
+    """The printed value of a cell, with its batches where they are not the row's."""
     if cell.paper is None:
         return "–"
     elsewhere = f" {pair(row.paper_batch)}" if row.paper_batch and row.paper_batch != row.batch else ""
@@ -221,6 +223,6 @@ def _wrap(paragraph: str) -> str:
     return textwrap.fill(paragraph, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text that Markdown prints as it is, also inside a pipe table."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")

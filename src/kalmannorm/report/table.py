@@ -3,7 +3,7 @@
 A card is a dict:
 
     name, title   "table7", what it reproduces
-    kind?         "table" (the default), "pending" (cannot be run yet; `reason` says why), or another of KINDS (__init__.py)
+    kind?         "table" (the default), "pending" (cannot be run yet: `reason`), or another of KINDS
     rows          [{"key", "label", "config", "configs"?: by column, "columns"?: [key, ...], "ours"?: bool,
                     "block"?: heading, "baseline"?: key, "paper"?: path | None, "paper_batch"?: [grad, stat]}, ...]
     columns       ["moving", ...]: kinds of statistics, names under a record's `final`; or
@@ -192,7 +192,7 @@ def configs_of(card: Card) -> list[Mapping[str, Any]]:
 
 
 def stem(card: Card) -> str:
-    """The name of the card's files, without ending: <name>_<dataset>_<budget>, without the data set where it is a column.
+    """The name of the card's files, without ending: <name>_<dataset>_<budget>; no data set where it is a column.
 
     `variant` of the card (variants.py) sets apart what these names do not tell.
     """
