@@ -75,6 +75,7 @@ def write_record(
     arrays: bool = False,
     errors: bool = False,
     name: str | None = None,
+    curves: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> str:
     """Write results/records/<id>.json (and .npz) of a run of the config `of`, and return its id."""
@@ -96,7 +97,7 @@ def write_record(
         gain = determining["norm"]["options"].get("gain")
         record |= {
             "parameters": 903_018 + (1_600 if determining["norm"]["name"] == "bkn" else 0),
-            "curves": {"epoch": [1, 2], "step": [11, 22], "moving": [50.0, moving], "online": [50.0, online]},
+            "curves": curves or {"epoch": [1, 2], "step": [11, 22], "moving": [50.0, moving], "online": [50.0, online]},
             "final": {**final, "precise": final["moving"]},
             "norms": {
                 "gains": {} if gain is None else {name: gain + 0.01 * i for i, name in enumerate(order)},

@@ -22,6 +22,7 @@ from kalmannorm.conversion import convert
 from kalmannorm.engine.model import optimizer
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.models import ARCHS
+from kalmannorm.report.statistics import middle_half
 
 GRAD_BATCH = 128
 SCHEDULE = {"momentum": 0.9, "weight_decay": 2e-4}
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from kalmannorm.engine.session import Session
 
 Step = Callable[[], Any]
+Pairs = list[tuple[float, float]]  # seconds of neighbouring steps: this, against
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def bench(names: list[str], seconds: float) -> int:
             met = middle >= comparison.goal if comparison.at_least else middle <= comparison.goal
             verdict = f"  goal {'>=' if comparison.at_least else '<='} {comparison.goal}: {'met' if met else 'missed'}"
             missed += not met
-        low, high = _middle_half(ratios)
+        low, high = middle_half(ratios)
         spread = f" [{low:.3f}, {high:.3f}] n = {len(ratios)}" if len(ratios) > 1 else ""
         print(
             f"{name:12} {comparison.this} / {comparison.against}: {middle:.3f}{spread}{verdict}  ({note})", flush=True
@@ -82,15 +84,8 @@ def bench(names: list[str], seconds: float) -> int:
     return 1 if missed else 0
 
 
-def _middle_half(values: list[float]) -> tuple[float, float]:
-    if len(values) < 4:
-        return min(values), max(values)
-    quarters = statistics.quantiles(values, n=4)
-    return quarters[0], quarters[2]
-
-
-def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> tuple[list[float], str]:
-    """Ratios of neighbouring steps' times, the order within each pair alternating; and the median times in ms."""
+def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> Pairs:
+    """Times of neighbouring steps, the order within each pair alternating, for about `seconds` and at least 5 pairs."""
 
     def timed(step: Step) -> float:
         began = time.perf_counter()
@@ -101,7 +96,7 @@ def alternate(this: Step, against: Step, seconds: float, device: torch.device) -
 
     for _ in range(WARM_UP):
         timed(this), timed(against)
-    pairs: list[tuple[float, float]] = []
+    pairs: Pairs = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(pairs) < 5:
         if len(pairs) % 2:
@@ -109,31 +104,48 @@ def alternate(this: Step, against: Step, seconds: float, device: torch.device) -
             pairs.append((timed(this), second))
         else:
             pairs.append((timed(this), timed(against)))
+    return pairs
+
+
+def _compare(this: Step, against: Step, seconds: float, device: torch.device) -> tuple[list[float], str]:
+    """The ratios of neighbouring steps' times, and the median times in ms."""
+    pairs = alternate(this, against, seconds, device)
     ours, theirs = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
     return [a / b for a, b in pairs], f"{ours:.1f} ms against {theirs:.1f} ms"
 
 
-def training_step(model: nn.Module, device: torch.device, compiled: bool = False, images: int = GRAD_BATCH) -> Step:
-    """Forward, backward and optimizer step on one fixed batch."""
+def training_step(
+    model: nn.Module,
+    device: torch.device,
+    batch: tuple[Tensor, Tensor] | None = None,
+    *,
+    compiled: bool = False,
+    precision: str = "fp32",
+) -> Step:
+    """Forward, backward and optimizer step as the harness trains, on one fixed batch; None: noise of CIFAR's size."""
     model.to(device).train()
-    x, labels = (part[:images] for part in _batch(device))
+    x, labels = (part.to(device) for part in batch or synthetic_batch())
     optim = optimizer(model, SCHEDULE)
     for group in optim.param_groups:
         group["lr"] = 1e-3
     run = torch.compile(model) if compiled else model
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def step() -> None:
         optim.zero_grad(set_to_none=True)
-        F.cross_entropy(run(x), labels).backward()
+        with autocast:
+            loss = F.cross_entropy(run(x).float(), labels)
+        loss.backward()
         optim.step()
 
     return step
 
 
-def _batch(device: torch.device) -> tuple[Tensor, Tensor]:
+def synthetic_batch(images: int = GRAD_BATCH, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
+    """Noise [images, 3, size, size] and labels [images], the same every time."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(GRAD_BATCH, 3, 32, 32, generator=generator)
-    return x.to(device), torch.randint(10, (GRAD_BATCH,), generator=generator).to(device)
+    x = torch.randn(images, 3, size, size, generator=generator)
+    return x, torch.randint(classes, (images,), generator=generator)
 
 
 def _model(norm: str | None, **options: Any) -> nn.Module:
@@ -143,22 +155,22 @@ def _model(norm: str | None, **options: Any) -> nn.Module:
 
 
 def _grouped_bn(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    return alternate(training_step(_model("bn"), device), training_step(_model(None), device), seconds, device)
+    return _compare(training_step(_model("bn"), device), training_step(_model(None), device), seconds, device)
 
 
 def _kn(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    return alternate(training_step(_model("bkn"), device), training_step(_model("bn"), device), seconds, device)
+    return _compare(training_step(_model("bkn"), device), training_step(_model("bn"), device), seconds, device)
 
 
 def _kn_compiled(device: torch.device, seconds: float) -> tuple[list[float], str]:
     print("compiling two ResNet-32s: minutes on a CPU", file=sys.stderr)
     this, against = (training_step(_model(norm), device, compiled=True) for norm in ("bkn", "bn"))
-    return alternate(this, against, seconds, device)
+    return _compare(this, against, seconds, device)
 
 
 def _sampling(device: torch.device, seconds: float) -> tuple[list[float], str]:
     this, against = (training_step(_model("bkn", predictor=p), device) for p in ("sampling", "closed"))
-    return alternate(this, against, seconds, device)
+    return _compare(this, against, seconds, device)
 
 
 def _memory(device: torch.device, seconds: float) -> tuple[list[float], str]:
@@ -178,7 +190,7 @@ def _saved_bytes(model: nn.Module, device: torch.device) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x, labels = _batch(device)
+    x, labels = (part.to(device) for part in synthetic_batch())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = F.cross_entropy(model(x), labels)
     loss.backward()
@@ -229,7 +241,7 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
             bare()
 
     with _training(device, steps) as (_, epoch):
-        ratios, note = alternate(plain, epoch, seconds, device)  # time of bare over time of train: images/s of train
+        ratios, note = _compare(plain, epoch, seconds, device)  # time of bare over time of train: images/s of train
     return ratios, f"{steps} steps bare and trained: {note}"
 
 
@@ -282,7 +294,7 @@ def _alternate_processes(rank: int, port: int, seconds: float, folder: str) -> N
     with warnings.catch_warnings():  # as in engine/ranks.py
         warnings.simplefilter("ignore", FutureWarning)
         spread = DistributedDataParallel(_model("bkn"), broadcast_buffers=False)
-    together = training_step(spread, cpu, images=GRAD_BATCH // 2)
+    together = training_step(spread, cpu, synthetic_batch(GRAD_BATCH // 2))
     alone = training_step(_model("bkn"), cpu) if rank == 0 else None
     pairs: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds

@@ -7,7 +7,7 @@ from torch import nn
 
 from kalmannorm.conversion import Converted, convert
 from kalmannorm.errors import UserError, nearest
-from kalmannorm.models import ARCHS
+from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.norm.weight import is_weight_normalized
 from kalmannorm.statistics import seed_noise, set_statistics
 
@@ -19,6 +19,16 @@ UNMEASURED = (torch.zeros(3), torch.ones(3))
 
 def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
     """The converted model, with fresh weights from the run's seed, and the names of its last normalizers (Figure 5).
+
+    UserError: as of network; statistics of a single value at the budget's resolution, the layer named.
+    """
+    model = network(config)
+    _try_out(model, config)
+    return model, LAST_NORMALIZERS[config["arch"]["name"]]
+
+
+def network(config: Config) -> Converted:
+    """The converted model, with fresh weights from the run's seed, not tried out yet.
 
     UserError: an unknown architecture or option; a normalizer that does not fit a layer, named.
     """
@@ -39,8 +49,16 @@ def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
     except ValueError as error:
         raise UserError(f"norm {norm['name']} on {name}: {error}") from None
     seed_noise(model, config["seed"])
-    _try_out(model, config)
-    return model, tuple(plain.last_normalizers)  # type: ignore[arg-type]
+    return model
+
+
+def parameter_count(config: Config) -> int:
+    """How many numbers the network of a configuration learns, shared ones once. Its weights are not filled in.
+
+    UserError: as of network.
+    """
+    with torch.device("meta"):
+        return sum(p.numel() for p in network({"seed": 0, **config}).parameters())
 
 
 def _try_out(model: Converted, config: Config) -> None:

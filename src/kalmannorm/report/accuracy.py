@@ -4,6 +4,7 @@ A line is the mean over seeds, its band reaches from the lowest to the highest s
 column of panels per kind of statistics, one row per architecture (and statistics batch, where that is no axis).
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -183,3 +184,10 @@ def _value(config: Config, path: Sequence[str]) -> Any:
     for key in path:
         node = node.get(key) if isinstance(node, Mapping) else None
     return node
+
+
+# By a card's kind.
+DRAW: dict[str, Callable[[Mapping[str, Any], Records], "Figure"]] = {
+    "curves": curves,
+    **{kind: functools.partial(against, setting=setting) for kind, setting in SETTINGS.items()},
+}

@@ -59,7 +59,7 @@ def claims() -> tuple[Claim, ...]:
     """All entries of claims.yaml."""
     import yaml
 
-    return tuple(_claim(entry) for entry in yaml.safe_load(CLAIMS.read_text(encoding="utf-8")))
+    return tuple(parse(entry) for entry in yaml.safe_load(CLAIMS.read_text(encoding="utf-8")))
 
 
 def conflicts() -> list[str]:
@@ -68,12 +68,15 @@ def conflicts() -> list[str]:
     return found
 
 
-def _claim(entry: Mapping[str, Any]) -> Claim:
+def parse(entry: Mapping[str, Any]) -> Claim:
+    """An entry. Raises ValueError: a key that there is not, a conflict that is not listed."""
     known = {"id", "text", "where", "contrast", "quantity", "relative", "expect", "than", "margin", "margin_why"}
     if unknown := set(entry) - known - {"paper", "conflict"}:
         raise ValueError(f"claim {entry.get('id')}: unknown keys {', '.join(unknown)}")
     beginnings = entry.get("conflict", [])
-    found = tuple(next(said for said in conflicts() if said.startswith(beginning)) for beginning in beginnings)
+    found = tuple(said for beginning in beginnings for said in conflicts() if said.startswith(beginning))
+    if len(found) != len(beginnings):
+        raise ValueError(f"claim {entry['id']}: `inconsistent` of paper_values.yaml does not have all of {beginnings}")
     hypothesis = Hypothesis(entry["expect"], float(entry.get("than", 0)), float(entry.get("margin", 0)))
     return Claim(
         id=entry["id"],

@@ -19,7 +19,7 @@ PAPERS = (
     "talk-resnet50",
 )
 Files = dict[str, bytes]
-TABLES = ("table", "pending")
+SETTLED = ("parameters", "speed")  # kinds of card that show the same whatever was run
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,19 @@ def load_cards() -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
 def collect(cards: Mapping[str, Mapping[str, Any]], problems: Mapping[str, str], records: Records) -> list[Entry]:
     """All entries: the papers' in their order, then ours."""
     ours = sorted((cards.keys() | problems.keys()) - set(PAPERS))
+    named = variants.named_archs(cards)
     found = []
     for name in (*PAPERS, *ours):
         if name in cards and (other := cards[name].get("same_as")):
             found.append(Entry(name, cards[name], (), f"the same picture as {other}'s, of the same runs"))
         elif name in cards:
-            found.append(Entry(name, cards[name], tuple(_made(cards[name], records))))
+            found.append(Entry(name, cards[name], tuple(_made(cards[name], records, named))))
         else:
             found.append(Entry(name, None, (), problems[name]))
     return found
 
 
-def _made(card: Mapping[str, Any], records: Records) -> list[Made]:
+def _made(card: Mapping[str, Any], records: Records, named: frozenset[str]) -> list[Made]:
     if card.get("kind") == "pending":
         return [Made(None, table.pending(card), {}, "not measured", "")]
     found = [

@@ -1,6 +1,6 @@
 """What a network's normalizers learned and how well they estimate, layer by layer: gains, errors, SN's mixtures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,3 +208,11 @@ def _not_recorded(card: Mapping[str, Any], records: Records, what: str) -> None:
         f"{card['name']} has nothing to draw: {what} not recorded by any of its runs in {records.folder / 'records'}, "
         f"which an earlier version made. Move their records away to run them again: {table.command(card)}"
     )
+
+
+# By a card's kind.
+DRAW: dict[str, Callable[[Mapping[str, Any], Records], "Figure"]] = {
+    "gains": gains,
+    "layer_errors": errors,
+    "mixture": mixture,
+}

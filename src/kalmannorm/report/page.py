@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DRAWN = 5  # seeds of a group whose curves are drawn
 POINTS = 40  # of a curve
 IMAGE_WIDTH = 1000  # pixels
+NAMED = 24  # records that a verdict in claims.md names
 STATES = ("supported", "contradicted", "undecided", "not run")
 
 
@@ -62,7 +63,6 @@ def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[V
         "difference": _difference,
         "signed": table.signed,
         "mark": table.mark,
-        "environment_of": lambda run: _anchor("e", _environment(run)),
     }
     return environment.get_template("report.html.j2").render(**view, **helpers)
 
@@ -93,11 +93,26 @@ def _groups(records: Records, used: set[str]) -> list[dict[str, Any]]:
                 "used": in_use,
                 "config": _config_lines(config),
                 "curve": _curve(runs) if in_use else None,
-                "runs": runs,
+                "runs": [_line(run) for run in runs],
                 "n": len(runs),
             }
         )
     return sorted(groups, key=lambda group: (not group["used"], group["setting"], group["name"], group["anchor"]))
+
+
+def _line(run: Record) -> dict[str, Any]:
+    """What the page says of one run. A failed record has few of its keys."""
+    config, final, host, data = run["config"], run.get("final") or {}, run.get("host") or {}, run.get("data") or {}
+    kinds = [f"{final[kind]['accuracy']:.2f}" if kind in final else "–" for kind in ("moving", "online", "precise")]
+    return {
+        "id": run["id"],
+        "seed": config["seed"],
+        "failed": str(run.get("reason") or "no reason recorded") if run["status"] == "failed" else "",
+        "numbers": [*kinds, host.get("images_per_s") or "–"],
+        "fidelity": data.get("fidelity") or "–",
+        "arithmetic": f"{config.get('precision')}{', compiled' if config.get('compile') else ''}",
+        "environment": _anchor("e", _environment(run)),
+    }
 
 
 def _name(config: Mapping[str, Any]) -> str:
@@ -194,6 +209,11 @@ def _images(made: Made) -> list[tuple[str, str]]:
     return [(name, _image(content)) for name, content in made.files.items() if name.endswith(".png")]
 
 
+def _some(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    return ", ".join(ids[:NAMED]) + more
+
+
 @functools.cache
 def _anchor(kind: str, text: str) -> str:
     return kind + hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -221,7 +241,7 @@ def write_claims(verdicts: Iterable[Verdict]) -> str:
         places = (verdict.state, escape(f"{claim.text} ({claim.where})"), setting or "–", escape(said), shown)
         lines.append(f"| {' | '.join(places)} |")
         if verdict.outcome:
-            about = [*verdict.rests_on, *verdict.notes, f"records {', '.join(verdict.ids)}"]
+            about = [*verdict.rests_on, *verdict.notes, f"records {_some(verdict.ids)}"]
             details.append(f"- **{escape(claim.id)}**, {setting}: {escape('; '.join(about))}.")
     conflicts = [f"- {escape(conflict)}" for conflict in claims.conflicts()]
     lines += ["", "## What the verdicts rest on", "", *(details or ["Nothing is run."])]

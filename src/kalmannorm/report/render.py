@@ -4,6 +4,8 @@ import csv as csv_format
 import io
 import re
 import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kalmannorm.report.caption import pair
@@ -41,6 +43,30 @@ class Text(NamedTuple):
     marks: str = ""
 
 
+@dataclass(frozen=True)
+class Sheet:
+    """A table in whose places stands text already: what is printed of a Table, or of one that is not of accuracies."""
+
+    stem: str  # file name without ending
+    title: str
+    caption: str  # goes after the title
+    header: tuple[str, ...]
+    labels: int  # how many columns from the left name the row
+    rows: list[list[Text]]
+    footnotes: tuple[str, ...]  # the note of mark a, b, ... in this order
+    below: tuple[str, ...]  # paragraphs below the table
+    records: tuple[Mapping[str, object], ...] = ()  # the lines of its CSV, by column
+
+
+def sheet(table: Table | Sheet) -> Sheet:
+    """What is printed of a table."""
+    if isinstance(table, Sheet):
+        return table
+    below = (*([table.paper_note] if table.paper_note else []), *table.remarks)
+    labels = 2 if table.shows_batch else 1
+    return Sheet(table.stem, table.title, table.caption, table.header, labels, grid(table), table.footnotes, below)
+
+
 def grid(table: Table) -> list[list[Text]]:
     """The table's rows as text, one list per row, as wide as its header; a block's heading is a row of its own."""
     rows = []
@@ -60,55 +86,57 @@ def grid(table: Table) -> list[list[Text]]:
     return rows
 
 
-def markdown(table: Table) -> str:
+def markdown(table: Table | Sheet) -> str:
     """A pipe table, the caption above it and the notes below."""
+    page = sheet(table)
 
     def written(place: Text) -> str:
         return escape_markdown(place.text) + (f"<sup>{place.marks}</sup>" if place.marks else "")
 
-    left = 2 if table.shows_batch else 1
-    rule = [*[":--"] * left, *[":-:"] * (len(table.header) - left)]
-    lines = [[*map(escape_markdown, table.header)], rule, *[[written(place) for place in row] for row in grid(table)]]
+    rule = [*[":--"] * page.labels, *[":-:"] * (len(page.header) - page.labels)]
+    lines = [[*map(escape_markdown, page.header)], rule, *[[written(place) for place in row] for row in page.rows]]
     parts = [
-        f"**{escape_markdown(table.title)}.** {escape_markdown(table.caption)}",
+        f"**{escape_markdown(page.title)}.** {escape_markdown(page.caption)}",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        *(f"<sup>{mark(i)}</sup> {escape_markdown(note)}" for i, note in enumerate(table.footnotes)),
-        *map(escape_markdown, _below(table)),
+        *(f"<sup>{mark(i)}</sup> {escape_markdown(note)}" for i, note in enumerate(page.footnotes)),
+        *map(escape_markdown, page.below),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def text(table: Table) -> str:
+def text(table: Table | Sheet) -> str:
     """Aligned columns for the terminal, wrapped at WIDTH."""
-    rows = [list(table.header)]
-    rows += [[place.text + (f" [{place.marks}]" if place.marks else "") for place in row] for row in grid(table)]
+    page = sheet(table)
+    rows = [list(page.header)]
+    rows += [[place.text + (f" [{place.marks}]" if place.marks else "") for place in row] for row in page.rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(place.ljust(width) for place, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     rule = "-" * max(map(len, lines))
-    notes = [f"[{mark(i)}] {note}" for i, note in enumerate(table.footnotes)]
-    above = [_wrap(f"{table.title}."), _wrap(table.caption)]
-    return "\n".join([*above, "", lines[0], rule, *lines[1:], rule, *map(_wrap, (*notes, *_below(table)))]) + "\n"
+    notes = [f"[{mark(i)}] {note}" for i, note in enumerate(page.footnotes)]
+    above = [_wrap(f"{page.title}."), _wrap(page.caption)]
+    return "\n".join([*above, "", lines[0], rule, *lines[1:], rule, *map(_wrap, (*notes, *page.below))]) + "\n"
 
 
-def latex(table: Table) -> str:
+def latex(table: Table | Sheet) -> str:
     """A table environment for the booktabs package."""
+    page = sheet(table)
 
     def written(place: Text) -> str:
         return escape_latex(place.text) + (rf"\textsuperscript{{{place.marks}}}" if place.marks else "")
 
-    lines = [[*map(escape_latex, table.header)], *[[written(place) for place in row] for row in grid(table)]]
+    lines = [[*map(escape_latex, page.header)], *[[written(place) for place in row] for row in page.rows]]
     header, *body = [f"    {' & '.join(line)} \\\\" for line in lines]
-    columns = len(table.header) - (2 if table.shows_batch else 1)
-    notes = [rf"\textsuperscript{{{mark(i)}}} {escape_latex(note)}" for i, note in enumerate(table.footnotes)]
-    below = " \\\\\n".join(f"  {line}" for line in (*notes, *map(escape_latex, _below(table))))
+    columns = len(page.header) - page.labels
+    notes = [rf"\textsuperscript{{{mark(i)}}} {escape_latex(note)}" for i, note in enumerate(page.footnotes)]
+    below = " \\\\\n".join(f"  {line}" for line in (*notes, *map(escape_latex, page.below)))
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",
             r"\begin{table}",
             r"  \centering",
-            rf"  \caption{{{escape_latex(table.title)}. {escape_latex(table.caption)}}}",
-            rf"  \label{{tab:{re.sub('[^A-Za-z0-9-]', '-', table.stem)}}}",
-            rf"  \begin{{tabular}}{{{'ll' if table.shows_batch else 'l'}{'c' * columns}}}",
+            rf"  \caption{{{escape_latex(page.title)}. {escape_latex(page.caption)}}}",
+            rf"  \label{{tab:{re.sub('[^A-Za-z0-9-]', '-', page.stem)}}}",
+            rf"  \begin{{tabular}}{{{'l' * page.labels}{'c' * columns}}}",
             r"    \toprule",
             header,
             r"    \midrule",
@@ -123,9 +151,17 @@ def latex(table: Table) -> str:
     )
 
 
-def csv(table: Table) -> str:
-    """Long form, one line per cell, then one per difference to the baseline (half_width: of its interval; n: pairs)."""
+def csv(table: Table | Sheet) -> str:
+    """Long form, one line per cell, then one per difference to the baseline (half_width: of its interval; n: pairs).
+
+    Of a sheet: its records.
+    """
     out = io.StringIO()
+    if isinstance(table, Sheet):
+        lines = csv_format.DictWriter(out, list(table.records[0]) if table.records else [], lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(table.records)
+        return out.getvalue()
     writer = csv_format.writer(out, lineterminator="\n")
     writer.writerow(
         ["kind", "row", "label", "grad_batch", "stat_batch", "column", "state", "mean", "half_width", "n", "seeds"]
@@ -155,10 +191,6 @@ def csv(table: Table) -> str:
 def escape_latex(text: str) -> str:
     """Text with LaTeX's special characters, and the signs that its default fonts lack, as commands."""
     return "".join(LATEX.get(character, character) for character in text)
-
-
-def _below(table: Table) -> list[str]:
-    return [*([table.paper_note] if table.paper_note else []), *table.remarks]
 
 
 def value(cell: Cell, with_count: bool) -> str:

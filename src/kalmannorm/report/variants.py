@@ -72,21 +72,42 @@ class Variant:
         return {**config, "dataset": dataset, "budget": budget, "arch": arch, "schedule": schedule}
 
 
-def of_card(card: Card, records: Records) -> list[Variant]:
-    """The variants that records of the card's rows have, sorted by their labels."""
+def of_card(card: Card, records: Records, named: frozenset[str] = frozenset()) -> list[Variant]:
+    """The variants that records of the card's rows have, the papers' length first."""
     columns_are_data = fixes_dataset(dict(card))
     configs = [c for row in card["rows"] for c in (row.get("configs") or {"": row.get("config")}).values() if c]
-    return of_configs(configs, records, columns_are_data)
+    return of_configs(configs, records, named, columns_are_data)
 
 
-def of_configs(configs: Sequence[Config], records: Records, columns_are_data: bool = False) -> list[Variant]:
-    """The variants that records of these rows have."""
+def of_configs(
+    configs: Sequence[Config],
+    records: Records,
+    named: frozenset[str] = frozenset(),
+    columns_are_data: bool = False,
+) -> list[Variant]:
+    """The variants that records of these rows have.
+
+    A network that another row has (a wider one, say) is that row's, and no variant of this one: `named`, of all cards,
+    and those of these rows.
+    """
+    archs = {_json(config["arch"]) for config in configs}
+    names = [config["arch"]["name"] for config in {_json(c["arch"]): c for c in configs}.values()]
     found: set[Variant] = set()
     for config in configs:
         for run in records.open_settings_of(config):
-            if not columns_are_data or run["dataset"]["name"] == config["dataset"]["name"]:
+            if columns_are_data and run["dataset"]["name"] != config["dataset"]["name"]:
+                continue
+            elsewhere = _json(run["arch"]) in named | archs or names.count(config["arch"]["name"]) > 1
+            if run["arch"] == config["arch"] or not elsewhere:
                 found.add(_variant(config, run, columns_are_data))
     return sorted(found, key=lambda variant: (not variant.full, variant.label))
+
+
+def named_archs(cards: Mapping[str, Card]) -> frozenset[str]:
+    """The networks that rows of cards have, as `of_configs` takes them."""
+    rows = [row for card in cards.values() for row in card["rows"]]
+    configs = [config for row in rows for config in (row.get("configs") or {"": row.get("config")}).values()]
+    return frozenset(_json(config["arch"]) for config in configs if config)
 
 
 def apply(card: Card, variant: Variant) -> dict[str, Any]:
@@ -137,3 +158,7 @@ def _variant(row: Config, run: Config, columns_are_data: bool) -> Variant:
 
 def _changed(known: Config, found: Config) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "name" and known.get(key, ...) != value}
+
+
+def _json(part: Config) -> str:
+    return json.dumps(part, sort_keys=True)

@@ -69,18 +69,19 @@ class Verdict:
 
 def evaluate(records: Records, cards: Cards) -> list[Verdict]:
     """Verdicts in the order of the claims. `cards`: by name, with composed rows (experiment.load)."""
-    verdicts = [verdict for claim in claims() for verdict in _of_claim(claim, records, cards)]
+    named = variants.named_archs(cards)
+    verdicts = [verdict for claim in claims() for verdict in _of_claim(claim, records, cards, named)]
     return _correct(verdicts)
 
 
-def _of_claim(claim: Claim, records: Records, cards: Cards) -> list[Verdict]:
+def _of_claim(claim: Claim, records: Records, cards: Cards, named: frozenset[str]) -> list[Verdict]:
     try:
         configs = [_config(term, cards) for term in claim.contrast]
     except UserError as error:
         return [Verdict(claim, "not run", str(error))]
     found = [
         _judge(claim, variant, [variant.of(config) for config in configs], records)
-        for variant in variants.of_configs(configs, records)
+        for variant in variants.of_configs(configs, records, named)
         if variant.budget != NO_JUDGE
     ]
     return found or [Verdict(claim, "not run", "no run of any side")]

@@ -14,8 +14,16 @@ from kalmannorm.runs.experiment import Experiment, load
 def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
     """Runs what is missing and goes on past failures; 1 if a run failed."""
     experiment = load(name, arguments)
-    if experiment.card.get("kind") == "pending":
+    kind = experiment.card.get("kind", "table")
+    if kind == "pending":
         raise UserError(f"{name} cannot be run: {experiment.card['reason']}")
+    if kind == "parameters":
+        print(f"{name}: nothing to run; kalmannorm report {name} counts", file=sys.stderr)
+        return 0
+    if kind == "speed":
+        from kalmannorm.runs.speed import measure
+
+        return measure(experiment, dry_run)
     results = experiment.runs[0]["results"]
     found = read.records(Path(results), records.NUMERICS)
     done = {record["id"] for record in found.current if record["status"] == "done"}
@@ -50,17 +58,13 @@ def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
 def report(name: str, arguments: list[str]) -> int:
     """Writes the experiment's files, prints the table and the paths."""
     from kalmannorm import report as reports
-    from kalmannorm.report import render, table
 
     experiment = load(name, arguments)
-    kind = experiment.card.get("kind", "table")
     results = Path(experiment.runs[0]["results"] if experiment.runs else "results")
     found = reports.records(results, records.NUMERICS)
     paths = reports.write(experiment.card, found, results)
-    if kind == "table":
-        print(render.text(table.table(experiment.card, found)))
-    elif kind == "pending":
-        print(render.text(table.pending(experiment.card)))
+    if (shown := reports.text(experiment.card, found)) is not None:
+        print(shown)
     for path in paths:
         print(path)
     return 0
