@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm.belief import Belief
-from kalmannorm.data.loader import Loader
+from kalmannorm.data.batches import Batches
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.norm import Estimator
 from kalmannorm.statistics import normalizers, precise_statistics, probing, set_statistics, shard_noise, spread_batches
@@ -27,7 +27,7 @@ KINDS = ("measured", "used")
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
+    model: nn.Module, loader: Batches, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
 ) -> dict[str, Any]:
     """Accuracy in percent and mean cross-entropy over every image of the split, each counted once.
 
@@ -56,7 +56,7 @@ def evaluate(
     }
 
 
-def precise(model: nn.Module, train: Loader, test: Loader, stat_batch: int | None, epoch: int) -> dict[str, Any]:
+def precise(model: nn.Module, train: Batches, test: Batches, stat_batch: int | None, epoch: int) -> dict[str, Any]:
     """Evaluation by precise statistics (mean of variances), in this process alone.
 
     From PRECISE_BATCHES training batches with the augmentation of epoch `epoch`. The model stays as it is.
@@ -103,16 +103,23 @@ class _Gaps:
 
 @torch.no_grad()
 def variance_gaps(
-    model: nn.Module, train: Loader, last: tuple[str, ...], grad_batch: int, stat_batch: int
+    model: nn.Module,
+    train: Batches,
+    last: tuple[str, ...],
+    grad_batch: int,
+    stat_batch: int,
+    images: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Figure 5: gaps between every group's variance and the moving variance, over the training set as it is.
+    """Figure 5: gaps between every group's variance and the moving variance, over the training set as it is, or over
+    the first `images` of it in the fixed order.
 
     Returns the small arrays that stand beside the record (`gap_measured`, `gap_used` [C, bins] and `moving_var` [C] of
     the last normalizers, whose channels stand side by side, `last_channels` of each; `layer_gap_measured`,
     `layer_gap_used` per normalizer), and the raw gaps of the last normalizers [groups, C] in half precision.
     """
     layers = normalizers(model)
-    groups = -(-train.count // stat_batch)
+    order = train.fixed_order()[:images]
+    groups = -(-len(order) // stat_batch)
     probes = {}
     for name, layer in layers.items():
         assert layer.running_var is not None
@@ -121,7 +128,7 @@ def variance_gaps(
     set_statistics(model, "online")
     model.eval()
     with probing(model, dict(probes)):
-        for x, _, _ in train.plain(grad_batch, fill=stat_batch):
+        for x, _, _ in train.plain(grad_batch, order, fill=stat_batch):
             model(x)
     set_statistics(model, "moving")
     arrays = {
