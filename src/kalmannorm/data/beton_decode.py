@@ -25,11 +25,11 @@ def set_threads(count: int) -> None:
     """FFCV's own way also sets torch's number of threads, and with it the results of a training on the CPU."""
 
     def threads(n: int) -> None:
-        Compiler.num_threads = n
-        numba.set_num_threads(n)
+        Compiler.num_threads = min(n, numba.config.NUMBA_NUM_THREADS)
+        numba.set_num_threads(Compiler.num_threads)
 
     Compiler.set_num_threads = staticmethod(threads)
-    threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    threads(count)
 
 
 @numba.njit

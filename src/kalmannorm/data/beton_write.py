@@ -1,7 +1,8 @@
 """`kalmannorm data ffcv`: an image folder as FFCV's .beton files.
 
-FFCV's writer waits forever when one of its workers dies. So it runs in a process of its own, whose workers report what
-they cannot read and are watched; it is ended when one of them fails, or when nothing moves for `timeout` seconds.
+FFCV's writer waits forever when one of its workers dies. So it runs in a process of its own (this module as a program)
+that says what is done and what went wrong, a line each. It is ended with its workers when something did, or when it
+says nothing for `timeout` seconds.
 """
 
 import json
@@ -9,15 +10,15 @@ import multiprocessing
 import os
 import queue
 import signal
+import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ from kalmannorm.errors import UserError
 
 MODES = ("jpg", "raw")  # FFCV's `proportion` draws which images to compress, unseeded: no two files would be the same
 LARGEST = 1600  # pixels: an uncompressed image of that side fits into FFCV's pages of 8 MiB
-CHECK = 0.2  # seconds between two looks at the writer
+DONE, WRONG = "+", "!"  # how the writer's lines begin
+CHECK = 0.2  # seconds between two looks at processes
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def write(
     form: Form | None = None,
     workers: int = 1,
     skip: bool = False,
-    timeout: float = 300,
+    timeout: float = 600,
 ) -> Path:
     """Writes train.beton, val.beton and beton.json to `out` (None: beside train/ and val/); returns that folder.
 
@@ -73,9 +75,10 @@ def write(
     with partial(out) as temporary:
         sizes = {}
         for split, files in zip(folder.SPLITS, (images.train, images.test), strict=True):
+            np.savez(temporary / "files.npz", names=files.names, labels=files.labels)
             _watched(files, temporary / f"{split}.beton", form, workers, timeout)
             sizes[split] = (temporary / f"{split}.beton").stat().st_size
-        written = {**vars(form), "ffcv": version("ffcv")}
+        written = {**asdict(form), "ffcv": version("ffcv")}
         source = {"classes": images.classes, "bytes": sizes, "written": written, "provenance": images.provenance}
         (temporary / SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
         out.mkdir(parents=True, exist_ok=True)
@@ -85,55 +88,85 @@ def write(
     return out
 
 
+# In the command's process ---------------------------------------------------------------------------------------------
+
+
 def _watched(files: folder.Files, file: Path, form: Form, workers: int, timeout: float) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    context = multiprocessing.get_context("spawn")
-    done, problems = context.Value("q", 0), context.Queue()
-    with tempfile.NamedTemporaryFile(prefix="kalmannorm-ffcv-") as log:
-        writer = context.Process(target=_write, args=(files, str(file), form, workers, done, problems, log.name))
-        writer.start()
-        try:
-            with Progress(console=Console(stderr=True), transient=True) as bar:
-                task = bar.add_task(f"writing {file.name}", total=len(files))
-                seen, moved = 0, time.monotonic()
-                while writer.is_alive():
-                    problem = _get(problems, CHECK)
-                    if done.value > seen:
-                        seen, moved = done.value, time.monotonic()
-                        bar.update(task, completed=seen)
-                    if problem is None and time.monotonic() - moved > timeout:
-                        problem = f"FFCV's writer did nothing for {timeout:.0f} s after {seen} of {len(files)} images"
-                    if problem is not None:
-                        raise UserError(f"{problem}{_last_line(log.name)}")
-            problem = _get(problems, 0)
-            if problem is not None or writer.exitcode:
-                raise UserError(f"{problem or f'FFCV did not write {file}'}{_last_line(log.name)}")
-        finally:
-            _end(writer)
+    task = {"root": str(files.root), "file": str(file), "workers": max(1, workers), "form": asdict(form)}
+    log = file.with_suffix(".log")
+    with log.open("wb") as stderr:
+        writer = subprocess.Popen(
+            [sys.executable, "-m", "kalmannorm.data.beton_write", json.dumps(task)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,  # so that it can be ended with its workers
+            env={**os.environ, "TQDM_DISABLE": "1"},
+        )
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(writer.stdout, lines), daemon=True).start()
+    done = 0
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            shown = bar.add_task(f"writing {file.name}", total=len(files))
+            while (line := lines.get(timeout=timeout)) is not None:
+                if line.startswith(WRONG):
+                    raise UserError(f"{line[1:].strip()}{_last_line(log)}")
+                done += 1
+                bar.update(shown, completed=done)
+    except queue.Empty:
+        raise UserError(
+            f"FFCV's writer did nothing for {timeout:.0f} s after {done} of {len(files)} images{_last_line(log)}"
+        ) from None
+    finally:
+        _end(writer)
+    if writer.returncode or done < len(files):
+        raise UserError(f"FFCV did not write {file.name}, after {done} of {len(files)} images{_last_line(log)}")
 
 
-def _write(files: folder.Files, file: str, form: Form, workers: int, done: Any, problems: Any, log: str) -> None:
-    """The writer's process, in a process group of its own, so that it can be ended with its workers."""
-    os.setsid()
-    os.environ["TQDM_DISABLE"] = "1"
-    with Path(log).open("a") as stream:
-        os.dup2(stream.fileno(), sys.stderr.fileno())
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
+def _read(stream: IO[str], lines: "queue.SimpleQueue[str | None]") -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
 
-    threading.Thread(target=_watch_children, args=(problems,), daemon=True).start()
-    image = RGBImageField(write_mode=form.mode, max_resolution=form.max_resolution, jpeg_quality=form.quality)
-    writer = DatasetWriter(file, {"image": image, "label": IntField()}, num_workers=workers)
-    writer.from_indexed_dataset(_Samples(files, done, problems), chunksize=min(100, max(1, len(files) // workers)))
+
+def _last_line(log: Path) -> str:
+    """Of what FFCV or Python said."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f" ({lines[-1].strip()})" if lines else ""
+
+
+def _end(writer: "subprocess.Popen[str]") -> None:
+    """Ends what is left of the writer's process group. SIGTERM first: it spares the process that frees shared memory,
+    which goes by itself."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for _ in range(20):
+            writer.poll()
+            try:
+                os.killpg(writer.pid, number)
+            except ProcessLookupError:
+                break
+            time.sleep(CHECK)
+    writer.wait()
+
+
+# In the writer's process ----------------------------------------------------------------------------------------------
+
+
+def _say(kind: str, text: str = "") -> None:
+    """One write a line: lines of several processes stay whole."""
+    os.write(sys.stdout.fileno(), f"{kind}{text}\n".encode())
 
 
 class _Samples:
     """What FFCV asks for: index -> image, label."""
 
-    def __init__(self, files: folder.Files, done: Any, problems: Any) -> None:
-        self.files, self.done, self.problems = files, done, problems
+    def __init__(self, files: folder.Files) -> None:
+        self.files = files
 
     def __len__(self) -> int:
         return len(self.files)
@@ -142,47 +175,37 @@ class _Samples:
         try:
             image = np.asarray(folder.read_rgb(self.files.path(index)))
         except folder.Unreadable as error:
-            self.problems.put(f"{error}; repair or remove it, or pass --skip-unreadable")
-            raise
-        with self.done.get_lock():
-            self.done.value += 1
+            _say(WRONG, f"{error}; repair or remove it, or pass --skip-unreadable")
+            raise SystemExit(1) from None
+        _say(DONE)
         return image, int(self.files.labels[index])
 
 
-def _watch_children(problems: Any) -> None:
+def _watch_children() -> None:
+    """FFCV's writer does not look after its workers."""
     seen: set[Any] = set()
     while True:
         seen |= set(multiprocessing.active_children())
         if any(child.exitcode not in (None, 0) for child in seen):
             time.sleep(5 * CHECK)  # what it said itself comes first
-            problems.put("a worker of FFCV's writer died")
+            _say(WRONG, "a worker of FFCV's writer died")
             return
         time.sleep(CHECK)
 
 
-def _get(problems: Any, seconds: float) -> str | None:
-    try:
-        return str(problems.get(timeout=seconds))
-    except queue.Empty:
-        return None
+def main(task: Mapping[str, Any]) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    form, file = Form(**task["form"]), Path(task["file"])
+    with np.load(file.parent / "files.npz") as stored:
+        files = folder.Files(Path(task["root"]), stored["names"], stored["labels"])
+    threading.Thread(target=_watch_children, daemon=True).start()
+    image = RGBImageField(write_mode=form.mode, max_resolution=form.max_resolution, jpeg_quality=form.quality)
+    writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=task["workers"])
+    chunk = min(100, max(1, len(files) // task["workers"]))
+    writer.from_indexed_dataset(_Samples(files), chunksize=chunk)
 
 
-def _last_line(log: str) -> str:
-    lines = [line for line in Path(log).read_text(errors="replace").splitlines() if line.strip()]
-    return f" ({lines[-1].strip()})" if lines else ""
-
-
-def _end(writer: Any) -> None:
-    """Ends what is left of the process group. SIGTERM first: it spares the process that frees shared memory, which goes
-    by itself."""
-    if writer.is_alive():
-        writer.terminate()
-        writer.join(5)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for _ in range(20):
-            try:
-                os.killpg(writer.pid, number)
-            except ProcessLookupError:
-                writer.join()
-                return
-            time.sleep(CHECK)
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
