@@ -19,12 +19,14 @@ from kalmannorm.conversion import convert
 from kalmannorm.engine.model import optimizer
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.models import ARCHS
+from kalmannorm.report.statistics import middle_half
 
 GRAD_BATCH = 128
 SCHEDULE = {"momentum": 0.9, "weight_decay": 2e-4}
 WARM_UP = 3  # steps; compilation, allocation and caches
 
 Step = Callable[[], Any]
+Pairs = list[tuple[float, float]]  # seconds of neighbouring steps: this, against
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def bench(names: list[str], seconds: float) -> int:
             met = middle >= comparison.goal if comparison.at_least else middle <= comparison.goal
             verdict = f"  goal {'>=' if comparison.at_least else '<='} {comparison.goal}: {'met' if met else 'missed'}"
             missed += not met
-        low, high = _middle_half(ratios)
+        low, high = middle_half(ratios)
         spread = f" [{low:.3f}, {high:.3f}] n = {len(ratios)}" if len(ratios) > 1 else ""
         print(
             f"{name:12} {comparison.this} / {comparison.against}: {middle:.3f}{spread}{verdict}  ({note})", flush=True
@@ -74,15 +76,8 @@ def bench(names: list[str], seconds: float) -> int:
     return 1 if missed else 0
 
 
-def _middle_half(values: list[float]) -> tuple[float, float]:
-    if len(values) < 4:
-        return min(values), max(values)
-    quarters = statistics.quantiles(values, n=4)
-    return quarters[0], quarters[2]
-
-
-def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> tuple[list[float], str]:
-    """Ratios of neighbouring steps' times, the order within each pair alternating; and the median times in ms."""
+def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> Pairs:
+    """Times of neighbouring steps, the order within each pair alternating, for about `seconds` and at least 5 pairs."""
 
     def timed(step: Step) -> float:
         began = time.perf_counter()
@@ -93,7 +88,7 @@ def alternate(this: Step, against: Step, seconds: float, device: torch.device) -
 
     for _ in range(WARM_UP):
         timed(this), timed(against)
-    pairs: list[tuple[float, float]] = []
+    pairs: Pairs = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(pairs) < 5:
         if len(pairs) % 2:
@@ -101,31 +96,48 @@ def alternate(this: Step, against: Step, seconds: float, device: torch.device) -
             pairs.append((timed(this), second))
         else:
             pairs.append((timed(this), timed(against)))
+    return pairs
+
+
+def _compare(this: Step, against: Step, seconds: float, device: torch.device) -> tuple[list[float], str]:
+    """The ratios of neighbouring steps' times, and the median times in ms."""
+    pairs = alternate(this, against, seconds, device)
     ours, theirs = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
     return [a / b for a, b in pairs], f"{ours:.1f} ms against {theirs:.1f} ms"
 
 
-def training_step(model: nn.Module, device: torch.device, compiled: bool = False) -> Step:
-    """Forward, backward and optimizer step on one fixed batch."""
+def training_step(
+    model: nn.Module,
+    device: torch.device,
+    batch: tuple[Tensor, Tensor] | None = None,
+    *,
+    compiled: bool = False,
+    precision: str = "fp32",
+) -> Step:
+    """Forward, backward and optimizer step as the harness trains, on one fixed batch; None: noise of CIFAR's size."""
     model.to(device).train()
-    x, labels = _batch(device)
+    x, labels = (part.to(device) for part in batch or synthetic_batch())
     optim = optimizer(model, SCHEDULE)
     for group in optim.param_groups:
         group["lr"] = 1e-3
     run = torch.compile(model) if compiled else model
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def step() -> None:
         optim.zero_grad(set_to_none=True)
-        F.cross_entropy(run(x), labels).backward()
+        with autocast:
+            loss = F.cross_entropy(run(x).float(), labels)
+        loss.backward()
         optim.step()
 
     return step
 
 
-def _batch(device: torch.device) -> tuple[Tensor, Tensor]:
+def synthetic_batch(images: int = GRAD_BATCH, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
+    """Noise [images, 3, size, size] and labels [images], the same every time."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(GRAD_BATCH, 3, 32, 32, generator=generator)
-    return x.to(device), torch.randint(10, (GRAD_BATCH,), generator=generator).to(device)
+    x = torch.randn(images, 3, size, size, generator=generator)
+    return x, torch.randint(classes, (images,), generator=generator)
 
 
 def _model(norm: str | None, **options: Any) -> nn.Module:
@@ -135,22 +147,22 @@ def _model(norm: str | None, **options: Any) -> nn.Module:
 
 
 def _grouped_bn(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    return alternate(training_step(_model("bn"), device), training_step(_model(None), device), seconds, device)
+    return _compare(training_step(_model("bn"), device), training_step(_model(None), device), seconds, device)
 
 
 def _kn(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    return alternate(training_step(_model("bkn"), device), training_step(_model("bn"), device), seconds, device)
+    return _compare(training_step(_model("bkn"), device), training_step(_model("bn"), device), seconds, device)
 
 
 def _kn_compiled(device: torch.device, seconds: float) -> tuple[list[float], str]:
     print("compiling two ResNet-32s: minutes on a CPU", file=sys.stderr)
     this, against = (training_step(_model(norm), device, compiled=True) for norm in ("bkn", "bn"))
-    return alternate(this, against, seconds, device)
+    return _compare(this, against, seconds, device)
 
 
 def _sampling(device: torch.device, seconds: float) -> tuple[list[float], str]:
     this, against = (training_step(_model("bkn", predictor=p), device) for p in ("sampling", "closed"))
-    return alternate(this, against, seconds, device)
+    return _compare(this, against, seconds, device)
 
 
 def _memory(device: torch.device, seconds: float) -> tuple[list[float], str]:
@@ -170,7 +182,7 @@ def _saved_bytes(model: nn.Module, device: torch.device) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x, labels = _batch(device)
+    x, labels = (part.to(device) for part in synthetic_batch())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = F.cross_entropy(model(x), labels)
     loss.backward()
@@ -216,7 +228,7 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
             for _ in range(steps):
                 bare()
 
-        ratios, note = alternate(plain, trained, seconds, device)  # time of bare over time of train: images/s of train
+        ratios, note = _compare(plain, trained, seconds, device)  # time of bare over time of train: images/s of train
     return ratios, f"{steps} steps bare and trained: {note}"
 
 

@@ -154,6 +154,9 @@ def _check(config: Config) -> None:
     _expect(workers == "auto" or (isinstance(workers, int) and workers >= 0), "workers", workers,
             "auto or a number of processes")  # fmt: skip
     options = config["norm"]["options"]
+    if "input_belief" in options:
+        _expect(options["input_belief"] == "data", "norm.options.input_belief", options["input_belief"],
+                "data, measured from the training set, or nothing at all")  # fmt: skip
     if options.get("gain") == 1 and options.get("learn_gain"):
         raise UserError(
             "norm.options.gain = 1 cannot be learned: pass norm.options.learn_gain=false, or a gain below 1"
