@@ -8,14 +8,15 @@ from bisect import bisect_left
 from typing import Any
 
 import pytest
+import yaml
 
 from kalmannorm.engine.model import parameter_count
 from kalmannorm.report import paper
-from kalmannorm.runs import experiment
-from kalmannorm.runs.config import compose
+from kalmannorm.runs.config import compose, conf_dir
 
 BASE = ["dataset=cifar100", "arch=inception_cifar", "device=cpu"]
-ROWS = {row["key"]: row for row in experiment.read("v1-table3")["rows"]}
+CARD = yaml.safe_load((conf_dir() / "experiment" / "v1-table3.yaml").read_text())
+ROWS = {row["key"]: row for row in CARD["rows"]}
 
 
 def matching_width(config: dict[str, Any], parameters: float) -> float:

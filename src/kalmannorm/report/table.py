@@ -30,6 +30,7 @@ VERDICTS = {
     "tie": "a tie, the interval contains 0",
     "open": "open, no interval (one seed, or no spread over the seeds)",
 }
+NAMED = 8  # rows not run that are named one by one
 APART = "not compared"  # how the remark of a difference between different data begins
 
 
@@ -330,8 +331,14 @@ def _stale(configs: Sequence[Mapping[str, Any]], records: Records) -> list[str]:
 
 
 def _not_run(card: Card, rows: Sequence[Row]) -> list[str]:
-    missing = [row.name for row in rows if any(cell.state == "not run" for cell in row.filled)]
-    return [f"Not run: {'; '.join(missing)}. To run what is missing:", command(card)] if missing else []
+    missing = []
+    for row in rows:
+        columns = [cell.column for cell in row.filled if cell.state == "not run"]
+        if columns:
+            missing.append(row.name if len(columns) == len(row.filled) else f"{row.name} ({', '.join(columns)})")
+    more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    said = f"Not run: {'; '.join(missing[:NAMED])}{more}. To run what is missing:"
+    return [said, command(card)] if missing else []
 
 
 def _paper_note(card: Card, rows: Sequence[Row], same_data: bool) -> str:

@@ -267,6 +267,8 @@ def _decide(verdict: Verdict) -> Verdict:
         state: State = "supported" if outcome.in_favour else "contradicted"
         return replace(verdict, state=state, why=f"a count, not a test: {claim.hypothesis}")
     if outcome.p is None or verdict.adjusted is None:
+        if verdict.why == "bound":
+            return replace(verdict, why="a run never reached the accuracy")
         if outcome.summary.n < 2:
             return replace(verdict, why="one seed has no spread: at least 2 are needed, to know how many")
         return replace(verdict, why="the same in every seed: no spread to test against")
