@@ -4,8 +4,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from kalmannorm.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule budget) or key=value, for example
   kalmannorm train dataset=cifar10 arch=resnet32 norm=bkn batch=g128_s2 budget=lite seed=2
@@ -71,11 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("names", nargs="*", metavar="NAME", help="which comparisons; none: all")
     bench.add_argument("--seconds", type=float, default=20, help="per comparison (default 20)")
     data = add("data", _data, "bring a data set into the form that the harness reads")
-    data.add_argument("action", choices=["prepare"])
+    data.add_argument("action", choices=["prepare", "ffcv"], help="ffcv: an image folder as FFCV's .beton files")
     data.add_argument("dataset")
-    data.add_argument("--root", help="where to (default: $KALMANNORM_DATA, else ./data)")
-    data.add_argument("--archive", help="an official archive that is already here")
-    data.add_argument("--no-download", action="store_true", help="never use the network")
+    data.add_argument("--root", help="the data root, where to and where from (default: $KALMANNORM_DATA, else ./data)")
+    data.add_argument("--archive", help="prepare: an official archive that is already here")
+    data.add_argument("--no-download", action="store_true", help="prepare: never use the network")
+    data.add_argument("--out", help="ffcv: another folder for the files, for example on a faster disk (then data=OUT)")
+    data.add_argument("--mode", default="jpg", help="ffcv: jpg or raw (default jpg)")
+    data.add_argument("--quality", type=int, default=90, help="ffcv: of the JPEGs (default 90)")
+    data.add_argument("--max-resolution", type=int, default=500, help="ffcv: longest side in pixels (default 500)")
+    data.add_argument("--workers", default="auto", help="ffcv: processes (default: one a core)")
+    data.add_argument("--skip-unreadable", action="store_true", help="ffcv: leave out images that cannot be read")
+    data.add_argument("--timeout", type=float, default=600, help="ffcv: seconds without a single image (default 600)")
     return parser
 
 
@@ -139,9 +150,32 @@ def _data(options: argparse.Namespace) -> int:
 
     from kalmannorm import data
 
+    root = data.root(options.root)
+    if options.action == "ffcv":
+        return _ffcv(options, root)
     archive = Path(options.archive) if options.archive else None
-    folder = data.prepare(options.dataset, data.root(options.root), archive, not options.no_download)
+    folder = data.prepare(options.dataset, root, archive, not options.no_download)
     print(f"{options.dataset}: {folder}")
+    return 0
+
+
+def _ffcv(options: argparse.Namespace, root: "Path") -> int:
+    from pathlib import Path
+
+    from kalmannorm import data
+    from kalmannorm.data.beton_write import Form, write
+    from kalmannorm.runs.config import compose
+
+    dataset = compose([f"dataset={options.dataset}", f"data={root}"])["dataset"]
+    if "loader" not in dataset:
+        raise UserError(f"dataset {options.dataset!r} fits into memory: FFCV's files are for image folders")
+    form = Form(options.mode, options.quality, options.max_resolution)
+    workers = data.workers_of(options.workers, 1)
+    out = Path(options.out) if options.out else None
+    folder = write(
+        dataset, root, out, form=form, workers=workers, skip=options.skip_unreadable, timeout=options.timeout
+    )
+    print(f"{options.dataset}: {folder}; train on it with dataset={options.dataset} dataset.loader=ffcv data={folder}")
     return 0
 
 

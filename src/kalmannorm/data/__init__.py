@@ -1,14 +1,39 @@
-"""Data sets by name, as arrays in memory. The loader that feeds them to a device is in `loader` (it imports torch)."""
+"""Data sets by name: small ones as arrays in memory, large ones as folders of files.
+
+What feeds them to a device imports torch and is not imported here: `loader` (arrays), `stream` (files through
+torchvision), `beton_loader` (FFCV's files).
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from kalmannorm.data import cifar, digits, svhn
+from kalmannorm.data import beton, cifar, digits, folder, svhn
 from kalmannorm.data.arrays import Arrays, class_balanced_subset, resize
+from kalmannorm.data.beton import Betons
+from kalmannorm.data.folder import Images
 from kalmannorm.errors import UserError, nearest
 
-__all__ = ["DATASETS", "PREPARE", "Arrays", "class_balanced_subset", "load", "prepare", "resize", "root"]
+__all__ = [
+    "DATASETS",
+    "FOLDER_LOADERS",
+    "PREPARE",
+    "Arrays",
+    "Betons",
+    "Images",
+    "Source",
+    "class_balanced_subset",
+    "load",
+    "prepare",
+    "resize",
+    "root",
+    "source",
+    "workers_of",
+]
+
+Source = Arrays | Images | Betons
+FOLDER_LOADERS = ("torchvision", "ffcv")  # values of dataset.loader; data sets without one are arrays in memory
 
 DATASETS: dict[str, Callable[[Path], Arrays]] = {
     "digits": digits.load,
@@ -29,6 +54,23 @@ PREPARE: dict[str, Callable[[str, Path, Path | None, bool], Path]] = {  # digits
 def root(option: str | None = None) -> Path:
     """The folder that holds the data sets: the option, else the environment variable KALMANNORM_DATA, else ./data."""
     return Path(option or os.environ.get("KALMANNORM_DATA") or "data").expanduser()
+
+
+def source(dataset: Mapping[str, Any], root: Path) -> Source:
+    """The data set of a run's configuration (conf/dataset). UserError as for `load`."""
+    if dataset.get("loader") is None:
+        return load(dataset["name"], root)
+    if dataset["loader"] == "ffcv":
+        return beton.load(root, dataset)
+    return folder.load(root, dataset)
+
+
+def workers_of(asked: int | str, world: int) -> int:
+    """Workers of one of `world` processes: those asked for; "auto": its share of this machine's cores, up to 16."""
+    if asked != "auto":
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
 
 
 def load(name: str, root: Path) -> Arrays:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm.belief import Belief
-from kalmannorm.data.loader import Loader
+from kalmannorm.data.batches import Batches
 from kalmannorm.engine.mechanism import ERROR_BATCHES, Population, layer_errors
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.norm import Estimator
@@ -28,7 +28,7 @@ KINDS = ("measured", "used")
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
+    model: nn.Module, loader: Batches, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
 ) -> dict[str, Any]:
     """Accuracy in percent and mean cross-entropy over every image of the split, each counted once.
 
@@ -57,7 +57,7 @@ def evaluate(
     }
 
 
-def precise(model: nn.Module, train: Loader, test: Loader, stat_batch: int | None, epoch: int) -> dict[str, Any]:
+def precise(model: nn.Module, train: Batches, test: Batches, stat_batch: int | None, epoch: int) -> dict[str, Any]:
     """Evaluation by precise statistics (mean of variances), in this process alone.
 
     From PRECISE_BATCHES training batches with the augmentation of epoch `epoch`. The model stays as it is.
@@ -109,9 +109,15 @@ class _Gaps:
 
 @torch.no_grad()
 def variance_gaps(
-    model: nn.Module, train: Loader, last: tuple[str, ...], grad_batch: int, stat_batch: int
+    model: nn.Module,
+    train: Batches,
+    last: tuple[str, ...],
+    grad_batch: int,
+    stat_batch: int,
+    images: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Figure 5: gaps between every group's variance and the moving variance, over the training set as it is.
+    """Figure 5: gaps between every group's variance and the moving variance, over the training set as it is, or over
+    the first `images` of it in the fixed order.
 
     And the errors of every layer's estimates (mechanism.py), on its first batches.
 
@@ -121,7 +127,8 @@ def variance_gaps(
     precision.
     """
     layers = normalizers(model)
-    groups = -(-train.count // stat_batch)
+    order = train.fixed_order()[:images]
+    groups = -(-len(order) // stat_batch)
     probes = {}
     for name, layer in layers.items():
         assert layer.running_var is not None
@@ -130,9 +137,9 @@ def variance_gaps(
     set_statistics(model, "online")
     model.eval()
     with probing(model, dict(probes)):
-        for x, _, _ in train.plain(grad_batch, fill=stat_batch):
+        for x, _, _ in train.plain(grad_batch, order, fill=stat_batch):
             model(x)
-    first = islice(train.plain(grad_batch, fill=stat_batch), ERROR_BATCHES)
+    first = islice(train.plain(grad_batch, order, fill=stat_batch), ERROR_BATCHES)
     errors = layer_errors(model, {name: probe.population for name, probe in probes.items()}, (x for x, _, _ in first))
     set_statistics(model, "moving")
     arrays = {

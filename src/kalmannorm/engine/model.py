@@ -1,5 +1,7 @@
 """A run's model and optimizer, from its configuration. What can be wrong is found before any data is read."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,11 @@ from kalmannorm.statistics import seed_noise, set_statistics
 
 Config = dict[str, Any]
 
+# What is left of the rate after a part of the run.
+DECAY: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
 # Stands for norm.options.input_belief = data until start.measure_input has seen them.
 UNMEASURED = (torch.zeros(3), torch.ones(3))
 
@@ -96,9 +103,16 @@ def _decayed(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
     return layer.weight
 
 
-def learning_rate(step: int, total_steps: int, schedule: dict[str, Any], of_epochs: int) -> float:
-    """Rate of a step (from 0), by the schedule's milestones in epochs of a run of `of_epochs`, scaled to this run."""
+def learning_rate(
+    step: int, total_steps: int, schedule: dict[str, Any], of_epochs: int, grad_batch: int | None = None
+) -> float:
+    """Rate of a step (from 0). `lr` of a schedule is a list of milestones in epochs of a run of `of_epochs`, scaled to
+    this run; or one rate, that `decay` takes to 0 over the run. With `lr_batch` it is meant for steps of that many
+    images, and scales with `grad_batch`."""
+    scale = grad_batch / schedule["lr_batch"] if grad_batch and "lr_batch" in schedule else 1
+    if "decay" in schedule:
+        return scale * schedule["lr"] * DECAY[schedule["decay"]](step / total_steps)
     for last_epoch, rate in schedule["lr"]:
         if step * of_epochs < last_epoch * total_steps:
-            return float(rate)
-    return float(schedule["lr"][-1][1])
+            return scale * float(rate)
+    return scale * float(schedule["lr"][-1][1])

@@ -3,7 +3,7 @@
 import torch
 
 from kalmannorm.conversion import INPUT_BELIEF, Converted
-from kalmannorm.data.loader import Loader
+from kalmannorm.data.batches import Batches
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.norm.weight import initialize_weight_norm, is_weight_normalized
 
@@ -11,7 +11,7 @@ BATCH = 500  # images at a time, over all processes
 
 
 @torch.no_grad()
-def measure_input(model: Converted, train: Loader, ranks: Ranks) -> None:
+def measure_input(model: Converted, train: Batches, ranks: Ranks) -> None:
     """Fills the model's input belief, if it has one (norm.options.input_belief = data).
 
     Mean and variance of each channel over all pixels of the training images, preprocessed as for evaluation (no crops,
@@ -24,12 +24,12 @@ def measure_input(model: Converted, train: Loader, ranks: Ranks) -> None:
         wide = x[:counted].double()
         sums += torch.stack((wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))))
     # The mean is close to 0 after preprocessing: E[x^2] - E[x]^2 in float64 does not cancel.
-    mean, square = (total / (train.count * train.height * train.width) for total in ranks.sum(*sums))
+    mean, square = (total / (train.count * x.shape[2] * x.shape[3]) for total in ranks.sum(*sums))
     for name, value in zip(INPUT_BELIEF, (mean, square - mean.square()), strict=True):
         model.get_buffer(name).copy_(value)
 
 
-def initialize(model: Converted, train: Loader) -> None:
+def initialize(model: Converted, train: Batches) -> None:
     """WN's data-dependent initialization, by the whole first training batch. Only for a training that starts."""
     if any(is_weight_normalized(module) for module in model.modules()):
         x, _ = next(train.epoch(0))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from kalmannorm import data
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, preset_options
 
@@ -23,6 +24,8 @@ RESULT_KEYS = (
     "compile",
     "deterministic",
 )
+
+UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has files that cannot be read
 
 
 def conf_dir() -> Path:
@@ -102,6 +105,8 @@ def _resolve(config: Config) -> None:
         config["precision"] = "bf16" if on_gpu else "fp32"
     if config["compile"] == "auto":
         config["compile"] = on_gpu
+    if config["dataset"]["classes"] == "auto":
+        config["dataset"]["classes"] = data.folder.count_classes(data.root(config["data"]), config["dataset"])
     norm, batch = config["norm"], config["batch"]
     if norm["name"] not in BATCH_STATISTICS:
         batch["stat_batch"] = None  # means nothing there: one run serves every column
@@ -140,6 +145,14 @@ def _check(config: Config) -> None:
     subset = budget["subset"]
     _expect(subset is None or (isinstance(subset, int) and subset >= grad), "budget.subset", subset,
             f"null or at least one step's {grad} images")  # fmt: skip
+    dataset, workers = config["dataset"], config["workers"]
+    if "loader" in dataset:
+        _expect(dataset["loader"] in data.FOLDER_LOADERS, "dataset.loader", dataset["loader"],
+                " or ".join(data.FOLDER_LOADERS))  # fmt: skip
+        _expect(dataset["unreadable"] in UNREADABLE, "dataset.unreadable", dataset["unreadable"],
+                " or ".join(UNREADABLE))  # fmt: skip
+    _expect(workers == "auto" or (isinstance(workers, int) and workers >= 0), "workers", workers,
+            "auto or a number of processes")  # fmt: skip
     options = config["norm"]["options"]
     if "input_belief" in options:
         _expect(options["input_belief"] == "data", "norm.options.input_belief", options["input_belief"],

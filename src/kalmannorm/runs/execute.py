@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kalmannorm import data
 from kalmannorm.engine import checkpoint, train
 from kalmannorm.engine.evaluate import evaluate as evaluate_once
 from kalmannorm.engine.evaluate import precise
+from kalmannorm.engine.inputs import loaders, open_data
 from kalmannorm.engine.model import build
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.start import measure_input
@@ -17,7 +17,7 @@ from kalmannorm.errors import UserError
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, compose
 
-PLACE = ("data", "runs", "results", "device")
+PLACE = ("data", "runs", "results", "device", "workers")
 
 
 def execute(config: Config) -> dict[str, Any]:
@@ -46,13 +46,13 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     model.load_state_dict(weights)
     ranks = Ranks(config)
     model.to(ranks.device)
-    arrays = data.load(config["dataset"]["name"], data.root(config["data"]))
-    train_set, test_set = train.loaders(config, arrays, ranks)
+    source = open_data(config, ranks)
+    train_set, test_set = loaders(config, source, ranks)
     measure_input(model, train_set, ranks)
     stat_batch = config["batch"]["stat_batch"]
     final = {kind: evaluate_once(model, test_set, kind, stat_batch) for kind in ("moving", "online")}
     final["precise"] = precise(model, train_set, test_set, stat_batch, config["budget"]["epochs"])
-    print(f"run {record['id']}: {arrays.provenance['name']}, {arrays.provenance['fidelity']}")
+    print(f"run {record['id']}: {source.provenance['name']}, {source.provenance['fidelity']}")
     for kind, values in final.items():
         recorded = record["final"][kind]["accuracy"]
         print(f"  {kind:8} accuracy {values['accuracy']:6.2f} %  loss {values['loss']:.4f}  (record {recorded:.2f} %)")
