@@ -28,7 +28,8 @@ def convert(
     stat_batch: int | None = None,
     preset: str = "paper",
     predictor: str | None = None,
-    input_belief: tuple[Tensor, Tensor] | None = None,
+    input_belief: tuple[Tensor, Tensor] | str | None = None,
+    returns_belief: bool = False,
     **options: Any,
 ) -> "Converted":
     """A copy of `model` with every BatchNorm layer replaced by normalizer `norm`, beliefs threaded between them.
@@ -40,7 +41,9 @@ def convert(
         stat_batch: images that share statistics; None is the whole batch.
         preset: variant of Kalman Normalization, `paper` or `released` (presets.py).
         predictor: `closed` or `sampling`; None is the preset's.
-        input_belief: (mean [C], var [C]) of the model's input, a prior for the first normalizer too (paper 3.3).
+        input_belief: (mean [C], var [C]) of the model's input, a prior for the first normalizer too (paper 3.3). Or
+            "argument": the model is a part behind another one, and is called as model(x, belief of x).
+        returns_belief: the model is a part ahead of another one: it returns (y, belief of y, None if there is none).
         options: the normalizer's own, and `relu` (whether ReLUs change beliefs), over the preset's.
 
     State-dict keys, eps, momentum, affine parameters and moving statistics of the original are kept, where the new
@@ -66,7 +69,10 @@ def convert(
         _replace(source, name, built[layer])
 
     buffers = None
-    if input_belief is not None:
+    if isinstance(input_belief, str):
+        if input_belief != "argument":
+            raise ValueError(f"input_belief must be (mean [C], var [C]) or 'argument', not {input_belief!r}")
+    elif input_belief is not None:
         buffers = INPUT_BELIEF
         values = [torch.as_tensor(value, dtype=torch.float32).view(1, -1) for value in input_belief]
         if len(values) != 2 or values[0].shape != values[1].shape:
@@ -79,7 +85,8 @@ def convert(
     report: dict[str, str | None] = {}
     for mode, graph in trace(source, set(layers)).items():
         graphs[mode] = graph
-        report = _thread(graph, source, list(layers), predictor or "closed", relu, buffers)
+        argument = isinstance(input_belief, str)
+        report = _thread(graph, source, list(layers), predictor or "closed", relu, buffers, argument, returns_belief)
     return Converted(source, graphs, report, type(model).__name__, list(layers))
 
 
@@ -244,7 +251,9 @@ def _thread(
     normalizers: list[str],
     predictor: str,
     relu: bool,
-    input_belief: tuple[str, str] | None,
+    input_belief: tuple[str, str] | fx.Node | None,
+    takes_belief: bool,
+    returns_belief: bool,
 ) -> dict[str, str | None]:
     """Calls the normalizers by their contract and gives each the belief that reaches it. Returns the belief report."""
 
@@ -262,6 +271,10 @@ def _thread(
             value = graph.create_node("call_function", operator.getitem, (call, 0), name=f"{call.name}_y")
         call.replace_all_uses_with(value, delete_user_cb=lambda user, value=value: user is not value)
     modules = dict(source.named_modules())
+    if takes_belief:
+        x = next(node for node in graph.nodes if node.op == "placeholder")
+        with graph.inserting_after(x):
+            input_belief = graph.placeholder(f"{x.name}_belief")
     threader = Threader(graph, modules, predictor, relu, input_belief, add_noise)
     report: dict[str, str | None] = {}
     for call in calls:
@@ -271,5 +284,9 @@ def _thread(
         report[str(call.target)] = threader.lost[feature]
         if threader.lost[feature] is None:
             call.args = (call.args[0], threader.write(feature))
+    if returns_belief:
+        output = next(node for node in graph.nodes if node.op == "output")
+        (feature,) = threader.inputs[output]
+        output.args = ((output.args[0], None if threader.lost[feature] else threader.write(feature)),)
     graph.lint()
     return report
