@@ -50,7 +50,7 @@ def run(config: Config) -> dict[str, Any]:
     if arrays.classes != config["dataset"]["classes"]:
         raise UserError(f"{config['dataset']['name']} has {arrays.classes} classes, not {config['dataset']['classes']}")
     if ranks.main:
-        _check_room(folder, model)
+        check_room(folder, model)
     train, test = loaders(config, arrays, ranks)
 
     record: dict[str, Any] = {
@@ -222,7 +222,7 @@ def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _check_room(folder: Path, model: nn.Module) -> None:
+def check_room(folder: Path, model: nn.Module) -> None:
     """Permission and room for a checkpoint (weights and momentum, old and new at once), before the work is done."""
     records.write_atomically(folder / ".probe", b"")
     (folder / ".probe").unlink()

@@ -21,7 +21,7 @@ PLACE = ("data", "runs", "results", "device")
 
 def execute(config: Config) -> dict[str, Any]:
     """Trains a run, says in one line how it ended, and returns its record."""
-    record = train.run(config)
+    record = _run(config)
     if int(os.environ.get("RANK", 0)):
         return record
     file = records.path(config["results"], record["id"])
@@ -29,9 +29,23 @@ def execute(config: Config) -> dict[str, Any]:
         print(f"{record['id']}: failed, {record['reason']}; {file}", file=sys.stderr)
     else:
         final = record["final"]
-        shown = "  ".join(f"{kind} {final[kind]['accuracy']:.2f} %" for kind in ("moving", "online", "precise"))
+        shown = "  ".join(f"{kind} {_headline(values)}" for kind, values in final.items())
         print(f"{record['id']}: {shown}  {record['host']['images_per_s']} images/s; {file}")
     return record
+
+
+def _run(config: Config) -> dict[str, Any]:
+    if config["dataset"].get("task") == "detection":
+        from kalmannorm.engine import detection
+
+        return detection.run(config)
+    return train.run(config)
+
+
+def _headline(values: dict[str, Any]) -> str:
+    if "accuracy" in values:
+        return f"{values['accuracy']:.2f} %"
+    return "  ".join(f"{kind} AP {values[f'{kind}_ap'] or 0:.2f}" for kind in ("box", "mask"))
 
 
 def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
