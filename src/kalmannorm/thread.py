@@ -45,8 +45,8 @@ class Threader:
     """Adds belief nodes to a traced graph, on demand and only where they are used.
 
     `predictor`: "closed" or "sampling"; `relu`: whether rectification changes a belief; `input_belief`: names of the
-    buffers that hold the model input's belief, the node that is that belief, or None; `add_noise(convolution's name)` makes a noise module and
-    returns its name.
+    buffers that hold the model input's belief, the node that is that belief, or None; `add_noise(convolution's name)`
+    makes a noise module and returns its name.
     """
 
     def __init__(

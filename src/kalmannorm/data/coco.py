@@ -141,7 +141,7 @@ Item = tuple[Tensor, dict[str, Any]]
 
 
 class Images(Dataset[Item]):
-    """(position in the split, flipped, key) -> uint8 image [3, H, W] and torchvision's target with `image_id` and `key`.
+    """(position in the split, flipped, key) -> uint8 image [3, H, W], torchvision's target with `image_id` and `key`.
 
     The target's boxes [n, 4] (left, top, right, bottom, in pixels), labels [n] and masks uint8 [n, H, W] are of the
     objects that can be trained on.
@@ -191,7 +191,7 @@ class Batch:
 
 
 class TrainingBatches:
-    """Batches of one split's images `positions`; this process takes the images rank, rank + world, ... of each batch."""
+    """Batches of the training images `positions`; this process takes images rank, rank + world, ... of each batch."""
 
     def __init__(
         self,
@@ -261,7 +261,9 @@ class TrainingBatches:
 def resized(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
     """Height and width after torchvision's resizing of the short side to `size`, the long one to at most `max_size`."""
     # In single precision, as there: the products are rounded down.
-    scale = min(np.float32(size) / np.float32(min(height, width)), np.float32(max_size) / np.float32(max(height, width)))
+    scale = min(
+        np.float32(size) / np.float32(min(height, width)), np.float32(max_size) / np.float32(max(height, width))
+    )
     return math.floor(height * float(scale)), math.floor(width * float(scale))
 
 

@@ -35,8 +35,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """AP in percent (box_ap, mask_ap50, ...; None where no object is of that size) over the images at `positions`.
 
-    `moving`: images one by one. `online`: the backbone measures the images of each group of `stat_batch`; the head keeps
-    to its moving averages, since it sees other regions than in training: all that were proposed, then only detections.
+    `moving`: images one by one. `online`: the backbone measures the images of each group of `stat_batch`; the head
+    keeps to its moving averages, since it sees other regions than in training: all proposed ones, then detections.
     The images are dealt out to the ranks, all of which return the same.
     """
     shard_noise(model, (0, 1))
@@ -72,7 +72,7 @@ def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, boo
 
 def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, int]) -> Detections:
     """One image's detections in COCO's result format, masks cut at 1/2 as run-length codes."""
-    boxes, scores, labels = (output[key].float().cpu().numpy().astype(np.float64) for key in ("boxes", "scores", "labels"))
+    boxes, scores, labels = (output[key].double().cpu().numpy() for key in ("boxes", "scores", "labels"))
     masks = (output["masks"][:, 0] > 0.5).to(torch.uint8).cpu().numpy()
     results = []
     for (left, top, right, bottom), score, label, mask in zip(boxes, scores, labels, masks, strict=True):
@@ -80,7 +80,7 @@ def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, i
             {
                 "image_id": image_id,
                 "category_id": categories[int(label)],
-                "bbox": [left, top, right - left, bottom - top],
+                "bbox": [float(v) for v in (left, top, right - left, bottom - top)],
                 "score": float(score),
                 "segmentation": run_length.encode(np.asfortranarray(mask)),
             }

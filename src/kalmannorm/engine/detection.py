@@ -7,6 +7,7 @@ the run may end within one (`dataset.steps`), and detectors are evaluated once, 
 import math
 import os
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def run(config: Config) -> dict[str, Any]:
     identity = records.run_id(config)
     folder = Path(config["runs"]) / identity
     model = detector.build(config)
-    dataset, budget = config["dataset"], config["budget"]
+    dataset = config["dataset"]
     images = coco.load(dataset["name"], data.root(config["data"]), dataset["classes"])
     if ranks.main:
         check_room(folder, model)
@@ -152,15 +153,16 @@ def _fit(config: Config, session: Session, batches: TrainingBatches, progress: P
     progress.begin(session.epoch * steps + session.step, steps, batches.batch, session.folder)
     forward = session.ranks.wrap(session.model)
     spread_batches(session.model, session.ranks.world * config["accumulate"] > 1)
-    while session.epoch * steps + session.step < total:
+    epochs = math.ceil(total / steps)
+    while len(session.curves["epoch"]) < epochs:
         trained = train_epoch(config, session, forward, batches, progress, stop)
         for key, value in trained.items():
             session.curves[key].append(value)
         if session.step == steps:
             session.begin_epoch(session.epoch + 1)
-        session.save()
+        if _due(config, trained["step"], total):
+            session.save()
         progress.epoch(session.curves)
-        stop.check()
     spread_batches(session.model, False)
 
 
@@ -171,42 +173,46 @@ def train_epoch(
     batches: TrainingBatches,
     progress: Progress,
     stop: StopRequest,
-) -> dict[str, float]:
-    """The rest of the session's epoch, or of the run; `forward` is the wrapped model. Returns the curves' new values."""
-    schedule, steps, total = config["schedule"], batches.steps_per_epoch, total_steps(config, batches)
-    save_every = max(1, round(config["checkpoint_every"] * total))
+) -> dict[str, Any]:
+    """The rest of the session's epoch, or of the run; `forward`: the wrapped model. Returns the curves' new values."""
+    schedule, total = config["schedule"], total_steps(config, batches)
+    before_epoch = session.epoch * batches.steps_per_epoch
+    last = min(batches.steps_per_epoch, total - before_epoch)
     autocast = torch.autocast(batches.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
     session.model.train()
     began, before = time.perf_counter(), session.seconds
-    for batch in batches.epoch(session.epoch, session.step):
-        done = session.epoch * steps + session.step
+    for batch in islice(batches.epoch(session.epoch, session.step), last - session.step):
+        rate = learning_rate(before_epoch + session.step, total, schedule, batches.batch)
         for group in session.optimizer.param_groups:
-            group["lr"] = learning_rate(done, total, schedule, batches.batch)
+            group["lr"] = rate
         session.optimizer.zero_grad(set_to_none=True)
-        _forward_backward(session, forward, autocast, batch, config["accumulate"], done)
+        _forward_backward(session, forward, autocast, batch, config["accumulate"], before_epoch + session.step)
         session.optimizer.step()
         session.step += 1
         session.seconds = before + time.perf_counter() - began
-        ends = session.step == steps or done + 1 == total
-        if session.step % CHECK_EVERY == 0 or ends:
+        done = before_epoch + session.step
+        if session.step % CHECK_EVERY == 0 or session.step == last:
             loss = sum(_means(session).values())
             if not math.isfinite(loss):
-                raise Diverged(f"the loss is not finite in epoch {session.epoch + 1}, step {session.step} of {steps}")
-            progress.step(done + 1, loss)
-        if (stopping := stop.asked()) or ((done + 1) % save_every == 0 and not ends):
+                raise Diverged(f"the loss is not finite in epoch {session.epoch + 1}, step {session.step} of {last}")
+            progress.step(done, loss)
+        if (stopping := stop.asked()) or (_due(config, done, total) and session.step < last):
             session.save()
             if stopping:
                 stop.check()
-        if done + 1 == total:
-            break
     means = _means(session)
     return {
         "epoch": session.epoch + 1,
-        "step": session.epoch * steps + session.step,
+        "step": before_epoch + session.step,
         "lr": session.optimizer.param_groups[0]["lr"],
         "train_loss": sum(means.values()),
         **means,
     }
+
+
+def _due(config: Config, done: int, total: int) -> bool:
+    """Whether a checkpoint is due after `done` steps: an epoch of a small set is too short for one of its own."""
+    return done % max(1, round(config["checkpoint_every"] * total)) == 0 or done == total
 
 
 def _forward_backward(
@@ -243,8 +249,6 @@ def _evaluate(config: Config, session: Session, images: Coco, stop: StopRequest)
         if kind == "online" and not normalizers(session.model):
             final[kind] = final["moving"]
             continue
-        final[kind] = evaluate(
-            session.model, images.test, images.labels, everything, kind, stat_batch, session.ranks
-        )
+        final[kind] = evaluate(session.model, images.test, images.labels, everything, kind, stat_batch, session.ranks)
         stop.check()
     return final

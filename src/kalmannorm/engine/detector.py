@@ -170,7 +170,8 @@ def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches
     plain["norm"] = {"name": "bn", "preset": None, "predictor": None, "options": {}}
     plain["batch"]["stat_batch"] = None
     twin = build(plain).to(batches.device)
-    state = {key: value for key, value in model.state_dict().items() if not key.endswith(("running_mean", "running_var"))}
+    constants = ("running_mean", "running_var")
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith(constants)}
     twin.load_state_dict(state, strict=False)
     measured = normalizers(twin)
     for layer in measured.values():
@@ -181,7 +182,6 @@ def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches
         twin(batch.images, batch.targets, batch.canvas)
         seen += len(batch.images)
     for name, layer in measured.items():
-        constant = model.get_submodule(name)
-        constant.running_mean.copy_(layer.running_mean)  # type: ignore[union-attr, operator]
-        constant.running_var.copy_(layer.running_var)  # type: ignore[union-attr, operator]
+        for key in constants:
+            getattr(model.get_submodule(name), key).copy_(getattr(layer, key))
     return seen

@@ -61,7 +61,7 @@ class Progress:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
 
     def step(self, done: int, loss: float, accuracy: float | None = None) -> None:
-        """`done` steps of the run are done; mean loss and, of a classifier, training accuracy (percent) over the epoch's."""
+        """`done` steps of the run are done; over the epoch's, mean loss and, of a classifier, accuracy (percent)."""
         self.images = (done - self._first) * self._batch
         rate = self.images / (time.perf_counter() - self._training)
         correct = "" if accuracy is None else f"accuracy {accuracy:.1f} %  "

@@ -131,7 +131,9 @@ def _resolve_detection(config: Config) -> None:
             with Path(file).expanduser().open("rb") as stream:
                 arch["pretrained"] = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(f"weights = {file}: {error.strerror or error}; expected a .pth or .safetensors file") from None
+            raise UserError(
+                f"weights = {file}: {error.strerror or error}; expected a .pth or .safetensors file"
+            ) from None
     if arch.get("frozen_stages") is None:
         arch["frozen_stages"] = 0 if file is None else 2
 
