@@ -46,7 +46,8 @@ class Threader:
 
     `predictor`: "closed" or "sampling"; `relu`: whether rectification changes a belief; `input_belief`: names of the
     buffers that hold the model input's belief, the node that is that belief, or None; `add_noise(convolution's name)`
-    makes a noise module and returns its name.
+    makes a noise module and returns its name; `add_transition(convolution's name)` a transition, None where
+    convolutions' weights are theirs.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Threader:
         relu: bool,
         input_belief: tuple[str, str] | fx.Node | None,
         add_noise: Callable[[str, bool], str],
+        add_transition: Callable[[str], str] | None = None,
     ) -> None:
         self.graph, self.modules = graph, modules
         self.predictor, self.relu, self.input_belief, self.add_noise = predictor, relu, input_belief, add_noise
+        self.add_transition = add_transition
         self.inputs: dict[fx.Node, list[fx.Node]] = {}  # what an operation's first argument holds when it runs
         self.lost: dict[fx.Node, str | None] = {}  # what lost the belief of a node's value; None if it has one
         self._rules: dict[fx.Node, Rule] = {}
@@ -189,6 +192,10 @@ class Threader:
 
     def _conv_rule(self, node: fx.Node, name: str, module: nn.Conv2d, inputs: list[fx.Node]) -> Rule:
         def closed(beliefs: list[fx.Node]) -> fx.Node:
+            if self.add_transition is not None:
+                bias = None if module.bias is None else self.graph.get_attr(f"{name}.bias")
+                transition = self.add_transition(name)
+                return self.graph.create_node("call_module", transition, (beliefs[0], bias), name=self._name)
             return self._call(predict.conv, beliefs[0], *self._parameters(name, module), module.groups)
 
         if self.predictor == "closed":

@@ -8,9 +8,13 @@ from torch import nn
 from kalmannorm.conversion import Converted, convert
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.models import ARCHS
+from kalmannorm.norm.weight import is_weight_normalized
 from kalmannorm.statistics import seed_noise, set_statistics
 
 Config = dict[str, Any]
+
+# Stands for norm.options.input_belief = data until start.measure_input has seen them.
+UNMEASURED = (torch.zeros(3), torch.ones(3))
 
 
 def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
@@ -27,9 +31,11 @@ def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
         plain = ARCHS[name](classes=config["dataset"]["classes"], **arch)
     except TypeError as error:
         raise UserError(f"arch {name}: {error}") from None
-    kalman = {"preset": norm["preset"], "predictor": norm["predictor"]} if norm["preset"] else {}
+    chosen = {key: norm[key] for key in ("preset", "predictor") if norm[key]} | norm["options"]
+    if "input_belief" in chosen:
+        chosen["input_belief"] = UNMEASURED
     try:
-        model = convert(plain, norm["name"], stat_batch=batch["stat_batch"], **kalman, **norm["options"])
+        model = convert(plain, norm["name"], stat_batch=batch["stat_batch"], **chosen)
     except ValueError as error:
         raise UserError(f"norm {norm['name']} on {name}: {error}") from None
     seed_noise(model, config["seed"])
@@ -55,13 +61,21 @@ def _try_out(model: Converted, config: Config) -> None:
 def optimizer(model: nn.Module, schedule: dict[str, Any]) -> torch.optim.SGD:
     """SGD with momentum; weight decay on the weights of convolutions and the classifier only (released code).
 
-    So never on biases, gamma, beta, or a Kalman normalizer's q and R. The rate is set before every step.
+    So never on biases, gamma, beta, or a Kalman normalizer's q, R and transition. The rate is set before every step.
     """
-    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    decayed = [_decayed(m) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     chosen = {id(p) for p in decayed}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": schedule["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=0.0, momentum=schedule["momentum"])
+
+
+def _decayed(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
+    """The weight; under weight normalization its g: W = g v / |v| has the norm of g, and v's changes nothing. So the
+    penalty on W stays the recipe's, which knows no weight normalization: ours."""
+    if is_weight_normalized(layer):
+        return layer.parametrizations.weight.original0  # type: ignore[union-attr, return-value]
+    return layer.weight
 
 
 def learning_rate(step: int, total_steps: int, schedule: dict[str, Any], of_epochs: int) -> float:

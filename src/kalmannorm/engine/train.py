@@ -20,11 +20,12 @@ from kalmannorm.engine.model import build, learning_rate, optimizer
 from kalmannorm.engine.progress import Progress
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.session import Session, StopRequest
+from kalmannorm.engine.start import initialize, measure_input
 from kalmannorm.errors import UserError
 from kalmannorm.norm import Estimator
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, result_part
-from kalmannorm.statistics import flush_moving, normalizers, place_batch, spread_batches
+from kalmannorm.statistics import flush_moving, normalizers, place_batch, set_progress, spread_batches
 
 CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU
 
@@ -64,6 +65,7 @@ def run(config: Config) -> dict[str, Any]:
         "host": records.host(str(ranks.device)) | {"processes": ranks.world},
     }
     model.to(ranks.device)
+    measure_input(model, train, ranks)
     session = Session(identity, folder, model, optimizer(model, config["schedule"]), ranks)
     record["curves"] = session.curves
     figures: dict[str, np.ndarray] = {}
@@ -134,6 +136,8 @@ def loaders(config: Config, arrays: data.Arrays, ranks: Ranks, whole: bool = Fal
 def _fit(config: Config, session: Session, train: Loader, test: Loader, progress: Progress, stop: StopRequest) -> None:
     """The training, from where the last checkpoint left it. Raises Diverged and Stopped."""
     session.restore()
+    if session.epoch == session.step == 0:
+        initialize(session.model, train)
     epochs, stat_batch, ranks = config["budget"]["epochs"], config["batch"]["stat_batch"], session.ranks
     steps = train.steps_per_epoch
     progress.begin(session.epoch * steps + session.step, steps, train.batch, session.folder)
@@ -145,6 +149,7 @@ def _fit(config: Config, session: Session, train: Loader, test: Loader, progress
     while session.epoch < epochs:
         trained = train_epoch(config, session, forward, train, progress, stop)
         session.save()
+        set_progress(session.model, (session.epoch + 1) / epochs)
         for kind in ("moving", "online"):
             trained[kind] = evaluate(session.model, test, kind, stat_batch, ranks)["accuracy"]
             stop.check()
@@ -169,6 +174,7 @@ def train_epoch(
         done = session.epoch * steps + session.step
         for group in session.optimizer.param_groups:
             group["lr"] = learning_rate(done, total, schedule, budget["of_epochs"])
+        set_progress(session.model, done / total)
         session.optimizer.zero_grad(set_to_none=True)
         _forward_backward(session, forward, autocast, x, labels, config["accumulate"], done)
         session.optimizer.step()

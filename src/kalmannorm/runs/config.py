@@ -163,6 +163,9 @@ def _check(config: Config) -> None:
     _expect(subset is None or (isinstance(subset, int) and subset >= grad), "budget.subset", subset,
             f"null or at least one step's {grad} images")  # fmt: skip
     options = config["norm"]["options"]
+    if "input_belief" in options:
+        _expect(options["input_belief"] == "data", "norm.options.input_belief", options["input_belief"],
+                "data, measured from the training set, or nothing at all")  # fmt: skip
     if options.get("gain") == 1 and options.get("learn_gain"):
         raise UserError(
             "norm.options.gain = 1 cannot be learned: pass norm.options.learn_gain=false, or a gain below 1"

@@ -12,6 +12,7 @@ from kalmannorm.engine.evaluate import evaluate as evaluate_once
 from kalmannorm.engine.evaluate import precise
 from kalmannorm.engine.model import build
 from kalmannorm.engine.ranks import Ranks
+from kalmannorm.engine.start import measure_input
 from kalmannorm.errors import UserError
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, compose
@@ -61,6 +62,7 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     model.to(ranks.device)
     arrays = data.load(config["dataset"]["name"], data.root(config["data"]))
     train_set, test_set = train.loaders(config, arrays, ranks)
+    measure_input(model, train_set, ranks)
     stat_batch = config["batch"]["stat_batch"]
     final = {kind: evaluate_once(model, test_set, kind, stat_batch) for kind in ("moving", "online")}
     final["precise"] = precise(model, train_set, test_set, stat_batch, config["budget"]["epochs"])
@@ -81,7 +83,8 @@ def export(run: str, file: str, overrides: list[str]) -> Path:
 
     record, _, weights = _finished(run, overrides)
     metadata = {key: json.dumps(record[key], sort_keys=True) for key in ("id", "config", "final", "data")}
-    records.write_atomically(Path(file), save({k: v.contiguous() for k, v in weights.items()}, metadata))
+    # Copies: safetensors refuses tensors that share memory, as an R that all layers share does.
+    records.write_atomically(Path(file), save({k: v.contiguous().clone() for k, v in weights.items()}, metadata))
     print(f"{file}: weights of run {record['id']}")
     return Path(file)
 
