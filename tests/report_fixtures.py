@@ -1,12 +1,13 @@
 """Records and cards for the tests of the report, in the layout that runs write."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from kalmannorm.runs.record import run_id
 
 NUMERICS = 3
 BINS, CHANNELS, LAYERS = 24, 40, 19
@@ -78,8 +79,7 @@ def write_record(
     """Write results/records/<id>.json (and .npz) of a run of the config `of`, and return its id."""
     determining = {key: value for key, value in of.items() if key not in ("device", "data", "results", "runs")}
     determining |= {"seed": seed, **changes}
-    text = json.dumps([determining, numerics, sha256], sort_keys=True)
-    identity = name or hashlib.sha256(text.encode()).hexdigest()[:12]
+    identity = name or run_id(determining, numerics)
     record: dict[str, Any] = {
         "id": identity,
         "numerics": numerics,

@@ -214,11 +214,31 @@ def test_rows_of_different_settings_are_marked(tmp_path: Path) -> None:
 
 
 def test_duplicate_seed(tmp_path: Path) -> None:
+    """Two done records of one run cannot come from disk (below), but a table does not rely on that."""
     first = write_record(tmp_path, BN, 1, online=90.0)
-    copy = write_record(tmp_path, BN, 1, online=99.0, name="planted")
-    found = made(tmp_path)
+    (record,) = report.records(tmp_path, NUMERICS).current
+    copy = json.loads(json.dumps(record | {"id": "planted"}))
+    copy["final"]["online"]["accuracy"] = 99.0
+    found = table(card(), report.Records(tmp_path, NUMERICS, (record, copy), ()))
     assert row_of(found, "bn_stat2").cells[0].summary == statistics.Summary(90.0, None, 1)
-    assert notes_of(found, "bn_stat2") == f"seed 1 has 2 done records; {first} is used, left out: {copy}"
+    assert notes_of(found, "bn_stat2") == f"seed 1 has 2 done records; {first} is used, left out: planted"
+
+
+def test_planted_records(tmp_path: Path) -> None:
+    """A copy under another name, and a record whose config was edited, are found by their ids."""
+    good = write_record(tmp_path, BN, 1)
+    path = tmp_path / "records" / f"{write_record(tmp_path, KN, 2)}.json"
+    whole = path.read_text()
+    record = json.loads(whole)
+    record["config"]["norm"]["options"]["gain"] = 0.1
+    for planted, complaint in ((record, "its id is not that of its configuration"), (record["config"], "'id' is None")):
+        path.write_text(json.dumps(planted))
+        with pytest.raises(UserError, match=complaint):
+            report.records(tmp_path, NUMERICS)
+    path.write_text(whole)
+    write_record(tmp_path, BN, 1, name="planted")
+    with pytest.raises(UserError, match=f"planted.json .* its id is not that of its configuration, {good}"):
+        report.records(tmp_path, NUMERICS)
 
 
 def test_stale_records_are_listed_only(tmp_path: Path) -> None:

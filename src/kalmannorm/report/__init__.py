@@ -36,7 +36,7 @@ def _table(card: Mapping[str, Any], found: Records) -> Files:
     name = tables.stem(card)
     texts = {"md": render.markdown(table), "csv": render.csv(table), "tex": render.latex(table)}
     files = {f"{name}.{ending}": text.encode() for ending, text in texts.items()}
-    if not table.empty:
+    if not table.empty and not table.apart:
         from kalmannorm.report import figure
 
         picture = figure.accuracy_bars(table)

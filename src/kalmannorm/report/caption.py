@@ -25,8 +25,8 @@ def estimators(rows: Sequence[Mapping[str, Any]]) -> str:
     said: dict[str, list[str]] = {}
     for row in rows:
         if row["config"]["norm"].get("preset"):
-            said.setdefault(_estimator(row["config"]["norm"]), []).append(row_label(row))
-    sentences = [f"{' and '.join(labels)}: {text}." for text, labels in said.items()]
+            said.setdefault(estimator(row["config"]["norm"]), []).append(row_label(row))
+    sentences = [f"{' and '.join(dict.fromkeys(labels))}: {text}." for text, labels in said.items()]
     if any("initial gain" in text for text in said):
         sentences.append("The initial gain is ours: no source gives one.")
     return " ".join(sentences)
@@ -82,7 +82,7 @@ def row_label(row: Mapping[str, Any]) -> str:
 
 def row_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Per key the row's name where it stands alone: its label, with the batches where others have the same label."""
-    labels = [row_label(row) for row in rows]
+    labels = [f"{row['block']}: {row_label(row)}" if row.get("block") else row_label(row) for row in rows]
     return {
         row["key"]: label if labels.count(label) == 1 else f"{label} {pair(batches(row['config']))}"
         for row, label in zip(rows, labels, strict=True)
@@ -102,11 +102,20 @@ def distinct(configs: Sequence[Config], *path: str) -> list[Any]:
 
 
 def _data(configs: Sequence[Config], runs: Sequence[Record]) -> str:
-    fidelities = dict.fromkeys(str((run.get("data") or {}).get("fidelity") or "not recorded") for run in runs)
-    fidelity = f" ({' / '.join(fidelities)})" if fidelities else ""
-    images = sorted({values["images"] for run in runs for values in run["final"].values() if "images" in values})
-    test = f", evaluated on {' / '.join(f'{count:,}' for count in images)} test images" if images else ""
-    return f"Data: {_joined(distinct(configs, 'dataset', 'name'))}{fidelity}{test}."
+    said = []
+    for name in distinct(configs, "dataset", "name"):
+        of_data = [run for run in runs if run["config"]["dataset"]["name"] == name]
+        fidelities = dict.fromkeys(fidelity(run) for run in of_data)
+        images = sorted({values["images"] for run in of_data for values in run["final"].values() if "images" in values})
+        exact = f" ({' / '.join(fidelities)})" if fidelities else ""
+        test = f", evaluated on {' / '.join(f'{count:,}' for count in images)} test images" if images else ""
+        said.append(f"{name}{exact}{test}")
+    return f"Data: {'; '.join(said)}."
+
+
+def fidelity(run: Record) -> str:
+    """How exact the run's data are: "59,839 of 60,000 exact"."""
+    return str((run.get("data") or {}).get("fidelity") or "not recorded")
 
 
 def _budget(configs: Sequence[Config], runs: Sequence[Record]) -> str:
@@ -140,7 +149,8 @@ def _arch(arch: Config) -> str:
     return str(arch["name"]) + (f", width {width:g}" if width is not None else "")
 
 
-def _estimator(norm: Config) -> str:
+def estimator(norm: Config) -> str:
+    """How a KN normalizer estimates, in words."""
     options = norm.get("options") or {}
     predictor = {"closed": "closed form", None: "of the preset"}.get(norm.get("predictor"), norm.get("predictor"))
     if options.get("gain") is None:

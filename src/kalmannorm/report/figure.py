@@ -111,7 +111,7 @@ def accuracy_bars(table: Table) -> "Figure":
         axis = figure.subplots()
         paper_drawn = False
         for place, row in enumerate(table.rows):
-            for i, cell in enumerate(row.cells):
+            for i, cell in enumerate(row.filled):
                 y = place + (i - (len(row.cells) - 1) / 2) * 0.34
                 colour, marker = STATISTICS.get(cell.column, (GREY, "o"))
                 if cell.summary is None:
@@ -134,7 +134,7 @@ def accuracy_bars(table: Table) -> "Figure":
         axis.set_axisbelow(True)
         axis.set_xlabel("top-1 accuracy after the last epoch (%)")
         axis.set_title(f"{textwrap.fill(table.title, 90)}\n{table.setting}", loc="left")
-        kinds = [(column, *STATISTICS.get(column, (GREY, "o"))) for column in table.columns]
+        kinds = [(column.label, *STATISTICS.get(column.statistics, (GREY, "o"))) for column in table.columns]
         handles = [
             Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{column} statistics")
             for column, colour, marker in kinds

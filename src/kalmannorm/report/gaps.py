@@ -60,7 +60,7 @@ def of_row(card: Mapping[str, Any], row: Mapping[str, Any], records: Records, co
             f"{card['name']} needs a finished run of {what}, "
             f"but {state} in {records.folder / 'records'}. To run it: {command}"
         )
-    return [_load(record, records.folder / "records" / f"{record['id']}.npz") for record in selection.runs]
+    return [load(record, records.folder / "records" / f"{record['id']}.npz") for record in selection.runs]
 
 
 def one_seed(first: Sequence[Gaps], second: Sequence[Gaps], wanted: int | None = None) -> tuple[Gaps, Gaps]:
@@ -73,7 +73,8 @@ def one_seed(first: Sequence[Gaps], second: Sequence[Gaps], wanted: int | None =
     return a[seed], b[seed]
 
 
-def _load(record: Record, path: Path) -> Gaps:
+def load(record: Record, path: Path) -> Gaps:
+    """The arrays beside a record. Raises UserError: missing, broken, or of another shape."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {key: np.asarray(stored[key], dtype=np.float64) for key in stored.files}

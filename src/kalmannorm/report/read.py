@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalmannorm.errors import UserError
+from kalmannorm.runs.config import RESULT_KEYS
+from kalmannorm.runs.record import run_id
 
 if TYPE_CHECKING:
     import pandas
@@ -39,6 +41,19 @@ class Records:
         """The stale records that would otherwise belong to the row."""
         return self._stale_by_row.get(row_key(config), [])
 
+    def open_settings_of(self, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Configs of the current records of a row's network, normalizer and batches, one of each data set, budget,
+        schedule and width."""
+        return list(self._current_by_kind.get(kind_key(config), {}).values())
+
+    @functools.cached_property
+    def _current_by_kind(self) -> dict[str, dict[str, Mapping[str, Any]]]:
+        kinds: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for runs in self._current_by_row.values():
+            config = runs[0]["config"]
+            kinds.setdefault(kind_key(config), {}).setdefault(row_key(config), config)
+        return kinds
+
     @functools.cached_property
     def _current_by_row(self) -> dict[str, list[Record]]:
         return _by_row(self.current)
@@ -56,7 +71,7 @@ def records(results: Path, numerics: int) -> Records:
     current: list[Record] = []
     stale: list[Record] = []
     for path in _record_files(results):
-        record = _read(path)
+        record = read_one(path)
         (current if record["numerics"] == numerics else stale).append(record)
     return Records(results, numerics, tuple(current), tuple(stale))
 
@@ -71,11 +86,11 @@ def load(results: str | Path = "results") -> "pandas.DataFrame":
 
     rows = []
     for path in _record_files(Path(results)):
-        record = _read(path)
+        record = read_one(path)
         row = {key: record.get(key) for key in ("id", "numerics", "status", "reason", "parameters")}
-        row |= _flat(record["config"], "")
+        row |= flat(record["config"], "")
         for part in ("final", "data", "host", "curves"):
-            row |= _flat(record.get(part) or {}, f"{part}.")
+            row |= flat(record.get(part) or {}, f"{part}.")
         rows.append(row)
     return pandas.DataFrame(rows)
 
@@ -83,6 +98,11 @@ def load(results: str | Path = "results") -> "pandas.DataFrame":
 def row_key(config: Mapping[str, Any]) -> str:
     """Equal for two configs exactly when their runs belong to the same row."""
     return json.dumps({key: value for key, value in config.items() if key not in _LOOSE}, sort_keys=True)
+
+
+def kind_key(config: Mapping[str, Any]) -> str:
+    """Equal for two configs of the same network, normalizer and batches: what a card's row fixes."""
+    return json.dumps([config["arch"]["name"], config["norm"], config["batch"]], sort_keys=True)
 
 
 def _by_row(group: tuple[Record, ...]) -> dict[str, list[Record]]:
@@ -100,7 +120,8 @@ def _record_files(results: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
 
 
-def _read(path: Path) -> Record:
+def read_one(path: Path) -> Record:
+    """The record in a file. Raises UserError when it is not a whole record, or not that of its configuration."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -129,6 +150,16 @@ def _problem(record: Any, stem: str) -> str | None:
         return f"'status' is {record['status']!r}, expected 'done' or 'failed'"
     if not isinstance(record["config"].get("seed"), int):
         return f"'config.seed' is {record['config'].get('seed')!r}, expected an integer"
+    if problem := _problem_of_results(record):
+        return problem
+    if missing := [key for key in RESULT_KEYS if key not in record["config"]]:
+        return f"its config has no {', '.join(missing)}"
+    if record["id"] != (expected := run_id(record["config"], record["numerics"])):
+        return f"its id is not that of its configuration, {expected} (edited after the run, or made up)"
+    return None
+
+
+def _problem_of_results(record: Record) -> str | None:
     if record["status"] == "done":
         final = record.get("final")
         if not isinstance(final, dict) or not final:
@@ -139,11 +170,12 @@ def _problem(record: Any, stem: str) -> str | None:
     return None
 
 
-def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A tree of dicts as one dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

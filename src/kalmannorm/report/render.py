@@ -7,7 +7,7 @@ import textwrap
 from typing import NamedTuple
 
 from kalmannorm.report.caption import pair
-from kalmannorm.report.cells import Cell
+from kalmannorm.report.cells import Batch, Cell
 from kalmannorm.report.table import Row, Table, describe, mark
 
 WIDTH = 100  # characters of a terminal line
@@ -42,16 +42,21 @@ class Text(NamedTuple):
 
 
 def grid(table: Table) -> list[list[Text]]:
-    """The table's rows as text, one list per row, as wide as its header."""
+    """The table's rows as text, one list per row, as wide as its header; a block's heading is a row of its own."""
     rows = []
+    block = ""
     for row in table.rows:
-        line = [Text(row.label), Text(pair(row.batch))]
+        if row.block != block:
+            block = row.block
+            rows.append([Text(f"{block}:"), *[Text("")] * (len(table.header) - 1)])
+        line = [Text(row.label), *([Text(pair(row.batch) if row.batch else "")] if table.shows_batch else [])]
         for cell in row.cells:
-            line.append(Text(_value(cell), table.marks(cell)))
+            line.append(Text(_value(cell, table.apart), table.marks(cell)) if cell else Text(""))
             if table.paper_note:
-                line.append(Text(_paper(row, cell)))
-        counts = dict.fromkeys(str(len(cell.by_seed)) for cell in row.cells)
-        rows.append([*line, Text("/".join(counts))])
+                line.append(Text(_paper(row, cell) if cell else ""))
+        if not table.apart:
+            line.append(Text("/".join(dict.fromkeys(str(len(cell.by_seed)) for cell in row.filled))))
+        rows.append(line)
     return rows
 
 
@@ -61,7 +66,8 @@ def markdown(table: Table) -> str:
     def written(place: Text) -> str:
         return _escape_markdown(place.text) + (f"<sup>{place.marks}</sup>" if place.marks else "")
 
-    rule = [":--", ":--", *[":-:"] * (len(table.header) - 2)]
+    left = 2 if table.shows_batch else 1
+    rule = [*[":--"] * left, *[":-:"] * (len(table.header) - left)]
     lines = [[*map(_escape_markdown, table.header)], rule, *[[written(place) for place in row] for row in grid(table)]]
     parts = [
         f"**{_escape_markdown(table.title)}.** {_escape_markdown(table.caption)}",
@@ -92,6 +98,7 @@ def latex(table: Table) -> str:
 
     lines = [[*map(escape_latex, table.header)], *[[written(place) for place in row] for row in grid(table)]]
     header, *body = [f"    {' & '.join(line)} \\\\" for line in lines]
+    columns = len(table.header) - (2 if table.shows_batch else 1)
     notes = [rf"\textsuperscript{{{mark(i)}}} {escape_latex(note)}" for i, note in enumerate(table.footnotes)]
     below = " \\\\\n".join(f"  {line}" for line in (*notes, *map(escape_latex, _below(table))))
     return "\n".join(
@@ -101,7 +108,7 @@ def latex(table: Table) -> str:
             r"  \centering",
             rf"  \caption{{{escape_latex(table.title)}. {escape_latex(table.caption)}}}",
             rf"  \label{{tab:{re.sub('[^A-Za-z0-9-]', '-', table.stem)}}}",
-            rf"  \begin{{tabular}}{{ll{'c' * (len(table.header) - 2)}}}",
+            rf"  \begin{{tabular}}{{{'ll' if table.shows_batch else 'l'}{'c' * columns}}}",
             r"    \toprule",
             header,
             r"    \midrule",
@@ -125,11 +132,12 @@ def csv(table: Table) -> str:
         + ["values", "paper", "paper_grad_batch", "paper_stat_batch", "records", "notes"]
     )
     for row in table.rows:
-        for cell in row.cells:
+        for cell in row.filled:
             mean, half_width = (cell.summary.mean, cell.summary.half_width) if cell.summary else (None, None)
-            paper = ["", "", ""] if cell.paper is None else [cell.paper, *_batches(row.paper_batch)]
+            paper = ["", "", ""] if cell.paper is None else [cell.paper, *_batches(row.paper_batch or cell.batch)]
+            kind = "accuracy" if cell.decimals else "steps"
             writer.writerow(
-                ["accuracy", row.key, row.label, *_batches(row.batch), cell.column, cell.state]
+                [kind, row.key, f"{row.block} {row.label}".strip(), *_batches(cell.batch), cell.column, cell.state]
                 + [_number(mean), _number(half_width), len(cell.by_seed), " ".join(map(str, cell.by_seed))]
                 + [" ".join(map(_number, cell.by_seed.values())), *paper, " ".join(cell.ids), "; ".join(cell.notes)]
             )
@@ -153,22 +161,23 @@ def _below(table: Table) -> list[str]:
     return [*([table.paper_note] if table.paper_note else []), *table.remarks]
 
 
-def _value(cell: Cell) -> str:
+def _value(cell: Cell, with_count: bool) -> str:
     if cell.summary is None:
         return cell.state
-    half_width = "" if cell.summary.half_width is None else f" ± {cell.summary.half_width:.2f}"
-    return f"{cell.summary.mean:.2f}{half_width}"
+    half_width = "" if cell.summary.half_width is None else f" ± {cell.summary.half_width:,.{cell.decimals}f}"
+    count = f" ({cell.summary.n})" if with_count else ""
+    return f"{cell.summary.mean:,.{cell.decimals}f}{half_width}{count}"
 
 
 def _paper(row: Row, cell: Cell) -> str:
     if cell.paper is None:
         return "–"
-    elsewhere = f" {pair(row.paper_batch)}" if row.paper_batch != row.batch else ""
-    return f"{cell.paper}{elsewhere}"  # as printed: 90.0, not 90.00
+    elsewhere = f" {pair(row.paper_batch)}" if row.paper_batch and row.paper_batch != row.batch else ""
+    return f"{cell.paper:,}{elsewhere}"  # as printed: 90.0, not 90.00
 
 
-def _batches(batch: tuple[int, int | None]) -> list[object]:
-    return ["" if size is None else size for size in batch]
+def _batches(batch: Batch | None) -> list[object]:
+    return ["" if size is None else size for size in batch or (None, None)]
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,14 @@
-"""Experiments: one card each in conf/experiment, which names the runs of a table or figure."""
+"""Experiments: one card each in conf/experiment, which names the runs of a table or figure.
+
+A card is a YAML file. Each row has the overrides of its runs. A column names a kind of statistics (`moving`), or has
+overrides of its own, where the paper's columns are data sets, networks or batches:
+
+    columns: [online, moving]
+    columns:
+      - {key: cifar10, label: CIFAR-10, statistics: moving, overrides: [dataset=cifar10]}
+
+A row with `columns: [cifar10]` has a cell there alone. The rest of a card's keys: report/table.py.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +20,11 @@ from kalmannorm.runs.record import run_id
 
 @dataclass
 class Experiment:
-    """A card (the YAML file, each row with its composed `config` less the seed) and the runs that it asks for."""
+    """A card and the runs that it asks for.
+
+    The card is the YAML file; each row has its composed `config` less the seed, and where columns have overrides its
+    `configs` by the column's key (`config` is then the first of them).
+    """
 
     card: dict[str, Any]
     runs: list[Config] = field(default_factory=list)
@@ -21,41 +35,106 @@ def names() -> list[str]:
     return sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml"))
 
 
-def load(name: str, arguments: list[str]) -> Experiment:
-    """The card `name` under `arguments`: overrides of every run, and
-
-    seeds=N        seeds 1..N in place of the card's number; seeds=1,4 or seeds=4, names them
-    rows=paper     only the papers' rows, without ours; rows=KEY,KEY names them
-
-    Rows that come to the same run (a normalizer without batch statistics at two of them) share it.
-    """
+def read(name: str) -> dict[str, Any]:
+    """The card as it stands in its file. UserError: no card of that name."""
     from omegaconf import OmegaConf
 
     if name not in names():
         raise UserError(nearest(name, names(), "experiment"))
     card: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml"), resolve=True)
-    own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows")}
+    return dict(card)
+
+
+def load(name: str, arguments: list[str]) -> Experiment:
+    """The card `name` under `arguments`: overrides of every run, and
+
+    seeds=N        seeds 1..N in place of the card's number; seeds=1,4 or seeds=4, names them
+    rows=paper     only the papers' rows, without ours; rows=KEY,KEY names them
+    columns=KEY    only these columns, of a card whose columns have overrides
+    dataset=NAME   where the columns are data sets: that one alone, also one that the paper does not have
+
+    Rows that come to the same run (a normalizer without batch statistics at two of them) share it. A card of kind
+    "pending" has no runs yet. UserError: unknown names or values.
+    """
+    card = read(name)
+    own = {
+        key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows", "columns")
+    }
     overrides = [a for a in arguments if a.partition("=")[0] not in own]
     card["rows"] = _choose(card["rows"], own.get("rows"))
-    seeds = _seeds(own.get("seeds", str(card["seeds"])))
+    seeds = _seeds(own.get("seeds", str(card.get("seeds", 1))))
     card["command"] = " ".join(["kalmannorm sweep", name, *arguments])
 
     experiment = Experiment(card)
+    if card.get("kind") == "pending":
+        return experiment
+    columns, overrides = _columns(card, own.get("columns"), overrides)
     known: set[str] = set()
     for row in card["rows"]:
         row.setdefault("ours", False)
-        for seed in seeds:
-            config = compose([*card.get("base", []), *row["overrides"], *overrides, f"seed={seed}"])
-            row["config"] = {key: value for key, value in result_part(config).items() if key != "seed"}
-            if run_id(config) not in known:
-                known.add(run_id(config))
-                experiment.runs.append(config)
-                experiment.keys.append(row["key"])
+        for column, of_column in columns.items():
+            if column in row.get("columns", columns):
+                config = compose(_last_of_each(card.get("base", []), of_column, row["overrides"], overrides, ["seed=0"]))
+                less_seed = {key: value for key, value in result_part(config).items() if key != "seed"}
+                row.setdefault("config", less_seed)
+                if column:
+                    row.setdefault("configs", {})[column] = less_seed
+                for seed in seeds:
+                    run = {**config, "seed": seed}
+                    if run_id(run) not in known:
+                        known.add(run_id(run))
+                        experiment.runs.append(run)
+                        experiment.keys.append(f"{row['key']} {column}".rstrip())
+    card["rows"] = [row for row in card["rows"] if "config" in row]
+    if not card["rows"]:
+        raise UserError(f"{name}: none of its rows has a column of {', '.join(columns)}")
     # Seed by seed, so that a sweep that is cut short has whole comparisons.
     order = sorted(range(len(experiment.runs)), key=lambda i: experiment.runs[i]["seed"])
     experiment.runs = [experiment.runs[i] for i in order]
     experiment.keys = [experiment.keys[i] for i in order]
     return experiment
+
+
+def _last_of_each(*overrides: list[str]) -> list[str]:
+    """The later one of two overrides of the same key, which Hydra would refuse."""
+    return list({o.partition("=")[0]: o for group in overrides for o in group}.values())
+
+
+def fixes_dataset(card: dict[str, Any]) -> bool:
+    """Whether the columns of a card are data sets."""
+    return any(_dataset(column) for column in card.get("columns", []))
+
+
+def _columns(
+    card: dict[str, Any], wanted: str | None, overrides: list[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Overrides by column's key, {"": []} where all columns show the same runs; and the overrides of every run."""
+    having = [column for column in card.get("columns", []) if isinstance(column, dict) and "overrides" in column]
+    if not having:
+        if wanted is not None:
+            raise UserError(f"columns={wanted}: the columns of {card['name']} are of the same runs; there is no choice")
+        return {"": []}, overrides
+    if wanted is not None:
+        keys = [column["key"] for column in having]
+        for key in wanted.split(","):
+            if key not in keys:
+                raise UserError(nearest(key, keys, "column"))
+        having = [column for column in having if column["key"] in wanted.split(",")]
+    dataset = next((o.partition("=")[2] for o in overrides if o.startswith("dataset=")), None)
+    if dataset and fixes_dataset(card):
+        overrides = [o for o in overrides if not o.startswith("dataset=")]
+        same = [column for column in having if _dataset(column) == dataset]
+        having = same or [{**having[0], "key": dataset, "label": dataset, "overrides": [f"dataset={dataset}"]}]
+        if not same:  # every row can have it, as no paper says otherwise
+            for row in card["rows"]:
+                row.pop("columns", None)
+    card["columns"] = having
+    return {column["key"]: column["overrides"] for column in having}, overrides
+
+
+def _dataset(column: Any) -> str | None:
+    overrides = column.get("overrides", []) if isinstance(column, dict) else []
+    return next((o.partition("=")[2] for o in overrides if o.startswith("dataset=")), None)
 
 
 def _choose(rows: list[dict[str, Any]], wanted: str | None) -> list[dict[str, Any]]:

@@ -1,0 +1,106 @@
+"""Everything that the records of a results folder give: each card, in each setting that it was run in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kalmannorm.errors import UserError
+from kalmannorm.report import cost, table, variants
+from kalmannorm.report.read import Records
+from kalmannorm.report.table import Table
+from kalmannorm.report.variants import Variant
+
+# All tables and figures of the papers that are to be rerun, in the papers' order; the other cards are ours.
+PAPERS = (
+    *(f"table{number}" for number in range(1, 9)),
+    *(f"figure{number}" for number in range(3, 6)),
+    *(f"v1-figure{number}" for number in range(3, 9)),
+    "v1-table3",
+    "talk-resnet50",
+)
+Files = dict[str, bytes]
+TABLES = ("table", "pending")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a card gives in one setting: its table, or its pictures; `problem` says why there is none."""
+
+    variant: Variant | None
+    table: Table | None
+    files: Files
+    cost: str
+    command: str
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A card with everything made of it; without a card where there is none yet, or where it cannot be composed."""
+
+    name: str
+    card: Mapping[str, Any] | None
+    made: tuple[Made, ...]
+    problem: str = ""
+
+    @property
+    def title(self) -> str:
+        """What it reproduces."""
+        return str(self.card["title"]) if self.card else self.name
+
+    @property
+    def run(self) -> bool:
+        """Whether anything of it was run."""
+        return any(made.files for made in self.made)
+
+
+def load_cards() -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """All cards with their rows composed, by name; and why the others cannot be composed."""
+    from kalmannorm.runs import experiment
+
+    cards, problems = {}, {name: "no card yet" for name in PAPERS}
+    for name in experiment.names():
+        problems.pop(name, None)
+        try:
+            cards[name] = experiment.load(name, ["device=cpu", "seeds=1"]).card
+        except UserError as error:
+            problems[name] = f"cannot be composed here: {error}"
+            continue
+        cards[name]["seeds"] = experiment.read(name).get("seeds", 1)
+        cards[name]["command"] = f"kalmannorm sweep {name}"
+    return cards, problems
+
+
+def collect(cards: Mapping[str, Mapping[str, Any]], problems: Mapping[str, str], records: Records) -> list[Entry]:
+    """All entries: the papers' in their order, then ours."""
+    ours = sorted((cards.keys() | problems.keys()) - set(PAPERS))
+    found = []
+    for name in (*PAPERS, *ours):
+        if name in cards:
+            found.append(Entry(name, cards[name], tuple(_made(cards[name], records))))
+        else:
+            found.append(Entry(name, None, (), problems[name]))
+    return found
+
+
+def _made(card: Mapping[str, Any], records: Records) -> list[Made]:
+    if card.get("kind") == "pending":
+        return [Made(None, table.pending(card), {}, "not measured", "")]
+    found = [_in_setting(variants.apply(card, variant), variant, records) for variant in variants.of_card(card, records)]
+    if any(made.files for made in found):
+        return found
+    return found or [_in_setting(dict(card), None, records)]
+
+
+def _in_setting(card: Mapping[str, Any], variant: Variant | None, records: Records) -> Made:
+    from kalmannorm.report import KINDS
+
+    made = table.table(card, records) if card.get("kind", "table") == "table" else None
+    files: Files = {}
+    problem = ""
+    if made is None or not made.empty:
+        try:
+            files = KINDS[card.get("kind", "table")](card, records)
+        except UserError as error:
+            problem = str(error)
+    return Made(variant, made, files, cost.describe(card, records), table.command(card), problem)
