@@ -99,8 +99,8 @@ def convert(
     report: dict[str, str | None] = {}
     for mode, graph in trace(source, set(layers)).items():
         graphs[mode] = graph
-        given = input_belief if isinstance(input_belief, str) else buffers
-        report = _thread(graph, source, list(layers), predictor or "closed", relu, learned, given, returns_belief)
+        known = input_belief if isinstance(input_belief, str) else buffers
+        report = _thread(graph, source, list(layers), predictor or "closed", relu, learned, known, returns_belief)
     return Converted(source, graphs, report, type(model).__name__, list(layers))
 
 

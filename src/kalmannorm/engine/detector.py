@@ -23,6 +23,7 @@ DETECTORS = {"mask_rcnn_c4": MaskRCNNC4}
 PARTS = ("body", "backbone.body", "roi_heads.box_head")
 STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the first n + 1 of them are n frozen stages
 BELIEF_ENDS = "roi_align (rows of images become rows of regions; arch.roi_belief=carry hands the belief on)"
+NEEDS_MORE = {"brn": "follows a schedule", "wn": "begins with a pass over data"}
 # Training batches from which constants are measured where no pretrained weights bring them.
 CONSTANTS_BATCHES = 10
 
@@ -38,6 +39,8 @@ def build(config: Config) -> nn.Module:
         raise UserError(f"arch.roi_belief = {roi_belief}: expected end or carry")
     if not isinstance(frozen_stages, int) or not 0 <= frozen_stages <= 4:
         raise UserError(f"arch.frozen_stages = {frozen_stages}: expected 0 to 4 (2: the stem and layer1)")
+    if norm["name"] in NEEDS_MORE:
+        raise UserError(f"norm {norm['name']} {NEEDS_MORE[norm['name']]}, which detection does not have")
     torch.manual_seed(config["seed"])
     try:
         model = DETECTORS[name](classes=config["dataset"]["classes"], size=config["budget"]["size"], **arch)
