@@ -17,7 +17,7 @@ OVERRIDES = dataset=$(DATASET) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data
 DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=results/demo
 DATASETS := cifar10 cifar100 svhn svhn_extra
 
-.PHONY: help setup demo test test-all lint bench table7 figure5 clean $(DATASETS:%=data-%)
+.PHONY: help setup demo test test-all lint bench table6 table7 figure5 clean $(DATASETS:%=data-%)
 
 help: ## list the targets
 	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder ARGS='overrides'):"
@@ -39,6 +39,10 @@ demo: $(READY) ## Table 7 and Figure 5 on the bundled digits: 9 trainings, minut
 	@$(KN) sweep table7 $(DEMO)
 	@$(KN) report figure5 $(DEMO)
 	@$(KN) report table7 $(DEMO)
+
+table6: DATASET := coco
+table6: $(READY) ## Table 6: Mask R-CNN on COCO with frozen BN, GN and KN (DATASET=coco-tiny: a few images, CPU)
+	@$(KN) sweep table6 $(OVERRIDES) && $(KN) report table6 $(OVERRIDES)
 
 table7: $(READY) ## Table 7: BN and KN, online against moving statistics
 	@$(KN) sweep table7 $(OVERRIDES) && $(KN) report table7 $(OVERRIDES)
