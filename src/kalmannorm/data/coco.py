@@ -260,11 +260,8 @@ class TrainingBatches:
 
 def resized(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
     """Height and width after torchvision's resizing of the short side to `size`, the long one to at most `max_size`."""
-    # In single precision, as there: the products are rounded down.
-    scale = min(
-        np.float32(size) / np.float32(min(height, width)), np.float32(max_size) / np.float32(max(height, width))
-    )
-    return math.floor(height * float(scale)), math.floor(width * float(scale))
+    scale = min(size / min(height, width), max_size / max(height, width))
+    return math.floor(height * scale), math.floor(width * scale)
 
 
 def evaluation_order(count: int) -> list[int]:

@@ -76,7 +76,8 @@ def run(config: Config) -> dict[str, Any]:
             session.restore()
             _begin(config, session, batches, record["weights"])
             _fit(config, session, batches, progress, stop)
-            record["final"] = _evaluate(config, session, images, stop)
+            record["final"] = evaluate_all(config, model, images, ranks)
+            stop.check()
             if count := dataset["train_images_evaluated"]:
                 seen = coco.choose(batches.positions, min(count, batches.count))
                 record["final_on_training_images"] = evaluate(
@@ -241,14 +242,12 @@ def _means(session: Session) -> dict[str, float]:
     return dict(zip(LOSSES, values, strict=True))
 
 
-def _evaluate(config: Config, session: Session, images: Coco, stop: StopRequest) -> dict[str, Any]:
-    """On all validation images. Without batch statistics both kinds are the same, and are computed once."""
+def evaluate_all(config: Config, model: nn.Module, images: Coco, ranks: Ranks) -> dict[str, Any]:
+    """AP on all validation images under each kind of statistics; without batch statistics both are one, computed once."""
     everything, stat_batch = list(range(len(images.test.ids))), config["batch"]["stat_batch"]
-    final: dict[str, Any] = {}
-    for kind in ("moving", "online"):
-        if kind == "online" and not normalizers(session.model):
-            final[kind] = final["moving"]
-            continue
-        final[kind] = evaluate(session.model, images.test, images.labels, everything, kind, stat_batch, session.ranks)
-        stop.check()
+    final = {"moving": evaluate(model, images.test, images.labels, everything, "moving", stat_batch, ranks)}
+    if normalizers(model):
+        final["online"] = evaluate(model, images.test, images.labels, everything, "online", stat_batch, ranks)
+    else:
+        final["online"] = final["moving"]
     return final

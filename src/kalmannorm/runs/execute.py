@@ -35,8 +35,12 @@ def execute(config: Config) -> dict[str, Any]:
     return record
 
 
+def _detects(config: Config) -> bool:
+    return config["dataset"].get("task") == "detection"
+
+
 def _run(config: Config) -> dict[str, Any]:
-    if config["dataset"].get("task") == "detection":
+    if _detects(config):
         from kalmannorm.engine import detection
 
         return detection.run(config)
@@ -56,6 +60,8 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     such run, several of them, no weights, or an override that would make it another run.
     """
     record, config, weights = _finished(run, overrides)
+    if _detects(config):
+        return _evaluate_detector(record, config, weights)
     model, _ = build(config)
     model.load_state_dict(weights)
     ranks = Ranks(config)
@@ -70,6 +76,23 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     for kind, values in final.items():
         recorded = record["final"][kind]["accuracy"]
         print(f"  {kind:8} accuracy {values['accuracy']:6.2f} %  loss {values['loss']:.4f}  (record {recorded:.2f} %)")
+    return final
+
+
+def _evaluate_detector(record: dict[str, Any], config: Config, weights: dict[str, Any]) -> dict[str, Any]:
+    from kalmannorm.data import coco
+    from kalmannorm.engine import detection, detector
+
+    model = detector.build(config)
+    model.load_state_dict(weights)
+    ranks = Ranks(config)
+    model.to(ranks.device)
+    dataset = config["dataset"]
+    images = coco.load(dataset["name"], data.root(config["data"]), dataset["classes"])
+    final = detection.evaluate_all(config, model, images, ranks)
+    print(f"run {record['id']}: {images.provenance['name']}, {images.provenance['fidelity']}")
+    for kind, values in final.items():
+        print(f"  {kind:8} {_headline(values)}  (record {_headline(record['final'][kind])})")
     return final
 
 
