@@ -243,7 +243,7 @@ def _means(session: Session) -> dict[str, float]:
 
 
 def evaluate_all(config: Config, model: nn.Module, images: Coco, ranks: Ranks) -> dict[str, Any]:
-    """AP on all validation images under each kind of statistics; without batch statistics both are one, computed once."""
+    """AP on all validation images under each kind of statistics; without batch statistics both are one, made once."""
     everything, stat_batch = list(range(len(images.test.ids))), config["batch"]["stat_batch"]
     final = {"moving": evaluate(model, images.test, images.labels, everything, "moving", stat_batch, ranks)}
     if normalizers(model):
