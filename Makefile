@@ -4,7 +4,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-DATASET ?= cifar10
+DATASET ?=
 BUDGET ?= lite
 SEEDS ?= 3
 DATA ?=
@@ -13,15 +13,17 @@ ARGS ?=
 READY := $(VENV)/.ready
 KN := $(VENV)/bin/kalmannorm
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
-OVERRIDES = dataset=$(DATASET) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(ARGS)
+OVERRIDES = $(if $(DATASET),dataset=$(DATASET)) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(ARGS)
 DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=results/demo
+EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
 DATASETS := cifar10 cifar100 svhn svhn_extra
 
-.PHONY: help setup demo test test-all lint bench table6 table7 figure5 clean $(DATASETS:%=data-%)
+.PHONY: help setup demo test test-all lint bench report clean $(EXPERIMENTS) $(DATASETS:%=data-%)
 
 help: ## list the targets
 	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder ARGS='overrides'):"
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  /'
+	@for name in $(EXPERIMENTS); do printf '  %-14s%s\n' $$name "$$(sed -n 's/^title: *//p' conf/experiment/$$name.yaml | tr -d '"')"; done
 	@printf '  %-14s%s\n' data-NAME "prepare a data set from its official archive: $(DATASETS)"
 
 setup: $(READY) ## make the environment in .venv (python >= 3.11 and the package registry)
@@ -40,15 +42,12 @@ demo: $(READY) ## Table 7 and Figure 5 on the bundled digits: 9 trainings, minut
 	@$(KN) report figure5 $(DEMO)
 	@$(KN) report table7 $(DEMO)
 
-table6: DATASET := coco
-table6: $(READY) ## Table 6: Mask R-CNN on COCO with frozen BN, GN and KN (DATASET=coco-tiny: a few images, CPU)
-	@$(KN) sweep table6 $(OVERRIDES) && $(KN) report table6 $(OVERRIDES)
+# What is missing of an experiment, then its table or figure from what there is; its exit code is the runs'.
+$(EXPERIMENTS): $(READY)
+	@$(KN) sweep $@ $(OVERRIDES); code=$$?; $(KN) report $@ $(OVERRIDES) || exit; exit $$code
 
-table7: $(READY) ## Table 7: BN and KN, online against moving statistics
-	@$(KN) sweep table7 $(OVERRIDES) && $(KN) report table7 $(OVERRIDES)
-
-figure5: $(READY) ## Figure 5: variance gap of BN and KN
-	@$(KN) sweep figure5 $(OVERRIDES) && $(KN) report figure5 $(OVERRIDES)
+report: $(READY) ## all tables and figures, the claims' verdicts, results/report.html; from the records alone
+	@$(KN) report
 
 $(DATASETS:%=data-%): data-%: $(READY)
 	@$(KN) data prepare $* $(if $(DATA),--root $(DATA))

@@ -74,6 +74,7 @@ def write_record(
     sha256: str = "d" * 64,
     arrays: bool = False,
     name: str | None = None,
+    curves: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> str:
     """Write results/records/<id>.json (and .npz) of a run of the config `of`, and return its id."""
@@ -93,7 +94,7 @@ def write_record(
         final = {kind: {"accuracy": value, "loss": 0.3, "images": 360} for kind, value in pairs}
         record |= {
             "parameters": 903_018 + (1_600 if determining["norm"]["name"] == "bkn" else 0),
-            "curves": {"epoch": [1, 2], "moving": [50.0, moving], "online": [50.0, online]},
+            "curves": curves or {"epoch": [1, 2], "moving": [50.0, moving], "online": [50.0, online]},
             "final": {**final, "precise": final["moving"]},
             "norms": {
                 "gains": {},

@@ -11,6 +11,7 @@ EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule 
   kalmannorm train dataset=cifar10 arch=resnet32 norm=bkn batch=g128_s2 budget=lite seed=2
   kalmannorm sweep table7 dataset=cifar10 budget=paper seeds=3
   kalmannorm report table7 dataset=cifar10 budget=paper
+  kalmannorm report                                       every table and figure, the claims, results/report.html
   torchrun --nproc-per-node 8 -m kalmannorm train dataset=cifar10 norm=bkn       the same run on 8 devices
 exit codes: 0 all well; 1 a run failed; 2 wrong input; 130, 138, 143 stopped by a signal (the same command goes on)"""
 
@@ -62,9 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("experiment", metavar="EXPERIMENT")
     sweep.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="seeds=N, rows=paper, and overrides")
     sweep.add_argument("--dry-run", action="store_true", help="list the runs and the predicted time, run nothing")
-    report = add("report", _report, "make an experiment's table or figure from the records")
-    report.add_argument("experiment", metavar="EXPERIMENT")
-    report.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for sweep")
+    report = add("report", _report, "make an experiment's table or figure from the records; without one, everything")
+    report.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help="none: all, claims.md and report.html")
+    report.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for sweep; without EXPERIMENT results=")
+    report.add_argument("--compare", nargs=2, metavar="RUN", help="two runs' configurations, results and curves' ends")
     bench = add("bench", _bench, "measure speed and memory as ratios, both sides alternating")
     bench.add_argument("names", nargs="*", metavar="NAME", help="which comparisons; none: all")
     bench.add_argument("--seconds", type=float, default=20, help="per comparison (default 20)")
@@ -117,9 +119,13 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from kalmannorm.runs.sweep import report
+    from kalmannorm.runs import sweep
 
-    return report(options.experiment, options.overrides)
+    name: str | None = options.experiment
+    if name is None or "=" in name or options.compare:
+        overrides = [*([name] if name else []), *options.overrides]
+        return sweep.compare(options.compare, overrides) if options.compare else sweep.report_all(overrides)
+    return sweep.report(name, options.overrides)
 
 
 def _bench(options: argparse.Namespace) -> int:

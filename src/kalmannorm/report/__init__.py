@@ -12,7 +12,7 @@ from kalmannorm.report import table as tables
 from kalmannorm.report.read import Record, Records, load, records
 from kalmannorm.runs.record import write_atomically
 
-__all__ = ["Record", "Records", "load", "records", "write"]
+__all__ = ["Record", "Records", "load", "records", "write", "write_all"]
 
 
 Files = dict[str, bytes]
@@ -53,5 +53,34 @@ def _figure(card: Mapping[str, Any], found: Records) -> Files:
     return {f"{stem}.{kind}": figure.encode(drawn[stem], kind) for stem in drawn for kind in ("png", "pdf")}
 
 
+def _pending(card: Mapping[str, Any], found: Records) -> Files:
+    table = tables.pending(card)
+    texts = {"md": render.markdown(table), "csv": render.csv(table), "tex": render.latex(table)}
+    return {f"{table.stem}.{ending}": text.encode() for ending, text in texts.items()}
+
+
+def write_all(found: Records, out: Path) -> tuple[list[Path], list[str]]:
+    """Everything that the records give: the files of every card that has runs, claims.md and report.html.
+
+    Returns the paths, and in words which cards there are not.
+    """
+    from kalmannorm.report import collection, page
+    from kalmannorm.report.verdicts import evaluate
+
+    cards, problems = collection.load_cards()
+    entries = collection.collect(cards, problems, found)
+    verdicts = evaluate(found, cards)
+    files = {name: content for entry in entries for made in entry.made for name, content in made.files.items()}
+    files["claims.md"] = page.write_claims(verdicts).encode()
+    files["report.html"] = page.render_page(found, entries, verdicts).encode()
+    for file, content in files.items():
+        write_atomically(out / file, content)
+    return [out / file for file in files], [f"{name}: {problem}" for name, problem in problems.items()]
+
+
 # What a card's `kind` makes: its files by name.
-KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {"table": _table, "figure": _figure}
+KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {
+    "table": _table,
+    "figure": _figure,
+    "pending": _pending,
+}

@@ -58,16 +58,15 @@ def load_cards() -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """All cards with their rows composed, by name; and why the others cannot be composed."""
     from kalmannorm.runs import experiment
 
-    cards, problems = {}, {name: "no card yet" for name in PAPERS}
+    cards, problems = {}, dict.fromkeys(PAPERS, "no card yet")
     for name in experiment.names():
         problems.pop(name, None)
         try:
             cards[name] = experiment.load(name, ["device=cpu", "seeds=1"]).card
         except UserError as error:
             problems[name] = f"cannot be composed here: {error}"
-            continue
-        cards[name]["seeds"] = experiment.read(name).get("seeds", 1)
-        cards[name]["command"] = f"kalmannorm sweep {name}"
+        else:
+            cards[name]["command"] = f"kalmannorm sweep {name}"
     return cards, problems
 
 
@@ -76,7 +75,9 @@ def collect(cards: Mapping[str, Mapping[str, Any]], problems: Mapping[str, str],
     ours = sorted((cards.keys() | problems.keys()) - set(PAPERS))
     found = []
     for name in (*PAPERS, *ours):
-        if name in cards:
+        if name in cards and (other := cards[name].get("same_as")):
+            found.append(Entry(name, cards[name], (), f"the same picture as {other}'s, of the same runs"))
+        elif name in cards:
             found.append(Entry(name, cards[name], tuple(_made(cards[name], records))))
         else:
             found.append(Entry(name, None, (), problems[name]))
@@ -86,7 +87,9 @@ def collect(cards: Mapping[str, Mapping[str, Any]], problems: Mapping[str, str],
 def _made(card: Mapping[str, Any], records: Records) -> list[Made]:
     if card.get("kind") == "pending":
         return [Made(None, table.pending(card), {}, "not measured", "")]
-    found = [_in_setting(variants.apply(card, variant), variant, records) for variant in variants.of_card(card, records)]
+    found = [
+        _in_setting(variants.apply(card, variant), variant, records) for variant in variants.of_card(card, records)
+    ]
     if any(made.files for made in found):
         return found
     return found or [_in_setting(dict(card), None, records)]

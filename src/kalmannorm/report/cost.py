@@ -46,10 +46,10 @@ def _alike(config: Config, records: Records) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
     for run in records.current:
         other = run["config"]
-        same = other["arch"] == config["arch"] and other["norm"] == config["norm"] and other["batch"] == config["batch"]
-        if same and other["budget"].get("size") == config["budget"].get("size") and run["status"] == "done":
-            if (run.get("host") or {}).get("images_per_s"):
-                found.setdefault(machine_name(run), []).append(run)
+        same = all(other[part] == config[part] for part in ("arch", "norm", "batch"))
+        same = same and other["budget"].get("size") == config["budget"].get("size")
+        if same and run["status"] == "done" and (run.get("host") or {}).get("images_per_s"):
+            found.setdefault(machine_name(run), []).append(run)
     return found
 
 

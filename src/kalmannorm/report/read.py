@@ -173,10 +173,10 @@ def _problem_of_results(record: Record) -> str | None:
 
 def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """A tree of dicts as one dict with dotted keys."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found

@@ -51,9 +51,9 @@ def grid(table: Table) -> list[list[Text]]:
             rows.append([Text(f"{block}:"), *[Text("")] * (len(table.header) - 1)])
         line = [Text(row.label), *([Text(pair(row.batch) if row.batch else "")] if table.shows_batch else [])]
         for cell in row.cells:
-            line.append(Text(_value(cell, table.apart), table.marks(cell)) if cell else Text(""))
+            line.append(Text(value(cell, table.apart), table.marks(cell)) if cell else Text(""))
             if table.paper_note:
-                line.append(Text(_paper(row, cell) if cell else ""))
+                line.append(Text(paper_value(row, cell) if cell else ""))
         if not table.apart:
             line.append(Text("/".join(dict.fromkeys(str(len(cell.by_seed)) for cell in row.filled))))
         rows.append(line)
@@ -64,16 +64,16 @@ def markdown(table: Table) -> str:
     """A pipe table, the caption above it and the notes below."""
 
     def written(place: Text) -> str:
-        return _escape_markdown(place.text) + (f"<sup>{place.marks}</sup>" if place.marks else "")
+        return escape_markdown(place.text) + (f"<sup>{place.marks}</sup>" if place.marks else "")
 
     left = 2 if table.shows_batch else 1
     rule = [*[":--"] * left, *[":-:"] * (len(table.header) - left)]
-    lines = [[*map(_escape_markdown, table.header)], rule, *[[written(place) for place in row] for row in grid(table)]]
+    lines = [[*map(escape_markdown, table.header)], rule, *[[written(place) for place in row] for row in grid(table)]]
     parts = [
-        f"**{_escape_markdown(table.title)}.** {_escape_markdown(table.caption)}",
+        f"**{escape_markdown(table.title)}.** {escape_markdown(table.caption)}",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        *(f"<sup>{mark(i)}</sup> {_escape_markdown(note)}" for i, note in enumerate(table.footnotes)),
-        *map(_escape_markdown, _below(table)),
+        *(f"<sup>{mark(i)}</sup> {escape_markdown(note)}" for i, note in enumerate(table.footnotes)),
+        *map(escape_markdown, _below(table)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -168,7 +168,8 @@ def _below(table: Table) -> list[str]:
     return [*([table.paper_note] if table.paper_note else []), *table.remarks]
 
 
-def _value(cell: Cell, with_count: bool) -> str:
+def value(cell: Cell, with_count: bool) -> str:
+    """A cell's mean with its interval, or its state."""
     if cell.summary is None:
         return cell.state
     half_width = "" if cell.summary.half_width is None else f" ± {cell.summary.half_width:,.{cell.decimals}f}"
@@ -176,7 +177,8 @@ def _value(cell: Cell, with_count: bool) -> str:
     return f"{cell.summary.mean:,.{cell.decimals}f}{half_width}{count}"
 
 
-def _paper(row: Row, cell: Cell) -> str:
+def paper_value(row: Row, cell: Cell) -> str:
+    """The printed value of a cell, with its batches where they are not the row's."""
     if cell.paper is None:
         return "–"
     elsewhere = f" {pair(row.paper_batch)}" if row.paper_batch and row.paper_batch != row.batch else ""
@@ -196,6 +198,6 @@ def _wrap(paragraph: str) -> str:
     return textwrap.fill(paragraph, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text that Markdown prints as it is, also inside a pipe table."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")

@@ -3,7 +3,7 @@
 A card is a dict:
 
     name, title   "table7", what it reproduces
-    kind?         "table" (the default), "pending" (cannot be run yet; `reason` says why), or another of KINDS (__init__.py)
+    kind?         "table" (the default), "pending" (cannot be run yet: `reason`), or another of KINDS
     rows          [{"key", "label", "config", "configs"?: by column, "columns"?: [key, ...], "ours"?: bool,
                     "block"?: heading, "baseline"?: key, "paper"?: path | None, "paper_batch"?: [grad, stat]}, ...]
     columns       ["moving", ...]: kinds of statistics, names under a record's `final`; or
@@ -31,6 +31,7 @@ VERDICTS = {
     "tie": "a tie, the interval contains 0",
     "open": "open, no interval (one seed, or no spread over the seeds)",
 }
+NAMED = 8  # rows not run that are named one by one
 APART = "not compared"  # how the remark of a difference between different data begins
 
 
@@ -194,7 +195,7 @@ def configs_of(card: Card) -> list[Mapping[str, Any]]:
 
 
 def stem(card: Card) -> str:
-    """The name of the card's files, without ending: <name>_<dataset>_<budget>, without the data set where it is a column.
+    """The name of the card's files, without ending: <name>_<dataset>_<budget>; no data set where it is a column.
 
     `variant` of the card (variants.py) sets apart what these names do not tell.
     """
@@ -332,8 +333,14 @@ def _stale(configs: Sequence[Mapping[str, Any]], records: Records) -> list[str]:
 
 
 def _not_run(card: Card, rows: Sequence[Row]) -> list[str]:
-    missing = [row.name for row in rows if any(cell.state == "not run" for cell in row.filled)]
-    return [f"Not run: {'; '.join(missing)}. To run what is missing:", command(card)] if missing else []
+    missing = []
+    for row in rows:
+        columns = [cell.column for cell in row.filled if cell.state == "not run"]
+        if columns:
+            missing.append(row.name if len(columns) == len(row.filled) else f"{row.name} ({', '.join(columns)})")
+    more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    said = f"Not run: {'; '.join(missing[:NAMED])}{more}. To run what is missing:"
+    return [said, command(card)] if missing else []
 
 
 def _paper_note(card: Card, rows: Sequence[Row], same_data: bool) -> str:

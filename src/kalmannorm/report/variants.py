@@ -99,7 +99,7 @@ def apply(card: Card, variant: Variant) -> dict[str, Any]:
     return {**card, "rows": rows, "variant": variant.differences, "command": command}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def known_budget(dataset: str, budget: str) -> dict[str, Any]:
     """A budget of conf/ on a data set; {} where conf/ has none of that name."""
     from kalmannorm.runs.config import compose
@@ -111,7 +111,7 @@ def known_budget(dataset: str, budget: str) -> dict[str, Any]:
     return found
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def known_dataset(name: str) -> dict[str, Any] | None:
     """A data set's part of a config, as conf/ has it; None where it has none of that name."""
     from kalmannorm.runs.config import compose

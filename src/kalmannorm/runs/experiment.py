@@ -35,16 +35,6 @@ def names() -> list[str]:
     return sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml"))
 
 
-def read(name: str) -> dict[str, Any]:
-    """The card as it stands in its file. UserError: no card of that name."""
-    from omegaconf import OmegaConf
-
-    if name not in names():
-        raise UserError(nearest(name, names(), "experiment"))
-    card: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml"), resolve=True)
-    return dict(card)
-
-
 def load(name: str, arguments: list[str]) -> Experiment:
     """The card `name` under `arguments`: overrides of every run, and
 
@@ -56,10 +46,12 @@ def load(name: str, arguments: list[str]) -> Experiment:
     Rows that come to the same run (a normalizer without batch statistics at two of them) share it. A card of kind
     "pending" has no runs yet. UserError: unknown names or values.
     """
-    card = read(name)
-    own = {
-        key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows", "columns")
-    }
+    from omegaconf import OmegaConf
+
+    if name not in names():
+        raise UserError(nearest(name, names(), "experiment"))
+    card: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{name}.yaml"), resolve=True)
+    own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows", "columns")}
     overrides = [a for a in arguments if a.partition("=")[0] not in own]
     card["rows"] = _choose(card["rows"], own.get("rows"))
     seeds = _seeds(own.get("seeds", str(card.get("seeds", 1))))
@@ -74,7 +66,9 @@ def load(name: str, arguments: list[str]) -> Experiment:
         row.setdefault("ours", False)
         for column, of_column in columns.items():
             if column in row.get("columns", columns):
-                config = compose(_last_of_each(card.get("base", []), of_column, row["overrides"], overrides, ["seed=0"]))
+                config = compose(
+                    _last_of_each(card.get("base", []), of_column, row["overrides"], overrides, ["seed=0"])
+                )
                 less_seed = {key: value for key, value in result_part(config).items() if key != "seed"}
                 row.setdefault("config", less_seed)
                 if column:
@@ -105,9 +99,7 @@ def fixes_dataset(card: dict[str, Any]) -> bool:
     return any(_dataset(column) for column in card.get("columns", []))
 
 
-def _columns(
-    card: dict[str, Any], wanted: str | None, overrides: list[str]
-) -> tuple[dict[str, list[str]], list[str]]:
+def _columns(card: dict[str, Any], wanted: str | None, overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     """Overrides by column's key, {"": []} where all columns show the same runs; and the overrides of every run."""
     having = [column for column in card.get("columns", []) if isinstance(column, dict) and "overrides" in column]
     if not having:

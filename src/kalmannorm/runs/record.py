@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 NUMERICS = 1
 
 
-def run_id(config: Config, numerics: int = NUMERICS) -> str:
-    """Hash of what determines the result: 12 hexadecimal digits."""
-    text = json.dumps({"numerics": numerics, **result_part(config)}, sort_keys=True)
+def run_id(config: Config, numerics: int | None = None) -> str:
+    """Hash of what determines the result: 12 hexadecimal digits. `numerics`: another version's than this."""
+    text = json.dumps({"numerics": NUMERICS if numerics is None else numerics, **result_part(config)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

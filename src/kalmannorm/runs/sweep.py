@@ -14,6 +14,8 @@ from kalmannorm.runs.experiment import Experiment, load
 def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
     """Runs what is missing and goes on past failures; 1 if a run failed."""
     experiment = load(name, arguments)
+    if experiment.card.get("kind") == "pending":
+        raise UserError(f"{name} cannot be run: {experiment.card['reason']}")
     results = experiment.runs[0]["results"]
     found = read.records(Path(results), records.NUMERICS)
     done = {record["id"] for record in found.current if record["status"] == "done"}
@@ -51,14 +53,46 @@ def report(name: str, arguments: list[str]) -> int:
     from kalmannorm.report import render, table
 
     experiment = load(name, arguments)
-    results = Path(experiment.runs[0]["results"])
+    kind = experiment.card.get("kind", "table")
+    results = Path(experiment.runs[0]["results"] if experiment.runs else "results")
     found = reports.records(results, records.NUMERICS)
     paths = reports.write(experiment.card, found, results)
-    if experiment.card["kind"] == "table":
+    if kind == "table":
         print(render.text(table.table(experiment.card, found)))
+    elif kind == "pending":
+        print(render.text(table.pending(experiment.card)))
     for path in paths:
         print(path)
     return 0
+
+
+def report_all(arguments: list[str]) -> int:
+    """Writes all that the records give: tables, figures, claims.md, report.html; prints the paths."""
+    from kalmannorm import report as reports
+
+    results = place_of_results(arguments)
+    paths, problems = reports.write_all(reports.records(results, records.NUMERICS), results)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    for path in paths:
+        print(path)
+    return 0
+
+
+def compare(runs: list[str], arguments: list[str]) -> int:
+    """Prints two runs beside each other."""
+    from kalmannorm.report.compare import compare as compared
+
+    print(compared(place_of_results(arguments), *runs))
+    return 0
+
+
+def place_of_results(arguments: list[str]) -> Path:
+    """The results folder, where no other override means anything. UserError: another override."""
+    for argument in arguments:
+        if not argument.startswith("results="):
+            raise UserError(f"{argument!r}: expected results=FOLDER and nothing else; settings are in the records")
+    return Path(next((a.partition("=")[2] for a in reversed(arguments)), "results"))
 
 
 def _announce(experiment: Experiment, missing: list[Config], found: read.Records) -> None:
