@@ -14,20 +14,22 @@ from kalmannorm.runs import experiment
 
 FOLDER = Path(__file__).parent / "snapshots"
 BUDGETS = ("paper", "lite", "smoke")
+DATASET = {"table6": "coco"}  # of the cards that are not of CIFAR-10's task
 MANY = 12  # of a card with more rows, which take long to compose, the other budgets' first row alone
 
 
 def composed(name: str) -> dict[str, Any] | None:
-    """Rows with their configurations, per budget, on CIFAR-10 and a CPU.
+    """Rows with their configurations, per budget, on CIFAR-10 (or DATASET's) and a CPU.
 
     None for a card that has no runs, or a network or data set that is not there yet.
     """
     found: dict[str, Any] = {}
+    dataset = f"dataset={DATASET.get(name, 'cifar10')}"
     for budget in BUDGETS:
         many = len(found.get(BUDGETS[0], ())) > MANY
         chosen = [f"rows={next(iter(found[BUDGETS[0]]))}"] if many else []
         try:
-            loaded = experiment.load(name, ["dataset=cifar10", f"budget={budget}", "device=cpu", "seeds=1", *chosen])
+            loaded = experiment.load(name, [dataset, f"budget={budget}", "device=cpu", "seeds=1", *chosen])
         except UserError as error:
             assert "unknown" in str(error)
             return None

@@ -28,7 +28,8 @@ def convert(
     stat_batch: int | None = None,
     preset: str | None = None,
     predictor: str | None = None,
-    input_belief: tuple[Tensor, Tensor] | None = None,
+    input_belief: tuple[Tensor, Tensor] | str | None = None,
+    returns_belief: bool = False,
     **options: Any,
 ) -> "Converted":
     """A copy of `model` with every BatchNorm layer replaced by normalizer `norm`, beliefs threaded between them.
@@ -40,7 +41,9 @@ def convert(
         stat_batch: images that share statistics; None is the whole batch.
         preset: variant of Kalman Normalization (presets.py): `paper`, which None stands for, `released`, `talk`, `v1`.
         predictor: `closed` or `sampling`; None is the preset's.
-        input_belief: (mean [C], var [C]) of the model's input, a prior for the first normalizer too (paper 3.3).
+        input_belief: (mean [C], var [C]) of the model's input, a prior for the first normalizer too (paper 3.3). Or
+            "argument": the model is a part behind another one, and is called as model(x, belief of x).
+        returns_belief: the model is a part ahead of another one: it returns (y, belief of y, None if there is none).
         options: the normalizer's own, over the preset's. For Kalman normalizers also `relu` (whether ReLUs change
             beliefs) and `transition`: the convolution's `weight`, or a `learned` matrix (belief.Transition).
 
@@ -80,7 +83,10 @@ def convert(
         _share_noise(list(built.values()))
 
     buffers = None
-    if input_belief is not None:
+    if isinstance(input_belief, str):
+        if input_belief != "argument":
+            raise ValueError(f"input_belief must be (mean [C], var [C]) or 'argument', not {input_belief!r}")
+    elif input_belief is not None:
         buffers = INPUT_BELIEF
         values = [torch.as_tensor(value, dtype=torch.float32).view(1, -1) for value in input_belief]
         if len(values) != 2 or values[0].shape != values[1].shape:
@@ -93,7 +99,8 @@ def convert(
     report: dict[str, str | None] = {}
     for mode, graph in trace(source, set(layers)).items():
         graphs[mode] = graph
-        report = _thread(graph, source, list(layers), predictor or "closed", relu, learned, buffers)
+        known = input_belief if isinstance(input_belief, str) else buffers
+        report = _thread(graph, source, list(layers), predictor or "closed", relu, learned, known, returns_belief)
     return Converted(source, graphs, report, type(model).__name__, list(layers))
 
 
@@ -287,7 +294,8 @@ def _thread(
     predictor: str,
     relu: bool,
     learned: bool,
-    input_belief: tuple[str, str] | None,
+    input_belief: tuple[str, str] | str | None,
+    returns_belief: bool,
 ) -> dict[str, str | None]:
     """Calls the normalizers by their contract and gives each the belief that reaches it. Returns the belief report."""
 
@@ -313,7 +321,14 @@ def _thread(
             value = graph.create_node("call_function", operator.getitem, (call, 0), name=f"{call.name}_y")
         call.replace_all_uses_with(value, delete_user_cb=lambda user, value=value: user is not value)
     modules = dict(source.named_modules())
-    threader = Threader(graph, modules, predictor, relu, input_belief, add_noise, add_transition if learned else None)
+    given: tuple[str, str] | fx.Node | None = None
+    if isinstance(input_belief, str):  # an argument
+        x = next(node for node in graph.nodes if node.op == "placeholder")
+        with graph.inserting_after(x):
+            given = graph.placeholder(f"{x.name}_belief")
+    else:
+        given = input_belief
+    threader = Threader(graph, modules, predictor, relu, given, add_noise, add_transition if learned else None)
     report: dict[str, str | None] = {}
     for call in calls:
         if not isinstance(modules[str(call.target)], Estimator):
@@ -322,5 +337,9 @@ def _thread(
         report[str(call.target)] = threader.lost[feature]
         if threader.lost[feature] is None:
             call.args = (call.args[0], threader.write(feature))
+    if returns_belief:
+        output = next(node for node in graph.nodes if node.op == "output")
+        (feature,) = threader.inputs[output]
+        output.args = ((output.args[0], None if threader.lost[feature] else threader.write(feature)),)
     graph.lint()
     return report

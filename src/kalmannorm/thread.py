@@ -45,8 +45,9 @@ class Threader:
     """Adds belief nodes to a traced graph, on demand and only where they are used.
 
     `predictor`: "closed" or "sampling"; `relu`: whether rectification changes a belief; `input_belief`: names of the
-    buffers that hold the model input's belief, or None; `add_noise(convolution's name)` makes a noise module and
-    returns its name; `add_transition(convolution's name)` a transition, None where convolutions' weights are theirs.
+    buffers that hold the model input's belief, the node that is that belief, or None; `add_noise(convolution's name)`
+    makes a noise module and returns its name; `add_transition(convolution's name)` a transition, None where
+    convolutions' weights are theirs.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Threader:
         modules: dict[str, nn.Module],
         predictor: str,
         relu: bool,
-        input_belief: tuple[str, str] | None,
+        input_belief: tuple[str, str] | fx.Node | None,
         add_noise: Callable[[str, bool], str],
         add_transition: Callable[[str], str] | None = None,
     ) -> None:
@@ -137,7 +138,10 @@ class Threader:
     def _input_rule(self, node: fx.Node) -> Rule:
         if self.input_belief is None:
             return "nothing: no normalizer before it, and the input's distribution is not given"
-        mean, var = self.input_belief
+        given = self.input_belief
+        if isinstance(given, fx.Node):
+            return [], lambda _: given
+        mean, var = given
 
         def constant(_: list[fx.Node]) -> fx.Node:
             return self._call(predict.Belief, self.graph.get_attr(mean), self.graph.get_attr(var))
@@ -219,6 +223,8 @@ class Threader:
             return False
         if rule[0]:
             return all(self._single_row(needed) for needed in rule[0])
+        if isinstance(self.input_belief, fx.Node) and node.op == "placeholder":
+            return False
         source = self._module(self.inputs[node][0]) if self.inputs[node] else None
         return source is None or (isinstance(source, Estimator) and source.belief == "output")
 

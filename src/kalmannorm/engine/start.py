@@ -1,6 +1,7 @@
 """What a training takes from its data before the first step: the input's belief, and weights that depend on data."""
 
 import torch
+from torch import nn
 
 from kalmannorm.conversion import INPUT_BELIEF, Converted
 from kalmannorm.data.batches import Batches
@@ -29,7 +30,7 @@ def measure_input(model: Converted, train: Batches, ranks: Ranks) -> None:
         model.get_buffer(name).copy_(value)
 
 
-def initialize(model: Converted, train: Batches) -> None:
+def initialize(model: nn.Module, train: Batches) -> None:
     """WN's data-dependent initialization, by the whole first training batch. Only for a training that starts."""
     if any(is_weight_normalized(module) for module in model.modules()):
         x, _ = next(train.epoch(0))

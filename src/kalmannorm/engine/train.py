@@ -49,7 +49,7 @@ def run(config: Config) -> dict[str, Any]:
     model, last = build(config)
     source = open_data(config, ranks)
     if ranks.main:
-        _check_room(folder, model)
+        check_room(folder, model)
     train, test = loaders(config, source, ranks)
 
     record: dict[str, Any] = {
@@ -196,7 +196,7 @@ def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
     } | ({"mixture": mixture} if mixture else {})
 
 
-def _check_room(folder: Path, model: nn.Module) -> None:
+def check_room(folder: Path, model: nn.Module) -> None:
     """Permission and room for a checkpoint (weights and momentum, old and new at once), before the work is done."""
     records.write_atomically(folder / ".probe", b"")
     (folder / ".probe").unlink()

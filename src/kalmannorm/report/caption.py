@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kalmannorm.report.cells import Selection, Setting
+from kalmannorm.report.cells import Column, Selection, Setting
 from kalmannorm.report.read import Record
 
 Config = Mapping[str, Any]
@@ -17,7 +17,8 @@ KIND_OF_STATISTICS = {
 
 def what_was_trained(configs: Sequence[Config], runs: Sequence[Record]) -> str:
     """Data, budget, architecture and arithmetic, in sentences; "a / b" where the rows differ."""
-    return " ".join([_data(configs, runs), _budget(configs, runs), _architecture(configs, runs)])
+    parts = [_data(configs, runs), _budget(configs, runs), _architecture(configs, runs), origins(runs)]
+    return " ".join(filter(None, parts))
 
 
 def estimators(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -36,6 +37,23 @@ def arithmetic(settings: Sequence[Setting]) -> str:
     """Precision and compilation of the runs: "fp32", "bf16, compiled"; "" without runs."""
     kinds = dict.fromkeys(f"{setting.precision}{', compiled' if setting.compile else ''}" for setting in settings)
     return f"Precision: {' / '.join(kinds)}." if kinds else ""
+
+
+def measure(columns: Sequence[Column]) -> str:
+    """What the columns' values are."""
+    if all(column.value == "accuracy" for column in columns):
+        return "top-1 accuracy"
+    return "COCO's average precision (AP, the mean over IoU 0.5 to 0.95)"
+
+
+def origins(runs: Sequence[Record]) -> str:
+    """Where detectors' weights, and the constants of a frozen normalizer, come from; "" for other runs."""
+    said = dict.fromkeys(run["weights"]["origin"] for run in runs if run.get("weights"))
+    constants = dict.fromkeys(
+        run["weights"]["constants"] for run in runs if (run.get("weights") or {}).get("constants")
+    )
+    sentences = [f"Weights: {' / '.join(said)}."] if said else []
+    return " ".join(sentences + ([f"Constants of frozen BN: {' / '.join(constants)}."] if constants else []))
 
 
 def seeds(selections: Sequence[Selection]) -> str:
@@ -59,7 +77,7 @@ def short(configs: Sequence[Config]) -> str:
     epochs = _joined(distinct(configs, "budget", "epochs"))
     size = _joined(distinct(configs, "budget", "size"))
     images = "".join(f", {subset:,} images" for subset in distinct(configs, "budget", "subset"))
-    length = f"{epochs} epoch{'s' if epochs != '1' else ''}{images}, {size}x{size} pixels"
+    length = f"{epochs} epoch{'s' if epochs != '1' else ''}{images}, {_pixels(configs, size)}"
     budget = f"budget {_joined(distinct(configs, 'budget', 'name'))} ({length})"
     archs = [_arch(arch) for arch in distinct(configs, "arch")]
     return ", ".join((_joined(distinct(configs, "dataset", "name")), _joined(archs), budget))
@@ -124,9 +142,24 @@ def _budget(configs: Sequence[Config], runs: Sequence[Record]) -> str:
         epochs = f"{budget['epochs']} epoch{'s' if budget['epochs'] != 1 else ''}"
         if budget.get("of_epochs") and budget["of_epochs"] != budget["epochs"]:
             epochs += f" (scaled down from {budget['of_epochs']})"
-        said.append(f"{budget['name']}: {epochs}, {_images(budget, runs)}, {budget['size']}x{budget['size']} pixels")
+        images = _images(budget, runs)
+        if _detects(configs):
+            images = images.replace("class-balanced", "fixed")
+        said.append(f"{budget['name']}: {epochs}, {images}, {_pixels(configs, budget['size'])}")
     schedules = _joined(distinct(configs, "schedule", "name"))
     return f"Budget {' / '.join(said)}; schedule {schedules}."
+
+
+def _detects(configs: Sequence[Config]) -> bool:
+    return distinct(configs, "dataset", "task") == ["detection"]
+
+
+def _pixels(configs: Sequence[Config], size: Any) -> str:
+    """The images' resolution; of detectors also what else the budget reduces."""
+    if not _detects(configs):
+        return f"{size}x{size} pixels"
+    longest, boxes, roi = (_joined(distinct(configs, "arch", key)) for key in ("max_size", "boxes", "roi_size"))
+    return f"({size}, {longest}) pixels, {boxes} boxes an image, RoIAlign to {roi}x{roi}"
 
 
 def _images(budget: Config, runs: Sequence[Record]) -> str:

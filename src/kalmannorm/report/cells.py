@@ -19,12 +19,13 @@ State = Literal["done", "failed", "no value", "not reached", "not run"]
 
 
 class Column(NamedTuple):
-    """What a column of a table shows of the runs: an accuracy, or the steps to one."""
+    """What a column of a table shows of the runs: an accuracy (or another final value), or the steps to one."""
 
     key: str
     label: str
     statistics: str = "moving"
     steps_to: float | None = None  # percent
+    value: str = "accuracy"  # its name in a record's final values, in percent
 
     @property
     def decimals(self) -> int:
@@ -132,7 +133,7 @@ def cell(
     by_seed: dict[int, float] = {}
     ids, missing, broken, never = [], [], [], []
     for run in selection.runs:
-        value = accuracy(run, column.statistics)
+        value = accuracy(run, column.statistics, column.value)
         if value is not None and column.steps_to is not None:
             value = steps_to(run, column.statistics, column.steps_to)
         if value is None:
@@ -146,7 +147,7 @@ def cell(
             ids.append(run["id"])
 
     said = [*notes, *selection.notes]
-    what = f"{column.statistics} accuracy"
+    what = f"{column.statistics} {column.value.replace('_', ' ')}"
     if missing:
         said.append(f"no {what} in the record of {', '.join(missing)}")
     if broken:

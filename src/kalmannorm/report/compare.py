@@ -8,7 +8,7 @@ from kalmannorm.errors import UserError
 from kalmannorm.report.read import Record, flat, read_one
 
 EPOCHS = 3  # of the curves' ends
-FINALS = ("accuracy", "loss")
+FINALS = ("accuracy", "loss", "box_ap", "mask_ap")
 HOST = ("started", "hardware", "device", "threads", "images_per_s", "seconds")
 
 
@@ -45,6 +45,8 @@ def _finals(runs: Sequence[Record]) -> list[list[str]]:
     for kind in dict.fromkeys(kind for final in finals for kind in final):
         for key in FINALS:
             values = [final.get(kind, {}).get(key) for final in finals]
+            if values == [None] * len(values):
+                continue  # classifiers and detectors have different ones
             lines.append([f"{kind} {key}", *map(_number, values), _difference(values)])
     counts = [run.get("parameters") for run in runs]
     return [*lines, ["parameters", *(_number(count, "{:,}") for count in counts), _difference(counts, "{:+,}")]]

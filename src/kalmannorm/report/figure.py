@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATISTICS = {"online": (BLUE, "o"), "moving": (ORANGE, "s"), "precise": (GREEN, "D")}
+AP = {"box": (BLUE, "o"), "mask": (ORANGE, "s")}  # a detector's columns
 CLIP = (1, 99)  # percentiles of a row of panels between which its colours spread
 
 
@@ -96,7 +97,7 @@ def accuracy_bars(table: Table) -> "Figure":
         for place, row in enumerate(table.rows):
             for i, cell in enumerate(row.filled):
                 y = place + (i - (len(row.cells) - 1) / 2) * 0.34
-                colour, marker = STATISTICS.get(cell.column, (GREY, "o"))
+                colour, marker = (STATISTICS | AP).get(cell.column, (GREY, "o"))
                 if cell.summary is None:
                     note = f"{cell.column}: {cell.state}"
                     axis.text(0.01, y, note, color=GREY, va="center", transform=axis.get_yaxis_transform())
@@ -115,13 +116,13 @@ def accuracy_bars(table: Table) -> "Figure":
             axis.set_xlim(right=100.4)  # an interval may reach beyond 100 %, an accuracy cannot
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
-        axis.set_xlabel("top-1 accuracy after the last epoch (%)")
+        axis.set_xlabel(f"{caption.measure(table.columns)} after the last epoch (%)")
         axis.set_title(f"{textwrap.fill(table.title, 90)}\n{table.setting}", loc="left")
-        kinds = [(column.label, *STATISTICS.get(column.statistics, (GREY, "o"))) for column in table.columns]
-        handles = [
-            Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{column} statistics")
-            for column, colour, marker in kinds
-        ]
+        handles = []
+        for column in table.columns:
+            colour, marker = AP.get(column.key) or STATISTICS.get(column.statistics, (GREY, "o"))
+            label = f"{column.label} {'statistics' if column.value == 'accuracy' else 'AP'}"
+            handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=label))
         handles.append(Line2D([], [], color="black", marker="|", linestyle="", label="one run"))
         handles.append(Line2D([], [], color="black", label="95 % interval"))
         if paper_drawn:

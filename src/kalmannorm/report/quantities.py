@@ -10,6 +10,8 @@ from kalmannorm.report.read import Record
 # Unit of a difference of two values, per quantity that claims may name.
 UNITS = {
     "accuracy": "points",
+    "box_ap": "points",
+    "mask_ap": "points",
     "gap": "points",
     "mean_accuracy": "points",
     "parameters": "parameters",
@@ -20,10 +22,13 @@ UNITS = {
 }
 
 
-def accuracy(run: Record, statistics: str) -> float | None:
-    """Percent after the last epoch; None where the record has none under these statistics. May be NaN."""
-    values = run["final"].get(statistics)
-    return None if values is None else float(values["accuracy"])
+def accuracy(run: Record, statistics: str, name: str = "accuracy") -> float | None:
+    """Percent after the last epoch; None where the record has none under these statistics. May be NaN.
+
+    `name`: another of the final values, such as a detector's box_ap.
+    """
+    value = (run["final"].get(statistics) or {}).get(name)
+    return None if value is None else float(value)
 
 
 def steps_to(run: Record, statistics: str, target: float) -> float:
@@ -41,8 +46,8 @@ def steps_to(run: Record, statistics: str, target: float) -> float:
 
 def of_run(run: Record, quantity: str, statistics: str, folder: Path) -> float | None:
     """A quantity of UNITS; None where the record, or the arrays beside it in `folder`, do not have it."""
-    if quantity == "accuracy":
-        return _finite(accuracy(run, statistics))
+    if quantity in ("accuracy", "box_ap", "mask_ap"):
+        return _finite(accuracy(run, statistics, quantity))
     if quantity == "gap":  # how far apart the same weights are under online and moving statistics
         online, moving = accuracy(run, "online"), accuracy(run, "moving")
         return None if online is None or moving is None else _finite(abs(online - moving))

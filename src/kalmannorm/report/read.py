@@ -200,8 +200,9 @@ def _problem_of_results(record: Record) -> str | None:
         if not isinstance(final, dict) or not final:
             return "it is 'done' but has no 'final' values"
         for name, values in final.items():
-            if not isinstance(values, dict) or not isinstance(values.get("accuracy"), int | float):
-                return f"'final.{name}' has no number 'accuracy'"
+            value = values.get("accuracy", values.get("box_ap")) if isinstance(values, dict) else None
+            if not isinstance(value, int | float):
+                return f"'final.{name}' has no number 'accuracy', nor a detector's 'box_ap'"
     return None
 
 

@@ -167,13 +167,20 @@ def csv(table: Table | Sheet) -> str:
         ["kind", "row", "label", "grad_batch", "stat_batch", "column", "state", "mean", "half_width", "n", "seeds"]
         + ["values", "paper", "paper_grad_batch", "paper_stat_batch", "records", "notes"]
     )
+    kinds = {column.key: column.value if column.steps_to is None else "steps" for column in table.columns}
     for row in table.rows:
         for cell in row.filled:
             mean, half_width = (cell.summary.mean, cell.summary.half_width) if cell.summary else (None, None)
             paper = ["", "", ""] if cell.paper is None else [cell.paper, *_batches(row.paper_batch or cell.batch)]
-            kind = "accuracy" if cell.decimals else "steps"
             writer.writerow(
-                [kind, row.key, f"{row.block} {row.label}".strip(), *_batches(cell.batch), cell.column, cell.state]
+                [
+                    kinds[cell.column],
+                    row.key,
+                    f"{row.block} {row.label}".strip(),
+                    *_batches(cell.batch),
+                    cell.column,
+                    cell.state,
+                ]
                 + [_number(mean), _number(half_width), len(cell.by_seed), " ".join(map(str, cell.by_seed))]
                 + [" ".join(map(_number, cell.by_seed.values())), *paper, " ".join(cell.ids), "; ".join(cell.notes)]
             )

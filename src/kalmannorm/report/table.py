@@ -7,7 +7,8 @@ A card is a dict:
     rows          [{"key", "label", "config", "configs"?: by column, "columns"?: [key, ...], "ours"?: bool,
                     "block"?: heading, "baseline"?: key, "paper"?: path | None, "paper_batch"?: [grad, stat]}, ...]
     columns       ["moving", ...]: kinds of statistics, names under a record's `final`; or
-                  [{"key", "label"?, "statistics"?: "moving", "steps_to"?: percent, "overrides"?: [...]}, ...]
+                  [{"key", "label"?, "statistics"?: "moving", "steps_to"?: percent, "value"?: "accuracy", "overrides"?: [...]},
+                  ...]
     paper?        path into paper_values.yaml; a cell's value stands at <paper>.<row key>.<column key>. A row's own path
                   has {column} where the column's key goes, else it is appended
     paper_dataset?, paper_setting?   the data set of the paper's values; what to say of their setting
@@ -178,7 +179,8 @@ def columns_of(card: Card) -> tuple[Column, ...]:
             found.append(Column(column, column, column))
         else:
             label, target = column.get("label", column["key"]), column.get("steps_to")
-            found.append(Column(column["key"], label, column.get("statistics", "moving"), target))
+            shown = (column.get("statistics", "moving"), target, column.get("value", "accuracy"))
+            found.append(Column(column["key"], label, *shown))
     return tuple(found)
 
 
@@ -363,8 +365,8 @@ def _caption(card: Card, columns: Sequence[Column], selections: Selections) -> s
         caption.estimators(rows),
         caption.seeds(chosen),
         caption.arithmetic([selection.setting for selection in chosen if selection.setting]),
-        "Values: top-1 accuracy in percent of the last epoch (never the best), mean over n seeds ± half the 95 % "
-        "Student-t interval (none at n = 1).",
+        f"Values: {caption.measure(columns)} in percent of the last epoch (never the best), mean over n seeds ± half "
+        "the 95 % Student-t interval (none at n = 1).",
         "(grad, stat): images per optimizer step and images per set of statistics.",
         caption.statistics(list(kinds)),
     ]

@@ -1,5 +1,6 @@
 """From overrides to one run's configuration: composed by Hydra, resolved, checked before any data is touched."""
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -103,10 +104,15 @@ def _resolve(config: Config) -> None:
     on_gpu = config["device"].startswith("cuda")
     if config["precision"] == "auto":
         config["precision"] = "bf16" if on_gpu else "fp32"
+    detects = config["dataset"].get("task") == "detection"
     if config["compile"] == "auto":
-        config["compile"] = on_gpu
-    if config["dataset"]["classes"] == "auto":
+        config["compile"] = on_gpu and not detects  # every batch of images has a shape of its own there
+    if config["dataset"].get("classes") == "auto":
         config["dataset"]["classes"] = data.folder.count_classes(data.root(config["data"]), config["dataset"])
+    if detects:
+        _resolve_detection(config)
+    elif config["weights"] is not None:
+        raise UserError(f"weights = {config['weights']}: only arch=mask_rcnn_c4 begins with given weights")
     norm, batch = config["norm"], config["batch"]
     if norm["name"] not in BATCH_STATISTICS:
         batch["stat_batch"] = None  # means nothing there: one run serves every column
@@ -119,6 +125,22 @@ def _resolve(config: Config) -> None:
         except ValueError as error:
             raise UserError(f"norm.preset: {error}") from None
         norm["predictor"] = norm["predictor"] or PRESETS[norm["preset"]]["predictor"]
+
+
+def _resolve_detection(config: Config) -> None:
+    """What the given weights are, by content; a run that has none trains from scratch."""
+    arch, file = config["arch"], config["weights"]
+    arch["pretrained"] = None
+    if file is not None:
+        try:
+            with Path(file).expanduser().open("rb") as stream:
+                arch["pretrained"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(
+                f"weights = {file}: {error.strerror or error}; expected a .pth or .safetensors file"
+            ) from None
+    if arch.get("frozen_stages") is None:
+        arch["frozen_stages"] = 0 if file is None else 2
 
 
 def _device(asked: str) -> str:

@@ -22,7 +22,7 @@ PLACE = ("data", "runs", "results", "device", "workers")
 
 def execute(config: Config) -> dict[str, Any]:
     """Trains a run, says in one line how it ended, and returns its record."""
-    record = train.run(config)
+    record = _run(config)
     if int(os.environ.get("RANK", 0)):
         return record
     file = records.path(config["results"], record["id"])
@@ -30,9 +30,27 @@ def execute(config: Config) -> dict[str, Any]:
         print(f"{record['id']}: failed, {record['reason']}; {file}", file=sys.stderr)
     else:
         final = record["final"]
-        shown = "  ".join(f"{kind} {final[kind]['accuracy']:.2f} %" for kind in ("moving", "online", "precise"))
+        shown = "  ".join(f"{kind} {_headline(values)}" for kind, values in final.items())
         print(f"{record['id']}: {shown}  {record['host']['images_per_s']} images/s; {file}")
     return record
+
+
+def _detects(config: Config) -> bool:
+    return config["dataset"].get("task") == "detection"
+
+
+def _run(config: Config) -> dict[str, Any]:
+    if _detects(config):
+        from kalmannorm.engine import detection
+
+        return detection.run(config)
+    return train.run(config)
+
+
+def _headline(values: dict[str, Any]) -> str:
+    if "accuracy" in values:
+        return f"{values['accuracy']:.2f} %"
+    return "  ".join(f"{kind} AP {values[f'{kind}_ap'] or 0:.2f}" for kind in ("box", "mask"))
 
 
 def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
@@ -42,6 +60,8 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     such run, several of them, no weights, or an override that would make it another run.
     """
     record, config, weights = _finished(run, overrides)
+    if _detects(config):
+        return _evaluate_detector(record, config, weights)
     model, _ = build(config)
     model.load_state_dict(weights)
     ranks = Ranks(config)
@@ -56,6 +76,23 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     for kind, values in final.items():
         recorded = record["final"][kind]["accuracy"]
         print(f"  {kind:8} accuracy {values['accuracy']:6.2f} %  loss {values['loss']:.4f}  (record {recorded:.2f} %)")
+    return final
+
+
+def _evaluate_detector(record: dict[str, Any], config: Config, weights: dict[str, Any]) -> dict[str, Any]:
+    from kalmannorm.data import coco
+    from kalmannorm.engine import detection, detector
+
+    model = detector.build(config)
+    model.load_state_dict(weights)
+    ranks = Ranks(config)
+    model.to(ranks.device)
+    dataset = config["dataset"]
+    images = coco.load(dataset["name"], data.root(config["data"]), dataset["classes"])
+    final = detection.evaluate_all(config, model, images, ranks)
+    print(f"run {record['id']}: {images.provenance['name']}, {images.provenance['fidelity']}")
+    for kind, values in final.items():
+        print(f"  {kind:8} {_headline(values)}  (record {_headline(record['final'][kind])})")
     return final
 
 
