@@ -1,11 +1,13 @@
-"""`kalmannorm`: train, evaluate, export, sweep, report, bench, data. Imports what a command needs when it needs it."""
+"""`kalmannorm`: train, evaluate, export, sweep, report, records, bench, data. A command imports what it needs."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from kalmannorm.errors import Stopped, UserError
+from kalmannorm.runs.options import HELP
 
 EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule budget) or key=value, for example
   kalmannorm train dataset=cifar10 arch=resnet32 norm=bkn batch=g128_s2 budget=lite seed=2
@@ -50,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
-    add("train", _train, "train and evaluate one run").add_argument("overrides", nargs="*", metavar="OVERRIDE")
+    train = add("train", _train, "train and evaluate one run")
+    train.add_argument("overrides", nargs="*", metavar="OVERRIDE")
+    train.add_argument("-m", "--multirun", action="store_true", help="several runs: norm=bn,bkn seed=range(1,4)")
     evaluate = add("evaluate", _evaluate, "evaluate a run's weights with moving, online and precise statistics")
     evaluate.add_argument("run", metavar="RUN", help="a run's id, or the beginning of it")
     evaluate.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="data=, runs=, results=, device=")
@@ -60,11 +64,23 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="runs=, results=")
     sweep = add("sweep", _sweep, "run what is missing of an experiment")
     sweep.add_argument("experiment", metavar="EXPERIMENT")
-    sweep.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="seeds=N, rows=paper, and overrides")
+    sweep.add_argument("overrides", nargs="*", metavar="ARGUMENT", help="seeds=N, rows=paper, overrides, and see below")
+    sweep.epilog, sweep.formatter_class = HELP, argparse.RawDescriptionHelpFormatter
     sweep.add_argument("--dry-run", action="store_true", help="list the runs and the predicted time, run nothing")
     report = add("report", _report, "make an experiment's table or figure from the records")
     report.add_argument("experiment", metavar="EXPERIMENT")
     report.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for sweep")
+    records = add("records", _records, "what runs are recorded; bring records together; remove stale ones")
+    actions = records.add_subparsers(required=True, metavar="ACTION", dest="action")
+    listed = actions.add_parser("list", help="a table of the records, tab-separated where it is not a terminal")
+    listed.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="only those: norm=bkn seed=1 status=failed")
+    merge = actions.add_parser("merge", help="take in the records of other folders; nothing is overwritten")
+    merge.add_argument("folders", nargs="+", metavar="FOLDER", help="a results folder of another machine")
+    prune = actions.add_parser("prune", help="list stale and unreadable records; with --yes, delete them")
+    prune.add_argument("--failed", action="store_true", help="those of failed runs too")
+    prune.add_argument("--yes", action="store_true", help="delete what is listed")
+    for action in (listed, merge, prune):
+        action.add_argument("--results", default="results", metavar="FOLDER", help="(default: results)")
     bench = add("bench", _bench, "measure speed and memory as ratios, both sides alternating")
     bench.add_argument("names", nargs="*", metavar="NAME", help="which comparisons; none: all")
     bench.add_argument("--seconds", type=float, default=20, help="per comparison (default 20)")
@@ -78,7 +94,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.multirun:
+        from kalmannorm.runs.experiment import multirun
+        from kalmannorm.runs.options import split
+        from kalmannorm.runs.sweep import run
+
+        where, overrides = split(options.overrides)
+        return run(multirun(overrides), where)
     from kalmannorm.runs.config import compose
+    from kalmannorm.runs.lock import hold
     from kalmannorm.runs.record import is_done, path, run_id
 
     config = compose(options.overrides)
@@ -88,7 +112,9 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     from kalmannorm.runs.execute import execute
 
-    code = 0 if execute(config)["status"] == "done" else 1
+    # The first process of a distributed run holds the lock for all of them.
+    with hold(config["runs"], identity) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+        code = 0 if execute(config)["status"] == "done" else 1
     if "WORLD_SIZE" in os.environ:
         from kalmannorm.engine.ranks import end_process
 
@@ -120,6 +146,16 @@ def _report(options: argparse.Namespace) -> int:
     from kalmannorm.runs.sweep import report
 
     return report(options.experiment, options.overrides)
+
+
+def _records(options: argparse.Namespace) -> int:
+    from kalmannorm.runs import collection
+
+    if options.action == "list":
+        return collection.show(options.results, options.overrides)
+    if options.action == "merge":
+        return collection.merge(options.results, options.folders)
+    return collection.prune(options.results, failed=options.failed, yes=options.yes)
 
 
 def _bench(options: argparse.Namespace) -> int:

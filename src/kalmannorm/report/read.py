@@ -55,8 +55,8 @@ def records(results: Path, numerics: int) -> Records:
     """
     current: list[Record] = []
     stale: list[Record] = []
-    for path in _record_files(results):
-        record = _read(path)
+    for path in files(results):
+        record = read(path)
         (current if record["numerics"] == numerics else stale).append(record)
     return Records(results, numerics, tuple(current), tuple(stale))
 
@@ -70,8 +70,8 @@ def load(results: str | Path = "results") -> "pandas.DataFrame":
     import pandas
 
     rows = []
-    for path in _record_files(Path(results)):
-        record = _read(path)
+    for path in files(Path(results)):
+        record = read(path)
         row = {key: record.get(key) for key in ("id", "numerics", "status", "reason", "parameters")}
         row |= _flat(record["config"], "")
         for part in ("final", "data", "host", "curves"):
@@ -92,7 +92,8 @@ def _by_row(group: tuple[Record, ...]) -> dict[str, list[Record]]:
     return rows
 
 
-def _record_files(results: Path) -> list[Path]:
+def files(results: Path) -> list[Path]:
+    """The files in `results`/records, by name. UserError: not a results folder."""
     folder = results / "records"
     if any(path.exists() and not path.is_dir() for path in (results, folder)):
         raise UserError(f"{results} is not a results folder: expected a folder with a folder 'records' in it")
@@ -100,7 +101,8 @@ def _record_files(results: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
 
 
-def _read(path: Path) -> Record:
+def read(path: Path) -> Record:
+    """One record. UserError: it is not a whole one."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
