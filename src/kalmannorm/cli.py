@@ -110,10 +110,10 @@ def _train(options: argparse.Namespace) -> int:
     if is_done(config["results"], identity):
         print(f"{identity}: done already, {path(config['results'], identity)}")
         return 0
-    from kalmannorm.runs.execute import execute
-
     # The first process of a distributed run holds the lock for all of them.
     with hold(config["runs"], identity) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+        from kalmannorm.runs.execute import execute
+
         code = 0 if execute(config)["status"] == "done" else 1
     if "WORLD_SIZE" in os.environ:
         from kalmannorm.engine.ranks import end_process

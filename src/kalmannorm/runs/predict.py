@@ -38,12 +38,12 @@ def duration(seconds: float) -> str:
 
 
 def _same_network(config: Config) -> tuple[Any, ...]:
-    norm = config["norm"]
-    return str(config["arch"]), norm["name"], norm.get("predictor"), config["budget"]["size"], config["dataset"]["name"]
+    arch, norm = sorted(config["arch"].items()), config["norm"]
+    return str(arch), norm["name"], norm.get("predictor"), config["budget"]["size"], config["dataset"]["name"]
 
 
 def _same_batch(config: Config) -> tuple[Any, ...]:
-    return *_same_network(config), *config["batch"].values()
+    return *_same_network(config), config["batch"]["grad_batch"], config["batch"]["stat_batch"]
 
 
 def _rates(done: list[Record], kind: Kind) -> dict[tuple[Any, ...], list[float]]:

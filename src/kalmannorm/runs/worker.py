@@ -40,7 +40,9 @@ class Worker:
 
     def start(self, config: Config, devices: int = 1, gpus: str | None = None) -> None:
         """Hands over a run; with several devices, `gpus` names those that it may see."""
-        if self.process is None or self.process.poll() is not None:
+        if self.process is not None and self.process.poll() is not None:
+            self.close()  # it died while it had nothing to do
+        if self.process is None:
             self._spawn(config)
         assert self.process is not None and self.process.stdin is not None
         order = {"config": config, "devices": devices, "gpus": gpus}
@@ -59,8 +61,12 @@ class Worker:
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         if line.endswith(b"\n"):
-            return Outcome(**json.loads(line))
-        return Outcome("died", f"its process {_death(self.process.wait())}")
+            outcome = Outcome(**json.loads(line))
+        else:
+            outcome = Outcome("died", f"its process {_death(self.process.wait())}")
+        if outcome.status in ("died", "failed", "stopped"):
+            self.close()  # after an exception a CUDA context, or torch's state, may be unusable
+        return outcome
 
     def run(self, config: Config, devices: int = 1) -> Outcome:
         self.start(config, devices)
@@ -125,8 +131,6 @@ def main() -> None:
         outcome = attempt(order["config"], order["devices"], order["gpus"])
         busy.clear()
         answers.write(json.dumps(asdict(outcome)) + "\n")
-        if outcome.status in ("failed", "stopped"):
-            break  # after an exception a CUDA context, or torch's state, may be unusable
         _free_memory()
     answers.flush()
     sys.stdout.flush()
