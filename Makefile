@@ -8,19 +8,22 @@ DATASET ?= cifar10
 BUDGET ?= lite
 SEEDS ?= 3
 DATA ?=
+GPUS ?=
+LAUNCHER ?=
 ARGS ?=
 
 READY := $(VENV)/.ready
 KN := $(VENV)/bin/kalmannorm
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
-OVERRIDES = dataset=$(DATASET) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(ARGS)
+OVERRIDES = dataset=$(DATASET) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(WHERE) $(ARGS)
+WHERE = $(if $(LAUNCHER),launcher=$(LAUNCHER)) $(if $(GPUS),gpus=$(GPUS))
 DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=results/demo
 DATASETS := cifar10 cifar100 svhn svhn_extra
 
 .PHONY: help setup demo test test-all lint bench table7 figure5 clean $(DATASETS:%=data-%)
 
 help: ## list the targets
-	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder ARGS='overrides'):"
+	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder GPUS=n LAUNCHER=local|ray|slurm ARGS='overrides'):"
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  /'
 	@printf '  %-14s%s\n' data-NAME "prepare a data set from its official archive: $(DATASETS)"
 

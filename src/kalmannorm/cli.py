@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="runs=, results=")
     sweep = add("sweep", _sweep, "run what is missing of an experiment")
     sweep.add_argument("experiment", metavar="EXPERIMENT")
-    sweep.add_argument("overrides", nargs="*", metavar="ARGUMENT", help="seeds=N, rows=paper, overrides, and see below")
+    sweep.add_argument("overrides", nargs="*", metavar="ARGUMENT", help="seeds=N, rows=paper, overrides, see below")
     sweep.epilog, sweep.formatter_class = HELP, argparse.RawDescriptionHelpFormatter
     sweep.add_argument("--dry-run", action="store_true", help="list the runs and the predicted time, run nothing")
     report = add("report", _report, "make an experiment's table or figure from the records")

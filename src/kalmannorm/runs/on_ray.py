@@ -78,7 +78,7 @@ class OnRay:
                 outcomes.append((identity, self._ray.get(result)))
                 self._idle.append((devices, actor))
             except self._ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = " ".join(str(error).split())[:300]
                 outcomes.append((identity, Outcome("died", f"{type(error).__name__}: {reason}")))
         return outcomes
 
@@ -123,5 +123,6 @@ def _connect(ray: Any, options: Options) -> None:
         gpus = {} if options.gpu_count is None else {"num_gpus": options.gpu_count}
         processors = max(cores(), (options.slots or 1) * (options.threads or 1))
         ray.init(num_cpus=processors, include_dashboard=False, log_to_driver=False, **gpus)
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # ray raises bare ones, for instance where its processes take too long to start
+        ray.shutdown()
+        raise UserError(f"no Ray at {address or 'this machine'}: {' '.join(str(error).split())}") from None

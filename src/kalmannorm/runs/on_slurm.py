@@ -129,7 +129,5 @@ def _outcome(job: Any) -> Outcome:
 
     try:
         return job.result()
-    except submitit.core.utils.UncompletedJobError as error:
-        return Outcome("died", str(error).strip().splitlines()[0])
-    except submitit.core.utils.FailedJobError as error:
-        return Outcome("died", str(error).strip().splitlines()[-1])
+    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
+        return Outcome("died", f"job {job.job_id} left no result, see {job.paths.stderr}")

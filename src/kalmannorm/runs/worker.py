@@ -131,6 +131,8 @@ def main() -> None:
         outcome = attempt(order["config"], order["devices"], order["gpus"])
         busy.clear()
         answers.write(json.dumps(asdict(outcome)) + "\n")
+        if outcome.status == "stopped":
+            break  # whoever asked waits for the end of this process
         _free_memory()
     answers.flush()
     sys.stdout.flush()
