@@ -8,12 +8,15 @@ DATASET ?=
 BUDGET ?= lite
 SEEDS ?= 3
 DATA ?=
+GPUS ?=
+LAUNCHER ?=
 ARGS ?=
 
 READY := $(VENV)/.ready
 KN := $(VENV)/bin/kalmannorm
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
-OVERRIDES = $(if $(DATASET),dataset=$(DATASET)) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(ARGS)
+OVERRIDES = $(if $(DATASET),dataset=$(DATASET)) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(WHERE) $(ARGS)
+WHERE = $(if $(LAUNCHER),launcher=$(LAUNCHER)) $(if $(GPUS),gpus=$(GPUS))
 DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=results/demo
 EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
 DATASETS := cifar10 cifar100 svhn svhn_extra
@@ -21,7 +24,7 @@ DATASETS := cifar10 cifar100 svhn svhn_extra
 .PHONY: help setup demo test test-all lint bench report notebooks clean $(EXPERIMENTS) $(DATASETS:%=data-%)
 
 help: ## list the targets
-	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder ARGS='overrides'):"
+	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder GPUS=n LAUNCHER=local|ray|slurm ARGS='overrides'):"
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  /'
 	@for name in $(EXPERIMENTS); do printf '  %-14s%s\n' $$name "$$(sed -n 's/^title: *//p' conf/experiment/$$name.yaml | tr -d '"')"; done
 	@printf '  %-14s%s\n' data-NAME "prepare a data set from its official archive: $(DATASETS)"

@@ -115,7 +115,7 @@ def test_settings_of_a_card_are_apart(tmp_path: Path, cards: dict[str, Any]) -> 
 
 
 def test_a_row_of_another_width_is_no_setting(tmp_path: Path, cards: dict[str, Any]) -> None:
-    """A card that widens a network (v1's Table 3): no row shows another's runs, and no other card takes the wide ones."""
+    """A card that widens a network (v1's Table 3): no row shows another's runs, no other card takes them."""
     plain = config_of(cards, "bn_stat2")
     wide = {**plain, "arch": {**plain["arch"], "width": 1.031}}
     card = {**cards["table7"], "name": "wider"}

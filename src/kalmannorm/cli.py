@@ -1,12 +1,14 @@
-"""`kalmannorm`: train, evaluate, export, sweep, report, bench, data. Imports what a command needs when it needs it."""
+"""`kalmannorm`: train, evaluate, export, sweep, report, records, bench, data. A command imports what it needs."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from kalmannorm.errors import Stopped, UserError
+from kalmannorm.runs.options import HELP
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
-    add("train", _train, "train and evaluate one run").add_argument("overrides", nargs="*", metavar="OVERRIDE")
+    train = add("train", _train, "train and evaluate one run")
+    train.add_argument("overrides", nargs="*", metavar="OVERRIDE")
+    train.add_argument("-m", "--multirun", action="store_true", help="several runs: norm=bn,bkn seed=range(1,4)")
     evaluate = add("evaluate", _evaluate, "evaluate a run's weights with moving, online and precise statistics")
     evaluate.add_argument("run", metavar="RUN", help="a run's id, or the beginning of it")
     evaluate.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="data=, runs=, results=, device=")
@@ -65,12 +69,24 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="runs=, results=")
     sweep = add("sweep", _sweep, "run what is missing of an experiment")
     sweep.add_argument("experiment", metavar="EXPERIMENT")
-    sweep.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="seeds=N, rows=paper, and overrides")
+    sweep.add_argument("overrides", nargs="*", metavar="ARGUMENT", help="seeds=N, rows=paper, overrides, see below")
+    sweep.epilog, sweep.formatter_class = HELP, argparse.RawDescriptionHelpFormatter
     sweep.add_argument("--dry-run", action="store_true", help="list the runs and the predicted time, run nothing")
     report = add("report", _report, "make an experiment's table or figure from the records; without one, everything")
     report.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help="none: all, claims.md and report.html")
     report.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for sweep; without EXPERIMENT results=")
     report.add_argument("--compare", nargs=2, metavar="RUN", help="two runs' configurations, results and curves' ends")
+    records = add("records", _records, "what runs are recorded; bring records together; remove stale ones")
+    actions = records.add_subparsers(required=True, metavar="ACTION", dest="action")
+    listed = actions.add_parser("list", help="a table of the records, tab-separated where it is not a terminal")
+    listed.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="only those: norm=bkn seed=1 status=failed")
+    merge = actions.add_parser("merge", help="take in the records of other folders; nothing is overwritten")
+    merge.add_argument("folders", nargs="+", metavar="FOLDER", help="a results folder of another machine")
+    prune = actions.add_parser("prune", help="list stale and unreadable records; with --yes, delete them")
+    prune.add_argument("--failed", action="store_true", help="those of failed runs too")
+    prune.add_argument("--yes", action="store_true", help="delete what is listed")
+    for action in (listed, merge, prune):
+        action.add_argument("--results", default="results", metavar="FOLDER", help="(default: results)")
     bench = add("bench", _bench, "measure speed and memory as ratios, both sides alternating")
     bench.add_argument("names", nargs="*", metavar="NAME", help="which comparisons; none: all")
     bench.add_argument("--seconds", type=float, default=20, help="per comparison (default 20)")
@@ -91,7 +107,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.multirun:
+        from kalmannorm.runs.experiment import multirun
+        from kalmannorm.runs.options import split
+        from kalmannorm.runs.sweep import run
+
+        where, overrides = split(options.overrides)
+        return run(multirun(overrides), where)
     from kalmannorm.runs.config import compose
+    from kalmannorm.runs.lock import hold
     from kalmannorm.runs.record import is_done, path, run_id
 
     config = compose(options.overrides)
@@ -99,9 +123,11 @@ def _train(options: argparse.Namespace) -> int:
     if is_done(config["results"], identity):
         print(f"{identity}: done already, {path(config['results'], identity)}")
         return 0
-    from kalmannorm.runs.execute import execute
+    # The first process of a distributed run holds the lock for all of them.
+    with hold(config["runs"], identity) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+        from kalmannorm.runs.execute import execute
 
-    code = 0 if execute(config)["status"] == "done" else 1
+        code = 0 if execute(config)["status"] == "done" else 1
     if "WORLD_SIZE" in os.environ:
         from kalmannorm.engine.ranks import end_process
 
@@ -137,6 +163,16 @@ def _report(options: argparse.Namespace) -> int:
         overrides = [*([name] if name else []), *options.overrides]
         return sweep.compare(options.compare, overrides) if options.compare else sweep.report_all(overrides)
     return sweep.report(name, options.overrides)
+
+
+def _records(options: argparse.Namespace) -> int:
+    from kalmannorm.runs import collection
+
+    if options.action == "list":
+        return collection.show(options.results, options.overrides)
+    if options.action == "merge":
+        return collection.merge(options.results, options.folders)
+    return collection.prune(options.results, failed=options.failed, yes=options.yes)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import pil_to_tensor
 
-from kalmannorm.data.loader import EVALUATION_SEED, mix
+from kalmannorm.data.batches import EVALUATION_SEED, mix
 from kalmannorm.errors import UserError
 
 SPLITS = ("train2017", "val2017")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.conversion import Converted, convert
+from kalmannorm.data.batches import mix
 from kalmannorm.data.coco import TrainingBatches
-from kalmannorm.data.loader import mix
 from kalmannorm.engine.model import Config
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.models.mask_rcnn import MaskRCNNC4

@@ -1,5 +1,6 @@
 """What a person sees of a run: a progress bar on a terminal, a line an epoch elsewhere; TensorBoard's event files."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+FILE = "progress.json"  # in the run's folder, for who watches from another process
+FILE_EVERY = 2.0  # seconds
 
 
 class Progress:
@@ -55,6 +59,7 @@ class Progress:
         self._training = time.perf_counter()
         if self.quiet:
             return
+        self._file, self._written = folder / FILE, 0.0
         from torch.utils.tensorboard import SummaryWriter
 
         # What a killed run logged after its last checkpoint is logged again.
@@ -67,6 +72,12 @@ class Progress:
         correct = "" if accuracy is None else f"accuracy {accuracy:.1f} %  "
         status = f"loss {loss:.3f}  {correct}{_rate(rate)} images/s"
         self._bar.update(self._task, completed=done, status=status)
+        if not self.quiet and time.perf_counter() - self._written > FILE_EVERY:
+            self._written = time.perf_counter()
+            total = self.epochs * self._steps
+            left = self.seconds / (done - self._first) * (total - done)
+            now = {"part": done / total, "status": status, "seconds_left": round(left, 1)}
+            self._file.write_text(json.dumps(now))
 
     def epoch(self, curves: dict[str, list[Any]]) -> None:
         """An epoch is done and evaluated."""

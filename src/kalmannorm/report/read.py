@@ -72,7 +72,7 @@ def records(results: Path, numerics: int) -> Records:
     """
     current: list[Record] = []
     stale: list[Record] = []
-    for path in _record_files(results):
+    for path in files(results):
         record = read_one(path)
         (current if record["numerics"] == numerics else stale).append(record)
     return Records(results, numerics, tuple(current), tuple(stale))
@@ -87,7 +87,7 @@ def load(results: str | Path = "results") -> "pandas.DataFrame":
     import pandas
 
     rows = []
-    for path in _record_files(Path(results)):
+    for path in files(Path(results)):
         record = read_one(path)
         row = {key: record.get(key) for key in ("id", "numerics", "status", "reason", "parameters")}
         row |= flat(record["config"], "")
@@ -147,7 +147,8 @@ def _by_row(group: tuple[Record, ...]) -> dict[str, list[Record]]:
     return rows
 
 
-def _record_files(results: Path) -> list[Path]:
+def files(results: Path) -> list[Path]:
+    """The files in `results`/records, by name. UserError: not a results folder."""
     folder = results / "records"
     if any(path.exists() and not path.is_dir() for path in (results, folder)):
         raise UserError(f"{results} is not a results folder: expected a folder with a folder 'records' in it")

@@ -8,7 +8,7 @@ from typing import Any
 
 from kalmannorm import data
 from kalmannorm.errors import UserError, nearest
-from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, preset_options
+from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, preset_options
 
 Config = dict[str, Any]
 
@@ -50,6 +50,27 @@ def compose(overrides: list[str]) -> Config:
 def result_part(config: Config) -> Config:
     """What determines the result."""
     return {key: config[key] for key in RESULT_KEYS}
+
+
+def check_batches(config: Config, devices: int) -> None:
+    """UserError unless every device, and every micro-batch there, gets whole statistics groups."""
+    grad, stat, parts = config["batch"]["grad_batch"], config["batch"]["stat_batch"], config["accumulate"]
+    name = config["norm"]["name"]
+    if not isinstance(parts, int) or parts < 1:
+        raise UserError(f"accumulate = {parts}: expected a positive number of micro-batches")
+    where = f"{devices} devices" + (f" x accumulate = {parts}" if parts > 1 else "")
+    if grad % (devices * parts):
+        raise UserError(f"batch.grad_batch = {grad} does not divide among {where}")
+    if name in BATCH_STATISTICS and name not in SPAN_DEVICES and (grad // (devices * parts)) % stat:
+        raise UserError(
+            f"batch.grad_batch = {grad} on {where}: {grad // (devices * parts)} images each are no whole groups of "
+            f"batch.stat_batch = {stat}, and a group cannot span devices; take fewer devices"
+        )
+    if parts > 1 and (name in SPAN_DEVICES or config["norm"]["options"].get("guard") is not None):
+        what = name if name in SPAN_DEVICES else "the released code's guard"
+        raise UserError(
+            f"accumulate = {parts}: {what} looks at the whole batch, which micro-batches do not see at once"
+        )
 
 
 def _compose(overrides: list[str]) -> Config:

@@ -30,7 +30,7 @@ def execute(config: Config) -> dict[str, Any]:
         print(f"{record['id']}: failed, {record['reason']}; {file}", file=sys.stderr)
     else:
         final = record["final"]
-        shown = "  ".join(f"{kind} {_headline(values)}" for kind, values in final.items())
+        shown = "  ".join(f"{kind} {records.headline(values)}" for kind, values in final.items())
         print(f"{record['id']}: {shown}  {record['host']['images_per_s']} images/s; {file}")
     return record
 
@@ -45,12 +45,6 @@ def _run(config: Config) -> dict[str, Any]:
 
         return detection.run(config)
     return train.run(config)
-
-
-def _headline(values: dict[str, Any]) -> str:
-    if "accuracy" in values:
-        return f"{values['accuracy']:.2f} %"
-    return "  ".join(f"{kind} AP {values[f'{kind}_ap'] or 0:.2f}" for kind in ("box", "mask"))
 
 
 def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
@@ -80,6 +74,7 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def _evaluate_detector(record: dict[str, Any], config: Config, weights: dict[str, Any]) -> dict[str, Any]:
+    from kalmannorm import data
     from kalmannorm.data import coco
     from kalmannorm.engine import detection, detector
 
@@ -92,7 +87,7 @@ def _evaluate_detector(record: dict[str, Any], config: Config, weights: dict[str
     final = detection.evaluate_all(config, model, images, ranks)
     print(f"run {record['id']}: {images.provenance['name']}, {images.provenance['fidelity']}")
     for kind, values in final.items():
-        print(f"  {kind:8} {_headline(values)}  (record {_headline(record['final'][kind])})")
+        print(f"  {kind:8} {records.headline(values)}  (record {records.headline(record['final'][kind])})")
     return final
 
 

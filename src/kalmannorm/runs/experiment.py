@@ -13,6 +13,7 @@ A row with `sweep: {SETTING: [VALUE, ...], ...}` stands for one row per combinat
 SETTING=VALUE, its key with the values behind it.
 """
 
+import copy
 import itertools
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -79,7 +80,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
                 if column:
                     row.setdefault("configs", {})[column] = less_seed
                 for seed in seeds:
-                    run = {**config, "seed": seed}
+                    run = copy.deepcopy(config) | {"seed": seed}
                     if run_id(run) not in known:
                         known.add(run_id(run))
                         experiment.runs.append(run)
@@ -132,6 +133,33 @@ def _columns(card: dict[str, Any], wanted: str | None, overrides: list[str]) -> 
 def _dataset(column: Any) -> str | None:
     overrides = column.get("overrides", []) if isinstance(column, dict) else []
     return next((o.partition("=")[2] for o in overrides if o.startswith("dataset=")), None)
+
+
+def multirun(overrides: list[str]) -> Experiment:
+    """The runs that Hydra's --multirun makes of `overrides`: the combinations of norm=bn,bkn and seed=range(1,4)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+    from hydra.errors import HydraException
+
+    choices = []
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+            if not parsed.is_sweep_override():
+                choices.append([override])
+            elif isinstance(parsed.value(), Glob):
+                raise UserError(f"override {override!r}: name the values, as in norm=bn,bkn")
+            else:
+                choices.append([f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()])
+        except HydraException as error:
+            raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from None
+    title = " ".join(overrides)
+    experiment = Experiment({"name": "multirun", "title": title, "command": f"kalmannorm train --multirun {title}"})
+    configs = [compose(list(combination)) for combination in itertools.product(*choices)]
+    for config in {run_id(config): config for config in configs}.values():
+        experiment.runs.append(config)
+        experiment.keys.append("multirun")
+    return experiment
 
 
 def _choose(rows: list[dict[str, Any]], wanted: str | None) -> list[dict[str, Any]]:

@@ -87,6 +87,13 @@ def write_atomically(file: Path, content: bytes) -> None:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from None
 
 
+def headline(values: dict[str, Any]) -> str:
+    """What a run reached under one kind of statistics, in a few words."""
+    if "accuracy" in values:
+        return f"{values['accuracy']:.2f} %"
+    return "  ".join(f"{kind} AP {values[f'{kind}_ap'] or 0:.2f}" for kind in ("box", "mask"))
+
+
 def host(device: str) -> dict[str, Any]:
     """Time and place of a run: all that may differ between two records of it."""
     import torch
