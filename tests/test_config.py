@@ -102,12 +102,14 @@ def test_released_gain_exists_for_two_statistics_batches_only():
 @pytest.mark.parametrize("group", ["dataset", "arch", "norm", "batch", "schedule", "budget"])
 def test_every_choice_composes(group):
     for file in (conf_dir() / group).glob("*.yaml"):
-        config = compose([f"{group}={file.stem}"])
+        few_images = ["batch=g8_s2", "batch.grad_batch=2"] if file.stem.startswith("coco") else []
+        config = compose([f"{group}={file.stem}", *few_images])
         assert set(RESULT_KEYS) <= set(config)
 
 
 def test_every_norm_is_known_to_the_library():
     from kalmannorm import NORMS
+    from kalmannorm.engine.detector import DETECTORS
     from kalmannorm.models import ARCHS
     from kalmannorm.norm import GroupedStatistics
 
@@ -115,7 +117,7 @@ def test_every_norm_is_known_to_the_library():
     assert names == set(NORMS)
     grouped = {name for name, build in NORMS.items() if isinstance(build(8), GroupedStatistics)}
     assert grouped == set(BATCH_STATISTICS)
-    assert {file.stem for file in (conf_dir() / "arch").glob("*.yaml")} == set(ARCHS)
+    assert {file.stem for file in (conf_dir() / "arch").glob("*.yaml")} == set(ARCHS) | set(DETECTORS)
 
 
 @pytest.mark.parametrize("name", experiment.names())

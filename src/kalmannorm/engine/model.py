@@ -26,6 +26,8 @@ def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
     name = arch.pop("name")
     if name not in ARCHS:
         raise UserError(nearest(name, list(ARCHS), "arch"))
+    if not isinstance(config["schedule"]["lr"], list):
+        raise UserError(f"schedule {config['schedule']['name']} is a detector's, in steps: pass schedule=released")
     torch.manual_seed(config["seed"])
     try:
         plain = ARCHS[name](classes=config["dataset"]["classes"], **arch)

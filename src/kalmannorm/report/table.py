@@ -7,8 +7,8 @@ A card is a dict:
     rows          [{"key", "label", "config", "configs"?: by column, "columns"?: [key, ...], "ours"?: bool,
                     "block"?: heading, "baseline"?: key, "paper"?: path | None, "paper_batch"?: [grad, stat]}, ...]
     columns       ["moving", ...]: kinds of statistics, names under a record's `final`; or
-                  [{"key", "label"?, "statistics"?: "moving", "steps_to"?: percent, "value"?: "accuracy", "overrides"?: [...]},
-                  ...]
+                  [{"key", "label"?, "statistics"?: "moving", "steps_to"?: percent, "value"?: "accuracy",
+                    "overrides"?: [...]}, ...]
     paper?        path into paper_values.yaml; a cell's value stands at <paper>.<row key>.<column key>. A row's own path
                   has {column} where the column's key goes, else it is appended
     paper_dataset?, paper_setting?   the data set of the paper's values; what to say of their setting
