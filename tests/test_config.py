@@ -102,13 +102,15 @@ def test_released_gain_exists_for_two_statistics_batches_only():
 @pytest.mark.parametrize("group", ["dataset", "arch", "norm", "batch", "schedule", "budget"])
 def test_every_choice_composes(group):
     for file in (conf_dir() / group).glob("*.yaml"):
-        needs_data = file.stem == "image_folder"  # counts the classes, where they are not given
-        config = compose([f"{group}={file.stem}", *(["dataset.classes=2"] if needs_data else [])])
+        needed = ["dataset.classes=2"] if file.stem == "image_folder" else []  # counts the classes, where not given
+        needed += ["batch=g8_s2", "batch.grad_batch=2"] if file.stem.startswith("coco") else []
+        config = compose([f"{group}={file.stem}", *needed])
         assert set(RESULT_KEYS) <= set(config)
 
 
 def test_every_norm_is_known_to_the_library():
     from kalmannorm import NORMS
+    from kalmannorm.engine.detector import DETECTORS
     from kalmannorm.models import ARCHS
     from kalmannorm.norm import GroupedStatistics
 
@@ -116,7 +118,7 @@ def test_every_norm_is_known_to_the_library():
     assert names == set(NORMS)
     grouped = {name for name, build in NORMS.items() if isinstance(build(8), GroupedStatistics)}
     assert grouped == set(BATCH_STATISTICS)
-    assert {file.stem for file in (conf_dir() / "arch").glob("*.yaml")} == set(ARCHS)
+    assert {file.stem for file in (conf_dir() / "arch").glob("*.yaml")} == set(ARCHS) | set(DETECTORS)
 
 
 @pytest.mark.parametrize("name", experiment.names())

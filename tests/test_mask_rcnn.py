@@ -16,6 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from kalmannorm import Belief, convert
 from kalmannorm.engine import detector
+from kalmannorm.engine.model import build
 from kalmannorm.errors import UserError
 from kalmannorm.models.mask_rcnn import LOSSES, KeyedSampler, MaskRCNNC4
 from kalmannorm.runs.config import compose
@@ -319,11 +320,18 @@ def test_unusable_weights_are_named(tmp_path):
         ("arch.roi_belief=keep", "expected end or carry"),
         ("arch.frozen_stages=7", "expected 0 to 4"),
         ("norm=brn", "follows a schedule"),
+        ("schedule=released", "pass schedule=c4_280k"),
     ],
 )
 def test_impossible_detectors_are_refused(override, words):
     with pytest.raises(UserError, match=words):
-        detector.build(config(override))
+        detector.build(compose([o for o in TINY if not o.startswith(override.split("=")[0] + "=")] + [override]))
+
+
+def test_a_classifier_is_refused_a_detectors_settings():
+    for override, words in (("arch=mask_rcnn_c4", "unknown arch"), ("schedule=c4_280k", "pass schedule=released")):
+        with pytest.raises(UserError, match=words):
+            build(compose([override]))
 
 
 def test_normalizers_share_their_initial_weights():

@@ -84,6 +84,10 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
     """Get the data set into `root/name`, from `archive`, files already there, or the network; see its module."""
     if name == "digits":
         raise UserError("dataset 'digits' comes with scikit-learn: nothing to prepare, `dataset=digits` runs as it is")
+    if name.startswith("coco"):
+        raise UserError(
+            f"dataset {name!r} is read as it is: unpack the official files into {root / name} (data/coco.py)"
+        )
     if name not in PREPARE:
         raise UserError(nearest(name, PREPARE, "dataset"))
     return PREPARE[name](name, root, archive, download)

@@ -39,6 +39,8 @@ def build(config: Config) -> nn.Module:
         raise UserError(f"arch.roi_belief = {roi_belief}: expected end or carry")
     if not isinstance(frozen_stages, int) or not 0 <= frozen_stages <= 4:
         raise UserError(f"arch.frozen_stages = {frozen_stages}: expected 0 to 4 (2: the stem and layer1)")
+    if "of_steps" not in config["schedule"]:
+        raise UserError(f"schedule {config['schedule']['name']} is a classifier's: pass schedule=c4_280k")
     if norm["name"] in NEEDS_MORE:
         raise UserError(f"norm {norm['name']} {NEEDS_MORE[norm['name']]}, which detection does not have")
     torch.manual_seed(config["seed"])
