@@ -23,6 +23,18 @@ def test_presets_are_resolved_into_the_configuration():
     assert at128["options"]["gain"] == 0.95
 
 
+def test_the_presets_of_the_talk_and_v1_say_what_is_theirs_and_the_others_nothing_new():
+    talk, v1 = (compose(["norm=bkn", f"norm.preset={preset}"])["norm"] for preset in ("talk", "v1"))
+    assert talk["predictor"] == v1["predictor"] == "closed" and talk["options"]["mixture"] and v1["options"]["mixture"]
+    assert talk["options"]["transition"] == v1["options"]["transition"] == "learned"
+    assert talk["options"]["noise"] is True and v1["options"]["noise"] == "shared"
+    for preset in ("paper", "released"):
+        options = compose(["norm=bkn", f"norm.preset={preset}"])["norm"]["options"]
+        assert not {"transition", "input_belief"} & set(options)
+    given = compose(["norm=gkn", "+norm.options.transition=learned", "+norm.options.input_belief=data"])
+    assert given["norm"]["options"]["transition"] == "learned" and given["norm"]["options"]["input_belief"] == "data"
+
+
 def test_auto_is_resolved_by_device():
     cpu, gpu = compose(["device=cpu"]), compose(["device=cuda"])
     assert (cpu["precision"], cpu["compile"]) == ("fp32", False)
@@ -77,6 +89,7 @@ def test_budgets_scale_one_schedule():
         ("budget.subset=50", ["budget.subset = 50"]),
         ("norm.preset=relaesed", ["relaesed", "released"]),
         ("seed=[", ["seed=["]),
+        ("+norm.options.input_belief=images", ["norm.options.input_belief = images", "data"]),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(override, words):

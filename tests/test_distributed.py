@@ -34,7 +34,7 @@ NORMS = {
     "ln": ["norm=ln"],
     "in": ["norm=in"],
     "wn": ["norm=wn"],
-    "sn": ["norm=sn"],
+    "sn": ["norm=sn", "seed=2"],  # at seed 1 rounding takes a ReLU to another side of its kink (not so in float64)
     "bkn": ["norm=bkn"],
     "bkn-output": ["norm=bkn", "norm.options.belief=output"],
     "bkn-sampling": ["norm=bkn", "norm.predictor=sampling"],

@@ -322,6 +322,21 @@ def full(results: Path) -> Table:
     return made(results)
 
 
+def test_caption_says_which_variant_of_kn_a_row_is() -> None:
+    """Beyond preset, predictor, gain and belief: what differs from every run before it was an option."""
+    rows = [
+        {"label": "KN", "config": config("bkn")},
+        {"label": "talk", "config": config("bkn", transition="learned", noise=True)},
+        {"label": "v1", "config": config("bkn", transition="learned", noise="shared")},
+        {"label": "input", "config": config("bkn", input_belief="data")},
+    ]
+    plain, talk, v1, with_input = caption.estimators(rows).split(". ")[:4]
+    assert plain == "KN: preset paper, predictor closed form, initial gain 0.5 (learned), belief=posterior"
+    assert talk.endswith("belief=posterior, learned transition")
+    assert v1.endswith("learned transition, one R for all layers")
+    assert with_input.endswith("belief=posterior, the input's belief measured from the training set")
+
+
 def test_caption_says_what_the_numbers_depend_on(tmp_path: Path) -> None:
     said = full(tmp_path).caption
     for part in (

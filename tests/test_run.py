@@ -176,7 +176,11 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-@pytest.mark.parametrize("extra", [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"]])
+@pytest.mark.parametrize(
+    "extra",
+    [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"], ["norm=brn"], ["norm=wn"],
+     ["norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"]],
+)  # fmt: skip
 def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, extra):
     """Stopped by a signal within the second epoch, and once more at its end, before it is evaluated."""
     overrides = [*SMALL, *extra, "budget.epochs=3", "budget.subset=512"]
