@@ -26,8 +26,8 @@ DATASETS := cifar10 cifar100 svhn svhn_extra
 help: ## list the targets
 	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder GPUS=n LAUNCHER=local|ray|slurm ARGS='overrides'):"
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  /'
-	@for name in $(EXPERIMENTS); do printf '  %-14s%s\n' $$name "$$(sed -n 's/^title: *//p' conf/experiment/$$name.yaml | tr -d '"')"; done
-	@printf '  %-14s%s\n' data-NAME "prepare a data set from its official archive: $(DATASETS)"
+	@for name in $(EXPERIMENTS); do printf '  %-16s%s\n' $$name "$$(sed -n 's/^title: *//p' conf/experiment/$$name.yaml | tr -d '"')"; done
+	@printf '  %-16s%s\n' data-NAME "prepare a data set from its official archive: $(DATASETS)"
 
 setup: $(READY) ## make the environment in .venv (python >= 3.11 and the package registry)
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kalmannorm.errors import UserError
-from kalmannorm.report import cost, table, variants
+from kalmannorm.report import cost, render, table, variants
 from kalmannorm.report.read import Records
+from kalmannorm.report.render import Sheet
 from kalmannorm.report.table import Table
 from kalmannorm.report.variants import Variant
 
@@ -28,6 +29,7 @@ class Made:
 
     variant: Variant | None
     table: Table | None
+    sheet: Sheet | None  # a table that is not of accuracies
     files: Files
     cost: str
     command: str
@@ -87,7 +89,7 @@ def collect(cards: Mapping[str, Mapping[str, Any]], problems: Mapping[str, str],
 
 def _made(card: Mapping[str, Any], records: Records, named: frozenset[str]) -> list[Made]:
     if card.get("kind") == "pending":
-        return [Made(None, table.pending(card), {}, "not measured", "")]
+        return [Made(None, table.pending(card), None, {}, "not measured", "")]
     found = [
         _in_setting(variants.apply(card, variant), variant, records) for variant in variants.of_card(card, records)
     ]
@@ -97,14 +99,17 @@ def _made(card: Mapping[str, Any], records: Records, named: frozenset[str]) -> l
 
 
 def _in_setting(card: Mapping[str, Any], variant: Variant | None, records: Records) -> Made:
-    from kalmannorm.report import KINDS
+    from kalmannorm.report import KINDS, TABLES
 
-    made = table.table(card, records) if card.get("kind", "table") == "table" else None
+    kind = card.get("kind", "table")
+    made = table.table(card, records) if kind == "table" else None
+    sheet = None
     files: Files = {}
     problem = ""
     if made is None or not made.empty:
         try:
-            files = KINDS[card.get("kind", "table")](card, records)
+            files = KINDS[kind](card, records)
+            sheet = render.sheet(TABLES[kind](card, records)) if kind in TABLES and made is None else None
         except UserError as error:
             problem = str(error)
-    return Made(variant, made, files, cost.describe(card, records), table.command(card), problem)
+    return Made(variant, made, sheet, files, cost.describe(card, records), table.command(card), problem)

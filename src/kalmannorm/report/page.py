@@ -235,7 +235,7 @@ def write_claims(verdicts: Iterable[Verdict]) -> str:
     for verdict in verdicts:
         claim = verdict.claim
         setting = " ".join(filter(None, (verdict.dataset, f"**{escape(verdict.reduced)}**" if verdict.reduced else "")))
-        printed = claim.printed(verdict.dataset) if verdict.dataset else None
+        printed = claim.printed(verdict.dataset)
         shown = "–" if printed is None else f"{printed:+g}".replace("-", "−")
         said = "; ".join(filter(None, (verdict.estimate, verdict.test, verdict.why)))
         places = (verdict.state, escape(f"{claim.text} ({claim.where})"), setting or "–", escape(said), shown)

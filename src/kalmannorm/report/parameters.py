@@ -21,11 +21,14 @@ def sheet(card: Card, found: Records) -> Sheet:
         line = [Text(row["label"])]
         for column in card["columns"]:
             config = row["configs"][column["key"]]
-            count = _count(json.dumps(config))
+            parameters = count(config)
             printed = paper.value(f"{card['paper']}.{row['key']}.{column['key']}")
-            line += [Text(f"{count / 1e6:.2f} ({count:,})"), Text("–" if printed is None else f"{printed:.2f}")]
-            records.append(_record(row, column, config, count, printed))
-            if printed is not None and f"{count / 1e6:.2f}" != f"{printed:.2f}":
+            line += [
+                Text(f"{parameters / 1e6:.2f} ({parameters:,})"),
+                Text("–" if printed is None else f"{printed:.2f}"),
+            ]
+            records.append(_record(row, column, config, parameters, printed))
+            if printed is not None and f"{parameters / 1e6:.2f}" != f"{printed:.2f}":
                 differing.append(f"{row['label']} with {column['label']}")
         rows.append(line)
 
@@ -48,6 +51,11 @@ def sheet(card: Card, found: Records) -> Sheet:
     )
     below = ("Paper: the printed value, in millions, never a counted one.", verdict)
     return Sheet(card["name"], card["title"], said, tuple(header), 1, rows, (), below, tuple(records))
+
+
+def count(config: Mapping[str, Any]) -> int:
+    """Parameters of the network that a run of this config trains."""
+    return _count(json.dumps(config))
 
 
 @functools.cache  # a report makes the table for the terminal and for the files

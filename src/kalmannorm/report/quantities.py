@@ -54,8 +54,6 @@ def of_run(run: Record, quantity: str, statistics: str, folder: Path) -> float |
     if quantity == "mean_accuracy":  # over all epochs: who learns faster has more
         curve = [value for value in (run.get("curves") or {}).get(statistics) or [] if value is not None]
         return _finite(sum(curve) / len(curve)) if curve else None
-    if quantity == "parameters":
-        return _finite(run.get("parameters"))
     if quantity == "images_per_s":
         return _finite((run.get("host") or {}).get("images_per_s"))
     if quantity in ("variance_gap", "relative_variance_gap", "depth_trend"):

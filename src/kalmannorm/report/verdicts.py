@@ -18,6 +18,7 @@ from kalmannorm.report.hypotheses import ALPHA, Outcome
 from kalmannorm.report.read import Record, Records
 from kalmannorm.report.variants import Variant
 
+COUNTED = "parameters"  # a quantity that is counted from the models: no run is needed, and no test
 NO_JUDGE = "smoke"  # a budget whose numbers mean nothing
 
 State = Literal["supported", "contradicted", "undecided", "not run"]
@@ -57,7 +58,8 @@ class Verdict:
         found = self.outcome.summary
         half_width = "" if found.half_width is None or not self.outcome.deviation else f" ± {_short(found.half_width)}"
         unit = f" {self.claim.unit}".rstrip()
-        return f"{_signed(found.mean)}{half_width}{unit} ({found.n} seed{'s' if found.n > 1 else ''})"
+        seeds = "" if self.claim.quantity == COUNTED else f" ({found.n} seed{'s' if found.n > 1 else ''})"
+        return f"{_signed(found.mean)}{half_width}{unit}{seeds}"
 
     @property
     def test(self) -> str:
@@ -79,6 +81,8 @@ def _of_claim(claim: Claim, records: Records, cards: Cards, named: frozenset[str
         configs = [_config(term, cards) for term in claim.contrast]
     except UserError as error:
         return [Verdict(claim, "not run", str(error))]
+    if claim.quantity == COUNTED:
+        return [_count(claim, configs)]
     found = [
         _judge(claim, variant, [variant.of(config) for config in configs], records)
         for variant in variants.of_configs(configs, records, named)
@@ -104,6 +108,23 @@ def _config(term: Term, cards: Cards) -> Config:
         raise UserError(f"{term.card}: row {term.row} has no column {term.column}")
     of_column: Config = row["configs"][term.column]
     return of_column
+
+
+def _count(claim: Claim, configs: Sequence[Config]) -> Verdict:
+    """The verdict of a claim about numbers of parameters."""
+    from kalmannorm.report.parameters import count
+
+    terms = [(term.sign, count(config)) for term, config in zip(claim.contrast, configs, strict=True)]
+    outcome = hypotheses.examine(claim.hypothesis, [_combined(claim, terms)])
+    said = [f"{term}: {number:,}" for term, (_, number) in zip(claim.contrast, terms, strict=True)]
+    norms = dict.fromkeys(caption.estimator(config["norm"]) for config in configs if config["norm"].get("preset"))
+    return Verdict(
+        claim,
+        "supported" if outcome.in_favour else "contradicted",
+        f"counted from the models, no test: {claim.hypothesis}",
+        outcome=outcome,
+        rests_on=(*said, *norms),
+    )
 
 
 def _judge(claim: Claim, variant: Variant, configs: Sequence[Config], records: Records) -> Verdict:
@@ -181,11 +202,18 @@ def _value(claim: Claim, runs: Sequence[Record], folder: Path) -> tuple[float | 
         if value is None:
             return None, False
         terms.append((term.sign, value))
+    if claim.relative and any(sign < 0 and not value for sign, value in terms):
+        return None, False
+    return _combined(claim, terms), False
+
+
+def _combined(claim: Claim, terms: Sequence[tuple[int, float]]) -> float:
+    """The signed sum, or the plus side over the minus side in percent more."""
     if claim.relative:
         (plus,) = (value for sign, value in terms if sign > 0)
         (minus,) = (value for sign, value in terms if sign < 0)
-        return (100 * (plus / minus - 1) if minus else None), False
-    return math.fsum(sign * value for sign, value in terms), False
+        return 100 * (plus / minus - 1)
+    return math.fsum(sign * value for sign, value in terms)
 
 
 def _steps_saved(claim: Claim, runs: Sequence[Record]) -> tuple[float | None, bool]:
@@ -264,9 +292,8 @@ def _decide(verdict: Verdict) -> Verdict:
     outcome, claim = verdict.outcome, verdict.claim
     if outcome is None:
         return verdict
-    if claim.quantity == "parameters":  # a count: no seed changes it
-        state: State = "supported" if outcome.in_favour else "contradicted"
-        return replace(verdict, state=state, why=f"a count, not a test: {claim.hypothesis}")
+    if claim.quantity == COUNTED:
+        return verdict
     if outcome.p is None or verdict.adjusted is None:
         if verdict.why == "bound":
             return replace(verdict, why="a run never reached the accuracy")
