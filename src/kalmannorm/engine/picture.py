@@ -13,6 +13,7 @@ from kalmannorm.runs.record import write_atomically
 
 SURE = 0.5  # score from which a detection is drawn
 SIDE = 400  # pixels of an image's side in the picture
+COLOURS = ["#D55E00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7"]  # of Okabe and Ito
 
 
 @torch.no_grad()
@@ -28,8 +29,9 @@ def draw_detections(model: nn.Module, images: Coco, count: int, device: torch.de
         if sure.any():
             masks, boxes = (found[key][sure].cpu() for key in ("masks", "boxes"))
             words = [names[int(label)] for label in found["labels"][sure]]
-            picture = draw_segmentation_masks(picture, masks[:, 0] > 0.5, alpha=0.5)
-            picture = draw_bounding_boxes(picture, boxes, words, width=2)
+            colours = [COLOURS[i % len(COLOURS)] for i in range(len(boxes))]
+            picture = draw_segmentation_masks(picture, masks[:, 0] > 0.5, alpha=0.5, colors=colours)
+            picture = draw_bounding_boxes(picture, boxes, words, colors=colours, width=2)
         shown.append(resize(picture, [SIDE, SIDE]))
     encoded = io.BytesIO()
     to_pil_image(make_grid(shown, nrow=2)).save(encoded, "PNG")

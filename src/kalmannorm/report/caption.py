@@ -79,7 +79,7 @@ def short(configs: Sequence[Config]) -> str:
     images = "".join(f", {subset:,} images" for subset in distinct(configs, "budget", "subset"))
     length = f"{epochs} epoch{'s' if epochs != '1' else ''}{images}, {_pixels(configs, size)}"
     budget = f"budget {_joined(distinct(configs, 'budget', 'name'))} ({length})"
-    archs = [_arch(arch) for arch in distinct(configs, "arch")]
+    archs = list(dict.fromkeys(_arch(arch) for arch in distinct(configs, "arch")))
     return ", ".join((_joined(distinct(configs, "dataset", "name")), _joined(archs), budget))
 
 
@@ -170,7 +170,7 @@ def _images(budget: Config, runs: Sequence[Record]) -> str:
 
 
 def _architecture(configs: Sequence[Config], runs: Sequence[Record]) -> str:
-    archs = [_arch(arch) for arch in distinct(configs, "arch")]
+    archs = list(dict.fromkeys(_arch(arch) for arch in distinct(configs, "arch")))
     counts = sorted({run["parameters"] for run in runs if run.get("parameters")})
     span = dict.fromkeys((counts[0], counts[-1])) if counts else {}
     parameters = f" ({' to '.join(f'{count:,}' for count in span)} parameters)" if span else ""

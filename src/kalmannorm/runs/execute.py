@@ -31,6 +31,8 @@ def execute(config: Config) -> dict[str, Any]:
     else:
         final = record["final"]
         shown = "  ".join(f"{kind} {records.headline(values)}" for kind, values in final.items())
+        if "final_on_training_images" in record:
+            shown += f"  training images {records.headline(record['final_on_training_images'])}"
         print(f"{record['id']}: {shown}  {record['host']['images_per_s']} images/s; {file}")
     return record
 
