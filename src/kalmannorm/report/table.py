@@ -7,7 +7,8 @@ A card is a dict:
     rows          [{"key", "label", "config", "configs"?: by column, "columns"?: [key, ...], "ours"?: bool,
                     "block"?: heading, "baseline"?: key, "paper"?: path | None, "paper_batch"?: [grad, stat]}, ...]
     columns       ["moving", ...]: kinds of statistics, names under a record's `final`; or
-                  [{"key", "label"?, "statistics"?: "moving", "steps_to"?: percent, "overrides"?: [...]}, ...]
+                  [{"key", "label"?, "statistics"?: "moving", "steps_to"?: percent, "at"?: [step, of steps],
+                    "overrides"?: [...]}, ...]
     paper?        path into paper_values.yaml; a cell's value stands at <paper>.<row key>.<column key>. A row's own path
                   has {column} where the column's key goes, else it is appended
     paper_dataset?, paper_setting?   the data set of the paper's values; what to say of their setting
@@ -178,7 +179,8 @@ def columns_of(card: Card) -> tuple[Column, ...]:
             found.append(Column(column, column, column))
         else:
             label, target = column.get("label", column["key"]), column.get("steps_to")
-            found.append(Column(column["key"], label, column.get("statistics", "moving"), target))
+            at = column["at"][0] / column["at"][1] if "at" in column else None
+            found.append(Column(column["key"], label, column.get("statistics", "moving"), target, at))
     return tuple(found)
 
 
