@@ -24,6 +24,7 @@ from kalmannorm.errors import UserError
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect of the random-resized crop (torchvision's defaults)
 RESIZE = 256 / 224  # evaluation: the shorter side becomes this much larger than the crop
 AHEAD = 4  # batches that each worker prepares
+GRACE = 20  # seconds that a worker lives on after SIGTERM
 PLAIN = -1  # the key of an image that is not augmented
 
 Sample = tuple[Tensor, int]  # uint8 [3, size, size], label
@@ -181,6 +182,7 @@ def _stack(samples: list[Sample | str]) -> Batch | str:
 
 def _begin_worker(number: int) -> None:
     """Signals that ask a run to stop reach its whole process group: the run needs its workers to end the step."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # also how an interpreter that ends ends its workers
     warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF data, which nobody reads

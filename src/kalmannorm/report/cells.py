@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from kalmannorm.report.quantities import accuracy, steps_to
+from kalmannorm.report.quantities import accuracy, accuracy_at, steps_to
 from kalmannorm.report.read import Record
 from kalmannorm.report.statistics import Summary, summarize
 
@@ -26,6 +26,7 @@ class Column(NamedTuple):
     statistics: str = "moving"
     steps_to: float | None = None  # percent
     value: str = "accuracy"  # its name in a record's final values, in percent
+    at: float | None = None  # part of the run's steps; None: at its end
 
     @property
     def decimals(self) -> int:
@@ -126,7 +127,7 @@ def cell(
     notes: Sequence[str] = (),
     batch: Batch | None = None,
 ) -> Cell:
-    """The last epoch's accuracy, or the steps to one; `notes` come before the selection's own.
+    """The last epoch's accuracy, one on the way to it, or the steps to one; `notes` come before the selection's own.
 
     Steps have no mean where a run does not reach the accuracy: that of the others would be too good.
     """
@@ -134,6 +135,8 @@ def cell(
     ids, missing, broken, never = [], [], [], []
     for run in selection.runs:
         value = accuracy(run, column.statistics, column.value)
+        if column.at is not None:
+            value = accuracy_at(run, column.statistics, column.at)
         if value is not None and column.steps_to is not None:
             value = steps_to(run, column.statistics, column.steps_to)
         if value is None:

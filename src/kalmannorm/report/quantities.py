@@ -31,6 +31,16 @@ def accuracy(run: Record, statistics: str, name: str = "accuracy") -> float | No
     return None if value is None else float(value)
 
 
+def accuracy_at(run: Record, statistics: str, part: float) -> float | None:
+    """Percent after the epoch that ends nearest to this part of the run's steps; None where the record has no curve."""
+    curves = run.get("curves") or {}
+    steps, values = curves.get("step"), curves.get(statistics)
+    if not steps or not values:
+        return None
+    nearest = min(range(len(values)), key=lambda i: abs(steps[i] - part * steps[-1]))
+    return math.nan if values[nearest] is None else float(values[nearest])
+
+
 def steps_to(run: Record, statistics: str, target: float) -> float:
     """Optimizer steps up to the first evaluation that reaches `target` percent; infinite when none does.
 

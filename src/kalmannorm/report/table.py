@@ -8,6 +8,7 @@ A card is a dict:
                     "block"?: heading, "baseline"?: key, "paper"?: path | None, "paper_batch"?: [grad, stat]}, ...]
     columns       ["moving", ...]: kinds of statistics, names under a record's `final`; or
                   [{"key", "label"?, "statistics"?: "moving", "steps_to"?: percent, "value"?: "accuracy",
+                    "at"?: [step, of steps],
                     "overrides"?: [...]}, ...]
     paper?        path into paper_values.yaml; a cell's value stands at <paper>.<row key>.<column key>. A row's own path
                   has {column} where the column's key goes, else it is appended
@@ -179,7 +180,8 @@ def columns_of(card: Card) -> tuple[Column, ...]:
             found.append(Column(column, column, column))
         else:
             label, target = column.get("label", column["key"]), column.get("steps_to")
-            shown = (column.get("statistics", "moving"), target, column.get("value", "accuracy"))
+            at = column["at"][0] / column["at"][1] if "at" in column else None
+            shown = (column.get("statistics", "moving"), target, column.get("value", "accuracy"), at)
             found.append(Column(column["key"], label, *shown))
     return tuple(found)
 
