@@ -72,6 +72,9 @@ def test_wrong_parameters_for_slurm(slurm, capsys, monkeypatch):
     assert "partitoin" in capsys.readouterr().err
     assert main(["sweep", *TABLE7, *place(slurm), "launcher=slurm", "per_gpu=2"]) == 2
     assert "whole GPUs" in capsys.readouterr().err
+    (slurm / "bin" / "sbatch").write_text("#!/bin/bash\necho 'invalid partition specified: gup' >&2; exit 1\n")
+    assert main(["sweep", *TABLE7, *place(slurm), "launcher=slurm", "slurm.partition=gup"]) == 2
+    assert "sbatch refused" in (error := capsys.readouterr().err) and "invalid partition specified: gup" in error
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["sweep", *TABLE7, *place(slurm), "launcher=slurm"]) == 2
     assert "slurm cluster" in capsys.readouterr().err

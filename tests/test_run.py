@@ -438,14 +438,14 @@ def test_a_sweep_goes_on_past_a_failure_skips_what_is_done_and_says_so(tmp_path,
     plan.write_text(json.dumps({records.run_id(compose([*SMALL, "norm=bkn"])): ["raise"]}))
     monkeypatch.setenv("FAULTY_REAL", "1")
     monkeypatch.setattr(worker, "COMMAND", faulty.worker_command(plan))
-    assert main(["sweep", *overrides, "retries=0"]) == 1
+    assert main(["sweep", *overrides, "retries=0", "slots=1"]) == 1
     error = capsys.readouterr().err
     assert "1 of 3 runs failed" in error and "RuntimeError: injected" in error
     statuses = [json.loads(f.read_text())["status"] for f in (tmp_path / "results" / "records").glob("*.json")]
     assert sorted(statuses) == ["done", "done", "failed"]
     assert main(["sweep", *overrides]) == 0  # the failed one is run again, the others are not
     error = capsys.readouterr().err
-    assert "1 of 3 runs to do, about" in error
+    assert "1 of 3 runs to do" in error
     assert main(["report", *overrides]) == 0
     printed = capsys.readouterr().out
     assert "table7_digits_smoke.md" in printed and "BN" in printed

@@ -104,7 +104,7 @@ def test_a_worker_lives_on_from_run_to_run_and_is_replaced_after_a_failure(tmp_p
     arguments = [*TABLE7, "seeds=3", *place(tmp_path)]
     last = records.run_id(load("table7", arguments[1:]).runs[-1])
     file = plan({last: ["raise"]})
-    assert main(["sweep", *arguments]) == 0
+    assert main(["sweep", *arguments, "slots=1"]) == 0
     processes = [process for _, process, _ in faulty.attempts(file)]
     assert len(processes) == 7 and len(set(processes[:6])) == 1 and processes[6] != processes[5]
     assert not any(alive(process) for process in processes)
@@ -147,7 +147,7 @@ def test_a_signal_stops_the_children_in_order(tmp_path, plan, number, code):
 
 def test_two_sweeps_at_once_share_the_runs(tmp_path, plan):
     file = plan({"*": ["sleep0.3"]})
-    arguments = ["sweep", *TABLE7, "seeds=3", *place(tmp_path)]
+    arguments = ["sweep", *TABLE7, "seeds=3", *place(tmp_path), "slots=1"]
     processes = [started(file, *arguments) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
@@ -208,7 +208,7 @@ def test_a_run_takes_no_more_devices_than_its_groups_can_be_dealt_to(batch, norm
 def test_slots_of_gpus():
     from kalmannorm.runs.local import Local
 
-    pool = Local(options.split(["gpus=0,1,2", "per_gpu=2"])[0], "cuda")
+    pool = Local(options.split(["gpus=0,1,2", "per_gpu=2"])[0], "cuda", 1)
     assert [slot.gpu for slot in pool.slots] == ["0", "1", "2", "0", "1", "2"] and pool.devices == 3
     assert pool.slots[1].worker._environment["CUDA_VISIBLE_DEVICES"] == "1"
     pool.slots[0].run = "a"

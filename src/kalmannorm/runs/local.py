@@ -11,6 +11,8 @@ from kalmannorm.runs.options import Options, cores, visible_gpus
 from kalmannorm.runs.record import run_id
 from kalmannorm.runs.worker import Worker
 
+CPU_SLOTS = 4  # at most, where nobody says how many
+
 
 @dataclass
 class Slot:
@@ -25,9 +27,11 @@ class Slot:
 class Local:
     """Runs on the slots of this machine. A run on k devices holds k slots, and torchrun is started in the first."""
 
-    def __init__(self, options: Options, device: str) -> None:
+    def __init__(self, options: Options, device: str, runs: int) -> None:
+        """For so many `runs`. UserError: GPUs that are not there."""
         gpus = _gpus(options, device)
-        places = gpus * options.per_gpu if gpus else (None,) * (options.slots or 1)
+        # Small networks use two runs of one thread better than one run of two; each takes memory for its data.
+        places = gpus * options.per_gpu if gpus else (None,) * (options.slots or min(runs, cores(), CPU_SLOTS))
         threads = options.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // len(places))
         self.slots = [Slot(gpu, Worker(gpu, threads)) for gpu in places]
         self.devices = len(gpus) or len(places)  # most that a run can have

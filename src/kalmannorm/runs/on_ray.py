@@ -44,7 +44,7 @@ class OnRay:
         resources = ray.cluster_resources()
         self._on_gpu = device == "cuda"
         self._share = options.per_gpu
-        self._threads = options.threads or max(1, cores() // max(1, options.slots or 2))
+        self._threads = options.threads or (4 if self._on_gpu else 1)
         if self._on_gpu:
             self.devices = min(int(resources.get("GPU", 0)), options.gpu_count or 10**6)
             self.parallel = self.devices * options.per_gpu

@@ -87,7 +87,10 @@ class OnSlurm:
     def _submit(self) -> None:
         for devices in sorted({devices for _, devices in self._new}):
             configs = [config for config, of in self._new if of == devices]
-            jobs = self._executor(devices).map_array(Job(), configs, [devices] * len(configs))
+            try:
+                jobs = self._executor(devices).map_array(Job(), configs, [devices] * len(configs))
+            except RuntimeError as error:  # what sbatch said
+                raise UserError(f"sbatch refused: {' '.join(str(error).split())}") from None
             self._jobs |= {run_id(config): job for config, job in zip(configs, jobs, strict=True)}
         self._new.clear()
 

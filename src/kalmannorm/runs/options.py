@@ -14,8 +14,8 @@ HELP = """where the runs execute, beside overrides:
   launcher=slurm   an array job: slurm.partition=NAME slurm.time=MINUTES, any parameter of submitit's
   gpus=N           of them (local: the first N, or gpus=0,2 for these; without it all that are visible)
   per_gpu=N        runs at once on each GPU (1)
-  slots=N          runs at once on CPUs (1); threads=N: of each (the cores, divided among the slots)
-  devices=N        of each run, at most (the card's, else 1): as many as its statistics groups can be dealt to
+  slots=N          runs at once on CPUs (one a core, up to 4); threads=N: of each (the cores, divided among them)
+  devices=N        of each run, at most (on GPUs the card's, else 1): as many as its statistics groups can be dealt to
   retries=N        of a run whose process died or raised an error (1)"""
 
 

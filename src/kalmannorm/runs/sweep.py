@@ -67,7 +67,9 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     found = read.records(Path(experiment.runs[0]["results"]), records.NUMERICS)
     done = {record["id"] for record in found.current if record["status"] == "done"}
     predict = predictor(found)
-    asked = options.devices or experiment.card.get("devices", 1)
+    on_gpu = experiment.runs[0]["device"] == "cuda"
+    asked = options.devices or (experiment.card.get("devices", 1) if on_gpu else 1)
+    asked = min(asked, options.gpu_count or asked)
     jobs = []
     for key, config in zip(experiment.keys, experiment.runs, strict=True):
         jobs.append(Job(config, key, _devices(config, asked), predict(config)))
@@ -77,7 +79,7 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
         return 0
     if options.launcher != "local":
         _make_paths_absolute(missing)
-    launcher = _launcher(options, missing[0].config)
+    launcher = _launcher(options, missing[0].config, len(missing))
     print(launcher.title, file=sys.stderr)
     try:
         for job in missing:
@@ -305,7 +307,7 @@ def _make_paths_absolute(jobs: list[Job]) -> None:
         job.folder = Path(config["runs"]) / job.identity
 
 
-def _launcher(options: Options, config: Config) -> Launcher:
+def _launcher(options: Options, config: Config, runs: int) -> Launcher:
     if options.launcher == "ray":
         from kalmannorm.runs.on_ray import OnRay
 
@@ -316,4 +318,4 @@ def _launcher(options: Options, config: Config) -> Launcher:
         return OnSlurm(options, config["device"], config["runs"])
     from kalmannorm.runs.local import Local
 
-    return Local(options, config["device"])
+    return Local(options, config["device"], runs)
