@@ -101,16 +101,17 @@ class Board:
         counted[DONE] += self.total - len(self.jobs)
         parts = [f"{number} {state}" for state, number in counted.items() if number]
         waiting = sum(job.state == WAITING for job in self.jobs)
-        return ", ".join([*parts, *([f"{waiting} {WAITING}"] if waiting else []), self._time_left()])
+        parts += [f"{waiting} {WAITING}"] if waiting else []
+        return ", ".join([*parts, *self._time_left()])
 
-    def _time_left(self) -> str:
+    def _time_left(self) -> list[str]:
         left = [job.seconds_left() for job in self.jobs if job.state in (WAITING, RUNNING, ELSEWHERE)]
         known = [seconds for seconds in left if seconds is not None]
         if not known:
-            return "time left not known"
+            return ["time left not known"] if left else []
         # No shorter than the longest run, no shorter than all of them on all the slots.
         guess = max(max(known), sum(known) / len(known) * len(left) / self.parallel)
-        return f"about {duration(guess)} left"
+        return [f"about {duration(guess)} left"]
 
     def _render(self) -> Group:
         """Running and failed runs first, then what room there is for: the last that were done, the next to come."""
