@@ -42,7 +42,7 @@ NORMS = {
     "bkn-guarded": ["norm=bkn", "norm.preset=released", "norm.options.guard=0.5"],
     "bkn-first": ["norm=bkn", "+norm.options.moving_groups=first"],
     "bkn-talk": ["norm=bkn", "norm.preset=talk"],
-    "bkn-v1": ["norm=bkn", "norm.preset=v1"],
+    "bkn-v1-input": ["norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"],
     "bkn-input": ["norm=bkn", "+norm.options.input_belief=data"],
     "gkn": ["norm=gkn"],
     "gkn-v1": ["norm=gkn", "norm.preset=v1"],
@@ -51,7 +51,7 @@ NORMS = {
     "none": ["norm=none"],
 }
 # Left to the slow tests: what looks at one image, or at nothing, and variants of what is here.
-SLOW = ("ln", "in", "frozen", "none", "bkn-talk", "gkn-v1")
+SLOW = ("ln", "in", "frozen", "none", "bkn-talk", "bkn-input", "gkn-v1")
 
 
 def test_every_normalizer_is_listed_here():
