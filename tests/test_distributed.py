@@ -125,15 +125,15 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     }
 
 
-def assert_equal(one: Path, other: Path, runs: dict[str, list[str]]) -> None:
+def assert_equal(one: Path, other: Path, runs: dict[str, list[str]], images: int = 360) -> None:
     print()
     for name in runs:
         found = differences(one / name, other / name)
         print(f"{name:18}", "  ".join(f"{key} {value:.1e}" for key, value in found.items()))
         assert found["loss"] < 1e-5 and found["moving"] < 1e-3 and found["weights"] < 1e-3, (name, found)
-        assert found["gradients"] < 1e-2 and found["accuracy"] <= 100 / 360 * 1.01, (name, found)
-        assert outcome(one / name)[0]["final"]["online"]["images"] == 360
-        assert outcome(other / name)[0]["final"]["online"]["images"] == 360
+        assert found["gradients"] < 1e-2 and found["accuracy"] <= 100 / images * 1.01, (name, found)
+        assert outcome(one / name)[0]["final"]["online"]["images"] == images
+        assert outcome(other / name)[0]["final"]["online"]["images"] == images
 
 
 @pytest.fixture(scope="module")
