@@ -64,6 +64,8 @@ class Chain(nn.Module):
         self.side = conv3x3(4, 4)
         self.relu, self.relu_inplace = nn.ReLU(), nn.ReLU(inplace=True)
         self.identity, self.pool, self.prelu = nn.Identity(), nn.MaxPool2d(2), nn.PReLU()
+        self.norm = nn.GroupNorm(2, 4)
+        self.register_buffer("matrix", torch.eye(8).flip(0))
         self.middle = middle
         for bn in (self.bn1, self.bn2):
             nn.init.uniform_(bn.weight, 0.5, 1.5)

@@ -197,35 +197,52 @@ def test_belief_between_two_normalizers(norm: str, case: str) -> None:
     assert torch.equal(*outputs)  # the feature itself is what it was
 
 
-def doubled(self: Chain, x: Tensor) -> Tensor:
-    x.mul_(2)
+def through_a_view(self: Chain, x: Tensor) -> Tensor:
+    x.flatten(2).relu_()
     return x
 
 
-def gated(self: Chain, x: Tensor) -> Tensor:
-    return x * torch.sigmoid(self.side(x))
+def through_a_piece(self: Chain, x: Tensor) -> Tensor:
+    x[:, :2].relu_()
+    return x
+
+
+def in_place_of_dropout(self: Chain, x: Tensor) -> Tensor:
+    """Dropout returns its input itself in evaluation."""
+    F.dropout(x, 0.5, self.training).relu_()
+    return x
 
 
 LOST: dict[str, tuple[Middle, str]] = {
-    "x * 2": (lambda self, x: x * 2, "mul"),
-    "x.mul_(2), result dropped": (doubled, "mul_"),
-    "sigmoid gate": (gated, "mul|sigmoid"),
-    "F.silu in place": (lambda self, x: F.silu(x, inplace=True), "silu"),
-    "leaky relu": (lambda self, x: F.leaky_relu(x), "leaky_relu"),
-    "softplus": (lambda self, x: F.softplus(x), "softplus"),
+    "x * map": (lambda self, x: x * torch.ones(8, 8), "mul.*one number per channel"),
+    "x * per image": (lambda self, x: x * x.new_ones(x.shape[0], 1, 1, 1), "new_ones"),
+    "x * number of the input's": (lambda self, x: x * (x.shape[2] - 7), "getattr|getitem|sub"),
+    "x * x": (lambda self, x: x * x, "mul.*itself"),
+    "x * f(x)": (lambda self, x: x * F.leaky_relu(x * 2), "mul.*itself"),
+    "x + f(x)": (lambda self, x: F.relu(x) + torch.tanh(x), "add.*itself"),
+    "x / y": (lambda self, x: x / self.side(x).exp(), "exp|div"),
+    "1 / x": (lambda self, x: 1 / (x + 30), "div"),
+    "function without a rule": (lambda self, x: F.hardshrink(x), "hardshrink"),
+    "module without a rule": (lambda self, x: self.norm(x), "norm.*GroupNorm"),
+    "sum with what has none": (lambda self, x: x + self.side(F.hardshrink(x)), "hardshrink"),
     "view": (lambda self, x: x.view(x.shape[0], 4, 8, 8), "view"),
+    "sizes of another map": (lambda self, x: x.view(x.size(0), -1, self.pool(x).size(2) * 2, x.size(3)), "view"),
     "permutation": (lambda self, x: x.flip(1), "flip"),
-    "x + 1": (lambda self, x: x + 1, "add"),
-    "module without a rule": (lambda self, x: self.prelu(x), "prelu.*PReLU"),
-    "weighted sum": (lambda self, x: torch.add(x, self.side(x), alpha=2), "add"),
-    "subtraction": (lambda self, x: x - self.side(x), "sub"),
-    "pixel padding": (lambda self, x: F.pad(x, (1, 1, 1, 1)), "pad"),
+    "transposed map": (lambda self, x: x.transpose(2, 3), "conv2.*not a map"),
+    "linear layer over a map's last axis": (lambda self, x: F.linear(x, self.matrix), "linear.*not be the channels"),
+    "mean over channels": (lambda self, x: x - x.mean(1, keepdim=True), "mean"),
+    "weighted sum": (lambda self, x: torch.add(x, self.side(x), alpha=2), "add.*weights"),
     "padding with ones": (lambda self, x: F.pad(x, (0, 0, 0, 0, 0, 0), value=1.0), "pad"),
+    "padding of pixels and channels": (lambda self, x: F.pad(x, (1, 1, 1, 1, 0, 0))[:, :4] * x.var(), "var|mul"),
     "cat of pixels": (lambda self, x: torch.cat([x, x], 2), "cat"),
-    "channels": (lambda self, x: torch.cat([x[:, :2], x[:, 2:]], 1), "getitem"),
-    "resizing": (lambda self, x: F.interpolate(x, scale_factor=2), "interpolate"),
-    "sum with what has none": (lambda self, x: x + self.side(x) * 3, "mul"),
-    "functional convolution": (lambda self, x: F.conv2d(x, self.side.weight, padding=1), "conv2d"),
+    "other images": (lambda self, x: torch.cat([x[:1], x[1:]], 0), "getitem|cat"),
+    "stack": (lambda self, x: torch.stack(x.chunk(2, 1), 1).flatten(1, 2), "stack.*several values"),
+    "resizing": (lambda self, x: F.interpolate(x, scale_factor=2, mode="bilinear"), "interpolate.*bilinear"),
+    "maximum of a map": (lambda self, x: x + F.adaptive_max_pool2d(x, 1), "adaptive_max_pool2d"),
+    "weights made of features": (lambda self, x: F.conv2d(x, self.side.weight * x.mean(), padding=1), "conv2d"),
+    "in place through a view": (through_a_view, "relu_.*in place"),
+    "in place through a piece": (through_a_piece, "relu_.*in place"),
+    "in place of dropout's result": (in_place_of_dropout, "relu_.*in place"),
 }
 
 

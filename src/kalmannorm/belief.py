@@ -95,6 +95,35 @@ def add(a: Belief, b: Belief) -> Belief:
     return Belief(a.mean + b.mean, a.var + b.var)
 
 
+def subtract(a: Belief, b: Belief) -> Belief:
+    """The difference of two independent features. Means subtract, variances add."""
+    return Belief(a.mean - b.mean, a.var + b.var)
+
+
+@_full_precision
+def multiply(a: Belief, b: Belief) -> Belief:
+    """The product of two independent features, such as a map and its gate (squeeze-and-excitation)."""
+    var = a.var * b.var + a.var * b.mean.square() + b.var * a.mean.square()
+    return Belief(a.mean * b.mean, var)
+
+
+@_full_precision
+def scale(belief: Belief, factor: float | Tensor) -> Belief:
+    """Times a constant: a number, or a tensor of one value per channel in any shape."""
+    factor = _per_channel(factor, belief)
+    return Belief(belief.mean * factor, belief.var * factor**2)
+
+
+@_full_precision
+def shift(belief: Belief, amount: float | Tensor) -> Belief:
+    """Plus a constant: a number, or a tensor of one value per channel in any shape."""
+    return Belief(belief.mean + _per_channel(amount, belief), belief.var)
+
+
+def _per_channel(value: float | Tensor, belief: Belief) -> float | Tensor:
+    return value.to(belief.mean.dtype).reshape(1, -1) if isinstance(value, Tensor) else value
+
+
 def concat(beliefs: list[Belief]) -> Belief:
     """Channels of several branches side by side. A single row (moving statistics) stands for every row."""
     rows = max(b.mean.shape[0] for b in beliefs)
@@ -110,6 +139,35 @@ def pad_channels(belief: Belief, before: int, after: int) -> Belief:
     Padded per row. The released code pads all groups as one flat vector, which misaligns groups and channels.
     """
     return Belief(F.pad(belief.mean, (before, after)), F.pad(belief.var, (before, after)))
+
+
+# --- channels: chosen, divided, in another order ----------------------------------------------------------------------
+
+
+def channels(belief: Belief, chosen: slice) -> Belief:
+    """Those of a slice."""
+    return Belief(belief.mean[:, chosen], belief.var[:, chosen])
+
+
+def chunk(belief: Belief, chunks: int) -> list[Belief]:
+    """As torch.chunk divides the channels."""
+    return [Belief(*both) for both in zip(belief.mean.chunk(chunks, 1), belief.var.chunk(chunks, 1), strict=True)]
+
+
+def split(belief: Belief, sizes: int | list[int]) -> list[Belief]:
+    """As torch.split divides the channels."""
+    return [Belief(*both) for both in zip(belief.mean.split(sizes, 1), belief.var.split(sizes, 1), strict=True)]
+
+
+def shuffle(belief: Belief, first: int, second: int) -> Belief:
+    """Channels that stand in `first` rows of `second` (either may be -1), column by column instead (ShuffleNet)."""
+    mean, var = (t.unflatten(1, (first, second)).transpose(1, 2).flatten(1) for t in belief)
+    return Belief(mean, var)
+
+
+def expand(belief: Belief, to: Tensor) -> Belief:
+    """To the channels of `to` [N, C, ...], for which a single one may stand."""
+    return Belief(belief.mean.expand(-1, to.shape[1]), belief.var.expand(-1, to.shape[1]))
 
 
 # --- ReLU -------------------------------------------------------------------------------------------------------------

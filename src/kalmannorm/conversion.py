@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from kalmannorm.belief import Noise, Transition
-from kalmannorm.graphs import compile_code, source_code, trace
+from kalmannorm.graphs import compile_code, source_code
 from kalmannorm.norm import NORMS, Estimator, GroupedStatistics, normalize_weights
 from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 from kalmannorm.thread import Threader
+from kalmannorm.tracing import has_forward_of_its_own, trace
 
 INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a converted model
 
@@ -46,6 +48,9 @@ def convert(
         returns_belief: the model is a part ahead of another one: it returns (y, belief of y, None if there is none).
         options: the normalizer's own, over the preset's. For Kalman normalizers also `relu` (whether ReLUs change
             beliefs) and `transition`: the convolution's `weight`, or a `learned` matrix (belief.Transition).
+            Of convert itself: `leaves`, classes of modules that are called as they are, not traced into (they lose the
+            belief); `thaw`, whether FrozenBatchNorm2d layers are replaced too, by normalizers that train. Else they
+            stay constants, which a belief passes.
 
     State-dict keys, eps, momentum, affine parameters and moving statistics of the original are kept, where the new
     normalizer has them; `wn` and `none` have none, and give every Conv2d a bias in their place (`wn` also weight
@@ -57,6 +62,7 @@ def convert(
     if norm not in NORMS:
         raise ValueError(f"unknown normalizer {norm!r}; valid: {', '.join(NORMS)}")
     relu, learned = True, False
+    leaves, thaw = tuple(options.pop("leaves", ())), options.pop("thaw", False)
     if norm in KALMAN:
         preset = preset or "paper"
         options = preset_options(preset, norm, stat_batch, options)
@@ -67,13 +73,15 @@ def convert(
             if given is not None:
                 raise ValueError(f"{name} is an option of {' and '.join(KALMAN)}: normalizer {norm!r} has no belief")
     source = fold(model) if isinstance(model, Converted) else copy.deepcopy(model)
+    if thaw:
+        _thaw(source)
     layers = {name: m for name, m in source.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no BatchNorm layer to convert")
+    _check(source, layers, leaves)
     built: dict[nn.Module, nn.Module] = {}  # a layer can have several names
     for name, layer in layers.items():
         if layer not in built:
             built[layer] = _build(norm, name, layer, stat_batch, options)
+            _keep_more(layer, built[layer], name)
         _replace(source, name, built[layer])
     if norm in NEED_BIAS:
         _add_biases(source)
@@ -97,11 +105,25 @@ def convert(
             source.register_buffer(name, value, persistent=False)
     graphs = {}
     report: dict[str, str | None] = {}
-    for mode, graph in trace(source, set(layers)).items():
+    for mode, graph in _trace(source, layers, leaves).items():
         graphs[mode] = graph
         known = input_belief if isinstance(input_belief, str) else buffers
-        report = _thread(graph, source, list(layers), predictor or "closed", relu, learned, known, returns_belief)
+        report = _thread(graph, source, layers, predictor or "closed", relu, learned, known, returns_belief)
     return Converted(source, graphs, report, type(model).__name__, list(layers))
+
+
+def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
+    kind = type(source).__name__
+    if not layers:
+        frozen = sum(_is_frozen(module) for module in source.modules())
+        advice = f"; its {frozen} FrozenBatchNorm2d layers are constants: thaw=True converts them" if frozen else ""
+        raise ValueError(f"{kind} has no BatchNorm layer to convert{advice}")
+    for name, layer in layers.items():
+        if isinstance(layer, LazyModuleMixin):
+            raise ValueError(f"{name} ({type(layer).__name__}) has no size yet: call {kind} once, and then convert it")
+        for path, module in source.named_modules():
+            if isinstance(module, leaves) and name.startswith(f"{path}."):
+                raise ValueError(f"{path} ({type(module).__name__}) cannot be a leaf: it holds the normalizer {name}")
 
 
 def belief_report(model: nn.Module) -> dict[str, str | None]:
@@ -242,8 +264,64 @@ def _carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
     return new.train(old.training)
 
 
+_BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def _keep_more(old: nn.Module, new: nn.Module, name: str) -> None:
+    """Parts of a BatchNorm layer that does more than normalize (timm's BatchNormAct2d) hang on the new one."""
+    if not has_forward_of_its_own(old):
+        return
+    for kind in ("_parameters", "_buffers", "_modules"):
+        for key, value in getattr(old, kind).items():
+            if key in _BATCH_NORM_STATE:
+                continue
+            if hasattr(new, key):
+                raise ValueError(f"{name} ({type(old).__name__}): {type(new).__name__} has a {key} of its own")
+            getattr(new, kind)[key] = value
+    new.__dict__["original"] = (old,)  # a tuple, since a module in an attribute would be registered
+
+
+def _original_of(layer: nn.Module) -> nn.Module:
+    """Such a layer again, with the present values and parts."""
+    (old,) = copy.deepcopy(layer.__dict__["original"])
+    _carry_over(layer, old)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        for key in getattr(old, kind).keys() - set(_BATCH_NORM_STATE):
+            getattr(old, kind)[key] = getattr(layer, kind)[key]
+    return old
+
+
+def _trace(
+    source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]
+) -> dict[str, fx.Graph]:
+    """With the originals of the layers that do more than normalize in their places: it is their code that is read."""
+    inner = {name: layer for name, layer in layers.items() if has_forward_of_its_own(layer)}
+    built = {name: source.get_submodule(name) for name in inner}
+    try:
+        for name, layer in inner.items():
+            _replace(source, name, layer)
+        return trace(source, set(layers), set(inner), leaves)
+    finally:
+        for name, new in built.items():
+            _replace(source, name, new)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return type(module).__name__ == "FrozenBatchNorm2d" and isinstance(getattr(module, "eps", None), float)
+
+
+def _thaw(root: nn.Module) -> None:
+    """FrozenBatchNorm2d (torchvision's, detectron2's) as BatchNorm2d with the same values."""
+    for name, frozen in list(root.named_modules(remove_duplicate=False)):
+        if _is_frozen(frozen):
+            layer = nn.BatchNorm2d(len(frozen.weight), frozen.eps)  # type: ignore[arg-type]
+            _replace(root, name, _carry_over(frozen, layer))
+
+
 def _plain_batch_norm(layer: Any) -> nn.Module:
     """Of a normalizer that `folds`."""
+    if "original" in layer.__dict__:
+        return _original_of(layer)
     kind, affine, track_running_stats = layer.replaced
     plain = kind(layer.num_features, layer.eps, layer.momentum, affine, track_running_stats)
     _carry_over(layer, plain)
@@ -290,7 +368,7 @@ def _delete(root: nn.Module, name: str) -> None:
 def _thread(
     graph: fx.Graph,
     source: nn.Module,
-    normalizers: list[str],
+    layers: dict[str, _BatchNorm],
     predictor: str,
     relu: bool,
     learned: bool,
@@ -315,7 +393,7 @@ def _thread(
             _replace(source, name, Transition(layer))
         return name
 
-    calls = [node for node in graph.nodes if node.op == "call_module" and node.target in normalizers]
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
     for call in calls:
         with graph.inserting_after(call):
             value = graph.create_node("call_function", operator.getitem, (call, 0), name=f"{call.name}_y")
@@ -328,18 +406,20 @@ def _thread(
             given = graph.placeholder(f"{x.name}_belief")
     else:
         given = input_belief
-    threader = Threader(graph, modules, predictor, relu, given, add_noise, add_transition if learned else None)
+    kinds: dict[str, type[nn.Module]] = {name: type(layer) for name, layer in layers.items()}
+    transition = add_transition if learned else None
+    threader = Threader(graph, modules, predictor, relu, given, add_noise, transition, kinds)
     report: dict[str, str | None] = {}
     for call in calls:
         if not isinstance(modules[str(call.target)], Estimator):
             continue
         feature = threader.inputs[call][0]
-        report[str(call.target)] = threader.lost[feature]
-        if threader.lost[feature] is None:
+        report[str(call.target)] = why_not = threader.why_not(feature)
+        if why_not is None:
             call.args = (call.args[0], threader.write(feature))
     if returns_belief:
         output = next(node for node in graph.nodes if node.op == "output")
         (feature,) = threader.inputs[output]
-        output.args = ((output.args[0], None if threader.lost[feature] else threader.write(feature)),)
+        output.args = ((output.args[0], None if threader.why_not(feature) else threader.write(feature)),)
     graph.lint()
     return report
