@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kalmannorm import data
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, preset_options
 
@@ -25,6 +24,7 @@ RESULT_KEYS = (
     "deterministic",
 )
 
+LOADERS = ("torchvision", "ffcv")  # of data sets that are folders of images; the others are arrays in memory
 UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has files that cannot be read
 
 
@@ -106,6 +106,8 @@ def _resolve(config: Config) -> None:
     if config["compile"] == "auto":
         config["compile"] = on_gpu
     if config["dataset"]["classes"] == "auto":
+        from kalmannorm import data
+
         config["dataset"]["classes"] = data.folder.count_classes(data.root(config["data"]), config["dataset"])
     norm, batch = config["norm"], config["batch"]
     if norm["name"] not in BATCH_STATISTICS:
@@ -147,8 +149,8 @@ def _check(config: Config) -> None:
             f"null or at least one step's {grad} images")  # fmt: skip
     dataset, workers = config["dataset"], config["workers"]
     if "loader" in dataset:
-        _expect(dataset["loader"] in data.FOLDER_LOADERS, "dataset.loader", dataset["loader"],
-                " or ".join(data.FOLDER_LOADERS))  # fmt: skip
+        _expect(dataset["loader"] in LOADERS, "dataset.loader", dataset["loader"],
+                " or ".join(LOADERS))  # fmt: skip
         _expect(dataset["unreadable"] in UNREADABLE, "dataset.unreadable", dataset["unreadable"],
                 " or ".join(UNREADABLE))  # fmt: skip
     _expect(workers == "auto" or (isinstance(workers, int) and workers >= 0), "workers", workers,
