@@ -57,6 +57,8 @@ def test_missing_and_damaged_files(root: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "train.beton").write_bytes(b"123")
     with pytest.raises(UserError, match="has 3 bytes, expected 7"):
         data.source(folders.config(loader="ffcv"), tmp_path)
+    with pytest.raises(UserError, match="files of 'toy', not of 'flowers'"):
+        data.source(folders.config("flowers", loader="ffcv"), tmp_path)
     (tmp_path / "beton.json").write_text("{}")
     with pytest.raises(UserError, match="not usable"):
         data.source(folders.config(loader="ffcv"), tmp_path)

@@ -17,7 +17,6 @@ from kalmannorm.errors import UserError, nearest
 
 __all__ = [
     "DATASETS",
-    "FOLDER_LOADERS",
     "PREPARE",
     "Arrays",
     "Betons",
@@ -33,7 +32,6 @@ __all__ = [
 ]
 
 Source = Arrays | Images | Betons
-FOLDER_LOADERS = ("torchvision", "ffcv")  # values of dataset.loader; data sets without one are arrays in memory
 
 DATASETS: dict[str, Callable[[Path], Arrays]] = {
     "digits": digits.load,

@@ -66,6 +66,8 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Betons:
         classes, provenance = int(source["classes"]), {**source["provenance"], "beton": source["written"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / SOURCE} is not usable ({error}): write the .beton files again") from None
+    if provenance.get("name") not in (name, "image_folder"):
+        raise UserError(f"{folder.absolute()} has the .beton files of {provenance.get('name')!r}, not of {name!r}")
     splits = []
     for split in SPLITS:
         file = folder / f"{split}.beton"
@@ -74,7 +76,7 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Betons:
             raise UserError(f"{file} has {found:,} bytes, expected {expected[split]:,}: write or copy it again")
         labels = _reader(file).metadata["f1"].astype(np.int64)
         splits.append(Beton(file, np.arange(len(labels)), labels))
-    return Betons(splits[0], splits[1], classes, {**provenance, "loader": PIPELINE})
+    return Betons(splits[0], splits[1], classes, {**provenance, "name": name, "loader": PIPELINE})
 
 
 def _reader(file: Path) -> Any:

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kalmannorm import data
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, preset_options
 
@@ -26,6 +25,7 @@ RESULT_KEYS = (
     "deterministic",
 )
 
+LOADERS = ("torchvision", "ffcv")  # of data sets that are folders of images; the others are arrays in memory
 UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has files that cannot be read
 
 
@@ -129,6 +129,8 @@ def _resolve(config: Config) -> None:
     if config["compile"] == "auto":
         config["compile"] = on_gpu and not detects  # every batch of images has a shape of its own there
     if config["dataset"].get("classes") == "auto":
+        from kalmannorm import data
+
         config["dataset"]["classes"] = data.folder.count_classes(data.root(config["data"]), config["dataset"])
     if detects:
         _resolve_detection(config)
@@ -190,8 +192,8 @@ def _check(config: Config) -> None:
             f"null or at least one step's {grad} images")  # fmt: skip
     dataset, workers = config["dataset"], config["workers"]
     if "loader" in dataset:
-        _expect(dataset["loader"] in data.FOLDER_LOADERS, "dataset.loader", dataset["loader"],
-                " or ".join(data.FOLDER_LOADERS))  # fmt: skip
+        _expect(dataset["loader"] in LOADERS, "dataset.loader", dataset["loader"],
+                " or ".join(LOADERS))  # fmt: skip
         _expect(dataset["unreadable"] in UNREADABLE, "dataset.unreadable", dataset["unreadable"],
                 " or ".join(UNREADABLE))  # fmt: skip
     _expect(workers == "auto" or (isinstance(workers, int) and workers >= 0), "workers", workers,
