@@ -1,12 +1,14 @@
 """What the tests of the core share: tolerances, the order of images in groups, small networks that can be pickled."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalmannorm import Belief
+from kalmannorm import Belief, belief_report
+from kalmannorm.belief import Noise
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -45,6 +47,34 @@ def moving(layer: nn.Module) -> list[Tensor]:
 def same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     for a, b in zip(found, expected, strict=True):
         assert error(a, b) <= tolerance
+
+
+class Spy:
+    """What the normalizers of a converted model got and handed on, and what was drawn, in the last forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.prior: dict[str, Belief | None] = {}
+        self.handed_on: dict[str, Belief] = {}
+        self.noise: dict[str, Tensor] = {}
+        self.input: dict[str, Tensor] = {}
+        for name, layer in model.named_modules():
+            if name in belief_report(model):
+                layer.register_forward_hook(self.see(name))
+            elif isinstance(layer, Noise):
+                layer.register_forward_hook(lambda _, __, out, name=name: self.noise.update({name: out}))
+
+    def see(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Belief]) -> None:
+            self.prior[name] = args[1] if len(args) > 1 else None
+            self.handed_on[name], self.input[name] = out[1], args[0].detach()
+
+        return hook
+
+
+def same_belief(found: Belief | None, expected: Belief) -> None:
+    assert found is not None
+    for a, b in zip(found, expected, strict=True):
+        assert error(a.detach(), b.detach().expand_as(a)) < 1e-5
 
 
 def conv3x3(c_in: int, c_out: int, stride: int = 1, **options: object) -> nn.Conv2d:

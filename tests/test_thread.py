@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Chain, Middle, Moody, Perceptron, Residual, conv3x3, error
+from helpers import Chain, Middle, Moody, Perceptron, Residual, Spy, conv3x3, error
+from helpers import same_belief as same
 from torch import Tensor, nn
 
 from kalmannorm import Belief, belief_report, convert, set_statistics
@@ -21,33 +22,6 @@ INPUT_BELIEF = (torch.tensor([0.1, -0.2, 0.3]), torch.tensor([1.0, 0.5, 2.0]))
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-class Spy:
-    """What the normalizers of a converted model got and handed on, and what was drawn, in the last forward."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.prior: dict[str, Belief | None] = {}
-        self.handed_on: dict[str, Belief] = {}
-        self.noise: dict[str, Tensor] = {}
-        for name, layer in model.named_modules():
-            if name in belief_report(model):
-                layer.register_forward_hook(self.see(name))
-            elif isinstance(layer, Noise):
-                layer.register_forward_hook(lambda _, __, out, name=name: self.noise.update({name: out}))
-
-    def see(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Belief]) -> None:
-            self.prior[name] = args[1] if len(args) > 1 else None
-            self.handed_on[name] = out[1]
-
-        return hook
-
-
-def same(found: Belief | None, expected: Belief) -> None:
-    assert found is not None
-    for a, b in zip(found, expected, strict=True):
-        assert error(a.detach(), b.detach().expand_as(a)) < 1e-5
 
 
 def through(module: nn.Module, b: Belief) -> Belief:
@@ -174,6 +148,7 @@ KEPT: dict[str, tuple[Middle, Callable[[Belief, Chain], Belief], int]] = {
         lambda b, net: rules.concat([b, b]),
         8,
     ),
+    "pixel padding": (lambda self, x: F.pad(x, (1, 1, 1, 1)), unchanged, 4),
     "channel padding": (subsampled_and_padded, lambda b, net: rules.pad_channels(b, 1, 2), 7),
 }
 

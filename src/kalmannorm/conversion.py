@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from kalmannorm.belief import Noise, Transition
 from kalmannorm.graphs import compile_code, source_code
@@ -118,12 +117,10 @@ def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[
         frozen = sum(_is_frozen(module) for module in source.modules())
         advice = f"; its {frozen} FrozenBatchNorm2d layers are constants: thaw=True converts them" if frozen else ""
         raise ValueError(f"{kind} has no BatchNorm layer to convert{advice}")
-    for name, layer in layers.items():
-        if isinstance(layer, LazyModuleMixin):
-            raise ValueError(f"{name} ({type(layer).__name__}) has no size yet: call {kind} once, and then convert it")
-        for path, module in source.named_modules():
-            if isinstance(module, leaves) and name.startswith(f"{path}."):
-                raise ValueError(f"{path} ({type(module).__name__}) cannot be a leaf: it holds the normalizer {name}")
+    for path, module in source.named_modules():
+        held = [name for name in layers if name.startswith(f"{path}.")] if isinstance(module, leaves) else []
+        if held:
+            raise ValueError(f"{path} ({type(module).__name__}) cannot be a leaf: it holds the normalizer {held[0]}")
 
 
 def belief_report(model: nn.Module) -> dict[str, str | None]:

@@ -141,6 +141,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, normalizers: set[str], inner: set[str], leaves: tuple[type[nn.Module], ...]) -> None:
         super().__init__()
         self.normalizers, self.inner, self.leaves = normalizers, inner, leaves
+        self.holders = {name.rsplit(".", i)[0] for name in normalizers for i in range(name.count(".") + 1)}
         self.unread: set[str] = set()  # inner layers that were called and have not normalized yet
         self.cached: dict[str, Any] = {}
 
@@ -190,7 +191,7 @@ class _Tracer(fx.Tracer):
             args, kwargs = (*args, *kwargs.values()), {}  # layers have different names for their input
         if name in self.inner:
             self.unread.add(name)
-        if self.is_leaf_module(m, name) or any(n == name or n.startswith(f"{name}.") for n in self.normalizers):
+        if self.is_leaf_module(m, name) or name in self.holders:
             return super().call_module(m, forward, args, kwargs)
         return self._traced_or_leaf(m, name, forward, args, kwargs)
 
@@ -258,7 +259,7 @@ class _Tracer(fx.Tracer):
 
 
 def _random_state() -> tuple[bytes, Any]:
-    return bytes(torch.get_rng_state().tolist()), random.getstate()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate()
 
 
 def _restore_random_state(state: tuple[bytes, Any]) -> None:

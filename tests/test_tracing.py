@@ -1,0 +1,386 @@
+"""What convert does with code that torch.fx cannot trace, or would trace wrongly, and with unusual BatchNorm layers."""
+
+import random
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Chain, Residual, conv3x3, error
+from torch import Tensor, nn
+from torchvision.models import resnet18
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+from kalmannorm import belief_report, convert, fold
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def images(n: int = 4, size: int = 8) -> Tensor:
+    return torch.randn(n, 3, size, size)
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return type(a) is type(b) and list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+
+
+def same_as_original(model: nn.Module, x: Tensor, norm: str = "bn", **options: Any) -> nn.Module:
+    """In both modes, moving statistics included."""
+    converted = convert(model, norm, **options)
+    for training in (True, False):
+        outputs = []
+        for network in (model.train(training), converted.train(training)):
+            torch.manual_seed(1)
+            random.seed(1)
+            outputs.append(network(x))
+        assert equal(*outputs)
+    return converted
+
+
+# --- modules without normalizers that cannot be traced run as they are ---
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if x.sum() > 0 else x
+
+
+class Lottery(nn.Module):
+    """Random numbers that fx would freeze, of two generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * (self.scale if torch.rand(()) < 0.5 and random.random() < 0.7 else 3 * self.scale)
+
+
+class Counting(nn.Module):
+    """A state that fx would freeze, which nothing shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class Holding(nn.Module):
+    """conv1, bn1, ReLU; `part` on a value that has a parameter of its own before it; conv2, bn2."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(3, 4), nn.BatchNorm2d(4)
+        self.outer = nn.Sequential(nn.ReLU(), part)
+        self.conv2, self.bn2 = conv3x3(4, 5), nn.BatchNorm2d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.outer(self.bn1(self.conv1(x)))))
+
+
+@pytest.mark.parametrize("part", [Branching, Lottery])
+def test_untraceable_parts_run_as_they_are(part: type[nn.Module]) -> None:
+    model = Holding(part())
+    state = torch.get_rng_state(), random.getstate()
+    converted = convert(model, "bkn")
+    assert torch.equal(state[0], torch.get_rng_state()) and state[1] == random.getstate()
+    assert "self.outer.1(" in converted.train().code.replace('getattr(self.outer, "1")(', "self.outer.1(")
+    assert belief_report(converted)["bn2"] == f"outer.1 ({part.__name__})"
+    converted = same_as_original(model, images())
+    assert equal(fold(converted).eval()(x := images()), model.eval()(x))
+
+
+def test_leaves() -> None:
+    """Code whose tracing goes wrong unnoticed is marked by hand."""
+    model = Holding(Counting())
+    converted = convert(model, "bn", leaves=[Counting])
+    x = images()
+    with torch.no_grad():
+        for network in (model.eval(), converted.eval()):
+            network.outer[1].calls = 0
+        assert [equal(converted(x), model(x)) for _ in range(3)] == [True] * 3
+    assert "Counting" in str(belief_report(convert(model, "bkn", leaves=(Counting,)))["bn2"])
+    with pytest.raises(ValueError, match=r"outer \(Sequential\) cannot be a leaf: it holds the normalizer outer\.1"):
+        convert(Holding(nn.BatchNorm2d(4)), "bkn", leaves=(nn.Sequential,))
+
+
+class Restless(nn.Module):
+    """Random numbers beside a normalizer: no part of it can be left as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv3x3(3, 4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return x if not self.training or torch.rand(1) < 0.5 else -x
+
+
+def test_frozen_random_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot trace Restless: it draws random numbers"):
+        convert(Restless(), "bn")
+
+
+class Unfriendly(nn.Module):
+    """Values decide what it computes, beside parts that can be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Residual()
+        self.body = nn.ModuleDict({"block": Holding(nn.Identity()), "rest": Restless()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.mean() > 0:
+            return self.stem(x)
+        return self.body["block"](x)
+
+
+def test_the_error_says_what_can_be_converted() -> None:
+    message = (
+        r"cannot trace Unfriendly.*test_tracing\.py:\d+: if x\.mean\(\) > 0:.*\(stem, body\.block\): model\.stem = "
+    )
+    with pytest.raises(ValueError, match=message):
+        convert(Unfriendly(), "bn")
+
+
+# --- arguments and outputs ---
+
+
+class Optional(nn.Module):
+    """Options of forward that decide what it computes; outputs in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv3x3(3, 4), nn.BatchNorm2d(4)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, features: bool = False, *, power: float = 2.0
+    ) -> "OrderedDict[str, Tensor]":
+        y = self.bn(input=self.conv(input=x)) ** power
+        if mask is not None:
+            y = y * mask
+        return OrderedDict(out=y, second=x) if not features else OrderedDict(features=y)
+
+
+def test_options_of_forward_keep_their_defaults() -> None:
+    model = Optional()
+    converted = same_as_original(model, x := images())
+    assert equal(converted(x, power=3.0), model(x, power=3.0)) and equal(converted(x, None, False), model(x))
+    for arguments in ({"mask": x[:, :1]}, {"features": True}):
+        with pytest.raises(AssertionError, match="has been specialized to have value"):
+            converted(x, **arguments)
+    assert belief_report(convert(model, "bkn", input_belief=([0.0] * 3, [1.0] * 3)))["bn"] is None
+
+
+class OnTheSpot(nn.Module):
+    """Modules that are made where they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv3x3(3, 4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = nn.ReLU()(self.bn(self.conv(x)))
+        return x, [nn.MaxPool2d(2)(x), x]
+
+
+def test_modules_made_on_the_spot() -> None:
+    same_as_original(OnTheSpot(), images())
+
+
+class Buffered(nn.Module):
+    """What is computed of buffers is computed in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv3x3(3, 4), nn.BatchNorm2d(4)
+        self.register_buffer("level", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) * (self.level.view(1, -1, 1, 1) * 2)
+
+
+def test_buffers_are_not_frozen() -> None:
+    model = Buffered()
+    converted = convert(model, "bn")
+    for network in (model, converted):
+        network.level.fill_(3)
+    assert equal(converted(x := images()), model(x))
+    converted.double()
+    assert equal(converted(x.double()), model.double()(x.double()))
+
+
+# --- BatchNorm layers that do more than normalize ---
+
+
+class Activated(nn.BatchNorm2d):
+    """Norm and activation in one, as timm's BatchNormAct2d."""
+
+    def __init__(self, features: int, **options: Any) -> None:
+        super().__init__(features, **options)
+        self.act, self.drop = nn.LeakyReLU(0.1, inplace=True), nn.Dropout(0.2)
+        self.factor = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        training = self.training or self.running_mean is None
+        y = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum, self.eps
+        )
+        return self.factor * self.act(self.drop(y))
+
+
+class Inherited(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input) + 1)
+
+
+class ByHand(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        mean, var = input.mean((0, 2, 3), keepdim=True), input.var((0, 2, 3), keepdim=True)
+        return (input - mean) / (var + self.eps).sqrt()
+
+
+class AlwaysMeasuring(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1, self.eps)
+
+
+def pair(kind: type[nn.BatchNorm2d], **options: Any) -> nn.Module:
+    model = nn.Sequential(conv3x3(3, 4), kind(4, **options), conv3x3(4, 4), kind(4, **options))
+    for layer in (model[1], model[3]):
+        if layer.affine:
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("kind", [Activated, Inherited])
+def test_batch_norm_with_more_in_it(kind: type[nn.BatchNorm2d], options: dict[str, Any]) -> None:
+    model = pair(kind, **options).train()
+    converted = same_as_original(model, images())
+    assert list(model.state_dict()) == [key for key in converted.state_dict() if key in model.state_dict()]
+    kalman = convert(model.train(), "bkn", stat_batch=2)
+    assert belief_report(kalman)["3"] is None
+    kalman(images()).sum().backward()
+    assert all(p.grad is not None for p in kalman.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for p in kalman.parameters():
+            p.add_(0.1)
+    folded = fold(kalman.eval())
+    assert type(folded[1]) is kind and list(folded.state_dict()) == list(model.state_dict())
+    assert [type(m) for m in folded.modules()] == [type(m) for m in model.modules()]
+    if not options:
+        assert error(folded(x := images()).detach(), kalman(x).detach()) < 1e-5
+        assert convert(kalman, "bn").get_submodule("1") is not kalman.get_submodule("1")
+
+
+def test_batch_norm_that_is_something_else_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 \(ByHand\) is a BatchNorm layer that normalizes by code of its own"):
+        convert(pair(ByHand), "bn")
+    with pytest.raises(ValueError, match=r"1 \(AlwaysMeasuring\) does not normalize as its base class"):
+        convert(pair(AlwaysMeasuring), "bn")
+    with pytest.raises(ValueError, match="uninitialized parameter.*Call `forward`"):
+        convert(nn.Sequential(conv3x3(3, 4), nn.LazyBatchNorm2d()), "bn")
+
+
+class Clashing(Inherited):
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.gain_logit = nn.Parameter(torch.zeros(()))
+
+
+def test_parts_by_the_name_of_a_normalizers_own() -> None:
+    convert(pair(Clashing), "bn")
+    with pytest.raises(ValueError, match="KalmanBatchNorm2d has a gain_logit of its own"):
+        convert(pair(Clashing), "bkn")
+
+
+def test_a_shared_layer_with_more_in_it() -> None:
+    layer = Activated(4)
+    model = nn.Sequential(conv3x3(3, 4), layer, conv3x3(4, 4), layer)
+    converted = same_as_original(model, images())
+    assert converted.get_submodule("1") is converted.get_submodule("3")
+    folded = fold(converted)
+    assert folded[1] is folded[3] and type(folded[1]) is Activated
+
+
+# --- FrozenBatchNorm2d ---
+
+
+def frozen_backbone() -> nn.Module:
+    """As in torchvision's detection models."""
+    model = IntermediateLayerGetter(resnet18(norm_layer=FrozenBatchNorm2d), {"layer3": "0", "layer4": "1"})
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            for value, low in ((module.weight, 0.5), (module.running_var, 0.5), (module.running_mean, -0.1)):
+                value.uniform_(low, low + 0.5)
+    return model
+
+
+def test_frozen_batch_norm_is_thawed_on_demand() -> None:
+    model = frozen_backbone().eval()
+    with pytest.raises(ValueError, match=r"IntermediateLayerGetter has no BatchNorm layer.*20 FrozenBatchNorm2d.*thaw"):
+        convert(model, "bkn")
+    converted = convert(model, "bkn", stat_batch=2, thaw=True)
+    assert type(fold(converted).bn1) is nn.BatchNorm2d
+    x = images(4, 64)
+    for key, value in converted(x).items():
+        assert error(value.detach(), model(x)[key].detach()) < 1e-5
+    sum(value.sum() for value in converted.train()(x).values()).backward()
+    assert converted.bn1.weight.grad is not None and converted.bn1.bias.grad is not None
+    assert [
+        key for key in converted.state_dict() if "track" not in key and "gain" not in key and "noise" not in key
+    ] == [*model.state_dict()]
+    model.load_state_dict(fold(converted).state_dict())  # torchvision's frozen layers leave the counters out
+
+
+def test_a_belief_passes_frozen_batch_norm() -> None:
+    """A constant scale and shift per channel."""
+    model = Chain(lambda self, x: self.frozen(x))
+    model.frozen = FrozenBatchNorm2d(4)
+    model.frozen.running_mean.normal_(), model.frozen.weight.uniform_(0.5, 2)
+    converted = same_as_original(model, images())
+    assert isinstance(converted.frozen, FrozenBatchNorm2d)
+    converted = convert(model, "bkn", belief="output")
+    assert belief_report(converted)["bn2"] is None
+    for network in (model.eval(), converted.eval()):
+        network.frozen.running_var.fill_(4)  # what it holds when it runs
+    assert error(converted(x := images()).detach(), model(x).detach()) < 1e-5
+
+
+def test_the_backbone_of_a_detection_model() -> None:
+    """A whole detector cannot be traced, its backbone can; and it goes on working inside of the detector."""
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
+    model = FasterRCNN(backbone, num_classes=3, min_size=64, max_size=64).eval()
+    with pytest.raises(ValueError, match=r"cannot trace FasterRCNN.*convert a part that it can trace \(backbone\)"):
+        convert(model, "bkn")
+    x = [torch.rand(3, 64, 64)]
+    before = model(x)
+    body = model.backbone.body
+    assert list(body(x[0][None])) == list(convert(body, "bn")(x[0][None]))
+    model.backbone.body = convert(body, "bkn", stat_batch=2)
+    assert sum(why is None for why in belief_report(model.backbone.body).values()) == 19
+    after = model.eval()(x)
+    assert before[0].keys() == after[0].keys() and torch.allclose(before[0]["scores"], after[0]["scores"], atol=1e-5)
+    target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    sum(model.train()([x[0], x[0]], [target, target]).values()).backward()
+    assert model.backbone.body.bn1.weight.grad is not None
