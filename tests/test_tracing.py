@@ -298,7 +298,7 @@ def test_batch_norm_that_is_something_else_is_refused() -> None:
         convert(pair(ByHand), "bn")
     with pytest.raises(ValueError, match=r"1 \(AlwaysMeasuring\) does not normalize as its base class"):
         convert(pair(AlwaysMeasuring), "bn")
-    with pytest.raises(ValueError, match="uninitialized parameter.*Call `forward`"):
+    with pytest.raises(ValueError, match=r"uninitialized parameter.*Call `forward`"):
         convert(nn.Sequential(conv3x3(3, 4), nn.LazyBatchNorm2d()), "bn")
 
 

@@ -192,7 +192,15 @@ def estimator(norm: Config) -> str:
         gain = f"initial gain {options['gain']:g} (learned)"
     else:
         gain = f"gain {options['gain']:g} (fixed)"
-    return f"preset {norm['preset']}, predictor {predictor}, {gain}, belief={options.get('belief', 'posterior')}"
+    said = f"preset {norm['preset']}, predictor {predictor}, {gain}, belief={options.get('belief', 'posterior')}"
+    # What every run before these were options has goes without saying.
+    if options.get("transition", "weight") != "weight":
+        said += f", {options['transition']} transition"
+    if options.get("noise") == "shared":
+        said += ", one R for all layers"
+    if options.get("input_belief"):
+        said += ", the input's belief measured from the training set"
+    return said
 
 
 def _joined(values: Sequence[Any]) -> str:
