@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def test_wrong_options_of_the_command(
 # A writer that fails -------------------------------------------------------------------------------------------------
 
 STAND_IN = """
-import multiprocessing, os, time
+import os, time
+from multiprocessing import Process
 from pathlib import Path
 
 def job(dataset, first, count, mode):
@@ -102,7 +104,7 @@ class DatasetWriter:
         self.file, self.mode, self.workers = Path(file), os.environ["STAND_IN"], num_workers
     def from_indexed_dataset(self, dataset, chunksize):
         share = len(dataset) // self.workers
-        processes = [multiprocessing.Process(target=job, args=(dataset, i * share, share, self.mode))
+        processes = [Process(target=job, args=(dataset, i * share, share, self.mode))
                      for i in range(self.workers)]
         for process in processes:
             process.start()
@@ -219,6 +221,10 @@ def test_ffcv_repeats_resumes_and_shards(betons: Path) -> None:
     assert same(list(source.epoch(2)), whole) and same(list(source.epoch(2, 3)), whole[3:])
     assert not same(list(source.epoch(1)), whole)
     assert same(list(loader(betons, workers=2).epoch(2)), whole)
+    left, alive = source.epoch(0), threading.active_count()
+    next(left)
+    del left
+    assert same(list(source.epoch(2)), whole) and threading.active_count() == alive
     for rank in range(2):
         part = list(loader(betons, shard=(rank, 2)).epoch(2))
         assert same(part, [(images[rank::2], labels[rank::2]) for images, labels in whole])

@@ -6,7 +6,9 @@ to the decoder in the upper half of the image's index; exact resume and 1 == k p
 torchvision. The pixels are not torchvision's: re-encoded when the file was written, resized by OpenCV's area method.
 """
 
+import queue
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from kalmannorm.data.stream import RATIO, RESIZE, SCALE, Part, Stream
 
 class BetonLoader(Stream):
     """Batches of one split of .beton files. size: of the crops; workers: threads that decode."""
+
+    borrowed = True
 
     def __init__(self, split: Beton, *, size: int, flip: bool, workers: int = 1, **options: Any) -> None:
         super().__init__(len(split), **options)
@@ -35,8 +39,15 @@ class BetonLoader(Stream):
         order = self.split.indices[indices].astype(np.uint64) | (keys.astype(np.uint64) << np.uint64(32))
         loader = self._loader(augment)
         loader.batch_size = largest
-        for images, labels in EpochIterator(loader, order):
-            yield images.permute(0, 3, 1, 2), labels.flatten()
+        decoding = EpochIterator(loader, order)
+        try:
+            for images, labels in decoding:
+                yield images.permute(0, 3, 1, 2), labels.flatten()
+        finally:  # an epoch that is left early: its thread waits for somebody to take what it has
+            decoding.close()
+            while decoding.is_alive():
+                with suppress(queue.Empty):
+                    decoding.output_queue.get(timeout=0.1)
 
     def _loader(self, augment: bool) -> Any:
         """FFCV's loader; compiled at its first use, seconds each for training and evaluation."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -181,28 +181,34 @@ class _Samples:
         return image, int(self.files.labels[index])
 
 
-def _watch_children() -> None:
-    """FFCV's writer does not look after its workers."""
-    seen: set[Any] = set()
-    while True:
-        seen |= set(multiprocessing.active_children())
-        if any(child.exitcode not in (None, 0) for child in seen):
-            time.sleep(5 * CHECK)  # what it said itself comes first
-            _say(WRONG, "a worker of FFCV's writer died")
-            return
+class _Worker(multiprocessing.Process):
+    """In place of the processes of FFCV's writer, which does not look after them."""
+
+    started: ClassVar[list["_Worker"]] = []
+
+    def start(self) -> None:
+        super().start()
+        self.started.append(self)
+
+
+def _watch() -> None:
+    while not any(worker.exitcode for worker in _Worker.started):
         time.sleep(CHECK)
+    time.sleep(5 * CHECK)  # what it said itself comes first
+    _say(WRONG, "a worker of FFCV's writer died")
 
 
 def main(task: Mapping[str, Any]) -> None:
+    import ffcv.writer
     from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
 
+    ffcv.writer.Process = _Worker
+    threading.Thread(target=_watch, daemon=True).start()
     form, file = Form(**task["form"]), Path(task["file"])
     with np.load(file.parent / "files.npz") as stored:
         files = folder.Files(Path(task["root"]), stored["names"], stored["labels"])
-    threading.Thread(target=_watch_children, daemon=True).start()
     image = RGBImageField(write_mode=form.mode, max_resolution=form.max_resolution, jpeg_quality=form.quality)
-    writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=task["workers"])
+    writer = ffcv.writer.DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=task["workers"])
     chunk = min(100, max(1, len(files) // task["workers"]))
     writer.from_indexed_dataset(_Samples(files), chunksize=chunk)
 

@@ -34,6 +34,8 @@ Part = tuple[Tensor, Tensor]  # indices and keys of the images of one step, int6
 class Stream(Batches):
     """Batches of images that a source decodes while the device works. mean, std: per channel, on the scale 0..1."""
 
+    borrowed = False  # whether the source writes over a batch some batches later
+
     def __init__(
         self,
         count: int,
@@ -85,20 +87,24 @@ class Stream(Batches):
         side, ready = torch.cuda.Stream(self.device), None
         for images, labels in batches:
             with torch.cuda.stream(side):
-                x = self._normalized(_pinned(images).to(self.device, non_blocking=True))
-                following = (x, _pinned(labels).to(self.device, non_blocking=True), side.record_event())
+                x = self._normalized(self._copied(images))
+                following = (x, self._copied(labels), side.record_event())
             if ready is not None:
                 yield _claimed(*ready)
             ready = following
         if ready is not None:
             yield _claimed(*ready)
 
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """To the device, without waiting: from pinned memory that nobody writes to before the copy is done."""
+        if self.borrowed:
+            tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+        elif not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def _normalized(self, images: Tensor) -> Tensor:
         return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 def _claimed(images: Tensor, labels: Tensor, copied: torch.cuda.Event) -> Batch:
