@@ -298,7 +298,7 @@ def test_batch_norm_that_is_something_else_is_refused() -> None:
         convert(pair(ByHand), "bn")
     with pytest.raises(ValueError, match=r"1 \(AlwaysMeasuring\) does not normalize as its base class"):
         convert(pair(AlwaysMeasuring), "bn")
-    with pytest.raises(ValueError, match=r"uninitialized parameter.*Call `forward`"):
+    with pytest.raises(ValueError, match="uninitialized parameter"):
         convert(nn.Sequential(conv3x3(3, 4), nn.LazyBatchNorm2d()), "bn")
 
 
@@ -369,7 +369,9 @@ def test_a_belief_passes_frozen_batch_norm() -> None:
 
 def test_the_backbone_of_a_detection_model() -> None:
     """A whole detector cannot be traced, its backbone can; and it goes on working inside of the detector."""
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
+    )
     model = FasterRCNN(backbone, num_classes=3, min_size=64, max_size=64).eval()
     with pytest.raises(ValueError, match=r"cannot trace FasterRCNN.*convert a part that it can trace \(backbone\)"):
         convert(model, "bkn")
