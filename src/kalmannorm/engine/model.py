@@ -43,7 +43,7 @@ def network(config: Config) -> Converted:
     name = arch.pop("name")
     if name not in ARCHS:
         raise UserError(nearest(name, list(ARCHS), "arch"))
-    if not isinstance(config["schedule"]["lr"], list):
+    if "of_steps" in config["schedule"]:
         raise UserError(f"schedule {config['schedule']['name']} is a detector's, in steps: pass schedule=released")
     torch.manual_seed(config["seed"])
     try:
