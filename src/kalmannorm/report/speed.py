@@ -79,7 +79,7 @@ def sheet(card: Card, found: Records) -> Sheet:
         f"median time of a step. Ratio: {base['label']}'s speed over {other['label']}'s, the median over neighbouring "
         "steps; in brackets the middle half. (grad, stat): images per step and images per set of statistics."
     )
-    below = ["The paper's row: printed values, of another machine than any measured here."]
+    below = ["The paper's row: printed values, of another machine than any measured here.", str(card["note"])]
     if missing:
         below += ["Not run: the setting of this table's card. To run it:", str(card["command"])]
     header = ("device", "setting", f"{base['label']}, examples/s", f"{other['label']}, examples/s", "ratio", "n")
