@@ -1,6 +1,7 @@
 """Whole runs on small image folders, the ImageNet recipes, and the cards of its tables."""
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from test_run import assert_same_run, only_record, place
 from kalmannorm.cli import main
 from kalmannorm.engine.model import learning_rate
 from kalmannorm.errors import UserError
+from kalmannorm.report.quantities import accuracy_at
+from kalmannorm.report.table import columns_of
 from kalmannorm.runs import experiment
 from kalmannorm.runs.config import compose, conf_dir
 from kalmannorm.runs.record import run_id
@@ -187,3 +190,12 @@ def test_cards_share_runs():
     ids = {name: {run_id(config) for config in experiment.load(name, ["seeds=1"]).runs} for name in names}
     assert ids["table5"] == ids["v1-figure4"]
     assert len(ids["table1"] & ids["talk-resnet50"]) == 3
+
+
+def test_table_5_reads_accuracies_on_the_way():
+    curves = {"step": [100, 200, 300, 400], "online": [10.0, 20.0, 30.0, None]}
+    run = {"curves": curves, "final": {}}
+    assert [accuracy_at(run, "online", part) for part in (0.1, 0.5, 120 / 170)] == [10, 20, 30]
+    assert math.isnan(accuracy_at(run, "online", 1)) and accuracy_at(run, "moving", 0.5) is None
+    card = experiment.load("table5", ["seeds=1"]).card
+    assert [column.at for column in columns_of(card)] == [120 / 170, None, None]
