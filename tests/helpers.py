@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from kalmannorm import Belief, belief_report
 from kalmannorm.belief import Noise
@@ -154,3 +155,26 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn2(self.fc2(F.relu(self.bn1(self.fc1(x)))))
+
+
+class Modern(nn.Module):
+    """What newer networks are made of: gates, smooth activations, shuffles, scales, random depth; -> [N, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv3x3(3, 8), nn.BatchNorm2d(8)
+        self.pool, self.down, self.up = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.depthwise, self.bn1 = conv3x3(8, 8, groups=8), nn.BatchNorm2d(8)
+        self.point, self.bn2 = nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)
+        self.scale, self.prelu = nn.Parameter(torch.full((8, 1, 1), 0.5)), nn.PReLU(8)
+        self.depth, self.shuffle = StochasticDepth(0.2, "row"), nn.ChannelShuffle(2)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.bn(self.conv(x)), inplace=True)
+        x = x * F.hardsigmoid(self.up(F.gelu(self.down(self.pool(x)))))
+        a, b = F.hardswish(self.bn1(self.depthwise(x))).chunk(2, 1)
+        x = x + self.depth(self.scale * self.bn2(self.point(a * torch.sigmoid(b))))
+        n, c, h, w = x.shape
+        x = self.prelu(self.shuffle(x)).view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.fc(x.mean((2, 3)))

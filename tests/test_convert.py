@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import Chain, Moody, Perceptron, Residual, conv3x3, error
+from helpers import Chain, Modern, Moody, Perceptron, Residual, conv3x3, error
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,8 +22,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": torchvision.models.resnet18,
     "resnet50": torchvision.models.resnet50,
     "moody": Moody,
+    "modern": Modern,
 }
-FEW = ("inception_cifar", "resnet14", "resnet14_preact", "resnet18", "moody")
+FEW = ("inception_cifar", "resnet14", "resnet14_preact", "resnet18", "moody", "modern")
 SAMPLING = {"predictor": "sampling", "stat_batch": 2}
 
 
@@ -405,8 +406,9 @@ def test_folded_models_export_to_onnx(name: str, tmp_path: Path) -> None:
     ("norm", "options"),
     [("bn", {}), ("bkn", {}), ("bkn", {"predictor": "sampling"}), ("bkn", {"belief": "output"})],
 )
-def test_groups_do_not_leak_through_a_network(norm: str, options: dict[str, Any]) -> None:
-    model = convert(Residual(), norm, stat_batch=2, **options)
+@pytest.mark.parametrize("network", [Residual, Modern])
+def test_groups_do_not_leak_through_a_network(network: type[nn.Module], norm: str, options: dict[str, Any]) -> None:
+    model = convert(network(), norm, stat_batch=2, **options)
     model.eval()  # fixed noise
     set_statistics(model, "online")
     x = images(8)
@@ -446,8 +448,9 @@ def test_networks_in_channels_last(norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["bn", "bkn", "gkn"])
-def test_networks_under_autocast(norm: str) -> None:
-    model = convert(Residual(), norm, **({} if norm == "gkn" else {"stat_batch": 2}))
+@pytest.mark.parametrize("network", [Residual, Modern])
+def test_networks_under_autocast(network: type[nn.Module], norm: str) -> None:
+    model = convert(network(), norm, **({} if norm == "gkn" else {"stat_batch": 2}))
     with torch.autocast("cpu", torch.bfloat16):
         out = model(images())
     assert out.dtype == torch.bfloat16
@@ -511,6 +514,14 @@ def test_compiled_network_is_the_eager_one(norm: str, options: dict[str, Any]) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_activations_and_gates(backend: str) -> None:
+    model = Modern()
+    model.depth.p = 0.0  # compiled code draws random numbers of its own
+    compiled_equals_eager(convert(model, "bkn", stat_batch=2), backend)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["bn", "bkn"])
 def test_compiled_by_inductor(norm: str) -> None:
     compiled_equals_eager(convert(Residual(), norm, stat_batch=2), "inductor")
@@ -542,9 +553,12 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     ids=["bn", "bkn", "bkn-frozen", "bkn-sampling", "gn", "gkn"],
 )
 @pytest.mark.usefixtures("process_group")
-def test_ddp_needs_no_search_for_unused_parameters(norm: str, options: dict[str, Any], frozen: bool) -> None:
+@pytest.mark.parametrize("network", [Residual, Modern])
+def test_ddp_needs_no_search_for_unused_parameters(
+    network: type[nn.Module], norm: str, options: dict[str, Any], frozen: bool
+) -> None:
     """Normalizers without a prior have idle parameters, and so have those that are frozen in evaluation mode."""
-    model = convert(Residual(), norm, **options)
+    model = convert(network(), norm, **options)
     if frozen:
         model.bn.eval(), model.bn2.eval()
     alone = copy.deepcopy(model)
