@@ -171,18 +171,13 @@ def assert_same(folder: Path, runs: Runs, other: Callable[[Path, Runs], None], o
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    run_all(folder, cases((2,)))
+    run_all(folder, cases((2,)) | cases((16,), ["syncbn"]))
     return folder
 
 
 def test_two_processes_equal_one(one_process, tmp_path):
-    assert_same(tmp_path, cases((2,)), partial(on_processes, 2), one_process)
-
-
-@pytest.mark.slow
-def test_synchronized_bn_of_the_whole_batch_on_two_processes(tmp_path):
-    """Which no other normalizer can do there."""
-    assert_same(tmp_path, {f"syncbn-{stat}": case("syncbn", stat) for stat in (8, 16)}, partial(on_processes, 2))
+    """And synchronized BN of the whole batch, which no other normalizer can do on two."""
+    assert_same(tmp_path, cases((2,)) | cases((16,), ["syncbn"]), partial(on_processes, 2), one_process)
 
 
 @pytest.mark.slow
@@ -194,7 +189,8 @@ def test_two_processes_equal_one_at_another_statistics_batch(tmp_path):
 
 @pytest.mark.slow
 def test_four_processes_equal_one(tmp_path):
-    assert_same(tmp_path, cases((4,), NORMS), partial(on_processes, 4))
+    """Groups of 16 span them all."""
+    assert_same(tmp_path, cases((4,), NORMS) | cases((16,), ["syncbn"]), partial(on_processes, 4))
 
 
 def test_micro_batches_equal_whole_ones(one_process, tmp_path):
