@@ -305,7 +305,7 @@ def test_batch_norm_with_more_in_it(kind: type[nn.BatchNorm2d], options: dict[st
 
 
 def test_batch_norm_that_is_something_else_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"1 \(ByHand\) is a BatchNorm layer that normalizes by code of its own"):
+    with pytest.raises(ValueError, match=r"^1 \(ByHand\) is a BatchNorm layer that normalizes by code of its own"):
         convert(pair(ByHand), "bn")
     with pytest.raises(ValueError, match=r"1 \(AlwaysMeasuring\) does not normalize as its base class"):
         convert(pair(AlwaysMeasuring), "bn")
