@@ -1,4 +1,4 @@
-"""The code in the documentation runs as it is printed."""
+"""The code of docs/your-own-model.md runs as it is printed."""
 
 import re
 from pathlib import Path
