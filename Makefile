@@ -4,25 +4,33 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-DATASET ?= cifar10
+DATASET ?=
 BUDGET ?= lite
 SEEDS ?= 3
 DATA ?=
+GPUS ?=
+LAUNCHER ?=
 ARGS ?=
 
+FFCV_NEEDS := libopencv-dev libturbojpeg0-dev pkg-config g++
 READY := $(VENV)/.ready
 KN := $(VENV)/bin/kalmannorm
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
-OVERRIDES = dataset=$(DATASET) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(ARGS)
+OVERRIDES = $(if $(DATASET),dataset=$(DATASET)) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(WHERE) $(ARGS)
+WHERE = $(if $(LAUNCHER),launcher=$(LAUNCHER)) $(if $(GPUS),gpus=$(GPUS))
 DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=results/demo
+EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
 DATASETS := cifar10 cifar100 svhn svhn_extra
+IMAGENET := table1 table4 table5 talk-resnet50 $(foreach n,3 4 5 6 7,v1-figure$(n))
 
-.PHONY: help setup demo test test-all lint bench table7 figure5 clean $(DATASETS:%=data-%)
+.PHONY: help setup setup-ffcv demo test test-all lint bench report notebooks clean $(EXPERIMENTS) $(DATASETS:%=data-%)
 
 help: ## list the targets
-	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder ARGS='overrides'):"
+	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder GPUS=n LAUNCHER=local|ray|slurm ARGS='overrides'):"
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  /'
-	@printf '  %-14s%s\n' data-NAME "prepare a data set from its official archive: $(DATASETS)"
+	@for name in $(EXPERIMENTS); do printf '  %-16s%s\n' $$name "$$(sed -n 's/^title: *//p' conf/experiment/$$name.yaml | tr -d '"')"; done
+	@printf '  %-16s%s\n' data-NAME "prepare a data set from its official archive: $(DATASETS)"
+	@echo "of ImageNet (BUDGET=paper SEEDS=1 unless given): $(IMAGENET)"
 
 setup: $(READY) ## make the environment in .venv (python >= 3.11 and the package registry)
 
@@ -35,19 +43,37 @@ $(READY): pyproject.toml
 	@$(VENV)/bin/uv pip install --python $(VENV)/bin/python -e '.[dev]'
 	@touch $@
 
+setup-ffcv: $(READY) ## FFCV for dataset.loader=ffcv: its Debian or Ubuntu packages (as root or by sudo), then into .venv
+	@there=$$(dpkg-query -W -f '$${Status} $${Package}\n' $(FFCV_NEEDS) 2>/dev/null | grep -c '^install ok installed'); \
+	  if [ "$$there" -ne $(words $(FFCV_NEEDS)) ]; then \
+	    command -v apt-get >/dev/null || { echo "FFCV needs $(FFCV_NEEDS) or what your system calls them: install them, then make setup-ffcv"; exit 2; }; \
+	    sudo=$$([ "$$(id -u)" -eq 0 ] || echo sudo); \
+	    $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends $(FFCV_NEEDS); \
+	  fi
+	@$(VENV)/bin/uv pip install --python $(VENV)/bin/python -e '.[dev,ffcv]'
+	@$(VENV)/bin/python -c 'import ffcv, sys; print("FFCV is installed:", ffcv.__file__, file=sys.stderr)'
+
 demo: $(READY) ## Table 7 and Figure 5 on the bundled digits: 9 trainings, minutes on 2 cores
 	@$(KN) sweep table7 $(DEMO)
 	@$(KN) report figure5 $(DEMO)
 	@$(KN) report table7 $(DEMO)
 
-table7: $(READY) ## Table 7: BN and KN, online against moving statistics
-	@$(KN) sweep table7 $(OVERRIDES) && $(KN) report table7 $(OVERRIDES)
+# ImageNet's are the papers' experiments unless BUDGET and SEEDS say otherwise: a CPU cannot pay a lite one either.
+$(IMAGENET): BUDGET = paper
+$(IMAGENET): SEEDS = 1
 
-figure5: $(READY) ## Figure 5: variance gap of BN and KN
-	@$(KN) sweep figure5 $(OVERRIDES) && $(KN) report figure5 $(OVERRIDES)
+# What is missing of an experiment, then its table or figure from what there is; its exit code is the runs'.
+$(EXPERIMENTS): $(READY)
+	@$(KN) sweep $@ $(OVERRIDES); code=$$?; $(KN) report $@ $(OVERRIDES) || exit; exit $$code
+
+report: $(READY) ## all tables and figures, the claims' verdicts, results/report.html; from the records alone
+	@$(KN) report
 
 $(DATASETS:%=data-%): data-%: $(READY)
 	@$(KN) data prepare $* $(if $(DATA),--root $(DATA))
+
+notebooks: $(READY) ## execute the notebooks on the records; pages in runs/notebooks
+	@$(VENV)/bin/jupyter nbconvert --execute --to html --output-dir runs/notebooks notebooks/*.ipynb
 
 test: $(READY) ## the tests, within 10 minutes on 2 cores
 	@$(PYTEST) -m "not slow"

@@ -1,12 +1,13 @@
 """Records and cards for the tests of the report, in the layout that runs write."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from kalmannorm.runs.record import run_id
 
 NUMERICS = 3
 BINS, CHANNELS, LAYERS = 24, 40, 19
@@ -72,14 +73,15 @@ def write_record(
     failed: str | None = None,
     sha256: str = "d" * 64,
     arrays: bool = False,
+    errors: bool = False,
     name: str | None = None,
+    curves: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> str:
     """Write results/records/<id>.json (and .npz) of a run of the config `of`, and return its id."""
     determining = {key: value for key, value in of.items() if key not in ("device", "data", "results", "runs")}
     determining |= {"seed": seed, **changes}
-    text = json.dumps([determining, numerics, sha256], sort_keys=True)
-    identity = name or hashlib.sha256(text.encode()).hexdigest()[:12]
+    identity = name or run_id(determining, numerics)
     record: dict[str, Any] = {
         "id": identity,
         "numerics": numerics,
@@ -91,13 +93,16 @@ def write_record(
     if not failed:
         pairs = (("moving", moving), ("online", online))
         final = {kind: {"accuracy": value, "loss": 0.3, "images": 360} for kind, value in pairs}
+        order = [f"block{i // 6}.b{i % 6}.bn" for i in range(LAYERS)]
+        gain = determining["norm"]["options"].get("gain")
         record |= {
             "parameters": 903_018 + (1_600 if determining["norm"]["name"] == "bkn" else 0),
-            "curves": {"epoch": [1, 2], "moving": [50.0, moving], "online": [50.0, online]},
+            "curves": curves or {"epoch": [1, 2], "step": [11, 22], "moving": [50.0, moving], "online": [50.0, online]},
             "final": {**final, "precise": final["moving"]},
             "norms": {
-                "gains": {},
-                "order": [f"block{i // 6}.b{i % 6}.bn" for i in range(LAYERS)],
+                "gains": {} if gain is None else {name: gain + 0.01 * i for i, name in enumerate(order)},
+                "beliefs": {name: None if i else "the network's input" for i, name in enumerate(order)},
+                "order": order,
                 "last": ["block2.b5.bn", "block3.b0.bn"],
             },
             "data": {
@@ -110,12 +115,12 @@ def write_record(
     folder = results / "records"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{identity}.json").write_text(json.dumps(record))
-    if arrays:
-        write_arrays(folder / f"{identity}.npz", seed, kalman=determining["norm"]["name"] == "bkn")
+    if arrays or errors:
+        write_arrays(folder / f"{identity}.npz", seed, kalman=determining["norm"]["name"] == "bkn", errors=errors)
     return identity
 
 
-def write_arrays(path: Path, seed: int, kalman: bool) -> None:
+def write_arrays(path: Path, seed: int, kalman: bool, errors: bool = False) -> None:
     """Variance gaps of a plausible size: a fraction of a moving variance that spreads over decades."""
     draw = np.random.default_rng(seed)
     moving = draw.lognormal(-1 if kalman else 0, 1.2, CHANNELS)
@@ -124,6 +129,14 @@ def write_arrays(path: Path, seed: int, kalman: bool) -> None:
     arrays = {"gap_measured": spread * moving[:, None], "moving_var": moving, "layer_gap_measured": layers}
     if kalman:
         arrays |= {"gap_used": arrays["gap_measured"] * 0.5, "layer_gap_used": layers * 0.5}
+    if errors:
+        for moment in ("mean", "var"):
+            bias, spread = np.array([[0.01], [0.5], [0.2]]) * layers, np.array([[0.4], [0.1], [0.2]]) * layers
+            for part, values in (("", np.hypot(bias, spread)), ("_bias", bias), ("_spread", spread)):
+                values[1, 0] = np.nan  # the first layer has no prior
+                if not kalman:
+                    values[1], values[2] = np.nan, values[0]
+                arrays[f"layer_error_{moment}{part}"] = values
     half = CHANNELS // 2
     last = np.array([half, CHANNELS - half])
     np.savez(path, last_channels=last, **{key: value.astype(np.float32) for key, value in arrays.items()})

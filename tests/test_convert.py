@@ -108,7 +108,7 @@ def test_settings_and_values_are_kept(norm: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_bn_of_the_whole_batch_is_the_original_bit_for_bit(name: str) -> None:
     """In training and evaluation, gradients and moving values included, whichever mode it was converted in."""
-    model, x = MODELS[name](), images(2, 32 if name in ("resnet18", "resnet50") else 8)
+    model, x = MODELS[name](), images(2, 32 if name in ("resnet18", "resnet50", "resnet101") else 8)
     copies = []
     for training in (True, False):
         copies.append(convert(model.train(training), "bn"))

@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import kalmannorm
 from kalmannorm.engine import checkpoint, train
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
+from kalmannorm.presets import BATCH_STATISTICS
 from kalmannorm.runs.config import compose
 
 SMALL = [
@@ -28,16 +32,36 @@ SMALL = [
 ]
 NORMS = {
     "bn": ["norm=bn"],
+    "brn": ["norm=brn"],
     "gn": ["norm=gn"],
+    "ln": ["norm=ln"],
+    "in": ["norm=in"],
+    "wn": ["norm=wn"],
+    "sn": ["norm=sn"],
     "bkn": ["norm=bkn"],
     "bkn-output": ["norm=bkn", "norm.options.belief=output"],
     "bkn-sampling": ["norm=bkn", "norm.predictor=sampling"],
     "bkn-released": ["norm=bkn", "norm.preset=released"],
     "bkn-guarded": ["norm=bkn", "norm.preset=released", "norm.options.guard=0.5"],
     "bkn-first": ["norm=bkn", "+norm.options.moving_groups=first"],
+    "bkn-talk": ["norm=bkn", "norm.preset=talk"],
+    "bkn-v1-input": ["norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"],
+    "bkn-input": ["norm=bkn", "+norm.options.input_belief=data"],
     "gkn": ["norm=gkn"],
+    "gkn-v1": ["norm=gkn", "norm.preset=v1"],
     "syncbn": ["norm=syncbn"],
+    "frozen": ["norm=frozen"],
+    "none": ["norm=none"],
 }
+# Left to the slow tests: what looks at one image, or at nothing, and mixtures and variants of what is here.
+SLOW = ("ln", "in", "sn", "frozen", "none", "bkn-talk", "bkn-input", "gkn-v1")
+
+
+Runs = dict[str, list[str]]  # name -> overrides
+
+
+def test_every_normalizer_is_listed_here():
+    assert set(kalmannorm.NORMS) == {overrides[0].removeprefix("norm=") for overrides in NORMS.values()}
 
 
 def case(norm: str, stat_batch: int) -> list[str]:
@@ -45,17 +69,19 @@ def case(norm: str, stat_batch: int) -> list[str]:
     return [*SMALL, *NORMS[norm], f"batch.stat_batch={stat_batch}", *extra]
 
 
-def cases(stat_batches: tuple[int, ...]) -> dict[str, list[str]]:
-    return {f"{norm}-{stat}": case(norm, stat) for norm in NORMS for stat in stat_batches}
+def cases(stat_batches: tuple[int, ...], norms: Iterable[str] | None = None) -> Runs:
+    """Of all the norms but the slow ones, or those named."""
+    chosen = [norm for norm in NORMS if norm not in SLOW] if norms is None else norms
+    return {f"{norm}-{stat}": case(norm, stat) for norm in chosen for stat in stat_batches}
 
 
-def run_all(folder: Path, runs: dict[str, list[str]]) -> None:
+def run_all(folder: Path, runs: Runs) -> None:
     """Every case in its own folder, in this process or, where a process group is up, as one of its ranks."""
     for name, overrides in runs.items():
         train.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
 
 
-def worker(rank: int, world: int, port: int, folder: Path, runs: dict[str, list[str]]) -> None:
+def worker(rank: int, world: int, port: int, folder: Path, runs: Runs) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo")
@@ -63,7 +89,7 @@ def worker(rank: int, world: int, port: int, folder: Path, runs: dict[str, list[
     dist.destroy_process_group()
 
 
-def on_processes(world: int, folder: Path, runs: dict[str, list[str]]) -> None:
+def on_processes(world: int, folder: Path, runs: Runs) -> None:
     """One spawn for all the cases: starting processes is most of the cost."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -106,15 +132,40 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     }
 
 
-def assert_equal(one: Path, other: Path, runs: dict[str, list[str]]) -> None:
+def equal(name: str, one: Path, other: Path, images: int = 360) -> bool:
+    found = differences(one / name, other / name)
+    print(f"{name:18}", "  ".join(f"{key} {value:.1e}" for key, value in found.items()))
+    for folder in (one, other):
+        assert outcome(folder / name)[0]["final"]["online"]["images"] == images
+    return (
+        found["loss"] < 1e-5 and found["moving"] < 1e-3 and found["weights"] < 1e-3
+        and found["gradients"] < 1e-2 and found["accuracy"] <= 100 / images * 1.01
+    )  # fmt: skip
+
+
+def assert_equal(one: Path, other: Path, runs: Runs, images: int) -> None:
     print()
-    for name in runs:
-        found = differences(one / name, other / name)
-        print(f"{name:18}", "  ".join(f"{key} {value:.1e}" for key, value in found.items()))
-        assert found["loss"] < 1e-5 and found["moving"] < 1e-3 and found["weights"] < 1e-3, (name, found)
-        assert found["gradients"] < 1e-2 and found["accuracy"] <= 100 / 360 * 1.01, (name, found)
-        assert outcome(one / name)[0]["final"]["online"]["images"] == 360
-        assert outcome(other / name)[0]["final"]["online"]["images"] == 360
+    different = [name for name in runs if not equal(name, one / name, other / name, images)]
+    assert not different, different
+
+
+def assert_same(folder: Path, runs: Runs, other: Callable[[Path, Runs], None], one_process: Path | None = None) -> None:
+    """What `other` makes of the runs is what one process makes of them (and has made, in the folder given, at seed 1).
+
+    By rounding, a ReLU's input may fall to the other side of 0, and one pixel's gradient with it: about one small run
+    in twenty, another on every processor, and never in float64. So a case that differs has two more seeds.
+    """
+    for seed in (1, 2, 3):
+        print()
+        seeded = {name: [*run, f"seed={seed}"] for name, run in runs.items()}
+        first = one_process if seed == 1 else None
+        if first is None:
+            run_all(first := folder / f"one-{seed}", seeded)
+        other(folder / f"other-{seed}", seeded)
+        runs = {name: run for name, run in runs.items() if not equal(name, first, folder / f"other-{seed}")}
+        if not runs:
+            return
+    raise AssertionError(f"{', '.join(runs)}: not what one process computes, at three seeds")
 
 
 @pytest.fixture(scope="module")
@@ -125,36 +176,45 @@ def one_process(tmp_path_factory) -> Path:
 
 
 def test_two_processes_equal_one(one_process, tmp_path):
-    """And synchronized BN of the whole batch, which no other normalizer can do on two."""
-    whole = {"syncbn-16": case("syncbn", 16)}
-    run_all(tmp_path / "1", whole)
-    on_processes(2, tmp_path / "2", cases((2,)) | whole)
-    assert_equal(one_process, tmp_path / "2", cases((2,)))
-    assert_equal(tmp_path / "1", tmp_path / "2", whole)
+    assert_same(tmp_path, cases((2,)), partial(on_processes, 2), one_process)
 
 
 @pytest.mark.slow
-def test_two_and_four_processes_equal_one_at_other_statistics_batches(tmp_path):
-    at_4, at_8 = cases((4,)) | {f"syncbn-{stat}": case("syncbn", stat) for stat in (8, 16)}, cases((8,))
-    run_all(tmp_path / "1", at_4 | at_8)
-    on_processes(2, tmp_path / "2", at_4 | at_8)
-    on_processes(4, tmp_path / "4", at_4)
-    assert_equal(tmp_path / "1", tmp_path / "2", at_4 | at_8)
-    assert_equal(tmp_path / "1", tmp_path / "4", at_4)
+def test_synchronized_bn_of_the_whole_batch_on_two_processes(tmp_path):
+    """Which no other normalizer can do there."""
+    assert_same(tmp_path, {f"syncbn-{stat}": case("syncbn", stat) for stat in (8, 16)}, partial(on_processes, 2))
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_at_another_statistics_batch(tmp_path):
+    of_groups = [norm for norm, run in NORMS.items() if run[0].removeprefix("norm=") in BATCH_STATISTICS]
+    runs = cases((8,), [norm for norm in of_groups if norm == "sn" or norm not in SLOW])
+    assert_same(tmp_path, runs, partial(on_processes, 2))
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one(tmp_path):
+    assert_same(tmp_path, cases((4,), NORMS), partial(on_processes, 4))
 
 
 def test_micro_batches_equal_whole_ones(one_process, tmp_path):
     refuse = ("bkn-released", "bkn-guarded", "syncbn")
     runs = {name: run for name, run in cases((2,)).items() if not name.startswith(refuse)}
-    run_all(tmp_path, {name: [*run, "accumulate=4"] for name, run in runs.items()})
-    assert_equal(one_process, tmp_path, runs)
+
+    def in_parts(folder: Path, runs: Runs) -> None:
+        run_all(folder, {name: [*run, "accumulate=4"] for name, run in runs.items()})
+
+    assert_same(tmp_path, runs, in_parts, one_process)
 
 
 @pytest.mark.slow
 def test_micro_batches_on_two_processes_equal_whole_ones_on_one(one_process, tmp_path):
-    runs = {name: run for name, run in cases((2,)).items() if name in ("bn-2", "bkn-2", "bkn-sampling-2")}
-    on_processes(2, tmp_path, {name: [*run, "accumulate=2"] for name, run in runs.items()})
-    assert_equal(one_process, tmp_path, runs)
+    runs = cases((2,), ("bn", "bkn", "bkn-sampling"))
+
+    def in_parts(folder: Path, runs: Runs) -> None:
+        on_processes(2, folder, {name: [*run, "accumulate=2"] for name, run in runs.items()})
+
+    assert_same(tmp_path, runs, in_parts, one_process)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kalmannorm import convert
+from kalmannorm import convert, initialize_weight_norm, set_progress
 from kalmannorm.engine.model import optimizer
 from kalmannorm.models.resnet_cifar import ResNet
 
@@ -23,7 +23,21 @@ CASES = {
     "bkn-sampling": ("bkn", {"predictor": "sampling"}),
     "bkn-released": ("bkn", {"preset": "released"}),
     "gkn": ("gkn", {"max_groups": 4}),
+    "brn": ("brn", {}),
+    "ln": ("ln", {}),
+    "in": ("in", {}),
+    "wn": ("wn", {}),
+    "sn": ("sn", {}),
+    "frozen": ("frozen", {}),
+    "none": ("none", {}),
+    "bkn-talk": ("bkn", {"preset": "talk"}),
+    "bkn-v1": ("bkn", {"preset": "v1"}),
+    "bkn-input": ("bkn", {"input_belief": ([0.0] * 3, [1.0] * 3)}),
+    "gkn-v1": ("gkn", {"max_groups": 4, "preset": "v1"}),
 }
+# Without a normalizer the recipe's rate would be too large.
+RATES = {"frozen": 0.01, "none": 0.01}
+STEPS = 20
 
 
 def losses(case: str) -> list[float]:
@@ -32,11 +46,13 @@ def losses(case: str) -> list[float]:
     model = convert(ResNet(1), norm, stat_batch=2, **options)
     optim = optimizer(model, {"momentum": 0.9, "weight_decay": 2e-4})
     for group in optim.param_groups:
-        group["lr"] = 0.05
+        group["lr"] = RATES.get(case, 0.05)
     generator = torch.Generator().manual_seed(1)
     x, labels = torch.randn(16, 3, 8, 8, generator=generator), torch.randint(10, (16,), generator=generator)
+    initialize_weight_norm(model, x)
     found = []
-    for _ in range(20):
+    for step in range(STEPS):
+        set_progress(model, step / STEPS)
         loss = F.cross_entropy(model(x), labels)
         optim.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""The CIFAR architectures: sizes that the sources state, initialization, shortcuts, the normalizers of Figure 5."""
+"""The architectures: sizes that the sources state, initialization, shortcuts, the normalizers of Figure 5."""
 
 import math
 
@@ -7,11 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalmannorm.models import ARCHS
+from kalmannorm import belief_report, convert, fold
+from kalmannorm.engine.model import build, network
+from kalmannorm.errors import UserError
+from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.models.inception_cifar import FILTERS, InceptionCifar
+from kalmannorm.models.inception_v2 import BLOCKS, InceptionV2
 from kalmannorm.models.resnet_cifar import Block, PreactBlock, ResNet
+from kalmannorm.runs.config import compose
 
-PARAMETERS = {
+PARAMETERS = {  # at 10 classes
     "inception_cifar": 903_018,
     "resnet14": None,
     "resnet14_preact": None,
@@ -19,7 +24,16 @@ PARAMETERS = {
     "resnet32_preact": 464_154,
     "resnet110": 1_727_962,
     "resnet110_preact": 1_727_962,
+    "inception_v2": 11_285_224 - 990 * 1025,
+    "resnet50": 25_557_032 - 990 * 2049,
+    "resnet101": 44_549_160 - 990 * 2049,
 }
+IMAGENET = {  # at 1000 classes: parameters with BN and with KN, normalizers, their channels (paper, Table 2)
+    "inception_v2": (11_285_224, 11_295_309, 69, 10_016),
+    "resnet50": (25_557_032, 25_583_645, 53, 26_560),
+    "resnet101": (44_549_160, 44_601_936, 104, 52_672),
+}
+CIFAR = [name for name in PARAMETERS if name not in IMAGENET]
 
 
 def parameters(model: nn.Module) -> int:
@@ -27,7 +41,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def test_all_architectures_are_listed_here() -> None:
-    assert set(ARCHS) == set(PARAMETERS)
+    assert set(ARCHS) == set(PARAMETERS) == set(LAST_NORMALIZERS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -36,7 +50,7 @@ def test_size_and_output(name: str) -> None:
     model = ARCHS[name](classes=10)
     assert PARAMETERS[name] in (None, parameters(model))
     assert ARCHS[name](classes=100).fc.out_features == 100
-    for size in (8, 16):
+    for size in (8, 16) if name in CIFAR else (64,):
         out = model(torch.randn(2, 3, size, size))
         assert out.shape == (2, 10) and torch.isfinite(out).all()
     normalizers = {type(m) for m in model.modules() if "norm" in type(m).__name__.lower()}
@@ -47,9 +61,10 @@ def test_size_and_output(name: str) -> None:
 def test_last_normalizers_see_what_is_pooled(name: str) -> None:
     """Together they have every channel of the pooled feature; only the classifier comes behind."""
     model = ARCHS[name]().eval()
-    last = [model.get_submodule(n) for n in model.last_normalizers]
+    last = [model.get_submodule(n) for n in LAST_NORMALIZERS[name]]
     assert all(isinstance(m, nn.BatchNorm2d) for m in last)
-    assert sum(m.num_features for m in last) == model.fc.in_features == (512 if name == "inception_cifar" else 64)
+    pooled = {"inception_cifar": 512, "inception_v2": 1024, "resnet50": 2048, "resnet101": 2048}.get(name, 64)
+    assert sum(m.num_features for m in last) == model.fc.in_features == pooled
     order: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
@@ -66,7 +81,7 @@ def test_depth(name: str) -> None:
     assert len(layers) == int(name.removeprefix("resnet").removesuffix("_preact"))
 
 
-@pytest.mark.parametrize("name", ["inception_cifar", "resnet32", "resnet32_preact"])
+@pytest.mark.parametrize("name", ["inception_cifar", "inception_v2", "resnet32", "resnet32_preact", "resnet50"])
 def test_he_initialization_by_fan_out(name: str) -> None:
     torch.manual_seed(0)
     for layer in ARCHS[name]().modules():
@@ -81,7 +96,7 @@ def test_he_initialization_by_fan_out(name: str) -> None:
 def test_inception_widths(width: float) -> None:
     model = InceptionCifar(10, width)
     channels = [max(1, round(f * width)) for b1, b3, b5, pool in FILTERS[-1:] for f in (b1, b3[1], b5[1], pool)]
-    assert [model.get_submodule(n).num_features for n in model.last_normalizers] == channels
+    assert [model.get_submodule(n).num_features for n in LAST_NORMALIZERS["inception_cifar"]] == channels
     assert model.fc.in_features == sum(channels)
     assert parameters(model) < 1.3 * width**1.5 * 903_018
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
@@ -138,3 +153,70 @@ def test_preactivation_order() -> None:
     torch.testing.assert_close(second(x), expected)
     expected = x + first.conv2(F.relu(first.bn2(first.conv1(x))))
     torch.testing.assert_close(first(x), expected)
+
+
+# --- ImageNet's ---
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_parameters_at_1000_classes(name: str) -> None:
+    """R has one value per channel and q one per normalizer, in those without a prior too."""
+    bn, kn, normalizers, channels = IMAGENET[name]
+    model = ARCHS[name]()
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert (len(layers), sum(m.num_features for m in layers)) == (normalizers, channels)
+    assert kn == bn + channels + normalizers
+    for norm, expected in (("bn", bn), ("gn", bn), ("bkn", kn), ("gkn", kn)):
+        assert parameters(convert(model, norm)) == expected
+
+
+def test_inception_v2_maps() -> None:
+    """Channels and pixels behind every block, at 224; what the first block's branches add up to."""
+    model, shapes = InceptionV2().eval(), {}
+    for name, block in model.blocks.items():
+        block.register_forward_hook(lambda _, __, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 224, 224)).shape == (1, 1000)
+    channels = [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024]
+    sizes = [28, 28, 14, 14, 14, 14, 14, 7, 7, 7]
+    assert shapes == {name: (c, s, s) for name, c, s in zip(BLOCKS, channels, sizes, strict=True)}
+
+
+@pytest.mark.parametrize("size", [32, 33, 47, 64])
+def test_inception_v2_at_other_resolutions(size: int) -> None:
+    """Convolutions and pooling side by side agree on the size of their maps, odd ones too."""
+    model = InceptionV2(10, width=0.1)
+    assert parameters(model) < 0.02 * 11_285_224
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("norm", ["bkn", "gkn", "gn"])
+@pytest.mark.parametrize("name", IMAGENET)
+def test_converted_networks_train(name: str, norm: str) -> None:
+    """Every normalizer but the first has a prior; forward and backward are finite; BKN folds back."""
+    torch.manual_seed(0)
+    options = {"width": 0.125} if name == "inception_v2" else {"width_per_group": 8}
+    plain = ARCHS[name](classes=10, **options)
+    model = convert(plain, norm, **({"stat_batch": 2} if norm == "bkn" else {}))
+    first = "conv1.bn" if name == "inception_v2" else "bn1"
+    lost = [layer for layer, why in belief_report(model).items() if why]
+    assert lost == ([] if norm == "gn" else [first])
+    x = torch.randn(4, 3, 64, 64)
+    model(x).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert sum(p.grad is not None for p in model.parameters()) >= len(list(plain.parameters()))
+    if norm == "bkn":
+        model.eval()
+        folded = fold(model)
+        assert list(folded.state_dict()) == list(plain.state_dict())
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_runs_of_the_new_architectures_are_built_from_their_configuration() -> None:
+    small = ["dataset=cifar10", "budget=smoke", "device=cpu", "budget.size=32"]
+    model, last = build(compose([*small, "arch=inception_v2", "arch.width=0.125"]))
+    assert last == LAST_NORMALIZERS["inception_v2"] and model.fc.out_features == 10
+    model = network(compose([*small, "arch=resnet50", "norm=gn", "+arch.width_per_group=8"]))
+    assert model.fc.out_features == 10
+    with pytest.raises(UserError, match=r"arch resnet50: .*'width'"):
+        network(compose([*small, "arch=resnet50", "+arch.width=0.5"]))

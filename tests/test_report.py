@@ -214,11 +214,31 @@ def test_rows_of_different_settings_are_marked(tmp_path: Path) -> None:
 
 
 def test_duplicate_seed(tmp_path: Path) -> None:
+    """Two done records of one run cannot come from disk (below), but a table does not rely on that."""
     first = write_record(tmp_path, BN, 1, online=90.0)
-    copy = write_record(tmp_path, BN, 1, online=99.0, name="planted")
-    found = made(tmp_path)
+    (record,) = report.records(tmp_path, NUMERICS).current
+    copy = json.loads(json.dumps(record | {"id": "planted"}))
+    copy["final"]["online"]["accuracy"] = 99.0
+    found = table(card(), report.Records(tmp_path, NUMERICS, (record, copy), ()))
     assert row_of(found, "bn_stat2").cells[0].summary == statistics.Summary(90.0, None, 1)
-    assert notes_of(found, "bn_stat2") == f"seed 1 has 2 done records; {first} is used, left out: {copy}"
+    assert notes_of(found, "bn_stat2") == f"seed 1 has 2 done records; {first} is used, left out: planted"
+
+
+def test_planted_records(tmp_path: Path) -> None:
+    """A copy under another name, and a record whose config was edited, are found by their ids."""
+    good = write_record(tmp_path, BN, 1)
+    path = tmp_path / "records" / f"{write_record(tmp_path, KN, 2)}.json"
+    whole = path.read_text()
+    record = json.loads(whole)
+    record["config"]["norm"]["options"]["gain"] = 0.1
+    for planted, complaint in ((record, "its id is not that of its configuration"), (record["config"], "'id' is None")):
+        path.write_text(json.dumps(planted))
+        with pytest.raises(UserError, match=complaint):
+            report.records(tmp_path, NUMERICS)
+    path.write_text(whole)
+    write_record(tmp_path, BN, 1, name="planted")
+    with pytest.raises(UserError, match=f"planted.json .* its id is not that of its configuration, {good}"):
+        report.records(tmp_path, NUMERICS)
 
 
 def test_stale_records_are_listed_only(tmp_path: Path) -> None:
@@ -300,6 +320,21 @@ def full(results: Path) -> Table:
             write_record(results, row, seed, moving=value, online=90.0 + (seed * 7 % 3 - 1) * (1 + place), arrays=True)
     write_record(results, KN_OUTPUT, 1, moving=95.0, arrays=True)
     return made(results)
+
+
+def test_caption_says_which_variant_of_kn_a_row_is() -> None:
+    """Beyond preset, predictor, gain and belief: what differs from every run before it was an option."""
+    rows = [
+        {"label": "KN", "config": config("bkn")},
+        {"label": "talk", "config": config("bkn", transition="learned", noise=True)},
+        {"label": "v1", "config": config("bkn", transition="learned", noise="shared")},
+        {"label": "input", "config": config("bkn", input_belief="data")},
+    ]
+    plain, talk, v1, with_input = caption.estimators(rows).split(". ")[:4]
+    assert plain == "KN: preset paper, predictor closed form, initial gain 0.5 (learned), belief=posterior"
+    assert talk.endswith("belief=posterior, learned transition")
+    assert v1.endswith("learned transition, one R for all layers")
+    assert with_input.endswith("belief=posterior, the input's belief measured from the training set")
 
 
 def test_caption_says_what_the_numbers_depend_on(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kalmannorm import Belief, belief_report, convert, set_statistics
 from kalmannorm import belief as rules
 from kalmannorm.belief import Noise
-from kalmannorm.models import ARCHS
+from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 
 INPUT_BELIEF = (torch.tensor([0.1, -0.2, 0.3]), torch.tensor([1.0, 0.5, 2.0]))
 
@@ -251,9 +251,10 @@ def test_report_per_normalizer() -> None:
 @pytest.mark.parametrize("name", ARCHS)
 def test_all_normalizers_of_the_architectures_but_the_first_have_a_prior(name: str, norm: str) -> None:
     report = belief_report(convert(ARCHS[name](), norm))
-    first = "stem.bn" if name == "inception_cifar" else "bn"
+    others = {"inception_cifar": "stem.bn", "inception_v2": "conv1.bn", "resnet50": "bn1", "resnet101": "bn1"}
+    first = others.get(name, "bn")
     assert [layer for layer, why in report.items() if why] == [first]
-    assert set(ARCHS[name]().last_normalizers) <= set(report)
+    assert set(LAST_NORMALIZERS[name]) <= set(report)
     with_input = belief_report(convert(ARCHS[name](), norm, input_belief=INPUT_BELIEF))
     assert list(with_input) == list(report) and not any(with_input.values())
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kalmannorm.belief import Belief
     from kalmannorm.conversion import belief_report, convert, fold
-    from kalmannorm.norm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm
-    from kalmannorm.statistics import precise_statistics, set_statistics
+    from kalmannorm.norm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm, initialize_weight_norm
+    from kalmannorm.statistics import precise_statistics, set_progress, set_statistics
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,9 @@ _HOME = {
     "belief_report": "kalmannorm.conversion",
     "convert": "kalmannorm.conversion",
     "fold": "kalmannorm.conversion",
+    "initialize_weight_norm": "kalmannorm.norm",
     "precise_statistics": "kalmannorm.statistics",
+    "set_progress": "kalmannorm.statistics",
     "set_statistics": "kalmannorm.statistics",
 }
 
@@ -35,7 +37,9 @@ __all__ = [
     "belief_report",
     "convert",
     "fold",
+    "initialize_weight_norm",
     "precise_statistics",
+    "set_progress",
     "set_statistics",
 ]
 

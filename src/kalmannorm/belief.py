@@ -74,6 +74,22 @@ def _mix(rows: Tensor, matrix: Tensor, groups: int) -> Tensor:
     return torch.einsum("rgi,goi->rgo", rows.view(rows.shape[0], groups, -1), blocks).flatten(1)
 
 
+class Transition(nn.Module):
+    """A convolution's transition matrix of its own, in place of its weight (`transition="learned"`: the talk, v1).
+
+    mean' = A mean + bias and var' = A^2 var (the diagonal of A Sigma A^T): [rows, C_in] -> [rows, C_out]. A, learned,
+    is [C_out, C_in / groups] and starts at the sum of the taps of the convolution's weight as it is then: ours.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(convolution.weight.detach().flatten(2).sum(2))
+        self.groups = convolution.groups
+
+    def forward(self, belief: Belief, bias: Tensor | None = None) -> Belief:
+        return conv(belief, self.matrix[:, :, None], bias, self.groups)
+
+
 def add(a: Belief, b: Belief) -> Belief:
     """A shortcut: the sum of two independent features. Means add, variances add."""
     return Belief(a.mean + b.mean, a.var + b.var)

@@ -7,9 +7,12 @@ interval that holds the middle half of them; single times are printed for orient
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +22,17 @@ from kalmannorm.conversion import convert
 from kalmannorm.engine.model import optimizer
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.models import ARCHS
+from kalmannorm.report.statistics import middle_half
 
 GRAD_BATCH = 128
 SCHEDULE = {"momentum": 0.9, "weight_decay": 2e-4}
 WARM_UP = 3  # steps; compilation, allocation and caches
 
+if TYPE_CHECKING:
+    from kalmannorm.engine.session import Session
+
 Step = Callable[[], Any]
+Pairs = list[tuple[float, float]]  # seconds of neighbouring steps: this, against
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ COMPARISONS = {
     "sampling": Comparison("KN (sampling) at stat 2", "KN (closed) at stat 2", None),
     "memory": Comparison("bytes KN at stat 2 saves for backward", "bytes BN at stat 2 saves", 1.10),
     "loop": Comparison("images/s of kalmannorm train", "images/s of the bare step", 0.95, at_least=True),
+    "checkpoints": Comparison("5 % of a lite run and its checkpoint", "those steps alone", 1.02),
+    "processes": Comparison("images/s of 2 processes", "images/s of 1 process with 2 threads", 0.8, at_least=True),
 }
 
 
@@ -66,7 +76,7 @@ def bench(names: list[str], seconds: float) -> int:
             met = middle >= comparison.goal if comparison.at_least else middle <= comparison.goal
             verdict = f"  goal {'>=' if comparison.at_least else '<='} {comparison.goal}: {'met' if met else 'missed'}"
             missed += not met
-        low, high = _middle_half(ratios)
+        low, high = middle_half(ratios)
         spread = f" [{low:.3f}, {high:.3f}] n = {len(ratios)}" if len(ratios) > 1 else ""
         print(
             f"{name:12} {comparison.this} / {comparison.against}: {middle:.3f}{spread}{verdict}  ({note})", flush=True
@@ -74,15 +84,8 @@ def bench(names: list[str], seconds: float) -> int:
     return 1 if missed else 0
 
 
-def _middle_half(values: list[float]) -> tuple[float, float]:
-    if len(values) < 4:
-        return min(values), max(values)
-    quarters = statistics.quantiles(values, n=4)
-    return quarters[0], quarters[2]
-
-
-def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> tuple[list[float], str]:
-    """Ratios of neighbouring steps' times, the order within each pair alternating; and the median times in ms."""
+def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> Pairs:
+    """Times of neighbouring steps, the order within each pair alternating, for about `seconds` and at least 5 pairs."""
 
     def timed(step: Step) -> float:
         began = time.perf_counter()
@@ -93,7 +96,7 @@ def alternate(this: Step, against: Step, seconds: float, device: torch.device) -
 
     for _ in range(WARM_UP):
         timed(this), timed(against)
-    pairs: list[tuple[float, float]] = []
+    pairs: Pairs = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(pairs) < 5:
         if len(pairs) % 2:
@@ -101,31 +104,48 @@ def alternate(this: Step, against: Step, seconds: float, device: torch.device) -
             pairs.append((timed(this), second))
         else:
             pairs.append((timed(this), timed(against)))
+    return pairs
+
+
+def _compare(this: Step, against: Step, seconds: float, device: torch.device) -> tuple[list[float], str]:
+    """The ratios of neighbouring steps' times, and the median times in ms."""
+    pairs = alternate(this, against, seconds, device)
     ours, theirs = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
     return [a / b for a, b in pairs], f"{ours:.1f} ms against {theirs:.1f} ms"
 
 
-def training_step(model: nn.Module, device: torch.device, compiled: bool = False) -> Step:
-    """Forward, backward and optimizer step on one fixed batch."""
+def training_step(
+    model: nn.Module,
+    device: torch.device,
+    batch: tuple[Tensor, Tensor] | None = None,
+    *,
+    compiled: bool = False,
+    precision: str = "fp32",
+) -> Step:
+    """Forward, backward and optimizer step as the harness trains, on one fixed batch; None: noise of CIFAR's size."""
     model.to(device).train()
-    x, labels = _batch(device)
+    x, labels = (part.to(device) for part in batch or synthetic_batch())
     optim = optimizer(model, SCHEDULE)
     for group in optim.param_groups:
         group["lr"] = 1e-3
     run = torch.compile(model) if compiled else model
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def step() -> None:
         optim.zero_grad(set_to_none=True)
-        F.cross_entropy(run(x), labels).backward()
+        with autocast:
+            loss = F.cross_entropy(run(x).float(), labels)
+        loss.backward()
         optim.step()
 
     return step
 
 
-def _batch(device: torch.device) -> tuple[Tensor, Tensor]:
+def synthetic_batch(images: int = GRAD_BATCH, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
+    """Noise [images, 3, size, size] and labels [images], the same every time."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(GRAD_BATCH, 3, 32, 32, generator=generator)
-    return x.to(device), torch.randint(10, (GRAD_BATCH,), generator=generator).to(device)
+    x = torch.randn(images, 3, size, size, generator=generator)
+    return x, torch.randint(classes, (images,), generator=generator)
 
 
 def _model(norm: str | None, **options: Any) -> nn.Module:
@@ -135,22 +155,22 @@ def _model(norm: str | None, **options: Any) -> nn.Module:
 
 
 def _grouped_bn(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    return alternate(training_step(_model("bn"), device), training_step(_model(None), device), seconds, device)
+    return _compare(training_step(_model("bn"), device), training_step(_model(None), device), seconds, device)
 
 
 def _kn(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    return alternate(training_step(_model("bkn"), device), training_step(_model("bn"), device), seconds, device)
+    return _compare(training_step(_model("bkn"), device), training_step(_model("bn"), device), seconds, device)
 
 
 def _kn_compiled(device: torch.device, seconds: float) -> tuple[list[float], str]:
     print("compiling two ResNet-32s: minutes on a CPU", file=sys.stderr)
     this, against = (training_step(_model(norm), device, compiled=True) for norm in ("bkn", "bn"))
-    return alternate(this, against, seconds, device)
+    return _compare(this, against, seconds, device)
 
 
 def _sampling(device: torch.device, seconds: float) -> tuple[list[float], str]:
     this, against = (training_step(_model("bkn", predictor=p), device) for p in ("sampling", "closed"))
-    return alternate(this, against, seconds, device)
+    return _compare(this, against, seconds, device)
 
 
 def _memory(device: torch.device, seconds: float) -> tuple[list[float], str]:
@@ -170,20 +190,18 @@ def _saved_bytes(model: nn.Module, device: torch.device) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x, labels = _batch(device)
+    x, labels = (part.to(device) for part in synthetic_batch())
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = F.cross_entropy(model(x), labels)
     loss.backward()
     return sum(kept.values())
 
 
-def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    """`kalmannorm train` as it is (loader, augmentation, progress, logging) against the bare step of the same model.
-
-    Epochs of 10 steps on random images of CIFAR's size; each is followed by 10 bare steps.
-    """
+@contextmanager
+def _training(device: torch.device, steps: int) -> "Iterator[tuple[Session, Step]]":
+    """A session of `kalmannorm train`, KN at 2, and what trains it for an epoch of `steps` steps, all of it as it is:
+    loader, augmentation, progress, logging. Random images of CIFAR's size."""
     import tempfile
-    from pathlib import Path
 
     import numpy as np
 
@@ -194,7 +212,6 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
     from kalmannorm.engine.train import train_epoch
     from kalmannorm.runs.config import compose
 
-    steps = 10
     config = compose(["dataset=cifar10", "arch=resnet32", "norm=bkn", "budget=smoke", "budget.size=32"])
     config["precision"], config["compile"] = "fp32", False
     config["budget"]["epochs"] = 10**6
@@ -203,21 +220,106 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
     loader = Loader(images, rng.integers(0, 10, len(images)), batch=GRAD_BATCH, device=device, pad=4, flip=True)
     model = convert(ARCHS["resnet32"](), "bkn", stat_batch=2).to(device)
     ranks = Ranks(config)
-    bare = training_step(_model("bkn"), device)
     with tempfile.TemporaryDirectory() as folder, Progress("bench", config) as progress, StopRequest(ranks) as stop:
         session = Session("bench", Path(folder), model, optimizer(model, config["schedule"]), ranks)
         progress.begin(0, steps, GRAD_BATCH, Path(folder))
 
-        def trained() -> None:
+        def epoch() -> None:
             train_epoch(config, session, model, loader, progress, stop)
             session.begin_epoch(session.epoch + 1)
 
-        def plain() -> None:
-            for _ in range(steps):
-                bare()
+        yield session, epoch
 
-        ratios, note = alternate(plain, trained, seconds, device)  # time of bare over time of train: images/s of train
+
+def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    """Epochs of 10 steps by `kalmannorm train`, each followed by 10 bare steps of the same model."""
+    steps = 10
+    bare = training_step(_model("bkn"), device)
+
+    def plain() -> None:
+        for _ in range(steps):
+            bare()
+
+    with _training(device, steps) as (_, epoch):
+        ratios, note = _compare(plain, epoch, seconds, device)  # time of bare over time of train: images/s of train
     return ratios, f"{steps} steps bare and trained: {note}"
+
+
+def _checkpoints(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    """The 31 steps that are 5 % of CIFAR-10's lite run, the shortest one that is more than a demonstration, then a
+    checkpoint, over and over. The same steps are both sides: the steps' own noise would hide a checkpoint."""
+    pairs: list[tuple[float, float]] = []
+    with _training(device, steps=31) as (session, epoch):
+        epoch()
+        session.save()
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(pairs) < 5:
+            began = time.perf_counter()
+            epoch()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            trained = time.perf_counter()
+            session.save()
+            pairs.append((trained - began, time.perf_counter() - trained))
+    steps, saves = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
+    return [(a + b) / a for a, b in pairs], f"{saves:.0f} ms a checkpoint, {steps:.0f} ms the steps"
+
+
+def _processes(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    """Two processes of one thread, 64 images each, and in turn one of two threads with all 128; on CPU."""
+    import json
+    import socket
+    import tempfile
+
+    from torch.multiprocessing.spawn import spawn
+
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        spawn(_alternate_processes, (port, seconds, folder), nprocs=2)
+        ratios, note = json.loads((Path(folder) / "ratios.json").read_text())
+    return ratios, note
+
+
+def _alternate_processes(rank: int, port: int, seconds: float, folder: str) -> None:
+    import json
+
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    cpu = torch.device("cpu")
+    with warnings.catch_warnings():  # as in engine/ranks.py
+        warnings.simplefilter("ignore", FutureWarning)
+        spread = DistributedDataParallel(_model("bkn"), broadcast_buffers=False)
+    together = training_step(spread, cpu, synthetic_batch(GRAD_BATCH // 2))
+    alone = training_step(_model("bkn"), cpu) if rank == 0 else None
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    going = torch.ones(1)
+    while going.item():
+        dist.barrier()
+        began = time.perf_counter()
+        together()
+        dist.barrier()
+        both = time.perf_counter() - began
+        if alone is not None:
+            torch.set_num_threads(2)
+            began = time.perf_counter()
+            alone()
+            pairs.append((time.perf_counter() - began, both))
+            torch.set_num_threads(1)
+        going.fill_(time.perf_counter() < end or len(pairs) < WARM_UP + 5)
+        dist.broadcast(going, 0)
+    if rank == 0:
+        kept = pairs[WARM_UP:]
+        one, two = (1e3 * statistics.median(side) for side in zip(*kept, strict=True))
+        note = f"step of one {one:.1f} ms, of two {two:.1f} ms"
+        (Path(folder) / "ratios.json").write_text(json.dumps([[a / b for a, b in kept], note]))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 _MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = {
@@ -227,4 +329,6 @@ _MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = 
     "sampling": _sampling,
     "memory": _memory,
     "loop": _loop,
+    "checkpoints": _checkpoints,
+    "processes": _processes,
 }

@@ -1,16 +1,23 @@
-"""`kalmannorm`: train, evaluate, export, sweep, report, bench, data. Imports what a command needs when it needs it."""
+"""`kalmannorm`: train, evaluate, export, sweep, report, records, bench, data. A command imports what it needs."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from kalmannorm.errors import Stopped, UserError
+from kalmannorm.runs.options import HELP
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule budget) or key=value, for example
   kalmannorm train dataset=cifar10 arch=resnet32 norm=bkn batch=g128_s2 budget=lite seed=2
   kalmannorm sweep table7 dataset=cifar10 budget=paper seeds=3
   kalmannorm report table7 dataset=cifar10 budget=paper
+  kalmannorm report                                       every table and figure, the claims, results/report.html
   torchrun --nproc-per-node 8 -m kalmannorm train dataset=cifar10 norm=bkn       the same run on 8 devices
 exit codes: 0 all well; 1 a run failed; 2 wrong input; 130, 138, 143 stopped by a signal (the same command goes on)"""
 
@@ -50,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
-    add("train", _train, "train and evaluate one run").add_argument("overrides", nargs="*", metavar="OVERRIDE")
+    train = add("train", _train, "train and evaluate one run")
+    train.add_argument("overrides", nargs="*", metavar="OVERRIDE")
+    train.add_argument("-m", "--multirun", action="store_true", help="several runs: norm=bn,bkn seed=range(1,4)")
     evaluate = add("evaluate", _evaluate, "evaluate a run's weights with moving, online and precise statistics")
     evaluate.add_argument("run", metavar="RUN", help="a run's id, or the beginning of it")
     evaluate.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="data=, runs=, results=, device=")
@@ -60,25 +69,53 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="runs=, results=")
     sweep = add("sweep", _sweep, "run what is missing of an experiment")
     sweep.add_argument("experiment", metavar="EXPERIMENT")
-    sweep.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="seeds=N, rows=paper, and overrides")
+    sweep.add_argument("overrides", nargs="*", metavar="ARGUMENT", help="seeds=N, rows=paper, overrides, see below")
+    sweep.epilog, sweep.formatter_class = HELP, argparse.RawDescriptionHelpFormatter
     sweep.add_argument("--dry-run", action="store_true", help="list the runs and the predicted time, run nothing")
-    report = add("report", _report, "make an experiment's table or figure from the records")
-    report.add_argument("experiment", metavar="EXPERIMENT")
-    report.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for sweep")
+    report = add("report", _report, "make an experiment's table or figure from the records; without one, everything")
+    report.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help="none: all, claims.md and report.html")
+    report.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for sweep; without EXPERIMENT results=")
+    report.add_argument("--compare", nargs=2, metavar="RUN", help="two runs' configurations, results and curves' ends")
+    records = add("records", _records, "what runs are recorded; bring records together; remove stale ones")
+    actions = records.add_subparsers(required=True, metavar="ACTION", dest="action")
+    listed = actions.add_parser("list", help="a table of the records, tab-separated where it is not a terminal")
+    listed.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="only those: norm=bkn seed=1 status=failed")
+    merge = actions.add_parser("merge", help="take in the records of other folders; nothing is overwritten")
+    merge.add_argument("folders", nargs="+", metavar="FOLDER", help="a results folder of another machine")
+    prune = actions.add_parser("prune", help="list stale and unreadable records; with --yes, delete them")
+    prune.add_argument("--failed", action="store_true", help="those of failed runs too")
+    prune.add_argument("--yes", action="store_true", help="delete what is listed")
+    for action in (listed, merge, prune):
+        action.add_argument("--results", default="results", metavar="FOLDER", help="(default: results)")
     bench = add("bench", _bench, "measure speed and memory as ratios, both sides alternating")
     bench.add_argument("names", nargs="*", metavar="NAME", help="which comparisons; none: all")
     bench.add_argument("--seconds", type=float, default=20, help="per comparison (default 20)")
     data = add("data", _data, "bring a data set into the form that the harness reads")
-    data.add_argument("action", choices=["prepare"])
+    data.add_argument("action", choices=["prepare", "ffcv"], help="ffcv: an image folder as FFCV's .beton files")
     data.add_argument("dataset")
-    data.add_argument("--root", help="where to (default: $KALMANNORM_DATA, else ./data)")
-    data.add_argument("--archive", help="an official archive that is already here")
-    data.add_argument("--no-download", action="store_true", help="never use the network")
+    data.add_argument("--root", help="the data root, where to and where from (default: $KALMANNORM_DATA, else ./data)")
+    data.add_argument("--archive", help="prepare: an official archive that is already here")
+    data.add_argument("--no-download", action="store_true", help="prepare: never use the network")
+    data.add_argument("--out", help="ffcv: another folder for the files, for example on a faster disk (then data=OUT)")
+    data.add_argument("--mode", default="jpg", help="ffcv: jpg or raw (default jpg)")
+    data.add_argument("--quality", type=int, default=90, help="ffcv: of the JPEGs (default 90)")
+    data.add_argument("--max-resolution", type=int, default=500, help="ffcv: longest side in pixels (default 500)")
+    data.add_argument("--workers", default="auto", help="ffcv: processes (default: one a core)")
+    data.add_argument("--skip-unreadable", action="store_true", help="ffcv: leave out images that cannot be read")
+    data.add_argument("--timeout", type=float, default=600, help="ffcv: seconds without a single image (default 600)")
     return parser
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.multirun:
+        from kalmannorm.runs.experiment import multirun
+        from kalmannorm.runs.options import split
+        from kalmannorm.runs.sweep import run
+
+        where, overrides = split(options.overrides)
+        return run(multirun(overrides), where)
     from kalmannorm.runs.config import compose
+    from kalmannorm.runs.lock import hold
     from kalmannorm.runs.record import is_done, path, run_id
 
     config = compose(options.overrides)
@@ -86,9 +123,11 @@ def _train(options: argparse.Namespace) -> int:
     if is_done(config["results"], identity):
         print(f"{identity}: done already, {path(config['results'], identity)}")
         return 0
-    from kalmannorm.runs.execute import execute
+    # The first process of a distributed run holds the lock for all of them.
+    with hold(config["runs"], identity) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+        from kalmannorm.runs.execute import execute
 
-    code = 0 if execute(config)["status"] == "done" else 1
+        code = 0 if execute(config)["status"] == "done" else 1
     if "WORLD_SIZE" in os.environ:
         from kalmannorm.engine.ranks import end_process
 
@@ -117,9 +156,23 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from kalmannorm.runs.sweep import report
+    from kalmannorm.runs import sweep
 
-    return report(options.experiment, options.overrides)
+    name: str | None = options.experiment
+    if name is None or "=" in name or options.compare:
+        overrides = [*([name] if name else []), *options.overrides]
+        return sweep.compare(options.compare, overrides) if options.compare else sweep.report_all(overrides)
+    return sweep.report(name, options.overrides)
+
+
+def _records(options: argparse.Namespace) -> int:
+    from kalmannorm.runs import collection
+
+    if options.action == "list":
+        return collection.show(options.results, options.overrides)
+    if options.action == "merge":
+        return collection.merge(options.results, options.folders)
+    return collection.prune(options.results, failed=options.failed, yes=options.yes)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -133,9 +186,32 @@ def _data(options: argparse.Namespace) -> int:
 
     from kalmannorm import data
 
+    root = data.root(options.root)
+    if options.action == "ffcv":
+        return _ffcv(options, root)
     archive = Path(options.archive) if options.archive else None
-    folder = data.prepare(options.dataset, data.root(options.root), archive, not options.no_download)
+    folder = data.prepare(options.dataset, root, archive, not options.no_download)
     print(f"{options.dataset}: {folder}")
+    return 0
+
+
+def _ffcv(options: argparse.Namespace, root: "Path") -> int:
+    from pathlib import Path
+
+    from kalmannorm import data
+    from kalmannorm.data.beton_write import Form, write
+    from kalmannorm.runs.config import compose
+
+    dataset = compose([f"dataset={options.dataset}", f"data={root}"])["dataset"]
+    if "loader" not in dataset:
+        raise UserError(f"dataset {options.dataset!r} fits into memory: FFCV's files are for image folders")
+    form = Form(options.mode, options.quality, options.max_resolution)
+    workers = data.workers_of(options.workers, 1)
+    out = Path(options.out) if options.out else None
+    folder = write(
+        dataset, root, out, form=form, workers=workers, skip=options.skip_unreadable, timeout=options.timeout
+    )
+    print(f"{options.dataset}: {folder}; train on it with dataset={options.dataset} dataset.loader=ffcv data={folder}")
     return 0
 
 

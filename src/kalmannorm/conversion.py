@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.belief import Noise
+from kalmannorm.belief import Noise, Transition
 from kalmannorm.graphs import compile_code, source_code
-from kalmannorm.norm import NORMS, Estimator, GroupedStatistics
-from kalmannorm.presets import KALMAN, PRESETS, preset_options
+from kalmannorm.norm import NORMS, Estimator, GroupedStatistics, normalize_weights
+from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 from kalmannorm.thread import Threader
 from kalmannorm.tracing import has_forward_of_its_own, trace
 
@@ -27,9 +27,10 @@ def convert(
     norm: str,
     *,
     stat_batch: int | None = None,
-    preset: str = "paper",
+    preset: str | None = None,
     predictor: str | None = None,
-    input_belief: tuple[Tensor, Tensor] | None = None,
+    input_belief: tuple[Tensor, Tensor] | str | None = None,
+    returns_belief: bool = False,
     **options: Any,
 ) -> "Converted":
     """A copy of `model` with every BatchNorm layer replaced by normalizer `norm`, beliefs threaded between them.
@@ -39,27 +40,37 @@ def convert(
             that was converted before.
         norm: a name of NORMS.
         stat_batch: images that share statistics; None is the whole batch.
-        preset: variant of Kalman Normalization, `paper` or `released` (presets.py).
+        preset: variant of Kalman Normalization (presets.py): `paper`, which None stands for, `released`, `talk`, `v1`.
         predictor: `closed` or `sampling`; None is the preset's.
-        input_belief: (mean [C], var [C]) of the model's input, a prior for the first normalizer too (paper 3.3).
-        options: the normalizer's own, and `relu` (whether ReLUs change beliefs), over the preset's. Of convert itself:
-            `leaves`, classes of modules that are called as they are, not traced into (they lose the belief); `thaw`,
-            whether FrozenBatchNorm2d layers are replaced too, by normalizers that train. Else they stay constants,
-            which a belief passes.
+        input_belief: (mean [C], var [C]) of the model's input, a prior for the first normalizer too (paper 3.3). Or
+            "argument": the model is a part behind another one, and is called as model(x, belief of x).
+        returns_belief: the model is a part ahead of another one: it returns (y, belief of y, None if there is none).
+        options: the normalizer's own, over the preset's. For Kalman normalizers also `relu` (whether ReLUs change
+            beliefs) and `transition`: the convolution's `weight`, or a `learned` matrix (belief.Transition).
+            Of convert itself: `leaves`, classes of modules that are called as they are, not traced into (they lose the
+            belief); `thaw`, whether FrozenBatchNorm2d layers are replaced too, by normalizers that train. Else they
+            stay constants, which a belief passes.
 
     State-dict keys, eps, momentum, affine parameters and moving statistics of the original are kept, where the new
-    normalizer has them. Train and eval modes behave as the original's, whichever mode it is in now.
-    Raises ValueError: an unknown norm, preset or option; a model without BatchNorm; one that cannot be traced.
+    normalizer has them; `wn` and `none` have none, and give every Conv2d a bias in their place (`wn` also weight
+    normalization: see norm.initialize_weight_norm). Train and eval modes behave as the original's, whichever mode it
+    is in now.
+    Raises ValueError: an unknown norm, preset or option; a preset, predictor or input_belief for a normalizer that has
+    no belief; a model without BatchNorm; one that cannot be traced.
     """
     if norm not in NORMS:
         raise ValueError(f"unknown normalizer {norm!r}; valid: {', '.join(NORMS)}")
-    relu = options.pop("relu", True)
+    relu, learned = True, False
     leaves, thaw = tuple(options.pop("leaves", ())), options.pop("thaw", False)
     if norm in KALMAN:
+        preset = preset or "paper"
         options = preset_options(preset, norm, stat_batch, options)
         predictor = predictor or PRESETS[preset]["predictor"]
-        if predictor not in ("closed", "sampling"):
-            raise ValueError(f"predictor must be 'closed' or 'sampling', not {predictor!r}")
+        relu, learned = options.pop("relu", True), _is_learned(options.pop("transition", "weight"), predictor)
+    else:
+        for name, given in (("preset", preset), ("predictor", predictor), ("input_belief", input_belief)):
+            if given is not None:
+                raise ValueError(f"{name} is an option of {' and '.join(KALMAN)}: normalizer {norm!r} has no belief")
     source = fold(model) if isinstance(model, Converted) else copy.deepcopy(model)
     if thaw:
         _thaw(source)
@@ -71,9 +82,18 @@ def convert(
             built[layer] = _build(norm, name, layer, stat_batch, options)
             _keep_more(layer, built[layer], name)
         _replace(source, name, built[layer])
+    if norm in NEED_BIAS:
+        _add_biases(source)
+    if norm == "wn":
+        normalize_weights(source)
+    if options.get("noise") == "shared":
+        _share_noise(list(built.values()))
 
     buffers = None
-    if input_belief is not None:
+    if isinstance(input_belief, str):
+        if input_belief != "argument":
+            raise ValueError(f"input_belief must be (mean [C], var [C]) or 'argument', not {input_belief!r}")
+    elif input_belief is not None:
         buffers = INPUT_BELIEF
         values = [torch.as_tensor(value, dtype=torch.float32).view(1, -1) for value in input_belief]
         if len(values) != 2 or values[0].shape != values[1].shape:
@@ -86,7 +106,8 @@ def convert(
     report: dict[str, str | None] = {}
     for mode, graph in _trace(source, layers, leaves).items():
         graphs[mode] = graph
-        report = _thread(graph, source, layers, predictor or "closed", relu, buffers)
+        known = input_belief if isinstance(input_belief, str) else buffers
+        report = _thread(graph, source, layers, predictor or "closed", relu, learned, known, returns_belief)
     return Converted(source, graphs, report, type(model).__name__, list(layers))
 
 
@@ -121,13 +142,15 @@ def fold(model: nn.Module) -> nn.Module:
     layers = {name: plain.get_submodule(name) for name in model.normalizers}
     folded: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
-        if not isinstance(layer, GroupedStatistics):
-            raise ValueError(f"{name} ({type(layer).__name__}) has no moving statistics to fold into a BatchNorm")
+        if not getattr(layer, "folds", False):
+            raise ValueError(
+                f"{name} ({type(layer).__name__}) has no moving statistics to fold into a BatchNorm, or not those alone"
+            )
         if layer not in folded:
             folded[layer] = _plain_batch_norm(layer)
         _replace(plain, name, folded[layer])
     for name, module in list(plain.named_modules()):
-        if isinstance(module, Noise):
+        if isinstance(module, Noise | Transition):
             _delete(plain, name)
     for name in INPUT_BELIEF:
         plain._buffers.pop(name, None)
@@ -211,8 +234,8 @@ def _build(norm: str, name: str, old: _BatchNorm, stat_batch: int | None, option
         raise ValueError(f"normalizer {norm!r}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if isinstance(new, GroupedStatistics):
-        new.replaced = (type(old), old.affine, old.track_running_stats)
+    if hasattr(new, "replaced"):
+        new.replaced = (type(old), old.affine, old.track_running_stats)  # type: ignore[assignment]
     return _carry_over(old, new, name)
 
 
@@ -231,10 +254,10 @@ def _carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
                     target.copy_(value)
                 if isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter):  # frozen BN's are buffers
                     target.requires_grad_(value.requires_grad)
-    if isinstance(new, GroupedStatistics):
-        new.layer_name = name
-        if getattr(old, "running_mean", None) is None:
-            new.statistics = "online"
+    if hasattr(new, "layer_name"):
+        new.layer_name = name  # type: ignore[assignment]
+    if isinstance(new, GroupedStatistics) and getattr(old, "running_mean", None) is None:
+        new.statistics = "online"
     return new.train(old.training)
 
 
@@ -292,13 +315,38 @@ def _thaw(root: nn.Module) -> None:
             _replace(root, name, _carry_over(frozen, layer))
 
 
-def _plain_batch_norm(layer: GroupedStatistics) -> nn.Module:
+def _plain_batch_norm(layer: Any) -> nn.Module:
+    """Of a normalizer that `folds`."""
     if "original" in layer.__dict__:
         return _original_of(layer)
     kind, affine, track_running_stats = layer.replaced
     plain = kind(layer.num_features, layer.eps, layer.momentum, affine, track_running_stats)
     _carry_over(layer, plain)
     return plain
+
+
+def _is_learned(transition: str, predictor: str) -> bool:
+    if predictor not in ("closed", "sampling"):
+        raise ValueError(f"predictor must be 'closed' or 'sampling', not {predictor!r}")
+    if transition not in ("weight", "learned"):
+        raise ValueError(f"transition must be 'weight' or 'learned', not {transition!r}")
+    if transition == "learned" and predictor == "sampling":
+        raise ValueError("predictor='sampling' convolves with the layer's weight: take transition='weight' with it")
+    return transition == "learned"
+
+
+def _add_biases(root: nn.Module) -> None:
+    """A bias of zeros for every Conv2d without one."""
+    for layer in root.modules():
+        if isinstance(layer, nn.Conv2d) and layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels))
+
+
+def _share_noise(layers: list[nn.Module]) -> None:
+    """One R for all the layers: the same parameter in each."""
+    first, *others = (layer for layer in layers if isinstance(layer, Estimator))
+    for layer in others:
+        layer.noise_raw = first.noise_raw
 
 
 def _replace(root: nn.Module, name: str, new: nn.Module) -> None:
@@ -320,7 +368,9 @@ def _thread(
     layers: dict[str, _BatchNorm],
     predictor: str,
     relu: bool,
-    input_belief: tuple[str, str] | None,
+    learned: bool,
+    input_belief: tuple[str, str] | str | None,
+    returns_belief: bool,
 ) -> dict[str, str | None]:
     """Calls the normalizers by their contract and gives each the belief that reaches it. Returns the belief report."""
 
@@ -332,14 +382,30 @@ def _thread(
             _replace(source, name, Noise(layer, shared=shared))
         return name
 
+    def add_transition(convolution: str) -> str:
+        name, layer = f"{convolution}_transition", source.get_submodule(convolution)
+        parent, _, leaf = name.rpartition(".")
+        if not hasattr(source.get_submodule(parent), leaf):
+            assert isinstance(layer, nn.Conv2d)
+            _replace(source, name, Transition(layer))
+        return name
+
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]
     for call in calls:
         with graph.inserting_after(call):
             value = graph.create_node("call_function", operator.getitem, (call, 0), name=f"{call.name}_y")
         call.replace_all_uses_with(value, delete_user_cb=lambda user, value=value: user is not value)
     modules = dict(source.named_modules())
+    given: tuple[str, str] | fx.Node | None = None
+    if isinstance(input_belief, str):  # an argument
+        x = next(node for node in graph.nodes if node.op == "placeholder")
+        with graph.inserting_after(x):
+            given = graph.placeholder(f"{x.name}_belief")
+    else:
+        given = input_belief
     kinds: dict[str, type[nn.Module]] = {name: type(layer) for name, layer in layers.items()}
-    threader = Threader(graph, modules, predictor, relu, input_belief, add_noise, kinds=kinds)
+    transition = add_transition if learned else None
+    threader = Threader(graph, modules, predictor, relu, given, add_noise, transition, kinds)
     report: dict[str, str | None] = {}
     for call in calls:
         if not isinstance(modules[str(call.target)], Estimator):
@@ -348,5 +414,9 @@ def _thread(
         report[str(call.target)] = why_not = threader.why_not(feature)
         if why_not is None:
             call.args = (call.args[0], threader.write(feature))
+    if returns_belief:
+        output = next(node for node in graph.nodes if node.op == "output")
+        (feature,) = threader.inputs[output]
+        output.args = ((output.args[0], None if threader.why_not(feature) else threader.write(feature)),)
     graph.lint()
     return report

@@ -1,18 +1,23 @@
-"""The variants of Kalman Normalization, as their sources have them (paper, released code). Imports nothing heavy."""
+"""The variants of Kalman Normalization, as their sources have them (paper, released code, talk, v1). Imports nothing
+heavy."""
 
 from typing import Any
 
 KALMAN = ("bkn", "gkn")
 # Normalizers whose statistics are shared by a group of images: `stat_batch` means something for them.
-BATCH_STATISTICS = ("bn", "bkn", "syncbn")
+BATCH_STATISTICS = ("bn", "brn", "sn", "bkn", "syncbn")
 # Those whose groups may span devices.
 SPAN_DEVICES = ("syncbn",)
+# Those that put no beta in a convolution's bias's place: convert gives every convolution one.
+NEED_BIAS = ("wn", "none")
 
 # The released code fixes the gain, at two statistics batches only.
 _RELEASED_GAINS = {2: 0.1, 128: 0.95}
 
-# `predictor` is read by convert; `batch` holds the options that exist only where groups of images share statistics
-# (BKN); `estimator` goes to every Kalman normalizer.
+_OWN_TRANSITION = {"transition": "learned", "gain": 0.5, "learn_gain": True, "mixture": True, "guard": None}
+
+# `predictor` and `transition` (absent: the convolution's weight) are read by convert; `batch` holds the options that
+# exist only where groups of images share statistics (BKN); `estimator` goes to every Kalman normalizer.
 PRESETS: dict[str, dict[str, Any]] = {
     # Paper Eq. 7: gain and R learned, no mixture term. No source gives the gain's start: 0.5 is ours.
     "paper": {
@@ -26,6 +31,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "predictor": "sampling",
         "estimator": {"learn_gain": False, "noise": False, "mixture": True, "guard": 100.0},
         "batch": {"moving_groups": "first", "first_unbiased": True},
+    },
+    # The talk's and v1's equations: a transition matrix of each layer's own, learned; the mixture term; in v1 one R for
+    # all layers. Both are an interpretation: the sources give neither the matrix's size (no size fits v1's parameter
+    # count) nor its start, and their equations have no ReLU.
+    "talk": {
+        "predictor": "closed",
+        "estimator": {**_OWN_TRANSITION, "noise": True},
+        "batch": {"moving_groups": "mean", "first_unbiased": False},
+    },
+    "v1": {
+        "predictor": "closed",
+        "estimator": {**_OWN_TRANSITION, "noise": "shared"},
+        "batch": {"moving_groups": "mean", "first_unbiased": False},
     },
 }
 

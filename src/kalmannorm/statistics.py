@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kalmannorm.belief import Noise
-from kalmannorm.norm import Estimator, GroupedStatistics, SyncBatchNorm
+from kalmannorm.norm import BatchRenorm, Estimator, GroupedStatistics, SyncBatchNorm
 from kalmannorm.norm.batch import Probe
 
 STATISTICS = ("moving", "online")
@@ -69,6 +69,14 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
             layer.momentum, layer.moving_groups = momentum, moving_groups
         for module, training in modes.items():
             module.training = training
+
+
+def set_progress(model: nn.Module, fraction: float) -> None:
+    """`fraction` of the training is done, from 0 to 1: for normalizers with a schedule (BRN). Call it before every step
+    and before an evaluation; a resumed training that does so goes on exactly."""
+    for module in model.modules():
+        if isinstance(module, BatchRenorm):
+            module.set_progress(fraction)
 
 
 def spread_batches(model: nn.Module, spread: bool = True) -> None:

@@ -25,8 +25,9 @@ class Threader:
     """Adds belief nodes to a traced graph, on demand and only where they are used.
 
     `predictor`: "closed" or "sampling"; `relu`: whether rectification changes a belief; `input_belief`: names of the
-    buffers that hold the model input's belief, or None; `add_noise(convolution's name)` makes a noise module and
-    returns its name; `kinds`: the class of the layer that each normalizer replaces.
+    buffers that hold the model input's belief, the node that is that belief, or None; `add_noise(convolution's name)`
+    makes a noise module and returns its name; `add_transition(convolution's name)` a transition, None where
+    convolutions' weights are theirs; `kinds`: the class of the layer that each normalizer replaces.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Threader:
         modules: dict[str, nn.Module],
         predictor: str,
         relu: bool,
-        input_belief: tuple[str, str] | None,
+        input_belief: tuple[str, str] | fx.Node | None,
         add_noise: Callable[[str, bool], str],
+        add_transition: Callable[[str], str] | None,
         kinds: dict[str, type[nn.Module]],
     ) -> None:
         self.graph, self.modules, self.kinds = graph, modules, kinds
         self.predictor, self.relu, self.input_belief, self.add_noise = predictor, relu, input_belief, add_noise
+        self.add_transition = add_transition
         self.inputs: dict[fx.Node, list[fx.Node]] = {}  # what an operation's first argument holds when it runs
         self.lost: dict[fx.Node, str | None] = {}  # what lost the belief of a node's value; None if it has one
         self.layouts: dict[fx.Node, Layout | None] = {}
@@ -247,7 +250,10 @@ class Threader:
     def _input_rule(self, node: fx.Node) -> Rule:
         if self.input_belief is None:
             return "nothing: no normalizer before it, and the input's distribution is not given"
-        mean, var = self.input_belief
+        given = self.input_belief
+        if isinstance(given, fx.Node):
+            return Carry([], lambda _: given)
+        mean, var = given
 
         def constant(_: list[fx.Node]) -> fx.Node:
             return self.call(predict.Belief, self.graph.get_attr(mean), self.graph.get_attr(var))
@@ -260,6 +266,10 @@ class Threader:
 
     def _conv_rule(self, node: fx.Node, name: str, module: nn.Conv2d, inputs: list[fx.Node]) -> ConvRule:
         def closed(beliefs: list[fx.Node]) -> fx.Node:
+            if self.add_transition is not None:
+                bias = None if module.bias is None else self.graph.get_attr(f"{name}.bias")
+                transition = self.add_transition(name)
+                return self.graph.create_node("call_module", transition, (beliefs[0], bias), name=self._name)
             return self.call(predict.conv, beliefs[0], *self._parameters(name, module), module.groups)
 
         if self.predictor == "closed":
@@ -287,6 +297,8 @@ class Threader:
             return False
         if rule.needs:
             return all(self._single_row(needed) for needed in rule.needs)
+        if isinstance(self.input_belief, fx.Node) and node.op == "placeholder":
+            return False
         source = self._module(self.inputs[node][0]) if self.inputs[node] else None
         return source is None or (isinstance(source, Estimator) and source.belief == "output")
 

@@ -1,14 +1,37 @@
-"""Data sets by name, as arrays in memory. The loader that feeds them to a device is in `loader` (it imports torch)."""
+"""Data sets by name: small ones as arrays in memory, large ones as folders of files.
+
+What feeds them to a device imports torch and is not imported here: `loader` (arrays), `stream` (files through
+torchvision), `beton_loader` (FFCV's files).
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from kalmannorm.data import cifar, digits, svhn
+from kalmannorm.data import beton, cifar, digits, folder, svhn
 from kalmannorm.data.arrays import Arrays, class_balanced_subset, resize
+from kalmannorm.data.beton import Betons
+from kalmannorm.data.folder import Images
 from kalmannorm.errors import UserError, nearest
 
-__all__ = ["DATASETS", "PREPARE", "Arrays", "class_balanced_subset", "load", "prepare", "resize", "root"]
+__all__ = [
+    "DATASETS",
+    "PREPARE",
+    "Arrays",
+    "Betons",
+    "Images",
+    "Source",
+    "class_balanced_subset",
+    "load",
+    "prepare",
+    "resize",
+    "root",
+    "source",
+    "workers_of",
+]
+
+Source = Arrays | Images | Betons
 
 DATASETS: dict[str, Callable[[Path], Arrays]] = {
     "digits": digits.load,
@@ -31,6 +54,23 @@ def root(option: str | None = None) -> Path:
     return Path(option or os.environ.get("KALMANNORM_DATA") or "data").expanduser()
 
 
+def source(dataset: Mapping[str, Any], root: Path) -> Source:
+    """The data set of a run's configuration (conf/dataset). UserError as for `load`."""
+    if dataset.get("loader") is None:
+        return load(dataset["name"], root)
+    if dataset["loader"] == "ffcv":
+        return beton.load(root, dataset)
+    return folder.load(root, dataset)
+
+
+def workers_of(asked: int | str, world: int) -> int:
+    """Workers of one of `world` processes: those asked for; "auto": its share of this machine's cores, up to 16."""
+    if asked != "auto":
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+
+
 def load(name: str, root: Path) -> Arrays:
     """The data set `name`, checked. UserError if there is none of that name, or it is missing or damaged."""
     if name not in DATASETS:
@@ -42,6 +82,10 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
     """Get the data set into `root/name`, from `archive`, files already there, or the network; see its module."""
     if name == "digits":
         raise UserError("dataset 'digits' comes with scikit-learn: nothing to prepare, `dataset=digits` runs as it is")
+    if name.startswith("coco"):
+        raise UserError(
+            f"dataset {name!r} is read as it is: unpack the official files into {root / name} (data/coco.py)"
+        )
     if name not in PREPARE:
         raise UserError(nearest(name, PREPARE, "dataset"))
     return PREPARE[name](name, root, archive, download)

@@ -8,34 +8,21 @@ to the device in one transfer. So image i of an epoch gets the same crop on any 
 run that goes on in mid-epoch sees what it would have seen.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kalmannorm.errors import UserError
+from kalmannorm.data.batches import Batch, Batches, Counted, mix
 
 SCALE = 128.0  # released code
-EVALUATION_SEED = 0  # order of `plain`; not the run's seed: all runs are evaluated on the same groups
 CHUNK = 8192  # images padded at a time while the set is brought to the device
 AHEAD = {"cuda": 16}  # batches prepared at once: where launching kernels is most of the cost, else 1 (cache)
 
 
-def mix(*numbers: int) -> int:
-    """One seed of 63 bits from several integers: the head of the sha256 of their decimal digits joined by commas.
-
-    The same on every platform and version; no structure of the arguments survives (seed 1, epoch 2 is as far from
-    seed 2, epoch 1 as from any other), even in the low 32 bits, which are all that torch's CPU generator uses.
-    """
-    digest = hashlib.sha256(",".join(str(int(number)) for number in numbers).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-class Loader:
+class Loader(Batches):
     """Batches of one split.
 
     images: uint8 [N, H, W, 3]; labels: int64 [N]. batch: images per step over all devices.
@@ -60,16 +47,8 @@ class Loader:
         count, height, width, channels = images.shape
         if images.dtype != np.uint8 or channels != 3 or labels.shape != (count,):
             raise ValueError(f"uint8 [N, H, W, 3] and N labels expected: {images.dtype} {images.shape}, {labels.shape}")
-        self.rank, self.world = shard
-        if not 0 <= self.rank < self.world:
-            raise ValueError(f"shard {shard}: the rank must be in [0, world)")
-        if batch < 1 or batch % self.world:
-            raise UserError(
-                f"batch {batch} cannot be dealt out to {self.world} devices: give a multiple of {self.world}"
-            )
-        self.batch, self.pad, self.flip, self.seed = batch, pad, flip, seed
-        self.device = torch.device(device)
-        self.count, self.height, self.width = count, height, width
+        super().__init__(count, batch=batch, device=device, seed=seed, shard=shard)
+        self.pad, self.flip, self.height, self.width = pad, flip, height, width
         if mean is None:  # exact: sums of integers, in float64
             mean = torch.from_numpy(images.mean(axis=0, dtype=np.float64).transpose(2, 0, 1).astype(np.float32))
         if mean.shape != (3, height, width):
@@ -89,23 +68,7 @@ class Loader:
         length = 2 * rows * columns + (height - 1) * columns + width
         self._runs = padded.view(-1).as_strided((padded.numel() - length + 1, length), (1, 1))
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; what is left over is dropped."""
-        return self.count // self.batch
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented batches of one epoch, from `start_step` on: float32 [batch / world, 3, H, W] and labels.
-
-        What a step yields depends on (seed, epoch, step) and the shard alone.
-        """
-        if self.steps_per_epoch == 0:
-            raise UserError(f"batch {self.batch} is larger than the {self.count} training images: give a smaller batch")
-        if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step {start_step} of {self.steps_per_epoch}")
-        return self._epoch(epoch, start_step)
-
-    def _epoch(self, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _epoch(self, epoch: int, start_step: int) -> Iterator[Batch]:
         order, starts, flips = self._draws(epoch)
         local, ahead = self.batch // self.world, AHEAD.get(self.device.type, 1)
         for step in range(start_step, self.steps_per_epoch, ahead):
@@ -139,41 +102,8 @@ class Loader:
         images = crops.to(torch.float32, memory_format=torch.contiguous_format)
         return images.sub_(self.mean).mul_(1 / SCALE)
 
-    def plain(
-        self, batch: int, order: Tensor | NDArray[Any] | Sequence[int] | None = None, fill: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Batches without augmentation: (images, labels, counted). Every image is counted exactly once.
-
-        batch: images per step over all devices, a multiple of `fill`.
-        order: indices of the images; None: all of them in a fixed random order (test sets may be sorted by class, and
-        who shares a statistics group matters).
-        fill: the statistics batch. If the last batch is no multiple of it, the first images of the same order fill it
-        up to the next one; only the first `counted` images of a batch count.
-        With shards each rank gets whole statistics groups, in the order that keeps image i of G groups in group
-        i mod G; where they do not divide evenly some ranks get a group, and at the end a batch, less.
-        """
-        if fill < 1 or batch < 1 or batch % fill:
-            raise UserError(f"evaluation batch {batch} is not a multiple of the statistics batch {fill}")
-        if order is None:
-            generator = torch.Generator().manual_seed(mix(EVALUATION_SEED))
-            indices = torch.randperm(self.count, generator=generator)
-        else:
-            indices = torch.as_tensor(order, dtype=torch.int64, device="cpu")
-            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.count:
-                raise ValueError(f"order: indices must be in [0, {self.count})")
-        return self._plain(batch, indices, fill)
-
-    def _plain(self, batch: int, order: Tensor, fill: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        device_order = order.to(self.device)
-        for start in range(0, len(order), batch):
-            real = min(batch, len(order) - start)
-            groups = -(-real // fill)  # rounded up
-            position = torch.arange(groups * fill)
-            position = position[position % groups % self.world == self.rank]  # the groups of this rank
-            if len(position) == 0:
-                continue
-            counted = int((position < real).sum())
-            place = torch.where(position < real, start + position, (position - real) % len(order))
-            index = device_order.index_select(0, place.to(self.device))
+    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
+        for indices, counted in parts:
+            index = indices.to(self.device)
             starts = index * self._image_stride + self.pad * self._row_stride + self.pad
             yield self._crops(starts), self.labels.index_select(0, index), counted

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm.belief import Belief
-from kalmannorm.data.loader import Loader
+from kalmannorm.data.batches import Batches
+from kalmannorm.engine.mechanism import ERROR_BATCHES, Population, layer_errors
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.norm import Estimator
 from kalmannorm.statistics import normalizers, precise_statistics, probing, set_statistics, shard_noise, spread_batches
@@ -27,7 +28,7 @@ KINDS = ("measured", "used")
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
+    model: nn.Module, loader: Batches, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
 ) -> dict[str, Any]:
     """Accuracy in percent and mean cross-entropy over every image of the split, each counted once.
 
@@ -56,7 +57,7 @@ def evaluate(
     }
 
 
-def precise(model: nn.Module, train: Loader, test: Loader, stat_batch: int | None, epoch: int) -> dict[str, Any]:
+def precise(model: nn.Module, train: Batches, test: Batches, stat_batch: int | None, epoch: int) -> dict[str, Any]:
     """Evaluation by precise statistics (mean of variances), in this process alone.
 
     From PRECISE_BATCHES training batches with the augmentation of epoch `epoch`. The model stays as it is.
@@ -71,7 +72,10 @@ def precise(model: nn.Module, train: Loader, test: Loader, stat_batch: int | Non
 
 
 class _Gaps:
-    """Sums |variance - moving variance| of one normalizer's groups, per channel and bin of consecutive groups."""
+    """Sums |variance - moving variance| of one normalizer's groups, per channel and bin of consecutive groups.
+
+    And its population's statistics, from the same pass.
+    """
 
     def __init__(self, moving: Tensor, groups: int, keep: bool) -> None:
         self.moving, self.groups = moving, groups
@@ -80,11 +84,13 @@ class _Gaps:
         self.counts = torch.zeros(bins, dtype=torch.float64)
         self.raw: dict[str, list[Tensor]] = {"measured": [], "used": []}
         self.seen, self.keep = 0, keep
+        self.population = Population()
 
     def __call__(self, *, measured: Belief, used: Belief, prior: Belief | None) -> None:
         count = measured.var.shape[0]
         bins = (torch.arange(self.seen, self.seen + count) * len(self.counts)) // self.groups
         self.seen += count
+        self.population.add(measured)
         self.counts.index_add_(0, bins, torch.ones(count, dtype=torch.float64))
         for key, belief in (("measured", measured), ("used", used)):
             gap = (belief.var - self.moving).abs().cpu()
@@ -103,16 +109,26 @@ class _Gaps:
 
 @torch.no_grad()
 def variance_gaps(
-    model: nn.Module, train: Loader, last: tuple[str, ...], grad_batch: int, stat_batch: int
+    model: nn.Module,
+    train: Batches,
+    last: tuple[str, ...],
+    grad_batch: int,
+    stat_batch: int,
+    images: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Figure 5: gaps between every group's variance and the moving variance, over the training set as it is.
+    """Figure 5: gaps between every group's variance and the moving variance, over the training set as it is, or over
+    the first `images` of it in the fixed order.
+
+    And the errors of every layer's estimates (mechanism.py), on its first batches.
 
     Returns the small arrays that stand beside the record (`gap_measured`, `gap_used` [C, bins] and `moving_var` [C] of
     the last normalizers, whose channels stand side by side, `last_channels` of each; `layer_gap_measured`,
-    `layer_gap_used` per normalizer), and the raw gaps of the last normalizers [groups, C] in half precision.
+    `layer_gap_used` and `layer_error_...` per normalizer), and the raw gaps of the last normalizers [groups, C] in half
+    precision.
     """
     layers = normalizers(model)
-    groups = -(-train.count // stat_batch)
+    order = train.fixed_order()[:images]
+    groups = -(-len(order) // stat_batch)
     probes = {}
     for name, layer in layers.items():
         assert layer.running_var is not None
@@ -121,8 +137,10 @@ def variance_gaps(
     set_statistics(model, "online")
     model.eval()
     with probing(model, dict(probes)):
-        for x, _, _ in train.plain(grad_batch, fill=stat_batch):
+        for x, _, _ in train.plain(grad_batch, order, fill=stat_batch):
             model(x)
+    first = islice(train.plain(grad_batch, order, fill=stat_batch), ERROR_BATCHES)
+    errors = layer_errors(model, {name: probe.population for name, probe in probes.items()}, (x for x, _, _ in first))
     set_statistics(model, "moving")
     arrays = {
         "last_channels": np.array([len(probes[name].moving) for name in last]),
@@ -135,4 +153,4 @@ def variance_gaps(
         arrays[f"layer_gap_{key}"] = np.array(relative, dtype=np.float32)
         arrays[f"gap_{key}"] = torch.cat([probes[name].binned(key) for name in last]).numpy()
         raw[key] = torch.cat([torch.cat(probes[name].raw[key]) for name in last], 1).numpy()
-    return arrays, raw
+    return arrays | errors, raw

@@ -1,5 +1,7 @@
 """A run's model and optimizer, from its configuration. What can be wrong is found before any data is read."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,14 +9,33 @@ from torch import nn
 
 from kalmannorm.conversion import Converted, convert
 from kalmannorm.errors import UserError, nearest
-from kalmannorm.models import ARCHS
+from kalmannorm.models import ARCHS, LAST_NORMALIZERS
+from kalmannorm.norm.weight import is_weight_normalized
 from kalmannorm.statistics import seed_noise, set_statistics
 
 Config = dict[str, Any]
 
+# What is left of the rate after a part of the run.
+DECAY: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+# Stands for norm.options.input_belief = data until start.measure_input has seen them.
+UNMEASURED = (torch.zeros(3), torch.ones(3))
+
 
 def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
     """The converted model, with fresh weights from the run's seed, and the names of its last normalizers (Figure 5).
+
+    UserError: as of network; statistics of a single value at the budget's resolution, the layer named.
+    """
+    model = network(config)
+    _try_out(model, config)
+    return model, LAST_NORMALIZERS[config["arch"]["name"]]
+
+
+def network(config: Config) -> Converted:
+    """The converted model, with fresh weights from the run's seed, not tried out yet.
 
     UserError: an unknown architecture or option; a normalizer that does not fit a layer, named.
     """
@@ -22,19 +43,31 @@ def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
     name = arch.pop("name")
     if name not in ARCHS:
         raise UserError(nearest(name, list(ARCHS), "arch"))
+    if "of_steps" in config["schedule"]:
+        raise UserError(f"schedule {config['schedule']['name']} is a detector's, in steps: pass schedule=released")
     torch.manual_seed(config["seed"])
     try:
         plain = ARCHS[name](classes=config["dataset"]["classes"], **arch)
     except TypeError as error:
         raise UserError(f"arch {name}: {error}") from None
-    kalman = {"preset": norm["preset"], "predictor": norm["predictor"]} if norm["preset"] else {}
+    chosen = {key: norm[key] for key in ("preset", "predictor") if norm[key]} | norm["options"]
+    if "input_belief" in chosen:
+        chosen["input_belief"] = UNMEASURED
     try:
-        model = convert(plain, norm["name"], stat_batch=batch["stat_batch"], **kalman, **norm["options"])
+        model = convert(plain, norm["name"], stat_batch=batch["stat_batch"], **chosen)
     except ValueError as error:
         raise UserError(f"norm {norm['name']} on {name}: {error}") from None
     seed_noise(model, config["seed"])
-    _try_out(model, config)
-    return model, tuple(plain.last_normalizers)  # type: ignore[arg-type]
+    return model
+
+
+def parameter_count(config: Config) -> int:
+    """How many numbers the network of a configuration learns, shared ones once. Its weights are not filled in.
+
+    UserError: as of network.
+    """
+    with torch.device("meta"):
+        return sum(p.numel() for p in network({"seed": 0, **config}).parameters())
 
 
 def _try_out(model: Converted, config: Config) -> None:
@@ -55,18 +88,33 @@ def _try_out(model: Converted, config: Config) -> None:
 def optimizer(model: nn.Module, schedule: dict[str, Any]) -> torch.optim.SGD:
     """SGD with momentum; weight decay on the weights of convolutions and the classifier only (released code).
 
-    So never on biases, gamma, beta, or a Kalman normalizer's q and R. The rate is set before every step.
+    So never on biases, gamma, beta, or a Kalman normalizer's q, R and transition. The rate is set before every step.
     """
-    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    decayed = [_decayed(m) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     chosen = {id(p) for p in decayed}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": schedule["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=0.0, momentum=schedule["momentum"])
 
 
-def learning_rate(step: int, total_steps: int, schedule: dict[str, Any], of_epochs: int) -> float:
-    """Rate of a step (from 0), by the schedule's milestones in epochs of a run of `of_epochs`, scaled to this run."""
+def _decayed(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
+    """The weight; under weight normalization its g: W = g v / |v| has the norm of g, and v's changes nothing. So the
+    penalty on W stays the recipe's, which knows no weight normalization: ours."""
+    if is_weight_normalized(layer):
+        return layer.parametrizations.weight.original0  # type: ignore[union-attr, return-value]
+    return layer.weight
+
+
+def learning_rate(
+    step: int, total_steps: int, schedule: dict[str, Any], of_epochs: int, grad_batch: int | None = None
+) -> float:
+    """Rate of a step (from 0). `lr` of a schedule is a list of milestones in epochs of a run of `of_epochs`, scaled to
+    this run; or one rate, that `decay` takes to 0 over the run. With `lr_batch` it is meant for steps of that many
+    images, and scales with `grad_batch`."""
+    scale = grad_batch / schedule["lr_batch"] if grad_batch and "lr_batch" in schedule else 1
+    if "decay" in schedule:
+        return scale * schedule["lr"] * DECAY[schedule["decay"]](step / total_steps)
     for last_epoch, rate in schedule["lr"]:
         if step * of_epochs < last_epoch * total_steps:
-            return float(rate)
-    return float(schedule["lr"][-1][1])
+            return scale * float(rate)
+    return scale * float(schedule["lr"][-1][1])

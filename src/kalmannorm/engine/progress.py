@@ -1,5 +1,6 @@
 """What a person sees of a run: a progress bar on a terminal, a line an epoch elsewhere; TensorBoard's event files."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+FILE = "progress.json"  # in the run's folder, for who watches from another process
+FILE_EVERY = 2.0  # seconds
 
 
 class Progress:
@@ -55,33 +59,45 @@ class Progress:
         self._training = time.perf_counter()
         if self.quiet:
             return
+        self._file, self._written = folder / FILE, 0.0
         from torch.utils.tensorboard import SummaryWriter
 
         # What a killed run logged after its last checkpoint is logged again.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
 
-    def step(self, done: int, loss: float, accuracy: float) -> None:
-        """`done` steps of the run are done; mean loss and training accuracy (percent) over the epoch's."""
+    def step(self, done: int, loss: float, accuracy: float | None = None) -> None:
+        """`done` steps of the run are done; over the epoch's, mean loss and, of a classifier, accuracy (percent)."""
         self.images = (done - self._first) * self._batch
         rate = self.images / (time.perf_counter() - self._training)
-        status = f"loss {loss:.3f}  accuracy {accuracy:.1f} %  {rate:.0f} images/s"
+        correct = "" if accuracy is None else f"accuracy {accuracy:.1f} %  "
+        status = f"loss {loss:.3f}  {correct}{_rate(rate)} images/s"
         self._bar.update(self._task, completed=done, status=status)
+        if not self.quiet and time.perf_counter() - self._written > FILE_EVERY:
+            self._written = time.perf_counter()
+            total = self.epochs * self._steps
+            left = self.seconds / (done - self._first) * (total - done)
+            now = {"part": done / total, "status": status, "seconds_left": round(left, 1)}
+            self._file.write_text(json.dumps(now))
 
     def epoch(self, curves: dict[str, list[Any]]) -> None:
         """An epoch is done and evaluated."""
         if self.quiet:
             return
         now = {key: values[-1] for key, values in curves.items()}
-        for key in ("train_loss", "train_accuracy", "lr", "moving", "online"):
+        for key in now.keys() - {"epoch", "step"}:
             self._writer.add_scalar(key, now[key], now["step"])
         self._writer.flush()
         if self._bar.disable:
             done = max(1, now["step"] - self._first)  # 0 where only the evaluation of an epoch was left to do
             left = self.seconds / done * (self.epochs * self._steps - now["step"])
+            tested = "".join(f"{kind} {now[kind]:.2f} %  " for kind in ("moving", "online") if kind in now)
             print(
-                f"{self.title}  epoch {now['epoch']}/{self.epochs}  loss {now['train_loss']:.3f}  "
-                f"moving {now['moving']:.2f} %  online {now['online']:.2f} %  "
-                f"{self.images / self.seconds:.0f} images/s  {left:.0f} s left",
+                f"{self.title}  epoch {now['epoch']}/{self.epochs}  loss {now['train_loss']:.3f}  {tested}"
+                f"{_rate(self.images / self.seconds)} images/s  {left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _rate(images_per_s: float) -> str:
+    return f"{images_per_s:.{0 if images_per_s >= 10 else 2}f}"

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kalmannorm.errors import UserError
-from kalmannorm.presets import BATCH_STATISTICS, SPAN_DEVICES
+from kalmannorm.runs.config import Config, check_batches
 
-Config = dict[str, Any]
 # Rank 0 alone re-estimates precise statistics and measures gaps while the others wait.
 PATIENCE = timedelta(hours=2)
 
@@ -30,7 +29,7 @@ class Ranks:
     def __init__(self, config: Config) -> None:
         """UserError: a device that is not there; batches that do not divide among the processes."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        _check_batches(config, self.world)
+        check_batches(config, self.world)
         self.device = self._device(config["device"])
         self._control: Any = None
         self._began = self.world > 1 and not dist.is_initialized()
@@ -119,24 +118,3 @@ def end_process(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _check_batches(config: Config, world: int) -> None:
-    """Whole statistics groups on every device and in every micro-batch. UserError otherwise."""
-    grad, stat, parts = config["batch"]["grad_batch"], config["batch"]["stat_batch"], config["accumulate"]
-    name = config["norm"]["name"]
-    if not isinstance(parts, int) or parts < 1:
-        raise UserError(f"accumulate = {parts}: expected a positive number of micro-batches")
-    where = f"{world} devices" + (f" x accumulate = {parts}" if parts > 1 else "")
-    if grad % (world * parts):
-        raise UserError(f"batch.grad_batch = {grad} does not divide among {where}")
-    if name in BATCH_STATISTICS and name not in SPAN_DEVICES and (grad // (world * parts)) % stat:
-        raise UserError(
-            f"batch.grad_batch = {grad} on {where}: {grad // (world * parts)} images each are no whole groups of "
-            f"batch.stat_batch = {stat}, and a group cannot span devices; take fewer devices"
-        )
-    if parts > 1 and (name in SPAN_DEVICES or config["norm"]["options"].get("guard") is not None):
-        what = name if name in SPAN_DEVICES else "the released code's guard"
-        raise UserError(
-            f"accumulate = {parts}: {what} looks at the whole batch, which micro-batches do not see at once"
-        )

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kalmannorm.conversion import Converted
 from kalmannorm.engine import checkpoint
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import Stopped
@@ -28,7 +27,7 @@ class Session:
 
     identity: str
     folder: Path
-    model: Converted
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     ranks: Ranks
     epoch: int = 0
@@ -86,7 +85,7 @@ class Session:
             self.loss_sum, self.correct = own["loss_sum"].to(device), own["correct"].to(device)
         else:
             # As many sums as there were ranks: their mean loss on every rank, all that was correct on the first.
-            self.loss_sum = torch.stack([own["loss_sum"].cpu() for own in saved]).mean().to(device)
+            self.loss_sum = torch.stack([own["loss_sum"].cpu() for own in saved]).mean(0).to(device)
             correct = torch.stack([own["correct"].cpu() for own in saved]).sum()
             self.correct = (correct if self.ranks.main else torch.zeros_like(correct)).to(device)
         self.curves.update(state["curves"])

@@ -12,19 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalmannorm import data
 from kalmannorm.conversion import belief_report
-from kalmannorm.data.loader import Loader
+from kalmannorm.data.batches import Batches
 from kalmannorm.engine.evaluate import evaluate, precise, variance_gaps
+from kalmannorm.engine.inputs import loaders, open_data
 from kalmannorm.engine.model import build, learning_rate, optimizer
 from kalmannorm.engine.progress import Progress
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.session import Session, StopRequest
+from kalmannorm.engine.start import initialize, measure_input
 from kalmannorm.errors import UserError
-from kalmannorm.norm import Estimator
+from kalmannorm.norm import Estimator, SwitchableNorm
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, result_part
-from kalmannorm.statistics import flush_moving, normalizers, place_batch, spread_batches
+from kalmannorm.statistics import flush_moving, normalizers, place_batch, set_progress, spread_batches
 
 CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU
 
@@ -46,12 +47,10 @@ def run(config: Config) -> dict[str, Any]:
     identity = records.run_id(config)
     folder = Path(config["runs"]) / identity
     model, last = build(config)
-    arrays = data.load(config["dataset"]["name"], data.root(config["data"]))
-    if arrays.classes != config["dataset"]["classes"]:
-        raise UserError(f"{config['dataset']['name']} has {arrays.classes} classes, not {config['dataset']['classes']}")
+    source = open_data(config, ranks)
     if ranks.main:
-        _check_room(folder, model)
-    train, test = loaders(config, arrays, ranks)
+        check_room(folder, model)
+    train, test = loaders(config, source, ranks)
 
     record: dict[str, Any] = {
         "id": identity,
@@ -60,10 +59,11 @@ def run(config: Config) -> dict[str, Any]:
         "reason": None,
         "config": result_part(config),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "data": arrays.provenance | {"train_images": train.count, "test_images": test.count},
+        "data": source.provenance | {"train_images": train.count, "test_images": test.count},
         "host": records.host(str(ranks.device)) | {"processes": ranks.world},
     }
     model.to(ranks.device)
+    measure_input(model, train, ranks)
     session = Session(identity, folder, model, optimizer(model, config["schedule"]), ranks)
     record["curves"] = session.curves
     figures: dict[str, np.ndarray] = {}
@@ -76,10 +76,11 @@ def run(config: Config) -> dict[str, Any]:
             record["norms"] = _describe(model, last)
             if ranks.main:
                 if ranks.world > 1:
-                    train, test = loaders(config, arrays, ranks, whole=True)
+                    train, test = loaders(config, source, ranks, whole=True)
                 record["final"]["precise"] = precise(model, train, test, stat_batch, epochs)
                 if normalizers(model):
-                    figures, raw = variance_gaps(model, train, last, config["batch"]["grad_batch"], stat_batch)
+                    grad_batch, part = config["batch"]["grad_batch"], config["dataset"].get("gap_images")
+                    figures, raw = variance_gaps(model, train, last, grad_batch, stat_batch, part)
                     np.savez(folder / "gaps.npz", **raw)  # type: ignore[arg-type]
         except Diverged as error:
             record |= {"status": "failed", "reason": str(error)}
@@ -96,44 +97,13 @@ def run(config: Config) -> dict[str, Any]:
     return record
 
 
-def loaders(config: Config, arrays: data.Arrays, ranks: Ranks, whole: bool = False) -> tuple[Loader, Loader]:
-    """Training and test images at the budget's resolution, on the device, both under the training images' mean.
-
-    Dealt out to the ranks; `whole`: all of them for this one.
-    """
-    budget, dataset, norm = config["budget"], config["dataset"], config["norm"]
-    images, labels = arrays.train_images, arrays.train_labels
-    if budget["subset"] is not None:
-        chosen = data.class_balanced_subset(labels, budget["subset"])
-        images, labels = images[chosen], labels[chosen]
-    size = budget["size"]
-    shard = (0, 1) if whole else ranks.shard
-    # The sampling predictor's draws and the guard know a whole batch of groups: each rank evaluates all the images.
-    together = norm["predictor"] == "sampling" or norm["options"].get("guard") is not None
-    train = Loader(
-        data.resize(images, size),
-        labels,
-        batch=config["batch"]["grad_batch"],
-        device=ranks.device,
-        pad=max(1, round(dataset["pad"] * size / 32)),  # the released 4 is for 32 pixels
-        flip=dataset["flip"],
-        seed=config["seed"],
-        shard=shard,
-    )
-    test = Loader(
-        data.resize(arrays.test_images, size),
-        arrays.test_labels,
-        batch=shard[1],
-        device=ranks.device,
-        mean=train.mean,
-        shard=(0, 1) if together else shard,
-    )
-    return train, test
-
-
-def _fit(config: Config, session: Session, train: Loader, test: Loader, progress: Progress, stop: StopRequest) -> None:
+def _fit(
+    config: Config, session: Session, train: Batches, test: Batches, progress: Progress, stop: StopRequest
+) -> None:
     """The training, from where the last checkpoint left it. Raises Diverged and Stopped."""
     session.restore()
+    if session.epoch == session.step == 0:
+        initialize(session.model, train)
     epochs, stat_batch, ranks = config["budget"]["epochs"], config["batch"]["stat_batch"], session.ranks
     steps = train.steps_per_epoch
     progress.begin(session.epoch * steps + session.step, steps, train.batch, session.folder)
@@ -145,6 +115,7 @@ def _fit(config: Config, session: Session, train: Loader, test: Loader, progress
     while session.epoch < epochs:
         trained = train_epoch(config, session, forward, train, progress, stop)
         session.save()
+        set_progress(session.model, (session.epoch + 1) / epochs)
         for kind in ("moving", "online"):
             trained[kind] = evaluate(session.model, test, kind, stat_batch, ranks)["accuracy"]
             stop.check()
@@ -156,7 +127,7 @@ def _fit(config: Config, session: Session, train: Loader, test: Loader, progress
 
 
 def train_epoch(
-    config: Config, session: Session, forward: nn.Module, train: Loader, progress: Progress, stop: StopRequest
+    config: Config, session: Session, forward: nn.Module, train: Batches, progress: Progress, stop: StopRequest
 ) -> dict[str, float]:
     """The rest of the session's epoch; `forward` is the model, wrapped and compiled. Returns the curves' new values."""
     schedule, budget, steps = config["schedule"], config["budget"], train.steps_per_epoch
@@ -168,7 +139,8 @@ def train_epoch(
     for x, labels in train.epoch(session.epoch, session.step):
         done = session.epoch * steps + session.step
         for group in session.optimizer.param_groups:
-            group["lr"] = learning_rate(done, total, schedule, budget["of_epochs"])
+            group["lr"] = learning_rate(done, total, schedule, budget["of_epochs"], config["batch"]["grad_batch"])
+        set_progress(session.model, done / total)
         session.optimizer.zero_grad(set_to_none=True)
         _forward_backward(session, forward, autocast, x, labels, config["accumulate"], done)
         session.optimizer.step()
@@ -213,16 +185,18 @@ def _forward_backward(
 
 
 def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
-    """The normalizers after training: order, gains, which had a prior."""
+    """The normalizers after training: order, gains, which had a prior; SN's weights, of which no other has any."""
+    gains = {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)}
+    mixture = {name: m.weights for name, m in model.named_modules() if isinstance(m, SwitchableNorm)}
     return {
-        "order": list(normalizers(model)),
+        "order": list(normalizers(model)) or list(gains),  # GKN's have no batch statistics
         "last": list(last),
-        "gains": {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)},
+        "gains": gains,
         "beliefs": belief_report(model),
-    }
+    } | ({"mixture": mixture} if mixture else {})
 
 
-def _check_room(folder: Path, model: nn.Module) -> None:
+def check_room(folder: Path, model: nn.Module) -> None:
     """Permission and room for a checkpoint (weights and momentum, old and new at once), before the work is done."""
     records.write_atomically(folder / ".probe", b"")
     (folder / ".probe").unlink()

@@ -1,23 +1,50 @@
 """Architectures: plain PyTorch with plain BatchNorm layers; `kalmannorm.convert` puts the normalizer in.
 
-ARCHS[name](classes=..., **options) builds one with fresh weights from torch's global generator. `last_normalizers`
-of a model names those between its last convolution and the global pooling (Figure 5 draws them).
+ARCHS[name](classes=..., **options) builds one with fresh weights from torch's global generator. LAST_NORMALIZERS[name]
+names those between its last convolution and the global pooling (Figure 5 draws them); it stands here because
+torchvision's models cannot say it themselves.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from kalmannorm.models.inception_cifar import InceptionCifar
+from kalmannorm.models.inception_v2 import InceptionV2
 from kalmannorm.models.resnet_cifar import ResNet
+
+
+def _torchvision(name: str, classes: int = 1000, **options: Any) -> nn.Module:
+    """torchvision's model as it is, without pretrained weights; the options are torchvision's own."""
+    import torchvision  # slow to import, and most runs do without
+
+    return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+
 
 ARCHS: dict[str, Callable[..., nn.Module]] = {
     "inception_cifar": InceptionCifar,
+    "inception_v2": InceptionV2,
     "resnet14": partial(ResNet, 2),
     "resnet14_preact": partial(ResNet, 2, preact=True),
     "resnet32": partial(ResNet, 5),
     "resnet32_preact": partial(ResNet, 5, preact=True),
     "resnet110": partial(ResNet, 18),
     "resnet110_preact": partial(ResNet, 18, preact=True),
+    "resnet50": partial(_torchvision, "resnet50"),
+    "resnet101": partial(_torchvision, "resnet101"),
+}
+
+LAST_NORMALIZERS: dict[str, tuple[str, ...]] = {
+    "inception_cifar": ("blocks.2.b1.bn", "blocks.2.b3.1.bn", "blocks.2.b5.1.bn", "blocks.2.pool.bn"),
+    "inception_v2": ("blocks.5b.b1.bn", "blocks.5b.b3.1.bn", "blocks.5b.b33.2.bn", "blocks.5b.pool.bn"),
+    "resnet14": ("blocks.5.bn2",),
+    "resnet14_preact": ("bn_last",),
+    "resnet32": ("blocks.14.bn2",),
+    "resnet32_preact": ("bn_last",),
+    "resnet110": ("blocks.53.bn2",),
+    "resnet110_preact": ("bn_last",),
+    "resnet50": ("layer4.2.bn3",),
+    "resnet101": ("layer4.2.bn3",),
 }

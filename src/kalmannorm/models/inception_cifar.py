@@ -48,8 +48,6 @@ class Inception(nn.Module):
 class InceptionCifar(nn.Module):
     """x [N, 3, 32, 32] -> logits [N, classes]. `width` scales every number of filters, for quick runs."""
 
-    last_normalizers = ("blocks.2.b1.bn", "blocks.2.b3.1.bn", "blocks.2.b5.1.bn", "blocks.2.pool.bn")
-
     def __init__(self, classes: int = 10, width: float = 1.0, hidden: int = 0) -> None:
         super().__init__()
 

@@ -61,8 +61,6 @@ class PreactBlock(nn.Module):
 class ResNet(nn.Module):
     """x [N, 3, H, W] -> logits [N, classes]; depth 6 n + 2."""
 
-    last_normalizers: tuple[str, ...]  # those between the last convolution and the global pooling (Figure 5)
-
     def __init__(self, n: int, classes: int = 10, preact: bool = False) -> None:
         super().__init__()
         self.preact = preact
@@ -79,7 +77,6 @@ class ResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.bn_last = nn.BatchNorm2d(64) if preact else nn.Identity()
         self.fc = nn.Linear(64, classes)
-        self.last_normalizers = ("bn_last",) if preact else (f"blocks.{3 * n - 1}.bn2",)
         he_init(self)
 
     def forward(self, x: Tensor) -> Tensor:

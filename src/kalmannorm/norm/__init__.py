@@ -10,9 +10,13 @@ from typing import Any
 from torch import nn
 
 from kalmannorm.norm.batch import BatchNorm, GroupedStatistics
+from kalmannorm.norm.constant import FrozenBatchNorm, NoNorm
 from kalmannorm.norm.group import GroupNorm, channel_groups
 from kalmannorm.norm.kalman import Estimator, KalmanBatchNorm2d, KalmanGroupNorm
+from kalmannorm.norm.renorm import BatchRenorm
+from kalmannorm.norm.switchable import SwitchableNorm
 from kalmannorm.norm.sync import SyncBatchNorm
+from kalmannorm.norm.weight import WeightNorm, initialize_weight_norm, normalize_weights
 
 
 # Those that know no statistics batch and no moving averages are handed both all the same, and ignore them.
@@ -20,6 +24,34 @@ def _gn(
     num_features: int, *, stat_batch: int | None = None, momentum: float | None = None, **options: Any
 ) -> GroupNorm:
     return GroupNorm(num_features, **options)
+
+
+def _ln(
+    num_features: int, *, stat_batch: int | None = None, momentum: float | None = None, **options: Any
+) -> GroupNorm:
+    return GroupNorm(num_features, num_groups=1, **options)
+
+
+def _in(
+    num_features: int, *, stat_batch: int | None = None, momentum: float | None = None, **options: Any
+) -> GroupNorm:
+    return GroupNorm(num_features, num_groups=num_features, **options)
+
+
+def _frozen(num_features: int, *, stat_batch: int | None = None, **options: Any) -> FrozenBatchNorm:
+    return FrozenBatchNorm(num_features, **options)
+
+
+def _wn(
+    num_features: int, *, stat_batch: int | None = None, eps: float | None = None, momentum: float | None = None
+) -> WeightNorm:
+    return WeightNorm()
+
+
+def _none(
+    num_features: int, *, stat_batch: int | None = None, eps: float | None = None, momentum: float | None = None
+) -> NoNorm:
+    return NoNorm()
 
 
 def _gkn(
@@ -36,19 +68,33 @@ def _gkn(
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "bn": BatchNorm,
+    "brn": BatchRenorm,
     "gn": _gn,
+    "ln": _ln,
+    "in": _in,
+    "wn": _wn,
+    "sn": SwitchableNorm,
     "bkn": KalmanBatchNorm2d,
     "gkn": _gkn,
     "syncbn": SyncBatchNorm,
+    "frozen": _frozen,
+    "none": _none,
 }
 
 __all__ = [
     "NORMS",
     "BatchNorm",
+    "BatchRenorm",
     "Estimator",
+    "FrozenBatchNorm",
     "GroupNorm",
     "GroupedStatistics",
     "KalmanBatchNorm2d",
     "KalmanGroupNorm",
+    "NoNorm",
+    "SwitchableNorm",
     "SyncBatchNorm",
+    "WeightNorm",
+    "initialize_weight_norm",
+    "normalize_weights",
 ]

@@ -29,6 +29,7 @@ class GroupedStatistics(_BatchNorm):
     holds_first = True  # whether this process and micro-batch has the batch's first group
     probe: Probe | None = None
     layer_name = ""  # set by convert: errors name the layer
+    folds = True  # whether its moving statistics say all that a plain BatchNorm needs to compute the same
     # Class, affine and track_running_stats of the layer that it stands for: set by convert, for fold.
     replaced: tuple[type[_BatchNorm], bool, bool] = (torch.nn.BatchNorm2d, True, True)
 
@@ -124,6 +125,12 @@ class BatchNorm(GroupedStatistics):
         number = self.count_groups(x)
         if number == 1 and self.probe is None and self.pending is None and self.moving_unbiased:
             return self._normalize_whole_batch(x), None
+        weight = self.weight.repeat(number) if self.affine else None
+        bias = self.bias.repeat(number) if self.affine else None
+        return self._normalize_groups(x, number, weight, bias), None
+
+    def _normalize_groups(self, x: Tensor, number: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Every group by its own statistics; weight, bias [groups * C]."""
         split = groups.split(x, number)
         if not split.is_contiguous() and not torch.compiler.is_compiling():
             split = split.contiguous()  # channels_last: the native kernel knows no groups there
@@ -132,11 +139,9 @@ class BatchNorm(GroupedStatistics):
         # With momentum 1 the kernel leaves each group's mean and unbiased variance here, at no cost.
         mean = torch.zeros(features, device=x.device, dtype=moments_dtype(x))
         var = torch.ones_like(mean)
-        weight = self.weight.repeat(number) if self.affine else None
-        bias = self.bias.repeat(number) if self.affine else None
         y = F.batch_norm(rows, mean, var, weight, bias, True, 1.0, self.eps)
         self._record(mean.view(number, -1), var.view(number, -1), x.numel() // features)
-        return groups.merge(y, x.shape), None
+        return groups.merge(y, x.shape)
 
     def _normalize_whole_batch(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -1,4 +1,7 @@
-"""Group Normalization (Wu & He 2018): the statistics of a group of channels of one image."""
+"""Group Normalization (Wu & He 2018): the statistics of a group of channels of one image.
+
+One group is Layer Normalization over (C, H, W), a group for every channel Instance Normalization.
+"""
 
 from torch import Tensor, nn
 
@@ -14,11 +17,22 @@ def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -
     return num_groups
 
 
+def refuse_single_values(where: str, x: Tensor, num_groups: int) -> None:
+    """ValueError where a group of channels of x [N, C, ...] has one value, whose variance says nothing."""
+    if x.shape[1:].numel() == num_groups:
+        raise ValueError(
+            f"{where}: statistics of a single value ({num_groups} groups of {x.shape[1]} channels on a feature map of "
+            f"{'x'.join(map(str, x.shape[2:])) or '1'}); take fewer groups or keep a larger map there"
+        )
+
+
 class GroupNorm(nn.GroupNorm):
     """torch's GroupNorm under the normalizers' contract: x [N, C, ...] -> (y, None).
 
     32 groups as in its paper; the released code takes 4 on CIFAR (`max_groups=4`).
     """
+
+    layer_name = ""  # set by convert: errors name the layer
 
     def __init__(
         self, num_features: int, *, num_groups: int | None = None, max_groups: int = 32, eps: float = 1e-5
@@ -26,4 +40,5 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(channel_groups(num_features, num_groups, max_groups), num_features, eps)
 
     def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:  # type: ignore[override]
+        refuse_single_values(self.layer_name or type(self).__name__, x, self.num_groups)
         return super().forward(x), None

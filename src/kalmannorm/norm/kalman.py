@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from kalmannorm.belief import Belief
 from kalmannorm.norm.batch import GroupedStatistics
 from kalmannorm.norm.estimate import normalize_by_posterior
+from kalmannorm.norm.group import refuse_single_values
 
 INITIAL_NOISE = 0.02  # R's start, per channel (ALGORITHM: "starts near 0.02"; no source gives it)
 
 
 class Estimator(nn.Module):
-    """The learned part of the update: gain q in (0, 1), one per layer; noise R >= 0, one per channel.
+    """The learned part of the update: gain q in (0, 1), one per layer; noise R >= 0, one per channel or one for all.
 
     posterior mean = p prior + q measured, posterior var = p (prior + R) + q measured [+ p q (difference of means)^2],
     p = 1 - q. Options as in KalmanBatchNorm2d.
@@ -29,7 +30,7 @@ class Estimator(nn.Module):
         channels: int,
         gain: float,
         learn_gain: bool,
-        noise: bool,
+        noise: bool | str,
         mixture: bool,
         guard: float | None,
         belief: str,
@@ -42,11 +43,14 @@ class Estimator(nn.Module):
             )
         if belief not in ("posterior", "output"):
             raise ValueError(f"belief must be 'posterior' or 'output', not {belief!r}")
+        if noise not in (True, False, "shared"):
+            raise ValueError(f"noise must be True, False or 'shared', not {noise!r}")
         if guard is not None and guard <= 0:
             raise ValueError(f"guard must be positive or None, not {guard}")
         self.initial_gain, self.mixture, self.guard, self.belief = gain, mixture, guard, belief
         self.gain_logit = nn.Parameter(torch.tensor(math.log(gain / (1 - gain)))) if learn_gain else None
-        self.noise_raw = nn.Parameter(torch.full((channels,), math.log(math.expm1(INITIAL_NOISE)))) if noise else None
+        size = () if noise == "shared" else (channels,)
+        self.noise_raw = nn.Parameter(torch.full(size, math.log(math.expm1(INITIAL_NOISE)))) if noise else None
 
     @property
     def gain(self) -> Tensor | float:
@@ -67,11 +71,12 @@ class Estimator(nn.Module):
         """The prior with R on its variance (Eq. 7 line 3)."""
         return prior if self.noise_raw is None else Belief(prior.mean, prior.var + F.softplus(self.noise_raw))
 
-    def tie_idle(self, weight: Tensor) -> Tensor:
-        """`weight`, unchanged, as a function of q and R: idle without a prior, but DDP waits for their gradients."""
-        for parameter in (self.gain_logit, self.noise_raw):
-            if parameter is not None and parameter.requires_grad:
-                weight = weight + 0 * parameter.sum()
+    def tie_idle(self, weight: Tensor, prior: Belief | None = None) -> Tensor:
+        """`weight`, unchanged, as a function of q and R, idle without a prior, and of what made a prior that is not
+        used: DDP waits for all their gradients."""
+        for idle in (self.gain_logit, self.noise_raw, None if prior is None else prior.mean):
+            if idle is not None and idle.requires_grad:
+                weight = weight + 0 * idle.sum()
         return weight
 
     def hand_on(self, posterior: Belief, weight: Tensor, bias: Tensor) -> Belief:
@@ -84,7 +89,8 @@ class Estimator(nn.Module):
 
     def estimator_repr(self) -> str:
         learned = "learned" if self.gain_logit is not None else "fixed"
-        return f"gain={self.initial_gain} ({learned}), noise={self.noise_raw is not None}, belief={self.belief}"
+        noise = "shared" if self.noise_raw is not None and not self.noise_raw.dim() else self.noise_raw is not None
+        return f"gain={self.initial_gain} ({learned}), noise={noise}, belief={self.belief}"
 
 
 class KalmanBatchNorm2d(GroupedStatistics, Estimator):
@@ -95,7 +101,8 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         stat_batch: images that share statistics; None is the whole batch.
         gain: weight q of the measurement, in (0, 1]; with `learn_gain` its start. 1 needs `learn_gain=False`.
             No source gives the start: 0.5 is this project's choice.
-        noise: learn R, one per channel (Eq. 7). The released code has none.
+        noise: learn R, one per channel (Eq. 7); `shared`: one scalar, which convert makes the same parameter in all
+            layers (v1). The released code has none.
         mixture: add p q (measured mean - prior mean)^2 to the variance (the talk, v1's appendix, the released code).
         guard: where the prior's variance is on average at least this many times the measured one, over the whole
             batch, the measurement alone is used (released code: 100). It couples the groups of a batch.
@@ -116,7 +123,7 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         stat_batch: int | None = None,
         gain: float = 0.5,
         learn_gain: bool = True,
-        noise: bool = True,
+        noise: bool | str = True,
         mixture: bool = False,
         guard: float | None = None,
         belief: str = "posterior",
@@ -141,8 +148,8 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         if self.uses_moving:
             assert self.running_mean is not None and self.running_var is not None
             moving = Belief(self.running_mean[None], self.running_var[None])
-            # A frozen layer's q and R are idle, and DDP waits for their gradients.
-            weight = self.tie_idle(self.weight) if torch.is_grad_enabled() else self.weight
+            # A frozen layer's q, R and transition are idle, and DDP waits for their gradients.
+            weight = self.tie_idle(self.weight, prior) if torch.is_grad_enabled() else self.weight
             return self.normalize_by_moving(x, weight), self.hand_on(moving, self.weight, self.bias)
         number = self.count_groups(x)
         values = x.numel() // (number * x.shape[1])
@@ -171,8 +178,11 @@ class KalmanGroupNorm(Estimator):
     the variance of that mixture: mean of variances + variance of means. Options as in KalmanBatchNorm2d. There are no
     moving statistics: training and evaluation compute the same.
 
-    (x [N, C, ...], prior: Belief [N or 1, C] | None) -> (y like x, Belief [N or 1, C]).
+    (x [N, C, ...], prior: Belief [N or 1, C] | None) -> (y like x, Belief [N or 1, C]). ValueError: statistics of a
+    single value.
     """
+
+    layer_name = ""  # set by convert: errors name the layer
 
     def __init__(
         self,
@@ -181,7 +191,7 @@ class KalmanGroupNorm(Estimator):
         *,
         gain: float = 0.5,
         learn_gain: bool = True,
-        noise: bool = True,
+        noise: bool | str = True,
         mixture: bool = False,
         guard: float | None = None,
         belief: str = "posterior",
@@ -196,6 +206,7 @@ class KalmanGroupNorm(Estimator):
         self._init_estimator(num_channels, gain, learn_gain, noise, mixture, guard, belief)
 
     def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, Belief]:
+        refuse_single_values(self.layer_name or type(self).__name__, x, self.num_groups)
         images, channels = x.shape[:2]
         per_group = channels // self.num_groups
         predicted = None

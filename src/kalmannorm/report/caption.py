@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kalmannorm.report.cells import Selection, Setting
+from kalmannorm.report.cells import Column, Selection, Setting
 from kalmannorm.report.read import Record
 
 Config = Mapping[str, Any]
@@ -17,7 +17,8 @@ KIND_OF_STATISTICS = {
 
 def what_was_trained(configs: Sequence[Config], runs: Sequence[Record]) -> str:
     """Data, budget, architecture and arithmetic, in sentences; "a / b" where the rows differ."""
-    return " ".join([_data(configs, runs), _budget(configs, runs), _architecture(configs, runs)])
+    parts = [_data(configs, runs), _budget(configs, runs), _architecture(configs, runs), origins(runs)]
+    return " ".join(filter(None, parts))
 
 
 def estimators(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -25,8 +26,8 @@ def estimators(rows: Sequence[Mapping[str, Any]]) -> str:
     said: dict[str, list[str]] = {}
     for row in rows:
         if row["config"]["norm"].get("preset"):
-            said.setdefault(_estimator(row["config"]["norm"]), []).append(row_label(row))
-    sentences = [f"{' and '.join(labels)}: {text}." for text, labels in said.items()]
+            said.setdefault(estimator(row["config"]["norm"]), []).append(row_label(row))
+    sentences = [f"{' and '.join(dict.fromkeys(labels))}: {text}." for text, labels in said.items()]
     if any("initial gain" in text for text in said):
         sentences.append("The initial gain is ours: no source gives one.")
     return " ".join(sentences)
@@ -36,6 +37,23 @@ def arithmetic(settings: Sequence[Setting]) -> str:
     """Precision and compilation of the runs: "fp32", "bf16, compiled"; "" without runs."""
     kinds = dict.fromkeys(f"{setting.precision}{', compiled' if setting.compile else ''}" for setting in settings)
     return f"Precision: {' / '.join(kinds)}." if kinds else ""
+
+
+def measure(columns: Sequence[Column]) -> str:
+    """What the columns' values are."""
+    if all(column.value == "accuracy" for column in columns):
+        return "top-1 accuracy"
+    return "COCO's average precision (AP, the mean over IoU 0.5 to 0.95)"
+
+
+def origins(runs: Sequence[Record]) -> str:
+    """Where detectors' weights, and the constants of a frozen normalizer, come from; "" for other runs."""
+    said = dict.fromkeys(run["weights"]["origin"] for run in runs if run.get("weights"))
+    constants = dict.fromkeys(
+        run["weights"]["constants"] for run in runs if (run.get("weights") or {}).get("constants")
+    )
+    sentences = [f"Weights: {' / '.join(said)}."] if said else []
+    return " ".join(sentences + ([f"Constants of frozen BN: {' / '.join(constants)}."] if constants else []))
 
 
 def seeds(selections: Sequence[Selection]) -> str:
@@ -59,9 +77,9 @@ def short(configs: Sequence[Config]) -> str:
     epochs = _joined(distinct(configs, "budget", "epochs"))
     size = _joined(distinct(configs, "budget", "size"))
     images = "".join(f", {subset:,} images" for subset in distinct(configs, "budget", "subset"))
-    length = f"{epochs} epoch{'s' if epochs != '1' else ''}{images}, {size}x{size} pixels"
+    length = f"{epochs} epoch{'s' if epochs != '1' else ''}{images}, {_pixels(configs, size)}"
     budget = f"budget {_joined(distinct(configs, 'budget', 'name'))} ({length})"
-    archs = [_arch(arch) for arch in distinct(configs, "arch")]
+    archs = list(dict.fromkeys(_arch(arch) for arch in distinct(configs, "arch")))
     return ", ".join((_joined(distinct(configs, "dataset", "name")), _joined(archs), budget))
 
 
@@ -82,7 +100,7 @@ def row_label(row: Mapping[str, Any]) -> str:
 
 def row_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Per key the row's name where it stands alone: its label, with the batches where others have the same label."""
-    labels = [row_label(row) for row in rows]
+    labels = [f"{row['block']}: {row_label(row)}" if row.get("block") else row_label(row) for row in rows]
     return {
         row["key"]: label if labels.count(label) == 1 else f"{label} {pair(batches(row['config']))}"
         for row, label in zip(rows, labels, strict=True)
@@ -102,11 +120,20 @@ def distinct(configs: Sequence[Config], *path: str) -> list[Any]:
 
 
 def _data(configs: Sequence[Config], runs: Sequence[Record]) -> str:
-    fidelities = dict.fromkeys(str((run.get("data") or {}).get("fidelity") or "not recorded") for run in runs)
-    fidelity = f" ({' / '.join(fidelities)})" if fidelities else ""
-    images = sorted({values["images"] for run in runs for values in run["final"].values() if "images" in values})
-    test = f", evaluated on {' / '.join(f'{count:,}' for count in images)} test images" if images else ""
-    return f"Data: {_joined(distinct(configs, 'dataset', 'name'))}{fidelity}{test}."
+    said = []
+    for name in distinct(configs, "dataset", "name"):
+        of_data = [run for run in runs if run["config"]["dataset"]["name"] == name]
+        fidelities = dict.fromkeys(fidelity(run) for run in of_data)
+        images = sorted({values["images"] for run in of_data for values in run["final"].values() if "images" in values})
+        exact = f" ({' / '.join(fidelities)})" if fidelities else ""
+        test = f", evaluated on {' / '.join(f'{count:,}' for count in images)} test images" if images else ""
+        said.append(f"{name}{exact}{test}")
+    return f"Data: {'; '.join(said)}."
+
+
+def fidelity(run: Record) -> str:
+    """How exact the run's data are: "59,839 of 60,000 exact"."""
+    return str((run.get("data") or {}).get("fidelity") or "not recorded")
 
 
 def _budget(configs: Sequence[Config], runs: Sequence[Record]) -> str:
@@ -115,9 +142,24 @@ def _budget(configs: Sequence[Config], runs: Sequence[Record]) -> str:
         epochs = f"{budget['epochs']} epoch{'s' if budget['epochs'] != 1 else ''}"
         if budget.get("of_epochs") and budget["of_epochs"] != budget["epochs"]:
             epochs += f" (scaled down from {budget['of_epochs']})"
-        said.append(f"{budget['name']}: {epochs}, {_images(budget, runs)}, {budget['size']}x{budget['size']} pixels")
+        images = _images(budget, runs)
+        if _detects(configs):
+            images = images.replace("class-balanced", "fixed")
+        said.append(f"{budget['name']}: {epochs}, {images}, {_pixels(configs, budget['size'])}")
     schedules = _joined(distinct(configs, "schedule", "name"))
     return f"Budget {' / '.join(said)}; schedule {schedules}."
+
+
+def _detects(configs: Sequence[Config]) -> bool:
+    return distinct(configs, "dataset", "task") == ["detection"]
+
+
+def _pixels(configs: Sequence[Config], size: Any) -> str:
+    """The images' resolution; of detectors also what else the budget reduces."""
+    if not _detects(configs):
+        return f"{size}x{size} pixels"
+    longest, boxes, roi = (_joined(distinct(configs, "arch", key)) for key in ("max_size", "boxes", "roi_size"))
+    return f"({size}, {longest}) pixels, {boxes} boxes an image, RoIAlign to {roi}x{roi}"
 
 
 def _images(budget: Config, runs: Sequence[Record]) -> str:
@@ -128,7 +170,7 @@ def _images(budget: Config, runs: Sequence[Record]) -> str:
 
 
 def _architecture(configs: Sequence[Config], runs: Sequence[Record]) -> str:
-    archs = [_arch(arch) for arch in distinct(configs, "arch")]
+    archs = list(dict.fromkeys(_arch(arch) for arch in distinct(configs, "arch")))
     counts = sorted({run["parameters"] for run in runs if run.get("parameters")})
     span = dict.fromkeys((counts[0], counts[-1])) if counts else {}
     parameters = f" ({' to '.join(f'{count:,}' for count in span)} parameters)" if span else ""
@@ -140,7 +182,8 @@ def _arch(arch: Config) -> str:
     return str(arch["name"]) + (f", width {width:g}" if width is not None else "")
 
 
-def _estimator(norm: Config) -> str:
+def estimator(norm: Config) -> str:
+    """How a KN normalizer estimates, in words."""
     options = norm.get("options") or {}
     predictor = {"closed": "closed form", None: "of the preset"}.get(norm.get("predictor"), norm.get("predictor"))
     if options.get("gain") is None:
@@ -149,7 +192,15 @@ def _estimator(norm: Config) -> str:
         gain = f"initial gain {options['gain']:g} (learned)"
     else:
         gain = f"gain {options['gain']:g} (fixed)"
-    return f"preset {norm['preset']}, predictor {predictor}, {gain}, belief={options.get('belief', 'posterior')}"
+    said = f"preset {norm['preset']}, predictor {predictor}, {gain}, belief={options.get('belief', 'posterior')}"
+    # What every run before these were options has goes without saying.
+    if options.get("transition", "weight") != "weight":
+        said += f", {options['transition']} transition"
+    if options.get("noise") == "shared":
+        said += ", one R for all layers"
+    if options.get("input_belief"):
+        said += ", the input's belief measured from the training set"
+    return said
 
 
 def _joined(values: Sequence[Any]) -> str:

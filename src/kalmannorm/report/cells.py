@@ -10,10 +10,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from kalmannorm.report.quantities import accuracy, accuracy_at, steps_to
 from kalmannorm.report.read import Record
 from kalmannorm.report.statistics import Summary, summarize
 
-State = Literal["done", "failed", "no value", "not run"]
+Batch = tuple[int, int | None]  # grad_batch, stat_batch
+State = Literal["done", "failed", "no value", "not reached", "not run"]
+
+
+class Column(NamedTuple):
+    """What a column of a table shows of the runs: an accuracy (or another final value), or the steps to one."""
+
+    key: str
+    label: str
+    statistics: str = "moving"
+    steps_to: float | None = None  # percent
+    value: str = "accuracy"  # its name in a record's final values, in percent
+    at: float | None = None  # part of the run's steps; None: at its end
+
+    @property
+    def decimals(self) -> int:
+        """How many are shown."""
+        return 2 if self.steps_to is None else 0
 
 
 class Setting(NamedTuple):
@@ -22,7 +40,7 @@ class Setting(NamedTuple):
     precision: str
     compile: bool
     deterministic: bool
-    data: str  # sha256 of the data set, "" where a record has none
+    data: str  # sha256 of the data set, else its exactness in words; "" where a record has neither
 
 
 @dataclass(frozen=True)
@@ -47,16 +65,18 @@ class Cell:
     ids: tuple[str, ...]
     paper: float | None
     notes: tuple[str, ...]
+    batch: Batch | None = None  # of the cell's runs; None for a card that cannot be run yet
+    decimals: int = 2
 
 
 def setting_of(record: Record) -> Setting:
     """The setting that a record was made under."""
-    config = record["config"]
+    config, data = record["config"], record.get("data") or {}
     return Setting(
         str(config.get("precision")),
         bool(config.get("compile")),
         bool(config.get("deterministic")),
-        str((record.get("data") or {}).get("sha256") or ""),
+        str(data.get("sha256") or data.get("fidelity") or ""),
     )
 
 
@@ -99,34 +119,65 @@ def select(runs: Sequence[Record], common: Counter[Setting]) -> Selection:
     return Selection(tuple(kept), chosen, False, tuple(notes))
 
 
-def cell(row: str, column: str, selection: Selection, paper: float | None, notes: Sequence[str] = ()) -> Cell:
-    """The last epoch's accuracy under the statistics named by `column`; `notes` come before the selection's own."""
+def cell(
+    row: str,
+    column: Column,
+    selection: Selection,
+    paper: float | None,
+    notes: Sequence[str] = (),
+    batch: Batch | None = None,
+) -> Cell:
+    """The last epoch's accuracy, one on the way to it, or the steps to one; `notes` come before the selection's own.
+
+    Steps have no mean where a run does not reach the accuracy: that of the others would be too good.
+    """
     by_seed: dict[int, float] = {}
-    ids, missing, broken = [], [], []
+    ids, missing, broken, never = [], [], [], []
     for run in selection.runs:
-        values = run["final"].get(column)
-        if values is None:
+        value = accuracy(run, column.statistics, column.value)
+        if column.at is not None:
+            value = accuracy_at(run, column.statistics, column.at)
+        if value is not None and column.steps_to is not None:
+            value = steps_to(run, column.statistics, column.steps_to)
+        if value is None:
             missing.append(f"seed {_seed(run)} ({run['id']})")
-        elif not math.isfinite(values["accuracy"]):
+        elif math.isinf(value) and column.steps_to is not None:
+            never.append(f"seed {_seed(run)} ({run['id']})")
+        elif not math.isfinite(value):
             broken.append(f"seed {_seed(run)} ({run['id']})")
         else:
-            by_seed[_seed(run)] = float(values["accuracy"])
+            by_seed[_seed(run)] = value
             ids.append(run["id"])
 
     said = [*notes, *selection.notes]
+    what = f"{column.statistics} {column.value.replace('_', ' ')}"
     if missing:
-        said.append(f"no {column} accuracy in the record of {', '.join(missing)}")
+        said.append(f"no {what} in the record of {', '.join(missing)}")
     if broken:
-        said.append(f"left out, the {column} accuracy is not a finite number: {', '.join(broken)}")
+        said.append(f"left out, the {what} is not a finite number: {', '.join(broken)}")
+    if never:
+        said.append(f"{column.steps_to:g} % never reached: {', '.join(never)}")
+        by_seed, ids = {}, [run["id"] for run in selection.runs]
     state: State
-    if by_seed:
+    if never:
+        state = "not reached"
+    elif by_seed:
         state = "done"
     elif selection.failed or broken:
         state = "failed"
     else:
         state = "no value" if missing else "not run"
     summary = summarize(list(by_seed.values())) if by_seed else None
-    return Cell(row, column, state, summary, by_seed, tuple(ids), paper, tuple(said))
+    return Cell(row, column.key, state, summary, by_seed, tuple(ids), paper, tuple(said), batch, column.decimals)
+
+
+def apart(selection: Selection, others: Sequence[Selection]) -> str:
+    """A note when a row's runs were made under another setting than most rows' runs; else ""."""
+    settings = Counter(other.setting for other in others if other.setting)
+    if not selection.setting or len(settings) < 2:
+        return ""
+    most = settings.most_common(1)[0][0]
+    return f"unlike the other rows: {contrast(selection.setting, most)}" if selection.setting != most else ""
 
 
 def contrast(setting: Setting, other: Setting) -> str:
@@ -164,4 +215,4 @@ def _seed(run: Record) -> int:
 
 
 def _short(sha256: str) -> str:
-    return sha256[:8] or "unknown"
+    return (sha256[:8] if " " not in sha256 else sha256) or "unknown"

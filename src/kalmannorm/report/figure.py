@@ -1,41 +1,27 @@
 """The pictures: Figure 5 (variance gaps of BN and KN), the gap per layer, and a table's accuracies as points.
 
-Drawn with matplotlib's objects, without pyplot: no window, no global state. Colours of Okabe and Ito and cividis, which
-colour-blind readers tell apart; every kind of point and line has its own marker, for print without colour.
+Maps in cividis, which colour-blind readers and black-and-white print keep in order; else as style.py says.
 """
 
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kalmannorm.report import caption, gaps
+from kalmannorm.report import caption, gaps, style
 from kalmannorm.report.gaps import Array, Gaps
 from kalmannorm.report.read import Records
+from kalmannorm.report.style import BLUE, GREEN, GREY, ORANGE, SKY
 from kalmannorm.report.table import Table, command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 7.2  # inches: a page's text width, so that the fonts print at the size set here
-STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "pdf.fonttype": 42,
-}
-ORANGE, BLUE, SKY, GREEN, GREY = "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#777777"
 STATISTICS = {"online": (BLUE, "o"), "moving": (ORANGE, "s"), "precise": (GREEN, "D")}
+AP = {"box": (BLUE, "o"), "mask": (ORANGE, "s")}  # a detector's columns
 CLIP = (1, 99)  # percentiles of a row of panels between which its colours spread
 
 
@@ -54,8 +40,8 @@ def figure5(card: Mapping[str, Any], records: Records) -> "Figure":
         panels.append((f"{kn_name}: posterior", kn, kn.used))
     panels.append((f"{kn_name}: measurement", kn, kn.measured))
 
-    with _style():
-        figure = Figure(figsize=(WIDTH, 7.4), layout="constrained")
+    with style.context():
+        figure = Figure(figsize=(style.WIDTH, 7.4), layout="constrained")
         axes = figure.subplots(2, len(panels), sharex="col", sharey="col", squeeze=False)
         _maps(figure, list(axes[0]), panels, [gap for _, _, gap in panels], "variance gap")
         relative = [run.relative(gap) for _, run, gap in panels]
@@ -78,15 +64,13 @@ def figure5_layers(card: Mapping[str, Any], records: Records) -> "Figure":
         (f"{kn_name}: measurement", [run.layer_measured for run in kn], SKY, "^", "--"),
         (f"{kn_name}: posterior", posteriors, BLUE, "o", "-"),
     ]
-    with _style():
-        figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    with style.context():
+        figure = Figure(figsize=(style.WIDTH, 3.9), layout="constrained")
         axis = figure.subplots()
         for label, runs, colour, marker, dashes in lines:
             if runs:
                 _line(axis, np.stack(runs), f"{label} (n = {len(runs)})", colour, marker, dashes)
-        order = bn[0].layers
-        every = -(-len(order) // 24)  # more names than 24 would touch
-        axis.set_xticks(range(0, len(order), every), order[::every], rotation=60, ha="right", rotation_mode="anchor")
+        style.name_layers(axis, bn[0].layers)
         axis.set_ylim(bottom=0)
         axis.set_ylabel("mean variance gap / moving variance")
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -94,7 +78,7 @@ def figure5_layers(card: Mapping[str, Any], records: Records) -> "Figure":
         band = " Band: from the lowest to the highest seed." if max(len(bn), len(kn)) > 1 else ""
         setting = caption.short([row["config"] for row in card["rows"]])
         said = f"Normalizers in network order; {setting}. KN's moving variance is its posterior's average.{band}"
-        figure.supxlabel(_wrapped(said), fontsize=8, x=0.01, ha="left")
+        figure.supxlabel(style.wrapped(said), fontsize=8, x=0.01, ha="left")
     return figure
 
 
@@ -106,14 +90,14 @@ def accuracy_bars(table: Table) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    with _style():
-        figure = Figure(figsize=(WIDTH, 1.5 + 0.26 * len(table.rows) * len(table.columns)), layout="constrained")
+    with style.context():
+        figure = Figure(figsize=(style.WIDTH, 1.5 + 0.26 * len(table.rows) * len(table.columns)), layout="constrained")
         axis = figure.subplots()
         paper_drawn = False
         for place, row in enumerate(table.rows):
-            for i, cell in enumerate(row.cells):
+            for i, cell in enumerate(row.filled):
                 y = place + (i - (len(row.cells) - 1) / 2) * 0.34
-                colour, marker = STATISTICS.get(cell.column, (GREY, "o"))
+                colour, marker = (STATISTICS | AP).get(cell.column, (GREY, "o"))
                 if cell.summary is None:
                     note = f"{cell.column}: {cell.state}"
                     axis.text(0.01, y, note, color=GREY, va="center", transform=axis.get_yaxis_transform())
@@ -132,13 +116,13 @@ def accuracy_bars(table: Table) -> "Figure":
             axis.set_xlim(right=100.4)  # an interval may reach beyond 100 %, an accuracy cannot
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
-        axis.set_xlabel("top-1 accuracy after the last epoch (%)")
+        axis.set_xlabel(f"{caption.measure(table.columns)} after the last epoch (%)")
         axis.set_title(f"{textwrap.fill(table.title, 90)}\n{table.setting}", loc="left")
-        kinds = [(column, *STATISTICS.get(column, (GREY, "o"))) for column in table.columns]
-        handles = [
-            Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{column} statistics")
-            for column, colour, marker in kinds
-        ]
+        handles = []
+        for column in table.columns:
+            colour, marker = AP.get(column.key) or STATISTICS.get(column.statistics, (GREY, "o"))
+            label = f"{column.label} {'statistics' if column.value == 'accuracy' else 'AP'}"
+            handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=label))
         handles.append(Line2D([], [], color="black", marker="|", linestyle="", label="one run"))
         handles.append(Line2D([], [], color="black", label="95 % interval"))
         if paper_drawn:
@@ -153,7 +137,7 @@ def encode(figure: "Figure", kind: str) -> bytes:
     """The bytes of a "png" (150 dpi) or "pdf" file, without dates and versions: the same picture is the same file."""
     metadata = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}[kind]
     out = io.BytesIO()
-    with _style():
+    with style.context():
         figure.savefig(out, format=kind, dpi=150, metadata=metadata)
     return out.getvalue()
 
@@ -238,7 +222,7 @@ def _explain(card: Mapping[str, Any], bn: Gaps, kn: Gaps) -> str:
         binned = f"batches of {size} in {bins} bins (how many a bin was not recorded)"
     else:
         binned = f"{bn.batches:,} batches of {size}, {bn.batches / bins:.3g} a bin (mean of their gaps)"
-    return _wrapped(
+    return style.wrapped(
         f"{caption.short([row['config'] for row in card['rows']])}; {runs}, "
         f"runs {bn.record['id']} and {kn.record['id']}. "
         f"Training set without augmentation: {binned}. Top: |variance − moving variance|. Bottom: the same over the "
@@ -246,13 +230,3 @@ def _explain(card: Mapping[str, Any], bn: Gaps, kn: Gaps) -> str:
         "The posterior is what normalizes in KN, and KN's moving variance is the posterior's average: where prior and "
         "measurement disagree throughout, the measurement's gap has a part that no larger batch removes."
     )
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 112)
-
-
-def _style() -> AbstractContextManager[None]:
-    import matplotlib
-
-    return matplotlib.rc_context(STYLE)  # type: ignore[arg-type]

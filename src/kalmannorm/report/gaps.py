@@ -1,4 +1,4 @@
-"""The small arrays beside the records: variance gaps per channel and batch, and per layer."""
+"""The small arrays beside the records: variance gaps per channel and batch, and per layer; errors per layer."""
 
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from kalmannorm.report.read import Record, Records
 Array = NDArray[np.float64]
 CHANNELS = ("gap_measured", "moving_var")  # every record with batch statistics has these; KN has gap_used as well
 LAYERS = ("layer_gap_measured",)
+ERRORS = tuple(f"layer_error_{moment}{part}" for moment in ("mean", "var") for part in ("", "_bias", "_spread"))
 EPS = 1e-5  # torch's default for normalizers, which the models here keep: a channel that is always 0 divides by it
 
 
@@ -31,6 +32,7 @@ class Gaps:
     layer_used: Array | None  # [K]
     last: dict[str, int]  # the last normalizers, with their channels, in the order of C; empty where not known
     batches: int | None  # how many batches the bins hold; None where that is not known
+    errors: dict[str, Array] | None  # engine/mechanism.py: [3, K] each by name; None where an earlier version ran
 
     @property
     def seed(self) -> int:
@@ -60,7 +62,7 @@ def of_row(card: Mapping[str, Any], row: Mapping[str, Any], records: Records, co
             f"{card['name']} needs a finished run of {what}, "
             f"but {state} in {records.folder / 'records'}. To run it: {command}"
         )
-    return [_load(record, records.folder / "records" / f"{record['id']}.npz") for record in selection.runs]
+    return [load(record, records.folder / "records" / f"{record['id']}.npz") for record in selection.runs]
 
 
 def one_seed(first: Sequence[Gaps], second: Sequence[Gaps], wanted: int | None = None) -> tuple[Gaps, Gaps]:
@@ -73,7 +75,8 @@ def one_seed(first: Sequence[Gaps], second: Sequence[Gaps], wanted: int | None =
     return a[seed], b[seed]
 
 
-def _load(record: Record, path: Path) -> Gaps:
+def load(record: Record, path: Path) -> Gaps:
+    """The arrays beside a record. Raises UserError: missing, broken, or of another shape."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {key: np.asarray(stored[key], dtype=np.float64) for key in stored.files}
@@ -88,6 +91,10 @@ def _load(record: Record, path: Path) -> Gaps:
     for key in ("gap_measured", "gap_used"):
         if key in arrays and (arrays[key].ndim != 2 or len(arrays[key]) != channels):
             raise UserError(f"{path}: {key} has shape {arrays[key].shape}, expected [{channels}, bins]: run it again")
+    layers = len(arrays["layer_gap_measured"])
+    for key in ERRORS:
+        if key in arrays and arrays[key].shape != (3, layers):
+            raise UserError(f"{path}: {key} has shape {arrays[key].shape}, expected (3, {layers}): run it again")
     return Gaps(
         record=record,
         measured=arrays["gap_measured"],
@@ -97,6 +104,7 @@ def _load(record: Record, path: Path) -> Gaps:
         layer_used=arrays.get("layer_gap_used"),
         last=_last(record, arrays),
         batches=_batches(record),
+        errors={key: arrays[key] for key in ERRORS} if all(key in arrays for key in ERRORS) else None,
     )
 
 

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalmannorm.errors import UserError
+from kalmannorm.runs.config import RESULT_KEYS
+from kalmannorm.runs.record import run_id
 
 if TYPE_CHECKING:
     import pandas
+
+    from kalmannorm.report.gaps import Gaps
 
 Record = dict[str, Any]
 
@@ -39,6 +43,19 @@ class Records:
         """The stale records that would otherwise belong to the row."""
         return self._stale_by_row.get(row_key(config), [])
 
+    def open_settings_of(self, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Configs of the current records of a row's network, normalizer and batches, one of each data set, budget,
+        schedule and width."""
+        return list(self._current_by_kind.get(kind_key(config), {}).values())
+
+    @functools.cached_property
+    def _current_by_kind(self) -> dict[str, dict[str, Mapping[str, Any]]]:
+        kinds: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for runs in self._current_by_row.values():
+            config = runs[0]["config"]
+            kinds.setdefault(kind_key(config), {}).setdefault(row_key(config), config)
+        return kinds
+
     @functools.cached_property
     def _current_by_row(self) -> dict[str, list[Record]]:
         return _by_row(self.current)
@@ -55,8 +72,8 @@ def records(results: Path, numerics: int) -> Records:
     """
     current: list[Record] = []
     stale: list[Record] = []
-    for path in _record_files(results):
-        record = _read(path)
+    for path in files(results):
+        record = read_one(path)
         (current if record["numerics"] == numerics else stale).append(record)
     return Records(results, numerics, tuple(current), tuple(stale))
 
@@ -70,19 +87,57 @@ def load(results: str | Path = "results") -> "pandas.DataFrame":
     import pandas
 
     rows = []
-    for path in _record_files(Path(results)):
-        record = _read(path)
+    for path in files(Path(results)):
+        record = read_one(path)
         row = {key: record.get(key) for key in ("id", "numerics", "status", "reason", "parameters")}
-        row |= _flat(record["config"], "")
+        row |= flat(record["config"], "")
         for part in ("final", "data", "host", "curves"):
-            row |= _flat(record.get(part) or {}, f"{part}.")
+            row |= flat(record.get(part) or {}, f"{part}.")
         rows.append(row)
     return pandas.DataFrame(rows)
+
+
+def curves(frame: "pandas.DataFrame") -> "pandas.DataFrame":
+    """The accuracies after every epoch of `load`'s records, in long form: one row per run, epoch and statistics.
+
+    Columns: every column of `load` that is no curve and no result, and "epoch", "step" (optimizer steps), "statistics"
+    ("moving" or "online") and "accuracy" in percent. Runs without curves (failed ones) have no rows.
+    """
+    import pandas
+
+    settings = [column for column in frame.columns if not column.startswith(("curves.", "final."))]
+    parts = []
+    for statistics in ("moving", "online"):
+        lists = {"epoch": "curves.epoch", "step": "curves.step", "accuracy": f"curves.{statistics}"}
+        if not set(lists.values()) <= set(frame.columns):
+            continue
+        whole = frame.dropna(subset=list(lists.values()))
+        part = whole[settings].assign(statistics=statistics, **{key: whole[name] for key, name in lists.items()})
+        parts.append(part.explode(list(lists), ignore_index=True))
+    if not parts:
+        return pandas.DataFrame(columns=[*settings, "epoch", "step", "statistics", "accuracy"])
+    return pandas.concat(parts, ignore_index=True).astype({"epoch": int, "step": int, "accuracy": float})
+
+
+def variance_gaps(identity: str, results: str | Path = "results") -> "Gaps":
+    """The arrays beside one run's record: variance gaps of the last normalizers, gaps and errors per layer.
+
+    UserError: no such record, or no arrays beside it.
+    """
+    from kalmannorm.report import gaps
+
+    path = Path(results) / "records" / f"{identity}.json"
+    return gaps.load(read_one(path), path.with_suffix(".npz"))
 
 
 def row_key(config: Mapping[str, Any]) -> str:
     """Equal for two configs exactly when their runs belong to the same row."""
     return json.dumps({key: value for key, value in config.items() if key not in _LOOSE}, sort_keys=True)
+
+
+def kind_key(config: Mapping[str, Any]) -> str:
+    """Equal for two configs of the same network, normalizer and batches: what a card's row fixes."""
+    return json.dumps([config["arch"]["name"], config["norm"], config["batch"]], sort_keys=True)
 
 
 def _by_row(group: tuple[Record, ...]) -> dict[str, list[Record]]:
@@ -92,7 +147,8 @@ def _by_row(group: tuple[Record, ...]) -> dict[str, list[Record]]:
     return rows
 
 
-def _record_files(results: Path) -> list[Path]:
+def files(results: Path) -> list[Path]:
+    """The files in `results`/records, by name. UserError: not a results folder."""
     folder = results / "records"
     if any(path.exists() and not path.is_dir() for path in (results, folder)):
         raise UserError(f"{results} is not a results folder: expected a folder with a folder 'records' in it")
@@ -100,7 +156,8 @@ def _record_files(results: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
 
 
-def _read(path: Path) -> Record:
+def read_one(path: Path) -> Record:
+    """The record in a file. Raises UserError when it is not a whole record, or not that of its configuration."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -129,21 +186,33 @@ def _problem(record: Any, stem: str) -> str | None:
         return f"'status' is {record['status']!r}, expected 'done' or 'failed'"
     if not isinstance(record["config"].get("seed"), int):
         return f"'config.seed' is {record['config'].get('seed')!r}, expected an integer"
+    if problem := _problem_of_results(record):
+        return problem
+    if missing := [key for key in RESULT_KEYS if key not in record["config"]]:
+        return f"its config has no {', '.join(missing)}"
+    if record["id"] != (expected := run_id(record["config"], record["numerics"])):
+        return f"its id is not that of its configuration, {expected} (edited after the run, or made up)"
+    return None
+
+
+def _problem_of_results(record: Record) -> str | None:
     if record["status"] == "done":
         final = record.get("final")
         if not isinstance(final, dict) or not final:
             return "it is 'done' but has no 'final' values"
         for name, values in final.items():
-            if not isinstance(values, dict) or not isinstance(values.get("accuracy"), int | float):
-                return f"'final.{name}' has no number 'accuracy'"
+            value = values.get("accuracy", values.get("box_ap")) if isinstance(values, dict) else None
+            if not isinstance(value, int | float):
+                return f"'final.{name}' has no number 'accuracy', nor a detector's 'box_ap'"
     return None
 
 
-def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A tree of dicts as one dict with dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found

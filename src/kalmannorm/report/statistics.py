@@ -6,6 +6,7 @@ Every interval is two-sided at 95 % and belongs to one mean alone: nothing here 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import quantiles
 from typing import Literal
 
 CONFIDENCE = 0.95
@@ -48,6 +49,14 @@ def t_quantile(degrees: float) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, 0.5 + CONFIDENCE / 2))
+
+
+def middle_half(values: Sequence[float]) -> tuple[float, float]:
+    """The quartiles, between which the middle half of the values lies; all of them where there are fewer than four."""
+    if len(values) < 4:
+        return min(values), max(values)
+    quarters = quantiles(values, n=4)
+    return quarters[0], quarters[2]
 
 
 def summarize(values: Sequence[float]) -> Summary:

@@ -3,22 +3,26 @@
 A card is a dict:
 
     name, title   "table7", what it reproduces
-    kind?         "table" (the default) or "figure", whose rows are BN's and KN's (figure.py)
-    rows          [{"key", "label", "config", "ours"?: bool, "paper"?: path | None, "paper_batch"?: [grad, stat]}, ...]
-    columns       kinds of statistics: names under a record's `final`
-    paper?        path into paper_values.yaml; a cell's value stands at <paper>.<row key>.<column>
+    kind?         "table" (the default), "pending" (cannot be run yet: `reason`), or another of KINDS
+    rows          [{"key", "label", "config", "configs"?: by column, "columns"?: [key, ...], "ours"?: bool,
+                    "block"?: heading, "baseline"?: key, "paper"?: path | None, "paper_batch"?: [grad, stat]}, ...]
+    columns       ["moving", ...]: kinds of statistics, names under a record's `final`; or
+                  [{"key", "label"?, "statistics"?: "moving", "steps_to"?: percent, "value"?: "accuracy",
+                    "at"?: [step, of steps],
+                    "overrides"?: [...]}, ...]
+    paper?        path into paper_values.yaml; a cell's value stands at <paper>.<row key>.<column key>. A row's own path
+                  has {column} where the column's key goes, else it is appended
     paper_dataset?, paper_setting?   the data set of the paper's values; what to say of their setting
     baseline?     key of the row that the others are compared with
     command?      what runs the card; else `make <name> DATASET=.. BUDGET=..`
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kalmannorm.report import caption, cells, paper
-from kalmannorm.report.cells import Cell, Selection
+from kalmannorm.report.cells import Batch, Cell, Column, Selection
 from kalmannorm.report.read import Records
 from kalmannorm.report.statistics import Difference, difference
 
@@ -28,6 +32,7 @@ VERDICTS = {
     "tie": "a tie, the interval contains 0",
     "open": "open, no interval (one seed, or no spread over the seeds)",
 }
+NAMED = 8  # rows not run that are named one by one
 APART = "not compared"  # how the remark of a difference between different data begins
 
 
@@ -38,9 +43,15 @@ class Row:
     key: str
     label: str  # with "(ours)" where it is no row of the papers
     name: str  # where it stands alone, outside the table
-    batch: tuple[int, int | None]  # grad_batch, stat_batch
-    paper_batch: tuple[int, int | None]  # those of the paper's value
-    cells: tuple[Cell, ...]
+    block: str  # the heading it stands under, "" without blocks
+    batch: Batch | None  # grad_batch, stat_batch; None where its columns differ in them
+    paper_batch: Batch | None  # those of the paper's value
+    cells: tuple[Cell | None, ...]  # None in a column that the row does not have
+
+    @property
+    def filled(self) -> list[Cell]:
+        """The cells of the columns that the row has."""
+        return [cell for cell in self.cells if cell]
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,8 @@ class Table:
     title: str
     setting: str  # data, architecture and budget in a few words
     caption: str  # goes after the title
-    columns: tuple[str, ...]
+    columns: tuple[Column, ...]
+    apart: bool  # the columns show different runs: data sets, networks or batches
     rows: tuple[Row, ...]
     contrasts: tuple[Contrast, ...]
     footnotes: tuple[str, ...]  # the note of mark a, b, ... in this order
@@ -72,55 +84,128 @@ class Table:
     same_data_as_paper: bool
 
     @property
+    def shows_batch(self) -> bool:
+        """Whether rows have one pair of batches to show."""
+        return any(row.batch for row in self.rows)
+
+    @property
     def header(self) -> tuple[str, ...]:
         """The names over the columns of every rendering but the CSV."""
-        names = ["normalizer", "(grad, stat)"]
+        names = ["normalizer", *(["(grad, stat)"] if self.shows_batch else [])]
         for column in self.columns:
-            names += [column, f"{column} (paper)"] if self.paper_note else [column]
-        return (*names, "n")
+            names += [column.label, f"{column.label} (paper)"] if self.paper_note else [column.label]
+        return (*names, *([] if self.apart else ["n"]))
 
     @property
     def empty(self) -> bool:
         """Whether no cell has a value."""
-        return not any(cell.summary for row in self.rows for cell in row.cells)
+        return not any(cell.summary for row in self.rows for cell in row.filled)
 
     def marks(self, cell: Cell) -> str:
         """The footnote marks of a cell: "", "a", "a,c"."""
         return ",".join(mark(self.footnotes.index(note)) for note in cell.notes)
 
+    def contrast(self, row: Row, column: str) -> "Contrast | None":
+        """The difference of a cell to its baseline."""
+        return next((c for c in self.contrasts if (c.row, c.column) == (row.name, column)), None)
+
+
+Selections = dict[tuple[str, str], Selection]  # by row's and column's key
+
 
 def table(card: Card, records: Records) -> Table:
     """Fill the card with the records of its rows."""
     rows: Sequence[Mapping[str, Any]] = card["rows"]
-    of_row = [records.of(row["config"]) for row in rows]
-    common = cells.most_common(of_row)
-    selections = [cells.select(runs, common) for runs in of_row]
-    apart = _apart(selections)
-    built = tuple(_row(card, *parts) for parts in zip(rows, selections, apart, strict=True))
-    contrasts = _contrasts(card, built, selections)
-    datasets = caption.distinct([row["config"] for row in rows], "dataset", "name")
+    columns = columns_of(card)
+    selections: Selections = {}
+    for column in columns:
+        of_row = {row["key"]: config for row in rows if (config := config_of(row, column.key))}
+        common = cells.most_common([records.of(config) for config in of_row.values()])
+        for key, config in of_row.items():
+            selections[key, column.key] = cells.select(records.of(config), common)
+    built = tuple(_row(card, row, columns, selections) for row in rows)
+    contrasts = _contrasts(card, built, columns, selections)
+    configs = configs_of(card)
+    datasets = caption.distinct(configs, "dataset", "name")
     same_data = card.get("paper_dataset") is None or datasets == [card["paper_dataset"]]
     return Table(
         name=card["name"],
         stem=stem(card),
         title=card["title"].rstrip("."),
-        setting=caption.short([row["config"] for row in rows]),
-        caption=_caption(card, selections),
-        columns=tuple(card["columns"]),
+        setting=caption.short(configs),
+        caption=_caption(card, columns, selections),
+        columns=columns,
+        apart=any("configs" in row for row in rows),
         rows=built,
         contrasts=contrasts,
-        footnotes=tuple(dict.fromkeys(note for row in built for cell in row.cells for note in cell.notes)),
-        remarks=(*_verdicts(contrasts), *_stale(rows, records), *_not_run(card, built)),
+        footnotes=tuple(dict.fromkeys(note for row in built for cell in row.filled for note in cell.notes)),
+        remarks=(*_verdicts(contrasts), *_stale(configs, records), *_not_run(card, built)),
         paper_note=_paper_note(card, built, same_data),
         same_data_as_paper=same_data,
     )
 
 
+def pending(card: Card) -> Table:
+    """The table of a card that cannot be run yet: the papers' values, and "not run" where ours would stand."""
+    columns = columns_of(card)
+    rows = []
+    for row in card["rows"]:
+        filled = [
+            Cell(row["key"], column.key, "not run", None, {}, (), _paper_value(card, row, column.key), ())
+            for column in columns
+        ]
+        rows.append(Row(row["key"], caption.row_label(row), row["label"], "", None, None, tuple(filled)))
+    return Table(
+        name=card["name"],
+        stem=card["name"],
+        title=card["title"].rstrip("."),
+        setting="",
+        caption=f"Not run: {card['reason']}",
+        columns=columns,
+        apart=True,
+        rows=tuple(rows),
+        contrasts=(),
+        footnotes=(),
+        remarks=(),
+        paper_note=_paper_note(card, rows, same_data=True),
+        same_data_as_paper=True,
+    )
+
+
+def columns_of(card: Card) -> tuple[Column, ...]:
+    """The columns of a table card; a name stands for a kind of statistics."""
+    found = []
+    for column in card.get("columns", ()):
+        if isinstance(column, str):
+            found.append(Column(column, column, column))
+        else:
+            label, target = column.get("label", column["key"]), column.get("steps_to")
+            at = column["at"][0] / column["at"][1] if "at" in column else None
+            shown = (column.get("statistics", "moving"), target, column.get("value", "accuracy"), at)
+            found.append(Column(column["key"], label, *shown))
+    return tuple(found)
+
+
+def config_of(row: Mapping[str, Any], column: str) -> Mapping[str, Any] | None:
+    """The config of a row's runs in a column; None where the row does not have it."""
+    return row["configs"].get(column) if "configs" in row else row["config"]
+
+
+def configs_of(card: Card) -> list[Mapping[str, Any]]:
+    """The configs of all rows and columns."""
+    return [config for row in card["rows"] for config in (row.get("configs") or {"": row["config"]}).values()]
+
+
 def stem(card: Card) -> str:
-    """The name of the card's files, without ending: <name>_<dataset>_<budget>."""
-    configs = [row["config"] for row in card["rows"]]
-    parts = (caption.distinct(configs, "dataset", "name"), caption.distinct(configs, "budget", "name"))
-    return "_".join((card["name"], *("-".join(part) for part in parts)))
+    """The name of the card's files, without ending: <name>_<dataset>_<budget>; no data set where it is a column.
+
+    `variant` of the card (variants.py) sets apart what these names do not tell.
+    """
+    configs = configs_of(card)
+    datasets = caption.distinct(configs, "dataset", "name")
+    budgets = "-".join(caption.distinct(configs, "budget", "name"))
+    parts = [card["name"], *([] if len(datasets) > 1 else datasets), budgets, *card.get("variant", ())]
+    return "_".join(parts)
 
 
 def command(card: Card) -> str:
@@ -156,53 +241,54 @@ def describe(contrast: Contrast) -> str:
     return f"{signed(found.mean)}{half_width} ({count}{contrast.remark and f', {contrast.remark}'})"
 
 
-def _row(card: Card, row: Mapping[str, Any], selection: Selection, apart: str) -> Row:
-    batch = caption.batches(row["config"])
-    grad, stat = row.get("paper_batch") or batch
-    path = row.get("paper", f"{card['paper']}.{row['key']}" if card.get("paper") and not row.get("ours") else None)
+def _row(card: Card, row: Mapping[str, Any], columns: Sequence[Column], selections: Selections) -> Row:
+    found: list[Cell | None] = []
+    for column in columns:
+        config = config_of(row, column.key)
+        if config is None:
+            found.append(None)
+            continue
+        same_column = [selection for (_, key), selection in selections.items() if key == column.key]
+        chosen = selections[row["key"], column.key]
+        apart = cells.apart(chosen, same_column)
+        paper_value = _paper_value(card, row, column.key)
+        notes = [apart] if apart else []
+        found.append(cells.cell(row["key"], column, chosen, paper_value, notes, caption.batches(config)))
+    batches = {cell.batch for cell in found if cell}
+    batch: Batch | None = batches.pop() if len(batches) == 1 else None
+    grad_stat = row.get("paper_batch")
     return Row(
         key=row["key"],
         label=caption.row_label(row),
         name=caption.row_names(card["rows"])[row["key"]],
+        block=str(row.get("block", "")),
         batch=batch,
-        paper_batch=(grad, stat),
-        cells=tuple(
-            cells.cell(
-                row["key"],
-                column,
-                selection,
-                paper.value(f"{path}.{column}") if path else None,
-                [apart] if apart else [],
-            )
-            for column in card["columns"]
-        ),
+        paper_batch=(grad_stat[0], grad_stat[1]) if grad_stat else batch,
+        cells=tuple(found),
     )
 
 
-def _apart(selections: Sequence[Selection]) -> list[str]:
-    """Per row a note when its runs were made under another setting than most rows' runs; else ""."""
-    settings = Counter(selection.setting for selection in selections if selection.setting)
-    if len(settings) < 2:
-        return [""] * len(selections)
-    most = settings.most_common(1)[0][0]
-    return [
-        f"unlike the other rows: {cells.contrast(selection.setting, most)}"
-        if selection.setting and selection.setting != most
-        else ""
-        for selection in selections
-    ]
+def _paper_value(card: Card, row: Mapping[str, Any], column: str) -> float | None:
+    path = row.get("paper", f"{card['paper']}.{row['key']}" if card.get("paper") and not row.get("ours") else None)
+    if not path:
+        return None
+    return paper.value(path.format(column=column) if "{column}" in path else f"{path}.{column}")
 
 
-def _contrasts(card: Card, rows: Sequence[Row], selections: Sequence[Selection]) -> tuple[Contrast, ...]:
-    at = next((i for i, row in enumerate(rows) if row.key == card.get("baseline")), None)
-    if at is None:
-        return ()
+def _contrasts(
+    card: Card, rows: Sequence[Row], columns: Sequence[Column], selections: Selections
+) -> tuple[Contrast, ...]:
+    by_key = {row.key: row for row in rows}
+    of_row = {row["key"]: row.get("baseline", card.get("baseline")) for row in card["rows"]}
     found = []
-    for column in range(len(card["columns"])):
-        for row, selection in zip(rows, selections, strict=True):
-            if row.key != card["baseline"]:
-                pair = (row.cells[column], rows[at].cells[column])
-                found.append(_contrast(row, rows[at], pair, selection, selections[at]))
+    for at, column in enumerate(columns):
+        for row in rows:
+            baseline = by_key.get(of_row[row.key])
+            ours, theirs = row.cells[at], baseline.cells[at] if baseline else None
+            # A difference of steps is no "points": claims.py compares those.
+            if baseline and baseline is not row and ours and theirs and column.steps_to is None:
+                settings = (selections[row.key, column.key], selections[baseline.key, column.key])
+                found.append(_contrast(row, baseline, (ours, theirs), *settings))
     return tuple(found)
 
 
@@ -220,24 +306,26 @@ def _contrast(row: Row, baseline: Row, pair: tuple[Cell, Cell], ours: Selection,
 
 def _verdicts(contrasts: Sequence[Contrast]) -> list[str]:
     """Per row one line: its differences, and which exceed their intervals, which tie, which the runs leave open."""
-    lines: dict[str, list[str]] = {}
+    lines: dict[tuple[str, str], list[str]] = {}
     for contrast in contrasts:
         if contrast.difference:
             verdict = f"{describe(contrast)}: {VERDICTS[contrast.difference.verdict]}"
-            lines.setdefault(contrast.row, []).append(f"{contrast.column} {verdict}")
+            lines.setdefault((contrast.baseline, contrast.row), []).append(f"{contrast.column} {verdict}")
         elif contrast.remark.startswith(APART):
-            lines.setdefault(contrast.row, []).append(f"{contrast.column} {contrast.remark}")
-    if not lines:
-        return []
-    return [
-        f"Differences to {contrasts[0].baseline} in points, with 95 % Student-t intervals, paired by seed where at "
-        "least two seeds are common; not corrected for their number:",
-        *(f"- {row}: {'; '.join(said)}." for row, said in lines.items()),
-    ]
+            lines.setdefault((contrast.baseline, contrast.row), []).append(f"{contrast.column} {contrast.remark}")
+    said = []
+    for baseline in dict.fromkeys(baseline for baseline, _ in lines):
+        said += [
+            f"Differences to {baseline} in points, with 95 % Student-t intervals, paired by seed where at "
+            "least two seeds are common; not corrected for their number:",
+            *(f"- {row}: {'; '.join(found)}." for (of, row), found in lines.items() if of == baseline),
+        ]
+    return said
 
 
-def _stale(rows: Sequence[Mapping[str, Any]], records: Records) -> list[str]:
-    found = [f"{run['id']} (NUMERICS {run['numerics']})" for row in rows for run in records.stale_of(row["config"])]
+def _stale(configs: Sequence[Mapping[str, Any]], records: Records) -> list[str]:
+    runs = {run["id"]: run for config in configs for run in records.stale_of(config)}
+    found = [f"{identity} (NUMERICS {run['numerics']})" for identity, run in runs.items()]
     if not found:
         return []
     return [
@@ -247,12 +335,18 @@ def _stale(rows: Sequence[Mapping[str, Any]], records: Records) -> list[str]:
 
 
 def _not_run(card: Card, rows: Sequence[Row]) -> list[str]:
-    missing = [row.name for row in rows if any(cell.state == "not run" for cell in row.cells)]
-    return [f"Not run: {'; '.join(missing)}. To run what is missing:", command(card)] if missing else []
+    missing = []
+    for row in rows:
+        columns = [cell.column for cell in row.filled if cell.state == "not run"]
+        if columns:
+            missing.append(row.name if len(columns) == len(row.filled) else f"{row.name} ({', '.join(columns)})")
+    more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    said = f"Not run: {'; '.join(missing[:NAMED])}{more}. To run what is missing:"
+    return [said, command(card)] if missing else []
 
 
 def _paper_note(card: Card, rows: Sequence[Row], same_data: bool) -> str:
-    if all(cell.paper is None for row in rows for cell in row.cells):
+    if all(cell.paper is None for row in rows for cell in row.filled):
         return ""
     setting = card.get("paper_setting") or card.get("paper_dataset")
     note = f"Paper: the printed value{f' ({setting})' if setting else ''}, never a measured one"
@@ -263,18 +357,24 @@ def _paper_note(card: Card, rows: Sequence[Row], same_data: bool) -> str:
     return f"{note}; for the (grad, stat) written beside it where that is not the row's."
 
 
-def _caption(card: Card, selections: Sequence[Selection]) -> str:
+def _caption(card: Card, columns: Sequence[Column], selections: Selections) -> str:
     rows = card["rows"]
-    configs = [row["config"] for row in rows]
-    runs = [run for selection in selections for run in selection.runs]
+    chosen = list({id(selection): selection for selection in selections.values()}.values())
+    runs = list({run["id"]: run for selection in chosen for run in selection.runs}.values())
+    kinds = dict.fromkeys(column.statistics for column in columns)
     sentences = [
-        caption.what_was_trained(configs, runs),
+        caption.what_was_trained(configs_of(card), runs),
         caption.estimators(rows),
-        caption.seeds(selections),
-        caption.arithmetic([selection.setting for selection in selections if selection.setting]),
-        "Values: top-1 accuracy in percent of the last epoch (never the best), mean over n seeds ± half the 95 % "
-        "Student-t interval (none at n = 1).",
+        caption.seeds(chosen),
+        caption.arithmetic([selection.setting for selection in chosen if selection.setting]),
+        f"Values: {caption.measure(columns)} in percent of the last epoch (never the best), mean over n seeds ± half "
+        "the 95 % Student-t interval (none at n = 1).",
         "(grad, stat): images per optimizer step and images per set of statistics.",
-        caption.statistics(card["columns"]),
+        caption.statistics(list(kinds)),
     ]
+    if targets := [column for column in columns if column.steps_to is not None]:
+        said = ", ".join(f"{column.label}: optimizer steps to {column.steps_to:g} %" for column in targets)
+        sentences.insert(-2, f"{said}, from the accuracies after each epoch.")
+    if any("configs" in row for row in rows):
+        sentences.insert(-2, "(n) behind a value: its number of seeds.")
     return " ".join(sentence for sentence in sentences if sentence)

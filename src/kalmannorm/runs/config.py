@@ -1,12 +1,13 @@
 """From overrides to one run's configuration: composed by Hydra, resolved, checked before any data is touched."""
 
+import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from kalmannorm.errors import UserError, nearest
-from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, preset_options
+from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, preset_options
 
 Config = dict[str, Any]
 
@@ -23,6 +24,9 @@ RESULT_KEYS = (
     "compile",
     "deterministic",
 )
+
+LOADERS = ("torchvision", "ffcv")  # of data sets that are folders of images; the others are arrays in memory
+UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has files that cannot be read
 
 
 def conf_dir() -> Path:
@@ -46,6 +50,27 @@ def compose(overrides: list[str]) -> Config:
 def result_part(config: Config) -> Config:
     """What determines the result."""
     return {key: config[key] for key in RESULT_KEYS}
+
+
+def check_batches(config: Config, devices: int) -> None:
+    """UserError unless every device, and every micro-batch there, gets whole statistics groups."""
+    grad, stat, parts = config["batch"]["grad_batch"], config["batch"]["stat_batch"], config["accumulate"]
+    name = config["norm"]["name"]
+    if not isinstance(parts, int) or parts < 1:
+        raise UserError(f"accumulate = {parts}: expected a positive number of micro-batches")
+    where = f"{devices} devices" + (f" x accumulate = {parts}" if parts > 1 else "")
+    if grad % (devices * parts):
+        raise UserError(f"batch.grad_batch = {grad} does not divide among {where}")
+    if name in BATCH_STATISTICS and name not in SPAN_DEVICES and (grad // (devices * parts)) % stat:
+        raise UserError(
+            f"batch.grad_batch = {grad} on {where}: {grad // (devices * parts)} images each are no whole groups of "
+            f"batch.stat_batch = {stat}, and a group cannot span devices; take fewer devices"
+        )
+    if parts > 1 and (name in SPAN_DEVICES or config["norm"]["options"].get("guard") is not None):
+        what = name if name in SPAN_DEVICES else "the released code's guard"
+        raise UserError(
+            f"accumulate = {parts}: {what} looks at the whole batch, which micro-batches do not see at once"
+        )
 
 
 def _compose(overrides: list[str]) -> Config:
@@ -100,8 +125,17 @@ def _resolve(config: Config) -> None:
     on_gpu = config["device"].startswith("cuda")
     if config["precision"] == "auto":
         config["precision"] = "bf16" if on_gpu else "fp32"
+    detects = config["dataset"].get("task") == "detection"
     if config["compile"] == "auto":
-        config["compile"] = on_gpu
+        config["compile"] = on_gpu and not detects  # every batch of images has a shape of its own there
+    if config["dataset"].get("classes") == "auto":
+        from kalmannorm import data
+
+        config["dataset"]["classes"] = data.folder.count_classes(data.root(config["data"]), config["dataset"])
+    if detects:
+        _resolve_detection(config)
+    elif config["weights"] is not None:
+        raise UserError(f"weights = {config['weights']}: only arch=mask_rcnn_c4 begins with given weights")
     norm, batch = config["norm"], config["batch"]
     if norm["name"] not in BATCH_STATISTICS:
         batch["stat_batch"] = None  # means nothing there: one run serves every column
@@ -114,6 +148,22 @@ def _resolve(config: Config) -> None:
         except ValueError as error:
             raise UserError(f"norm.preset: {error}") from None
         norm["predictor"] = norm["predictor"] or PRESETS[norm["preset"]]["predictor"]
+
+
+def _resolve_detection(config: Config) -> None:
+    """What the given weights are, by content; a run that has none trains from scratch."""
+    arch, file = config["arch"], config["weights"]
+    arch["pretrained"] = None
+    if file is not None:
+        try:
+            with Path(file).expanduser().open("rb") as stream:
+                arch["pretrained"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(
+                f"weights = {file}: {error.strerror or error}; expected a .pth or .safetensors file"
+            ) from None
+    if arch.get("frozen_stages") is None:
+        arch["frozen_stages"] = 0 if file is None else 2
 
 
 def _device(asked: str) -> str:
@@ -140,7 +190,18 @@ def _check(config: Config) -> None:
     subset = budget["subset"]
     _expect(subset is None or (isinstance(subset, int) and subset >= grad), "budget.subset", subset,
             f"null or at least one step's {grad} images")  # fmt: skip
+    dataset, workers = config["dataset"], config["workers"]
+    if "loader" in dataset:
+        _expect(dataset["loader"] in LOADERS, "dataset.loader", dataset["loader"],
+                " or ".join(LOADERS))  # fmt: skip
+        _expect(dataset["unreadable"] in UNREADABLE, "dataset.unreadable", dataset["unreadable"],
+                " or ".join(UNREADABLE))  # fmt: skip
+    _expect(workers == "auto" or (isinstance(workers, int) and workers >= 0), "workers", workers,
+            "auto or a number of processes")  # fmt: skip
     options = config["norm"]["options"]
+    if "input_belief" in options:
+        _expect(options["input_belief"] == "data", "norm.options.input_belief", options["input_belief"],
+                "data, measured from the training set, or nothing at all")  # fmt: skip
     if options.get("gain") == 1 and options.get("learn_gain"):
         raise UserError(
             "norm.options.gain = 1 cannot be learned: pass norm.options.learn_gain=false, or a gain below 1"

@@ -6,22 +6,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kalmannorm import data
 from kalmannorm.engine import checkpoint, train
 from kalmannorm.engine.evaluate import evaluate as evaluate_once
 from kalmannorm.engine.evaluate import precise
+from kalmannorm.engine.inputs import loaders, open_data
 from kalmannorm.engine.model import build
 from kalmannorm.engine.ranks import Ranks
+from kalmannorm.engine.start import measure_input
 from kalmannorm.errors import UserError
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, compose
 
-PLACE = ("data", "runs", "results", "device")
+PLACE = ("data", "runs", "results", "device", "workers")
 
 
 def execute(config: Config) -> dict[str, Any]:
     """Trains a run, says in one line how it ended, and returns its record."""
-    record = train.run(config)
+    record = _run(config)
     if int(os.environ.get("RANK", 0)):
         return record
     file = records.path(config["results"], record["id"])
@@ -29,9 +30,23 @@ def execute(config: Config) -> dict[str, Any]:
         print(f"{record['id']}: failed, {record['reason']}; {file}", file=sys.stderr)
     else:
         final = record["final"]
-        shown = "  ".join(f"{kind} {final[kind]['accuracy']:.2f} %" for kind in ("moving", "online", "precise"))
+        shown = "  ".join(f"{kind} {records.headline(values)}" for kind, values in final.items())
+        if "final_on_training_images" in record:
+            shown += f"  training images {records.headline(record['final_on_training_images'])}"
         print(f"{record['id']}: {shown}  {record['host']['images_per_s']} images/s; {file}")
     return record
+
+
+def _detects(config: Config) -> bool:
+    return config["dataset"].get("task") == "detection"
+
+
+def _run(config: Config) -> dict[str, Any]:
+    if _detects(config):
+        from kalmannorm.engine import detection
+
+        return detection.run(config)
+    return train.run(config)
 
 
 def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
@@ -41,19 +56,40 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     such run, several of them, no weights, or an override that would make it another run.
     """
     record, config, weights = _finished(run, overrides)
+    if _detects(config):
+        return _evaluate_detector(record, config, weights)
     model, _ = build(config)
     model.load_state_dict(weights)
     ranks = Ranks(config)
     model.to(ranks.device)
-    arrays = data.load(config["dataset"]["name"], data.root(config["data"]))
-    train_set, test_set = train.loaders(config, arrays, ranks)
+    source = open_data(config, ranks)
+    train_set, test_set = loaders(config, source, ranks)
+    measure_input(model, train_set, ranks)
     stat_batch = config["batch"]["stat_batch"]
     final = {kind: evaluate_once(model, test_set, kind, stat_batch) for kind in ("moving", "online")}
     final["precise"] = precise(model, train_set, test_set, stat_batch, config["budget"]["epochs"])
-    print(f"run {record['id']}: {arrays.provenance['name']}, {arrays.provenance['fidelity']}")
+    print(f"run {record['id']}: {source.provenance['name']}, {source.provenance['fidelity']}")
     for kind, values in final.items():
         recorded = record["final"][kind]["accuracy"]
         print(f"  {kind:8} accuracy {values['accuracy']:6.2f} %  loss {values['loss']:.4f}  (record {recorded:.2f} %)")
+    return final
+
+
+def _evaluate_detector(record: dict[str, Any], config: Config, weights: dict[str, Any]) -> dict[str, Any]:
+    from kalmannorm import data
+    from kalmannorm.data import coco
+    from kalmannorm.engine import detection, detector
+
+    model = detector.build(config)
+    model.load_state_dict(weights)
+    ranks = Ranks(config)
+    model.to(ranks.device)
+    dataset = config["dataset"]
+    images = coco.load(dataset["name"], data.root(config["data"]), dataset["classes"])
+    final = detection.evaluate_all(config, model, images, ranks)
+    print(f"run {record['id']}: {images.provenance['name']}, {images.provenance['fidelity']}")
+    for kind, values in final.items():
+        print(f"  {kind:8} {records.headline(values)}  (record {records.headline(record['final'][kind])})")
     return final
 
 
@@ -67,7 +103,8 @@ def export(run: str, file: str, overrides: list[str]) -> Path:
 
     record, _, weights = _finished(run, overrides)
     metadata = {key: json.dumps(record[key], sort_keys=True) for key in ("id", "config", "final", "data")}
-    records.write_atomically(Path(file), save({k: v.contiguous() for k, v in weights.items()}, metadata))
+    # Copies: safetensors refuses tensors that share memory, as an R that all layers share does.
+    records.write_atomically(Path(file), save({k: v.contiguous().clone() for k, v in weights.items()}, metadata))
     print(f"{file}: weights of run {record['id']}")
     return Path(file)
 

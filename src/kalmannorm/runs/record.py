@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 NUMERICS = 1
 
 
-def run_id(config: Config) -> str:
-    """Hash of what determines the result: 12 hexadecimal digits."""
-    text = json.dumps({"numerics": NUMERICS, **result_part(config)}, sort_keys=True)
+def run_id(config: Config, numerics: int | None = None) -> str:
+    """Hash of what determines the result: 12 hexadecimal digits. `numerics`: another version's than this."""
+    text = json.dumps({"numerics": NUMERICS if numerics is None else numerics, **result_part(config)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -85,6 +85,13 @@ def write_atomically(file: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from None
+
+
+def headline(values: dict[str, Any]) -> str:
+    """What a run reached under one kind of statistics, in a few words."""
+    if "accuracy" in values:
+        return f"{values['accuracy']:.2f} %"
+    return "  ".join(f"{kind} AP {values[f'{kind}_ap'] or 0:.2f}" for kind in ("box", "mask"))
 
 
 def host(device: str) -> dict[str, Any]:

@@ -1,116 +1,321 @@
 """A sweep: what an experiment asks for, less what is done. A report: its table or figure from the records."""
 
+import os
+import signal
 import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from kalmannorm.errors import Stopped, UserError
 from kalmannorm.report import read
 from kalmannorm.runs import record as records
-from kalmannorm.runs.config import Config, result_part
+from kalmannorm.runs.attempt import LOG, Outcome, write_failed
+from kalmannorm.runs.board import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, WAITING, Board, Job
+from kalmannorm.runs.config import Config, check_batches
 from kalmannorm.runs.experiment import Experiment, load
+from kalmannorm.runs.lock import holder
+from kalmannorm.runs.options import Options, split
+from kalmannorm.runs.predict import duration, predictor
+
+LOOK_EVERY = 2.0  # seconds between looks at a run that another process has
+STOP_SECONDS = 120.0  # that runs get to save themselves
+LOG_LINES = 15  # of a failed run
+
+
+class Launcher(Protocol):
+    """Where runs execute."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def parallel(self) -> int: ...  # runs at once
+    @property
+    def devices(self) -> int: ...  # most that one run can have
+
+    def room(self, devices: int) -> bool: ...
+    def start(self, config: Config, devices: int) -> None: ...
+    def ended(self, timeout: float) -> list[tuple[str, Outcome]]: ...
+    def ask_to_stop(self) -> None: ...
+    def kill(self) -> None: ...
+    def close(self) -> None: ...
 
 
 def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
-    """Runs what is missing and goes on past failures; 1 if a run failed."""
+    """Runs what is missing and goes on past failures; 1 if a run failed. `arguments`: overrides and options.HELP."""
+    options, arguments = split(arguments)
     experiment = load(name, arguments)
-    results = experiment.runs[0]["results"]
-    found = read.records(Path(results), records.NUMERICS)
+    kind = experiment.card.get("kind", "table")
+    if kind == "pending":
+        raise UserError(f"{name} cannot be run: {experiment.card['reason']}")
+    if kind == "parameters":
+        print(f"{name}: nothing to run; kalmannorm report {name} counts", file=sys.stderr)
+        return 0
+    if kind == "speed":
+        from kalmannorm.runs.speed import measure
+
+        return measure(experiment, dry_run)
+    return run(experiment, options, dry_run)
+
+
+def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
+    """The same for an experiment that is loaded. UserError: nothing ran, and why; KeyboardInterrupt, Stopped: a signal,
+    after which the same command goes on."""
+    found = read.records(Path(experiment.runs[0]["results"]), records.NUMERICS)
     done = {record["id"] for record in found.current if record["status"] == "done"}
-    missing = [config for config in experiment.runs if records.run_id(config) not in done]
-    _announce(experiment, missing, found)
+    predict = predictor(found)
+    on_gpu = experiment.runs[0]["device"] == "cuda"
+    asked = options.devices or (experiment.card.get("devices", 1) if on_gpu else 1)
+    asked = min(asked, options.gpu_count or asked)
+    jobs = []
+    for key, config in zip(experiment.keys, experiment.runs, strict=True):
+        jobs.append(Job(config, key, _devices(config, asked), predict(config)))
+    missing = [job for job in jobs if job.identity not in done]
+    _announce(experiment, jobs, missing, list_all=dry_run)
     if dry_run or not missing:
         return 0
-
-    from kalmannorm.runs.execute import execute
-
-    failed: list[str] = []
-    for number, config in enumerate(missing, 1):
-        print(f"[{number}/{len(missing)}] {_describe(config)}", file=sys.stderr)
-        identity = records.run_id(config)
-        try:
-            record = execute(config)
-        except (UserError, Stopped):
-            raise  # configuration, data or disk: every other run would meet the same; or a signal
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            record = {"id": identity, "numerics": records.NUMERICS, "status": "failed", "reason": reason}
-            record |= {"config": result_part(config), "host": records.host(config["device"])}
-            records.write(results, record)
-            print(f"{identity}: failed, {reason}", file=sys.stderr)
-        if record["status"] == "failed":
-            failed.append(f"  {identity} {_describe(config)}: {record['reason']}")
-    if failed:
-        print(f"{len(failed)} of {len(missing)} runs failed:", *failed, sep="\n", file=sys.stderr)
-    return 1 if failed else 0
+    if options.launcher != "local":
+        _make_paths_absolute(missing)
+    launcher = _launcher(options, missing[0].config, len(missing))
+    print(launcher.title, file=sys.stderr)
+    try:
+        for job in missing:
+            job.devices = _devices(job.config, min(job.devices, launcher.devices))
+        with Board(missing, len(jobs), launcher.parallel) as board:
+            _drive(missing, launcher, board, options.retries)
+    finally:
+        launcher.close()
+    return _conclude(missing)
 
 
 def report(name: str, arguments: list[str]) -> int:
     """Writes the experiment's files, prints the table and the paths."""
     from kalmannorm import report as reports
-    from kalmannorm.report import render, table
 
+    _, arguments = split(arguments)
     experiment = load(name, arguments)
-    results = Path(experiment.runs[0]["results"])
+    results = Path(experiment.runs[0]["results"] if experiment.runs else "results")
     found = reports.records(results, records.NUMERICS)
     paths = reports.write(experiment.card, found, results)
-    if experiment.card["kind"] == "table":
-        print(render.text(table.table(experiment.card, found)))
+    if (shown := reports.text(experiment.card, found)) is not None:
+        print(shown)
     for path in paths:
         print(path)
     return 0
 
 
-def _announce(experiment: Experiment, missing: list[Config], found: read.Records) -> None:
-    """The runs, and how long the missing ones should take, from the speed of runs like them on this machine."""
-    todo = {records.run_id(config) for config in missing}
+def report_all(arguments: list[str]) -> int:
+    """Writes all that the records give: tables, figures, claims.md, report.html; prints the paths."""
+    from kalmannorm import report as reports
+
+    results = place_of_results(arguments)
+    paths, problems = reports.write_all(reports.records(results, records.NUMERICS), results)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    for path in paths:
+        print(path)
+    return 0
+
+
+def compare(runs: list[str], arguments: list[str]) -> int:
+    """Prints two runs beside each other."""
+    from kalmannorm.report.compare import compare as compared
+
+    print(compared(place_of_results(arguments), *runs))
+    return 0
+
+
+def place_of_results(arguments: list[str]) -> Path:
+    """The results folder, where no other override means anything. UserError: another override."""
+    for argument in arguments:
+        if not argument.startswith("results="):
+            raise UserError(f"{argument!r}: expected results=FOLDER and nothing else; settings are in the records")
+    return Path(next((a.partition("=")[2] for a in reversed(arguments)), "results"))
+
+
+def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> None:
+    """Starts runs where there is room and settles those that ended, until none is left."""
+    waiting, elsewhere = deque(jobs), list[Job]()
+    running: dict[str, Job] = {}
+    looked = 0.0
+    with _signals() as asked:
+        while waiting or running or elsewhere:
+            while waiting and launcher.room(waiting[0].devices) and not asked:
+                job = waiting.popleft()
+                if (who := holder(job.config["runs"], job.identity)) is not None:
+                    elsewhere.append(_moved(job, who, board))
+                    continue
+                job.state, job.began, job.attempts = RUNNING, time.time(), job.attempts + 1
+                running[job.identity] = job
+                launcher.start(job.config, job.devices)
+                board.say(job, "started" if job.attempts == 1 else f"started again, attempt {job.attempts}")
+            for identity, outcome in launcher.ended(0.5):
+                job = running.pop(identity)
+                _settle(job, outcome, board, retries)
+                if job.state == ELSEWHERE:
+                    elsewhere.append(job)
+                elif job.state == WAITING:
+                    waiting.append(job)
+            if time.time() - looked > LOOK_EVERY:
+                looked = time.time()
+                for job in [job for job in elsewhere if holder(job.config["runs"], job.identity) is None]:
+                    elsewhere.remove(job)
+                    if records.is_done(job.config["results"], job.identity):
+                        job.state, job.reason = DONE, "by another process"
+                        board.say(job, "done by another process")
+                    else:
+                        job.state = WAITING
+                        waiting.append(job)
+            if asked:
+                break
+        if asked:
+            _stop(running, launcher, asked)
+
+
+def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
+    """Notes how an attempt ended."""
+    job.seconds, job.reason = time.time() - job.began, outcome.reason
+    if outcome.status == "done":
+        job.state = DONE
+        record = records.read(job.config["results"], job.identity)
+        assert record is not None
+        for other in board.jobs:  # what was not predicted takes as long as its like
+            if other.key == job.key and other.device_seconds is None:
+                other.device_seconds = record["host"]["seconds"] * job.devices
+        shown = "  ".join(f"{kind} {records.headline(values)}" for kind, values in record["final"].items())
+        board.say(job, f"done in {duration(job.seconds)}, {shown}")
+    elif outcome.status == "busy":
+        _moved(job, holder(job.config["runs"], job.identity) or "it has just left", board)
+    elif outcome.status == "refused":
+        job.state = REFUSED
+        board.say(job, f"refused: {outcome.reason}")
+    elif outcome.status == "diverged":
+        job.state = FAILED
+        board.say(job, f"failed: {outcome.reason}")
+    elif job.attempts <= retries:
+        job.state = WAITING
+        board.say(job, f"{outcome.reason}; once more, from its last checkpoint ({job.folder / LOG})")
+    else:
+        job.state = FAILED
+        write_failed(job.config, outcome.reason)
+        board.say(job, f"failed: {outcome.reason}")
+
+
+def _moved(job: Job, who: str, board: Board) -> Job:
+    """Somebody else has it: look again later."""
+    if job.state != ELSEWHERE:
+        job.state, job.reason = ELSEWHERE, who
+        board.say(job, f"another process has it ({who}), waiting for it")
+    job.attempts = max(0, job.attempts - 1)
+    return job
+
+
+def _stop(running: dict[str, Job], launcher: Launcher, asked: list[int]) -> None:
+    """Lets the runs save themselves; at a second signal, or after STOP_SECONDS, ends them. Raises what stopped us."""
+    print(f"stopping: {len(running)} runs save themselves; once more ends them at once", file=sys.stderr)
+    launcher.ask_to_stop()
+    until = time.monotonic() + STOP_SECONDS
+    while running and len(asked) == 1 and time.monotonic() < until:
+        for identity, _ in launcher.ended(0.5):
+            running.pop(identity)
+    if running:
+        launcher.kill()
+    raise KeyboardInterrupt if asked[0] == signal.SIGINT else Stopped(asked[0])
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that asked the sweep to stop while the context lasts, in order."""
+    asked: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _conclude(jobs: list[Job]) -> int:
+    """Lists what failed, with the ends of the logs. UserError: nothing but refusals."""
+    refused = [job for job in jobs if job.state == REFUSED]
+    failed = [job for job in jobs if job.state == FAILED]
+    for job in failed:
+        print(f"{job.identity} {job.key} seed {job.config['seed']}: {job.reason}", file=sys.stderr)
+        print(*(f"    {line}" for line in _tail(job.folder / LOG)), sep="\n", file=sys.stderr)
+        print(f"    ({job.folder / LOG}, {job.attempts} attempts)", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(jobs)} runs failed; the same command tries them again", file=sys.stderr)
+    if refused:
+        reasons = list(dict.fromkeys(job.reason for job in refused))
+        message = f"{len(refused)} of {len(jobs)} runs cannot be run: " + "\n  ".join(reasons)
+        if len(refused) == len(jobs):
+            raise UserError(message)
+        print(message, file=sys.stderr)
+    return 1 if failed or refused else 0
+
+
+def _tail(file: Path) -> list[str]:
+    try:
+        return file.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    except OSError:
+        return []
+
+
+def _announce(experiment: Experiment, jobs: list[Job], missing: list[Job], list_all: bool) -> None:
+    """How much there is to do, and how long it should take by the speed of recorded runs like these."""
     print(f"{experiment.card['name']}: {experiment.card['title']}", file=sys.stderr)
-    seconds, unknown = 0.0, 0
-    for key, config in zip(experiment.keys, experiment.runs, strict=True):
-        identity = records.run_id(config)
-        if identity not in todo:
-            state = "done"
-        elif (predicted := _predict(config, found)) is None:
-            state, unknown = "to run, time not known", unknown + 1
-        else:
-            state, seconds = f"to run, about {_duration(predicted)}", seconds + predicted
-        print(f"  {identity}  {key:18} seed {config['seed']}  {state}", file=sys.stderr)
-    total = f"about {_duration(seconds)}" if seconds else ""
-    rest = f"{unknown} of a kind not yet measured here" if unknown else ""
-    print(
-        f"{len(missing)} of {len(experiment.runs)} runs to do", *filter(None, (total, rest)), sep=", ", file=sys.stderr
-    )
+    todo = {job.identity for job in missing}
+    for job in jobs if list_all else []:
+        state = "to run" if job.identity in todo else "done"
+        if job.identity in todo:
+            state += ", time not known" if job.predicted is None else f", about {duration(job.predicted)}"
+            state += f" on {job.devices} devices" if job.devices > 1 else ""
+        print(f"  {job.identity}  {job.key:18} seed {job.config['seed']}  {state}", file=sys.stderr)
+    seconds = sum(job.device_seconds for job in missing if job.device_seconds is not None)
+    unknown = sum(job.device_seconds is None for job in missing)
+    parts = [f"{len(missing)} of {len(jobs)} runs to do"]
+    if seconds:
+        parts.append(f"about {duration(seconds)} on one device ({seconds / 3600:.2f} device-hours)")
+    if unknown:
+        parts.append(f"{unknown} of a kind not yet measured here")
+    print(", ".join(parts), file=sys.stderr)
 
 
-def _predict(config: Config, found: read.Records) -> float | None:
-    """Seconds of a run: those of the recorded runs of the same network, resolution and device, by epochs and images."""
-
-    def kind(c: Config) -> tuple[Any, ...]:
-        return c["arch"], c["norm"]["name"], c["norm"].get("predictor"), c["budget"]["size"], c["dataset"]["name"]
-
-    def work(c: Config) -> float:
-        return c["budget"]["epochs"] * (c["budget"]["subset"] or 1)
-
-    rates = [
-        record["host"]["seconds"] / work(record["config"])
-        for record in (*found.current, *found.stale)
-        if record["status"] == "done"
-        and kind(record["config"]) == kind(config)
-        and (record["config"]["budget"]["subset"] is None) == (config["budget"]["subset"] is None)
-        and record["host"]["device"].split(":")[0] == config["device"].split(":")[0]
-    ]
-    return sorted(rates)[len(rates) // 2] * work(config) if rates else None
+def _devices(config: Config, asked: int) -> int:
+    """Of a run: as many as asked for, or the most below that its statistics groups can be dealt to. UserError: none."""
+    for devices in range(asked, 1, -1):
+        try:
+            check_batches(config, devices)
+            return devices
+        except UserError:
+            continue
+    check_batches(config, 1)
+    return 1
 
 
-def _describe(config: Config) -> str:
-    norm, batch, budget = config["norm"], config["batch"], config["budget"]
-    return (
-        f"{config['dataset']['name']} {config['arch']['name']} {norm['name']} "
-        f"({batch['grad_batch']},{batch['stat_batch']}) {budget['name']} seed {config['seed']}"
-    )
+def _make_paths_absolute(jobs: list[Job]) -> None:
+    """Other machines start elsewhere; they see the same folders, on a shared file system."""
+    for job in jobs:
+        config = job.config
+        data = config["data"] or os.environ.get("KALMANNORM_DATA") or "data"
+        config["data"] = str(Path(data).expanduser().absolute())
+        config |= {key: str(Path(config[key]).absolute()) for key in ("results", "runs")}
+        job.folder = Path(config["runs"]) / job.identity
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _launcher(options: Options, config: Config, runs: int) -> Launcher:
+    if options.launcher == "ray":
+        from kalmannorm.runs.on_ray import OnRay
+
+        return OnRay(options, config["device"])
+    if options.launcher == "slurm":
+        from kalmannorm.runs.on_slurm import OnSlurm
+
+        return OnSlurm(options, config["device"], config["runs"])
+    from kalmannorm.runs.local import Local
+
+    return Local(options, config["device"], runs)

@@ -1,0 +1,113 @@
+"""What every loader has in common: which images a step sees, in which order, and what part of them this process takes.
+
+The engine knows loaders by this class alone. Where pixels come from is theirs: arrays on the device (`loader`), files
+through torchvision (`stream`), or FFCV's file (`beton`).
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kalmannorm.errors import UserError
+
+EVALUATION_SEED = 0  # order of `plain`; not the run's seed: all runs are evaluated on the same groups
+
+Batch = tuple[Tensor, Tensor]  # images float32 [n, 3, H, W], normalized, and labels int64 [n], on the device
+Counted = tuple[Tensor, Tensor, int]  # and how many of them count
+
+
+def mix(*numbers: int) -> int:
+    """One seed of 63 bits from several integers: the head of the sha256 of their decimal digits joined by commas.
+
+    The same on every platform and version; no structure of the arguments survives (seed 1, epoch 2 is as far from
+    seed 2, epoch 1 as from any other), even in the low 32 bits, which are all that torch's CPU generator uses.
+    """
+    digest = hashlib.sha256(",".join(str(int(number)) for number in numbers).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Batches(ABC):
+    """Batches of one split.
+
+    count: images of the split. batch: images per step over all devices. seed: of the order and the augmentation.
+    shard: (rank, world); this rank takes the positions rank::world of every batch (ALGORITHM.md 1).
+    """
+
+    def __init__(
+        self, count: int, *, batch: int, device: torch.device | str, seed: int = 0, shard: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.rank, self.world = shard
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"shard {shard}: the rank must be in [0, world)")
+        if batch < 1 or batch % self.world:
+            raise UserError(
+                f"batch {batch} cannot be dealt out to {self.world} devices: give a multiple of {self.world}"
+            )
+        self.count, self.batch, self.seed, self.device = count, batch, seed, torch.device(device)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; what is left over is dropped."""
+        return self.count // self.batch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Augmented batches of one epoch, from `start_step` on: float32 [batch / world, 3, H, W] and labels.
+
+        What a step yields depends on (seed, epoch, step) and the shard alone.
+        """
+        if self.steps_per_epoch == 0:
+            raise UserError(f"batch {self.batch} is larger than the {self.count} training images: give a smaller batch")
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step {start_step} of {self.steps_per_epoch}")
+        return self._epoch(epoch, start_step)
+
+    def plain(
+        self, batch: int, order: Tensor | NDArray[Any] | Sequence[int] | None = None, fill: int = 1
+    ) -> Iterator[Counted]:
+        """Batches without augmentation: (images, labels, counted). Every image is counted exactly once.
+
+        batch: images per step over all devices, a multiple of `fill`.
+        order: indices of the images; None: all of them, in `fixed_order`.
+        fill: the statistics batch. If the last batch is no multiple of it, the first images of the same order fill it
+        up to the next one; only the first `counted` images of a batch count.
+        With shards each rank gets whole statistics groups, in the order that keeps image i of G groups in group
+        i mod G; where they do not divide evenly some ranks get a group, and at the end a batch, less.
+        """
+        if fill < 1 or batch < 1 or batch % fill:
+            raise UserError(f"evaluation batch {batch} is not a multiple of the statistics batch {fill}")
+        if order is None:
+            indices = self.fixed_order()
+        else:
+            indices = torch.as_tensor(order, dtype=torch.int64, device="cpu")
+            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.count:
+                raise ValueError(f"order: indices must be in [0, {self.count})")
+        return self._plain(self._dealt(batch, indices, fill))
+
+    def fixed_order(self) -> Tensor:
+        """All images in a random order that is the same for every run: int64 [count]. Test sets may be sorted by class,
+        and who shares a statistics group matters."""
+        return torch.randperm(self.count, generator=torch.Generator().manual_seed(mix(EVALUATION_SEED)))
+
+    def _dealt(self, batch: int, order: Tensor, fill: int) -> Iterator[tuple[Tensor, int]]:
+        """This rank's part of every batch of `plain`: indices int64 [n], and how many of them count."""
+        for start in range(0, len(order), batch):
+            real = min(batch, len(order) - start)
+            groups = -(-real // fill)  # rounded up
+            position = torch.arange(groups * fill)
+            position = position[position % groups % self.world == self.rank]  # the groups of this rank
+            if len(position) == 0:
+                continue
+            counted = int((position < real).sum())
+            place = torch.where(position < real, start + position, (position - real) % len(order))
+            yield order.index_select(0, place), counted
+
+    @abstractmethod
+    def _epoch(self, epoch: int, start_step: int) -> Iterator[Batch]: ...
+
+    @abstractmethod
+    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]: ...

@@ -1,0 +1,85 @@
+"""FFCV's .beton files as a data set. `kalmannorm data ffcv` writes them (`beton_write`), `beton_loader` reads them."""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kalmannorm.data.folder import ELSE, SPLITS
+from kalmannorm.errors import UserError
+
+SOURCE = "beton.json"  # beside the two files: what they were made from, and how
+PIPELINE = "FFCV; crops and flips keyed by (seed, epoch, position), not FFCV's own, which ignore the seed"
+
+
+@dataclass(frozen=True)
+class Beton:
+    """One split: the images `indices` of a file. labels: int64 [len(indices)]."""
+
+    file: Path
+    indices: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, chosen: NDArray[Any]) -> "Beton":
+        return replace(self, indices=self.indices[chosen], labels=self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Betons:
+    """A data set as two .beton files; `provenance` goes into every record."""
+
+    train: Beton
+    test: Beton
+    classes: int
+    provenance: dict[str, Any]
+
+
+def require_ffcv() -> None:
+    """UserError where FFCV is not installed."""
+    if importlib.util.find_spec("ffcv") is None:
+        raise UserError("ffcv is not installed: `make setup-ffcv`, or dataset.loader=torchvision, which needs no extra")
+
+
+def load(root: Path, dataset: Mapping[str, Any]) -> Betons:
+    """The .beton files in `root/FOLDER`, or in `root` itself. UserError: missing, or damaged."""
+    require_ffcv()
+    name = dataset["name"]
+    places = (root / dataset["folder"], root)
+    folder = next((place for place in places if (place / SOURCE).is_file()), None)
+    if folder is None:
+        raise UserError(
+            f"data set {name!r} is not there as .beton files: looked for {SOURCE} in "
+            f"{' and '.join(str(place.absolute()) for place in places)}; write them from the image folder by "
+            f"`kalmannorm data ffcv {name} --root FOLDER`, or pass dataset.loader=torchvision; {ELSE}"
+        )
+    try:
+        source = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+        expected = {split: source["bytes"][split] for split in SPLITS}
+        classes, provenance = int(source["classes"]), {**source["provenance"], "beton": source["written"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / SOURCE} is not usable ({error}): write the .beton files again") from None
+    if provenance.get("name") not in (name, "image_folder"):
+        raise UserError(f"{folder.absolute()} has the .beton files of {provenance.get('name')!r}, not of {name!r}")
+    splits = []
+    for split in SPLITS:
+        file = folder / f"{split}.beton"
+        found = file.stat().st_size if file.is_file() else 0
+        if found != expected[split]:
+            raise UserError(f"{file} has {found:,} bytes, expected {expected[split]:,}: write or copy it again")
+        labels = _reader(file).metadata["f1"].astype(np.int64)
+        splits.append(Beton(file, np.arange(len(labels)), labels))
+    return Betons(splits[0], splits[1], classes, {**provenance, "name": name, "loader": PIPELINE})
+
+
+def _reader(file: Path) -> Any:
+    from ffcv.reader import Reader
+
+    return Reader(str(file))

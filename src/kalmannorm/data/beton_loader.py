@@ -1,0 +1,73 @@
+"""Images from FFCV's .beton files (`kalmannorm data ffcv` writes them): decoded by compiled code in threads.
+
+FFCV's own random crop and flip draw from numba's generators, which its `seed` does not reach: two runs of one seed see
+different images. So they are not used. Here an image's crop and flip come from its key (data/stream.py), which travels
+to the decoder in the upper half of the image's index; exact resume and 1 == k processes then hold as they do with
+torchvision. The pixels are not torchvision's: re-encoded when the file was written, resized by OpenCV's area method.
+"""
+
+import queue
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from kalmannorm.data.batches import Batch
+from kalmannorm.data.beton import Beton
+from kalmannorm.data.stream import RATIO, RESIZE, SCALE, Part, Stream
+
+
+class BetonLoader(Stream):
+    """Batches of one split of .beton files. size: of the crops; workers: threads that decode."""
+
+    borrowed = True
+
+    def __init__(self, split: Beton, *, size: int, flip: bool, workers: int = 1, **options: Any) -> None:
+        super().__init__(len(split), **options)
+        self.split, self.size, self.flip, self.workers = split, size, flip, max(1, workers)
+        self._compiled: dict[bool, Any] = {}
+
+    def decoded(self, parts: Iterator[Part], augment: bool, largest: int) -> Iterator[Batch]:
+        from ffcv.loader.epoch_iterator import EpochIterator
+
+        dealt = list(parts)
+        if not dealt:
+            return
+        indices, keys = (torch.cat(column).numpy() for column in zip(*dealt, strict=True))
+        order = self.split.indices[indices].astype(np.uint64) | (keys.astype(np.uint64) << np.uint64(32))
+        loader = self._loader(augment)
+        loader.batch_size = largest
+        decoding = EpochIterator(loader, order)
+        try:
+            for images, labels in decoding:
+                yield images.permute(0, 3, 1, 2), labels.flatten()
+        finally:  # an epoch that is left early: its thread waits for somebody to take what it has
+            decoding.close()
+            while decoding.is_alive():
+                with suppress(queue.Empty):
+                    decoding.output_queue.get(timeout=0.1)
+
+    def _loader(self, augment: bool) -> Any:
+        """FFCV's loader; compiled at its first use, seconds each for training and evaluation."""
+        if augment not in self._compiled:
+            from ffcv.loader import Loader, OrderOption
+            from ffcv.transforms import ToTensor
+
+            from kalmannorm.data.beton_decode import Crop, Label, set_threads
+
+            set_threads(self.workers)
+            crop = Crop(self.size, augment, self.flip and augment, SCALE, RATIO, 1 / RESIZE)
+            pipelines = {"image": [crop, ToTensor()], "label": [Label(), ToTensor()]}
+            self._compiled[augment] = Loader(
+                str(self.split.file),
+                batch_size=1,
+                num_workers=self.workers,
+                order=OrderOption.SEQUENTIAL,
+                pipelines=pipelines,
+                drop_last=False,
+                os_cache=True,
+                seed=0,
+            )
+        return self._compiled[augment]

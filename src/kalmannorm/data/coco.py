@@ -1,0 +1,282 @@
+"""COCO 2017 (Lin et al. 2014): images, boxes and masks, read from the official layout
+
+    ROOT/coco/{train2017,val2017}/*.jpg
+    ROOT/coco/annotations/instances_{train2017,val2017}.json
+
+by torchvision's CocoDetection and pycocotools (polygons and run-length masks). Crowd regions are left out of training,
+and so are images without any other object; both take part in evaluation, as COCO's own evaluation has it.
+
+Batches are of images of one orientation as far as possible (aspect-ratio grouping: less padding). What is drawn, the
+order and the flips, depends on (seed, epoch) and on the image alone.
+"""
+
+import contextlib
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CocoDetection
+from torchvision.transforms.functional import pil_to_tensor
+
+from kalmannorm.data.batches import EVALUATION_SEED, mix
+from kalmannorm.errors import UserError
+
+SPLITS = ("train2017", "val2017")
+OFFICIAL = (118_287, 5_000)
+OUTSIDE = 2.0  # pixels by which a box may leave its image: the official boxes are rounded, not exact
+SMALLEST = 1.0  # pixels: thinner boxes are no objects to train on
+
+
+@dataclass(frozen=True)
+class Coco:
+    """Both splits. `train_images`: positions in `train.ids` of the images that can be trained on.
+
+    `labels`: COCO's category id -> label 1..classes, in the order of the ids.
+    """
+
+    train: CocoDetection
+    test: CocoDetection
+    train_images: list[int]
+    labels: dict[int, int]
+    provenance: dict[str, str]
+
+
+def load(name: str, root: Path, classes: int) -> Coco:
+    """The set `name` from its folder under `root`, checked. UserError: whatever is missing, damaged or inconsistent."""
+    folder = root / name
+    train, test = (_read_split(folder, split) for split in SPLITS)
+    categories = sorted(train.coco.cats)
+    if len(categories) != classes:
+        raise UserError(f"{_annotations(folder, SPLITS[0])} has {len(categories)} categories, expected {classes}")
+    if categories != sorted(test.coco.cats):
+        raise UserError(f"the categories of {SPLITS[0]} and {SPLITS[1]} in {folder / 'annotations'} differ")
+    usable = [i for i, image in enumerate(train.ids) if any(map(trainable, train.coco.imgToAnns[image]))]
+    if not usable:
+        raise UserError(f"{_annotations(folder, SPLITS[0])} has no image with an object to train on")
+    counts = (len(train.ids), len(test.ids))
+    fidelity = f"{counts[0]:,} + {counts[1]:,} images as they are"
+    if counts != OFFICIAL:
+        fidelity += f", not the published {OFFICIAL[0]:,} + {OFFICIAL[1]:,}"
+    provenance = {"name": name, "fidelity": fidelity, "sha256": _digest(folder, train, test)}
+    return Coco(train, test, usable, {category: i + 1 for i, category in enumerate(categories)}, provenance)
+
+
+def trainable(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation is an object to train on: no crowd region, and not thinner than a pixel."""
+    return not annotation.get("iscrowd") and min(annotation["bbox"][2:]) >= SMALLEST
+
+
+def _annotations(folder: Path, split: str) -> Path:
+    return folder / "annotations" / f"instances_{split}.json"
+
+
+def _read_split(folder: Path, split: str) -> CocoDetection:
+    path = _annotations(folder, split)
+    if not path.is_file() or not (folder / split).is_dir():
+        missing = " and ".join(str(p) for p in (path, folder / split) if not p.exists())
+        raise UserError(
+            f"data set {folder.name!r} is not there: {missing} missing; get train2017, val2017 and the annotations of "
+            f"2017 from cocodataset.org and unpack them into {folder.absolute()}, or name another root by data=FOLDER; "
+            "`dataset=digits` runs without any download"
+        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports to the terminal
+            found = CocoDetection(str(folder / split), str(path))
+        missing_keys = [key for key in ("images", "annotations", "categories") if key not in found.coco.dataset]
+        if missing_keys:
+            raise KeyError(*missing_keys)
+        _check(found, folder / split, path)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"cannot read {path}: {reason}; expected COCO's instances format, get the file again") from None
+    return found
+
+
+def _check(split: CocoDetection, images: Path, path: Path) -> None:
+    there = {entry.name for entry in images.iterdir()}
+    for image in split.coco.imgs.values():
+        if image["file_name"] not in there:
+            raise UserError(f"{path} names {image['file_name']}, which is not in {images}: get the images again")
+    for annotation in split.coco.anns.values():
+        where = f"{path}: annotation {annotation['id']}"
+        if annotation["image_id"] not in split.coco.imgs or annotation["category_id"] not in split.coco.cats:
+            raise UserError(f"{where} is of an image or category that the file does not list; get the file again")
+        image = split.coco.imgs[annotation["image_id"]]
+        x, y, width, height = (float(value) for value in annotation["bbox"])
+        inside = min(x, y) >= -OUTSIDE and x + width <= image["width"] + OUTSIDE
+        if not (inside and y + height <= image["height"] + OUTSIDE and min(width, height) >= 0):
+            raise UserError(
+                f"{where} has the box {annotation['bbox']}, outside of its image {image['file_name']} of "
+                f"{image['width']} x {image['height']} pixels; correct or delete it"
+            )
+        if not annotation.get("segmentation"):
+            raise UserError(f"{where} has no mask (segmentation): expected polygons or a run-length code")
+
+
+def _digest(folder: Path, *splits: CocoDetection) -> str:
+    """sha256 over both annotation files, and over every image's name and number of bytes (not its 20 GB of pixels)."""
+    total = hashlib.sha256()
+    for split, found in zip(SPLITS, splits, strict=True):
+        with _annotations(folder, split).open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+        for image in sorted(found.coco.imgs.values(), key=lambda image: image["file_name"]):
+            size = (folder / split / image["file_name"]).stat().st_size
+            total.update(f"{image['file_name']} {size}\n".encode())
+    return total.hexdigest()
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+Item = tuple[Tensor, dict[str, Any]]
+
+
+class Images(Dataset[Item]):
+    """(position in the split, flipped, key) -> uint8 image [3, H, W], torchvision's target with `image_id` and `key`.
+
+    The target's boxes [n, 4] (left, top, right, bottom, in pixels), labels [n] and masks uint8 [n, H, W] are of the
+    objects that can be trained on.
+    """
+
+    def __init__(self, split: CocoDetection, labels: dict[int, int]) -> None:
+        self.split, self.labels = split, labels
+
+    def __getitem__(self, item: tuple[int, bool, int]) -> Item:
+        position, flipped, key = item
+        try:
+            picture, annotations = self.split[position]
+        except OSError as error:
+            name = self.split.coco.imgs[self.split.ids[position]]["file_name"]
+            raise UserError(f"cannot read {Path(self.split.root) / name}: {error}; get the image again") from None
+        image = pil_to_tensor(picture)
+        height, width = image.shape[1:]
+        listed = self.split.coco.imgs[self.split.ids[position]]
+        if (height, width) != (listed["height"], listed["width"]):
+            raise UserError(
+                f"{Path(self.split.root) / listed['file_name']} has {width} x {height} pixels, its annotations say "
+                f"{listed['width']} x {listed['height']}: get the image again"
+            )
+        objects = [annotation for annotation in annotations if trainable(annotation)]
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+        masks = torch.zeros(len(objects), height, width, dtype=torch.uint8)
+        for mask, annotation in zip(masks, objects, strict=True):
+            mask.copy_(torch.from_numpy(self.split.coco.annToMask(annotation)))
+        if flipped:
+            image, masks = image.flip(-1), masks.flip(-1)
+            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+        labels = torch.tensor([self.labels[a["category_id"]] for a in objects], dtype=torch.int64)
+        target = {"boxes": boxes, "labels": labels, "masks": masks}
+        return image, target | {"image_id": self.split.ids[position], "key": key}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's part of a step's images, on the device; `canvas`: what the whole step's images are padded to."""
+
+    images: list[Tensor]  # float [3, H, W] in [0, 1]
+    targets: list[dict[str, Any]]
+    canvas: tuple[int, int]
+
+
+class TrainingBatches:
+    """Batches of the training images `positions`; this process takes images rank, rank + world, ... of each batch."""
+
+    def __init__(
+        self,
+        coco: Coco,
+        positions: list[int],
+        *,
+        batch: int,
+        size: tuple[int, int],
+        seed: int,
+        device: torch.device,
+        shard: tuple[int, int] = (0, 1),
+        workers: int = 0,
+    ) -> None:
+        if batch > len(positions):
+            raise UserError(f"batch {batch} is larger than the {len(positions)} training images: give a smaller batch")
+        self.images, self.positions, self.batch, self.size = Images(coco.train, coco.labels), positions, batch, size
+        self.seed, self.device, self.shard, self.workers = seed, device, shard, workers
+        listed = (coco.train.coco.imgs[coco.train.ids[position]] for position in positions)
+        self.shapes = [(image["height"], image["width"]) for image in listed]
+
+    @property
+    def count(self) -> int:
+        return len(self.positions)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; what is left over is dropped."""
+        return self.count // self.batch
+
+    def order(self, epoch: int) -> list[list[int]]:
+        """Per step the indices (into `positions`) of its images: of one orientation, but for what is left over."""
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        shuffled: list[int] = torch.randperm(self.count, generator=generator).tolist()
+        wide = [i for i in shuffled if self.shapes[i][1] >= self.shapes[i][0]]
+        tall = [i for i in shuffled if self.shapes[i][1] < self.shapes[i][0]]
+        batches: list[list[int]] = []
+        left: list[int] = []
+        for group in (wide, tall):
+            whole = len(group) - len(group) % self.batch
+            batches += [group[start : start + self.batch] for start in range(0, whole, self.batch)]
+            left += group[whole:]
+        batches += [left[start : start + self.batch] for start in range(0, len(left), self.batch)]
+        batches = [batch for batch in batches if len(batch) == self.batch]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from `start_step` on, each image mirrored with probability 1/2."""
+        order = self.order(epoch)[start_step:]
+        rank, world = self.shard
+        mine = [[self._item(i, epoch) for i in batch[rank::world]] for batch in order]
+        loader = DataLoader(self.images, batch_sampler=mine, num_workers=self.workers, collate_fn=list)
+        for indices, items in zip(order, loader, strict=True):
+            images = [image.to(self.device).float() / 255 for image, _ in items]
+            targets = [_to(target, self.device) for _, target in items]
+            yield Batch(images, targets, self._canvas(indices))
+
+    def _item(self, index: int, epoch: int) -> tuple[int, bool, int]:
+        position = self.positions[index]
+        key = mix(self.seed, epoch, position)
+        return position, bool(key & 1), key
+
+    def _canvas(self, indices: list[int]) -> tuple[int, int]:
+        shapes = [resized(*self.shapes[i], *self.size) for i in indices]
+        return max(height for height, _ in shapes), max(width for _, width in shapes)
+
+
+def resized(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
+    """Height and width after torchvision's resizing of the short side to `size`, the long one to at most `max_size`."""
+    scale = min(size / min(height, width), max_size / max(height, width))
+    return math.floor(height * scale), math.floor(width * scale)
+
+
+def evaluation_order(count: int) -> list[int]:
+    """All the images in a fixed random order, the same for all runs: who shares a statistics group matters."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(EVALUATION_SEED))).tolist()
+
+
+def choose(positions: list[int], count: int | None) -> list[int]:
+    """`count` of the images, always the same ones, in ascending order; None: all."""
+    if count is None:
+        return positions
+    if count > len(positions):
+        raise UserError(f"a subset of {count:,} images of {len(positions):,}: expected at most as many as there are")
+    return sorted(np.random.RandomState(0).permutation(positions)[:count].tolist())
+
+
+def _to(target: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}

@@ -1,0 +1,194 @@
+"""Images decoded by torchvision's transforms in worker processes, a few batches ahead; normalized on the device.
+
+Training: random-resized crop and flip; evaluation: resize and centre crop (torchvision's ImageNet references).
+Every image of an epoch has a key, drawn beforehand from (seed, epoch) by its place in the epoch, and its crop is drawn
+from that key. So what a step yields depends neither on the workers nor on the processes, and a run that goes on in
+mid-epoch decodes only what it has not seen.
+"""
+
+import signal
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from kalmannorm.data.batches import Batch, Batches, Counted, mix
+from kalmannorm.data.folder import Files, Unreadable, read_rgb
+from kalmannorm.errors import UserError
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect of the random-resized crop (torchvision's defaults)
+RESIZE = 256 / 224  # evaluation: the shorter side becomes this much larger than the crop
+AHEAD = 4  # batches that each worker prepares
+GRACE = 20  # seconds that a worker lives on after SIGTERM
+PLAIN = -1  # the key of an image that is not augmented
+
+Sample = tuple[Tensor, int]  # uint8 [3, size, size], label
+Part = tuple[Tensor, Tensor]  # indices and keys of the images of one step, int64 [n]
+
+
+class Stream(Batches):
+    """Batches of images that a source decodes while the device works. mean, std: per channel, on the scale 0..1."""
+
+    borrowed = False  # whether the source writes over a batch some batches later
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        batch: int,
+        device: torch.device | str,
+        mean: list[float],
+        std: list[float],
+        seed: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        super().__init__(count, batch=batch, device=device, seed=seed, shard=shard)
+        self.mean, self.std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
+
+    def draws(self, epoch: int) -> Part:
+        """Indices and keys of this rank in all of an epoch. Permutation, then keys, are drawn for all N positions: a
+        change of it changes results (NUMERICS)."""
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(self.count, generator=generator)
+        keys = torch.randint(2**32, (self.count,), generator=generator)
+        mine = slice(self.rank, self.steps_per_epoch * self.batch, self.world)
+        return order[mine], keys[mine]
+
+    def _epoch(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        order, keys = self.draws(epoch)
+        local = self.batch // self.world
+        parts = zip(order.split(local)[start_step:], keys.split(local)[start_step:], strict=True)
+        return self._on_device(self.decoded(parts, True, local))
+
+    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
+        dealt = list(parts)
+        keyed = ((indices, torch.zeros_like(indices)) for indices, _ in dealt)
+        largest = max((len(indices) for indices, _ in dealt), default=0)
+        images = self._on_device(self.decoded(keyed, False, largest))
+        for (x, labels), (_, counted) in zip(images, dealt, strict=True):
+            yield x, labels, counted
+
+    @abstractmethod
+    def decoded(self, parts: Iterator[Part], augment: bool, largest: int) -> Iterator[Batch]:
+        """The images of every part, in order: uint8 [n, 3, size, size] in any memory format, and labels; on the CPU.
+        Every part has `largest` images, but for the last one, which may have less."""
+
+    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """On a GPU the next batch is copied and normalized on a stream of its own while this one is used."""
+        if self.device.type != "cuda":
+            for images, labels in batches:
+                yield self._normalized(images), labels.clone()
+            return
+        side, ready = torch.cuda.Stream(self.device), None
+        for images, labels in batches:
+            with torch.cuda.stream(side):
+                x = self._normalized(self._copied(images))
+                following = (x, self._copied(labels), side.record_event())
+            if ready is not None:
+                yield _claimed(*ready)
+            ready = following
+        if ready is not None:
+            yield _claimed(*ready)
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """To the device, without waiting: from pinned memory that nobody writes to before the copy is done."""
+        if self.borrowed:
+            tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+        elif not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
+
+
+def _claimed(images: Tensor, labels: Tensor, copied: torch.cuda.Event) -> Batch:
+    """The batch, for the stream that asks: it waits for the copy, and the memory is not reused before it is done."""
+    current = torch.cuda.current_stream(images.device)
+    current.wait_event(copied)
+    images.record_stream(current)
+    labels.record_stream(current)
+    return images, labels
+
+
+class FolderLoader(Stream):
+    """Batches of one split of an image folder. size: of the crops; workers: processes that decode, 0: this one."""
+
+    def __init__(self, files: Files, *, size: int, flip: bool, workers: int = 0, **options: Any) -> None:
+        super().__init__(len(files), **options)
+        self._plan = _Plan()
+        self._loader = DataLoader(
+            _Decode(files, size, flip),
+            batch_sampler=self._plan,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_stack,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+            prefetch_factor=AHEAD if workers > 0 else None,
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # else it draws from the global one
+        )
+
+    def decoded(self, parts: Iterator[Part], augment: bool, largest: int) -> Iterator[Batch]:
+        self._plan.parts, self._plan.augment = parts, augment
+        for found in self._loader:
+            if isinstance(found, str):
+                raise UserError(
+                    f"{found}; repair or remove it, or pass dataset.unreadable=skip to leave out what cannot be read"
+                )
+            yield found
+
+
+class _Plan:
+    """The images of the steps to come, (index, key) each, as the DataLoader asks for them."""
+
+    parts: Iterator[Part] = iter(())
+    augment = True
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for indices, keys in self.parts:
+            yield list(zip(indices.tolist(), keys.tolist() if self.augment else [PLAIN] * len(keys), strict=True))
+
+
+class _Decode(Dataset[Sample | str]):
+    """(index, key) -> image and label; or what is wrong with the file: an exception would lose its form on the way."""
+
+    def __init__(self, files: Files, size: int, flip: bool) -> None:
+        self.files = files
+        mirror = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
+        self.augment = v2.Compose([v2.RandomResizedCrop(size, SCALE, RATIO), mirror, v2.PILToTensor()])
+        self.plain = v2.Compose([v2.Resize(round(size * RESIZE)), v2.CenterCrop(size), v2.PILToTensor()])
+
+    def __getitem__(self, drawn: tuple[int, int]) -> Sample | str:
+        index, key = drawn
+        try:
+            image = read_rgb(self.files.path(index))
+        except Unreadable as error:
+            return str(error)
+        label = int(self.files.labels[index])
+        if key == PLAIN:
+            return self.plain(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(key)  # torch.manual_seed would look for GPUs
+            return self.augment(image), label
+
+
+def _stack(samples: list[Sample | str]) -> Batch | str:
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _begin_worker(number: int) -> None:
+    """Signals that ask a run to stop reach its whole process group: the run needs its workers to end the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # also how an interpreter that ends ends its workers
+    warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF data, which nobody reads

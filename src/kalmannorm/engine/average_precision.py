@@ -1,0 +1,113 @@
+"""Evaluation of a detector by pycocotools: average precision of boxes and masks, every image counted once."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as run_length
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from torchvision.datasets import CocoDetection
+
+from kalmannorm.data.coco import Images, evaluation_order
+from kalmannorm.engine.ranks import Ranks
+from kalmannorm.statistics import set_statistics, shard_noise
+
+# pycocotools' first six numbers, in its order: over IoU 0.5 to 0.95, at 0.5, at 0.75; of small, medium, large objects.
+NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+KINDS = {"box": "bbox", "mask": "segm"}
+
+Detections = list[dict[str, Any]]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    split: CocoDetection,
+    labels: dict[int, int],
+    positions: list[int],
+    statistics: str,
+    stat_batch: int | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """AP in percent (box_ap, mask_ap50, ...; None where no object is of that size) over the images at `positions`.
+
+    `moving`: images one by one. `online`: the backbone measures the images of each group of `stat_batch`; the head
+    keeps to its moving averages, since it sees other regions than in training: all proposed ones, then detections.
+    The images are dealt out to the ranks, all of which return the same.
+    """
+    shard_noise(model, (0, 1))
+    set_statistics(model, "moving")
+    if statistics == "online":
+        set_statistics(model.body, "online")  # type: ignore[arg-type]
+    model.eval()
+    categories = {label: category for category, label in labels.items()}
+    images = Images(split, labels)
+    found: Detections = []
+    for group in _groups(len(positions), (stat_batch or 1) if statistics == "online" else 1, ranks):
+        pictures = [images[positions[i], False, 0] for i, _ in group]
+        outputs = model([image.to(ranks.device).float() / 255 for image, _ in pictures])
+        for (_, counted), (_, target), output in zip(group, pictures, outputs, strict=True):
+            if counted:
+                found += as_results(output, target["image_id"], categories)
+    set_statistics(model, "moving")
+    gathered = ranks.gather(found)
+    together = [detection for part in gathered for detection in part]
+    ids = [split.ids[position] for position in positions]
+    return ranks.from_main(average_precision(split, ids, together) if ranks.main else None)
+
+
+def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, bool]]]:
+    """This rank's groups of `size` images in the fixed random order, as (number, whether it counts): the first images
+    fill the last group, uncounted."""
+    order = evaluation_order(count)
+    for start in range(ranks.rank * size, count, ranks.world * size):
+        real = order[start : start + size]
+        filling = [order[i % count] for i in range(size - len(real))]
+        yield [(i, True) for i in real] + [(i, False) for i in filling]
+
+
+def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, int]) -> Detections:
+    """One image's detections in COCO's result format, masks cut at 1/2 as run-length codes."""
+    boxes, scores, labels = (output[key].double().cpu().numpy() for key in ("boxes", "scores", "labels"))
+    masks = (output["masks"][:, 0] > 0.5).to(torch.uint8).cpu().numpy()
+    results = []
+    for (left, top, right, bottom), score, label, mask in zip(boxes, scores, labels, masks, strict=True):
+        results.append(
+            {
+                "image_id": image_id,
+                "category_id": categories[int(label)],
+                "bbox": [float(v) for v in (left, top, right - left, bottom - top)],
+                "score": float(score),
+                "segmentation": run_length.encode(np.asfortranarray(mask)),
+            }
+        )
+    return results
+
+
+def average_precision(split: CocoDetection, ids: list[int], detections: Detections) -> dict[str, Any]:
+    """pycocotools' box and mask AP of `detections` on the images `ids`, in percent, and how many of both there were."""
+    values: dict[str, Any] = {"images": len(ids), "detections": len(detections)}
+    for name, kind in KINDS.items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            results = split.coco.loadRes(_of_kind(detections, kind)) if detections else None
+            evaluation = COCOeval(split.coco, results, kind) if results else None
+            if evaluation is not None:
+                evaluation.params.imgIds = sorted(ids)
+                evaluation.evaluate()
+                evaluation.accumulate()
+                evaluation.summarize()
+        # Without a single detection all is 0; -1 is pycocotools' word for "no such object".
+        numbers = [0.0] * len(NAMES) if evaluation is None else evaluation.stats[: len(NAMES)]
+        for key, number in zip(NAMES, numbers, strict=True):
+            values[f"{name}_{key}"] = None if number < 0 else 100 * float(number)
+    return values
+
+
+def _of_kind(detections: Detections, kind: str) -> Detections:
+    """Without the other kind's field: pycocotools tells the kind of a result by the fields it has."""
+    other = {"bbox": "segmentation", "segm": "bbox"}[kind]
+    return [{key: value for key, value in detection.items() if key != other} for detection in detections]

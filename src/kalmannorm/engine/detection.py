@@ -1,0 +1,253 @@
+"""Detection, the second task beside classification: training of one run, from its configuration to its record.
+
+As train.py, with the same checkpoints, signals, records and ranks; read that first. An epoch is a pass over the images,
+the run may end within one (`dataset.steps`), and detectors are evaluated once, at the end.
+"""
+
+import math
+import os
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm import data
+from kalmannorm.data import coco
+from kalmannorm.data.coco import Batch, Coco, TrainingBatches
+from kalmannorm.engine import detector
+from kalmannorm.engine.average_precision import evaluate
+from kalmannorm.engine.model import Config, optimizer
+from kalmannorm.engine.picture import draw_detections
+from kalmannorm.engine.progress import Progress
+from kalmannorm.engine.ranks import Ranks
+from kalmannorm.engine.session import Session, StopRequest
+from kalmannorm.engine.train import CHECK_EVERY, Diverged, check_room
+from kalmannorm.models.mask_rcnn import LOSSES
+from kalmannorm.runs import record as records
+from kalmannorm.runs.config import result_part
+from kalmannorm.statistics import flush_moving, normalizers, place_batch, spread_batches
+
+# One value an epoch each; train_loss is the sum of the others.
+CURVES = ("epoch", "step", "lr", "train_loss", *LOSSES)
+SHOWN = 4  # validation images in the picture
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains and evaluates one run; writes and returns its record, as train.run does.
+
+    record["final"][kind] holds AP in percent (average_precision.NAMES for box and mask) under moving and online
+    statistics; precise ones are not offered: the head's regions differ between training and evaluation.
+    record["weights"] says where the weights, and a frozen normalizer's constants, come from.
+    """
+    if config["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    ranks = Ranks(config)
+    identity = records.run_id(config)
+    folder = Path(config["runs"]) / identity
+    model = detector.build(config)
+    dataset = config["dataset"]
+    images = coco.load(dataset["name"], data.root(config["data"]), dataset["classes"])
+    if ranks.main:
+        check_room(folder, model)
+    batches = training_batches(config, images, ranks)
+
+    record: dict[str, Any] = {
+        "id": identity,
+        "numerics": records.NUMERICS,
+        "status": "done",
+        "reason": None,
+        "config": result_part(config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": images.provenance | {"train_images": batches.count, "test_images": len(images.test.ids)},
+        "host": records.host(str(ranks.device)) | {"processes": ranks.world},
+    }
+    origin = "ImageNet weights from a file" if config["arch"]["pretrained"] else "trained from scratch"
+    record["weights"] = {"origin": origin, "sha256": config["arch"]["pretrained"]}
+    model.to(ranks.device)
+    session = Session(identity, folder, model, optimizer(model, config["schedule"]), ranks)
+    session.curves = {key: [] for key in CURVES}
+    record["curves"] = session.curves
+    with Progress(identity, config, quiet=not ranks.main) as progress, StopRequest(ranks) as stop:
+        try:
+            session.restore()
+            _begin(config, session, batches, record["weights"])
+            _fit(config, session, batches, progress, stop)
+            record["final"] = evaluate_all(config, model, images, ranks)
+            stop.check()
+            if count := dataset["train_images_evaluated"]:
+                seen = coco.choose(batches.positions, min(count, batches.count))
+                record["final_on_training_images"] = evaluate(
+                    model, images.train, images.labels, seen, "moving", None, ranks
+                )
+            record["norms"] = detector.describe(model)
+            if ranks.main:
+                draw_detections(model, images, SHOWN, ranks.device, folder / "detections.png")
+        except Diverged as error:
+            record |= {"status": "failed", "reason": str(error)}
+        trained = (session.epoch * batches.steps_per_epoch + session.step) * batches.batch
+        record["host"] |= {
+            "seconds": round(progress.seconds, 1),
+            "train_seconds": round(session.seconds, 1),
+            "images_per_s": round(trained / session.seconds, 2) if session.seconds else None,
+        }
+    if ranks.main:
+        records.write(config["results"], record)
+    record = ranks.from_main(record)
+    ranks.leave()
+    return record
+
+
+def training_batches(config: Config, images: Coco, ranks: Ranks, whole: bool = False) -> TrainingBatches:
+    """The training images of the budget, dealt out to the ranks; `whole`: all of them for this one."""
+    return TrainingBatches(
+        images,
+        coco.choose(images.train_images, config["budget"]["subset"]),
+        batch=config["batch"]["grad_batch"],
+        size=(config["budget"]["size"], config["arch"]["max_size"]),
+        seed=config["seed"],
+        device=ranks.device,
+        shard=(0, 1) if whole else ranks.shard,
+        workers=min(8, (os.cpu_count() or 1) // ranks.world) if ranks.device.type == "cuda" else 0,
+    )
+
+
+def _begin(config: Config, session: Session, batches: TrainingBatches, weights: dict[str, Any]) -> None:
+    """What a run that does not go on from a checkpoint begins with; says in `weights` where constants come from."""
+    fresh = session.epoch == session.step == 0
+    if config["weights"] is not None and fresh:
+        detector.load_pretrained(session.model, config["weights"])
+    if config["norm"]["name"] != "frozen":
+        return
+    if config["arch"]["pretrained"]:
+        weights["constants"] = "of the file"
+        return
+    seen = min(detector.CONSTANTS_BATCHES, batches.steps_per_epoch) * batches.batch
+    weights["constants"] = f"measured once, under the initial weights, on {seen} training images"
+    if fresh:
+        alone = TrainingBatches.__new__(TrainingBatches)
+        alone.__dict__ |= batches.__dict__ | {"shard": (0, 1)}  # every rank measures on the whole batches
+        detector.measure_constants(session.model, config, alone)
+
+
+def total_steps(config: Config, batches: TrainingBatches) -> int:
+    """Steps of the run."""
+    whole = config["budget"]["epochs"] * batches.steps_per_epoch
+    return min(whole, config["dataset"]["steps"] or whole)
+
+
+def learning_rate(step: int, total: int, schedule: dict[str, Any], batch: int) -> float:
+    """Rate of a step (from 0) of a run of `total` steps: the schedule's, scaled to that, times the batch."""
+    rate = schedule["lr"] * batch / schedule["of_batch"]
+    warmup = min(schedule["warmup"], total // 10)
+    if step < warmup:
+        return rate * (1 / 3 + 2 / 3 * step / warmup)
+    return rate * 0.1 ** sum(step * schedule["of_steps"] >= drop * total for drop in schedule["drops"])
+
+
+def _fit(config: Config, session: Session, batches: TrainingBatches, progress: Progress, stop: StopRequest) -> None:
+    """The training, from where the last checkpoint left it. Raises Diverged and Stopped."""
+    steps, total = batches.steps_per_epoch, total_steps(config, batches)
+    progress.begin(session.epoch * steps + session.step, steps, batches.batch, session.folder)
+    forward = session.ranks.wrap(session.model)
+    spread_batches(session.model, session.ranks.world * config["accumulate"] > 1)
+    epochs = math.ceil(total / steps)
+    while len(session.curves["epoch"]) < epochs:
+        trained = train_epoch(config, session, forward, batches, progress, stop)
+        for key, value in trained.items():
+            session.curves[key].append(value)
+        if session.step == steps:
+            session.begin_epoch(session.epoch + 1)
+        if _due(config, trained["step"], total):
+            session.save()
+        progress.epoch(session.curves)
+    spread_batches(session.model, False)
+
+
+def train_epoch(
+    config: Config,
+    session: Session,
+    forward: nn.Module,
+    batches: TrainingBatches,
+    progress: Progress,
+    stop: StopRequest,
+) -> dict[str, Any]:
+    """The rest of the session's epoch, or of the run; `forward`: the wrapped model. Returns the curves' new values."""
+    schedule, total = config["schedule"], total_steps(config, batches)
+    before_epoch = session.epoch * batches.steps_per_epoch
+    last = min(batches.steps_per_epoch, total - before_epoch)
+    autocast = torch.autocast(batches.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
+    session.model.train()
+    began, before = time.perf_counter(), session.seconds
+    for batch in islice(batches.epoch(session.epoch, session.step), last - session.step):
+        rate = learning_rate(before_epoch + session.step, total, schedule, batches.batch)
+        for group in session.optimizer.param_groups:
+            group["lr"] = rate
+        session.optimizer.zero_grad(set_to_none=True)
+        _forward_backward(session, forward, autocast, batch, config["accumulate"], before_epoch + session.step)
+        session.optimizer.step()
+        session.step += 1
+        session.seconds = before + time.perf_counter() - began
+        done = before_epoch + session.step
+        if session.step % CHECK_EVERY == 0 or session.step == last:
+            loss = sum(_means(session).values())
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss is not finite in epoch {session.epoch + 1}, step {session.step} of {last}")
+            progress.step(done, loss)
+        if (stopping := stop.asked()) or (_due(config, done, total) and session.step < last):
+            session.save()
+            if stopping:
+                stop.check()
+    means = _means(session)
+    return {
+        "epoch": session.epoch + 1,
+        "step": before_epoch + session.step,
+        "lr": session.optimizer.param_groups[0]["lr"],
+        "train_loss": sum(means.values()),
+        **means,
+    }
+
+
+def _due(config: Config, done: int, total: int) -> bool:
+    """Whether a checkpoint is due after `done` steps: an epoch of a small set is too short for one of its own."""
+    return done % max(1, round(config["checkpoint_every"] * total)) == 0 or done == total
+
+
+def _forward_backward(
+    session: Session, forward: nn.Module, autocast: torch.autocast, batch: Batch, parts: int, step: int
+) -> None:
+    """Gradients of one step, in `parts` micro-batches, dealt out interleaved as the images of a batch are."""
+    ranks = session.ranks
+    for part in range(parts):
+        if ranks.world * parts > 1:
+            place_batch(session.model, step, ranks.rank + ranks.world * part, ranks.world * parts)
+        with ranks.without_exchange(forward, last=part == parts - 1):
+            with autocast:
+                losses: dict[str, Tensor] = forward(batch.images[part::parts], batch.targets[part::parts], batch.canvas)
+            each = torch.stack([losses[name] for name in LOSSES]) / parts
+            each.sum().backward()
+        # The session's sum begins as one number: here it is one for each loss.
+        session.loss_sum = session.loss_sum + each.detach()
+    if ranks.world * parts > 1:
+        flush_moving(session.model)
+
+
+def _means(session: Session) -> dict[str, float]:
+    """The losses' means over the epoch's steps so far, over all ranks."""
+    (sums,) = session.ranks.sum(session.loss_sum)
+    values = (sums / (session.step * session.ranks.world)).tolist()
+    return dict(zip(LOSSES, values, strict=True))
+
+
+def evaluate_all(config: Config, model: nn.Module, images: Coco, ranks: Ranks) -> dict[str, Any]:
+    """AP on all validation images under each kind of statistics; without batch statistics both are one, made once."""
+    everything, stat_batch = list(range(len(images.test.ids))), config["batch"]["stat_batch"]
+    final = {"moving": evaluate(model, images.test, images.labels, everything, "moving", stat_batch, ranks)}
+    if normalizers(model):
+        final["online"] = evaluate(model, images.test, images.labels, everything, "online", stat_batch, ranks)
+    else:
+        final["online"] = final["moving"]
+    return final

@@ -1,0 +1,192 @@
+"""A detection run's model: Mask R-CNN with its normalizers converted part by part, its weights, its constants."""
+
+import copy
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.conversion import Converted, convert
+from kalmannorm.data.batches import mix
+from kalmannorm.data.coco import TrainingBatches
+from kalmannorm.engine.model import Config
+from kalmannorm.errors import UserError, nearest
+from kalmannorm.models.mask_rcnn import MaskRCNNC4
+from kalmannorm.norm import Estimator
+from kalmannorm.presets import BATCH_STATISTICS, KALMAN
+from kalmannorm.statistics import normalizers, seed_noise
+
+DETECTORS = {"mask_rcnn_c4": MaskRCNNC4}
+# What torch.fx can trace of a detector, each converted on its own. The second is that of torchvision's FPN models.
+PARTS = ("body", "backbone.body", "roi_heads.box_head")
+STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the first n + 1 of them are n frozen stages
+BELIEF_ENDS = "roi_align (rows of images become rows of regions; arch.roi_belief=carry hands the belief on)"
+NEEDS_MORE = {"brn": "follows a schedule", "wn": "begins with a pass over data"}
+# Training batches from which constants are measured where no pretrained weights bring them.
+CONSTANTS_BATCHES = 10
+
+
+def build(config: Config) -> nn.Module:
+    """The converted detector, with fresh weights from the run's seed. UserError: an unknown architecture or option."""
+    arch, norm = dict(config["arch"]), config["norm"]
+    name, roi_belief, frozen_stages = (arch.pop(key, None) for key in ("name", "roi_belief", "frozen_stages"))
+    arch.pop("pretrained", None)
+    if name not in DETECTORS:
+        raise UserError(nearest(name, list(DETECTORS), "detector"))
+    if roi_belief not in ("end", "carry"):
+        raise UserError(f"arch.roi_belief = {roi_belief}: expected end or carry")
+    if not isinstance(frozen_stages, int) or not 0 <= frozen_stages <= 4:
+        raise UserError(f"arch.frozen_stages = {frozen_stages}: expected 0 to 4 (2: the stem and layer1)")
+    if "of_steps" not in config["schedule"]:
+        raise UserError(f"schedule {config['schedule']['name']} is a classifier's: pass schedule=c4_280k")
+    if norm["name"] in NEEDS_MORE:
+        raise UserError(f"norm {norm['name']} {NEEDS_MORE[norm['name']]}, which detection does not have")
+    torch.manual_seed(config["seed"])
+    try:
+        model = DETECTORS[name](classes=config["dataset"]["classes"], size=config["budget"]["size"], **arch)
+    except TypeError as error:
+        raise UserError(f"arch {name}: {error}") from None
+    kalman = {"preset": norm["preset"], "predictor": norm["predictor"]} if norm["preset"] else {}
+    try:
+        convert_parts(
+            model,
+            norm["name"],
+            stat_batch=config["batch"]["stat_batch"],
+            carry=roi_belief == "carry",
+            **kalman,
+            **norm["options"],
+        )
+    except ValueError as error:
+        raise UserError(f"norm {norm['name']} on {name}: {error}") from None
+    for number, part in enumerate(converted_parts(model).values()):
+        seed_noise(part, mix(config["seed"], number))
+    for stage in STAGES[: frozen_stages + 1] if frozen_stages else ():
+        model.body.get_submodule(stage).requires_grad_(False)
+    return model
+
+
+def convert_parts(
+    model: nn.Module, norm: str, *, stat_batch: int | None = None, carry: bool = False, **options: Any
+) -> None:
+    """`convert` in place on the parts of a detector that can be traced: MaskRCNNC4's, or torchvision's FPN models'.
+
+    `stat_batch`: images whose statistics, and in C4's head whose regions' statistics, are shared. `carry`: the belief
+    of a group's images is handed to their regions. It holds for the mean; the variance is that of single cells, which
+    RoIAlign's interpolation lowers where neighbouring cells differ, so that it is an upper bound.
+    ValueError: as convert; no part with BatchNorm layers.
+    """
+    found = [name for name in PARTS if _has_batch_norm(model, name)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no BatchNorm layer in {', '.join(PARTS)}")
+    carry = carry and norm in KALMAN
+    for name in found:
+        own: dict[str, Any] = {"stat_batch": stat_batch}
+        if name == "roi_heads.box_head":
+            if norm in BATCH_STATISTICS and stat_batch is not None:
+                own["stat_batch"] = stat_batch * model.roi_heads.boxes  # type: ignore[union-attr, operator]
+            if carry:
+                own["input_belief"] = "argument"
+            model.roi_heads.carries, model.roi_heads.rows_are_images = carry, norm == "gkn"  # type: ignore[union-attr]
+        elif carry:
+            own["returns_belief"] = True
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, convert(model.get_submodule(name), norm, **own, **options))
+
+
+def _has_batch_norm(model: nn.Module, name: str) -> bool:
+    try:
+        part = model.get_submodule(name)
+    except AttributeError:
+        return False
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in part.modules())
+
+
+def converted_parts(model: nn.Module) -> dict[str, Converted]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Converted)}
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The normalizers after training: order, gains, which had a prior and what took it from the others."""
+    beliefs: dict[str, str | None] = {}
+    for part, converted in converted_parts(model).items():
+        for name, lost in converted.report.items():
+            behind_roi_align = part != "body" and lost is not None and lost.startswith("nothing")
+            beliefs[f"{part}.{name}"] = BELIEF_ENDS if behind_roi_align else lost
+    return {
+        "order": list(normalizers(model)),
+        "gains": {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)},
+        "beliefs": beliefs,
+    }
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(model: nn.Module, file: str) -> None:
+    """ImageNet weights of a ResNet-50 by torchvision's names (conv1.weight, layer4.2.bn3.running_var, ...) into both
+    parts; its classifier is left out.
+
+    q and R keep their start where the file, of another normalizer, has none. UserError: not such a file; another
+    network; a weight that is missing.
+    """
+    weights = _read_weights(Path(file).expanduser())
+    for part in converted_parts(model).values():
+        state = part.state_dict()
+        chosen = {}
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or key.endswith(("num_batches_tracked", "_extra_state")):
+                continue
+            if key not in weights:
+                if key.endswith(("gain_logit", "noise_raw")):
+                    continue
+                raise UserError(f"weights = {file}: {key} is missing; expected a ResNet-50 by torchvision's names")
+            if weights[key].shape != value.shape:
+                raise UserError(
+                    f"weights = {file}: {key} is {list(weights[key].shape)}, expected {list(value.shape)}: of another "
+                    "network"
+                )
+            chosen[key] = weights[key]
+        part.load_state_dict(chosen, strict=False)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found: Any = load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"weights = {file}: {reason}; expected a .pth or .safetensors file of weights") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"weights = {file}: expected a dictionary of tensors (a state dict)")
+    return found
+
+
+@torch.no_grad()
+def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches) -> int:
+    """Gives frozen normalizers constants where no pretrained weights did: means and variances under the weights as they
+    are, over CONSTANTS_BATCHES training batches (mean over the batches). Returns the number of images seen."""
+    plain: Config = copy.deepcopy(config)
+    plain["norm"] = {"name": "bn", "preset": None, "predictor": None, "options": {}}
+    plain["batch"]["stat_batch"] = None
+    twin = build(plain).to(batches.device)
+    constants = ("running_mean", "running_var")
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith(constants)}
+    twin.load_state_dict(state, strict=False)
+    measured = normalizers(twin)
+    for layer in measured.values():
+        layer.momentum = None  # torch's word for a cumulative average
+    twin.train()
+    seen = 0
+    for batch in islice(batches.epoch(0), CONSTANTS_BATCHES):
+        twin(batch.images, batch.targets, batch.canvas)
+        seen += len(batch.images)
+    for name, layer in measured.items():
+        for key in constants:
+            getattr(model.get_submodule(name), key).copy_(getattr(layer, key))
+    return seen

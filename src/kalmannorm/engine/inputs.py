@@ -1,0 +1,114 @@
+"""A run's training and test images: the data set's configuration says where they come from and which loader feeds them.
+
+Without `dataset.loader`: arrays in memory (data/loader.py). With it: an image folder, through torchvision's transforms
+(data/stream.py) or through FFCV's files (data/beton.py).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kalmannorm import data
+from kalmannorm.data.batches import Batches
+from kalmannorm.data.folder import find_unreadable
+from kalmannorm.data.loader import Loader
+from kalmannorm.engine.ranks import Ranks
+from kalmannorm.errors import UserError
+from kalmannorm.runs.record import write_atomically
+
+Config = dict[str, Any]
+
+
+def open_data(config: Config, ranks: Ranks) -> data.Source:
+    """The data set, checked. UserError: it is missing or damaged, or has another number of classes than configured."""
+    dataset = config["dataset"]
+    source = data.source(dataset, data.root(config["data"]))
+    if source.classes != dataset["classes"]:
+        raise UserError(f"{dataset['name']} has {source.classes} classes, not dataset.classes = {dataset['classes']}")
+    if isinstance(source, data.Images):
+        if source.provenance["sha256"] != ranks.from_main(source.provenance["sha256"]):
+            raise UserError(f"the processes see different files in {source.train.root.parent}: one folder for all")
+        if dataset["unreadable"] == "skip":
+            source = source.without(ranks.from_main(_unreadable(config, source) if ranks.main else None))
+    return source
+
+
+def _unreadable(config: Config, images: data.Images) -> dict[str, list[list[Any]]]:
+    """What cannot be read, found once for these files and kept: to read all of ImageNet takes minutes to an hour."""
+    kept = Path(config["runs"]) / f"unreadable-{images.provenance['sha256'][:16]}.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
+    found = find_unreadable(images, data.workers_of(config["workers"], 1))
+    write_atomically(kept, json.dumps(found).encode())
+    return found
+
+
+def loaders(config: Config, source: data.Source, ranks: Ranks, whole: bool = False) -> tuple[Batches, Batches]:
+    """Training and test images at the budget's resolution, on the device. Dealt out to the ranks; `whole`: all of them
+    for this one."""
+    norm = config["norm"]
+    shard = (0, 1) if whole else ranks.shard
+    # The sampling predictor's draws and the guard know a whole batch of groups: each rank evaluates all the images.
+    together = norm["predictor"] == "sampling" or norm["options"].get("guard") is not None
+    test_shard = (0, 1) if together else shard
+    if isinstance(source, data.Arrays):
+        return _in_memory(config, source, ranks, shard, test_shard)
+    return _streamed(config, source, ranks, shard, test_shard)
+
+
+def _in_memory(
+    config: Config, arrays: data.Arrays, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
+) -> tuple[Batches, Batches]:
+    """Both under the training images' mean."""
+    budget, dataset = config["budget"], config["dataset"]
+    images, labels = arrays.train_images, arrays.train_labels
+    if budget["subset"] is not None:
+        chosen = data.class_balanced_subset(labels, budget["subset"])
+        images, labels = images[chosen], labels[chosen]
+    size = budget["size"]
+    train = Loader(
+        data.resize(images, size),
+        labels,
+        batch=config["batch"]["grad_batch"],
+        device=ranks.device,
+        pad=max(1, round(dataset["pad"] * size / 32)),  # the released 4 is for 32 pixels
+        flip=dataset["flip"],
+        seed=config["seed"],
+        shard=shard,
+    )
+    test = Loader(
+        data.resize(arrays.test_images, size),
+        arrays.test_labels,
+        batch=shard[1],
+        device=ranks.device,
+        mean=train.mean,
+        shard=test_shard,
+    )
+    return train, test
+
+
+def _streamed(
+    config: Config, source: data.Images | data.Betons, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
+) -> tuple[Batches, Batches]:
+    """Both normalized by the data set's `mean` and `std`."""
+    from kalmannorm.data.beton_loader import BetonLoader  # here, as torchvision's transforms take a second to import
+    from kalmannorm.data.stream import FolderLoader
+
+    dataset, subset = config["dataset"], config["budget"]["subset"]
+    common: dict[str, Any] = {
+        "size": config["budget"]["size"],
+        "flip": dataset["flip"],
+        "mean": dataset["mean"],
+        "std": dataset["std"],
+        "device": ranks.device,
+        "seed": config["seed"],
+        "workers": data.workers_of(config["workers"], ranks.world),
+    }
+    kind: Any = BetonLoader if isinstance(source, data.Betons) else FolderLoader
+    train = source.train
+    if subset is not None:
+        train = train.take(data.class_balanced_subset(train.labels, subset))
+    return (
+        kind(train, batch=config["batch"]["grad_batch"], shard=shard, **common),
+        kind(source.test, batch=test_shard[1], shard=test_shard, **common),
+    )

@@ -1,0 +1,102 @@
+"""The mechanism itself: per layer, how far measurement, prior and posterior are from the population's statistics.
+
+The population of a layer: its features before normalization, over all images, in the network as it normalizes in
+training, every group by its own statistics (KN: by its posterior). So the features depend on how the layers before
+normalize, and each network is compared with its own population. Its mean is the mean of all groups' means, its variance
+the pooled one: mean of the groups' variances plus variance of their means.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.belief import Belief
+from kalmannorm.statistics import normalizers, probing
+
+# What a normalizer's probe is told, in the order of the arrays' first axis. `used` is what normalizes: KN's posterior.
+ESTIMATES = ("measured", "prior", "used")
+# The whole error; the part that is the same for all groups, which gamma and beta can make up for; the part that differs
+# from group to group, which is noise. Per channel, the squares of the latter two add up to that of the first.
+PARTS = ("", "_bias", "_spread")
+# Training batches whose groups are compared with the population.
+ERROR_BATCHES = 16
+
+
+class Population:
+    """Statistics of one layer's features over all groups that it is shown."""
+
+    def __init__(self) -> None:
+        self.groups = 0
+        self.sums: Tensor | None = None  # of means, squared means and variances: float64 [3, C]
+
+    def add(self, measured: Belief) -> None:
+        """measured [G, C]: the groups' own means and population variances, all of as many values."""
+        mean, var = measured.mean.double(), measured.var.double()
+        sums = torch.stack((mean.sum(0), mean.square().sum(0), var.sum(0)))
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.groups += len(mean)
+
+    def belief(self) -> Belief:
+        """Mean and pooled variance, float64 [C]."""
+        assert self.sums is not None, "no group was added"
+        mean, square, var = self.sums / self.groups
+        return Belief(mean, var + (square - mean.square()).clamp_min(0))
+
+
+class Errors:
+    """A probe that compares every group's estimates with the population.
+
+    Errors of the mean are in units of the population's standard deviation; those of the variance are
+    ln(estimate / population), which weighs half and double alike. `eps`, the normalizer's, is added to all variances.
+    """
+
+    def __init__(self, population: Belief, eps: float) -> None:
+        self.population, self.eps = Belief(population.mean.double(), population.var.double()), eps
+        self.groups = 0
+        self.sums: dict[str, Tensor] = {}  # per estimate, of errors and their squares: [2, mean or variance, C]
+
+    def __call__(self, *, measured: Belief, used: Belief, prior: Belief | None) -> None:
+        groups = len(measured.mean)
+        scale = self.population.var + self.eps
+        for key, belief in (("measured", measured), ("prior", prior), ("used", used)):
+            if belief is not None:
+                mean = (belief.mean.double() - self.population.mean) / scale.sqrt()
+                var = ((belief.var.double() + self.eps) / scale).log()
+                error = torch.stack((mean, var), 1).expand(groups, -1, -1)  # a prior may have one row for all groups
+                sums = torch.stack((error.sum(0), error.square().sum(0)))
+                self.sums[key] = self.sums[key] + sums if key in self.sums else sums
+        self.groups += groups
+
+    def typical(self, key: str) -> Tensor:
+        """[PARTS, mean or variance] of the median channel: root mean square error over the groups, size of the mean
+        error, standard deviation of the error. nan for an estimate that the layer does not have."""
+        if key not in self.sums:
+            return torch.full((len(PARTS), 2), torch.nan, dtype=torch.float64)
+        bias, square = self.sums[key] / self.groups
+        parts = torch.stack((square.sqrt(), bias.abs(), (square - bias.square()).clamp_min(0).sqrt()))
+        return parts.median(2).values
+
+
+@torch.no_grad()
+def layer_errors(
+    model: nn.Module, populations: Mapping[str, Population], batches: Iterable[Tensor]
+) -> dict[str, np.ndarray]:
+    """Errors of every normalizer's estimates on the given batches, in the model's present mode and statistics.
+
+    Arrays float32 [ESTIMATES, K], K normalizers in network order: `layer_error_mean`, `layer_error_var`, and the same
+    with "_bias" and "_spread" behind (PARTS). nan where there is no such estimate: without a prior.
+    """
+    layers = normalizers(model)
+    probes = {name: Errors(populations[name].belief(), layer.eps) for name, layer in layers.items()}
+    with probing(model, dict(probes)):
+        for x in batches:
+            model(x)
+    found = torch.stack([torch.stack([probe.typical(key).cpu() for key in ESTIMATES]) for probe in probes.values()])
+    arrays = found.float().permute(2, 3, 1, 0).numpy()  # [PARTS, mean or variance, ESTIMATES, K]
+    return {
+        f"layer_error_{moment}{part}": arrays[i, j]
+        for i, part in enumerate(PARTS)
+        for j, moment in enumerate(("mean", "var"))
+    }

@@ -1,0 +1,37 @@
+"""What a training takes from its data before the first step: the input's belief, and weights that depend on data."""
+
+import torch
+from torch import nn
+
+from kalmannorm.conversion import INPUT_BELIEF, Converted
+from kalmannorm.data.batches import Batches
+from kalmannorm.engine.ranks import Ranks
+from kalmannorm.norm.weight import initialize_weight_norm, is_weight_normalized
+
+BATCH = 500  # images at a time, over all processes
+
+
+@torch.no_grad()
+def measure_input(model: Converted, train: Batches, ranks: Ranks) -> None:
+    """Fills the model's input belief, if it has one (norm.options.input_belief = data).
+
+    Mean and variance of each channel over all pixels of the training images, preprocessed as for evaluation (no crops,
+    no flips): the paper's "mean of the whole data set" (3.3). The same on every process.
+    """
+    if not hasattr(model, INPUT_BELIEF[0]):
+        return
+    sums = torch.zeros(2, 3, dtype=torch.float64, device=train.device)
+    for x, _, counted in train.plain(BATCH // train.world * train.world):
+        wide = x[:counted].double()
+        sums += torch.stack((wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))))
+    # The mean is close to 0 after preprocessing: E[x^2] - E[x]^2 in float64 does not cancel.
+    mean, square = (total / (train.count * x.shape[2] * x.shape[3]) for total in ranks.sum(*sums))
+    for name, value in zip(INPUT_BELIEF, (mean, square - mean.square()), strict=True):
+        model.get_buffer(name).copy_(value)
+
+
+def initialize(model: nn.Module, train: Batches) -> None:
+    """WN's data-dependent initialization, by the whole first training batch. Only for a training that starts."""
+    if any(is_weight_normalized(module) for module in model.modules()):
+        x, _ = next(train.epoch(0))
+        initialize_weight_norm(model.train(), x)

@@ -1,0 +1,48 @@
+"""What measures nothing: frozen Batch Normalization, and no normalization at all."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.belief import Belief
+
+
+class FrozenBatchNorm(nn.Module):
+    """Frozen BN ("BN*" in the paper's Table 6): an affine of constants, in training and evaluation.
+
+    gamma, beta, mean and variance are buffers by the names of torch's BatchNorm2d, whose checkpoints load; convert
+    carries a model's over. As built it is the identity (but for eps). torchvision's FrozenBatchNorm2d is the same for
+    images alone; this one takes [N, C] too, and norm/ needs torch only.
+
+    x [N, C, ...] -> (y, None).
+    """
+
+    folds = True
+    replaced: tuple[type[_BatchNorm], bool, bool] = (torch.nn.BatchNorm2d, True, True)  # as in GroupedStatistics
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum  # momentum: for fold alone
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_features,), value))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return y, None
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
+class NoNorm(nn.Module):
+    """No normalizer: x -> (x, None). The convolutions' biases, which convert adds, are in beta's place."""
+
+    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+        # A copy, as of every normalizer: an in-place ReLU behind it must not reach x, which a shortcut may use too.
+        return x.clone(), None

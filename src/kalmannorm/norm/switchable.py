@@ -1,0 +1,87 @@
+"""Switchable Normalization (Luo et al. 2018; the talk, part 3): a learned mixture of IN, LN and BN statistics."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.belief import Belief
+from kalmannorm.norm import groups
+from kalmannorm.norm.batch import GroupedStatistics, moments_dtype
+
+MIXED = ("in", "ln", "bn")  # the order of the weights
+
+
+class SwitchableNorm(GroupedStatistics):
+    """y = gamma (x - sum of w_z mu_z) / sqrt(sum of w'_z var_z + eps) + beta over z = IN, LN, BN.
+
+    w = softmax(mean_weight) and w' = softmax(var_weight), three logits each, equal at the start. The talk's formula
+    mixes deviations; variances, as here, are the cited paper's. BN's part is of groups of `stat_batch` images and has
+    the moving averages: under moving statistics they take that part's place, the other two are the image's own.
+
+    x [N, C, H, W, ...] -> (y, None). ValueError: an input without more than one pixel, which IN cannot measure. A
+    probe sees BN's part, the one that moving averages stand for. It cannot be folded into a BatchNorm.
+    """
+
+    folds = False
+
+    def __init__(self, num_features: int, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self.mean_weight = nn.Parameter(torch.ones(len(MIXED)))
+        self.var_weight = nn.Parameter(torch.ones(len(MIXED)))
+
+    @property
+    def weights(self) -> dict[str, list[float]]:
+        """The weights of MIXED in the mean and in the variance, as numbers, for records."""
+        logits = {"mean": self.mean_weight, "var": self.var_weight}
+        return {key: torch.softmax(value.detach(), 0).tolist() for key, value in logits.items()}
+
+    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+        self._check_input_dim(x)
+        if x.shape[2:].numel() == 1:
+            raise ValueError(
+                f"{self.where}: statistics of a single value (instance statistics on a feature map of "
+                f"{'x'.join(map(str, x.shape[2:])) or '1'}); keep a larger map there, or take another normalizer"
+            )
+        # Everything follows from the moments of one channel of one image, [N, C].
+        in_var, in_mean = torch.var_mean(x.to(moments_dtype(x)), tuple(range(2, x.dim())), correction=0)
+        ln_mean, ln_var = _pooled(in_mean, in_var, 1)
+        bn_mean, bn_var = self._batch_part(x, in_mean, in_var)
+        mean = _mixture(self.mean_weight, in_mean, ln_mean, bn_mean)
+        var = _mixture(self.var_weight, in_var, ln_var, bn_var)
+        scale = torch.rsqrt(var + self.eps)
+        if self.affine:
+            scale = scale * self.weight
+        shift = -mean * scale if not self.affine else self.bias - mean * scale
+        over_pixels = (*scale.shape, *(1,) * (x.dim() - 2))
+        return (x * scale.view(over_pixels) + shift.view(over_pixels)).to(x.dtype), None
+
+    def _batch_part(self, x: Tensor, in_mean: Tensor, in_var: Tensor) -> tuple[Tensor, Tensor]:
+        """BN's mean and variance for every image, [N, C]."""
+        if self.uses_moving:
+            assert self.running_mean is not None and self.running_var is not None
+            return self.running_mean.expand_as(in_mean), self.running_var.expand_as(in_var)
+        number = self.count_groups(x)
+        of_images = groups.split(in_mean, number), groups.split(in_var, number)  # [N / G, G, C]
+        mean, var = (t[0] for t in _pooled(*of_images, 0))
+        if self.training:
+            self.update_moving(mean.detach(), var.detach(), x.numel() // (number * x.shape[1]))
+        if self.probe is not None:
+            measured = Belief(mean.detach(), var.detach())
+            self.probe(measured=measured, used=measured, prior=None)
+        every_image = of_images[0].shape
+        return mean.expand(every_image).reshape(in_mean.shape), var.expand(every_image).reshape(in_mean.shape)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mixed={'/'.join(MIXED)}"
+
+
+def _pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of what equally large parts make together: mean of variances + variance of means."""
+    between, together = torch.var_mean(mean, dim, correction=0, keepdim=True)
+    return together, var.mean(dim, keepdim=True) + between
+
+
+def _mixture(logits: Tensor, *parts: Tensor) -> Tensor:
+    weights = torch.softmax(logits.to(parts[0].dtype), 0)
+    return weights[0] * parts[0] + weights[1] * parts[1] + weights[2] * parts[2]

@@ -1,0 +1,70 @@
+"""Weight Normalization (Salimans & Kingma 2016): W = g v / |v| per output channel, no activation statistics."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
+
+from kalmannorm.norm.constant import NoNorm
+
+EPS = 1e-5  # on the variance of a pre-activation, as in the normalizers
+
+
+class WeightNorm(NoNorm):
+    """What stands at the normalizer's place under WN: nothing. convert parametrizes the convolutions."""
+
+
+def normalize_weights(model: nn.Module) -> None:
+    """Every Conv2d of `model` gets W = g v / |v| (torch's parametrization: g is `original0`, v `original1`), started at
+    the W that it has. A copy of such a model is made by deepcopy or state_dict: torch refuses to pickle it."""
+    for layer in list(model.modules()):
+        if isinstance(layer, nn.Conv2d) and not is_parametrized(layer, "weight"):
+            weight_norm(layer)
+
+
+def is_weight_normalized(layer: nn.Module) -> bool:
+    return is_parametrized(layer, "weight") and hasattr(layer.parametrizations.weight, "original1")  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def initialize_weight_norm(model: nn.Module, batch: Tensor) -> None:
+    """Data-dependent initialization (section 3 there): every weight-normalized convolution, in the order of the forward
+    pass, gets the g and bias that give its outputs on `batch` [N, C, H, W] mean 0 and variance 1 per channel.
+
+    Once, before training starts. In a distributed run every process calls it with its part of the batch, equally large
+    on all; all end with the same parameters. A model without weight normalization is left as it is.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d) and is_weight_normalized(m)]
+    done: set[nn.Module] = set()
+
+    def initialize(layer: nn.Module, _: object, out: Tensor) -> Tensor | None:
+        if layer in done:  # it runs again on other features: as it is now
+            return None
+        done.add(layer)
+        wide = out.double()
+        var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        whole = _mean_over_ranks(mean)
+        scale = torch.rsqrt(_mean_over_ranks(var + (mean - whole).square()) + EPS)
+        g, bias = layer.parametrizations.weight.original0, layer.bias  # type: ignore[union-attr]
+        assert isinstance(g, Tensor) and isinstance(bias, Tensor)
+        g.mul_(scale.view_as(g))
+        bias.copy_((bias - whole) * scale)
+        column = (1, -1, 1, 1)
+        return ((wide - whole.view(column)) * scale.view(column)).to(out.dtype)
+
+    hooks = [layer.register_forward_hook(initialize) for layer in layers]
+    try:
+        if layers:
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    if not dist.is_initialized():
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

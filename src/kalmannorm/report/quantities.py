@@ -1,0 +1,111 @@
+"""What is read off one record: a final accuracy, the steps to an accuracy, gaps, counts, speed."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kalmannorm.report.read import Record
+
+# Unit of a difference of two values, per quantity that claims may name.
+UNITS = {
+    "accuracy": "points",
+    "box_ap": "points",
+    "mask_ap": "points",
+    "gap": "points",
+    "mean_accuracy": "points",
+    "parameters": "parameters",
+    "images_per_s": "images/s",
+    "variance_gap": "",
+    "relative_variance_gap": "",
+    "depth_trend": "",
+}
+
+
+def accuracy(run: Record, statistics: str, name: str = "accuracy") -> float | None:
+    """Percent after the last epoch; None where the record has none under these statistics. May be NaN.
+
+    `name`: another of the final values, such as a detector's box_ap.
+    """
+    value = (run["final"].get(statistics) or {}).get(name)
+    return None if value is None else float(value)
+
+
+def accuracy_at(run: Record, statistics: str, part: float) -> float | None:
+    """Percent after the epoch that ends nearest to this part of the run's steps; None where the record has no curve."""
+    curves = run.get("curves") or {}
+    steps, values = curves.get("step"), curves.get(statistics)
+    if not steps or not values:
+        return None
+    nearest = min(range(len(values)), key=lambda i: abs(steps[i] - part * steps[-1]))
+    return math.nan if values[nearest] is None else float(values[nearest])
+
+
+def steps_to(run: Record, statistics: str, target: float) -> float:
+    """Optimizer steps up to the first evaluation that reaches `target` percent; infinite when none does.
+
+    NaN where the record has no curve. Resolution: one evaluation, which is one epoch.
+    """
+    curves = run.get("curves") or {}
+    steps, values = curves.get("step"), curves.get(statistics)
+    if not steps or not values:
+        return math.nan
+    reached = (step for step, value in zip(steps, values, strict=False) if value is not None and value >= target)
+    return float(next(reached, math.inf))
+
+
+def of_run(run: Record, quantity: str, statistics: str, folder: Path) -> float | None:
+    """A quantity of UNITS; None where the record, or the arrays beside it in `folder`, do not have it."""
+    if quantity in ("accuracy", "box_ap", "mask_ap"):
+        return _finite(accuracy(run, statistics, quantity))
+    if quantity == "gap":  # how far apart the same weights are under online and moving statistics
+        online, moving = accuracy(run, "online"), accuracy(run, "moving")
+        return None if online is None or moving is None else _finite(abs(online - moving))
+    if quantity == "mean_accuracy":  # over all epochs: who learns faster has more
+        curve = [value for value in (run.get("curves") or {}).get(statistics) or [] if value is not None]
+        return _finite(sum(curve) / len(curve)) if curve else None
+    if quantity == "images_per_s":
+        return _finite((run.get("host") or {}).get("images_per_s"))
+    if quantity in ("variance_gap", "relative_variance_gap", "depth_trend"):
+        return _of_arrays(run, folder).get(quantity)
+    raise ValueError(f"unknown quantity {quantity!r}; valid: {', '.join(UNITS)}")
+
+
+def machine(run: Record) -> tuple[Any, ...]:
+    """What two speeds must have in common to be compared: hardware, threads, arithmetic, resolution."""
+    host, config = run.get("host") or {}, run["config"]
+    return (host.get("hardware"), host.get("threads"), config.get("precision"), config.get("compile"))
+
+
+def machine_name(run: Record) -> str:
+    """ "x86_64, Intel Xeon, 1 thread, fp32"."""
+    hardware, threads, precision, compiled = machine(run)
+    shown = f", {threads} thread{'s' if threads != 1 else ''}" if threads else ""
+    return f"{hardware or 'unnamed hardware'}{shown}, {precision}{', compiled' if compiled else ''}"
+
+
+def _of_arrays(run: Record, folder: Path) -> Mapping[str, float]:
+    """Means of the variance gaps that Figure 5 shows, of the variance that normalizes (KN: the posterior)."""
+    import numpy as np
+    from scipy.stats import spearmanr
+
+    from kalmannorm.errors import UserError
+    from kalmannorm.report import gaps
+
+    try:
+        found = gaps.load(run, folder / "records" / f"{run['id']}.npz")
+    except UserError:  # no arrays beside the record: nothing to compare
+        return {}
+    gap = found.measured if found.used is None else found.used
+    layers = found.layer_measured if found.layer_used is None else found.layer_used
+    trend = spearmanr(np.arange(len(layers)), layers).statistic if len(layers) > 2 else math.nan
+    values = {
+        "variance_gap": float(np.nanmean(gap)),
+        "relative_variance_gap": float(np.nanmean(found.relative(gap))),
+        "depth_trend": float(trend),
+    }
+    return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,118 @@
+"""What all pictures share: fonts, sizes, colours, and how one normalizer's line is told from another's.
+
+Drawn with matplotlib's objects, without pyplot: no window, no global state. Colours of Okabe and Ito, which
+colour-blind readers tell apart; every line has its own marker as well, for print without colour.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 7.2  # inches: a page's text width, so that the fonts print at the size set here
+RC = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,
+}
+ORANGE, BLUE, SKY, GREEN, GREY = "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#777777"
+OF_NORM = {
+    "bn": ORANGE,
+    "bkn": BLUE,
+    "gn": GREEN,
+    "gkn": SKY,
+    "brn": "#E69F00",
+    "sn": "#CC79A7",
+    "wn": "#882255",
+    "ln": GREY,
+    "in": "#000000",
+}
+MARKERS = ("s", "o", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a row's line is drawn: the hue says which normalizer, tint and dashes which variant, the marker both."""
+
+    colour: str
+    marker: str
+    dashes: Any
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """As keywords of `Axes.plot`."""
+        return {"color": self.colour, "marker": self.marker, "linestyle": self.dashes, "ms": 4, "lw": 1.2}
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """The same without a line."""
+        return self.line | {"linestyle": ""}
+
+
+def looks(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Look]:
+    """A look per name, of (name, config) in the order of the card; rows of the same name share one."""
+    found: dict[str, Look] = {}
+    variants: dict[str, int] = {}
+    for name, config in rows:
+        if name not in found:
+            norm = config["norm"]["name"]
+            variant = variants[norm] = variants.get(norm, -1) + 1
+            marker = MARKERS[len(found) % len(MARKERS)]
+            found[name] = Look(tint(OF_NORM.get(norm, "#000000"), variant), marker, DASHES[variant % len(DASHES)])
+    return found
+
+
+def tint(colour: str, variant: int) -> str:
+    """The colour itself, half way to white, half way to black, and so on."""
+    towards = (None, 255, 0)[variant % 3]
+    if towards is None:
+        return colour
+    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{(part + towards) // 2:02x}" for part in parts)
+
+
+def context() -> AbstractContextManager[None]:
+    """Fonts and sizes; a figure is made and encoded within it."""
+    import matplotlib
+
+    return matplotlib.rc_context(RC)  # type: ignore[arg-type]
+
+
+def wrapped(text: str) -> str:
+    """Lines as long as a figure is wide."""
+    return textwrap.fill(text, 112)
+
+
+def grid(axis: "Axes", which: str = "y") -> None:
+    """Faint lines behind the data."""
+    axis.grid(axis=which, color="#dddddd", linewidth=0.6)  # type: ignore[arg-type]
+    axis.set_axisbelow(True)
+
+
+def logarithmic(axis: "Axes", floor: float) -> None:
+    """A logarithmic vertical axis that ends at `floor` at the latest, with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=max(floor, axis.get_ylim()[0]))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def name_layers(axis: "Axes", names: Sequence[str], most: int = 24) -> None:
+    """The normalizers' names along the horizontal axis; more than `most` would touch."""
+    every = -(-len(names) // most)
+    axis.set_xticks(range(0, len(names), every), names[::every], rotation=60, ha="right", rotation_mode="anchor")

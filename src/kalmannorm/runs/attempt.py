@@ -1,0 +1,145 @@
+"""One run as a sweep sees it: locked, its output in runs/<id>/log.txt, and an outcome in place of an exception."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from kalmannorm.errors import Stopped, UserError
+from kalmannorm.runs import record as records
+from kalmannorm.runs.config import Config, result_part
+from kalmannorm.runs.lock import Busy, hold
+
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    done; diverged (its loss is not finite: a failed record, and it would be the same again); failed (an exception:
+    worth another try, in a fresh process); died (its process did); refused (a UserError: the user has to change
+    something); busy (another process works on it); stopped (by a signal, saved).
+    """
+
+    status: str
+    reason: str = ""
+
+
+def attempt(config: Config, devices: int = 1, gpus: str | None = None) -> Outcome:
+    """Trains a run here. With several devices: by torchrun, whose processes see `gpus` (None: what this one sees).
+
+    From then on this process writes to the run's log.
+    """
+    identity = records.run_id(config)
+    try:
+        with hold(config["runs"], identity) as lock:
+            if records.is_done(config["results"], identity):  # by another process, since the sweep looked
+                return Outcome("done")
+            _log_to(Path(config["runs"]) / identity / LOG)
+            return perform(config) if devices == 1 else _with_torchrun(config, devices, gpus, lock)
+    except Busy as error:
+        return Outcome("busy", str(error))
+    except UserError as error:
+        return Outcome("refused", str(error))
+
+
+def perform(config: Config) -> Outcome:
+    """Trains a run; what goes wrong goes to stderr, and comes back as a reason."""
+    try:
+        from kalmannorm.runs.execute import execute
+
+        record = execute(config)
+        return Outcome("done") if record["status"] == "done" else Outcome("diverged", record["reason"])
+    except UserError as error:
+        print(f"kalmannorm: {error}", file=sys.stderr)
+        return Outcome("refused", str(error))
+    except Stopped as stopped:
+        print(f"kalmannorm: {stopped}", file=sys.stderr)
+        return Outcome("stopped", str(stopped))
+    except Exception as error:
+        traceback.print_exc()
+        return Outcome("failed", f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def write_failed(config: Config, reason: str) -> None:
+    """The record of a run that failed for good: tables say so in its place."""
+    identity = records.run_id(config)
+    if records.is_done(config["results"], identity):
+        return
+    record = {"id": identity, "numerics": records.NUMERICS, "status": "failed", "reason": reason}
+    host = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "device": config["device"]}
+    records.write(config["results"], record | {"config": result_part(config), "host": host})
+
+
+def _log_to(file: Path) -> None:
+    """Everything that this process and its children print from now on, libraries in C included."""
+    with file.open("ab") as log:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    print(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, process {os.getpid()} on {socket.gethostname()}", flush=True)
+
+
+def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) -> Outcome:
+    """The run on several processes of this machine. torchrun holds the lock too, as it may outlive this one."""
+    with tempfile.TemporaryDirectory(prefix="kalmannorm-") as folder:
+        order, answer = Path(folder) / "config.json", Path(folder) / "outcome.json"
+        order.write_text(json.dumps(config))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+        command += ["-m", "kalmannorm.runs.attempt", str(order), str(answer)]
+        environment = os.environ if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+        process = subprocess.Popen(command, env=environment, pass_fds=(lock,))
+        asked: list[int] = []
+
+        def pass_on(number: int, _: object) -> None:
+            asked.append(number)
+            process.terminate()  # torchrun hands SIGTERM down, and SIGUSR1 would end it
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if answer.exists():
+            return Outcome(**json.loads(answer.read_text()))
+        if asked:
+            return Outcome("stopped", str(Stopped(asked[0])))
+        return Outcome("died", f"torchrun ended with exit code {code}")
+
+
+def main(order: str, answer: str) -> None:
+    """One process of a run that `_with_torchrun` started."""
+    from kalmannorm.engine.ranks import end_process
+
+    _leave_with_parent()
+    outcome = perform(json.loads(Path(order).read_text()))
+    if int(os.environ["RANK"]) == 0:
+        records.write_atomically(Path(answer), json.dumps(asdict(outcome)).encode())
+    well = outcome.status in ("done", "diverged")
+    if not well and int(os.environ["RANK"]):
+        time.sleep(2)  # the exit code makes torchrun end the others, and the first one has the reason to write
+    end_process(0 if well else 1)
+
+
+def _leave_with_parent() -> None:
+    """SIGTERM when torchrun dies without a word, as it does by SIGKILL (Linux alone has this)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

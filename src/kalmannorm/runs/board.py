@@ -1,0 +1,135 @@
+"""What a person sees of a sweep: a live table of its runs on a terminal, a line for every event elsewhere."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kalmannorm.runs.config import Config
+from kalmannorm.runs.predict import duration
+from kalmannorm.runs.record import run_id
+
+WAITING, RUNNING, ELSEWHERE, DONE, FAILED, REFUSED = "waiting", "running", "elsewhere", "done", "failed", "refused"
+COLOURS = {RUNNING: "cyan", ELSEWHERE: "magenta", DONE: "green", FAILED: "red", REFUSED: "red"}
+
+
+class Job:
+    """A run of a sweep: what it is, and how it stands."""
+
+    def __init__(self, config: Config, key: str, devices: int, device_seconds: float | None) -> None:
+        self.config, self.key, self.devices = config, key, devices
+        self.device_seconds = device_seconds  # predicted, None where nothing like it was measured
+        self.identity = run_id(config)
+        self.folder = Path(config["runs"]) / self.identity
+        self.state = WAITING
+        self.reason = ""  # why it failed, or who has it
+        self.attempts = 0
+        self.began = 0.0
+        self.seconds = 0.0
+
+    @property
+    def predicted(self) -> float | None:
+        """Seconds on its devices."""
+        return None if self.device_seconds is None else self.device_seconds / self.devices
+
+    def progress(self) -> dict[str, Any]:
+        """What the run last said of itself (engine/progress.py); empty if it said nothing in this attempt."""
+        file = self.folder / "progress.json"
+        try:
+            if file.stat().st_mtime < self.began:
+                return {}
+            found = json.loads(file.read_text())
+        except (OSError, ValueError):  # none yet, or just being written
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def seconds_left(self) -> float | None:
+        if self.state == RUNNING and (left := self.progress().get("seconds_left")) is not None:
+            return float(left)
+        if self.predicted is None:
+            return None
+        return max(0.0, self.predicted - (time.time() - self.began if self.state == RUNNING else 0))
+
+
+def describe(config: Config) -> str:
+    norm, batch, budget = config["norm"], config["batch"], config["budget"]
+    return (
+        f"{config['dataset']['name']} {config['arch']['name']} {norm['name']} "
+        f"({batch['grad_batch']},{batch['stat_batch']}) {budget['name']} seed {config['seed']}"
+    )
+
+
+@dataclass
+class Board:
+    """A context around a sweep's loop. `jobs` are those that were not done when it began, of `total`."""
+
+    jobs: list[Job]
+    total: int
+    parallel: int
+
+    def __post_init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> "Board":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, job: Job, text: str) -> None:
+        """One event of a run."""
+        ended = self.total - sum(j.state in (WAITING, RUNNING, ELSEWHERE) for j in self.jobs)
+        line = f"[{ended}/{self.total}] {job.identity} {describe(job.config)}: {text}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def counts(self) -> str:
+        """The runs by state, and the time that is left."""
+        counted = {state: sum(job.state == state for job in self.jobs) for state in COLOURS}
+        counted[DONE] += self.total - len(self.jobs)
+        parts = [f"{number} {state}" for state, number in counted.items() if number]
+        waiting = sum(job.state == WAITING for job in self.jobs)
+        parts += [f"{waiting} {WAITING}"] if waiting else []
+        return ", ".join([*parts, *self._time_left()])
+
+    def _time_left(self) -> list[str]:
+        left = [job.seconds_left() for job in self.jobs if job.state in (WAITING, RUNNING, ELSEWHERE)]
+        known = [seconds for seconds in left if seconds is not None]
+        if not known:
+            return ["time left not known"] if left else []
+        # No shorter than the longest run, no shorter than all of them on all the slots.
+        guess = max(max(known), sum(known) / len(known) * len(left) / self.parallel)
+        return [f"about {duration(guess)} left"]
+
+    def _render(self) -> Group:
+        """Running and failed runs first, then what room there is for: the last that were done, the next to come."""
+        table = Table(box=None, padding=(0, 1), show_header=False)
+        order = (RUNNING, ELSEWHERE, FAILED, REFUSED, DONE, WAITING)
+        rows = sorted(self.jobs, key=lambda job: (order.index(job.state), -job.began if job.state == DONE else 0))
+        for job in rows[: max(3, self._console.height - 4)]:
+            state = Text(job.state, COLOURS.get(job.state, "dim"))
+            table.add_row(
+                job.identity, job.key, describe(job.config), state, Text(self._note(job), overflow="ellipsis")
+            )
+        return Group(table, Text(self.counts(), "bold"))
+
+    @staticmethod
+    def _note(job: Job) -> str:
+        if job.state == RUNNING:
+            now = job.progress()
+            if not now:
+                return f"{duration(time.time() - job.began)}"
+            return f"{100 * now['part']:.0f} %  {now['status']}  {duration(now['seconds_left'])} left"
+        return job.reason or (duration(job.seconds) if job.seconds else "")

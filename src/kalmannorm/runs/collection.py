@@ -1,0 +1,153 @@
+"""`kalmannorm records`: those of a results folder as a table; those of other machines taken in; stale ones removed."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kalmannorm.errors import UserError
+from kalmannorm.report import read
+from kalmannorm.report.read import Record
+from kalmannorm.runs.board import describe
+from kalmannorm.runs.config import conf_dir
+from kalmannorm.runs.predict import duration
+from kalmannorm.runs.record import NUMERICS, write_atomically
+
+HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "device", "started")
+
+
+def show(results: str, overrides: list[str]) -> int:
+    """Prints the records whose configuration fits `overrides`, a row each, stale ones marked."""
+    found = read.records(Path(results), NUMERICS)
+    tests = [_test(override) for override in overrides]
+    chosen = [r for r in (*found.current, *found.stale) if all(test(r) for test in tests)]
+    rows = [_row(record) for record in sorted(chosen, key=lambda r: (describe(r["config"]), r["id"]))]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*HEADER, box=None, caption=f"{len(rows)} of {len(found.current) + len(found.stale)} records")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    else:
+        print("\n".join("\t".join(row) for row in (HEADER, *rows)))
+    return 0
+
+
+def merge(results: str, folders: list[str]) -> int:
+    """Copies the records, and the arrays beside them, that `results` has not. 1 if any could not be taken in.
+
+    A record that is there already is left as it is. It is no conflict if it says the same but for time and host.
+    """
+    sources = [(folder, file) for folder in folders for file in _files(folder)]
+    taken = known = 0
+    problems: list[str] = []
+    for folder, file in sources:
+        try:
+            record = read.read_one(file)
+            target = Path(results) / "records" / file.name
+            here = read.read_one(target) if target.exists() else None
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if here is not None and (differing := _differences(here, record)):
+            what = ", ".join(differing)
+            problems.append(f"{file.stem}: {results} and {folder} differ in {what}; that of {results} stays")
+            continue
+        arrays = file.with_suffix(".npz")
+        if arrays.exists() and not target.with_suffix(".npz").exists():
+            write_atomically(target.with_suffix(".npz"), arrays.read_bytes())
+        if here is None:
+            write_atomically(target, file.read_bytes())
+            taken += 1
+        else:
+            known += 1
+    print(f"{taken} records taken into {results}, {known} were there, {len(problems)} not taken")
+    for problem in problems:
+        print(f"  {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def prune(results: str, failed: bool = False, yes: bool = False) -> int:
+    """Lists records of another NUMERICS and files that are none (`failed`: and failed runs); `yes`: deletes them."""
+    doomed: list[tuple[Path, str]] = []
+    for file in read.files(Path(results)):
+        try:
+            record = read.read_one(file)
+        except UserError as error:
+            doomed.append((file, str(error).removeprefix(f"{file} ").partition(". ")[0]))
+            continue
+        if record["numerics"] != NUMERICS:
+            doomed.append((file, f"stale: made by NUMERICS {record['numerics']}, this is {NUMERICS}"))
+        elif failed and record["status"] == "failed":
+            doomed.append((file, f"failed: {record['reason']}"))
+    for file, reason in doomed:
+        print(f"{file}: {reason}")
+        if yes:
+            file.unlink()
+            file.with_suffix(".npz").unlink(missing_ok=True)
+    print(f"{len(doomed)} records", "deleted" if yes else "to delete: pass --yes" if doomed else "to delete")
+    return 0
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    host, final = record.get("host") or {}, record.get("final") or {}
+    accuracies = [f"{final[kind]['accuracy']:.2f}" if kind in final else "" for kind in ("moving", "online")]
+    return (
+        record["id"],
+        record["status"] if record["numerics"] == NUMERICS else f"stale ({record['numerics']})",
+        describe(record["config"]),
+        *accuracies,
+        str(host.get("images_per_s") or ""),
+        duration(host["seconds"]) if "seconds" in host else "",
+        str(host.get("hardware") or host.get("device") or ""),
+        str(host.get("started") or ""),
+    )
+
+
+def _test(override: str) -> Callable[[Record], bool]:
+    """Whether a record fits key=value: a group's choice (norm=bkn), a setting (batch.stat_batch=2), status=failed."""
+    from omegaconf import OmegaConf
+
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"{override!r}: expected key=value, for example norm=bkn or status=failed")
+    if key == "status":
+        return lambda record: record["status"] == text
+    choice = conf_dir() / key / f"{text}.yaml"
+    if choice.exists():
+        from kalmannorm.runs.config import compose
+
+        # What every composition of the choice has in common: its name, or where it has none its settings.
+        composed: dict[str, Any] = compose([override])[key]
+        wanted = {"name": composed["name"]} if "name" in composed else composed
+        return lambda record: all(record["config"][key].get(name) == value for name, value in wanted.items())
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+    return lambda record: _setting(record["config"], key.split("."), override) == value
+
+
+def _setting(config: dict[str, Any], path: list[str], override: str) -> Any:
+    found: Any = config
+    for name in path:
+        if not isinstance(found, dict):
+            raise UserError(f"{override!r}: no such setting in the records")
+        found = found.get(name)
+        if found is None:
+            return None
+    return found["name"] if isinstance(found, dict) and "name" in found else found
+
+
+def _files(folder: str) -> list[Path]:
+    """Records of a results folder, or of its folder `records`."""
+    path = Path(folder)
+    if path.name == "records" and not (path / "records").exists():
+        path = path.parent
+    if not (path / "records").is_dir():
+        raise UserError(f"{folder} is not a results folder: expected a folder with a folder 'records' in it")
+    return read.files(path)
+
+
+def _differences(a: Record, b: Record) -> list[str]:
+    """Top-level keys, but for time and host, in which two records differ."""
+    return [key for key in sorted({*a, *b} - {"host"}) if a.get(key) != b.get(key)]

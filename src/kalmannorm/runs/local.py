@@ -1,0 +1,107 @@
+"""launcher=local: a pool of worker processes on this machine, one for every slot."""
+
+import os
+import select
+from dataclasses import dataclass, field
+
+from kalmannorm.errors import UserError
+from kalmannorm.runs.attempt import Outcome
+from kalmannorm.runs.config import Config
+from kalmannorm.runs.options import Options, cores, visible_gpus
+from kalmannorm.runs.record import run_id
+from kalmannorm.runs.worker import Worker
+
+CPU_SLOTS = 4  # at most, where nobody says how many
+
+
+@dataclass
+class Slot:
+    """Room for a run on one device: a share of a GPU, or some CPU threads (gpu None)."""
+
+    gpu: str | None
+    worker: Worker
+    run: str | None = None  # that holds it
+    partners: list["Slot"] = field(default_factory=list)  # whose devices the run holds as well
+
+
+class Local:
+    """Runs on the slots of this machine. A run on k devices holds k slots, and torchrun is started in the first."""
+
+    def __init__(self, options: Options, device: str, runs: int) -> None:
+        """For so many `runs`. UserError: GPUs that are not there."""
+        gpus = _gpus(options, device)
+        # Small networks use two runs of one thread better than one run of two; each takes memory for its data.
+        places = gpus * options.per_gpu if gpus else (None,) * (options.slots or min(runs, cores(), CPU_SLOTS))
+        threads = options.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // len(places))
+        self.slots = [Slot(gpu, Worker(gpu, threads)) for gpu in places]
+        self.devices = len(gpus) or len(places)  # most that a run can have
+        what = f"GPUs {', '.join(gpus)}" if gpus else device
+        self.title = f"{len(places)} at once on {what}, {threads} CPU threads each"
+
+    @property
+    def parallel(self) -> int:
+        return len(self.slots)
+
+    def room(self, devices: int) -> bool:
+        return len(self._free(devices)) == devices
+
+    def start(self, config: Config, devices: int) -> None:
+        first, *partners = self._free(devices)
+        for slot in (first, *partners):
+            slot.run = run_id(config)
+        first.partners = partners
+        gpus = None if first.gpu is None or not partners else ",".join(str(slot.gpu) for slot in (first, *partners))
+        first.worker.start(config, devices, gpus)
+
+    def ended(self, timeout: float) -> list[tuple[str, Outcome]]:
+        """Ids and outcomes of the runs that ended; waits `timeout` seconds for the first."""
+        active = {slot.worker.fileno(): slot for slot in self.slots if slot.run and not self._is_partner(slot)}
+        readable, _, _ = select.select(list(active), [], [], timeout)
+        outcomes = []
+        for slot in (active[handle] for handle in readable):
+            assert slot.run is not None
+            outcomes.append((slot.run, slot.worker.outcome()))
+            for held in (slot, *slot.partners):
+                held.run = None
+            slot.partners = []
+        return outcomes
+
+    def ask_to_stop(self) -> None:
+        for slot in self.slots:
+            if slot.run and not self._is_partner(slot):
+                slot.worker.ask_to_stop()
+
+    def kill(self) -> None:
+        for slot in self.slots:
+            slot.worker.kill()
+
+    def close(self) -> None:
+        for slot in self.slots:
+            slot.worker.close()
+
+    def _is_partner(self, slot: Slot) -> bool:
+        return any(slot in other.partners for other in self.slots)
+
+    def _free(self, devices: int) -> list[Slot]:
+        """Free slots for a run: each on another GPU."""
+        chosen: list[Slot] = []
+        for slot in self.slots:
+            if slot.run is None and (slot.gpu is None or slot.gpu not in [other.gpu for other in chosen]):
+                chosen.append(slot)
+        return chosen[:devices]
+
+
+def _gpus(options: Options, device: str) -> tuple[str, ...]:
+    """Ids of the GPUs to use; none on a CPU. UserError: more than there are."""
+    if device != "cuda":
+        if options.gpus is not None:
+            raise UserError(f"gpus= goes with device=cuda, not with device={device}; on CPUs pass slots=N")
+        return ()
+    if options.slots is not None:
+        raise UserError(f"slots={options.slots} is for CPUs; with device=cuda pass gpus= and per_gpu=")
+    if isinstance(options.gpus, tuple):
+        return options.gpus
+    visible = visible_gpus()
+    if options.gpus is not None and options.gpus > len(visible):
+        raise UserError(f"gpus={options.gpus}: this machine shows {len(visible)}")
+    return visible[: options.gpus]

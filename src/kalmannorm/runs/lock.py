@@ -1,0 +1,79 @@
+"""One process at a time works on a run: a lock on runs/<id>/lock that the kernel drops when its holder dies.
+
+flock(2), so a crash leaves nothing behind. It holds between machines where the file system carries it over: NFS from
+version 4 (and 3 with its lock daemon), Lustre and BeeGFS when mounted with it, GPFS. Where it does not, two machines
+may run the same run at once; each writes whole files, so that costs time and spoils nothing.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from kalmannorm.errors import UserError
+
+
+class Busy(UserError):
+    """Another process works on the run."""
+
+
+@contextmanager
+def hold(runs: str | Path, identity: str) -> Iterator[int]:
+    """The lock of a run while the context lasts; yields its file descriptor, which a child may inherit to hold it too.
+
+    Busy: another process has it. UserError: no permission.
+    """
+    file = _file(runs, identity)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
+    try:
+        if not _lock(handle, tries=5):  # `holder` takes it for a moment to look
+            raise Busy(f"run {identity} is being trained by {_owner(handle)}: wait for it, or stop it ({file})")
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(owner).encode(), 0)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def holder(runs: str | Path, identity: str) -> str | None:
+    """Who works on the run, in words; None if nobody does."""
+    try:
+        handle = os.open(_file(runs, identity), os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        return None if _lock(handle) else _owner(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, tries: int = 1) -> bool:
+    for left in reversed(range(tries)):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05 if left else 0)
+    return False
+
+
+def _owner(handle: int) -> str:
+    try:
+        owner = json.loads(os.pread(handle, 1000, 0))
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (ValueError, KeyError):  # it is just writing its name
+        return "another process"
+
+
+def _file(runs: str | Path, identity: str) -> Path:
+    return Path(runs) / identity / "lock"

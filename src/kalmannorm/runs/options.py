@@ -1,0 +1,86 @@
+"""Where a sweep's runs execute: the arguments that say so, which are no overrides and no part of a run."""
+
+import os
+import subprocess
+from dataclasses import dataclass, field
+from typing import Any
+
+from kalmannorm.errors import UserError, nearest
+
+LAUNCHERS = ("local", "ray", "slurm")
+HELP = """where the runs execute, beside overrides:
+  launcher=local   processes of this machine (the default), each of which lives on from run to run
+  launcher=ray     a Ray cluster: address=HOST:PORT or $RAY_ADDRESS, else one on this machine
+  launcher=slurm   an array job: slurm.partition=NAME slurm.time=MINUTES, any parameter of submitit's
+  gpus=N           of them (local: the first N, or gpus=0,2 for these; without it all that are visible)
+  per_gpu=N        runs at once on each GPU (1)
+  slots=N          runs at once on CPUs (one a core, up to 4); threads=N: of each (the cores, divided among them)
+  devices=N        of each run, at most (on GPUs the card's, else 1): as many as its statistics groups can be dealt to
+  retries=N        of a run whose process died or raised an error (1)"""
+
+
+@dataclass(frozen=True)
+class Options:
+    launcher: str = "local"
+    gpus: tuple[str, ...] | int | None = None  # ids, or how many
+    per_gpu: int = 1
+    slots: int | None = None
+    threads: int | None = None
+    devices: int | None = None
+    retries: int = 1
+    address: str | None = None
+    slurm: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def gpu_count(self) -> int | None:
+        return len(self.gpus) if isinstance(self.gpus, tuple) else self.gpus
+
+
+def split(arguments: list[str]) -> tuple[Options, list[str]]:
+    """The options among `arguments`, and the rest. UserError: a value that cannot be."""
+    own: dict[str, Any] = {"slurm": {}}
+    rest = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("per_gpu", "slots", "threads", "devices", "retries"):
+            own[key] = _number(key, value, least=0 if key == "retries" else 1)
+        elif key == "gpus":
+            own[key] = tuple(value.split(",")) if "," in value else _number(key, value, least=1)
+        elif key in ("launcher", "address"):
+            own[key] = value
+        elif key.startswith("slurm."):
+            own["slurm"][key.removeprefix("slurm.")] = int(value) if value.isdigit() else value
+        else:
+            rest.append(argument)
+    options = Options(**own)
+    if options.launcher not in LAUNCHERS:
+        raise UserError(nearest(options.launcher, LAUNCHERS, "launcher"))
+    for key, launcher in (("address", "ray"), ("slurm", "slurm")):
+        if own.get(key) and options.launcher != launcher:
+            raise UserError(f"{key} belongs to launcher={launcher}, not to launcher={options.launcher}")
+    if options.launcher != "local" and isinstance(options.gpus, tuple):
+        raise UserError(f"gpus={','.join(options.gpus)}: launcher={options.launcher} chooses them, pass their number")
+    return options, rest
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Ids of this machine's GPUs, those of CUDA_VISIBLE_DEVICES if it is set; without torch, which takes seconds."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(part for part in chosen.split(",") if part)
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ("0",)  # there is a driver, or nobody would ask
+    return tuple(str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU")) or ("0",)
+
+
+def _number(key: str, text: str, least: int) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise UserError(f"{key}={text}: expected a whole number from {least}")
+    return int(text)

@@ -1,0 +1,67 @@
+"""How long a run will take: from the images per second of the records of runs like it, or not at all."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kalmannorm.report.read import Record, Records
+from kalmannorm.runs.config import Config
+
+# Training images of whole data sets, where none of their records says so.
+TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "imagenet": 1_281_167}
+
+Kind = Callable[[Config], tuple[Any, ...]]
+
+
+def predictor(found: Records) -> Callable[[Config], float | None]:
+    """A function from a run's configuration to its device-seconds: training and evaluation, on the kind of device that
+    the records' runs had. None where no run of the same network, resolution and data was recorded."""
+    done = [r for r in (*found.current, *found.stale) if r["status"] == "done" and r["host"].get("seconds")]
+    kinds = [(kind, _rates(done, kind)) for kind in (_same_batch, _same_network)]
+    whole = [r for r in done if r["config"]["budget"]["subset"] is None]
+    sizes = TRAIN_IMAGES | {r["config"]["dataset"]["name"]: _images(r) for r in whole}
+
+    def predict(config: Config) -> float | None:
+        budget = config["budget"]
+        images = budget["subset"] or sizes.get(config["dataset"]["name"])
+        for kind, rates in kinds:
+            if images and (known := rates.get((*kind(config), _family(config["device"])))):
+                return sorted(known)[len(known) // 2] * budget["epochs"] * images
+        return None
+
+    return predict
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _same_network(config: Config) -> tuple[Any, ...]:
+    arch, norm = sorted(config["arch"].items()), config["norm"]
+    return str(arch), norm["name"], norm.get("predictor"), config["budget"]["size"], config["dataset"]["name"]
+
+
+def _same_batch(config: Config) -> tuple[Any, ...]:
+    return *_same_network(config), config["batch"]["grad_batch"], config["batch"]["stat_batch"]
+
+
+def _rates(done: list[Record], kind: Kind) -> dict[tuple[Any, ...], list[float]]:
+    """Device-seconds an image, of all the runs of each kind."""
+    rates: dict[tuple[Any, ...], list[float]] = {}
+    for record in done:
+        config, host = record["config"], record["host"]
+        images = config["budget"]["epochs"] * _images(record)
+        key = (*kind(config), _family(host["device"]))
+        seconds = max(host["seconds"], host["train_seconds"])  # the first is of the last process of a resumed run
+        rates.setdefault(key, []).append(seconds * host.get("processes", 1) / images)
+    return rates
+
+
+def _images(record: Record) -> int:
+    """Of its training set."""
+    return int(record["data"]["train_images"])
+
+
+def _family(device: str) -> str:
+    return device.split(":")[0]

@@ -1,0 +1,71 @@
+"""Measurements of training speed for a card of kind "speed" (Table 3): two rows, alternating step by step."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from kalmannorm.errors import UserError
+from kalmannorm.report.speed import FOLDER, measured_part, setting, where
+from kalmannorm.runs import record as records
+from kalmannorm.runs.config import Config
+from kalmannorm.runs.experiment import Experiment
+
+
+def measure(experiment: Experiment, dry_run: bool = False) -> int:
+    """Measures what is missing, eager and, where the configuration compiles (on a GPU), compiled; 0.
+
+    A measurement stands for one setting on one kind of hardware: delete its file to measure again. UserError: a card of
+    other than two rows, a device that is not there or too small.
+    """
+    import torch
+
+    from kalmannorm.engine.ranks import Ranks
+
+    card = experiment.card
+    configs = dict(zip(experiment.keys, experiment.runs, strict=True))
+    if len(configs) != 2 or card["baseline"] not in configs:
+        raise UserError(f"{card['name']} compares two rows, {card['baseline']} and another: found {', '.join(configs)}")
+    baseline = configs[card["baseline"]]
+    device = Ranks(baseline).device
+    host = records.host(str(device))
+    print(f"{card['name']}: {card['title']}", file=sys.stderr)
+    for compiled in (False, True) if baseline["compile"] else (False,):
+        parts = {key: measured_part(config, compiled) for key, config in configs.items()}
+        identity = _identity(card["name"], parts, host)
+        file = Path(baseline["results"]) / FOLDER / f"{identity}.json"
+        state = "done" if file.exists() else f"to measure, {card['seconds']} s and more"
+        print(f"  {identity}  {setting(parts[card['baseline']])}, {where({'host': host})}  {state}", file=sys.stderr)
+        if file.exists() or dry_run:
+            continue
+        try:
+            seconds = _alternate(configs, card, device, compiled)
+        except torch.OutOfMemoryError:
+            raise UserError(f"{card['name']}: {device} has too little memory for this: pass a smaller batch.grad_batch"
+                            " (a multiple of batch.stat_batch) or budget.size") from None  # fmt: skip
+        measurement = {"id": identity, "experiment": card["name"], "configs": parts, "seconds": seconds, "host": host}
+        text = json.dumps(measurement, indent=1, sort_keys=True, allow_nan=False)
+        records.write_atomically(file, f"{text}\n".encode())
+    return 0
+
+
+def _identity(name: str, parts: dict[str, Any], host: dict[str, Any]) -> str:
+    """12 hexadecimal digits of the setting and the hardware."""
+    of = {"experiment": name, "configs": parts, "where": where({"host": host})}
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _alternate(configs: dict[str, Config], card: dict[str, Any], device: Any, compiled: bool) -> dict[str, list[float]]:
+    """Seconds of each step, by row."""
+    from kalmannorm.bench import alternate, synthetic_batch, training_step
+    from kalmannorm.engine.model import build
+
+    steps = {}
+    for key, config in configs.items():
+        batch = synthetic_batch(config["batch"]["grad_batch"], config["budget"]["size"], config["dataset"]["classes"])
+        model, _ = build(config)
+        steps[key] = training_step(model, device, batch, compiled=compiled, precision=config["precision"])
+    other = next(key for key in configs if key != card["baseline"])
+    pairs = alternate(steps[other], steps[card["baseline"]], card["seconds"], device)
+    return {other: [round(ours, 6) for ours, _ in pairs], card["baseline"]: [round(theirs, 6) for _, theirs in pairs]}

@@ -1,0 +1,279 @@
+"""Claims and verdicts: what the tests compute, and that no verdict rests on runs that do not belong together."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from report_fixtures import NUMERICS, config, write_record
+
+from kalmannorm import report
+from kalmannorm.report import claims, hypotheses, verdicts
+from kalmannorm.report.claims import Claim
+from kalmannorm.report.hypotheses import Hypothesis
+from kalmannorm.report.verdicts import Verdict
+from kalmannorm.runs import experiment
+from kalmannorm.runs.config import conf_dir
+
+BN, KN, KN_OUTPUT = config(), config("bkn"), config("bkn", belief="output")
+ROWS = [("bn", BN), ("kn", KN), ("kn_output", KN_OUTPUT)]
+CARDS = {
+    "t": {"name": "t", "rows": [{"key": key, "label": key, "config": of} for key, of in ROWS]},
+    "later": {"name": "later", "kind": "pending", "reason": "not built", "rows": [{"key": "a", "label": "A"}]},
+}
+
+
+def claim(*contrast: str, expect: str = "greater", **changes: Any) -> Claim:
+    entry = {"id": "c", "text": "a claim", "where": "4.2", "contrast": list(contrast) or ["+t/kn", "-t/bn"]}
+    return claims.parse({**entry, "expect": expect, **changes})
+
+
+def judge(monkeypatch: pytest.MonkeyPatch, results: Path, *made: Claim) -> list[Verdict]:
+    monkeypatch.setattr(verdicts, "claims", lambda: made or (claim(),))
+    return verdicts.evaluate(report.records(results, NUMERICS), CARDS)
+
+
+def write_pairs(results: Path, differences: list[float], of: Mapping[str, Any] = KN, **changes: Any) -> None:
+    for seed, difference in enumerate(differences, 1):
+        write_record(results, BN, seed, moving=90.0 + 0.3 * seed, **changes)
+        write_record(results, of, seed, moving=90.0 + 0.3 * seed + difference, **changes)
+
+
+# The tests
+
+
+def test_p_values_are_scipys() -> None:
+    from scipy import stats
+
+    ours, theirs = np.random.default_rng(0).normal([[91], [90]], 1, (2, 6))
+    values = list(ours - theirs)
+    for expect in ("greater", "less"):
+        outcome = hypotheses.examine(Hypothesis(expect), values)
+        assert outcome.p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+        assert outcome.in_favour == ((expect == "greater") == (np.mean(values) > 0))
+    shifted = hypotheses.examine(Hypothesis("greater", than=-2), values)
+    assert shifted.p == pytest.approx(stats.ttest_1samp(values, -2).pvalue)
+
+
+def test_equivalence_is_two_one_sided_tests() -> None:
+    from scipy import stats
+
+    values = [0.1, -0.05, 0.12, 0.02, -0.1]
+    outcome = hypotheses.examine(Hypothesis("equal", margin=0.3), values)
+    upper = stats.ttest_1samp(values, 0.3, alternative="less").pvalue
+    lower = stats.ttest_1samp(values, -0.3, alternative="greater").pvalue
+    assert outcome.in_favour and outcome.p == pytest.approx(2 * max(upper, lower)) and outcome.p < 0.05
+    apart = hypotheses.examine(Hypothesis("equal", margin=0.3), [1.0, 1.1, 0.9, 1.05])
+    assert not apart.in_favour and apart.p is not None and apart.p < 0.01
+    wide = hypotheses.examine(Hypothesis("equal", margin=0.3), [1.0, -1.1, 0.9, -1.05])
+    assert wide.p is not None and wide.p > 0.05  # no difference shown, but no equality either
+
+
+@pytest.mark.parametrize(("effect", "seeds"), [(1.0, 10), (0.5, 34)])  # textbook sizes of a paired t-test
+def test_needed_seeds(effect: float, seeds: int) -> None:
+    outcome = hypotheses.examine(Hypothesis("greater"), [effect - 1 / np.sqrt(2), effect + 1 / np.sqrt(2)])
+    assert hypotheses.needed(Hypothesis("greater"), outcome, 1) == seeds
+    corrected = hypotheses.needed(Hypothesis("greater"), outcome, 20)
+    assert corrected is not None and corrected > seeds
+    nothing = hypotheses.examine(Hypothesis("greater"), [-1.0, 1.0])
+    assert hypotheses.needed(Hypothesis("greater"), nothing, 1) is None
+
+
+def test_holm() -> None:
+    assert hypotheses.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert hypotheses.holm([]) == [] and hypotheses.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_no_spread_is_no_evidence() -> None:
+    assert hypotheses.examine(Hypothesis("greater"), [1.0]).p is None
+    assert hypotheses.examine(Hypothesis("greater"), [1.0, 1.0, 1.0]).p is None
+
+
+# The claims
+
+
+def test_claims_are_whole() -> None:
+    found = claims.claims()
+    assert len({c.id for c in found}) == len(found) > 40
+    for c in found:
+        assert c.contrast and c.where and c.unit is not None
+        assert (c.hypothesis.expect == "equal") == (c.hypothesis.margin > 0)
+        assert c.margin_why or (c.hypothesis.margin == 0 and c.hypothesis.than == 0), f"{c.id}: whose bound is it?"
+        assert not c.relative or sorted(term.sign for term in c.contrast) == [-1, 1]
+    assert {said for c in found for said in c.conflicts} <= set(claims.conflicts())
+
+
+def test_claims_name_rows_of_the_cards() -> None:
+    """Of those cards that there are."""
+    folder = conf_dir() / "experiment"
+    for term in {term for c in claims.claims() for term in c.contrast}:
+        path = folder / f"{term.card}.yaml"
+        if path.exists():
+            card = yaml.safe_load(path.read_text())
+            assert term.row in [row["key"] for row in card["rows"]], f"{term} is no row of {path.name}"
+            if term.column:
+                assert term.column in [column["key"] for column in card["columns"]]
+
+
+# Verdicts
+
+
+def test_supported_and_contradicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_pairs(tmp_path, [1.5, 1.6, 1.4, 1.5, 1.55])
+    holds, fails, bounded = judge(
+        monkeypatch, tmp_path, claim(), claim(expect="less"), claim(expect="equal", margin=0.3, margin_why="w")
+    )
+    assert (holds.state, fails.state, bounded.state) == ("supported", "contradicted", "contradicted")
+    assert holds.outcome is not None and holds.outcome.summary.mean == pytest.approx(1.51) and holds.tests == 3
+    assert holds.values == pytest.approx({1: 1.5, 2: 1.6, 3: 1.4, 4: 1.5, 5: 1.55})
+    assert len(holds.ids) == 10 and set(holds.ids) <= {p.stem for p in (tmp_path / "records").glob("*.json")}
+    rests = "; ".join(holds.rests_on)
+    for part in (
+        "budget lite (4 epochs",
+        "data 1,797 of 1,797 exact",
+        "preset paper, predictor closed form, initial gain 0.5 (learned)",
+        "initial gain is ours",
+        "one learning-rate schedule",
+        "fp32",
+        "seeds 1, 2, 3, 4, 5",
+    ):
+        assert part in rests
+
+
+def test_too_few_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_pairs(tmp_path, [1.5])
+    (single,) = judge(monkeypatch, tmp_path)
+    assert single.state == "undecided" and "at least 2" in single.why
+    write_pairs(tmp_path, [1.5, -1.4, 0.9])
+    (three,) = judge(monkeypatch, tmp_path)
+    assert three.state == "undecided" and "leans to the claim" in three.why and "seeds would decide" in three.why
+
+
+def test_correction_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a single test would support stays open as one of twenty."""
+    write_pairs(tmp_path, [1.5, 1.0, 2.0])
+    (single,) = judge(monkeypatch, tmp_path)
+    assert single.state == "supported"
+    many = judge(monkeypatch, tmp_path, *[claim()] * 20)
+    assert {verdict.state for verdict in many} == {"undecided"} and "single test it would be decided" in many[0].why
+
+
+def test_nothing_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = (claim(), claim("+later/a"), claim("+t/kn_outptu"), claim("+nowhere/a"), claim("+t/kn@x"))
+    found = judge(monkeypatch, tmp_path, *made)
+    assert {verdict.state for verdict in found} == {"not run"}
+    assert [verdict.why for verdict in found][:2] == ["no run of any side", "not built"]
+    assert (
+        "did you mean 'kn_output'" in found[2].why
+        and "no card nowhere yet" in found[3].why
+        and "column" in found[4].why
+    )
+    write_record(tmp_path, KN, 1)
+    (one_sided,) = judge(monkeypatch, tmp_path)
+    assert (one_sided.state, one_sided.why) == ("not run", "no finished run of t/bn (moving)")
+
+
+def test_budgets_and_data_sets_are_never_mixed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_pairs(tmp_path, [1.5, 1.6, 1.4])
+    others = [
+        {"budget": {**BN["budget"], "epochs": 9}},
+        {"budget": {"name": "paper", "epochs": 400, "of_epochs": 400, "subset": None, "size": 32}},
+        {"dataset": {**BN["dataset"], "name": "cifar10", "flip": True}},
+    ]
+    for changes in others:
+        write_pairs(tmp_path, [-1.5, -1.6, -1.4], **changes)
+    smoke = {"budget": {**BN["budget"], "name": "smoke", "epochs": 1}}
+    write_pairs(tmp_path, [-9.0, -9.1], **smoke)
+    found = {(v.dataset, v.reduced): v for v in judge(monkeypatch, tmp_path)}
+    assert {key: (v.state, len(v.ids)) for key, v in found.items()} == {
+        ("digits", ""): ("contradicted", 6),  # the papers' length: conf/'s budget "paper"
+        ("digits", "at budget lite (epochs=4, of_epochs=400)"): ("supported", 6),
+        ("digits", "at budget lite (epochs=9, of_epochs=400)"): ("contradicted", 6),
+        ("cifar10", "at budget lite (epochs=4, of_epochs=400, subset=None)"): ("contradicted", 6),
+    }
+    assert len({i for v in found.values() for i in v.ids}) == 24
+
+
+def test_arithmetic_and_data_are_never_mixed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        write_record(tmp_path, BN, seed, moving=90.0)
+        write_record(tmp_path, KN, seed, moving=91.0 + 0.1 * seed, precision="bf16")
+    (nothing_common,) = judge(monkeypatch, tmp_path)
+    assert nothing_common.state == "undecided" and "same arithmetic and data" in nothing_common.why
+    for seed in (1, 2):
+        write_record(tmp_path, KN, seed, moving=91.0 + 0.1 * seed)
+    (common,) = judge(monkeypatch, tmp_path)
+    assert list(common.values) == [1, 2] and "fp32" in common.rests_on
+    assert any("other arithmetic" in note for note in common.notes) and any("not all sides" in n for n in common.notes)
+
+
+def test_data_of_other_fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_record(tmp_path, BN, seed)
+        write_record(tmp_path, KN, seed, sha256="e" * 64)
+    (verdict,) = judge(monkeypatch, tmp_path)
+    assert verdict.state == "undecided" and not verdict.ids
+
+
+def test_failed_and_stale_runs_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_pairs(tmp_path, [1.5, 1.6])
+    for of in (BN, KN):
+        write_record(tmp_path, of, 3, moving=10.0, numerics=NUMERICS - 1)
+        write_record(tmp_path, of, 4, failed="loss is nan")
+    (verdict,) = judge(monkeypatch, tmp_path)
+    assert list(verdict.values) == [1, 2]
+
+
+def test_other_quantities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_record(tmp_path, BN, seed, moving=90.0, online=91.0 + seed, arrays=True)
+        write_record(tmp_path, KN, seed, moving=90.0, online=90.5, arrays=True)
+    gap, absolute, relative, speed = judge(
+        monkeypatch,
+        tmp_path,
+        claim(quantity="gap", expect="less"),
+        claim(quantity="variance_gap", relative=True, expect="less"),
+        claim(quantity="relative_variance_gap", relative=True, expect="less"),
+        claim(quantity="images_per_s"),
+    )
+    assert gap.values == pytest.approx({1: 0.5 - 2, 2: 0.5 - 3})
+    assert set(absolute.values) == set(relative.values) == {1, 2} and relative.values[1] < -30
+    assert speed.state == "not run" and "images per s" in speed.why  # the fixtures have no speed
+
+
+def test_parameters_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a run: small Inception, KN's gains and R."""
+    rows = experiment.load("table7", ["device=cpu", "seeds=1", "rows=bn_stat2,kn_stat2"]).card["rows"]
+    few, fewer = (
+        claim("+t/kn_stat2", "-t/bn_stat2", quantity="parameters", relative=True, expect="less", than=than)
+        for than in (0.2, 0.1)
+    )
+    monkeypatch.setitem(CARDS, "t", {"name": "t", "rows": rows})
+    found = judge(monkeypatch, tmp_path, few, fewer)
+    assert [verdict.state for verdict in found] == ["supported", "contradicted"]
+    assert found[0].estimate == f"+{100 * (904_701 / 903_018 - 1):.2f} %" and not found[0].ids
+    assert any("904,701" in said for said in found[0].rests_on)
+
+
+def test_steps_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    curves = {"epoch": [1, 2, 3, 4], "step": [100, 200, 300, 400], "online": [0, 0, 0, 0]}
+    bn, quick, slow = [50.0, 60.0, 70.0, 80.0], [50.0, 81.0, 70.0, 82.0], [50.0, 60.0, 70.0, 79.0]
+
+    def write(of: Mapping[str, Any], seed: int, moving: list[float]) -> None:
+        write_record(tmp_path, of, seed, moving=moving[-1], curves={**curves, "moving": moving})
+
+    for seed in (1, 2, 3):
+        write(BN, seed, bn)
+        write(KN, seed, quick if seed < 3 else [50.0, 60.0, 80.0, 82.0])
+        write(KN_OUTPUT, seed, slow if seed == 1 else quick)
+    faster, never = judge(
+        monkeypatch,
+        tmp_path,
+        claim(quantity="steps_saved"),
+        claim("+t/kn_output", "-t/bn", quantity="steps_saved"),
+    )
+    assert faster.values == {1: 50.0, 2: 50.0, 3: 25.0}
+    assert never.values == {1: 0.0, 2: 50.0, 3: 50.0} and never.state == "undecided"
+    assert any("never reaches" in note for note in never.notes)

@@ -1,0 +1,335 @@
+"""Detection runs, small: the record, resume, processes, evaluation by pycocotools, the recipe, Table 6."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+import socket
+from types import SimpleNamespace
+
+import coco_files
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from coco_files import TINY
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from kalmannorm.cli import main
+from kalmannorm.data import coco
+from kalmannorm.engine import average_precision, checkpoint, detection, detector
+from kalmannorm.engine.ranks import Ranks
+from kalmannorm.runs import experiment
+from kalmannorm.runs.config import compose
+from kalmannorm.runs.record import run_id
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    coco_files.write(folder)
+    return folder
+
+
+def place(root, folder):
+    return [f"data={root}", f"results={folder}", f"runs={folder}"]
+
+
+def outcome(folder):
+    (file,) = (folder / "records").glob("*.json")
+    record = json.loads(file.read_text())
+    return record, checkpoint.load(folder / record["id"], record["id"])
+
+
+@pytest.fixture(scope="module")
+def done(root, tmp_path_factory):
+    """A finished run of KN, 3 epochs of 1 step."""
+    folder = tmp_path_factory.mktemp("done")
+    overrides = [*TINY, "norm=bkn", "budget.epochs=3", "dataset.train_images_evaluated=2", *place(root, folder)]
+    assert main(["train", *overrides]) == 0
+    return folder, overrides
+
+
+def test_the_record_is_whole(done):
+    folder, overrides = done
+    record, _ = outcome(folder)
+    assert record["status"] == "done" and record["id"] == run_id(compose(overrides))
+    for kind in ("moving", "online"):
+        values = record["final"][kind]
+        assert values["images"] == 5
+        for name in ("box_ap", "mask_ap", "box_ap50", "mask_ap75"):
+            assert 0 <= values[name] <= 100
+    assert record["final_on_training_images"]["images"] == 2
+    assert record["curves"]["step"] == [1, 2, 3] and len(record["curves"]["loss_mask"]) == 3
+    parts = [record["curves"][name] for name in detection.LOSSES]
+    assert all(
+        math.isclose(sum(values), total) for *values, total in zip(*parts, record["curves"]["train_loss"], strict=True)
+    )
+    assert record["weights"] == {"origin": "trained from scratch", "sha256": None}
+    assert record["data"]["train_images"] == 4 and record["data"]["test_images"] == 5
+    assert record["norms"]["beliefs"]["body.layer1.0.bn2"] is None
+    assert record["norms"]["beliefs"]["roi_heads.box_head.layer4.0.bn1"] == detector.BELIEF_ENDS
+    assert (folder / record["id"] / "detections.png").stat().st_size > 1000
+
+
+def test_finished_runs_are_evaluated_again(done, capsys):
+    folder, overrides = done
+    record, _ = outcome(folder)
+    assert main(["evaluate", record["id"], *overrides[-3:], "device=cpu"]) == 0
+    said = capsys.readouterr().out
+    for kind in ("moving", "online"):
+        values = record["final"][kind]
+        shown = f"box AP {values['box_ap']:.2f}  mask AP {values['mask_ap']:.2f}"
+        assert f"{kind:8} {shown}  (record {shown})" in said
+    assert main(["train", *overrides]) == 0 and "done already" in capsys.readouterr().out
+
+
+def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
+    """Stopped by a signal in the second step, which is an epoch's last, and once more in the run's last."""
+    _, overrides = done
+    again = [*overrides[:-3], *place(root, tmp_path)]
+    steps = []
+    stepped = torch.optim.SGD.step
+
+    def step(self, *args):
+        steps.append(1)
+        if len(steps) in (2, 3):
+            signal.raise_signal(signal.SIGTERM)
+        return stepped(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    for _ in range(2):
+        assert main(["train", *again]) == 128 + signal.SIGTERM
+    assert main(["train", *again]) == 0
+    assert len(steps) == 3
+    (one, state), (other, same) = outcome(done[0]), outcome(tmp_path)
+    assert {k: v for k, v in one.items() if k != "host"} == {k: v for k, v in other.items() if k != "host"}
+    assert all(torch.equal(state["model"][key], same["model"][key]) for key in state["model"] if "extra" not in key)
+
+
+def test_a_run_may_end_within_an_epoch(root, tmp_path):
+    overrides = [*TINY, "norm=gn", "budget.epochs=2", "batch.grad_batch=2", "dataset.steps=3", *place(root, tmp_path)]
+    assert main(["train", *overrides]) == 0
+    record, state = outcome(tmp_path)
+    assert record["curves"]["step"] == [2, 3] and (state["epoch"], state["step"]) == (1, 1)
+    assert record["final"]["moving"] == record["final"]["online"]
+
+
+def test_frozen_constants_are_measured_once(root, tmp_path):
+    """With them the first step sees what BN sees: maps of mean 0 and variance 1, about."""
+    overrides = [*TINY, "norm=frozen", "schedule.lr=0.001", *place(root, tmp_path)]
+    assert main(["train", *overrides]) == 0
+    record, state = outcome(tmp_path)
+    assert record["weights"]["constants"] == "measured once, under the initial weights, on 4 training images"
+    constants = {key: value for key, value in state["model"].items() if key.endswith("running_var")}
+    assert len(constants) == 17 and all((value != 1).any() for value in constants.values())
+    config = compose(overrides)
+    ranks = Ranks(config)
+    batches = detection.training_batches(config, coco.load("coco", root, 3), ranks)
+    model = detector.build(config)
+    assert detector.measure_constants(model, config, batches) == 4
+    for key, value in constants.items():
+        assert torch.equal(model.state_dict()[key], value)
+    (batch,) = batches.epoch(0)
+    seen = []
+    model.body.get_submodule("layer3.0.bn2").register_forward_hook(lambda *call: seen.append(call[-1][0].clone()))
+    model.train()(batch.images, batch.targets, batch.canvas)
+    assert seen[0].mean().abs() < 0.1 and 0.8 < seen[0].var() < 1.2
+
+
+@pytest.mark.parametrize("norm", ["frozen", "gn", "bkn"])
+def test_all_losses_fall(root, norm):
+    config = compose([*TINY, f"norm={norm}", "schedule.lr=0.02", "budget.subset=4"])
+    ranks = Ranks(config)
+    batches = detection.training_batches(config, coco.load("coco", root, 3), ranks)
+    model = detector.build(config)
+    if norm == "frozen":
+        detector.measure_constants(model, config, batches)
+    optimizer = torch.optim.SGD(model.parameters(), 0.002 if norm == "frozen" else 0.01, momentum=0.9)
+    curves = []
+    for epoch in range(24):
+        (batch,) = batches.epoch(epoch)
+        losses = model.train()(batch.images, batch.targets, batch.canvas)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        curves.append(torch.stack([losses[name].detach() for name in detection.LOSSES]))
+    first, last = torch.stack(curves[:4]).mean(0), torch.stack(curves[-4:]).mean(0)
+    # The smallest loss, of the proposals' boxes, is the noise of few positive anchors here.
+    assert last.sum() < 0.7 * first.sum() and (last[:4] < first[:4]).all(), (first, last)
+
+
+# --- evaluation ---
+
+
+def detections_of(split, generator):
+    """The true objects, moved a little, with scores; some of a wrong kind."""
+    found = []
+    for image in split.ids:
+        listed = split.coco.imgs[image]
+        for annotation in split.coco.imgToAnns[image]:
+            x, y, w, h = annotation["bbox"]
+            dx, dy = (torch.rand(2, generator=generator) * 6).tolist()
+            mask = torch.zeros(1, listed["height"], listed["width"])
+            mask[:, int(y + dy) : int(y + dy + h), int(x + dx) : int(x + dx + w)] = 1
+            label = int(torch.randint(1, 4, (1,), generator=generator))
+            labels = {1: 1, 7: 2, 44: 3}
+            kept = labels[annotation["category_id"]] if float(torch.rand(1, generator=generator)) < 0.8 else label
+            output = {
+                "boxes": torch.tensor([[x + dx, y + dy, x + dx + w, y + dy + h]]),
+                "scores": torch.rand(1, generator=generator),
+                "labels": torch.tensor([kept]),
+                "masks": mask[None],
+            }
+            found += average_precision.as_results(
+                output, image, {label: category for category, label in labels.items()}
+            )
+    return found
+
+
+def test_average_precision_is_pycocotools(root, tmp_path):
+    """The same detections, written to a file as COCO asks for, and evaluated by its own few lines."""
+    images = coco.load("coco", root, 3)
+    found = detections_of(images.test, torch.Generator().manual_seed(0))
+    values = average_precision.average_precision(images.test, images.test.ids, found)
+    assert 5 < values["box_ap"] < 95 and 5 < values["mask_ap"] < 95 and values["box_ap_large"] is None
+    file = tmp_path / "detections.json"
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        fields = ("image_id", "category_id", "score", "bbox" if kind == "bbox" else "segmentation")
+        written = [{key: d[key] for key in fields} for d in found]
+        for detection_ in written if kind == "segm" else []:
+            code = detection_["segmentation"]
+            detection_["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
+        file.write_text(json.dumps(written))
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(root / "coco" / "annotations" / "instances_val2017.json"))
+            evaluation = COCOeval(truth, truth.loadRes(str(file)), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        for key, number in zip(average_precision.NAMES, evaluation.stats[:6], strict=True):
+            assert values[f"{name}_{key}"] == (None if number < 0 else pytest.approx(100 * number, abs=1e-9))
+
+
+def test_no_detection_is_an_ap_of_zero(root):
+    images = coco.load("coco", root, 3)
+    values = average_precision.average_precision(images.test, images.test.ids, [])
+    assert values["box_ap"] == values["mask_ap"] == 0 and values["detections"] == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_image_is_counted_once(size):
+    """Whole groups on every rank, filled by the first images, which do not count."""
+    for world in (1, 2, 3):
+        dealt = [
+            list(average_precision._groups(5, size, SimpleNamespace(rank=rank, world=world))) for rank in range(world)
+        ]
+        groups = [group for part in dealt for group in part]
+        assert all(len(group) == size for group in groups)
+        assert sorted(i for group in groups for i, counted in group if counted) == list(range(5))
+
+
+# --- the recipe ---
+
+
+def test_the_recipe_is_280k_steps():
+    config = compose(["dataset=coco", "arch=mask_rcnn_c4", "schedule=c4_280k", "batch=g8_s2", "budget=paper"])
+    schedule, arch = config["schedule"], config["arch"]
+    assert (config["budget"]["size"], arch["max_size"], arch["boxes"]) == (800, 1333, 256)
+    assert arch["proposals"] == [2000, 1000] and arch["roi_size"] == 14 and config["compile"] is False
+    steps = detection.total_steps(config, SimpleNamespace(steps_per_epoch=117_266 // 8))
+    assert steps == 280_000
+
+    def rate(step):
+        return detection.learning_rate(step, steps, schedule, 8)
+
+    assert rate(0) == pytest.approx(0.01 / 3) and rate(500) == pytest.approx(0.01 * 2 / 3)
+    assert rate(1000) == rate(149_999) == 0.01
+    assert rate(150_000) == pytest.approx(0.001) and rate(230_000) == pytest.approx(0.0001)
+    assert detection.learning_rate(1000, steps, schedule, 16) == 0.02
+    # A short run: a tenth of it is warm-up, the drops are where they are in the long one.
+    assert detection.learning_rate(28, 280, schedule, 8) == 0.01 > detection.learning_rate(27, 280, schedule, 8)
+    assert detection.learning_rate(150, 280, schedule, 8) == pytest.approx(0.001)
+
+
+def test_the_card_of_table_6(capsys):
+    card = experiment.load("table6", ["seeds=1"])
+    norms = {row["key"]: row["config"]["norm"]["name"] for row in card.card["rows"]}
+    assert norms == {"frozen_bn": "frozen", "gn": "gn", "kn": "bkn", "kn_stat1": "bkn", "kn_carried": "bkn"}
+    assert [run["batch"]["stat_batch"] for run in card.runs] == [None, None, 2, 1, 2]
+    assert all(run["dataset"]["task"] == "detection" for run in card.runs)
+
+
+def test_table_6_shows_ap(root, done, tmp_path, capsys):
+    folder, overrides = done
+    settings = [
+        o for o in overrides if not o.startswith(("norm", "arch=", "dataset=", "schedule", "batch=", "results"))
+    ]
+    assert main(["report", "table6", *settings, f"results={folder}", "seeds=1", "budget=smoke"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    value = outcome(folder)[0]["final"]["moving"]["box_ap"]
+    assert f"KN (4, 2) {value:.2f} 37.8" in said and "not run" in said
+    assert "COCO's average precision" in said and "trained from scratch" in said and "top-1" not in said
+
+
+# --- processes ---
+
+
+NORMS = {
+    "gn": ["norm=gn"],
+    "bkn": ["norm=bkn"],
+    "bkn-carry": ["norm=bkn", "arch.roi_belief=carry"],
+    "bkn-sampling": ["norm=bkn", "norm.predictor=sampling"],
+    "frozen": ["norm=frozen"],
+}
+
+
+def run_all(folder, runs):
+    for name, overrides in runs.items():
+        detection.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
+
+
+def worker(rank, port, folder, runs):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo")
+    run_all(folder, runs)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(root, tmp_path):
+    check_processes(root, tmp_path, NORMS)
+
+
+def check_processes(root, folder, norms):
+    runs = {
+        name: [*TINY, *norm, "budget.epochs=2", "schedule.lr=0.001", f"data={root}"] for name, norm in norms.items()
+    }
+    run_all(folder / "one", runs)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, folder / "two", runs), nprocs=2)
+    print()
+    for name in runs:
+        (one, state), (two, other) = outcome(folder / "one" / name), outcome(folder / "two" / name)
+        assert one["id"] == two["id"] and two["host"]["processes"] == 2
+        losses = [max(map(abs_difference, one["curves"][key], two["curves"][key])) for key in detection.LOSSES]
+        weights = [
+            ((value - other["model"][key]).abs().max() / value.abs().max().clamp_min(1e-3)).item()
+            for key, value in state["model"].items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        ]
+        print(f"{name:14} losses {max(losses):.1e}  weights and moving statistics {max(weights):.1e}")
+        assert max(losses) < 1e-4 and max(weights) < 1e-3
+        for kind in ("moving", "online"):
+            assert two["final"][kind]["images"] == 5
+            assert two["final"][kind]["box_ap"] == pytest.approx(one["final"][kind]["box_ap"], abs=2)
+
+
+def abs_difference(one, other):
+    return abs(one - other)

@@ -1,0 +1,334 @@
+"""The whole report: every card in every setting, the page, the comparison of two runs."""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_fixtures import write_record
+
+from kalmannorm import report
+from kalmannorm.cli import main
+from kalmannorm.errors import UserError
+from kalmannorm.report import collection, cost, variants, verdicts
+from kalmannorm.report.compare import compare
+from kalmannorm.report.table import table
+from kalmannorm.runs import experiment
+from kalmannorm.runs.record import NUMERICS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SCRIPT = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def cards() -> dict[str, dict[str, Any]]:
+    """Composed once: Hydra takes long."""
+    found = {name: experiment.load(name, ["device=cpu", "seeds=1"]).card for name in ("table6", "table7", "figure5")}
+    some = "rows=inception_bn_stat2,inception_kn_stat2,resnet32_bn_stat2,resnet32_kn_stat2"
+    return {**found, "table8": experiment.load("table8", ["device=cpu", "seeds=1", some]).card}
+
+
+def config_of(cards: Mapping[str, Any], key: str, at: str = "lite", **changes: Any) -> dict[str, Any]:
+    """The config of a row of table7 at a budget."""
+    row = next(row for row in cards["table7"]["rows"] if row["key"] == key)
+    found = {**row["config"], "budget": variants.known_budget("cifar10", at), **changes}
+    return {**found, "precision": "fp32", "compile": False}
+
+
+def fill(results: Path, cards: Mapping[str, Any], seeds: int = 3, **changes: Any) -> None:
+    """Records of Table 7's BN and KN."""
+    for seed in range(1, seeds + 1):
+        write_record(results, config_of(cards, "bn_stat2"), seed, 80 + 0.1 * seed, 79.5, numerics=NUMERICS, **changes)
+        write_record(results, config_of(cards, "kn_stat2"), seed, 81 + 0.1 * seed**2, 81, numerics=NUMERICS, **changes)
+
+
+def made(results: Path, cards: Mapping[str, Any]) -> tuple[str, list[collection.Entry]]:
+    from kalmannorm.report import page
+
+    found = report.records(results, NUMERICS)
+    problems = {name: "no card yet" for name in collection.PAPERS if name not in cards}
+    entries = collection.collect(cards, problems, found)
+    return page.render_page(found, entries, verdicts.evaluate(found, cards)), entries
+
+
+class Links(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.targets: set[str] = set()
+        self.loaded: set[str] = set()
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        if found.get("id"):
+            self.ids.append(str(found["id"]))
+        if tag == "a":
+            self.targets.add(str(found["href"]))
+        else:
+            self.loaded |= {str(found[key]) for key in ("src", "href", "srcset") if key in found}
+
+
+def check_links(text: str) -> Links:
+    """Each link has its place, each place is there once, nothing comes from elsewhere."""
+    links = Links(text)
+    assert len(set(links.ids)) == len(links.ids)
+    assert links.targets and {target[1:] for target in links.targets} <= set(links.ids)
+    assert all(target.startswith("data:") for target in links.loaded), "something is loaded from outside"
+    assert "url(" not in text and "@import" not in text and "<script" not in text
+    return links
+
+
+# Settings of a card
+
+
+def test_settings_of_a_card_are_apart(tmp_path: Path, cards: dict[str, Any]) -> None:
+    fill(tmp_path, cards)
+    longer = {**variants.known_budget("cifar10", "lite"), "epochs": 30}
+    for changes in ({"budget": longer}, {"arch": {**config_of(cards, "bn_stat2")["arch"], "width": 0.5}}):
+        write_record(tmp_path, config_of(cards, "bn_stat2", **changes), 1, 50.0, numerics=NUMERICS)
+    write_record(tmp_path, config_of(cards, "kn_stat2", "paper"), 1, 90.0, numerics=NUMERICS)
+    found = report.records(tmp_path, NUMERICS)
+    settings = variants.of_card(cards["table7"], found)
+    assert [setting.label for setting in settings] == [
+        "cifar10, budget paper",
+        "cifar10, budget lite",
+        "cifar10, budget lite (epochs=30)",
+        "cifar10, budget lite (width=0.5)",
+    ]
+    assert [setting.full for setting in settings] == [True, False, False, False]
+    tables = [table(variants.apply(cards["table7"], setting), found) for setting in settings]
+    counts = [sum(len(cell.ids) for row in made.rows for cell in row.filled) for made in tables]
+    assert counts == [2, 12, 2, 2]  # each under two kinds of statistics
+    assert len({made.stem for made in tables}) == 4
+    assert "dataset=cifar10 budget=lite budget.epochs=30" in variants.apply(cards["table7"], settings[2])["command"]
+
+
+def test_a_row_of_another_width_is_no_setting(tmp_path: Path, cards: dict[str, Any]) -> None:
+    """A card that widens a network (v1's Table 3): no row shows another's runs, no other card the wide ones."""
+    plain = config_of(cards, "bn_stat2")
+    wide = {**plain, "arch": {**plain["arch"], "width": 1.031}}
+    card = {**cards["table7"], "name": "wider"}
+    card["rows"] = [{"key": "plain", "label": "p", "config": plain}, {"key": "wide", "label": "w", "config": wide}]
+    for seed, of in enumerate((plain, wide, {**plain, "arch": {**plain["arch"], "width": 0.5}}), 1):
+        write_record(tmp_path, of, seed, numerics=NUMERICS)
+    found = report.records(tmp_path, NUMERICS)
+    (setting,) = variants.of_card(card, found)
+    by_row = {row.key: row.filled[0].by_seed for row in table(variants.apply(card, setting), found).rows}
+    assert {key: list(seeds) for key, seeds in by_row.items()} == {"plain": [1], "wide": [2]}
+    named = variants.named_archs({"wider": card, "table7": cards["table7"]})
+    labels = [setting.label for setting in variants.of_card(cards["table7"], found, named)]
+    assert labels == ["cifar10, budget lite", "cifar10, budget lite (width=0.5)"]
+
+
+def test_table_of_several_data_sets(tmp_path: Path, cards: dict[str, Any]) -> None:
+    fill(tmp_path, cards)
+    kn100 = next(row for row in cards["table8"]["rows"] if row["key"] == "inception_kn_stat2")["configs"]["cifar100"]
+    kn100 = {**kn100, "budget": variants.known_budget("cifar100", "lite"), "precision": "fp32", "compile": False}
+    write_record(tmp_path, kn100, 1, 40.0, numerics=NUMERICS, sha256="c" * 64)
+    found = report.records(tmp_path, NUMERICS)
+    (setting,) = variants.of_card(cards["table8"], found)
+    built = table(variants.apply(cards["table8"], setting), found)
+    assert built.stem == "table8_lite" and [column.label for column in built.columns] == [
+        "CIFAR-10",
+        "CIFAR-100",
+        "SVHN",
+    ]
+    rows = {row.key: row for row in built.rows}
+    states = {key: [cell.state if cell else None for cell in row.cells] for key, row in rows.items()}
+    assert states["inception_kn_stat2"] == ["done", "done", "not run"]
+    assert states["resnet32_kn_stat2"] == ["not run", None, None]
+    assert [cell.paper for cell in rows["inception_kn_stat2"].filled] == [90.9, 67.3, 98.16]
+    assert rows["resnet32_kn_stat2"].filled[0].paper == 92.7
+    assert not built.footnotes  # other data in another column is no difference between rows
+    contrast = built.contrast(rows["inception_kn_stat2"], "cifar10")
+    assert contrast is not None and contrast.difference is not None and contrast.difference.n == 3
+    written = report.render.markdown(built)
+    assert "| small Inception: |" in written and "| ResNet-32: |" in written and "81.47 ± " in written
+    assert len({line.count("|") for line in written.splitlines() if line.startswith("|")}) == 1
+
+
+def test_steps_to_an_accuracy(tmp_path: Path, cards: dict[str, Any]) -> None:
+    columns = [{"key": "steps", "label": "steps to 70 %", "statistics": "moving", "steps_to": 70}]
+    card = {**cards["table7"], "columns": columns}
+    setting = config_of(cards, "bn_stat2")
+    card["rows"] = [{**row, "config": config_of(cards, row["key"])} for row in card["rows"]]
+    for seed, at in ((1, [60, 72, 80]), (2, [60, 65, 70])):
+        curves = {"epoch": [1, 2, 3], "step": [1000, 2000, 3000], "moving": at, "online": at}
+        write_record(tmp_path, setting, seed, at[-1], numerics=NUMERICS, curves=curves)
+        low = {**curves, "moving": [1, 2, 69] if seed == 1 else at}
+        write_record(tmp_path, config_of(cards, "kn_stat2"), seed, 69, numerics=NUMERICS, curves=low)
+    rows = {row.key: row.cells[0] for row in table(card, report.records(tmp_path, NUMERICS)).rows}
+    bn, kn = rows["bn_stat2"], rows["kn_stat2"]
+    assert bn is not None and bn.summary is not None and bn.summary.mean == 2500
+    assert kn is not None and (kn.state, kn.summary) == ("not reached", None) and "never reached: seed 1" in kn.notes[0]
+    assert "2,500" in report.render.markdown(table(card, report.records(tmp_path, NUMERICS)))
+
+
+def test_cost_is_measured_or_absent(tmp_path: Path, cards: dict[str, Any]) -> None:
+    card = variants.apply(cards["table7"], variants.Variant("cifar10", "lite", "{}"))
+    assert cost.describe(card, report.records(tmp_path, NUMERICS)) == "not measured"
+    fill(tmp_path, cards)
+    for path in (tmp_path / "records").glob("*.json"):
+        record = json.loads(path.read_text())
+        record["host"] |= {"images_per_s": 100.0, "hardware": "a machine", "threads": 1}
+        path.write_text(json.dumps(record))
+    hours = 2 * 3 * 8 * 10_000 / 100 / 3600  # rows x seeds x epochs x images
+    said = cost.describe(card, report.records(tmp_path, NUMERICS))
+    assert said == f"{hours:.1f} device-hours on a machine, 1 thread, fp32 (2 of 5 rows, 3 seeds)"
+    longer = variants.apply(cards["table7"], variants.Variant("cifar10", "paper", "{}"))
+    assert cost.describe(longer, report.records(tmp_path, NUMERICS)) == "not measured"  # another resolution
+
+
+# The page
+
+
+def test_page_without_records(tmp_path: Path, cards: dict[str, Any]) -> None:
+    text, entries = made(tmp_path, cards)
+    check_links(text)
+    assert "No claim has a run yet" in text and "no card yet" in text
+    assert [entry.name for entry in entries if entry.name in collection.PAPERS] == list(collection.PAPERS)
+    assert not any(entry.run for entry in entries)
+
+
+def test_numbers_link_to_their_records(tmp_path: Path, cards: dict[str, Any]) -> None:
+    fill(tmp_path, cards)
+    stale = write_record(tmp_path, config_of(cards, "kn_stat2"), 9, 10.0, numerics=NUMERICS + 1)
+    text, _ = made(tmp_path, cards)
+    links = check_links(text)
+    ids = {path.stem for path in (tmp_path / "records").glob("*.json")} - {stale}
+    assert {f"r-{i}" for i in ids} <= set(links.ids) and f"r-{stale}" not in links.ids and stale in text
+    group = re.search(r'<a href="#(g\w+)">80.20 ± 0.25</a>', text)
+    assert group is not None
+    section = text.split(f'id="{group[1]}"')[1].split("</details>")[0]
+    assert "<svg" in section and "<polyline" in section and "schedule" in section
+    of_bn = [r["id"] for r in report.records(tmp_path, NUMERICS).current if r["config"]["norm"]["name"] == "bn"]
+    assert len(of_bn) == 3 and all(f"r-{i}" in section for i in of_bn)
+    assert text.index("at budget lite") < text.index('id="results"') and "1,797 of 1,797 exact" in text
+
+
+def test_nothing_from_records_is_markup(tmp_path: Path, cards: dict[str, Any]) -> None:
+    fill(tmp_path, cards)
+    write_record(tmp_path, config_of(cards, "kn_stat2"), 7, numerics=NUMERICS, failed=SCRIPT)
+    for path in (tmp_path / "records").glob("*.json"):
+        record = json.loads(path.read_text())
+        record["host"]["hardware"] = f'"><img src=x onerror=alert(1)>{SCRIPT}'
+        if "data" in record:
+            record["data"]["fidelity"] = SCRIPT
+        path.write_text(json.dumps(record))
+    text, _ = made(tmp_path, cards)
+    assert "<img" not in text.split('id="runs"')[1] and "&lt;script&gt;" in text
+    check_links(text)
+    assert {"script", "iframe", "object"}.isdisjoint(Links(text).tags)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_in_a_browser(tmp_path: Path, cards: dict[str, Any]) -> None:
+    """It renders without errors, and on a phone nothing is wider than the screen."""
+    fill(tmp_path, cards)
+    text, _ = made(tmp_path, cards)
+    # Measured by the browser itself; 500 pixels are the narrowest window that a headless one opens.
+    probe = """<script>window.onerror = e => document.title = "error " + e;
+    window.onload = () => { const d = document.documentElement;
+      for (const found of document.querySelectorAll("details")) found.open = true;
+      document.title = [d.scrollWidth, d.clientWidth, document.querySelectorAll("a[href^='#']").length,
+        [...document.querySelectorAll("a")].filter(a => !document.getElementById(a.hash.slice(1))).length].join(" "); };
+    </script></body>"""
+    path = tmp_path / "page.html"
+    path.write_text(text.replace("</body>", probe))
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", "--window-size=500,900", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert ":CONSOLE" not in done.stderr
+    title = re.search("<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    width, window, links, dangling = map(int, title[1].split())
+    assert width <= window and links > 20 and dangling == 0
+
+
+# Commands
+
+
+def test_compare(tmp_path: Path, cards: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path, cards, seeds=1)
+    found = report.records(tmp_path, NUMERICS).current
+    a, b = (r["id"] for r in sorted(found, key=lambda r: r["final"]["moving"]["accuracy"]))
+    assert main(["report", "--compare", a[:8], b, f"results={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    lines = {line.split("  ")[1].strip(): line for line in said.splitlines() if line.startswith("  ")}
+    assert "bn" in lines["norm.name"] and "bkn" in lines["norm.name"]
+    assert re.search(r"80.1 +81.1 +\+1$", lines["moving accuracy"]) and "50  80.1" in lines["moving"]
+    assert "budget.epochs" not in said
+    for run, complaint in (("zzz", "no run"), ("", "no run"), ("../x", "no run")):
+        with pytest.raises(UserError, match=complaint):
+            compare(tmp_path, run, b)
+    assert main(["report", "--compare", a, b, "dataset=cifar10"]) == 2
+    assert "expected results=FOLDER" in capsys.readouterr().err
+
+
+def test_pending_card(tmp_path: Path) -> None:
+    """A card that cannot be run yet shows the paper's values, and "not run" where ours would stand."""
+    rows = [{"key": key, "label": key} for key in ("gn", "kn")]
+    card = {"name": "t", "kind": "pending", "title": "T", "reason": "not built", "columns": ["box"], "rows": rows}
+    paths = report.write({**card, "paper": "neurips.table6"}, report.records(tmp_path, NUMERICS), tmp_path)
+    assert [path.name for path in paths] == ["t.md", "t.csv", "t.tex"]
+    assert "| kn | not run | 37.8 |" in paths[0].read_text() and "not built" in paths[0].read_text()
+
+
+@pytest.mark.slow
+def test_the_committed_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`make report` from a fresh clone: all cards, on what is committed."""
+    shutil.copytree(REPOSITORY / "results" / "records", tmp_path / "records")
+    assert main(["report", f"results={tmp_path}"]) == 0
+    printed = capsys.readouterr().out.split()
+    assert {str(tmp_path / name) for name in ("report.html", "claims.md", "table7_cifar10_lite.md")} <= set(printed)
+    text = (tmp_path / "report.html").read_text()
+    check_links(text)
+    assert len(text) < 3_000_000
+    said = (tmp_path / "claims.md").read_text()
+    assert said.count("at budget lite") >= 8 and "## Where the sources contradict themselves" in said
+
+
+@pytest.mark.slow
+def test_five_thousand_records(tmp_path: Path, cards: dict[str, Any]) -> None:
+    """In 60 s and 2 GB: loaded, tabulated, judged and rendered."""
+    steps = list(range(390, 390 * 30 + 1, 390))
+    for seed in range(1, 601):
+        curves = {"epoch": list(range(1, 31)), "step": steps, "moving": [80 + seed % 7] * 30, "online": [79.5] * 30}
+        for key in ("bn_stat2", "bn_stat128", "kn_stat2"):
+            of = config_of(cards, key)
+            write_record(tmp_path, of, seed, 80 + seed % 7 + 0.1, 79, numerics=NUMERICS, curves=curves)
+        for rate in range(5):  # rows that are in no table, and budgets of their own
+            schedule = {**of["schedule"], "weight_decay": rate * 1e-3 + seed % 40 * 1e-5}
+            write_record(tmp_path, {**of, "norm": {**of["norm"], "name": "x"}, "schedule": schedule}, seed,
+                         numerics=NUMERICS, curves=curves)  # fmt: skip
+        if seed <= 200:
+            write_record(tmp_path, config_of(cards, "kn_stat2", "smoke"), seed, numerics=NUMERICS, curves=curves)
+    code = f"""
+from pathlib import Path
+from kalmannorm import report
+out = Path({str(tmp_path)!r})
+found = report.records(out, {NUMERICS})
+assert len(found.current) == 5000, len(found.current)
+report.write_all(found, out)
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of one core: other processes on the machine do not count.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
+    assert after.ru_maxrss < 2_000_000  # kB
+    page = (tmp_path / "report.html").read_text()
+    check_links(page)
+    assert len(page) < 6_000_000 and page.count("<polyline") < 100

@@ -1,0 +1,173 @@
+"""Tables 2 and 3: counted parameters, and measured speed; a measurement is stored, and the table reads nothing else."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kalmannorm import report
+from kalmannorm.cli import main
+from kalmannorm.errors import UserError
+from kalmannorm.report import parameters, render, speed
+from kalmannorm.runs import experiment
+from kalmannorm.runs import speed as measuring
+
+TINY = ["budget.size=32", "arch.width=0.1", "batch.grad_batch=4", "batch.stat_batch=2", "device=cpu"]
+
+
+def load(tmp_path: Path, *overrides: str) -> experiment.Experiment:
+    return experiment.load("table3", ["device=cpu", f"results={tmp_path}", *overrides])
+
+
+def table3(tmp_path: Path, *overrides: str) -> render.Sheet:
+    return speed.sheet(load(tmp_path, *overrides).card, report.records(tmp_path, 1))
+
+
+def rows(sheet: render.Sheet) -> list[list[str]]:
+    return [[place.text for place in row] for row in sheet.rows]
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Steps are not run but take given times; which were compiled."""
+    asked: list[bool] = []
+
+    def steps(configs: dict[str, Any], card: dict[str, Any], device: Any, compiled: bool) -> dict[str, list[float]]:
+        asked.append(compiled)
+        return {"bn": [0.2, 0.1, 0.2, 0.4], "kn": [0.3, 0.2, 0.3, 0.6]}
+
+    monkeypatch.setattr(measuring, "_alternate", steps)
+    return asked
+
+
+# --- Table 2 ---
+
+
+def test_table2_has_the_printed_digits() -> None:
+    card = experiment.load("table2", ["device=cpu"]).card
+    sheet = parameters.sheet(card, report.records(Path("nowhere"), 1))
+    assert rows(sheet)[0] == ["Inception-v2", "11.29 (11,285,224)", "11.29", "11.29 (11,285,224)", "11.29",
+                              "11.30 (11,295,309)", "11.30"]  # fmt: skip
+    assert [row[0] for row in rows(sheet)] == ["Inception-v2", "ResNet-101", "ResNet-50"]
+    for row in rows(sheet):
+        assert [value.split()[0] for value in row[1::2]] == row[2::2]
+    assert "All counts equal the paper's to its printed digits." in sheet.below
+    assert "preset paper" in sheet.caption and "1000 classes" in sheet.caption
+    counts = {(line["network"], line["normalizer"]): line["parameters"] for line in sheet.records}
+    assert counts["resnet50", "bkn"] == 25_583_645 and counts["resnet101", "gn"] == 44_549_160
+
+
+def test_table2_says_where_it_differs() -> None:
+    card = experiment.load("table2", ["device=cpu", "rows=inception_v2", "arch.width=0.5"]).card
+    sheet = parameters.sheet(card, report.records(Path("nowhere"), 1))
+    assert sheet.below[1] == "Not the paper's printed digits: Inception-v2 with BN, Inception-v2 with GN, " \
+                             "Inception-v2 with KN."  # fmt: skip
+
+
+def test_table2_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["table2", "rows=resnet50", "columns=kn", "device=cpu", f"results={tmp_path}"]
+    assert main(["sweep", *arguments]) == 0 and "nothing to run" in capsys.readouterr().err
+    assert main(["report", *arguments]) == 0
+    assert "25.58 (25,583,645)" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["table2.csv", "table2.md", "table2.tex"]
+
+
+# --- Table 3 ---
+
+
+def test_table3_not_run(tmp_path: Path) -> None:
+    sheet = table3(tmp_path)
+    assert rows(sheet) == [
+        ["any device", "224x224 px, (64, 32)", "not run", "not run", "not run", "0"],
+        ["paper (4x Titan X)", "not printed", "325.74", "320.94", "1.015", ""],
+    ]
+    assert "kalmannorm sweep table3" in sheet.below[-1]
+    assert [(line["row"], line["state"], line["n"], line["hardware"]) for line in sheet.records] == [
+        ("bn", "not run", 0, ""), ("kn", "not run", 0, ""),
+    ]  # fmt: skip
+
+
+def test_a_real_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = load(tmp_path, *TINY[:-1])
+    small.card["seconds"] = 0
+    assert measuring.measure(small) == 0
+    (file,) = (tmp_path / "speed").iterdir()
+    found = json.loads(file.read_text())
+    assert {len(steps) for steps in found["seconds"].values()} == {5}
+    assert found["configs"]["kn"]["norm"]["name"] == "bkn" and not found["configs"]["bn"]["compile"]
+    assert {"hardware", "threads", "git", "versions", "started"} <= set(found["host"])
+    before = file.read_bytes()
+    assert measuring.measure(small) == 0 and file.read_bytes() == before  # done already
+    assert "done" in capsys.readouterr().err
+    assert main(["report", "table3", *TINY, f"results={tmp_path}"]) == 0
+    written = (tmp_path / "table3.md").read_text()
+    assert "32x32 px, (4, 2), width 0.1, fp32, eager" in written and "not run" not in written
+    assert "any device" in render.text(
+        table3(tmp_path)
+    )  # a small measurement does not stand for the card's own setting
+
+
+def test_medians_and_the_middle_half(tmp_path: Path, timed: list[bool]) -> None:
+    assert measuring.measure(load(tmp_path)) == 0
+    (row, printed) = rows(table3(tmp_path))
+    assert row[1:] == ["224x224 px, (64, 32), fp32, eager", "320.00", "213.33", "1.500 [1.500, 1.875]", "4"]
+    assert "thread" in row[0] and printed[0].startswith("paper")
+    (bn, kn) = csv.DictReader(io.StringIO(render.csv(table3(tmp_path))))
+    assert (bn["row"], bn["examples_per_s"], bn["paper_examples_per_s"], bn["n"]) == ("bn", "320", "325.74", "4")
+    assert kn["commit"] and kn["torch"] and float(kn["seconds_per_step"]) == 0.3
+    assert (bn["seconds_over_base"], kn["seconds_over_base"], kn["seconds_over_base_high"]) == ("1", "1.5", "1.875")
+    for output in (render.markdown, render.latex, render.text):
+        assert "320.00" in output(table3(tmp_path)) and "preset paper" in output(table3(tmp_path))
+
+
+def test_eager_and_compiled_where_runs_are_compiled(tmp_path: Path, timed: list[bool]) -> None:
+    measuring.measure(load(tmp_path))
+    assert timed == [False]
+    compiling = load(tmp_path, "compile=true")
+    measuring.measure(compiling, dry_run=True)
+    assert timed == [False]
+    measuring.measure(compiling)
+    assert timed == [False, True]  # the eager one is there
+    assert [row[1].split(", ")[-1] for row in rows(table3(tmp_path))[:2]] == ["compiled", "eager"]
+
+
+def test_measurements_of_other_settings_have_rows_of_their_own(tmp_path: Path, timed: list[bool]) -> None:
+    for overrides in (["budget.size=64"], ["batch.grad_batch=128"], ["norm.predictor=sampling"]):
+        measuring.measure(load(tmp_path, *overrides))
+    found = rows(table3(tmp_path))
+    assert [row[1].split(", fp32")[0] for row in found[:3]] == [
+        "224x224 px, (128, 32)", "224x224 px, (64, 32)", "64x64 px, (64, 32)",
+    ]  # fmt: skip
+    assert found[3][0] == "any device" and len(found) == 5  # KN by sampling is not the card's KN
+    assert sum("predictor sampling" in note for note in table3(tmp_path).footnotes) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"id": "x"}', "[]", None])
+def test_a_damaged_measurement_is_named(tmp_path: Path, timed: list[bool], content: str | None) -> None:
+    measuring.measure(load(tmp_path))
+    (file,) = (tmp_path / "speed").iterdir()
+    whole = json.loads(file.read_text())
+    whole["seconds"]["kn"].pop()
+    file.write_text(json.dumps(whole) if content is None else content)
+    with pytest.raises(UserError, match=file.name):
+        table3(tmp_path)
+
+
+def test_a_comparison_needs_both_rows(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="compares two rows"):
+        measuring.measure(load(tmp_path, "rows=kn"))
+
+
+def test_too_little_memory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(measuring, "_alternate", fail)
+    with pytest.raises(UserError, match=r"smaller batch\.grad_batch"):
+        measuring.measure(load(tmp_path))
+    assert not (tmp_path / "speed").exists()

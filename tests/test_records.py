@@ -1,0 +1,101 @@
+"""`kalmannorm records`: what there is, records of several machines brought together, stale ones removed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import faulty
+import pytest
+
+from kalmannorm.cli import main
+from kalmannorm.runs import record as records
+from kalmannorm.runs.config import compose
+
+SMALL = ["dataset=digits", "budget=smoke", "device=cpu"]
+
+
+def add(results: Path, overrides: list[str], **changes) -> Path:
+    """A record, and arrays beside it."""
+    record = faulty.record_of(compose([*SMALL, *overrides])) | changes
+    file = results / "records" / f"{record['id']}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record))
+    file.with_suffix(".npz").write_bytes(record["id"].encode())
+    return file
+
+
+def contents(results: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (results / "records").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        ([], 5),
+        (["norm=kn"], 2),
+        (["norm=bn", "seed=2"], 1),
+        (["batch=g128_s4"], 1),
+        (["batch.stat_batch=2"], 3),
+        (["status=failed"], 1),
+        (["dataset=cifar10"], 0),
+        (["precision=fp32", "dataset=digits"], 5),
+    ],
+)
+def test_list(tmp_path, capsys, overrides, count):
+    for setting in (["norm=bn"], ["norm=bn", "seed=2"], ["norm=bkn"], ["norm=bkn", "batch=g128_s4"]):
+        add(tmp_path, setting)
+    add(tmp_path, ["norm=gn"], status="failed", reason="RuntimeError: x", final=None)
+    assert main(["records", "list", "--results", str(tmp_path), *overrides]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith("id\tstatus") and len(rows) == count
+    assert all(row.count("\t") == header.count("\t") for row in rows)
+
+
+def test_list_refuses_what_is_no_setting(tmp_path, capsys):
+    add(tmp_path, [])
+    for wrong in ("norm", "batch.stat_batch.x=2"):
+        assert main(["records", "list", "--results", str(tmp_path), wrong]) == 2
+        assert wrong in capsys.readouterr().err
+
+
+def test_merge_takes_what_is_missing_names_conflicts_and_overwrites_nothing(tmp_path, capsys):
+    here, other, third = (tmp_path / name for name in ("here", "other", "third"))
+    same = add(here, ["seed=1"])
+    add(other, ["seed=1"], host={"device": "cuda", "seconds": 1.0, "train_seconds": 1.0})  # time and place may differ
+    clash = add(here, ["seed=2"])
+    add(other, ["seed=2"], final={"moving": {"accuracy": 60.0}})
+    new = add(other, ["seed=3"])
+    add(third, ["seed=4"])
+    broken = third / "records" / "0123456789ab.json"
+    broken.write_text('{"id": ')
+    same.with_suffix(".npz").unlink()
+    before = contents(here)
+    assert main(["records", "merge", str(other), str(third / "records"), "--results", str(here)]) == 1
+    out, error = capsys.readouterr()
+    assert "2 records taken" in out and "1 were there" in out and "2 not taken" in out
+    assert f"{clash.stem}: {here} and {other} differ in final" in error and str(broken) in error
+    after = contents(here)
+    assert {name: after[name] for name in before} == before
+    assert after[new.name] == new.read_bytes() and after[f"{new.stem}.npz"] == new.stem.encode()
+    assert f"{same.stem}.npz" in after and not (here / "records" / broken.name).exists()
+    shutil.rmtree(third)
+    (other / "records" / clash.name).unlink()
+    assert main(["records", "merge", str(other), "--results", str(here)]) == 0 and contents(here) == after
+    assert main(["records", "merge", str(tmp_path / "nowhere"), "--results", str(here)]) == 2
+
+
+def test_prune_lists_and_deletes_on_request(tmp_path, capsys):
+    good, failed = add(tmp_path, ["seed=1"]), add(tmp_path, ["seed=2"], status="failed", reason="RuntimeError: x")
+    stale = add(tmp_path, ["seed=3"], numerics=records.NUMERICS - 1)
+    broken = add(tmp_path, ["seed=4"])
+    broken.write_text("{}")
+    before = contents(tmp_path)
+    assert main(["records", "prune", "--results", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "2 records to delete: pass --yes" in out and str(stale) in out and str(broken) in out
+    assert contents(tmp_path) == before
+    assert main(["records", "prune", "--results", str(tmp_path), "--yes"]) == 0
+    kept = {f"{file.stem}.{ending}" for file in (good, failed) for ending in ("json", "npz")}
+    assert set(contents(tmp_path)) == kept
+    assert main(["records", "prune", "--results", str(tmp_path), "--failed", "--yes"]) == 0
+    assert set(contents(tmp_path)) == {good.name, f"{good.stem}.npz"}

@@ -1,0 +1,72 @@
+"""The widths of v1's Table 3: BN networks with v1's ratio of parameters, and with those that preset v1 has here.
+
+`python tests/test_v1_table3.py` computes them.
+"""
+
+import re
+from bisect import bisect_left
+from typing import Any
+
+import pytest
+import yaml
+
+from kalmannorm.engine.model import parameter_count
+from kalmannorm.report import paper
+from kalmannorm.runs.config import compose, conf_dir
+
+BASE = ["dataset=cifar100", "arch=inception_cifar", "device=cpu"]
+CARD = yaml.safe_load((conf_dir() / "experiment" / "v1-table3.yaml").read_text())
+ROWS = {row["key"]: row for row in CARD["rows"]}
+
+
+def matching_width(config: dict[str, Any], parameters: float) -> float:
+    """The width, in thousandths, at which the network of `config` comes closest to a number of parameters."""
+
+    def count(thousandths: int) -> int:
+        return parameter_count({**config, "arch": {**config["arch"], "width": thousandths / 1000}})
+
+    above = bisect_left(range(4000), parameters, lo=1, key=count)
+    return min((above - 1, above), key=lambda width: abs(count(width) - parameters)) / 1000
+
+
+def targets() -> dict[str, float]:
+    """Parameters that the rows are widened to."""
+    bn, kn = (parameter_count(compose([*BASE, *norm])) for norm in (["norm=bn"], ["norm=bkn", "norm.preset=v1"]))
+    return {"bn_stat2_widened": bn * 52 / 49, "bn_stat2_widened_as_here": kn, "bn_stat128_widened": bn * 52 / 49}
+
+
+@pytest.mark.parametrize("key", ["bn_stat2_widened", "bn_stat2_widened_as_here"])
+def test_widths_match_parameters(key: str) -> None:
+    config = compose([*BASE, *ROWS[key]["overrides"]])
+    target, found = targets()[key], parameter_count(config)
+    assert config["arch"]["width"] == matching_width(config, target)
+    assert abs(found / target - 1) < 0.005
+    ratio = found / parameter_count(compose([*BASE, "norm=bn"]))
+    said = re.search(r"parameters x ([\d.]+)", ROWS[key]["label"])
+    assert said and float(said[1]) == round(ratio, 3)
+
+
+def test_rows_that_are_compared_differ_in_width_alone() -> None:
+    for key in ("bn_stat2", "bn_stat128"):
+        assert ROWS[f"{key}_widened"]["overrides"] == [*ROWS[key]["overrides"], "arch.width=1.031"]
+    assert ROWS["kn_stat2"]["overrides"] == ["norm=bkn", "norm.preset=v1", "batch=g128_s2"]
+
+
+def test_paper_values_are_found() -> None:
+    printed = {
+        "cifar10_online": {"bn": 90.0, "bkn": 90.9},
+        "cifar10": {"bn": 89.4, "bkn": 90.9, "baseline": 92.1},
+        "cifar100": {"bn": 63.8, "bkn": 67.3, "baseline": 70.5},
+        "widened": {"bn_widened_to_the_parameters_of_bkn": 63.1, "baseline_widened": 70.1},
+    }
+    for column, values in printed.items():
+        where = "cifar100" if column == "widened" else column
+        for row, value in values.items():
+            path = f"v1.table3.{{column}}.{row}"
+            assert path in {found.get("paper") for found in ROWS.values()}
+            assert paper.value(path.format(column=where)) == value
+
+
+if __name__ == "__main__":
+    for key, target in targets().items():
+        print(f"{key}: arch.width={matching_width(compose([*BASE, 'norm=bn']), target)}")
