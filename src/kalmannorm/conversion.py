@@ -265,8 +265,8 @@ _BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batch
 
 
 def _keep_more(old: nn.Module, new: nn.Module, name: str) -> None:
-    """Parts of a BatchNorm layer that does more than normalize (timm's BatchNormAct2d) hang on the new one."""
-    if not has_forward_of_its_own(old):
+    """Of a class that torch does not know (timm's BatchNormAct2d): its other parts hang on the new layer."""
+    if type(old).__module__.startswith("torch."):
         return
     for kind in ("_parameters", "_buffers", "_modules"):
         for key, value in getattr(old, kind).items():

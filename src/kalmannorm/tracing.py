@@ -35,6 +35,8 @@ def trace(
     """
     try:
         return _trace(model, normalizers, inner, leaves)
+    except _Refused:
+        raise
     except Exception as error:
         parts = _traceable_parts(model, normalizers, inner, leaves)
         if parts:
@@ -111,6 +113,10 @@ def _user_line(error: Exception) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "no line of the model's own"
 
 
+class _Refused(ValueError):
+    """A BatchNorm layer that is no such."""
+
+
 class _InPlaceProxy(fx.Proxy):
     """fx traces `x += y` as x = x + y, a new tensor, which other names of x do not see: here it stays in place."""
 
@@ -142,14 +148,14 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.normalizers, self.inner, self.leaves = normalizers, inner, leaves
         self.holders = {name.rsplit(".", i)[0] for name in normalizers for i in range(name.count(".") + 1)}
-        self.unread: set[str] = set()  # inner layers that were called and have not normalized yet
+        self.unread: dict[str, None] = {}  # inner layers that were called and have not normalized yet
         self.cached: dict[str, Any] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         with self._reading_base_class():
             graph = super().trace(root, concrete_args)
         for name in self.unread:
-            raise ValueError(
+            raise _Refused(
                 f"{name} ({type(root.get_submodule(name)).__name__}) is a BatchNorm layer that normalizes by code of "
                 "its own, neither by F.batch_norm nor by its base class"
             )
@@ -190,7 +196,7 @@ class _Tracer(fx.Tracer):
         if name in self.normalizers:
             args, kwargs = (*args, *kwargs.values()), {}  # layers have different names for their input
         if name in self.inner:
-            self.unread.add(name)
+            self.unread[name] = None
         if self.is_leaf_module(m, name) or name in self.holders:
             return super().call_module(m, forward, args, kwargs)
         return self._traced_or_leaf(m, name, forward, args, kwargs)
@@ -229,11 +235,11 @@ class _Tracer(fx.Tracer):
         found = [getattr(getattr(given.get(key), "node", None), "target", None) for key in ("weight", "bias")]
         training = layer.training or layer.running_mean is None
         if found != names or given.get("training") is not training or given.get("eps") != layer.eps:
-            raise ValueError(f"{name} ({type(layer).__name__}) does not normalize as its base class, BatchNorm, does")
+            raise _Refused(f"{name} ({type(layer).__name__}) does not normalize as its base class, BatchNorm, does")
         return self._call_of(name, given["input"])
 
     def _call_of(self, name: str, x: Any) -> fx.Proxy:
-        self.unread.discard(name)
+        self.unread.pop(name, None)
         return super().create_proxy("call_module", name, (x,), {})
 
     @contextmanager
