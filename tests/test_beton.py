@@ -232,6 +232,17 @@ def test_ffcv_repeats_resumes_and_shards(betons: Path) -> None:
 
 
 @needs_ffcv
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_decoding_thread_that_dies_is_no_hang(betons: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("disk gone")
+
+    monkeypatch.setattr("ffcv.loader.epoch_iterator.EpochIterator.run_pipeline", fail)
+    with pytest.raises(RuntimeError, match="decoding thread has died"):
+        next(loader(betons).epoch(0))
+
+
+@needs_ffcv
 def test_ffcv_evaluates_every_image_once(betons: Path, root: Path) -> None:
     from kalmannorm.data.stream import FolderLoader
 

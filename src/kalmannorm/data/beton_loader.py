@@ -41,7 +41,8 @@ class BetonLoader(Stream):
         loader.batch_size = largest
         decoding = EpochIterator(loader, order)
         try:
-            for images, labels in decoding:
+            while (taken := _take(decoding)) is not None:
+                _, (images, labels) = taken
                 yield images.permute(0, 3, 1, 2), labels.flatten()
         finally:  # an epoch that is left early: its thread waits for somebody to take what it has
             decoding.close()
@@ -71,3 +72,14 @@ class BetonLoader(Stream):
                 seed=0,
             )
         return self._compiled[augment]
+
+
+def _take(decoding: Any) -> Any:
+    """The next batch and its place in FFCV's buffers, None after the last; FFCV itself waits forever for a thread that
+    has died."""
+    while True:
+        try:
+            return decoding.output_queue.get(timeout=5)
+        except queue.Empty:
+            if not decoding.is_alive():
+                raise RuntimeError("FFCV's decoding thread has died; its error is printed above") from None
