@@ -132,7 +132,7 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     }
 
 
-def equal(name: str, one: Path, other: Path, images: int = 360) -> bool:
+def equal(name: str, one: Path, other: Path, images: int) -> bool:
     found = differences(one / name, other / name)
     print(f"{name:18}", "  ".join(f"{key} {value:.1e}" for key, value in found.items()))
     for folder in (one, other):
@@ -143,13 +143,13 @@ def equal(name: str, one: Path, other: Path, images: int = 360) -> bool:
     )  # fmt: skip
 
 
-def assert_equal(one: Path, other: Path, runs: Runs, images: int) -> None:
-    print()
-    different = [name for name in runs if not equal(name, one / name, other / name, images)]
-    assert not different, different
-
-
-def assert_same(folder: Path, runs: Runs, other: Callable[[Path, Runs], None], one_process: Path | None = None) -> None:
+def assert_same(
+    folder: Path,
+    runs: Runs,
+    other: Callable[[Path, Runs], None],
+    one_process: Path | None = None,
+    images: int = 360,
+) -> None:
     """What `other` makes of the runs is what one process makes of them (and has made, in the folder given, at seed 1).
 
     By rounding, a ReLU's input may fall to the other side of 0, and one pixel's gradient with it: about one small run
@@ -162,7 +162,7 @@ def assert_same(folder: Path, runs: Runs, other: Callable[[Path, Runs], None], o
         if first is None:
             run_all(first := folder / f"one-{seed}", seeded)
         other(folder / f"other-{seed}", seeded)
-        runs = {name: run for name, run in runs.items() if not equal(name, first, folder / f"other-{seed}")}
+        runs = {name: run for name, run in runs.items() if not equal(name, first, folder / f"other-{seed}", images)}
         if not runs:
             return
     raise AssertionError(f"{', '.join(runs)}: not what one process computes, at three seeds")

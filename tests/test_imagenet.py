@@ -3,12 +3,13 @@
 import json
 import math
 import signal
+from functools import partial
 from pathlib import Path
 
 import folders
 import pytest
 import torch
-from test_distributed import assert_equal, on_processes
+from test_distributed import assert_same, on_processes
 from test_run import assert_same_run, only_record, place
 
 from kalmannorm.cli import main
@@ -70,11 +71,7 @@ def test_going_on_in_mid_epoch_with_other_workers_ends_in_the_same_numbers(root,
 
 def test_two_processes_equal_one(root, tmp_path):
     runs = {name: [*(o for o in SMALL if o != "norm=bkn"), f"norm={name}", f"data={root}"] for name in ("bn", "bkn")}
-    for name, overrides in runs.items():
-        one = tmp_path / "1" / name
-        assert main(["train", *overrides, f"results={one}", f"runs={one}"]) == 0
-    on_processes(2, tmp_path / "2", runs)
-    assert_equal(tmp_path / "1", tmp_path / "2", runs, images=12)
+    assert_same(tmp_path, runs, partial(on_processes, 2), images=12)
 
 
 def test_an_unreadable_file_fails_the_run_or_is_left_out(tmp_path, capsys, monkeypatch):

@@ -4,7 +4,6 @@ The converted model is explicit code, `print(model.code)`: every belief stands t
 """
 
 import copy
-import itertools
 import operator
 from typing import Any
 
@@ -14,7 +13,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.belief import Noise, Transition
 from kalmannorm.graphs import compile_code, source_code
-from kalmannorm.norm import NORMS, Estimator, GroupedStatistics, normalize_weights
+from kalmannorm.layers import (
+    add_biases,
+    build_normalizer,
+    delete,
+    is_frozen,
+    keep_more,
+    plain_batch_norm,
+    replace,
+    share_noise,
+    thaw_frozen,
+)
+from kalmannorm.norm import NORMS, Estimator, normalize_weights
 from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 from kalmannorm.thread import Threader
 from kalmannorm.tracing import has_forward_of_its_own, trace
@@ -73,21 +83,21 @@ def convert(
                 raise ValueError(f"{name} is an option of {' and '.join(KALMAN)}: normalizer {norm!r} has no belief")
     source = fold(model) if isinstance(model, Converted) else copy.deepcopy(model)
     if thaw:
-        _thaw(source)
+        thaw_frozen(source)
     layers = {name: m for name, m in source.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
     _check(source, layers, leaves)
     built: dict[nn.Module, nn.Module] = {}  # a layer can have several names
     for name, layer in layers.items():
         if layer not in built:
-            built[layer] = _build(norm, name, layer, stat_batch, options)
-            _keep_more(layer, built[layer], name)
-        _replace(source, name, built[layer])
+            built[layer] = build_normalizer(norm, name, layer, stat_batch, options)
+            keep_more(layer, built[layer], name)
+        replace(source, name, built[layer])
     if norm in NEED_BIAS:
-        _add_biases(source)
+        add_biases(source)
     if norm == "wn":
         normalize_weights(source)
     if options.get("noise") == "shared":
-        _share_noise(list(built.values()))
+        share_noise(list(built.values()))
 
     buffers = None
     if isinstance(input_belief, str):
@@ -114,7 +124,7 @@ def convert(
 def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
     kind = type(source).__name__
     if not layers:
-        frozen = sum(_is_frozen(module) for module in source.modules())
+        frozen = sum(is_frozen(module) for module in source.modules())
         advice = f"; its {frozen} FrozenBatchNorm2d layers are constants: thaw=True converts them" if frozen else ""
         raise ValueError(f"{kind} has no BatchNorm layer to convert{advice}")
     for path, module in source.named_modules():
@@ -147,11 +157,11 @@ def fold(model: nn.Module) -> nn.Module:
                 f"{name} ({type(layer).__name__}) has no moving statistics to fold into a BatchNorm, or not those alone"
             )
         if layer not in folded:
-            folded[layer] = _plain_batch_norm(layer)
-        _replace(plain, name, folded[layer])
+            folded[layer] = plain_batch_norm(layer)
+        replace(plain, name, folded[layer])
     for name, module in list(plain.named_modules()):
         if isinstance(module, Noise | Transition):
-            _delete(plain, name)
+            delete(plain, name)
     for name in INPUT_BELIEF:
         plain._buffers.pop(name, None)
         plain._non_persistent_buffers_set.discard(name)
@@ -223,69 +233,7 @@ class Converted(nn.Module):
         return f"converted from {self.name}"
 
 
-# --- normalizers ------------------------------------------------------------------------------------------------------
-
-
-def _build(norm: str, name: str, old: _BatchNorm, stat_batch: int | None, options: dict[str, Any]) -> nn.Module:
-    try:
-        kept = {"eps": old.eps, "momentum": old.momentum}
-        new = NORMS[norm](old.num_features, stat_batch=stat_batch, **{**kept, **options})
-    except TypeError as error:
-        raise ValueError(f"normalizer {norm!r}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    if hasattr(new, "replaced"):
-        new.replaced = (type(old), old.affine, old.track_running_stats)  # type: ignore[assignment]
-    return _carry_over(old, new, name)
-
-
-def _carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
-    """Affine parameters and moving statistics, where both have them; device, type, mode and what is trained, too."""
-    reference = next(itertools.chain(old.parameters(False), old.buffers(False)), None)
-    if reference is not None:
-        new.to(reference.device, reference.dtype)
-    for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-        value, target = getattr(old, key, None), getattr(new, key, None)
-        if isinstance(target, Tensor):
-            if value is None:
-                target.requires_grad_(False)  # the original has no affine parameters: nothing to learn there
-            else:
-                with torch.no_grad():
-                    target.copy_(value)
-                if isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter):  # frozen BN's are buffers
-                    target.requires_grad_(value.requires_grad)
-    if hasattr(new, "layer_name"):
-        new.layer_name = name  # type: ignore[assignment]
-    if isinstance(new, GroupedStatistics) and getattr(old, "running_mean", None) is None:
-        new.statistics = "online"
-    return new.train(old.training)
-
-
-_BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-def _keep_more(old: nn.Module, new: nn.Module, name: str) -> None:
-    """Of a class that torch does not know (timm's BatchNormAct2d): its other parts hang on the new layer."""
-    if type(old).__module__.startswith("torch."):
-        return
-    for kind in ("_parameters", "_buffers", "_modules"):
-        for key, value in getattr(old, kind).items():
-            if key in _BATCH_NORM_STATE:
-                continue
-            if hasattr(new, key):
-                raise ValueError(f"{name} ({type(old).__name__}): {type(new).__name__} has a {key} of its own")
-            getattr(new, kind)[key] = value
-    new.__dict__["original"] = (old,)  # a tuple, since a module in an attribute would be registered
-
-
-def _original_of(layer: nn.Module) -> nn.Module:
-    """Such a layer again, with the present values and parts."""
-    (old,) = copy.deepcopy(layer.__dict__["original"])
-    _carry_over(layer, old)
-    for kind in ("_parameters", "_buffers", "_modules"):
-        for key in getattr(old, kind).keys() - set(_BATCH_NORM_STATE):
-            getattr(old, kind)[key] = getattr(layer, kind)[key]
-    return old
+# --- tracing ----------------------------------------------------------------------------------------------------------
 
 
 def _trace(
@@ -296,33 +244,11 @@ def _trace(
     built = {name: source.get_submodule(name) for name in inner}
     try:
         for name, layer in inner.items():
-            _replace(source, name, layer)
+            replace(source, name, layer)
         return trace(source, set(layers), set(inner), leaves)
     finally:
         for name, new in built.items():
-            _replace(source, name, new)
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    return type(module).__name__ == "FrozenBatchNorm2d" and isinstance(getattr(module, "eps", None), float)
-
-
-def _thaw(root: nn.Module) -> None:
-    """FrozenBatchNorm2d (torchvision's, detectron2's) as BatchNorm2d with the same values."""
-    for name, frozen in list(root.named_modules(remove_duplicate=False)):
-        if _is_frozen(frozen):
-            layer = nn.BatchNorm2d(len(frozen.weight), frozen.eps)  # type: ignore[arg-type]
-            _replace(root, name, _carry_over(frozen, layer))
-
-
-def _plain_batch_norm(layer: Any) -> nn.Module:
-    """Of a normalizer that `folds`."""
-    if "original" in layer.__dict__:
-        return _original_of(layer)
-    kind, affine, track_running_stats = layer.replaced
-    plain = kind(layer.num_features, layer.eps, layer.momentum, affine, track_running_stats)
-    _carry_over(layer, plain)
-    return plain
+            replace(source, name, new)
 
 
 def _is_learned(transition: str, predictor: str) -> bool:
@@ -333,30 +259,6 @@ def _is_learned(transition: str, predictor: str) -> bool:
     if transition == "learned" and predictor == "sampling":
         raise ValueError("predictor='sampling' convolves with the layer's weight: take transition='weight' with it")
     return transition == "learned"
-
-
-def _add_biases(root: nn.Module) -> None:
-    """A bias of zeros for every Conv2d without one."""
-    for layer in root.modules():
-        if isinstance(layer, nn.Conv2d) and layer.bias is None:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels))
-
-
-def _share_noise(layers: list[nn.Module]) -> None:
-    """One R for all the layers: the same parameter in each."""
-    first, *others = (layer for layer in layers if isinstance(layer, Estimator))
-    for layer in others:
-        layer.noise_raw = first.noise_raw
-
-
-def _replace(root: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, new)
-
-
-def _delete(root: nn.Module, name: str) -> None:
-    parent, _, leaf = name.rpartition(".")
-    delattr(root.get_submodule(parent), leaf)
 
 
 # --- beliefs ---------------------------------------------------------------------------------------------------------
@@ -379,7 +281,7 @@ def _thread(
         parent, _, leaf = name.rpartition(".")
         if not hasattr(source.get_submodule(parent), leaf):
             layer = sum(isinstance(m, Noise) for m in source.modules())
-            _replace(source, name, Noise(layer, shared=shared))
+            replace(source, name, Noise(layer, shared=shared))
         return name
 
     def add_transition(convolution: str) -> str:
@@ -387,7 +289,7 @@ def _thread(
         parent, _, leaf = name.rpartition(".")
         if not hasattr(source.get_submodule(parent), leaf):
             assert isinstance(layer, nn.Conv2d)
-            _replace(source, name, Transition(layer))
+            replace(source, name, Transition(layer))
         return name
 
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in layers]

@@ -1,0 +1,120 @@
+"""One layer for another: what a normalizer takes over from the BatchNorm layer that it replaces, and gives back."""
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.norm import NORMS, Estimator, GroupedStatistics
+
+BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def build_normalizer(
+    norm: str, name: str, old: _BatchNorm, stat_batch: int | None, options: dict[str, Any]
+) -> nn.Module:
+    try:
+        kept = {"eps": old.eps, "momentum": old.momentum}
+        new = NORMS[norm](old.num_features, stat_batch=stat_batch, **{**kept, **options})
+    except TypeError as error:
+        raise ValueError(f"normalizer {norm!r}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if hasattr(new, "replaced"):
+        new.replaced = (type(old), old.affine, old.track_running_stats)  # type: ignore[assignment]
+    return carry_over(old, new, name)
+
+
+def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
+    """Affine parameters and moving statistics, where both have them; device, type, mode and what is trained, too."""
+    reference = next(itertools.chain(old.parameters(False), old.buffers(False)), None)
+    if reference is not None:
+        new.to(reference.device, reference.dtype)
+    for key in BATCH_NORM_STATE:
+        value, target = getattr(old, key, None), getattr(new, key, None)
+        if isinstance(target, Tensor):
+            if value is None:
+                target.requires_grad_(False)  # the original has no affine parameters: nothing to learn there
+            else:
+                with torch.no_grad():
+                    target.copy_(value)
+                if isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter):  # frozen BN's are buffers
+                    target.requires_grad_(value.requires_grad)
+    if hasattr(new, "layer_name"):
+        new.layer_name = name  # type: ignore[assignment]
+    if isinstance(new, GroupedStatistics) and getattr(old, "running_mean", None) is None:
+        new.statistics = "online"
+    return new.train(old.training)
+
+
+def keep_more(old: nn.Module, new: nn.Module, name: str) -> None:
+    """Of a class that torch does not know (timm's BatchNormAct2d): its other parts hang on the new layer."""
+    if type(old).__module__.startswith("torch."):
+        return
+    for kind in ("_parameters", "_buffers", "_modules"):
+        for key, value in getattr(old, kind).items():
+            if key in BATCH_NORM_STATE:
+                continue
+            if hasattr(new, key):
+                raise ValueError(f"{name} ({type(old).__name__}): {type(new).__name__} has a {key} of its own")
+            getattr(new, kind)[key] = value
+    new.__dict__["original"] = (old,)  # a tuple, since a module in an attribute would be registered
+
+
+def _original_of(layer: nn.Module) -> nn.Module:
+    """Such a layer again, with the present values and parts."""
+    (old,) = copy.deepcopy(layer.__dict__["original"])
+    carry_over(layer, old)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        for key in getattr(old, kind).keys() - set(BATCH_NORM_STATE):
+            getattr(old, kind)[key] = getattr(layer, kind)[key]
+    return old
+
+
+def is_frozen(module: nn.Module) -> bool:
+    return type(module).__name__ == "FrozenBatchNorm2d" and isinstance(getattr(module, "eps", None), float)
+
+
+def thaw_frozen(root: nn.Module) -> None:
+    """FrozenBatchNorm2d (torchvision's, detectron2's) as BatchNorm2d with the same values."""
+    for name, frozen in list(root.named_modules(remove_duplicate=False)):
+        if is_frozen(frozen):
+            layer = nn.BatchNorm2d(len(frozen.weight), frozen.eps)  # type: ignore[arg-type]
+            replace(root, name, carry_over(frozen, layer))
+
+
+def plain_batch_norm(layer: Any) -> nn.Module:
+    """Of a normalizer that `folds`."""
+    if "original" in layer.__dict__:
+        return _original_of(layer)
+    kind, affine, track_running_stats = layer.replaced
+    plain = kind(layer.num_features, layer.eps, layer.momentum, affine, track_running_stats)
+    carry_over(layer, plain)
+    return plain
+
+
+def add_biases(root: nn.Module) -> None:
+    """A bias of zeros for every Conv2d without one."""
+    for layer in root.modules():
+        if isinstance(layer, nn.Conv2d) and layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels))
+
+
+def share_noise(layers: list[nn.Module]) -> None:
+    """One R for all the layers: the same parameter in each."""
+    first, *others = (layer for layer in layers if isinstance(layer, Estimator))
+    for layer in others:
+        layer.noise_raw = first.noise_raw
+
+
+def replace(root: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, new)
+
+
+def delete(root: nn.Module, name: str) -> None:
+    parent, _, leaf = name.rpartition(".")
+    delattr(root.get_submodule(parent), leaf)
