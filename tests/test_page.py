@@ -181,11 +181,13 @@ def test_cost_is_measured_or_absent(tmp_path: Path, cards: dict[str, Any]) -> No
     fill(tmp_path, cards)
     for path in (tmp_path / "records").glob("*.json"):
         record = json.loads(path.read_text())
-        record["host"] |= {"images_per_s": 100.0, "hardware": "a machine", "threads": 1}
+        record["host"] |= {"seconds": 3 * record["data"]["train_images"], "hardware": "a machine", "threads": 1}
         path.write_text(json.dumps(record))
-    hours = 2 * 3 * 8 * 10_000 / 100 / 3600  # rows x seeds x epochs x images
+    hours = 5 * 3 * 3 * 10_000 / 3600  # rows x seeds x seconds an image of all epochs x images
     said = cost.describe(card, report.records(tmp_path, NUMERICS))
-    assert said == f"{hours:.1f} device-hours on a machine, 1 thread, fp32 (2 of 5 rows, 3 seeds)"
+    assert said == f"{hours:.1f} device-hours on a machine, 1 thread, fp32 (5 of 5 rows, 3 seeds)"
+    more = variants.apply(cards["table8"], variants.Variant("cifar10", "lite", "{}"))
+    assert "(2 of 4 rows, 3 seeds)" in cost.describe(more, report.records(tmp_path, NUMERICS))
     longer = variants.apply(cards["table7"], variants.Variant("cifar10", "paper", "{}"))
     assert cost.describe(longer, report.records(tmp_path, NUMERICS)) == "not measured"  # another resolution
 
@@ -275,15 +277,6 @@ def test_compare(tmp_path: Path, cards: dict[str, Any], capsys: pytest.CaptureFi
             compare(tmp_path, run, b)
     assert main(["report", "--compare", a, b, "dataset=cifar10"]) == 2
     assert "expected results=FOLDER" in capsys.readouterr().err
-
-
-def test_pending_card(tmp_path: Path) -> None:
-    """A card that cannot be run yet shows the paper's values, and "not run" where ours would stand."""
-    rows = [{"key": key, "label": key} for key in ("gn", "kn")]
-    card = {"name": "t", "kind": "pending", "title": "T", "reason": "not built", "columns": ["box"], "rows": rows}
-    paths = report.write({**card, "paper": "neurips.table6"}, report.records(tmp_path, NUMERICS), tmp_path)
-    assert [path.name for path in paths] == ["t.md", "t.csv", "t.tex"]
-    assert "| kn | not run | 37.8 |" in paths[0].read_text() and "not built" in paths[0].read_text()
 
 
 @pytest.mark.slow

@@ -27,7 +27,6 @@ from kalmannorm.engine.session import Session, StopRequest
 from kalmannorm.engine.train import CHECK_EVERY, Diverged, check_room
 from kalmannorm.models.mask_rcnn import LOSSES
 from kalmannorm.runs import record as records
-from kalmannorm.runs.config import result_part
 from kalmannorm.statistics import flush_moving, normalizers, place_batch, spread_batches
 
 # One value an epoch each; train_loss is the sum of the others.
@@ -42,9 +41,6 @@ def run(config: Config) -> dict[str, Any]:
     statistics; precise ones are not offered: the head's regions differ between training and evaluation.
     record["weights"] says where the weights, and a frozen normalizer's constants, come from.
     """
-    if config["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     ranks = Ranks(config)
     identity = records.run_id(config)
     folder = Path(config["runs"]) / identity
@@ -55,16 +51,9 @@ def run(config: Config) -> dict[str, Any]:
         check_room(folder, model)
     batches = training_batches(config, images, ranks)
 
-    record: dict[str, Any] = {
-        "id": identity,
-        "numerics": records.NUMERICS,
-        "status": "done",
-        "reason": None,
-        "config": result_part(config),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "data": images.provenance | {"train_images": batches.count, "test_images": len(images.test.ids)},
-        "host": records.host(str(ranks.device)) | {"processes": ranks.world},
-    }
+    sizes = {"train_images": batches.count, "test_images": len(images.test.ids)}
+    parameters = sum(p.numel() for p in model.parameters())
+    record = records.begin(config, parameters, images.provenance | sizes, str(ranks.device), ranks.world)
     origin = "ImageNet weights from a file" if config["arch"]["pretrained"] else "trained from scratch"
     record["weights"] = {"origin": origin, "sha256": config["arch"]["pretrained"]}
     model.to(ranks.device)
@@ -89,11 +78,7 @@ def run(config: Config) -> dict[str, Any]:
         except Diverged as error:
             record |= {"status": "failed", "reason": str(error)}
         trained = (session.epoch * batches.steps_per_epoch + session.step) * batches.batch
-        record["host"] |= {
-            "seconds": round(progress.seconds, 1),
-            "train_seconds": round(session.seconds, 1),
-            "images_per_s": round(trained / session.seconds, 2) if session.seconds else None,
-        }
+        records.add_speed(record, trained, session.seconds, progress.seconds)
     if ranks.main:
         records.write(config["results"], record)
     record = ranks.from_main(record)

@@ -28,6 +28,9 @@ class Ranks:
 
     def __init__(self, config: Config) -> None:
         """UserError: a device that is not there; batches that do not divide among the processes."""
+        if config["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; before CUDA starts
+            torch.use_deterministic_algorithms(True)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         check_batches(config, self.world)
         self.device = self._device(config["device"])

@@ -1,7 +1,6 @@
 """Training of one run, from its configuration to its record. Read it from top to bottom."""
 
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from kalmannorm.engine.start import initialize, measure_input
 from kalmannorm.errors import UserError
 from kalmannorm.norm import Estimator, SwitchableNorm
 from kalmannorm.runs import record as records
-from kalmannorm.runs.config import Config, result_part
+from kalmannorm.runs.config import Config
 from kalmannorm.statistics import flush_moving, normalizers, place_batch, set_progress, spread_batches
 
 CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU
@@ -40,9 +39,6 @@ def run(config: Config) -> dict[str, Any]:
     In a distributed run every process calls it and gets the record; rank 0 writes. A loss that is not finite ends it
     with a record of status "failed". UserError: impossible configuration or data. Stopped: a signal.
     """
-    if config["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; before CUDA starts
-        torch.use_deterministic_algorithms(True)
     ranks = Ranks(config)
     identity = records.run_id(config)
     folder = Path(config["runs"]) / identity
@@ -52,16 +48,9 @@ def run(config: Config) -> dict[str, Any]:
         check_room(folder, model)
     train, test = loaders(config, source, ranks)
 
-    record: dict[str, Any] = {
-        "id": identity,
-        "numerics": records.NUMERICS,
-        "status": "done",
-        "reason": None,
-        "config": result_part(config),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "data": source.provenance | {"train_images": train.count, "test_images": test.count},
-        "host": records.host(str(ranks.device)) | {"processes": ranks.world},
-    }
+    sizes = {"train_images": train.count, "test_images": test.count}
+    parameters = sum(p.numel() for p in model.parameters())
+    record = records.begin(config, parameters, source.provenance | sizes, str(ranks.device), ranks.world)
     model.to(ranks.device)
     measure_input(model, train, ranks)
     session = Session(identity, folder, model, optimizer(model, config["schedule"]), ranks)
@@ -85,11 +74,7 @@ def run(config: Config) -> dict[str, Any]:
         except Diverged as error:
             record |= {"status": "failed", "reason": str(error)}
         images = (session.epoch * train.steps_per_epoch + session.step) * train.batch
-        record["host"] |= {
-            "seconds": round(progress.seconds, 1),
-            "train_seconds": round(session.seconds, 1),
-            "images_per_s": round(images / session.seconds, 1) if session.seconds else None,
-        }
+        records.add_speed(record, images, session.seconds, progress.seconds)
     if ranks.main:
         records.write(config["results"], record, figures)
     record = ranks.from_main(record)

@@ -94,7 +94,6 @@ TABLES: dict[str, Callable[[Mapping[str, Any], Records], tables.Table | render.S
     "table": tables.table,
     "parameters": parameters.sheet,
     "speed": speed.sheet,
-    "pending": lambda card, found: tables.pending(card),
 }
 
 # What a card's `kind` makes: its files by name.
@@ -104,5 +103,4 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {
     "speed": lambda card, found: _written(speed.sheet(card, found)),
     "figure": _figure,
     **dict.fromkeys(("curves", "stat_batch", "initial_gain", "gains", "layer_errors", "mixture"), _picture),
-    "pending": lambda card, found: _written(tables.pending(card)),
 }

@@ -88,8 +88,6 @@ def collect(cards: Mapping[str, Mapping[str, Any]], problems: Mapping[str, str],
 
 
 def _made(card: Mapping[str, Any], records: Records, named: frozenset[str]) -> list[Made]:
-    if card.get("kind") == "pending":
-        return [Made(None, table.pending(card), None, {}, "not measured", "")]
     found = [
         _in_setting(variants.apply(card, variant), variant, records) for variant in variants.of_card(card, records)
     ]

@@ -3,7 +3,7 @@
 A card is a dict:
 
     name, title   "table7", what it reproduces
-    kind?         "table" (the default), "pending" (cannot be run yet: `reason`), or another of KINDS
+    kind?         "table" (the default), or another of KINDS
     rows          [{"key", "label", "config", "configs"?: by column, "columns"?: [key, ...], "ours"?: bool,
                     "block"?: heading, "baseline"?: key, "paper"?: path | None, "paper_batch"?: [grad, stat]}, ...]
     columns       ["moving", ...]: kinds of statistics, names under a record's `final`; or
@@ -142,33 +142,6 @@ def table(card: Card, records: Records) -> Table:
         remarks=(*_verdicts(contrasts), *_stale(configs, records), *_not_run(card, built)),
         paper_note=_paper_note(card, built, same_data),
         same_data_as_paper=same_data,
-    )
-
-
-def pending(card: Card) -> Table:
-    """The table of a card that cannot be run yet: the papers' values, and "not run" where ours would stand."""
-    columns = columns_of(card)
-    rows = []
-    for row in card["rows"]:
-        filled = [
-            Cell(row["key"], column.key, "not run", None, {}, (), _paper_value(card, row, column.key), ())
-            for column in columns
-        ]
-        rows.append(Row(row["key"], caption.row_label(row), row["label"], "", None, None, tuple(filled)))
-    return Table(
-        name=card["name"],
-        stem=card["name"],
-        title=card["title"].rstrip("."),
-        setting="",
-        caption=f"Not run: {card['reason']}",
-        columns=columns,
-        apart=True,
-        rows=tuple(rows),
-        contrasts=(),
-        footnotes=(),
-        remarks=(),
-        paper_note=_paper_note(card, rows, same_data=True),
-        same_data_as_paper=True,
     )
 
 

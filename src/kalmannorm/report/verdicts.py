@@ -96,8 +96,6 @@ def _config(term: Term, cards: Cards) -> Config:
     if term.card not in cards:
         raise UserError(f"no card {term.card} yet")
     card = cards[term.card]
-    if card.get("kind") == "pending":
-        raise UserError(str(card["reason"]))
     row = next((row for row in card["rows"] if row["key"] == term.row), None)
     if row is None:
         raise UserError(f"{term.card}: {nearest(term.row, [row['key'] for row in card['rows']], 'row')}")

@@ -49,8 +49,8 @@ def load(name: str, arguments: list[str]) -> Experiment:
     columns=KEY    only these columns, of a card whose columns have overrides
     dataset=NAME   where the columns are data sets: that one alone, also one that the paper does not have
 
-    Rows that come to the same run (a normalizer without batch statistics at two of them) share it. A card of kind
-    "pending" has no runs yet. UserError: unknown names or values.
+    Rows that come to the same run (a normalizer without batch statistics at two of them) share it.
+    UserError: unknown names or values.
     """
     from omegaconf import OmegaConf
 
@@ -64,8 +64,6 @@ def load(name: str, arguments: list[str]) -> Experiment:
     card["command"] = " ".join(["kalmannorm sweep", name, *arguments])
 
     experiment = Experiment(card)
-    if card.get("kind") == "pending":
-        return experiment
     columns, overrides = _columns(card, own.get("columns"), overrides)
     known: set[str] = set()
     for row in card["rows"]:

@@ -1,9 +1,9 @@
-"""How long a run will take: from the images per second of the records of runs like it, or not at all."""
+"""How long a run will take: from the time that recorded runs like it took, or not at all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from kalmannorm.report.read import Record, Records
+from kalmannorm.report.read import Record
 from kalmannorm.runs.config import Config
 
 # Training images of whole data sets, where none of their records says so.
@@ -12,10 +12,10 @@ TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "imagenet
 Kind = Callable[[Config], tuple[Any, ...]]
 
 
-def predictor(found: Records) -> Callable[[Config], float | None]:
-    """A function from a run's configuration to its device-seconds: training and evaluation, on the kind of device that
-    the records' runs had. None where no run of the same network, resolution and data was recorded."""
-    done = [r for r in (*found.current, *found.stale) if r["status"] == "done" and r["host"].get("seconds")]
+def predictor(runs: Iterable[Record]) -> Callable[[Config], float | None]:
+    """A function from a run's configuration to its device-seconds: training and evaluation, on a device as the recorded
+    runs' (the caller chooses them). None where none of them is of the same network, normalizer, resolution and data."""
+    done = [r for r in runs if r["status"] == "done" and (r.get("host") or {}).get("seconds")]
     kinds = [(kind, _rates(done, kind)) for kind in (_same_batch, _same_network)]
     whole = [r for r in done if r["config"]["budget"]["subset"] is None]
     sizes = TRAIN_IMAGES | {r["config"]["dataset"]["name"]: _images(r) for r in whole}
@@ -24,11 +24,16 @@ def predictor(found: Records) -> Callable[[Config], float | None]:
         budget = config["budget"]
         images = budget["subset"] or sizes.get(config["dataset"]["name"])
         for kind, rates in kinds:
-            if images and (known := rates.get((*kind(config), _family(config["device"])))):
+            if images and (known := rates.get(kind(config))):
                 return sorted(known)[len(known) // 2] * budget["epochs"] * images
         return None
 
     return predict
+
+
+def on_device(runs: Iterable[Record], device: str) -> list[Record]:
+    """Those that ran on such a device: "cpu", "cuda"."""
+    return [run for run in runs if str((run.get("host") or {}).get("device")).split(":")[0] == device.split(":")[0]]
 
 
 def duration(seconds: float) -> str:
@@ -52,16 +57,12 @@ def _rates(done: list[Record], kind: Kind) -> dict[tuple[Any, ...], list[float]]
     for record in done:
         config, host = record["config"], record["host"]
         images = config["budget"]["epochs"] * _images(record)
-        key = (*kind(config), _family(host["device"]))
-        seconds = max(host["seconds"], host["train_seconds"])  # the first is of the last process of a resumed run
-        rates.setdefault(key, []).append(seconds * host.get("processes", 1) / images)
+        # A resumed run's `seconds` are of its last process alone.
+        seconds = max(host["seconds"], host.get("train_seconds", 0))
+        rates.setdefault(kind(config), []).append(seconds * host.get("processes", 1) / images)
     return rates
 
 
 def _images(record: Record) -> int:
     """Of its training set."""
     return int(record["data"]["train_images"])
-
-
-def _family(device: str) -> str:
-    return device.split(":")[0]

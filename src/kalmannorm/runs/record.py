@@ -87,6 +87,30 @@ def write_atomically(file: Path, content: bytes) -> None:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from None
 
 
+def begin(config: Config, parameters: int, data: dict[str, Any], device: str, processes: int = 1) -> dict[str, Any]:
+    """A record of what is known of a run before it trains. `parameters`: how many; `data`: provenance and sizes."""
+    return {
+        "id": run_id(config),
+        "numerics": NUMERICS,
+        "status": "done",
+        "reason": None,
+        "config": result_part(config),
+        "parameters": parameters,
+        "data": data,
+        "host": host(device) | {"processes": processes},
+    }
+
+
+def add_speed(record: dict[str, Any], images: int, train_seconds: float, seconds: float) -> None:
+    """`images` that were trained on in `train_seconds`, of all the processes of the run; `seconds`: of this one, with
+    evaluation."""
+    record["host"] |= {
+        "seconds": round(seconds, 1),
+        "train_seconds": round(train_seconds, 1),
+        "images_per_s": round(images / train_seconds, 2) if train_seconds else None,
+    }
+
+
 def headline(values: dict[str, Any]) -> str:
     """What a run reached under one kind of statistics, in a few words."""
     if "accuracy" in values:

@@ -19,7 +19,7 @@ from kalmannorm.runs.config import Config, check_batches
 from kalmannorm.runs.experiment import Experiment, load
 from kalmannorm.runs.lock import holder
 from kalmannorm.runs.options import Options, split
-from kalmannorm.runs.predict import duration, predictor
+from kalmannorm.runs.predict import duration, on_device, predictor
 
 LOOK_EVERY = 2.0  # seconds between looks at a run that another process has
 STOP_SECONDS = 120.0  # that runs get to save themselves
@@ -49,8 +49,6 @@ def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
     options, arguments = split(arguments)
     experiment = load(name, arguments)
     kind = experiment.card.get("kind", "table")
-    if kind == "pending":
-        raise UserError(f"{name} cannot be run: {experiment.card['reason']}")
     if kind == "parameters":
         print(f"{name}: nothing to run; kalmannorm report {name} counts", file=sys.stderr)
         return 0
@@ -66,8 +64,9 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     after which the same command goes on."""
     found = read.records(Path(experiment.runs[0]["results"]), records.NUMERICS)
     done = {record["id"] for record in found.current if record["status"] == "done"}
-    predict = predictor(found)
-    on_gpu = experiment.runs[0]["device"] == "cuda"
+    device = experiment.runs[0]["device"]
+    predict = predictor(on_device((*found.current, *found.stale), device))
+    on_gpu = device == "cuda"
     asked = options.devices or (experiment.card.get("devices", 1) if on_gpu else 1)
     asked = min(asked, options.gpu_count or asked)
     jobs = []
