@@ -242,9 +242,14 @@ class Noise(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.step = int(state)
 
-    @torch.compiler.disable
     def forward(self, belief: Belief, x: Tensor) -> Tensor:
         """belief [rows, C] and the feature map x [N, C, H, W] it stands for -> draws [rows, C, H, W]."""
+        # Not as a decorator: that imports the whole compiler, half of this module's time to import.
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._draw)(belief, x)
+        return self._draw(belief, x)
+
+    def _draw(self, belief: Belief, x: Tensor) -> Tensor:
         key = ("train", self.step) if self.training else ("eval", 0)
         if self.training:
             self.step += 1
