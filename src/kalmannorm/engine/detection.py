@@ -24,10 +24,10 @@ from kalmannorm.engine.picture import draw_detections
 from kalmannorm.engine.progress import Progress
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.session import Session, StopRequest
-from kalmannorm.engine.train import CHECK_EVERY, Diverged, check_room
+from kalmannorm.engine.train import CHECK_EVERY, Diverged, check_room, micro_batches
 from kalmannorm.models.mask_rcnn import LOSSES
 from kalmannorm.runs import record as records
-from kalmannorm.statistics import flush_moving, normalizers, place_batch, spread_batches
+from kalmannorm.statistics import normalizers, spread_batches
 
 # One value an epoch each; train_loss is the sum of the others.
 CURVES = ("epoch", "step", "lr", "train_loss", *LOSSES)
@@ -204,20 +204,14 @@ def _due(config: Config, done: int, total: int) -> bool:
 def _forward_backward(
     session: Session, forward: nn.Module, autocast: torch.autocast, batch: Batch, parts: int, step: int
 ) -> None:
-    """Gradients of one step, in `parts` micro-batches, dealt out interleaved as the images of a batch are."""
-    ranks = session.ranks
-    for part in range(parts):
-        if ranks.world * parts > 1:
-            place_batch(session.model, step, ranks.rank + ranks.world * part, ranks.world * parts)
-        with ranks.without_exchange(forward, last=part == parts - 1):
-            with autocast:
-                losses: dict[str, Tensor] = forward(batch.images[part::parts], batch.targets[part::parts], batch.canvas)
-            each = torch.stack([losses[name] for name in LOSSES]) / parts
-            each.sum().backward()
+    """Gradients of one step."""
+    for part in micro_batches(session, forward, parts, step):
+        with autocast:
+            losses: dict[str, Tensor] = forward(batch.images[part::parts], batch.targets[part::parts], batch.canvas)
+        each = torch.stack([losses[name] for name in LOSSES]) / parts
+        each.sum().backward()
         # The session's sum begins as one number: here it is one for each loss.
         session.loss_sum = session.loss_sum + each.detach()
-    if ranks.world * parts > 1:
-        flush_moving(session.model)
 
 
 def _means(session: Session) -> dict[str, float]:

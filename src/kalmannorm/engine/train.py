@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,18 +154,25 @@ def train_epoch(
 def _forward_backward(
     session: Session, forward: nn.Module, autocast: torch.autocast, x: Tensor, labels: Tensor, parts: int, step: int
 ) -> None:
-    """Gradients of one step, in `parts` micro-batches, which are dealt out interleaved as the images of a batch are."""
+    """Gradients of one step."""
+    for part in micro_batches(session, forward, parts, step):
+        with autocast:
+            logits = forward(x[part::parts])
+            loss = F.cross_entropy(logits.float(), labels[part::parts]) / parts
+        loss.backward()
+        session.loss_sum += loss.detach()
+        session.correct += (logits.detach().argmax(1) == labels[part::parts]).sum()
+
+
+def micro_batches(session: Session, forward: nn.Module, parts: int, step: int) -> Iterator[int]:
+    """The number of each micro-batch, when it is to run forward and backward: the i-th is the images i, i + parts, ...,
+    dealt out interleaved as they are to the processes. `forward`: the wrapped model; gradients are exchanged once."""
     ranks = session.ranks
     for part in range(parts):
         if ranks.world * parts > 1:
             place_batch(session.model, step, ranks.rank + ranks.world * part, ranks.world * parts)
         with ranks.without_exchange(forward, last=part == parts - 1):
-            with autocast:
-                logits = forward(x[part::parts])
-                loss = F.cross_entropy(logits.float(), labels[part::parts]) / parts
-            loss.backward()
-        session.loss_sum += loss.detach()
-        session.correct += (logits.detach().argmax(1) == labels[part::parts]).sum()
+            yield part
     if ranks.world * parts > 1:
         flush_moving(session.model)
 
