@@ -54,9 +54,7 @@ def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[V
     }
     helpers = {
         "group_of": group_of.get,
-        "images": lambda made: [
-            (name, _image(content)) for name, content in made.files.items() if name.endswith("png")
-        ],
+        "images": _images,
         "value": render.value,
         "paper": render.paper_value,
         "pair": caption.pair,
