@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kalmannorm.report import caption, claims, render, table
+from kalmannorm.report import caption, claims, remarks, render, table
 from kalmannorm.report.cells import Cell
 from kalmannorm.report.collection import Entry, Made
 from kalmannorm.report.read import Record, Records, row_key
@@ -59,7 +59,7 @@ def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[V
         "paper": render.paper_value,
         "pair": caption.pair,
         "difference": _difference,
-        "signed": table.signed,
+        "signed": remarks.signed,
         "mark": table.mark,
     }
     return environment.get_template("report.html.j2").render(**view, **helpers)
@@ -186,7 +186,7 @@ def _difference(found: Table, row: Row, cell: Cell) -> str:
     if contrast is None or contrast.difference is None:
         return ""
     half_width = contrast.difference.half_width
-    return table.signed(contrast.difference.mean) + ("" if half_width is None else f" ± {half_width:.2f}")
+    return remarks.signed(contrast.difference.mean) + ("" if half_width is None else f" ± {half_width:.2f}")
 
 
 def _image(content: bytes) -> str:
