@@ -217,6 +217,17 @@ def test_numbers_link_to_their_records(tmp_path: Path, cards: dict[str, Any]) ->
     assert text.index("at budget lite") < text.index('id="results"') and "1,797 of 1,797 exact" in text
 
 
+def test_pictures_link_to_their_runs(tmp_path: Path, cards: dict[str, Any]) -> None:
+    fill(tmp_path, cards, arrays=True)
+    text, _ = made(tmp_path, cards)
+    of_figure = text.split('id="c-figure5"')[1].split("</article>")[0]
+    assert re.findall(r'<a href="#g\w+">([^<]*)</a>', of_figure) == [
+        "bn (128, 2) inception_cifar",
+        "bkn (128, 2) preset paper, gain=0.5, belief=posterior inception_cifar",
+    ]
+    check_links(text)
+
+
 def test_nothing_from_records_is_markup(tmp_path: Path, cards: dict[str, Any]) -> None:
     fill(tmp_path, cards)
     write_record(tmp_path, config_of(cards, "kn_stat2"), 7, numerics=NUMERICS, failed=SCRIPT)
