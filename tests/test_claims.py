@@ -1,5 +1,6 @@
 """Claims and verdicts: what the tests compute, and that no verdict rests on runs that do not belong together."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,17 @@ def test_needed_seeds(effect: float, seeds: int) -> None:
     assert hypotheses.needed(Hypothesis("greater"), nothing, 1) is None
 
 
+def test_needed_seeds_of_an_equivalence() -> None:
+    """Were the mean 0 and the spread the margin's, that many seeds show equality in four of five experiments."""
+    equal = Hypothesis("equal", margin=1.0)
+    outcome = hypotheses.examine(equal, [-1 / np.sqrt(2), 1 / np.sqrt(2)])
+    seeds = hypotheses.needed(equal, outcome, 1)
+    assert seeds is not None and seeds > 10  # 10: the textbook's for one test of that size
+    draws = np.random.default_rng(0).normal(0, 1, (400, seeds))
+    shown = [found.p < 0.05 for row in draws if (found := hypotheses.examine(equal, list(row))).p is not None]
+    assert np.mean(shown) == pytest.approx(0.8, abs=0.06)
+
+
 def test_holm() -> None:
     assert hypotheses.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert hypotheses.holm([]) == [] and hypotheses.holm([0.9, 0.8]) == [1.0, 1.0]
@@ -111,6 +123,8 @@ def test_claims_name_rows_of_the_cards() -> None:
         path = folder / f"{term.card}.yaml"
         if path.exists():
             card = yaml.safe_load(path.read_text())
+            if any("sweep" in row for row in card["rows"]):
+                card = experiment.load(term.card, ["device=cpu", "seeds=1"]).card
             assert term.row in [row["key"] for row in card["rows"]], f"{term} is no row of {path.name}"
             if term.column:
                 assert term.column in [column["key"] for column in card["columns"]]
@@ -237,6 +251,27 @@ def test_other_quantities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert gap.values == pytest.approx({1: 0.5 - 2, 2: 0.5 - 3})
     assert set(absolute.values) == set(relative.values) == {1, 2} and relative.values[1] < -30
     assert speed.state == "not run" and "images per s" in speed.why  # the fixtures have no speed
+
+
+def test_quantities_of_the_mechanism(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = [claim("+t/kn", quantity=f"posterior_error_{moment}", expect="less") for moment in ("mean", "var")]
+    shares = [claim("+t/kn", "-t/bn", quantity=f"{name}_share") for name in ("ln", "bn")]
+    for seed in (1, 2, 3):
+        for of, weights in ((BN, [0.1, 0.2, 0.7]), (KN, [0.1, 0.6 + seed / 100, 0.3 - seed / 100])):
+            path = tmp_path / "records" / f"{write_record(tmp_path, of, seed, errors=True)}.json"
+            record = json.loads(path.read_text())
+            record["norms"]["mixture"] = {"a": {"mean": weights, "var": weights}}
+            path.write_text(json.dumps(record))
+    mean, var, more, less = judge(monkeypatch, tmp_path, *made, *shares)
+    # The fixtures' errors: sqrt(0.2^2 + 0.2^2) of the posterior, sqrt(0.01^2 + 0.4^2) of the measurement.
+    assert mean.values == var.values == pytest.approx(dict.fromkeys((1, 2, 3), 100 * (0.08 / 0.1601) ** 0.5 - 100))
+    assert mean.state == "undecided" and "no spread" in mean.why and mean.estimate.startswith("−29.31 %")
+    assert more.values == pytest.approx({1: 41, 2: 42, 3: 43}) and more.state == "supported"
+    assert less.values == pytest.approx({1: -41, 2: -42, 3: -43}) and less.state == "contradicted"
+    write_record(tmp_path, KN, 4, arrays=True)  # arrays of an earlier version: no errors
+    write_record(tmp_path, BN, 4, arrays=True)
+    mean, _, more, _ = judge(monkeypatch, tmp_path, *made, *shares)
+    assert list(mean.values) == [1, 2, 3] and any("seed 4 left out" in note for note in (*mean.notes, *more.notes))
 
 
 def test_parameters_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

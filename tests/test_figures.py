@@ -177,6 +177,9 @@ def test_layer_errors(tmp_path: Path) -> None:
     whole, bias, spread = (axis.lines[2].get_ydata()[1:] for axis in drawn.axes[:3])
     assert np.isnan(drawn.axes[0].lines[2].get_ydata()[0])
     assert (whole >= bias).all() and (whole >= spread).all() and (bias > spread).all()
+    for axis in drawn.axes:  # no line leaves its panel below
+        lowest = min(float(np.nanmin(line.get_ydata())) for line in axis.lines)
+        assert axis.get_ylim()[0] <= max(layers.FLOOR, lowest)
     assert "Not recorded: KN, belief=output (ours)" in text(drawn)
 
 
@@ -215,6 +218,12 @@ def test_lines_differ_without_colour() -> None:
     looks = style.looks([(str(i), config("bkn" if i % 2 else "bn")) for i in range(12)])
     assert len({look.marker for look in looks.values()}) == 12
     assert len({(look.colour, look.dashes) for look in looks.values()}) == 12
+
+
+def test_a_variant_of_kn_has_not_the_colour_of_gkn() -> None:
+    _, variant, gkn = style.looks([("KN", KN), ("KN, belief=output", KN_OUTPUT), ("GKN", config("gkn"))]).values()
+    shades = [[int(look.colour[i : i + 2], 16) for i in (1, 3, 5)] for look in (variant, gkn)]
+    assert np.linalg.norm(np.subtract(*shades)) > 100  # of 441 from black to white
 
 
 def test_files_of_every_kind(tmp_path: Path) -> None:

@@ -235,6 +235,12 @@ def test_planted_records(tmp_path: Path) -> None:
         path.write_text(json.dumps(planted))
         with pytest.raises(UserError, match=complaint):
             report.records(tmp_path, NUMERICS)
+    record = json.loads(whole)
+    for impossible in (100.5, -1.0):
+        record["final"]["online"]["accuracy"] = impossible
+        path.write_text(json.dumps(record))
+        with pytest.raises(UserError, match=f"{path.name} .*'final.online' is {impossible}, expected percent"):
+            report.records(tmp_path, NUMERICS)
     path.write_text(whole)
     write_record(tmp_path, BN, 1, name="planted")
     with pytest.raises(UserError, match=f"planted.json .* its id is not that of its configuration, {good}"):

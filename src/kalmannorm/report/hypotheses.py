@@ -70,17 +70,24 @@ def needed(hypothesis: Hypothesis, outcome: Outcome, tests: int) -> int | None:
     """
     if not outcome.deviation or outcome.deviation < ROUNDING:
         return None
-    if hypothesis.expect == "equal":
-        distance = abs(hypothesis.margin - abs(outcome.summary.mean))
+    mean = abs(outcome.summary.mean)
+    if hypothesis.expect != "equal":
+        distances = [abs(outcome.summary.mean - hypothesis.than)]
+    elif mean < hypothesis.margin:  # both one-sided tests have to succeed
+        distances = [hypothesis.margin - mean, hypothesis.margin + mean]
     else:
-        distance = abs(outcome.summary.mean - hypothesis.than)
-    size = distance / outcome.deviation
+        distances = [mean - hypothesis.margin]
+    sizes = [distance / outcome.deviation for distance in distances]
+
+    def power(n: int) -> float:
+        return 1 - sum(1 - _power(size, n, tests) for size in sizes)
+
     low, high = outcome.summary.n + 1, MOST
-    if size == 0 or _power(size, high, tests) < POWER:
+    if 0 in sizes or power(high) < POWER:
         return None
     while low < high:  # power grows with n
         middle = (low + high) // 2
-        low, high = (low, middle) if _power(size, middle, tests) >= POWER else (middle + 1, high)
+        low, high = (low, middle) if power(middle) >= POWER else (middle + 1, high)
     return low
 
 

@@ -81,9 +81,10 @@ def errors(card: Mapping[str, Any], records: Records) -> "Figure":
                         values = np.stack([run.errors[key + part][i] for run in runs if run.errors])
                         if (name, what) in looks and np.isfinite(values).any():
                             _band(axis, values, f"{name}: {what} (n = {len(runs)})", looks[name, what])
-                style.logarithmic(axis, FLOOR)
                 style.grid(axis)
                 axis.set_title(title, loc="left")
+            # Last: the panels of a row share their limits, which the smallest part of an error is to set.
+            style.logarithmic(row[0], FLOOR)
             row[0].set_ylabel(label)
         for axis in axes[-1]:
             style.name_layers(axis, next(iter(recorded.values()))[0].layers, most=18)

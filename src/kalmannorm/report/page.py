@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kalmannorm.report import caption, claims, render, table
+from kalmannorm.report import caption, claims, remarks, render, table, variants
 from kalmannorm.report.cells import Cell
 from kalmannorm.report.collection import Entry, Made
 from kalmannorm.report.read import Record, Records, row_key
@@ -37,7 +37,7 @@ def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[V
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    groups = _groups(records, _used(entries, verdicts))
+    groups = _groups(records, _used(records, entries, verdicts))
     group_of = {run["id"]: group["anchor"] for group in groups for run in group["runs"]}
     judged = [verdict for verdict in verdicts if verdict.outcome]
     view = {
@@ -54,25 +54,40 @@ def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[V
     }
     helpers = {
         "group_of": group_of.get,
-        "images": lambda made: [
-            (name, _image(content)) for name, content in made.files.items() if name.endswith("png")
-        ],
+        "images": _images,
+        "drawn": lambda entry, made: {
+            group_of[runs[0]["id"]]: f"{_name(runs[0]['config'])} {runs[0]['config']['arch']['name']}"
+            for runs in _drawn(entry, made, records)
+        },
         "value": render.value,
         "paper": render.paper_value,
         "pair": caption.pair,
         "difference": _difference,
-        "signed": table.signed,
+        "signed": remarks.signed,
         "mark": table.mark,
     }
     return environment.get_template("report.html.j2").render(**view, **helpers)
 
 
-def _used(entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> set[str]:
-    """The ids of all records that a number on the page rests on."""
+def _drawn(entry: Entry, made: Made, records: Records) -> list[list[Record]]:
+    """The runs of each row of a picture: its points and lines are no links."""
+    if made.table or made.variant is None or entry.card is None:
+        return []
+    configs = table.configs_of(variants.apply(entry.card, made.variant))
+    return [runs for config in configs if (runs := records.of(config))]
+
+
+def _used(records: Records, entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> set[str]:
+    """The ids of all records that a number or a picture on the page rests on."""
     cells = (
         cell for entry in entries for made in entry.made if made.table for row in made.table.rows for cell in row.filled
     )
-    return {i for cell in cells for i in cell.ids} | {i for verdict in verdicts for i in verdict.ids}
+    drawn = (runs for entry in entries for made in entry.made for runs in _drawn(entry, made, records))
+    return (
+        {i for cell in cells for i in cell.ids}
+        | {i for verdict in verdicts for i in verdict.ids}
+        | {run["id"] for runs in drawn for run in runs}
+    )
 
 
 def _groups(records: Records, used: set[str]) -> list[dict[str, Any]]:
@@ -188,7 +203,7 @@ def _difference(found: Table, row: Row, cell: Cell) -> str:
     if contrast is None or contrast.difference is None:
         return ""
     half_width = contrast.difference.half_width
-    return table.signed(contrast.difference.mean) + ("" if half_width is None else f" ± {half_width:.2f}")
+    return remarks.signed(contrast.difference.mean) + ("" if half_width is None else f" ± {half_width:.2f}")
 
 
 def _image(content: bytes) -> str:

@@ -19,7 +19,12 @@ UNITS = {
     "variance_gap": "",
     "relative_variance_gap": "",
     "depth_trend": "",
+    "posterior_error_mean": "%",
+    "posterior_error_var": "%",
+    "ln_share": "points",
+    "bn_share": "points",
 }
+SHARES = {"ln_share": 1, "bn_share": 2}  # places in a Switchable Norm's weights: IN, LN, BN
 
 
 def accuracy(run: Record, statistics: str, name: str = "accuracy") -> float | None:
@@ -66,7 +71,9 @@ def of_run(run: Record, quantity: str, statistics: str, folder: Path) -> float |
         return _finite(sum(curve) / len(curve)) if curve else None
     if quantity == "images_per_s":
         return _finite((run.get("host") or {}).get("images_per_s"))
-    if quantity in ("variance_gap", "relative_variance_gap", "depth_trend"):
+    if quantity in SHARES:
+        return _share(run, SHARES[quantity])
+    if quantity in UNITS:
         return _of_arrays(run, folder).get(quantity)
     raise ValueError(f"unknown quantity {quantity!r}; valid: {', '.join(UNITS)}")
 
@@ -84,8 +91,16 @@ def machine_name(run: Record) -> str:
     return f"{hardware or 'unnamed hardware'}{shown}, {precision}{', compiled' if compiled else ''}"
 
 
+def _share(run: Record, place: int) -> float | None:
+    """A weight of Switchable Norm in percent: mean over layers, and over the weights of the means and the variances."""
+    mixed = (run.get("norms") or {}).get("mixture") or {}
+    weights = [layer[moment][place] for layer in mixed.values() for moment in ("mean", "var")]
+    return _finite(100 * math.fsum(weights) / len(weights)) if weights else None
+
+
 def _of_arrays(run: Record, folder: Path) -> Mapping[str, float]:
-    """Means of the variance gaps that Figure 5 shows, of the variance that normalizes (KN: the posterior)."""
+    """Means of the variance gaps that Figure 5 shows, of the variance that normalizes (KN: the posterior); by how many
+    percent the posterior's error is larger than the measurement's, in the median of the layers that have a prior."""
     import numpy as np
     from scipy.stats import spearmanr
 
@@ -104,6 +119,10 @@ def _of_arrays(run: Record, folder: Path) -> Mapping[str, float]:
         "relative_variance_gap": float(np.nanmean(found.relative(gap))),
         "depth_trend": float(trend),
     }
+    for moment in ("mean", "var"):
+        if found.errors is not None and np.isfinite((errors := found.errors[f"layer_error_{moment}"])[1]).any():
+            measurement, _, posterior = errors[:, np.isfinite(errors[1])]
+            values[f"posterior_error_{moment}"] = float(100 * (np.median(posterior / measurement) - 1))
     return {key: value for key, value in values.items() if math.isfinite(value)}
 
 

@@ -204,6 +204,8 @@ def _problem_of_results(record: Record) -> str | None:
             value = values.get("accuracy", values.get("box_ap")) if isinstance(values, dict) else None
             if not isinstance(value, int | float):
                 return f"'final.{name}' has no number 'accuracy', nor a detector's 'box_ap'"
+            if value < 0 or value > 100:  # NaN is neither: a cell says so
+                return f"'final.{name}' is {value}, expected percent"
     return None
 
 

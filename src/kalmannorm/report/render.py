@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from kalmannorm.report.caption import pair
 from kalmannorm.report.cells import Batch, Cell
-from kalmannorm.report.table import Row, Table, describe, mark
+from kalmannorm.report.remarks import describe
+from kalmannorm.report.table import Row, Table, mark
 
 WIDTH = 100  # characters of a terminal line
 

@@ -10,7 +10,7 @@ from statistics import quantiles
 from typing import Literal
 
 CONFIDENCE = 0.95
-ROUNDING = 1e-9  # percent: differences below it are those of floating point
+ROUNDING = 1e-6  # percent: differences below it are those of floating point (arrays are stored in single precision)
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def looks(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Look]:
 
 
 def tint(colour: str, variant: int) -> str:
-    """The colour itself, half way to white, half way to black, and so on."""
-    towards = (None, 255, 0)[variant % 3]
+    """The colour itself, half way to black, half way to white, and so on: a lighter BLUE is nearly SKY."""
+    towards = (None, 0, 255)[variant % 3]
     if towards is None:
         return colour
     parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

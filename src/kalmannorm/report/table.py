@@ -21,19 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kalmannorm.report import caption, cells, paper
+from kalmannorm.report import caption, cells, paper, remarks
 from kalmannorm.report.cells import Batch, Cell, Column, Selection
 from kalmannorm.report.read import Records
 from kalmannorm.report.statistics import Difference, difference
 
 Card = Mapping[str, Any]
-VERDICTS = {
-    "exceeds": "larger than its interval",
-    "tie": "a tie, the interval contains 0",
-    "open": "open, no interval (one seed, or no spread over the seeds)",
-}
-NAMED = 8  # rows not run that are named one by one
-APART = "not compared"  # how the remark of a difference between different data begins
 
 
 @dataclass(frozen=True)
@@ -139,7 +132,11 @@ def table(card: Card, records: Records) -> Table:
         rows=built,
         contrasts=contrasts,
         footnotes=tuple(dict.fromkeys(note for row in built for cell in row.filled for note in cell.notes)),
-        remarks=(*_verdicts(contrasts), *_stale(configs, records), *_not_run(card, built)),
+        remarks=(
+            *remarks.differences(contrasts),
+            *remarks.stale(configs, records),
+            *remarks.not_run(built, command(card)),
+        ),
         paper_note=_paper_note(card, built, same_data),
         same_data_as_paper=same_data,
     )
@@ -197,21 +194,6 @@ def mark(position: int) -> str:
         position, letter = divmod(position - 1, 26)
         letters = chr(ord("a") + letter) + letters
     return letters
-
-
-def signed(value: float) -> str:
-    """A difference in points, with its sign (a true minus, as in print)."""
-    return f"{value:+.2f}".replace("-", "−")
-
-
-def describe(contrast: Contrast) -> str:
-    """ "+1.20 ± 0.40 (3 pairs)", without the names."""
-    if contrast.difference is None:
-        return contrast.remark
-    found = contrast.difference
-    half_width = "" if found.half_width is None else f" ± {found.half_width:.2f}"
-    count = f"{found.n} pair{'s' if found.n > 1 else ''}" if found.paired else f"unpaired, n = {found.n} or more"
-    return f"{signed(found.mean)}{half_width} ({count}{contrast.remark and f', {contrast.remark}'})"
 
 
 def _row(card: Card, row: Mapping[str, Any], columns: Sequence[Column], selections: Selections) -> Row:
@@ -273,49 +255,8 @@ def _contrast(row: Row, baseline: Row, pair: tuple[Cell, Cell], ours: Selection,
     elif ours.setting and theirs.setting and ours.setting != theirs.setting:
         remark = cells.contrast(ours.setting, theirs.setting)
         if ours.setting.data != theirs.setting.data:
-            found, remark = None, f"{APART}: {remark}"
+            found, remark = None, f"{remarks.APART}: {remark}"
     return Contrast(row.name, baseline.name, pair[0].column, found, remark)
-
-
-def _verdicts(contrasts: Sequence[Contrast]) -> list[str]:
-    """Per row one line: its differences, and which exceed their intervals, which tie, which the runs leave open."""
-    lines: dict[tuple[str, str], list[str]] = {}
-    for contrast in contrasts:
-        if contrast.difference:
-            verdict = f"{describe(contrast)}: {VERDICTS[contrast.difference.verdict]}"
-            lines.setdefault((contrast.baseline, contrast.row), []).append(f"{contrast.column} {verdict}")
-        elif contrast.remark.startswith(APART):
-            lines.setdefault((contrast.baseline, contrast.row), []).append(f"{contrast.column} {contrast.remark}")
-    said = []
-    for baseline in dict.fromkeys(baseline for baseline, _ in lines):
-        said += [
-            f"Differences to {baseline} in points, with 95 % Student-t intervals, paired by seed where at "
-            "least two seeds are common; not corrected for their number:",
-            *(f"- {row}: {'; '.join(found)}." for (of, row), found in lines.items() if of == baseline),
-        ]
-    return said
-
-
-def _stale(configs: Sequence[Mapping[str, Any]], records: Records) -> list[str]:
-    runs = {run["id"]: run for config in configs for run in records.stale_of(config)}
-    found = [f"{identity} (NUMERICS {run['numerics']})" for identity, run in runs.items()]
-    if not found:
-        return []
-    return [
-        f"{len(found)} stale record{'s' if len(found) > 1 else ''} of these rows left out, made before results changed "
-        f"to NUMERICS {records.numerics}: {', '.join(found)}."
-    ]
-
-
-def _not_run(card: Card, rows: Sequence[Row]) -> list[str]:
-    missing = []
-    for row in rows:
-        columns = [cell.column for cell in row.filled if cell.state == "not run"]
-        if columns:
-            missing.append(row.name if len(columns) == len(row.filled) else f"{row.name} ({', '.join(columns)})")
-    more = f"; and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-    said = f"Not run: {'; '.join(missing[:NAMED])}{more}. To run what is missing:"
-    return [said, command(card)] if missing else []
 
 
 def _paper_note(card: Card, rows: Sequence[Row], same_data: bool) -> str:

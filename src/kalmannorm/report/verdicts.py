@@ -56,7 +56,8 @@ class Verdict:
         if self.outcome is None:
             return ""
         found = self.outcome.summary
-        half_width = "" if found.half_width is None or not self.outcome.deviation else f" ± {_short(found.half_width)}"
+        spread = None if self.outcome.p is None else found.half_width
+        half_width = "" if spread is None else f" ± {_short(spread)}"
         unit = f" {self.claim.unit}".rstrip()
         seeds = "" if self.claim.quantity == COUNTED else f" ({found.n} seed{'s' if found.n > 1 else ''})"
         return f"{_signed(found.mean)}{half_width}{unit}{seeds}"
