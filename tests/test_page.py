@@ -126,8 +126,10 @@ def test_a_row_of_another_width_is_no_setting(tmp_path: Path, cards: dict[str, A
     (setting,) = variants.of_card(card, found)
     by_row = {row.key: row.filled[0].by_seed for row in table(variants.apply(card, setting), found).rows}
     assert {key: list(seeds) for key, seeds in by_row.items()} == {"plain": [1], "wide": [2]}
-    named = variants.named_archs({"wider": card, "table7": cards["table7"]})
-    labels = [setting.label for setting in variants.of_card(cards["table7"], found, named)]
+    both = {"wider": card, "table7": cards["table7"]}
+    entries = collection.collect(both, dict.fromkeys(set(collection.PAPERS) - both.keys(), "not here"), found)
+    (of_table7,) = (entry.made for entry in entries if entry.name == "table7")
+    labels = [one.variant.label for one in of_table7 if one.variant]
     assert labels == ["cifar10, budget lite", "cifar10, budget lite (width=0.5)"]
 
 
