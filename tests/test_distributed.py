@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import kalmannorm
-from kalmannorm.engine import checkpoint, train
+from kalmannorm.engine import checkpoint, ranks, train
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
 from kalmannorm.presets import BATCH_STATISTICS
@@ -231,6 +232,17 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch, overrides, world, w
     assert all(word in str(error.value) for word in words)
 
 
+def test_all_collectives_wait_for_what_rank_0_does_alone(monkeypatch):
+    """Precise statistics and gaps of a large data set take longer than a process group waits by default."""
+    waits = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **options: waits.append(options.get("timeout")))
+    Ranks(compose([*SMALL, "batch.stat_batch=2"]))
+    assert waits == [ranks.PATIENCE] * 2
+
+
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
@@ -269,3 +281,24 @@ def test_a_rank_that_dies_ends_the_job_with_its_own_error(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*launcher, str(tmp_path / "job.py")], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "rank 1 has had it" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_s_signal_to_torchrun_saves_and_leaves(tmp_path, number):
+    """SIGTERM is handed down; SIGUSR1 ends torchrun, and its processes must not go on by themselves."""
+    overrides = [*case("bkn", 2), "budget.epochs=200"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "kalmannorm", "train", *overrides, f"results={tmp_path}", f"runs={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:  # until every process that holds it is gone
+        lines.append(line)
+        if "epoch 1/200" in line:
+            process.send_signal(number)
+    assert process.wait() != 0
+    assert sum("stopped by SIGTERM; the same command goes on" in line for line in lines) == 2
+    assert not any("epoch 20/200" in line for line in lines)
+    (folder,) = (file.parent for file in tmp_path.glob(f"*/{checkpoint.NAME}"))
+    assert checkpoint.load(folder, folder.name)["epoch"] >= 1

@@ -5,6 +5,7 @@ whole statistics groups (norm/groups.py); gradients are averaged, moving average
 """
 
 import os
+import signal
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -34,9 +35,11 @@ class Ranks:
         self._control: Any = None
         self._began = self.world > 1 and not dist.is_initialized()
         if self._began:
+            leave_with_parent()
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
         if self.world > 1:
-            self._control = dist.new_group(backend="gloo")  # for decisions: does not wait for a GPU
+            # For decisions: does not wait for a GPU. The others wait for rank 0 on it; its default is half an hour.
+            self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def _device(self, asked: str) -> torch.device:
         if asked == "cuda" and self.world > 1:
@@ -111,6 +114,16 @@ class Ranks:
             dist.barrier(group=self._control)
         if self._began:
             dist.destroy_process_group()
+
+
+def leave_with_parent() -> None:
+    """SIGTERM for this process when torchrun dies without a word: by SIGKILL, and by SIGUSR1, which it hands on only
+    where TORCHELASTIC_SIGNALS_TO_HANDLE names it (Linux alone has this)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def end_process(code: int) -> None:
