@@ -189,9 +189,15 @@ def test_two_processes_equal_one_at_another_statistics_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_equal_one(tmp_path):
+def test_two_processes_equal_one_for_what_is_left(tmp_path):
+    assert_same(tmp_path, cases((2,), SLOW) | cases((4,), NORMS), partial(on_processes, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stat_batch", [2, 4])
+def test_four_processes_equal_one(tmp_path, stat_batch):
     """Groups of 16 span them all."""
-    assert_same(tmp_path, cases((4,), NORMS) | cases((16,), ["syncbn"]), partial(on_processes, 4))
+    assert_same(tmp_path, cases((stat_batch,), NORMS) | cases((16,), ["syncbn"]), partial(on_processes, 4))
 
 
 def test_micro_batches_equal_whole_ones(one_process, tmp_path):
