@@ -189,8 +189,9 @@ def test_two_processes_equal_one_at_another_statistics_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_for_what_is_left(tmp_path):
-    assert_same(tmp_path, cases((2,), SLOW) | cases((4,), NORMS), partial(on_processes, 2))
+@pytest.mark.parametrize(("stat_batch", "norms"), [(2, SLOW), (4, NORMS)], ids=["the rest", "all"])
+def test_two_processes_equal_one_for_what_is_left(tmp_path, stat_batch, norms):
+    assert_same(tmp_path, cases((stat_batch,), norms), partial(on_processes, 2))
 
 
 @pytest.mark.slow
