@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.cuda._utils import _get_device_index
 
 import kalmannorm
 from kalmannorm.engine import checkpoint, ranks, train
@@ -248,6 +250,26 @@ def test_all_collectives_wait_for_what_rank_0_does_alone(monkeypatch):
         monkeypatch.setattr(dist, name, lambda *_, **options: waits.append(options.get("timeout")))
     Ranks(compose([*SMALL, "batch.stat_batch=2"]))
     assert waits == [ranks.PATIENCE] * 2
+
+
+@pytest.mark.parametrize(("asked", "local_rank", "expected"), [("cuda", None, 0), ("cuda:2", None, 2), ("cuda", 1, 1)])
+def test_a_gpu_is_chosen_by_its_number(monkeypatch, asked, local_rank, expected):
+    """Without a GPU: torch's own check of what it is given, and a stand-in for the tensor that tries the device out."""
+    chosen = []
+    if local_rank is not None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        for name in ("init_process_group", "new_group"):
+            monkeypatch.setattr(dist, name, lambda *_, **__: None)
+        monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
+
+    def tensor(_: int, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(device=torch.device(device.type, device.index or 0))
+
+    monkeypatch.setattr(torch, "zeros", tensor)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    device = Ranks(compose([*SMALL, "batch.stat_batch=2", f"device={asked}"])).device
+    assert chosen == [expected] and device == torch.device("cuda", expected)
 
 
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -45,8 +45,8 @@ class Ranks:
         if asked == "cuda" and self.world > 1:
             asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
-            device = torch.device(asked)
-            torch.zeros(1, device=device)
+            # Of a tensor, with its number: torch.cuda.set_device refuses plain "cuda".
+            device = torch.zeros(1, device=torch.device(asked)).device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"device={asked} cannot be used: {reason}; pass device=cpu") from None
