@@ -95,7 +95,7 @@ class Chain(nn.Module):
         self.side = conv3x3(4, 4)
         self.relu, self.relu_inplace = nn.ReLU(), nn.ReLU(inplace=True)
         self.identity, self.pool, self.prelu = nn.Identity(), nn.MaxPool2d(2), nn.PReLU()
-        self.norm = nn.GroupNorm(2, 4)
+        self.norm, self.depth = nn.GroupNorm(2, 4), StochasticDepth(0.1, "row")
         self.register_buffer("matrix", torch.eye(8).flip(0))
         self.middle = middle
         for bn in (self.bn1, self.bn2):

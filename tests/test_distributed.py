@@ -2,20 +2,23 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.cuda._utils import _get_device_index
 
 import kalmannorm
-from kalmannorm.engine import checkpoint, train
+from kalmannorm.engine import checkpoint, ranks, train
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
 from kalmannorm.presets import BATCH_STATISTICS
@@ -188,9 +191,16 @@ def test_two_processes_equal_one_at_another_statistics_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_equal_one(tmp_path):
+@pytest.mark.parametrize(("stat_batch", "norms"), [(2, SLOW), (4, NORMS)], ids=["the rest", "all"])
+def test_two_processes_equal_one_for_what_is_left(tmp_path, stat_batch, norms):
+    assert_same(tmp_path, cases((stat_batch,), norms), partial(on_processes, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stat_batch", [2, 4])
+def test_four_processes_equal_one(tmp_path, stat_batch):
     """Groups of 16 span them all."""
-    assert_same(tmp_path, cases((4,), NORMS) | cases((16,), ["syncbn"]), partial(on_processes, 4))
+    assert_same(tmp_path, cases((stat_batch,), NORMS) | cases((16,), ["syncbn"]), partial(on_processes, 4))
 
 
 def test_micro_batches_equal_whole_ones(one_process, tmp_path):
@@ -231,6 +241,37 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch, overrides, world, w
     assert all(word in str(error.value) for word in words)
 
 
+def test_all_collectives_wait_for_what_rank_0_does_alone(monkeypatch):
+    """Precise statistics and gaps of a large data set take longer than a process group waits by default."""
+    waits = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **options: waits.append(options.get("timeout")))
+    Ranks(compose([*SMALL, "batch.stat_batch=2"]))
+    assert waits == [ranks.PATIENCE] * 2
+
+
+@pytest.mark.parametrize(("asked", "local_rank", "expected"), [("cuda", None, 0), ("cuda:2", None, 2), ("cuda", 1, 1)])
+def test_a_gpu_is_chosen_by_its_number(monkeypatch, asked, local_rank, expected):
+    """Without a GPU: torch's own check of what it is given, and a stand-in for the tensor that tries the device out."""
+    chosen = []
+    if local_rank is not None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        for name in ("init_process_group", "new_group"):
+            monkeypatch.setattr(dist, name, lambda *_, **__: None)
+        monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
+
+    def tensor(_: int, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(device=torch.device(device.type, device.index or 0))
+
+    monkeypatch.setattr(torch, "zeros", tensor)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    device = Ranks(compose([*SMALL, "batch.stat_batch=2", f"device={asked}"])).device
+    assert chosen == [expected] and device == torch.device("cuda", expected)
+
+
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
@@ -269,3 +310,24 @@ def test_a_rank_that_dies_ends_the_job_with_its_own_error(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*launcher, str(tmp_path / "job.py")], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "rank 1 has had it" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_s_signal_to_torchrun_saves_and_leaves(tmp_path, number):
+    """SIGTERM is handed down; SIGUSR1 ends torchrun, and its processes must not go on by themselves."""
+    overrides = [*case("bkn", 2), "budget.epochs=200"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, "-m", "kalmannorm", "train", *overrides, f"results={tmp_path}", f"runs={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:  # until every process that holds it is gone
+        lines.append(line)
+        if "epoch 1/200" in line:
+            process.send_signal(number)
+    assert process.wait() != 0
+    assert sum("stopped by SIGTERM; the same command goes on" in line for line in lines) == 2
+    assert not any("epoch 20/200" in line for line in lines)
+    (folder,) = (file.parent for file in tmp_path.glob(f"*/{checkpoint.NAME}"))
+    assert checkpoint.load(folder, folder.name)["epoch"] >= 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kalmannorm import convert, initialize_weight_norm, set_progress
+from kalmannorm import NORMS, convert, initialize_weight_norm, set_progress
 from kalmannorm.engine.model import optimizer
 from kalmannorm.models.resnet_cifar import ResNet
 
@@ -28,6 +28,7 @@ CASES = {
     "in": ("in", {}),
     "wn": ("wn", {}),
     "sn": ("sn", {}),
+    "syncbn": ("syncbn", {}),
     "frozen": ("frozen", {}),
     "none": ("none", {}),
     "bkn-talk": ("bkn", {"preset": "talk"}),
@@ -59,6 +60,10 @@ def losses(case: str) -> list[float]:
         optim.step()
         found.append(loss.item())
     return found
+
+
+def test_every_normalizer_has_its_losses():
+    assert {norm for norm, _ in CASES.values()} == set(NORMS)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import signal
 import subprocess
 import sys
@@ -156,12 +157,10 @@ def test_export_holds_weights_and_configuration(done, capsys):
 
 @pytest.mark.parametrize("norm", ["bn", "bkn", "gn", "gkn"])
 def test_two_runs_are_equal_but_for_host(tmp_path, norm):
-    found = []
     for name in "ab":
         assert main(["train", *SMALL, f"norm={norm}", *place(tmp_path / name)]) == 0
-        found.append(only_record(tmp_path / name))
-    assert comparable(found[0]) == comparable(found[1])
-    assert found[0].keys() == found[1].keys()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert only_record(tmp_path / "a").keys() == only_record(tmp_path / "b").keys()
 
 
 def command(folder: Path, overrides: list[str]) -> list[str]:
@@ -242,18 +241,54 @@ def test_a_scheduler_s_signal_saves_and_leaves(tmp_path, number):
     assert checkpoint.load(next((tmp_path / "runs").iterdir()), records.run_id(compose(overrides)))["epoch"] >= 1
 
 
-def test_the_previous_checkpoint_stands_in_for_a_damaged_one(tmp_path, capsys):
+class Evil:
+    """Unpickling it makes the file that it names."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def half_written(file: Path) -> None:
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+
+
+DAMAGE = {
+    "half-written": half_written,
+    "empty": lambda file: file.write_bytes(b""),
+    "foreign": lambda file: file.write_text("not a checkpoint"),
+    "of something else": lambda file: torch.save([1, 2], file),
+    "of another run": lambda file: torch.save({"id": "y", "epoch": 9}, file),
+    "malicious": lambda file: torch.save({"id": "x", "model": Evil(file.parent / "executed")}, file),
+    "malicious pickle": lambda file: file.write_bytes(pickle.dumps(Evil(file.parent / "executed"))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_previous_checkpoint_stands_in_for_a_bad_one(tmp_path, capsys, damage):
     checkpoint.save(tmp_path, {"id": "x", "epoch": 1})
     checkpoint.save(tmp_path, {"id": "x", "epoch": 2})
     assert checkpoint.load(tmp_path, "x")["epoch"] == 2
-    whole = (tmp_path / checkpoint.NAME).read_bytes()
-    (tmp_path / checkpoint.NAME).write_bytes(whole[: len(whole) // 2])
+    DAMAGE[damage](tmp_path / checkpoint.NAME)
     assert checkpoint.load(tmp_path, "x")["epoch"] == 1
     said = capsys.readouterr().err
-    assert checkpoint.NAME in said and "not a usable checkpoint" in said and checkpoint.PREVIOUS in said
+    assert checkpoint.NAME in said and checkpoint.PREVIOUS in said
+    assert ("belongs to run y" if damage == "of another run" else "not a usable checkpoint") in said
+    assert not (tmp_path / "executed").exists()
+    (tmp_path / checkpoint.PREVIOUS).unlink()
+    with pytest.raises(UserError, match="delete it to start the run again"):
+        checkpoint.load(tmp_path, "x")
+
+
+def test_a_kill_between_the_renames_leaves_the_previous_checkpoint(tmp_path):
+    checkpoint.save(tmp_path, {"id": "x", "epoch": 1})
+    checkpoint.save(tmp_path, {"id": "x", "epoch": 2})
     with pytest.raises(UserError, match="belongs to run x"):
         checkpoint.load(tmp_path, "y")
-    (tmp_path / checkpoint.NAME).unlink()  # killed between the two renames
+    (tmp_path / checkpoint.NAME).unlink()
     assert checkpoint.load(tmp_path, "x")["epoch"] == 1
 
 
@@ -383,17 +418,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys, content):
     folder.mkdir(parents=True)
     (folder / checkpoint.NAME).write_bytes(content)
     assert checkpoint.NAME in run_badly(["train", *overrides], capsys)
-
-
-def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "executed",)
-
-    torch.save({"id": "x", "model": Evil()}, tmp_path / checkpoint.NAME)
-    with pytest.raises(UserError, match="not a usable checkpoint"):
-        checkpoint.load(tmp_path, "x")
-    assert not (tmp_path / "executed").exists()
 
 
 def test_no_permission_to_write(tmp_path, capsys):

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import affine, moving, random_belief, same
+from helpers import Perceptron, affine, error, moving, random_belief, same
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from kalmannorm import NORMS, Belief, KalmanBatchNorm2d, precise_statistics, set_statistics
+from kalmannorm import NORMS, Belief, KalmanBatchNorm2d, convert, precise_statistics, set_statistics
 from kalmannorm.norm import BatchNorm
-from kalmannorm.statistics import probing
+from kalmannorm.statistics import flush_moving, place_batch, probing, spread_batches
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +144,27 @@ def test_probes_see_every_group(stat_batch: int | None) -> None:
     assert seen["bn"][0]["prior"] is None
     expected = [prior.mean, prior.var + 0.02]  # R included
     same([t.detach().expand(1, 5) for t in seen["kn"][0]["prior"]], expected, 1e-5)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_compiled_code_does_not_depend_on_the_number_of_micro_batches(norm: str) -> None:
+    """What waits to be averaged in is no part of what a compiler specializes on; the averages are the eager ones."""
+    torch._dynamo.reset()
+    compiler = CompileCounterWithBackend("aot_eager")
+    eager = convert(Perceptron(), norm, stat_batch=2)
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, backend=compiler)
+    parts = 4
+    for model in (eager, twin):
+        spread_batches(model)
+    for step in range(2):
+        for part in range(parts):
+            x = torch.randn(4, 3)
+            for model, forward in ((eager, eager), (twin, compiled)):
+                place_batch(model, step, part, parts)
+                forward(x)
+        for model in (eager, twin):
+            flush_moving(model)
+    assert compiler.frame_count == 1
+    for a, b in zip(twin.buffers(), eager.buffers(), strict=True):
+        assert torch.equal(a, b) or error(a, b) < 1e-6

@@ -137,6 +137,7 @@ KEPT: dict[str, tuple[Middle, Callable[[Belief, Chain], Belief], int]] = {
     "adaptive pooling": (lambda self, x: F.adaptive_avg_pool2d(x, 4), unchanged, 4),
     "pooling modules": (lambda self, x: self.pool(self.identity(x)), unchanged, 4),
     "dropout": (lambda self, x: F.dropout(x, 0.1, self.training), unchanged, 4),
+    "stochastic depth": (lambda self, x: x + self.depth(self.side(F.relu(x))), plus_side, 4),
     "clone": (lambda self, x: x.clone().contiguous(), unchanged, 4),
     "cat": (
         lambda self, x: torch.cat([x, F.relu(x), self.side(x)], 1),
@@ -188,6 +189,12 @@ def in_place_of_dropout(self: Chain, x: Tensor) -> Tensor:
     return x
 
 
+def raised_under_another_name(self: Chain, x: Tensor) -> Tensor:
+    other = x
+    x **= 2
+    return other
+
+
 LOST: dict[str, tuple[Middle, str]] = {
     "x * map": (lambda self, x: x * torch.ones(8, 8), "mul.*one number per channel"),
     "x * per image": (lambda self, x: x * x.new_ones(x.shape[0], 1, 1, 1), "new_ones"),
@@ -217,6 +224,7 @@ LOST: dict[str, tuple[Middle, str]] = {
     "weights made of features": (lambda self, x: F.conv2d(x, self.side.weight * x.mean(), padding=1), "conv2d"),
     "in place through a view": (through_a_view, "relu_.*in place"),
     "in place through a piece": (through_a_piece, "relu_.*in place"),
+    "x **= 2, read under another name": (raised_under_another_name, "pow"),
     "in place of dropout's result": (in_place_of_dropout, "relu_.*in place"),
 }
 

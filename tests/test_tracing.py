@@ -154,9 +154,22 @@ class Unfriendly(nn.Module):
 def test_the_error_says_what_can_be_converted() -> None:
     message = (
         r"cannot trace Unfriendly.*test_tracing\.py:\d+: if x\.mean\(\) > 0:.*\(stem, body\.block\): model\.stem = "
+        r".*make that line a leaf: put it into a module without BatchNorm, or .* marked by torch\.fx\.wrap"
     )
     with pytest.raises(ValueError, match=message):
         convert(Unfriendly(), "bn")
+
+
+@torch.fx.wrap
+def doubled_where_positive(x: Tensor) -> Tensor:
+    return 2 * x if x.sum() > 0 else x
+
+
+def test_a_function_that_is_marked_as_a_leaf_runs_as_it_is() -> None:
+    model = Chain(lambda self, x: doubled_where_positive(x))
+    assert belief_report(convert(model, "bkn"))["bn2"] == "doubled_where_positive (doubled_where_positive)"
+    same_as_original(model, images())
+    same_as_original(model, -images())
 
 
 # --- arguments and outputs ---

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kalmannorm.belief import Noise
 from kalmannorm.norm import BatchRenorm, Estimator, GroupedStatistics, SyncBatchNorm
-from kalmannorm.norm.batch import Probe
+from kalmannorm.norm.batch import Probe, moments_dtype
 
 STATISTICS = ("moving", "online")
 
@@ -86,7 +86,10 @@ def spread_batches(model: nn.Module, spread: bool = True) -> None:
     """
     for module in model.modules():
         if isinstance(module, GroupedStatistics):
-            module.pending = [] if spread else None
+            assert module.running_var is not None
+            zeros = torch.zeros_like(module.running_var, dtype=moments_dtype(module.running_var))
+            module.pending = zeros.repeat(3, 1) if spread else None
+            module.has_pending = False
         if isinstance(module, Estimator | SyncBatchNorm):
             module.spread = spread
 
@@ -94,15 +97,17 @@ def spread_batches(model: nn.Module, spread: bool = True) -> None:
 @torch.no_grad()
 def flush_moving(model: nn.Module) -> None:
     """One step of the deferred moving averages, over all groups of all ranks and micro-batches since the last."""
-    layers = [layer for layer in normalizers(model).values() if layer.pending]
-    sums = [torch.stack(layer.pending or []).sum(0) for layer in layers]  # mean, variance, number of groups; [3, C]
+    layers = [layer for layer in normalizers(model).values() if layer.pending is not None and layer.has_pending]
+    sums = [layer.pending for layer in layers if layer.pending is not None]  # mean, variance, number of groups; [3, C]
     if sums and dist.is_initialized():
         together = torch.cat(sums, 1)
         dist.all_reduce(together)
         sums = list(together.split([s.shape[1] for s in sums], 1))
     for layer, (mean, var, count) in zip(layers, sums, strict=True):
         layer.average_in(mean / count, var / count)
-        layer.pending = []
+        if layer.pending is not None:
+            layer.pending.zero_()
+        layer.has_pending = False
 
 
 def shard_noise(model: nn.Module, shard: tuple[int, int]) -> None:

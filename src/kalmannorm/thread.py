@@ -14,10 +14,11 @@ from kalmannorm.norm import Estimator
 from kalmannorm.operations import BY_NAME, OPERATIONS, VIEWS
 from kalmannorm.pixelwise import linear
 from kalmannorm.rules import Carry, Operation, Rule
+from kalmannorm.tracing import IN_PLACE
 
 ConvRule = tuple[list[fx.Node], Callable[[list[fx.Node]], fx.Node]] | str
 
-_INPLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+_INPLACE_OPERATORS = {getattr(operator, name) for name in IN_PLACE}
 _RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 
 

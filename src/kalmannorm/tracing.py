@@ -2,11 +2,14 @@
 
 import inspect
 import operator
+import os
 import random
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 # Random skipping of residual branches, by the name that most code gives it: one operation, with a rule of its own.
 _LEAVES = {"DropPath"}
 
+# Augmented assignments, x += y, by their names in `operator`: tensors do them in place.
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod")
+
 _batch_norm = inspect.signature(F.batch_norm)
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 def trace(
@@ -41,9 +48,10 @@ def trace(
         parts = _traceable_parts(model, normalizers, inner, leaves)
         if parts:
             example = f"model.{parts[0]} = kalmannorm.convert(model.{parts[0]}, ...)"
-            advice = f"convert a part that it can trace ({', '.join(parts)}): {example}"
+            advice = f"convert a part that it can trace ({', '.join(parts)}): {example}; or make that line a leaf"
         else:
-            advice = "convert a submodule that it can trace, or put that part into a function marked by torch.fx.wrap"
+            advice = "convert a submodule that it can trace, or make that line a leaf"
+        advice += ": put it into a module without BatchNorm, or into a function marked by torch.fx.wrap"
         raise ValueError(
             f"torch.fx cannot trace {type(model).__name__}: {error} ({_user_line(error)}); {advice}"
         ) from error
@@ -108,7 +116,7 @@ def _user_line(error: Exception) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and frame.filename != __file__
+        if not frame.filename.startswith(_TORCH) and frame.filename != __file__
     ]
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "no line of the model's own"
 
@@ -123,17 +131,9 @@ class _InPlaceProxy(fx.Proxy):
     def _operate(self, name: str, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._operate("iadd", other)
 
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._operate("isub", other)
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._operate("imul", other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._operate("itruediv", other)
+for _name in IN_PLACE:
+    setattr(_InPlaceProxy, f"__{_name}__", partialmethod(_InPlaceProxy._operate, _name))
 
 
 class _Tracer(fx.Tracer):

@@ -74,7 +74,8 @@ class Errors:
         error, standard deviation of the error. nan for an estimate that the layer does not have."""
         if key not in self.sums:
             return torch.full((len(PARTS), 2), torch.nan, dtype=torch.float64)
-        bias, square = self.sums[key] / self.groups
+        # On the CPU: the GPU median has no deterministic form: deterministic=true would refuse it after the training.
+        bias, square = self.sums[key].cpu() / self.groups
         parts = torch.stack((square.sqrt(), bias.abs(), (square - bias.square()).clamp_min(0).sqrt()))
         return parts.median(2).values
 
@@ -93,7 +94,7 @@ def layer_errors(
     with probing(model, dict(probes)):
         for x in batches:
             model(x)
-    found = torch.stack([torch.stack([probe.typical(key).cpu() for key in ESTIMATES]) for probe in probes.values()])
+    found = torch.stack([torch.stack([probe.typical(key) for key in ESTIMATES]) for probe in probes.values()])
     arrays = found.float().permute(2, 3, 1, 0).numpy()  # [PARTS, mean or variance, ESTIMATES, K]
     return {
         f"layer_error_{moment}{part}": arrays[i, j]

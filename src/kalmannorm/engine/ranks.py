@@ -5,6 +5,7 @@ whole statistics groups (norm/groups.py); gradients are averaged, moving average
 """
 
 import os
+import signal
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -37,16 +38,18 @@ class Ranks:
         self._control: Any = None
         self._began = self.world > 1 and not dist.is_initialized()
         if self._began:
+            leave_with_parent()
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
         if self.world > 1:
-            self._control = dist.new_group(backend="gloo")  # for decisions: does not wait for a GPU
+            # For decisions: does not wait for a GPU. The others wait for rank 0 on it; its default is half an hour.
+            self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def _device(self, asked: str) -> torch.device:
         if asked == "cuda" and self.world > 1:
             asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
-            device = torch.device(asked)
-            torch.zeros(1, device=device)
+            # Of a tensor, with its number: torch.cuda.set_device refuses plain "cuda".
+            device = torch.zeros(1, device=torch.device(asked)).device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"device={asked} cannot be used: {reason}; pass device=cpu") from None
@@ -114,6 +117,16 @@ class Ranks:
             dist.barrier(group=self._control)
         if self._began:
             dist.destroy_process_group()
+
+
+def leave_with_parent() -> None:
+    """SIGTERM for this process when torchrun dies without a word: by SIGKILL, and by SIGUSR1, which it hands on only
+    where TORCHELASTIC_SIGNALS_TO_HANDLE names it (Linux alone has this)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def end_process(code: int) -> None:

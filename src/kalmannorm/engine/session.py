@@ -52,7 +52,9 @@ class Session:
 
     def save(self) -> None:
         """Rank 0 writes; each rank's sums and random generators go with it."""
-        own = {"random": _random_state(self.ranks.device), "loss_sum": self.loss_sum, "correct": self.correct}
+        # On the CPU: rank 0 must not open every other rank's GPU to unpack what it sends.
+        sums = {"loss_sum": self.loss_sum.cpu(), "correct": self.correct.cpu()}
+        own = {"random": _random_state(self.ranks.device), **sums}
         of_ranks = self.ranks.gather(own)
         if not self.ranks.main:
             return

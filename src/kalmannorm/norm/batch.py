@@ -25,7 +25,10 @@ class GroupedStatistics(_BatchNorm):
     """
 
     statistics = "moving"
-    pending: "list[Tensor] | None" = None  # while not None, moving averages wait for statistics.flush_moving
+    # While not None, moving averages wait for statistics.flush_moving: sums of mean, variance and 1 over the groups
+    # since the last one, [3, C]. No list of them: compiled code would depend on its length, and be compiled for each.
+    pending: "Tensor | None" = None
+    has_pending = False  # whether there was any group
     holds_first = True  # whether this process and micro-batch has the batch's first group
     probe: Probe | None = None
     layer_name = ""  # set by convert: errors name the layer
@@ -97,7 +100,8 @@ class GroupedStatistics(_BatchNorm):
         if self.pending is None:
             self.average_in(mean.mean(0), var.mean(0))
         else:
-            self.pending.append(torch.stack((mean.sum(0), var.sum(0), mean.new_full(mean.shape[1:], len(mean)))))
+            self.pending += torch.stack((mean.sum(0), var.sum(0), mean.new_full(mean.shape[1:], len(mean))))
+            self.has_pending = True
 
     @torch.no_grad()
     def average_in(self, mean: Tensor, var: Tensor) -> None:

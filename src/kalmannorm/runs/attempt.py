@@ -120,9 +120,9 @@ def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) ->
 
 def main(order: str, answer: str) -> None:
     """One process of a run that `_with_torchrun` started."""
-    from kalmannorm.engine.ranks import end_process
+    from kalmannorm.engine.ranks import end_process, leave_with_parent
 
-    _leave_with_parent()
+    leave_with_parent()
     outcome = perform(json.loads(Path(order).read_text()))
     if int(os.environ["RANK"]) == 0:
         records.write_atomically(Path(answer), json.dumps(asdict(outcome)).encode())
@@ -130,15 +130,6 @@ def main(order: str, answer: str) -> None:
     if not well and int(os.environ["RANK"]):
         time.sleep(2)  # the exit code makes torchrun end the others, and the first one has the reason to write
     end_process(0 if well else 1)
-
-
-def _leave_with_parent() -> None:
-    """SIGTERM when torchrun dies without a word, as it does by SIGKILL (Linux alone has this)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 if __name__ == "__main__":
