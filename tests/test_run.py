@@ -256,11 +256,13 @@ def half_written(file: Path) -> None:
     file.write_bytes(whole[: len(whole) // 2])
 
 
+STATE = dict.fromkeys(checkpoint.PARTS) | {"id": "x"}
 DAMAGE = {
     "half-written": half_written,
     "empty": lambda file: file.write_bytes(b""),
     "foreign": lambda file: file.write_text("not a checkpoint"),
     "of something else": lambda file: torch.save([1, 2], file),
+    "of another program": lambda file: torch.save({"id": "x", "weights": 1}, file),
     "of another run": lambda file: torch.save({"id": "y", "epoch": 9}, file),
     "malicious": lambda file: torch.save({"id": "x", "model": Evil(file.parent / "executed")}, file),
     "malicious pickle": lambda file: file.write_bytes(pickle.dumps(Evil(file.parent / "executed"))),
@@ -269,8 +271,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_the_previous_checkpoint_stands_in_for_a_bad_one(tmp_path, capsys, damage):
-    checkpoint.save(tmp_path, {"id": "x", "epoch": 1})
-    checkpoint.save(tmp_path, {"id": "x", "epoch": 2})
+    checkpoint.save(tmp_path, STATE | {"epoch": 1})
+    checkpoint.save(tmp_path, STATE | {"epoch": 2})
     assert checkpoint.load(tmp_path, "x")["epoch"] == 2
     DAMAGE[damage](tmp_path / checkpoint.NAME)
     assert checkpoint.load(tmp_path, "x")["epoch"] == 1
@@ -284,8 +286,8 @@ def test_the_previous_checkpoint_stands_in_for_a_bad_one(tmp_path, capsys, damag
 
 
 def test_a_kill_between_the_renames_leaves_the_previous_checkpoint(tmp_path):
-    checkpoint.save(tmp_path, {"id": "x", "epoch": 1})
-    checkpoint.save(tmp_path, {"id": "x", "epoch": 2})
+    checkpoint.save(tmp_path, STATE | {"epoch": 1})
+    checkpoint.save(tmp_path, STATE | {"epoch": 2})
     with pytest.raises(UserError, match="belongs to run x"):
         checkpoint.load(tmp_path, "y")
     (tmp_path / checkpoint.NAME).unlink()

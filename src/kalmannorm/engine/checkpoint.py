@@ -12,6 +12,7 @@ from kalmannorm.errors import UserError
 from kalmannorm.runs.record import write_atomically
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+PARTS = {"id", "model", "optimizer", "ranks", "epoch", "step", "seconds", "curves"}
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -56,4 +57,6 @@ def _read(file: Path, identity: str) -> dict[str, Any]:
         raise ValueError(f"{file} is not a usable checkpoint ({reason})") from None
     if found != identity:
         raise ValueError(f"{file} belongs to run {found}, not to {identity}")
+    if missing := PARTS - state.keys():
+        raise ValueError(f"{file} is not a usable checkpoint (without {', '.join(sorted(missing))})")
     return state

@@ -80,11 +80,23 @@ def write_atomically(file: Path, content: bytes) -> None:
                 os.fsync(stream.fileno())
             Path(temporary).chmod(0o644)
             Path(temporary).replace(file)
+            _sync(file.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from None
+
+
+def _sync(folder: Path) -> None:
+    """The renaming itself; file systems that cannot do that to a folder have no such call."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def begin(config: Config, parameters: int, data: dict[str, Any], device: str, processes: int = 1) -> dict[str, Any]:
