@@ -2,11 +2,13 @@
 they are the point."""
 
 import io
+import itertools
 import json
 import os
 import re
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -108,6 +110,9 @@ def test_a_worker_lives_on_from_run_to_run_and_is_replaced_after_a_failure(tmp_p
     processes = [process for _, process, _ in faulty.attempts(file)]
     assert len(processes) == 7 and len(set(processes[:6])) == 1 and processes[6] != processes[5]
     assert not any(alive(process) for process in processes)
+    # What a sweep adds to a run in a living worker: these runs take no time, it is all that lies between two of them.
+    ended = sorted(file.stat().st_mtime for file in (tmp_path / "results" / "records").glob("*.json"))
+    assert statistics.median(later - earlier for earlier, later in itertools.pairwise(ended)) < 2
 
 
 # --- signals ---
