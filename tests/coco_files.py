@@ -23,6 +23,7 @@ TINY = [
     "budget.subset=4",
     "device=cpu",
 ]
+TINY_FPN = ["arch=mask_rcnn_fpn" if override.startswith("arch=") else override for override in TINY]
 
 
 def write(root: Path, name: str = "coco", train: int = 8, test: int = 5) -> Path:

@@ -4,17 +4,13 @@ import contextlib
 import io
 import json
 import math
-import os
 import signal
-import socket
 from types import SimpleNamespace
 
 import coco_files
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from coco_files import TINY
+from coco_files import TINY, TINY_FPN
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -108,6 +104,33 @@ def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
     (one, state), (other, same) = outcome(done[0]), outcome(tmp_path)
     assert {k: v for k, v in one.items() if k != "host"} == {k: v for k, v in other.items() if k != "host"}
     assert all(torch.equal(state["model"][key], same["model"][key]) for key in state["model"] if "extra" not in key)
+
+
+@pytest.mark.parametrize("tiny", [TINY, TINY_FPN], ids=["c4", "fpn"])
+def test_going_on_in_mid_epoch_ends_in_the_same_numbers(root, tmp_path, monkeypatch, tiny):
+    """Two epochs of 2 steps, stopped by a signal in the third step: the second epoch's first."""
+    overrides = [*tiny, "norm=bkn", "batch.grad_batch=2", "budget.epochs=2"]
+    assert main(["train", *overrides, *place(root, tmp_path / "whole")]) == 0
+    steps, stepped = [], torch.optim.SGD.step
+
+    def step(self, *args):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGUSR1)
+        return stepped(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    assert main(["train", *overrides, *place(root, tmp_path / "cut")]) == 128 + signal.SIGUSR1
+    identity = run_id(compose(overrides))
+    saved = checkpoint.load(tmp_path / "cut" / identity, identity)
+    assert (saved["epoch"], saved["step"]) == (1, 1)
+    assert main(["train", *overrides, *place(root, tmp_path / "cut")]) == 0
+    assert len(steps) == 4
+    (one, state), (other, same) = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
+    assert {k: v for k, v in one.items() if k != "host"} == {k: v for k, v in other.items() if k != "host"}
+    assert all(torch.equal(state["model"][key], same["model"][key]) for key in state["model"] if "extra" not in key)
+    momentum = [saved["optimizer"]["state"] for saved in (state, same)]
+    assert all(torch.equal(momentum[0][i]["momentum_buffer"], momentum[1][i]["momentum_buffer"]) for i in momentum[0])
 
 
 def test_a_run_may_end_within_an_epoch(root, tmp_path):
@@ -273,63 +296,3 @@ def test_table_6_shows_ap(root, done, tmp_path, capsys):
     value = outcome(folder)[0]["final"]["moving"]["box_ap"]
     assert f"KN (4, 2) {value:.2f} 37.8" in said and "not run" in said
     assert "COCO's average precision" in said and "trained from scratch" in said and "top-1" not in said
-
-
-# --- processes ---
-
-
-NORMS = {
-    "gn": ["norm=gn"],
-    "bkn": ["norm=bkn"],
-    "bkn-carry": ["norm=bkn", "arch.roi_belief=carry"],
-    "bkn-sampling": ["norm=bkn", "norm.predictor=sampling"],
-    "frozen": ["norm=frozen"],
-}
-
-
-def run_all(folder, runs):
-    for name, overrides in runs.items():
-        detection.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
-
-
-def worker(rank, port, folder, runs):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo")
-    run_all(folder, runs)
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_compute_what_one_does(root, tmp_path):
-    check_processes(root, tmp_path, NORMS)
-
-
-def check_processes(root, folder, norms):
-    runs = {
-        name: [*TINY, *norm, "budget.epochs=2", "schedule.lr=0.001", f"data={root}"] for name, norm in norms.items()
-    }
-    run_all(folder / "one", runs)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, folder / "two", runs), nprocs=2)
-    print()
-    for name in runs:
-        (one, state), (two, other) = outcome(folder / "one" / name), outcome(folder / "two" / name)
-        assert one["id"] == two["id"] and two["host"]["processes"] == 2
-        losses = [max(map(abs_difference, one["curves"][key], two["curves"][key])) for key in detection.LOSSES]
-        weights = [
-            ((value - other["model"][key]).abs().max() / value.abs().max().clamp_min(1e-3)).item()
-            for key, value in state["model"].items()
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
-        ]
-        print(f"{name:14} losses {max(losses):.1e}  weights and moving statistics {max(weights):.1e}")
-        assert max(losses) < 1e-4 and max(weights) < 1e-3
-        for kind in ("moving", "online"):
-            assert two["final"][kind]["images"] == 5
-            assert two["final"][kind]["box_ap"] == pytest.approx(one["final"][kind]["box_ap"], abs=2)
-
-
-def abs_difference(one, other):
-    return abs(one - other)

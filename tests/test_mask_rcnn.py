@@ -1,4 +1,4 @@
-"""Mask R-CNN C4: torchvision's losses, statistics of regions, beliefs at RoIAlign, weights; FPN by the same switch."""
+"""Mask R-CNN C4: torchvision's losses, statistics of regions, beliefs at RoIAlign, weights."""
 
 import copy
 import math
@@ -10,7 +10,6 @@ from helpers import error
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet50
-from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
@@ -242,21 +241,6 @@ def test_parts_take_and_return_beliefs():
     assert convert(first, "gn", returns_belief=True)(x)[1] is None
     with pytest.raises(ValueError, match="argument"):
         convert(second, "bkn", input_belief="parameter")
-
-
-@pytest.mark.slow
-def test_torchvisions_fpn_model_works_by_the_same_switch():
-    torch.manual_seed(0)
-    options = {"weights": None, "weights_backbone": None, "num_classes": 4, "min_size": 64, "max_size": 96}
-    model = maskrcnn_resnet50_fpn(**options, rpn_pre_nms_top_n_train=50, box_batch_size_per_image=8)
-    detector.convert_parts(model, "bkn", stat_batch=2, carry=False)
-    assert sum(lost is not None for lost in detector.describe(model)["beliefs"].values()) == 1
-    images, targets = scene(2)
-    losses = model.train()(images, targets)
-    sum(losses.values()).backward()
-    assert all(torch.isfinite(loss) for loss in losses.values())
-    with torch.no_grad():
-        assert "masks" in model.eval()(images[:1])[0]
 
 
 def test_an_architecture_without_batch_norm_is_refused():

@@ -232,6 +232,23 @@ def test_pictures_link_to_their_runs(tmp_path: Path, cards: dict[str, Any]) -> N
     check_links(text)
 
 
+def test_detectors_are_listed_and_their_pictures_stay_outside(tmp_path: Path, cards: dict[str, Any]) -> None:
+    results = tmp_path / "results"
+    fill(results, cards, seeds=1)
+    run = write_record(results, cards["table6"]["rows"][0]["config"], 1, numerics=NUMERICS)
+    file = results / "records" / f"{run}.json"
+    record = json.loads(file.read_text())
+    record["final"] = {kind: {"box_ap": 12.345, "mask_ap": 6.0, "images": 5} for kind in ("moving", "online")}
+    file.write_text(json.dumps(record))
+    text, _ = made(results, cards)
+    assert "<td>12.35 / 6.00</td>" in text and "detections.png" not in text
+    picture = tmp_path / "runs" / run / "detections.png"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"pixels of others")
+    text, _ = made(results, cards)
+    assert {link for link in Links(text).loaded if not link.startswith("data:")} == {f"../runs/{run}/detections.png"}
+
+
 def test_nothing_from_records_is_markup(tmp_path: Path, cards: dict[str, Any]) -> None:
     fill(tmp_path, cards)
     write_record(tmp_path, config_of(cards, "kn_stat2"), 7, numerics=NUMERICS, failed=SCRIPT)

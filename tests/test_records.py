@@ -51,6 +51,17 @@ def test_list(tmp_path, capsys, overrides, count):
     assert all(row.count("\t") == header.count("\t") for row in rows)
 
 
+def test_list_shows_detectors_beside_classifiers(tmp_path, capsys):
+    add(tmp_path, [])
+    detector = compose(["dataset=coco", "arch=mask_rcnn_c4", "schedule=c4_280k", "batch=g8_s2", "budget=smoke"])
+    record = faulty.record_of(detector)
+    record["final"] = {kind: {"box_ap": 12.345, "mask_ap": 6.0, "images": 5} for kind in ("moving", "online")}
+    (tmp_path / "records" / f"{record['id']}.json").write_text(json.dumps(record))
+    assert main(["records", "list", "--results", str(tmp_path)]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]]
+    assert {row[0]: row[3:5] for row in rows}[record["id"]] == ["12.35 / 6.00"] * 2 and len(rows) == 2
+
+
 def test_list_refuses_what_is_no_setting(tmp_path, capsys):
     add(tmp_path, [])
     for wrong in ("norm", "batch.stat_batch.x=2"):

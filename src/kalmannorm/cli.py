@@ -25,8 +25,7 @@ exit codes: 0 all well; 1 a run failed; 2 wrong input; 130, 138, 143 stopped by 
 def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait busily make two processes on the same cores slow each other many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parse(_parser(), arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
@@ -41,6 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As parse_args, and overrides may stand behind options too (`sweep table1 --dry-run budget=paper`), which argparse
+    takes for unknown ones."""
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any("=" not in r or r.startswith("-") for r in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.datasets import CocoDetection
 
 from kalmannorm.data.coco import Images, evaluation_order
+from kalmannorm.engine.detector import body
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.statistics import set_statistics, shard_noise
 
@@ -42,7 +43,7 @@ def evaluate(
     shard_noise(model, (0, 1))
     set_statistics(model, "moving")
     if statistics == "online":
-        set_statistics(model.body, "online")  # type: ignore[arg-type]
+        set_statistics(body(model), "online")
     model.eval()
     categories = {label: category for category, label in labels.items()}
     images = Images(split, labels)

@@ -1,6 +1,7 @@
 """A detection run's model: Mask R-CNN with its normalizers converted part by part, its weights, its constants."""
 
 import copy
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from kalmannorm.data.coco import TrainingBatches
 from kalmannorm.engine.model import Config
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.models.mask_rcnn import MaskRCNNC4
+from kalmannorm.models.mask_rcnn_fpn import MaskRCNNFPN
 from kalmannorm.norm import Estimator
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN
 from kalmannorm.statistics import normalizers, seed_noise
 
-DETECTORS = {"mask_rcnn_c4": MaskRCNNC4}
-# What torch.fx can trace of a detector, each converted on its own. The second is that of torchvision's FPN models.
-PARTS = ("body", "backbone.body", "roi_heads.box_head")
+DETECTORS: dict[str, Callable[..., nn.Module]] = {"mask_rcnn_c4": MaskRCNNC4, "mask_rcnn_fpn": MaskRCNNFPN}
+# What torch.fx can trace of a detector, each converted on its own.
+BODIES = ("body", "backbone.body")  # C4's, that of torchvision's FPN models
+HEAD = "roi_heads.box_head"
 STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the first n + 1 of them are n frozen stages
 BELIEF_ENDS = "roi_align (rows of images become rows of regions; arch.roi_belief=carry hands the belief on)"
 NEEDS_MORE = {"brn": "follows a schedule", "wn": "begins with a pass over data"}
@@ -31,7 +34,7 @@ CONSTANTS_BATCHES = 10
 def build(config: Config) -> nn.Module:
     """The converted detector, with fresh weights from the run's seed. UserError: an unknown architecture or option."""
     arch, norm = dict(config["arch"]), config["norm"]
-    name, roi_belief, frozen_stages = (arch.pop(key, None) for key in ("name", "roi_belief", "frozen_stages"))
+    name, frozen_stages, roi_belief = arch.pop("name"), arch.pop("frozen_stages", None), arch.pop("roi_belief", "end")
     arch.pop("pretrained", None)
     if name not in DETECTORS:
         raise UserError(nearest(name, list(DETECTORS), "detector"))
@@ -63,8 +66,13 @@ def build(config: Config) -> nn.Module:
     for number, part in enumerate(converted_parts(model).values()):
         seed_noise(part, mix(config["seed"], number))
     for stage in STAGES[: frozen_stages + 1] if frozen_stages else ():
-        model.body.get_submodule(stage).requires_grad_(False)
+        body(model).get_submodule(stage).requires_grad_(False)
     return model
+
+
+def body(model: nn.Module) -> nn.Module:
+    """What a detector sees whole images with, ahead of pyramid and regions."""
+    return next(part for part in (_part(model, name) for name in BODIES) if part is not None)
 
 
 def convert_parts(
@@ -75,15 +83,17 @@ def convert_parts(
     `stat_batch`: images whose statistics, and in C4's head whose regions' statistics, are shared. `carry`: the belief
     of a group's images is handed to their regions. It holds for the mean; the variance is that of single cells, which
     RoIAlign's interpolation lowers where neighbouring cells differ, so that it is an upper bound.
-    ValueError: as convert; no part with BatchNorm layers.
+    ValueError: as convert; no part with BatchNorm layers; a belief to carry, and no normalizer behind RoIAlign.
     """
-    found = [name for name in PARTS if _has_batch_norm(model, name)]
+    found = [name for name in (*BODIES, HEAD) if _has_batch_norm(_part(model, name))]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no BatchNorm layer in {', '.join(PARTS)}")
+        raise ValueError(f"{type(model).__name__} has no BatchNorm layer in {', '.join((*BODIES, HEAD))}")
+    if carry and HEAD not in found:
+        raise ValueError("its heads have no normalizer to carry a belief to: pass arch.roi_belief=end")
     carry = carry and norm in KALMAN
     for name in found:
         own: dict[str, Any] = {"stat_batch": stat_batch}
-        if name == "roi_heads.box_head":
+        if name == HEAD:
             if norm in BATCH_STATISTICS and stat_batch is not None:
                 own["stat_batch"] = stat_batch * model.roi_heads.boxes  # type: ignore[union-attr, operator]
             if carry:
@@ -95,12 +105,16 @@ def convert_parts(
         setattr(model.get_submodule(parent), leaf, convert(model.get_submodule(name), norm, **own, **options))
 
 
-def _has_batch_norm(model: nn.Module, name: str) -> bool:
+def _part(model: nn.Module, name: str) -> nn.Module | None:
     try:
-        part = model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError:
-        return False
-    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in part.modules())
+        return None
+
+
+def _has_batch_norm(part: nn.Module | None) -> bool:
+    layers = part.modules() if part is not None else ()
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
 
 
 def converted_parts(model: nn.Module) -> dict[str, Converted]:
@@ -112,7 +126,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     beliefs: dict[str, str | None] = {}
     for part, converted in converted_parts(model).items():
         for name, lost in converted.report.items():
-            behind_roi_align = part != "body" and lost is not None and lost.startswith("nothing")
+            behind_roi_align = part == HEAD and lost is not None and lost.startswith("nothing")
             beliefs[f"{part}.{name}"] = BELIEF_ENDS if behind_roi_align else lost
     return {
         "order": list(normalizers(model)),

@@ -63,15 +63,15 @@ class MaskRCNNC4(nn.Module):
         roi_size: int = 14,
     ) -> None:
         super().__init__()
-        resnet = _Resnet(layers, width)
+        resnet = Resnet(layers, width)
         stages = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
         self.body = nn.Sequential(OrderedDict((name, getattr(resnet, name)) for name in stages))
         conv4, conv5 = resnet.layer4[0].conv1.in_channels, resnet.fc.in_features
         anchors = AnchorGenerator((tuple(max(1, round(a * size / ANCHORS_AT)) for a in ANCHORS),), (RATIOS,))
-        self.transform = _Transform(size, max_size, IMAGENET_MEAN, IMAGENET_STD, size_divisible=CANVAS)
-        self.rpn = _ProposalNetwork(
+        self.transform = Transform(size, max_size, IMAGENET_MEAN, IMAGENET_STD, size_divisible=CANVAS)
+        self.rpn = ProposalNetwork(
             anchors,
-            _FullPrecisionHead(conv4, anchors.num_anchors_per_location()[0]),
+            FullPrecisionHead(conv4, anchors.num_anchors_per_location()[0]),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -216,7 +216,7 @@ def _image_of(boxes: list[Tensor]) -> Tensor:
     return torch.arange(len(boxes), device=boxes[0].device).repeat_interleave(counts)
 
 
-class _ProposalNetwork(RegionProposalNetwork):
+class ProposalNetwork(RegionProposalNetwork):
     """torchvision's, its losses averaged over images instead of over all their anchors."""
 
     def compute_loss(
@@ -232,7 +232,7 @@ class _ProposalNetwork(RegionProposalNetwork):
         return first, second
 
 
-class _FullPrecisionHead(RPNHead):
+class FullPrecisionHead(RPNHead):
     """Boxes decoded from bfloat16 would be off by pixels: what leaves the head is float32 under autocast too."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -267,7 +267,7 @@ class KeyedSampler(BalancedPositiveNegativeSampler):
         return masks[0], masks[1]
 
 
-class _Transform(GeneralizedRCNNTransform):
+class Transform(GeneralizedRCNNTransform):
     """torchvision's, which pads to `canvas` (height, width) at least."""
 
     canvas = (0, 0)
@@ -286,7 +286,7 @@ def padded_to(height: int, width: int) -> tuple[int, int]:
     return math.ceil(height / CANVAS) * CANVAS, math.ceil(width / CANVAS) * CANVAS
 
 
-class _Resnet(ResNet):
+class Resnet(ResNet):
     """torchvision's ResNet with all channels but the stem's times `width`."""
 
     def __init__(self, layers: Sequence[int], width: float) -> None:

@@ -1,7 +1,8 @@
 """results/report.html: verdicts, tables and figures, and the records that each number rests on, in one file.
 
-Works without network. Numbers link to their group of runs: configuration, curves, and a line for each run with its
-environment. Everything that comes from records is escaped by the template engine.
+Works without network; the pictures of detectors alone lie beside it, in runs/. Numbers link to their group of runs:
+configuration, curves, and a line for each run with its environment. Everything that comes from records is escaped by
+the template engine.
 """
 
 import base64
@@ -10,12 +11,13 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalmannorm.report import caption, claims, remarks, render, table, variants
 from kalmannorm.report.cells import Cell
 from kalmannorm.report.collection import Entry, Made
-from kalmannorm.report.read import Record, Records, row_key
+from kalmannorm.report.read import Record, Records, reached, row_key
 from kalmannorm.report.table import Row, Table
 from kalmannorm.report.verdicts import Verdict
 
@@ -54,11 +56,14 @@ def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[V
     }
     helpers = {
         "group_of": group_of.get,
-        "images": _images,
+        "images": lambda made: [
+            (name, _image(content)) for name, content in made.files.items() if name.endswith(".png")
+        ],
         "drawn": lambda entry, made: {
             group_of[runs[0]["id"]]: f"{_name(runs[0]['config'])} {runs[0]['config']['arch']['name']}"
             for runs in _drawn(entry, made, records)
         },
+        "detections": lambda run: _detections(records.folder, run),
         "value": render.value,
         "paper": render.paper_value,
         "pair": caption.pair,
@@ -118,7 +123,7 @@ def _groups(records: Records, used: set[str]) -> list[dict[str, Any]]:
 def _line(run: Record) -> dict[str, Any]:
     """What the page says of one run. A failed record has few of its keys."""
     config, final, host, data = run["config"], run.get("final") or {}, run.get("host") or {}, run.get("data") or {}
-    kinds = [f"{final[kind]['accuracy']:.2f}" if kind in final else "–" for kind in ("moving", "online", "precise")]
+    kinds = [reached(final[kind]) if kind in final else "–" for kind in ("moving", "online", "precise")]
     return {
         "id": run["id"],
         "seed": config["seed"],
@@ -219,9 +224,11 @@ def _image(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _images(made: Made) -> list[tuple[str, str]]:
-    """Name and data URI of each picture."""
-    return [(name, _image(content)) for name, content in made.files.items() if name.endswith(".png")]
+def _detections(results: Path, run: str) -> str | None:
+    """Where a detector's picture lies, seen from the page: a link, since images of COCO must not be in a file that is
+    committed. None where the run was trained elsewhere."""
+    picture = Path("runs") / run / "detections.png"
+    return f"../{picture.as_posix()}" if (results.absolute().parent / picture).exists() else None
 
 
 def _some(ids: Sequence[str]) -> str:

@@ -59,11 +59,13 @@ class Job:
 
 
 def describe(config: Config) -> str:
-    norm, batch, budget = config["norm"], config["batch"], config["budget"]
-    return (
-        f"{config['dataset']['name']} {config['arch']['name']} {norm['name']} "
-        f"({batch['grad_batch']},{batch['stat_batch']}) {budget['name']} seed {config['seed']}"
-    )
+    names = " ".join(config[group]["name"] for group in ("dataset", "arch", "norm"))
+    return f"{names} {batches(config)} {config['budget']['name']} seed {config['seed']}"
+
+
+def batches(config: Config) -> str:
+    """(images a step, images that share statistics); - where a normalizer has none of a batch."""
+    return f"({config['batch']['grad_batch']},{config['batch']['stat_batch'] or '-'})"
 
 
 @dataclass

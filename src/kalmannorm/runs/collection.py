@@ -17,7 +17,8 @@ HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "de
 
 
 def show(results: str, overrides: list[str]) -> int:
-    """Prints the records whose configuration fits `overrides`, a row each, stale ones marked."""
+    """Prints the records whose configuration fits `overrides`, a row each, stale ones marked; of detectors box / mask
+    AP."""
     found = read.records(Path(results), NUMERICS)
     tests = [_test(override) for override in overrides]
     chosen = [r for r in (*found.current, *found.stale) if all(test(r) for test in tests)]
@@ -93,12 +94,12 @@ def prune(results: str, failed: bool = False, yes: bool = False) -> int:
 
 def _row(record: Record) -> tuple[str, ...]:
     host, final = record.get("host") or {}, record.get("final") or {}
-    accuracies = [f"{final[kind]['accuracy']:.2f}" if kind in final else "" for kind in ("moving", "online")]
+    numbers = [read.reached(final[kind]) if kind in final else "" for kind in ("moving", "online")]
     return (
         record["id"],
         record["status"] if record["numerics"] == NUMERICS else f"stale ({record['numerics']})",
         describe(record["config"]),
-        *accuracies,
+        *numbers,
         str(host.get("images_per_s") or ""),
         duration(host["seconds"]) if "seconds" in host else "",
         str(host.get("hardware") or host.get("device") or ""),

@@ -135,7 +135,7 @@ def _resolve(config: Config) -> None:
     if detects:
         _resolve_detection(config)
     elif config["weights"] is not None:
-        raise UserError(f"weights = {config['weights']}: only arch=mask_rcnn_c4 begins with given weights")
+        raise UserError(f"weights = {config['weights']}: only arch=mask_rcnn_c4 and _fpn begin with given weights")
     norm, batch = config["norm"], config["batch"]
     if norm["name"] not in BATCH_STATISTICS:
         batch["stat_batch"] = None  # means nothing there: one run serves every column

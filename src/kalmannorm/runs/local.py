@@ -99,9 +99,8 @@ def _gpus(options: Options, device: str) -> tuple[str, ...]:
         return ()
     if options.slots is not None:
         raise UserError(f"slots={options.slots} is for CPUs; with device=cuda pass gpus= and per_gpu=")
-    if isinstance(options.gpus, tuple):
-        return options.gpus
-    visible = visible_gpus()
-    if options.gpus is not None and options.gpus > len(visible):
-        raise UserError(f"gpus={options.gpus}: this machine shows {len(visible)}")
-    return visible[: options.gpus]
+    visible, asked = visible_gpus(), options.gpu_count
+    if len(visible) < (asked or 1):
+        what = f"{asked} GPUs asked for" if asked else "device=cuda"
+        raise UserError(f"{what}: this machine shows {len(visible)}; --dry-run lists the runs all the same")
+    return options.gpus if isinstance(options.gpus, tuple) else visible[:asked]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kalmannorm.errors import UserError, nearest
@@ -12,7 +13,8 @@ HELP = """where the runs execute, beside overrides:
   launcher=local   processes of this machine (the default), each of which lives on from run to run
   launcher=ray     a Ray cluster: address=HOST:PORT or $RAY_ADDRESS, else one on this machine
   launcher=slurm   an array job: slurm.partition=NAME slurm.time=MINUTES, any parameter of submitit's
-  gpus=N           of them (local: the first N, or gpus=0,2 for these; without it all that are visible)
+  gpus=N           of them (local: the first N, or gpus=0,2 for these; without it all that are visible); implies
+                   device=cuda
   per_gpu=N        runs at once on each GPU (1)
   slots=N          runs at once on CPUs (one a core, up to 4); threads=N: of each (the cores, divided among them)
   devices=N        of each run, at most (on GPUs the card's, else 1): as many as its statistics groups can be dealt to
@@ -37,7 +39,10 @@ class Options:
 
 
 def split(arguments: list[str]) -> tuple[Options, list[str]]:
-    """The options among `arguments`, and the rest. UserError: a value that cannot be."""
+    """The options among `arguments`, and the rest. UserError: a value that cannot be.
+
+    Who asks for GPUs means device=cuda, though the machine that composes the runs, as a cluster's login node, has none.
+    """
     own: dict[str, Any] = {"slurm": {}}
     rest = []
     for argument in arguments:
@@ -60,6 +65,8 @@ def split(arguments: list[str]) -> tuple[Options, list[str]]:
             raise UserError(f"{key} belongs to launcher={launcher}, not to launcher={options.launcher}")
     if options.launcher != "local" and isinstance(options.gpus, tuple):
         raise UserError(f"gpus={','.join(options.gpus)}: launcher={options.launcher} chooses them, pass their number")
+    if options.gpus is not None and not any(argument.startswith("device=") for argument in rest):
+        rest.append("device=cuda")
     return options, rest
 
 
@@ -76,7 +83,7 @@ def visible_gpus() -> tuple[str, ...]:
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return ("0",)  # there is a driver, or nobody would ask
+        return ("0",) if Path("/proc/driver/nvidia/version").exists() else ()
     return tuple(str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU")) or ("0",)
 
 

@@ -14,7 +14,7 @@ from kalmannorm.errors import Stopped, UserError
 from kalmannorm.report import read
 from kalmannorm.runs import record as records
 from kalmannorm.runs.attempt import LOG, Outcome, write_failed
-from kalmannorm.runs.board import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, WAITING, Board, Job
+from kalmannorm.runs.board import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, WAITING, Board, Job, batches
 from kalmannorm.runs.config import Config, check_batches
 from kalmannorm.runs.experiment import Experiment, load
 from kalmannorm.runs.lock import holder
@@ -76,6 +76,7 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     _announce(experiment, jobs, missing, list_all=dry_run)
     if dry_run or not missing:
         return 0
+    _check_data(missing)
     if options.launcher != "local":
         _make_paths_absolute(missing)
     launcher = _launcher(options, missing[0].config, len(missing))
@@ -271,16 +272,18 @@ def _announce(experiment: Experiment, jobs: list[Job], missing: list[Job], list_
     for job in jobs if list_all else []:
         state = "to run" if job.identity in todo else "done"
         if job.identity in todo:
-            state += ", time not known" if job.predicted is None else f", about {duration(job.predicted)}"
+            state += "" if job.predicted is None else f", about {duration(job.predicted)}"
             state += f" on {job.devices} devices" if job.devices > 1 else ""
-        print(f"  {job.identity}  {job.key:18} seed {job.config['seed']}  {state}", file=sys.stderr)
+            state += ", time not measured" if job.predicted is None else ""
+        where = f"{job.key:18} {batches(job.config):9} seed {job.config['seed']}"
+        print(f"  {job.identity}  {where}  {state}", file=sys.stderr)
     seconds = sum(job.device_seconds for job in missing if job.device_seconds is not None)
     unknown = sum(job.device_seconds is None for job in missing)
     parts = [f"{len(missing)} of {len(jobs)} runs to do"]
     if seconds:
         parts.append(f"about {duration(seconds)} on one device ({seconds / 3600:.2f} device-hours)")
     if unknown:
-        parts.append(f"{unknown} of a kind not yet measured here")
+        parts.append(f"device-hours not measured for {unknown} of them: no record of their kind")
     print(", ".join(parts), file=sys.stderr)
 
 
@@ -294,6 +297,17 @@ def _devices(config: Config, asked: int) -> int:
             continue
     check_batches(config, 1)
     return 1
+
+
+def _check_data(jobs: list[Job]) -> None:
+    """UserError where an image folder is missing, before a worker starts or Slurm queues a job that would say so days
+    later. Small sets are looked at by the runs themselves."""
+    from kalmannorm import data
+
+    folders = {(job.config["data"], job.config["dataset"]["name"]): job.config for job in jobs}
+    for config in folders.values():
+        if config["dataset"].get("loader") == "torchvision":
+            data.folder.find(data.root(config["data"]), config["dataset"])
 
 
 def _make_paths_absolute(jobs: list[Job]) -> None:

@@ -1,0 +1,149 @@
+"""Mask R-CNN with a ResNet-50-FPN backbone: torchvision's maskrcnn_resnet50_fpn, part by part and name by name.
+
+Lin et al. 2017; the model of the Group Normalization literature. The paper trains C4 (mask_rcnn.py, whose two rules for
+runs on several devices hold here too). Normalizers are in the backbone's body alone: torchvision has none in the
+pyramid and in the heads, so beliefs end with the body and the regions have no statistics.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
+
+from kalmannorm.models.mask_rcnn import (
+    ANCHORS,
+    ANCHORS_AT,
+    CANVAS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RATIOS,
+    FullPrecisionHead,
+    KeyedSampler,
+    ProposalNetwork,
+    Resnet,
+    Transform,
+)
+
+LEVELS = ("0", "1", "2", "3")  # of the pyramid, as torchvision names them: layer1 to layer4
+CANONICAL = 224  # side in pixels, at ANCHORS_AT, of a region that is taken from the third level (Lin et al. 2017)
+
+
+class MaskRCNNFPN(GeneralizedRCNN):
+    """(images, targets) -> losses in training, (images) -> detections in evaluation; arguments as MaskRCNNC4's.
+
+    proposals, candidates: an image and level. Anchors and levels shrink with `size`, as C4's anchors do.
+    """
+
+    def __init__(
+        self,
+        classes: int = 80,
+        *,
+        layers: Sequence[int] = (3, 4, 6, 3),
+        width: float = 1.0,
+        size: int = 800,
+        max_size: int = 1333,
+        boxes: int = 256,
+        proposals: Sequence[int] = (2000, 1000),
+        candidates: Sequence[int] = (2000, 1000),
+    ) -> None:
+        resnet = Resnet(layers, width)
+        channels, hidden = max(8, round(256 * width)), max(8, round(1024 * width))
+        stages = [getattr(resnet, f"layer{number}") for number in (1, 2, 3, 4)]
+        outputs = [stage[-1].conv3.out_channels for stage in stages]
+        named = {f"layer{number}": level for number, level in zip((1, 2, 3, 4), LEVELS, strict=True)}
+        backbone = BackboneWithFPN(resnet, named, outputs, channels)
+        anchors = AnchorGenerator(tuple((max(1, round(a * size / ANCHORS_AT)),) for a in ANCHORS), (RATIOS,) * 5)
+        rpn = ProposalNetwork(
+            anchors,
+            FullPrecisionHead(channels, anchors.num_anchors_per_location()[0]),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n=dict(zip(("training", "testing"), candidates, strict=True)),
+            post_nms_top_n=dict(zip(("training", "testing"), proposals, strict=True)),
+            nms_thresh=0.7,
+        )
+        rpn.fg_bg_sampler = KeyedSampler(256, 0.5, salt=0)
+        heads = _ImageByImage(
+            _align(7, size),
+            TwoMLPHead(channels * 7**2, hidden),
+            _BoxPredictor(hidden, classes + 1),
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=boxes,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=0.05,
+            nms_thresh=0.5,
+            detections_per_img=100,
+            mask_roi_pool=_align(14, size),
+            mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
+            mask_predictor=_MaskPredictor(channels, channels, classes + 1),
+        )
+        heads.fg_bg_sampler = KeyedSampler(boxes, 0.25, salt=1)
+        transform = Transform(size, max_size, IMAGENET_MEAN, IMAGENET_STD, size_divisible=CANVAS)
+        super().__init__(backbone, rpn, heads, transform)
+
+    def forward(  # type: ignore[override]
+        self, images: list[Tensor], targets: list[dict[str, Any]] | None = None, canvas: tuple[int, int] | None = None
+    ) -> Any:
+        self.transform.canvas = canvas or (0, 0)
+        if targets is not None:
+            for sampler in (self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler):
+                sampler.keys = [target["key"] for target in targets]
+        return super().forward(images, targets)
+
+
+class _ImageByImage(RoIHeads):
+    """torchvision's heads; in training on one image after the other, whose losses are averaged. Without normalizers in
+    them that changes nothing but the weights of the images, which are equal then."""
+
+    def forward(  # type: ignore[override]
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Any]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        if not self.training:
+            return super().forward(features, proposals, image_shapes, targets)
+        assert targets is not None
+        keys, each = self.fg_bg_sampler.keys, []
+        for n in range(len(proposals)):
+            own, self.fg_bg_sampler.keys = slice(n, n + 1), keys[n : n + 1]
+            maps = {level: of_level[own] for level, of_level in features.items()}
+            each.append(super().forward(maps, proposals[own], image_shapes[own], targets[own])[1])
+        return [], {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
+
+
+class _BoxPredictor(FastRCNNPredictor):
+    """In float32 under autocast too, as FullPrecisionHead."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, deltas = super().forward(x)
+        return logits.float(), deltas.float()
+
+
+class _MaskPredictor(MaskRCNNPredictor):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+def _align(side: int, size: int) -> MultiScaleRoIAlign:
+    """RoIAlign over the levels. torchvision infers their strides from the first images that it sees, and would be wrong
+    where `canvas` is much larger than an image: they are given."""
+    canonical = max(1, round(CANONICAL * size / ANCHORS_AT))
+    pool = MultiScaleRoIAlign(list(LEVELS), side, sampling_ratio=2, canonical_scale=canonical)
+    pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    pool.map_levels = initLevelMapper(2, 5, canonical_scale=canonical, canonical_level=4)
+    return pool

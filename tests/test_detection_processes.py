@@ -1,0 +1,84 @@
+"""Detection on two processes computes what one does."""
+
+import os
+import socket
+
+import coco_files
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from coco_files import TINY, TINY_FPN
+from test_detection import outcome
+
+from kalmannorm.engine import detection
+from kalmannorm.runs.config import compose
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    coco_files.write(folder)
+    return folder
+
+
+NORMS = {
+    "gn": ["norm=gn"],
+    "bkn": ["norm=bkn"],
+    "bkn-carry": ["norm=bkn", "arch.roi_belief=carry"],
+    "bkn-sampling": ["norm=bkn", "norm.predictor=sampling"],
+    "frozen": ["norm=frozen"],
+}
+
+
+def run_all(folder, runs):
+    for name, overrides in runs.items():
+        detection.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
+
+
+def worker(rank, port, folder, runs):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo")
+    run_all(folder, runs)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(root, tmp_path):
+    check_processes(root, tmp_path, NORMS)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does_with_a_pyramid(root, tmp_path):
+    check_processes(root, tmp_path, {"fpn": ["norm=bkn"]}, TINY_FPN)
+
+
+def check_processes(root, folder, norms, tiny=TINY):
+    runs = {
+        name: [*tiny, *norm, "budget.epochs=2", "schedule.lr=0.001", f"data={root}"] for name, norm in norms.items()
+    }
+    run_all(folder / "one", runs)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, folder / "two", runs), nprocs=2)
+    print()
+    for name in runs:
+        (one, state), (two, other) = outcome(folder / "one" / name), outcome(folder / "two" / name)
+        assert one["id"] == two["id"] and two["host"]["processes"] == 2
+        losses = [max(map(abs_difference, one["curves"][key], two["curves"][key])) for key in detection.LOSSES]
+        weights = [
+            ((value - other["model"][key]).abs().max() / value.abs().max().clamp_min(1e-3)).item()
+            for key, value in state["model"].items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        ]
+        print(f"{name:14} losses {max(losses):.1e}  weights and moving statistics {max(weights):.1e}")
+        assert max(losses) < 1e-4 and max(weights) < 1e-3
+        for kind in ("moving", "online"):
+            assert two["final"][kind]["images"] == 5
+            assert two["final"][kind]["box_ap"] == pytest.approx(one["final"][kind]["box_ap"], abs=2)
+
+
+def abs_difference(one, other):
+    return abs(one - other)

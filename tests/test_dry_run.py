@@ -1,0 +1,69 @@
+"""What a sweep says before it starts: its runs, their devices and hours, or why they cannot be run."""
+
+import re
+
+import faulty
+import pytest
+from test_sweep import TABLE7, place, plan
+
+from kalmannorm.cli import main
+from kalmannorm.runs import options
+from kalmannorm.runs.experiment import load
+
+__all__ = ["plan"]  # the fixture
+
+
+def test_dry_run_predicts_by_the_speed_of_recorded_runs(tmp_path, capsys, plan):
+    plan({})
+    assert main(["sweep", *TABLE7, "seeds=1", *place(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["sweep", *TABLE7, "seeds=2", "budget.epochs=90", *place(tmp_path), "devices=4", "--dry-run"]) == 0
+    error = capsys.readouterr().err
+    # 2 s for an epoch of 256 images: 180 device-seconds a run
+    assert error.count("to run, about 45 s on 4 devices") == 4
+    assert "4 of 4 runs to do, about 12 min on one device (0.20 device-hours)" in error
+
+
+def test_a_dry_run_of_an_imagenet_table_on_a_machine_without_gpus(tmp_path, capsys):
+    """As on a login node: (grad, stat), devices of whole groups, and that no time is known; options in any order."""
+    arguments = ["budget=paper", "gpus=8", "launcher=slurm", "data=/nowhere", *place(tmp_path)]
+    for name, lines in {
+        "table1": [("bn resnet50", "(256,32)", 8), ("gn resnet50", "(256,-)", 8)],
+        "table4": [("kn_256_4", "(256,4)", 8), ("kn_32_4", "(32,4)", 8)],
+        "table5": [("kn", "(256,1)", 8)],
+        "v1-figure6": [("resnet101_bkn", "(16,4)", 4)],
+        "v1-figure7": [("inception_v2_bn", "(8,2)", 4)],
+    }.items():
+        assert main(["sweep", name, "--dry-run", *arguments]) == 0
+        error = capsys.readouterr().err
+        for key, pair, devices in lines:
+            assert re.search(
+                rf"  {key} +{re.escape(pair)} +seed 1  to run on {devices} devices, time not meas", error
+            ), error
+        runs = len(load(name, ["budget=paper"]).runs)
+        assert f"{runs} of {runs} runs to do, device-hours not measured for {runs} of them" in error
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data=/nowhere", "device=cpu"], "'imagenet' is not there: looked for train/ and val/ in /nowhere/imagenet"),
+        (["batch.grad_batch=48", "batch.stat_batch=32"], "batch.grad_batch = 48: expected a multiple of"),
+        (["arch=resnet5"], "did you mean 'resnet50'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_it_starts(tmp_path, capsys, plan, arguments, words):
+    file = plan({})
+    assert main(["sweep", "table4", "budget=paper", *arguments, *place(tmp_path)]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not faulty.attempts(file) and not (tmp_path / "runs").exists()
+
+
+def test_gpus_mean_cuda_and_are_missed_before_anything_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    arguments = [argument for argument in TABLE7 if argument != "device=cpu"]
+    assert main(["sweep", *arguments, *place(tmp_path), "gpus=4"]) == 2
+    assert "4 GPUs asked for: this machine shows 2;" in capsys.readouterr().err.splitlines()[-1]
+    assert options.split(["gpus=4", "device=cpu"])[1] == ["device=cpu"]
+    assert not (tmp_path / "runs").exists()
