@@ -585,3 +585,11 @@ assert "torch" not in sys.modules
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [((1,), "1"), ((1, 2), "1, 2"), ((1, 2, 3), "1 to 3"), ((1, 4, 5, 6, 9), "1, 4 to 6, 9"), ((), "")],
+)
+def test_numbers_in_a_row_are_said_as_a_span(numbers: tuple[int, ...], said: str) -> None:
+    assert caption.spans(numbers) == said

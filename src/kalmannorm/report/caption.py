@@ -1,5 +1,6 @@
 """The caption of a table or figure: everything that its numbers depend on, read from configs and records."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,17 @@ def seeds(selections: Sequence[Selection]) -> str:
     if len(kinds) > 1:
         return "The rows have different seeds (listed in the CSV)."
     (common,) = kinds
-    return f"{'Seeds' if len(common) > 1 else 'Seed'} {', '.join(map(str, common))}."
+    return f"{'Seeds' if len(common) > 1 else 'Seed'} {spans(common)}."
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers, three or more in a row as a span: "1, 2, 4 to 9"."""
+    said: list[str] = []
+    # In a row, numbers grow as their places do.
+    for _, together in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        row = [str(number) for _, number in together]
+        said += [f"{row[0]} to {row[-1]}"] if len(row) > 2 else row
+    return ", ".join(said)
 
 
 def statistics(columns: Sequence[str]) -> str:
