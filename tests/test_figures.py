@@ -165,6 +165,7 @@ def test_layer_errors(tmp_path: Path) -> None:
     for of in (BN, KN):
         for seed in (1, 2):
             write_record(tmp_path, of, seed, errors=True)
+    write_record(tmp_path, KN, 3, arrays=True)
     write_record(tmp_path, KN_OUTPUT, 1, arrays=True)
     drawn = layers.errors(card_of("layer_errors"), found(tmp_path))
     assert len(drawn.axes) == 6
@@ -180,7 +181,7 @@ def test_layer_errors(tmp_path: Path) -> None:
     for axis in drawn.axes:  # no line leaves its panel below
         lowest = min(float(np.nanmin(line.get_ydata())) for line in axis.lines)
         assert axis.get_ylim()[0] <= max(layers.FLOOR, lowest)
-    assert "Not recorded: KN, belief=output (ours)" in text(drawn)
+    assert "Not recorded: KN, belief=output (ours); KN, seed 3." in text(drawn)
 
 
 def test_layer_errors_not_recorded(tmp_path: Path) -> None:
