@@ -91,9 +91,7 @@ def errors(card: Mapping[str, Any], records: Records) -> "Figure":
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, handlelength=3.2)
         missing = [one.name for one in found if one.runs and one.name not in recorded]
-        for name in recorded:
-            if without := [str(run.seed) for run in loaded[name] if not run.errors]:
-                missing.append(f"{name}, seed {', '.join(without)}")
+        missing += [f"{name}, seed {run.seed}" for name in recorded for run in loaded[name] if not run.errors]
         text = selected.said(
             card,
             found,
