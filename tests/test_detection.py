@@ -78,7 +78,7 @@ def test_finished_runs_are_evaluated_again(done, capsys):
     said = capsys.readouterr().out
     for kind in ("moving", "online"):
         values = record["final"][kind]
-        shown = f"box AP {values['box_ap']:.2f}  mask AP {values['mask_ap']:.2f}"
+        shown = f"box / mask AP {values['box_ap']:.2f} / {values['mask_ap']:.2f}"
         assert f"{kind:8} {shown}  (record {shown})" in said
     assert main(["train", *overrides]) == 0 and "done already" in capsys.readouterr().out
 

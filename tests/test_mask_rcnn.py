@@ -17,7 +17,8 @@ from kalmannorm import Belief, convert
 from kalmannorm.engine import detector
 from kalmannorm.engine.model import build
 from kalmannorm.errors import UserError
-from kalmannorm.models.mask_rcnn import LOSSES, KeyedSampler, MaskRCNNC4
+from kalmannorm.models.detection import LOSSES, KeyedSampler
+from kalmannorm.models.mask_rcnn import MaskRCNNC4
 from kalmannorm.runs.config import compose
 
 SMALL = {

@@ -12,7 +12,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from kalmannorm.engine import detector
 from kalmannorm.errors import UserError
-from kalmannorm.models.mask_rcnn import LOSSES
+from kalmannorm.models.detection import LOSSES
 from kalmannorm.models.mask_rcnn_fpn import MaskRCNNFPN
 from kalmannorm.runs.config import compose
 

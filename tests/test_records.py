@@ -110,3 +110,10 @@ def test_prune_lists_and_deletes_on_request(tmp_path, capsys):
     assert set(contents(tmp_path)) == kept
     assert main(["records", "prune", "--results", str(tmp_path), "--failed", "--yes"]) == 0
     assert set(contents(tmp_path)) == {good.name, f"{good.stem}.npz"}
+
+
+def test_what_a_run_reached():
+    assert records.headline({"accuracy": 91.234}) == "91.23 %"
+    assert (
+        records.headline({"box_ap": None, "mask_ap": 7.5}) == "box / mask AP - / 7.50"
+    )  # never a 0 for what is not there

@@ -97,16 +97,16 @@ def spread_batches(model: nn.Module, spread: bool = True) -> None:
 @torch.no_grad()
 def flush_moving(model: nn.Module) -> None:
     """One step of the deferred moving averages, over all groups of all ranks and micro-batches since the last."""
-    layers = [layer for layer in normalizers(model).values() if layer.pending is not None and layer.has_pending]
-    sums = [layer.pending for layer in layers if layer.pending is not None]  # mean, variance, number of groups; [3, C]
+    layers = [layer for layer in normalizers(model).values() if layer.has_pending]
+    own = [layer.pending for layer in layers if layer.pending is not None]  # mean, variance, number of groups; [3, C]
+    sums = own
     if sums and dist.is_initialized():
         together = torch.cat(sums, 1)
         dist.all_reduce(together)
         sums = list(together.split([s.shape[1] for s in sums], 1))
-    for layer, (mean, var, count) in zip(layers, sums, strict=True):
+    for layer, pending, (mean, var, count) in zip(layers, own, sums, strict=True):
         layer.average_in(mean / count, var / count)
-        if layer.pending is not None:
-            layer.pending.zero_()
+        pending.zero_()
         layer.has_pending = False
 
 

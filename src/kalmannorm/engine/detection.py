@@ -25,7 +25,7 @@ from kalmannorm.engine.progress import Progress
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.session import Session, StopRequest
 from kalmannorm.engine.train import CHECK_EVERY, Diverged, check_room, micro_batches
-from kalmannorm.models.mask_rcnn import LOSSES
+from kalmannorm.models.detection import LOSSES
 from kalmannorm.runs import record as records
 from kalmannorm.statistics import normalizers, spread_batches
 

@@ -1,8 +1,8 @@
 """Mask R-CNN with a ResNet-50-FPN backbone: torchvision's maskrcnn_resnet50_fpn, part by part and name by name.
 
-Lin et al. 2017; the model of the Group Normalization literature. The paper trains C4 (mask_rcnn.py, whose two rules for
-runs on several devices hold here too). Normalizers are in the backbone's body alone: torchvision has none in the
-pyramid and in the heads, so beliefs end with the body and the regions have no statistics.
+Lin et al. 2017; the model of the Group Normalization literature. The paper trains C4 (mask_rcnn.py). Normalizers are in
+the backbone's body alone: torchvision has none in the pyramid and in the heads, so beliefs end with the body and the
+regions have no statistics.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,17 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from kalmannorm.models.mask_rcnn import (
+from kalmannorm.models.detection import (
     ANCHORS,
     ANCHORS_AT,
-    CANVAS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
+    HEADS,
     RATIOS,
-    FullPrecisionHead,
     KeyedSampler,
-    ProposalNetwork,
     Resnet,
     Transform,
+    anchor_sides,
+    give_keys,
+    proposal_network,
 )
 
 LEVELS = ("0", "1", "2", "3")  # of the pyramid, as torchvision names them: layer1 to layer4
@@ -61,46 +60,27 @@ class MaskRCNNFPN(GeneralizedRCNN):
         outputs = [stage[-1].conv3.out_channels for stage in stages]
         named = {f"layer{number}": level for number, level in zip((1, 2, 3, 4), LEVELS, strict=True)}
         backbone = BackboneWithFPN(resnet, named, outputs, channels)
-        anchors = AnchorGenerator(tuple((max(1, round(a * size / ANCHORS_AT)),) for a in ANCHORS), (RATIOS,) * 5)
-        rpn = ProposalNetwork(
-            anchors,
-            FullPrecisionHead(channels, anchors.num_anchors_per_location()[0]),
-            fg_iou_thresh=0.7,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=256,
-            positive_fraction=0.5,
-            pre_nms_top_n=dict(zip(("training", "testing"), candidates, strict=True)),
-            post_nms_top_n=dict(zip(("training", "testing"), proposals, strict=True)),
-            nms_thresh=0.7,
-        )
-        rpn.fg_bg_sampler = KeyedSampler(256, 0.5, salt=0)
+        anchors = AnchorGenerator(tuple((side,) for side in anchor_sides(size)), (RATIOS,) * len(ANCHORS))
+        rpn = proposal_network(channels, anchors, proposals, candidates)
         heads = _ImageByImage(
             _align(7, size),
             TwoMLPHead(channels * 7**2, hidden),
             _BoxPredictor(hidden, classes + 1),
-            fg_iou_thresh=0.5,
-            bg_iou_thresh=0.5,
+            **HEADS,
             batch_size_per_image=boxes,
-            positive_fraction=0.25,
-            bbox_reg_weights=None,
-            score_thresh=0.05,
-            nms_thresh=0.5,
-            detections_per_img=100,
             mask_roi_pool=_align(14, size),
             mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
             mask_predictor=_MaskPredictor(channels, channels, classes + 1),
         )
         heads.fg_bg_sampler = KeyedSampler(boxes, 0.25, salt=1)
-        transform = Transform(size, max_size, IMAGENET_MEAN, IMAGENET_STD, size_divisible=CANVAS)
-        super().__init__(backbone, rpn, heads, transform)
+        super().__init__(backbone, rpn, heads, Transform(size, max_size))
 
     def forward(  # type: ignore[override]
         self, images: list[Tensor], targets: list[dict[str, Any]] | None = None, canvas: tuple[int, int] | None = None
     ) -> Any:
         self.transform.canvas = canvas or (0, 0)
         if targets is not None:
-            for sampler in (self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler):
-                sampler.keys = [target["key"] for target in targets]
+            give_keys(self, targets)
         return super().forward(images, targets)
 
 

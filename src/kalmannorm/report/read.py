@@ -209,13 +209,6 @@ def _problem_of_results(record: Record) -> str | None:
     return None
 
 
-def reached(values: Mapping[str, Any]) -> str:
-    """What a run reached under one kind of statistics: its accuracy in percent, a detector's "box / mask" AP."""
-    if "accuracy" in values:
-        return f"{values['accuracy']:.2f}"
-    return " / ".join(f"{values[key]:.2f}" for key in ("box_ap", "mask_ap") if values.get(key) is not None)
-
-
 def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """A tree of dicts as one dict with dotted keys."""
     found: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from kalmannorm.report.read import Record
 from kalmannorm.runs.board import describe
 from kalmannorm.runs.config import conf_dir
 from kalmannorm.runs.predict import duration
-from kalmannorm.runs.record import NUMERICS, write_atomically
+from kalmannorm.runs.record import NUMERICS, reached, write_atomically
 
 HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "device", "started")
 
@@ -94,7 +94,7 @@ def prune(results: str, failed: bool = False, yes: bool = False) -> int:
 
 def _row(record: Record) -> tuple[str, ...]:
     host, final = record.get("host") or {}, record.get("final") or {}
-    numbers = [read.reached(final[kind]) if kind in final else "" for kind in ("moving", "online")]
+    numbers = [reached(final[kind]) if kind in final else "" for kind in ("moving", "online")]
     return (
         record["id"],
         record["status"] if record["numerics"] == NUMERICS else f"stale ({record['numerics']})",

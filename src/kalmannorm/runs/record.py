@@ -11,6 +11,8 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,17 +91,16 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """The renaming itself; file systems that cannot do that to a folder have no such call."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+    """The renaming itself. What is renamed is whole in any case, and some file systems cannot do that to a folder."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
-def begin(config: Config, parameters: int, data: dict[str, Any], device: str, processes: int = 1) -> dict[str, Any]:
+def begin(config: Config, parameters: int, data: dict[str, Any], device: str, processes: int) -> dict[str, Any]:
     """A record of what is known of a run before it trains. `parameters`: how many; `data`: provenance and sizes."""
     return {
         "id": run_id(config),
@@ -123,11 +124,17 @@ def add_speed(record: dict[str, Any], images: int, train_seconds: float, seconds
     }
 
 
-def headline(values: dict[str, Any]) -> str:
-    """What a run reached under one kind of statistics, in a few words."""
+def headline(values: Mapping[str, Any]) -> str:
+    """What a run reached under one kind of statistics, with its unit."""
+    return f"{reached(values)} %" if "accuracy" in values else f"box / mask AP {reached(values)}"
+
+
+def reached(values: Mapping[str, Any]) -> str:
+    """Its number: accuracy in percent, a detector's "box / mask" AP; "-" for one that pycocotools does not give."""
     if "accuracy" in values:
-        return f"{values['accuracy']:.2f} %"
-    return "  ".join(f"{kind} AP {values[f'{kind}_ap'] or 0:.2f}" for kind in ("box", "mask"))
+        return f"{values['accuracy']:.2f}"
+    found = (values.get(key) for key in ("box_ap", "mask_ap"))
+    return " / ".join("-" if value is None else f"{value:.2f}" for value in found)
 
 
 def host(device: str) -> dict[str, Any]:
