@@ -15,7 +15,7 @@ ARGS ?=
 FFCV_NEEDS := libopencv-dev libturbojpeg0-dev pkg-config g++
 READY := $(VENV)/.ready
 KN := $(VENV)/bin/kalmannorm
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 OVERRIDES = $(if $(DATASET),dataset=$(DATASET)) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(WHERE) $(ARGS)
 WHERE = $(if $(LAUNCHER),launcher=$(LAUNCHER)) $(if $(GPUS),gpus=$(GPUS))
 DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=results/demo

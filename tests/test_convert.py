@@ -1,4 +1,4 @@
-"""convert and fold: what is kept, modes, copies, compilers and wrappers, errors (beliefs: test_thread.py)."""
+"""convert and fold: what is kept, modes, copies, wrappers, errors (also: test_thread.py, test_compile.py)."""
 
 import copy
 import pickle
@@ -473,64 +473,7 @@ def test_precise_statistics_of_a_network() -> None:
     assert torch.equal(model.aux_bn.running_mean, auxiliary), "a layer that did not run has no new statistics"
 
 
-# --- compilers and wrappers ---
-
-
-def compiled_equals_eager(model: nn.Module, backend: str) -> None:
-    eager, compiled = copy.deepcopy(model), copy.deepcopy(model)
-    torch._dynamo.reset()
-    run = torch.compile(compiled, backend=backend)
-    x = images()
-    for _ in range(2):
-        losses = []
-        for network, forward in ((eager, eager), (compiled, run)):
-            network.zero_grad()
-            loss = loss_of(forward(x))
-            loss.backward()
-            losses.append(loss.detach())
-        assert error(*losses) < 1e-5
-    for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
-        assert (a.grad is None) is (b.grad is None)
-        if a.grad is not None and b.grad is not None:
-            assert (a.grad - b.grad).abs().max() < 1e-4 * max(1, a.grad.abs().max()), name
-    for a, b in zip(eager.buffers(), compiled.buffers(), strict=True):
-        assert error(b, a) < 1e-5
-    eager.eval(), compiled.eval()
-    assert error(run(x).detach(), eager(x).detach()) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("norm", "options"),
-    [
-        ("bn", {"stat_batch": 2}),
-        ("bkn", {"stat_batch": 2, "mixture": True, "guard": 100.0}),
-        ("bkn", SAMPLING),
-        ("gkn", {}),
-    ],
-    ids=["bn", "bkn", "bkn-sampling", "gkn"],
-)
-def test_compiled_network_is_the_eager_one(norm: str, options: dict[str, Any]) -> None:
-    compiled_equals_eager(convert(Residual(), norm, **options), "aot_eager")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_activations_and_gates(backend: str) -> None:
-    model = Modern()
-    model.depth.p = 0.0  # compiled code draws random numbers of its own
-    compiled_equals_eager(convert(model, "bkn", stat_batch=2), backend)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", ["bn", "bkn"])
-def test_compiled_by_inductor(norm: str) -> None:
-    compiled_equals_eager(convert(Residual(), norm, stat_batch=2), "inductor")
-
-
-def test_compiled_in_channels_last() -> None:
-    for norm in ("bn", "bkn"):
-        model = convert(Residual(), norm, stat_batch=2).to(memory_format=torch.channels_last)
-        compiled_equals_eager(model, "aot_eager")
+# --- wrappers ---
 
 
 @pytest.fixture

@@ -222,7 +222,7 @@ def arguments(prior: bool, weight: bool, dims: int, dtype: torch.dtype = D) -> l
 
 def run(form: Any, mixture: bool, guard: float | None, eps: float = 1e-2) -> Callable[..., tuple[Tensor, ...]]:
     def call(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-        return form(x, 3, *others, eps, mixture, guard, False)[:3]
+        return form(x, 2, *others, eps, mixture, guard, False)[:3]
 
     return call
 
@@ -249,7 +249,7 @@ def test_native_form_is_the_plain_form(
     needed = [t for t in inputs if t is not None]
     results = []
     for form in (_Native.apply, _plain):
-        out = form(inputs[0], 3, *inputs[1:], 1e-5, mixture, guard, False)
+        out = form(inputs[0], 2, *inputs[1:], 1e-5, mixture, guard, False)
         cotangents = [torch.randn(t.shape, dtype=dtype, generator=torch.Generator().manual_seed(1)) for t in out[:3]]
         grads = torch.autograd.grad(out[:3], needed, cotangents, allow_unused=True)
         assert not out[3].requires_grad and not out[4].requires_grad
@@ -286,7 +286,7 @@ def test_gradients_at_zero_measured_variance(form: Any, prior: bool, mixture: bo
 def test_gradients_with_a_guard(form: Any, held: bool) -> None:
     """No gradient through the decision, and none to the prior where it is given up. One decision, by the mean ratio."""
     inputs = arguments(True, True, 4)
-    measured = _plain(inputs[0], 3, None, None, inputs[3], None, None, 0, False, None, False)[4]  # type: ignore[arg-type]
+    measured = _plain(inputs[0], 2, None, None, inputs[3], None, None, 0, False, None, False)[4]  # type: ignore[arg-type]
     ratios = inputs[2].detach() / measured  # type: ignore[union-attr]
     guard = ratios.mean().item() * (0.99 if held else 1.01)
     assert (ratios > guard).any() and (ratios < guard).any()

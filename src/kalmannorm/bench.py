@@ -128,7 +128,7 @@ def training_step(
     optim = optimizer(model, SCHEDULE)
     for group in optim.param_groups:
         group["lr"] = 1e-3
-    run = torch.compile(model) if compiled else model
+    run = torch.compile(model, dynamic=False) if compiled else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def step() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from kalmannorm.belief import Noise
 from kalmannorm.norm import BatchRenorm, Estimator, GroupedStatistics, SyncBatchNorm
-from kalmannorm.norm.batch import Probe, moments_dtype
+from kalmannorm.norm.batch import Probe
+from kalmannorm.norm.groups import moments_dtype
 
 STATISTICS = ("moving", "online")
 

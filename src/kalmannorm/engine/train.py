@@ -95,7 +95,7 @@ def _fit(
     progress.begin(session.epoch * steps + session.step, steps, train.batch, session.folder)
     forward = ranks.wrap(session.model)
     if config["compile"]:
-        forward = torch.compile(forward)  # type: ignore[assignment]
+        forward = torch.compile(forward, dynamic=False)  # type: ignore[assignment]
     spread_batches(session.model, ranks.world * config["accumulate"] > 1)
 
     while session.epoch < epochs:

@@ -69,19 +69,19 @@ class GroupedStatistics(_BatchNorm):
     def uses_moving(self) -> bool:
         return not self.training and self.statistics == "moving"
 
-    def count_groups(self, x: Tensor) -> int:
-        """Number of statistics groups in x [N, C, ...]; ValueError where statistics would be of a single value."""
+    def group_size(self, x: Tensor) -> int:
+        """Images of each statistics group in x [N, C, ...]; ValueError where statistics would be of a single value."""
         self._check_input_dim(x)
         try:
-            number = groups.count(x.shape[0], self.stat_batch)
+            size = groups.size(x.shape[0], self.stat_batch)
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
-        if x.numel() // (number * x.shape[1]) == 1:
+        if groups.values(x, size) <= 1:
             raise ValueError(
-                f"{self.where}: statistics of a single value (statistics batch {x.shape[0] // number} on a feature map "
+                f"{self.where}: statistics of a single value (statistics batch {size} on a feature map "
                 f"of {'x'.join(map(str, x.shape[2:])) or '1'}); take a larger stat_batch or keep a larger map there"
             )
-        return number
+        return size
 
     def normalize_by_moving(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, False, 0.0, self.eps)
@@ -126,25 +126,34 @@ class BatchNorm(GroupedStatistics):
     def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
         if self.uses_moving:
             return self.normalize_by_moving(x, self.weight), None
-        number = self.count_groups(x)
-        if number == 1 and self.probe is None and self.pending is None and self.moving_unbiased:
+        size = self.group_size(x)
+        if size == x.shape[0] and self.probe is None and self.pending is None and self.moving_unbiased:
             return self._normalize_whole_batch(x), None
-        weight = self.weight.repeat(number) if self.affine else None
-        bias = self.bias.repeat(number) if self.affine else None
-        return self._normalize_groups(x, number, weight, bias), None
+        weight, bias = (self.weight, self.bias) if self.affine else (None, None)
+        return self._normalize_groups(x, size, weight, bias), None
 
-    def _normalize_groups(self, x: Tensor, number: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Every group by its own statistics; weight, bias [groups * C]."""
-        split = groups.split(x, number)
-        if not split.is_contiguous() and not torch.compiler.is_compiling():
-            split = split.contiguous()  # channels_last: the native kernel knows no groups there
+    def _normalize_groups(self, x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Every group by its own statistics; weight, bias [C], or [G, C] of each group's own."""
+        if torch.compiler.is_compiling():
+            mean, var = groups.moments(x, size)
+            scale = torch.rsqrt(var + self.eps)
+            if weight is not None:
+                scale = scale * weight
+            shift = -mean * scale if bias is None else bias - mean * scale
+            self._record(mean.detach(), var.detach(), groups.values(x, size))
+            return groups.affine(x, scale, shift, size)
+        split = groups.split(x, size).contiguous()  # channels_last: the native kernel knows no groups there
+        of_groups = split.shape[1:3]
+        weight, bias = (None if t is None else t.expand(of_groups).flatten() for t in (weight, bias))
         rows = split.flatten(1, 2)
         features = rows.shape[1]
         # With momentum 1 the kernel leaves each group's mean and unbiased variance here, at no cost.
-        mean = torch.zeros(features, device=x.device, dtype=moments_dtype(x))
+        mean = torch.zeros(features, device=x.device, dtype=groups.moments_dtype(x))
         var = torch.ones_like(mean)
         y = F.batch_norm(rows, mean, var, weight, bias, True, 1.0, self.eps)
-        self._record(mean.view(number, -1), var.view(number, -1), x.numel() // features)
+        values = groups.values(x, size)
+        population = var * ((values - 1) / values)
+        self._record(mean.view(of_groups), population.view(of_groups), values)
         return groups.merge(y, x.shape)
 
     def _normalize_whole_batch(self, x: Tensor) -> Tensor:
@@ -155,15 +164,10 @@ class BatchNorm(GroupedStatistics):
         rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, rate, self.eps)
 
-    def _record(self, mean: Tensor, unbiased_var: Tensor, values: int) -> None:
-        population = unbiased_var * ((values - 1) / values)
+    def _record(self, mean: Tensor, var: Tensor, values: int) -> None:
+        """mean, var [G, C], detached."""
         if self.training:
-            self.update_moving(mean, population, values)
+            self.update_moving(mean, var, values)
         if self.probe is not None:
-            measured = Belief(mean, population)
+            measured = Belief(mean, var)
             self.probe(measured=measured, used=measured, prior=None)
-
-
-def moments_dtype(x: Tensor) -> torch.dtype:
-    """Statistics are float32 under autocast too, and float64 for float64 inputs."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from kalmannorm.belief import Belief
 from kalmannorm.norm import groups
-from kalmannorm.norm.batch import moments_dtype
 
 
 def normalize_by_posterior(
     x: Tensor,
-    number: int,
+    size: int,
     prior: Belief | None,
     gain: Tensor | float,
     weight: Tensor | None,
@@ -31,21 +30,21 @@ def normalize_by_posterior(
     guard: float | None,
     over_ranks: bool = False,
 ) -> tuple[Tensor, Belief, Belief]:
-    """x [N, C, ...] in `number` = G groups, prior [G or 1, C] (R included) -> y like x, posterior [G, C], detached
-    measurement [G, C].
+    """x [N, C, ...] in G groups of `size` images, prior [G or 1, C] (R included) -> y like x, posterior [G, C],
+    measurement [G, C], detached.
 
     Without a prior the posterior is the measurement. weight and bias are [C] or None. `over_ranks`: the batch is spread
     over the processes, all of which decide alike whether the guard holds.
     """
-    shape = (number, x.shape[1])
+    shape = (x.shape[0] // size, x.shape[1])
     if prior is not None:
         prior = Belief(prior.mean.expand(shape), prior.var.expand(shape))
     # The native kernels know groups only in contiguous memory; on a GPU the plain form is compiled by default.
     native = x.is_contiguous() and x.device.type == "cpu" and not torch.compiler.is_compiling()
     form: Callable[..., tuple[Tensor, ...]] = _Native.apply if native else _plain
-    gain = torch.as_tensor(gain, dtype=moments_dtype(x), device=x.device)
+    gain = torch.as_tensor(gain, dtype=groups.moments_dtype(x), device=x.device)
     y, mean, var, measured_mean, measured_var = form(
-        x, number, *(prior or (None, None)), gain, weight, bias, eps, mixture, guard, over_ranks
+        x, size, *(prior or (None, None)), gain, weight, bias, eps, mixture, guard, over_ranks
     )
     return y, Belief(mean, var), Belief(measured_mean, measured_var)
 
@@ -65,7 +64,7 @@ def _effective_gain(
 
 def _plain(
     x: Tensor,
-    number: int,
+    size: int,
     prior_mean: Tensor | None,
     prior_var: Tensor | None,
     gain: Tensor,
@@ -76,9 +75,7 @@ def _plain(
     guard: float | None,
     over_ranks: bool,
 ) -> tuple[Tensor, ...]:
-    split = groups.split(x, number)  # [N / G, G, C, ...]
-    dims = (0, *range(3, split.dim()))
-    measured_var, measured_mean = torch.var_mean(split.to(moments_dtype(x)), dims, correction=0)
+    measured_mean, measured_var = groups.moments(x, size)
     if prior_mean is None or prior_var is None:
         mean, var = measured_mean, measured_var
     else:
@@ -92,14 +89,12 @@ def _plain(
     if weight is not None:
         scale = scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    over_pixels = (1, *scale.shape) + (1,) * (x.dim() - 2)
-    y = (split * scale.view(over_pixels) + shift.view(over_pixels)).to(x.dtype)
-    return groups.merge(y, x.shape), mean, var, measured_mean.detach(), measured_var.detach()
+    return groups.affine(x, scale, shift, size), mean, var, measured_mean.detach(), measured_var.detach()
 
 
-def _rows(x: Tensor, number: int) -> Tensor:
-    """Contiguous x [N, C, ...] as [N / G, G * C, pixels], the native kernels' view of groups."""
-    return x.view(x.shape[0] // number, number * x.shape[1], -1)
+def _rows(x: Tensor, size: int) -> Tensor:
+    """Contiguous x [N, C, ...] as [size, G * C, pixels], the native kernels' view of groups."""
+    return x.view(size, x.shape[0] // size * x.shape[1], -1)
 
 
 class _Native(torch.autograd.Function):
@@ -109,7 +104,7 @@ class _Native(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        number: int,
+        size: int,
         prior_mean: Tensor | None,
         prior_var: Tensor | None,
         gain: Tensor,
@@ -120,9 +115,9 @@ class _Native(torch.autograd.Function):
         guard: float | None,
         over_ranks: bool,
     ) -> tuple[Tensor, ...]:
-        shape = (number, x.shape[1])
-        rows = _rows(x, number)
-        dtype = moments_dtype(x)
+        shape = (x.shape[0] // size, x.shape[1])
+        rows = _rows(x, size)
+        dtype = groups.moments_dtype(x)
         zeros, ones = (torch.full((rows.shape[1],), value, dtype=dtype) for value in (0.0, 1.0))
         # With momentum 0 the buffers stay as they are; they only make the kernel compute in their type.
         measured_mean, measured_var = torch.batch_norm_update_stats(rows, zeros, ones, 0.0)
@@ -136,11 +131,11 @@ class _Native(torch.autograd.Function):
             var = torch.lerp(prior_var, measured_var, q)
             if mixture:
                 var = torch.addcmul(var, deviation, deviation * (q * (1 - q)))
-        weights = None if weight is None else weight.repeat(number)
-        biases = None if bias is None else bias.repeat(number)
+        weights = None if weight is None else weight.repeat(len(mean))
+        biases = None if bias is None else bias.repeat(len(mean))
         y = torch.native_batch_norm(rows, weights, biases, mean.flatten(), var.flatten(), False, 0.0, eps)[0]
         ctx.save_for_backward(x, mean, var, weight, q, deviation, prior_var, measured_mean, measured_var)
-        ctx.eps, ctx.mixture = eps, mixture
+        ctx.size, ctx.eps, ctx.mixture = size, eps, mixture
         # Handed out for probes only. Clones: without a prior the posterior is the same tensor, and is differentiable.
         measurement = measured_mean.clone(), measured_var.clone()
         ctx.mark_non_differentiable(*measurement)
@@ -151,7 +146,7 @@ class _Native(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy, dmean, dvar = grads[:3]
         x, mean, var, weight, q, deviation, prior_var, measured_mean, measured_var = ctx.saved_tensors
-        rows = _rows(x, mean.shape[0])
+        rows = _rows(x, ctx.size)
         dy = dy.contiguous().view(rows.shape)
         ones = torch.ones_like(mean).flatten()
         # Sums of dy * (x - mean) * rstd and of dy, per row: the normalizer seen as a constant affine.

@@ -5,24 +5,69 @@ Image i of a batch of G groups belongs to group i mod G (interleaved). In NCHW t
 groups, so that they compute what one device does.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def count(batch: int, stat_batch: int | None) -> int:
-    """Number of groups in a batch. `stat_batch` None means the whole batch is one group."""
+def size(batch: int, stat_batch: int | None) -> int:
+    """Images of each group of a batch. `stat_batch` None means the whole batch is one group."""
     if stat_batch is None:
-        return 1
+        return batch
     if batch % stat_batch:
         raise ValueError(f"a batch of {batch} images does not divide into groups of stat_batch = {stat_batch}")
-    return batch // stat_batch
+    return stat_batch
 
 
-def split(x: Tensor, groups: int) -> Tensor:
-    """[N, C, ...] -> a view [N / G, G, C, ...]; [:, g] are the images of group g. Free in every memory format."""
-    return x.unflatten(0, (x.shape[0] // groups, groups))
+def values(x: Tensor, size: int) -> int:
+    """How many values of x [N, C, ...] each statistic of groups of `size` images is of."""
+    return size * math.prod(x.shape[2:])
+
+
+def split(x: Tensor, size: int) -> Tensor:
+    """[N, C, ...] -> a view [size, G, C, ...]; [:, g] are the images of group g. Free in every memory format."""
+    return x.unflatten(0, (size, x.shape[0] // size))
 
 
 def merge(split: Tensor, shape: torch.Size) -> Tensor:
     """A fresh tensor of groups as [N, C, ...] again; not a view, on which an in-place ReLU would cost copies."""
     return torch.ops.aten._unsafe_view(split, shape)
+
+
+# In plain operations, for a compiler and for any memory format. The feature maps themselves are never reshaped: with
+# sizes that may change (a compiler's, from the second batch size on) every such view would be minutes of algebra.
+
+
+def moments_dtype(x: Tensor) -> torch.dtype:
+    """Statistics are float32 under autocast too, and float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def image_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance over the pixels of x [N, C, ...], each [N, C]."""
+    x = x.to(moments_dtype(x))
+    if x.dim() == 2:
+        return x, torch.zeros_like(x)
+    var, mean = torch.var_mean(x, tuple(range(2, x.dim())), correction=0)
+    return mean, var
+
+
+def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of what equally large parts make together: mean of variances + variance of means."""
+    between, together = torch.var_mean(mean, dim, correction=0, keepdim=True)
+    return together, var.mean(dim, keepdim=True) + between
+
+
+def moments(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Mean and population variance of the groups of x [N, C, ...], each [G, C]."""
+    mean, var = (split(t, size) for t in image_moments(x))
+    mean, var = pooled(mean, var, 0)
+    return mean[0], var[0]
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor, size: int) -> Tensor:
+    """x [N, C, ...] * scale + shift, both [G, C], in x's type."""
+    of_images = (*x.shape[:2], *(1,) * (x.dim() - 2))
+    scale, shift = (t.repeat(size, 1).view(of_images) for t in (scale, shift))
+    return (x * scale + shift).to(x.dtype)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm.belief import Belief
+from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics
 from kalmannorm.norm.estimate import normalize_by_posterior
 from kalmannorm.norm.group import refuse_single_values
@@ -151,12 +152,12 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
             # A frozen layer's q, R and transition are idle, and DDP waits for their gradients.
             weight = self.tie_idle(self.weight, prior) if torch.is_grad_enabled() else self.weight
             return self.normalize_by_moving(x, weight), self.hand_on(moving, self.weight, self.bias)
-        number = self.count_groups(x)
-        values = x.numel() // (number * x.shape[1])
+        size = self.group_size(x)
+        values = groups.values(x, size)
         predicted = None if prior is None else self.predicted(prior)
         weight = self.weight if prior is not None else self.tie_idle(self.weight)
         y, posterior, measured = normalize_by_posterior(
-            x, number, predicted, self.gain, weight, self.bias, self.eps, self.mixture, self.guard, self.over_ranks
+            x, size, predicted, self.gain, weight, self.bias, self.eps, self.mixture, self.guard, self.over_ranks
         )
         if self.training:
             self.update_moving(*posterior, values)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kalmannorm.belief import Belief
 from kalmannorm.norm import groups
-from kalmannorm.norm.batch import BatchNorm, moments_dtype
+from kalmannorm.norm.batch import BatchNorm
 
 # The original's schedule in steps: plain BN for 5k, then relaxed linearly, d to its limit at 25k and r at 40k. As
 # fractions of a run it needs a total, taken to be the 130k steps after which the paper compares BN and BRN: that
@@ -64,14 +64,12 @@ class BatchRenorm(BatchNorm):
     def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
         if self.uses_moving or not self.corrects:
             return super().forward(x)
-        number = self.count_groups(x)
-        split = groups.split(x.detach(), number)
-        var, mean = torch.var_mean(split.to(moments_dtype(x)), (0, *range(3, split.dim())), correction=0)
+        size = self.group_size(x)
         with torch.no_grad():
-            r, d = self.correction(mean, var)
+            r, d = self.correction(*groups.moments(x.detach(), size))  # no_grad alone is not enough for a compiler
         # Constants for the gradient, so it is BN with a gamma and beta of each group's own.
         weight, bias = (r * self.weight, self.bias + d * self.weight) if self.affine else (r, d)
-        return self._normalize_groups(x, number, weight.flatten(), bias.flatten()), None
+        return self._normalize_groups(x, size, weight, bias), None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rmax={self.rmax}, dmax={self.dmax}"

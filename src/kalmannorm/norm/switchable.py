@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kalmannorm.belief import Belief
 from kalmannorm.norm import groups
-from kalmannorm.norm.batch import GroupedStatistics, moments_dtype
+from kalmannorm.norm.batch import GroupedStatistics
 
 MIXED = ("in", "ln", "bn")  # the order of the weights
 
@@ -44,8 +44,8 @@ class SwitchableNorm(GroupedStatistics):
                 f"{'x'.join(map(str, x.shape[2:])) or '1'}); keep a larger map there, or take another normalizer"
             )
         # Everything follows from the moments of one channel of one image, [N, C].
-        in_var, in_mean = torch.var_mean(x.to(moments_dtype(x)), tuple(range(2, x.dim())), correction=0)
-        ln_mean, ln_var = _pooled(in_mean, in_var, 1)
+        in_mean, in_var = groups.image_moments(x)
+        ln_mean, ln_var = groups.pooled(in_mean, in_var, 1)
         bn_mean, bn_var = self._batch_part(x, in_mean, in_var)
         mean = _mixture(self.mean_weight, in_mean, ln_mean, bn_mean)
         var = _mixture(self.var_weight, in_var, ln_var, bn_var)
@@ -61,11 +61,11 @@ class SwitchableNorm(GroupedStatistics):
         if self.uses_moving:
             assert self.running_mean is not None and self.running_var is not None
             return self.running_mean.expand_as(in_mean), self.running_var.expand_as(in_var)
-        number = self.count_groups(x)
-        of_images = groups.split(in_mean, number), groups.split(in_var, number)  # [N / G, G, C]
-        mean, var = (t[0] for t in _pooled(*of_images, 0))
+        size = self.group_size(x)
+        of_images = groups.split(in_mean, size), groups.split(in_var, size)  # [size, G, C]
+        mean, var = (t[0] for t in groups.pooled(*of_images, 0))
         if self.training:
-            self.update_moving(mean.detach(), var.detach(), x.numel() // (number * x.shape[1]))
+            self.update_moving(mean.detach(), var.detach(), groups.values(x, size))
         if self.probe is not None:
             measured = Belief(mean.detach(), var.detach())
             self.probe(measured=measured, used=measured, prior=None)
@@ -74,12 +74,6 @@ class SwitchableNorm(GroupedStatistics):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mixed={'/'.join(MIXED)}"
-
-
-def _pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of what equally large parts make together: mean of variances + variance of means."""
-    between, together = torch.var_mean(mean, dim, correction=0, keepdim=True)
-    return together, var.mean(dim, keepdim=True) + between
 
 
 def _mixture(logits: Tensor, *parts: Tensor) -> Tensor:

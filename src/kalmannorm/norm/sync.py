@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kalmannorm.belief import Belief
-from kalmannorm.norm.batch import BatchNorm, moments_dtype
+from kalmannorm.norm import groups
+from kalmannorm.norm.batch import BatchNorm
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -46,11 +47,10 @@ class SyncBatchNorm(BatchNorm):
         if images * world % size:
             raise ValueError(f"{self.where}: {images * world} images on {world} devices are no whole groups of {size}")
         number = images * world // size
-        values = size * (x.numel() // (images * channels))
+        values = groups.values(x, size)
         member = (torch.arange(images, device=x.device) * world + rank) % number  # each image's group
 
-        wide = x.to(moments_dtype(x)).flatten(2) if x.dim() > 2 else x.to(moments_dtype(x))[..., None]
-        var, mean = torch.var_mean(wide, 2, correction=0)  # per image and channel
+        mean, var = groups.image_moments(x)
         group_mean = self._over_groups(mean, member, number) / size
         # Around the group's mean, not E[x^2] - E[x]^2: does not cancel.
         group_var = self._over_groups(var + (mean - group_mean[member]).square(), member, number) / size

@@ -1,0 +1,108 @@
+"""Converted networks under torch.compile: the same numbers, for inputs of any size, at the cost of few compilations."""
+
+import copy
+import time
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from helpers import Modern, Residual, error
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from kalmannorm import convert
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def compiled_equals_eager(model: nn.Module, backend: str) -> None:
+    eager, compiled = copy.deepcopy(model), copy.deepcopy(model)
+    torch._dynamo.reset()
+    run = torch.compile(compiled, backend=backend)
+    x = torch.randn(4, 3, 8, 8)
+    for _ in range(2):
+        losses = []
+        for network, forward in ((eager, eager), (compiled, run)):
+            network.zero_grad()
+            loss = forward(x).square().mean()
+            loss.backward()
+            losses.append(loss.detach())
+        assert error(*losses) < 1e-5
+    for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        assert (a.grad is None) is (b.grad is None)
+        if a.grad is not None and b.grad is not None:
+            assert (a.grad - b.grad).abs().max() < 1e-4 * max(1, a.grad.abs().max()), name
+    for a, b in zip(eager.buffers(), compiled.buffers(), strict=True):
+        assert error(b, a) < 1e-5
+    eager.eval(), compiled.eval()
+    assert error(run(x).detach(), eager(x).detach()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("norm", "options"),
+    [
+        ("bn", {"stat_batch": 2}),
+        ("bkn", {"stat_batch": 2, "mixture": True, "guard": 100.0}),
+        ("bkn", {"predictor": "sampling", "stat_batch": 2}),
+        ("gkn", {}),
+    ],
+    ids=["bn", "bkn", "bkn-sampling", "gkn"],
+)
+def test_compiled_network_is_the_eager_one(norm: str, options: dict[str, Any]) -> None:
+    compiled_equals_eager(convert(Residual(), norm, **options), "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_activations_and_gates(backend: str) -> None:
+    model = Modern()
+    model.depth.p = 0.0  # compiled code draws random numbers of its own
+    compiled_equals_eager(convert(model, "bkn", stat_batch=2), backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_compiled_by_inductor(norm: str) -> None:
+    compiled_equals_eager(convert(Residual(), norm, stat_batch=2), "inductor")
+
+
+def test_compiled_in_channels_last() -> None:
+    for norm in ("bn", "bkn"):
+        model = convert(Residual(), norm, stat_batch=2).to(memory_format=torch.channels_last)
+        compiled_equals_eager(model, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_a_deep_network_is_compiled_for_any_batch_at_the_cost_of_one(norm: str) -> None:
+    """The last batch of an epoch may be smaller. Compilers then take the sizes for unknowns, and groups of statistics
+    must not make that algebra of minutes, as views of the feature maps by groups once did."""
+    torch._dynamo.reset()
+    compiler = CompileCounterWithBackend("aot_eager")
+    model = convert(torchvision.models.resnet18(num_classes=5), norm, stat_batch=2)
+    run = torch.compile(model, backend=compiler)
+    seconds = []
+    for images in (8, 6, 4):
+        began = time.process_time()
+        run(torch.randn(images, 3, 32, 32)).sum().backward()
+        seconds.append(time.process_time() - began)
+    assert compiler.frame_count == 2
+    assert seconds[1] < 4 * seconds[0], seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gkn", "sn", "brn"])
+def test_batches_of_several_sizes(norm: str) -> None:
+    torch._dynamo.reset()
+    eager = convert(Residual(), norm, **({} if norm == "gkn" else {"stat_batch": 2}))
+    compiled = copy.deepcopy(eager)
+    run = torch.compile(compiled, backend="aot_eager")
+    for images, side in ((4, 8), (6, 8), (8, 10)):
+        x = torch.randn(images, 3, side, side)
+        assert error(run(x).detach(), eager(x).detach()) < 1e-5
+    for a, b in zip(compiled.buffers(), eager.buffers(), strict=True):
+        assert error(a, b) < 1e-5
