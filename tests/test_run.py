@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import faulty
@@ -359,6 +360,16 @@ def test_a_compiled_run_learns_like_an_eager_one(tmp_path):
         assert main(["train", *SMALL, f"compile={flag}", *place(tmp_path / flag)]) == 0
     a, b = (only_record(tmp_path / flag)["curves"]["train_loss"][0] for flag in ("true", "false"))
     assert math.isclose(a, b, rel_tol=1e-3)
+
+
+@pytest.mark.slow
+def test_every_run_of_a_process_is_compiled(tmp_path, monkeypatch):
+    """A sweep's worker trains one after the other; the compiler counts the models of a process, and then gives up."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for batch in (128, 64):
+            overrides = [*SMALL, "norm=bkn", "compile=true", f"batch.grad_batch={batch}", "budget.subset=128"]
+            assert main(["train", *overrides, *place(tmp_path / str(batch))]) == 0
 
 
 # --- evaluation ---

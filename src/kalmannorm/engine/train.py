@@ -95,6 +95,7 @@ def _fit(
     progress.begin(session.epoch * steps + session.step, steps, train.batch, session.folder)
     forward = ranks.wrap(session.model)
     if config["compile"]:
+        torch.compiler.reset()  # a worker lives on from run to run, and the compiler gives up after a few models
         forward = torch.compile(forward, dynamic=False)  # type: ignore[assignment]
     spread_batches(session.model, ranks.world * config["accumulate"] > 1)
 
