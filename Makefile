@@ -79,7 +79,7 @@ test: $(READY) ## the tests, within 10 minutes on 2 cores
 	@$(PYTEST) -m "not slow"
 
 test-all: $(READY) ## all the tests, within 40 minutes on 2 cores
-	@$(PYTEST)
+	@$(PYTEST) --durations=15
 
 lint: $(READY) ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
