@@ -46,16 +46,17 @@ def test_a_dry_run_of_an_imagenet_table_on_a_machine_without_gpus(tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("name", "arguments", "words"),
     [
-        (["data=/nowhere", "device=cpu"], "'imagenet' is not there: looked for train/ and val/ in /nowhere/imagenet"),
-        (["batch.grad_batch=48", "batch.stat_batch=32"], "batch.grad_batch = 48: expected a multiple of"),
-        (["arch=resnet5"], "did you mean 'resnet50'"),
+        ("table4", ["data=/nowhere", "device=cpu"], "'imagenet' is not there: looked for train/ and val/ in /nowhere"),
+        ("table4", ["batch.grad_batch=48", "batch.stat_batch=32"], "batch.grad_batch = 48: expected a multiple of"),
+        ("table4", ["arch=resnet5"], "did you mean 'resnet50'"),
+        ("table6", ["data=/nowhere", "device=cpu"], "'coco' is not there: /nowhere/coco/annotations/inst"),
     ],
 )
-def test_what_cannot_be_is_refused_before_it_starts(tmp_path, capsys, plan, arguments, words):
+def test_what_cannot_be_is_refused_before_it_starts(tmp_path, capsys, plan, name, arguments, words):
     file = plan({})
-    assert main(["sweep", "table4", "budget=paper", *arguments, *place(tmp_path)]) == 2
+    assert main(["sweep", name, "budget=paper", *arguments, *place(tmp_path)]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not faulty.attempts(file) and not (tmp_path / "runs").exists()
 

@@ -51,7 +51,7 @@ class Coco:
 
 def load(name: str, root: Path, classes: int) -> Coco:
     """The set `name` from its folder under `root`, checked. UserError: whatever is missing, damaged or inconsistent."""
-    folder = root / name
+    folder = find(name, root)
     train, test = (_read_split(folder, split) for split in SPLITS)
     categories = sorted(train.coco.cats)
     if len(categories) != classes:
@@ -78,15 +78,22 @@ def _annotations(folder: Path, split: str) -> Path:
     return folder / "annotations" / f"instances_{split}.json"
 
 
+def find(name: str, root: Path) -> Path:
+    """The folder with both splits' images and annotations. UserError: something of it is missing."""
+    folder = root / name
+    for split in SPLITS:
+        missing = [str(path) for path in (_annotations(folder, split), folder / split) if not path.exists()]
+        if missing:
+            raise UserError(
+                f"data set {name!r} is not there: {' and '.join(missing)} missing; get train2017, val2017 and the "
+                f"annotations of 2017 from cocodataset.org and unpack them into {folder.absolute()}, or name another "
+                "root by data=FOLDER; `dataset=digits` runs without any download"
+            )
+    return folder
+
+
 def _read_split(folder: Path, split: str) -> CocoDetection:
     path = _annotations(folder, split)
-    if not path.is_file() or not (folder / split).is_dir():
-        missing = " and ".join(str(p) for p in (path, folder / split) if not p.exists())
-        raise UserError(
-            f"data set {folder.name!r} is not there: {missing} missing; get train2017, val2017 and the annotations of "
-            f"2017 from cocodataset.org and unpack them into {folder.absolute()}, or name another root by data=FOLDER; "
-            "`dataset=digits` runs without any download"
-        )
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports to the terminal
             found = CocoDetection(str(folder / split), str(path))

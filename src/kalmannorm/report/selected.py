@@ -42,7 +42,7 @@ class Selected:
 
     def accuracies(self, statistics: str) -> list[float]:
         """The last epoch's accuracy of each run that has one; without those that are no finite number."""
-        found = [run["final"][statistics]["accuracy"] for run in self.runs if statistics in run["final"]]
+        found = [values["accuracy"] for run in self.runs if "accuracy" in (values := run["final"].get(statistics, {}))]
         return [float(value) for value in found if math.isfinite(value)]
 
 

@@ -7,7 +7,14 @@ from kalmannorm.report.read import Record
 from kalmannorm.runs.config import Config
 
 # Training images of whole data sets, where none of their records says so.
-TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "svhn_extra": 604_388, "imagenet": 1_281_167}
+TRAIN_IMAGES = {
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "svhn": 73_257,
+    "svhn_extra": 604_388,
+    "imagenet": 1_281_167,
+    "coco": 117_266,  # with an object to train on
+}
 
 Kind = Callable[[Config], tuple[Any, ...]]
 

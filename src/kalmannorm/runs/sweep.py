@@ -300,14 +300,19 @@ def _devices(config: Config, asked: int) -> int:
 
 
 def _check_data(jobs: list[Job]) -> None:
-    """UserError where an image folder is missing, before a worker starts or Slurm queues a job that would say so days
-    later. Small sets are looked at by the runs themselves."""
+    """UserError where a folder of images is missing, before a worker starts or Slurm queues a job that would say so
+    days later. Small sets are looked at by the runs themselves."""
     from kalmannorm import data
 
     folders = {(job.config["data"], job.config["dataset"]["name"]): job.config for job in jobs}
     for config in folders.values():
-        if config["dataset"].get("loader") == "torchvision":
-            data.folder.find(data.root(config["data"]), config["dataset"])
+        root, dataset = data.root(config["data"]), config["dataset"]
+        if dataset.get("task") == "detection":
+            from kalmannorm.data import coco
+
+            coco.find(dataset["name"], root)
+        elif dataset.get("loader") == "torchvision":
+            data.folder.find(root, dataset)
 
 
 def _make_paths_absolute(jobs: list[Job]) -> None:
