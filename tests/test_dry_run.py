@@ -45,13 +45,16 @@ def test_a_dry_run_of_an_imagenet_table_on_a_machine_without_gpus(tmp_path, caps
     assert not any(tmp_path.iterdir())
 
 
+NOWHERE = ["data=/nowhere", "device=cpu"]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("table4", ["data=/nowhere", "device=cpu"], "'imagenet' is not there: looked for train/ and val/ in /nowhere"),
+        ("table4", NOWHERE, "'imagenet' is not there: looked for train/ and val/ in /nowhere/imagenet"),
         ("table4", ["batch.grad_batch=48", "batch.stat_batch=32"], "batch.grad_batch = 48: expected a multiple of"),
         ("table4", ["arch=resnet5"], "did you mean 'resnet50'"),
-        ("table6", ["data=/nowhere", "device=cpu"], "'coco' is not there: /nowhere/coco/annotations/inst"),
+        ("table6", NOWHERE, "'coco' is not there: /nowhere/coco/annotations/instances_train2017.json and"),
     ],
 )
 def test_what_cannot_be_is_refused_before_it_starts(tmp_path, capsys, plan, name, arguments, words):

@@ -82,8 +82,8 @@ def find(name: str, root: Path) -> Path:
     """The folder with both splits' images and annotations. UserError: something of it is missing."""
     folder = root / name
     for split in SPLITS:
-        missing = [str(path) for path in (_annotations(folder, split), folder / split) if not path.exists()]
-        if missing:
+        file, images = _annotations(folder, split), folder / split
+        if missing := [str(path) for path, there in ((file, file.is_file()), (images, images.is_dir())) if not there]:
             raise UserError(
                 f"data set {name!r} is not there: {' and '.join(missing)} missing; get train2017, val2017 and the "
                 f"annotations of 2017 from cocodataset.org and unpack them into {folder.absolute()}, or name another "

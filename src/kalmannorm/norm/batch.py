@@ -129,19 +129,14 @@ class BatchNorm(GroupedStatistics):
         size = self.group_size(x)
         if size == x.shape[0] and self.probe is None and self.pending is None and self.moving_unbiased:
             return self._normalize_whole_batch(x), None
-        weight, bias = (self.weight, self.bias) if self.affine else (None, None)
-        return self._normalize_groups(x, size, weight, bias), None
+        return self._normalize_groups(x, size, self.weight, self.bias), None
 
     def _normalize_groups(self, x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Every group by its own statistics; weight, bias [C], or [G, C] of each group's own."""
         if torch.compiler.is_compiling():
-            mean, var = groups.moments(x, size)
-            scale = torch.rsqrt(var + self.eps)
-            if weight is not None:
-                scale = scale * weight
-            shift = -mean * scale if bias is None else bias - mean * scale
+            mean, var = groups.moments(*groups.image_moments(x), size)
             self._record(mean.detach(), var.detach(), groups.values(x, size))
-            return groups.affine(x, scale, shift, size)
+            return groups.normalize(x, size, mean, var, weight, bias, self.eps)
         split = groups.split(x, size).contiguous()  # channels_last: the native kernel knows no groups there
         of_groups = split.shape[1:3]
         weight, bias = (None if t is None else t.expand(of_groups).flatten() for t in (weight, bias))

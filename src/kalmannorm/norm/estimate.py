@@ -75,7 +75,7 @@ def _plain(
     guard: float | None,
     over_ranks: bool,
 ) -> tuple[Tensor, ...]:
-    measured_mean, measured_var = groups.moments(x, size)
+    measured_mean, measured_var = groups.moments(*groups.image_moments(x), size)
     if prior_mean is None or prior_var is None:
         mean, var = measured_mean, measured_var
     else:
@@ -85,11 +85,8 @@ def _plain(
         var = p * prior_var + q * measured_var
         if mixture:
             var = var + p * q * (measured_mean - prior_mean).square()
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return groups.affine(x, scale, shift, size), mean, var, measured_mean.detach(), measured_var.detach()
+    y = groups.normalize(x, size, mean, var, weight, bias, eps)
+    return y, mean, var, measured_mean.detach(), measured_var.detach()
 
 
 def _rows(x: Tensor, size: int) -> Tensor:

@@ -59,15 +59,21 @@ def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return together, var.mean(dim, keepdim=True) + between
 
 
-def moments(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Mean and population variance of the groups of x [N, C, ...], each [G, C]."""
-    mean, var = (split(t, size) for t in image_moments(x))
-    mean, var = pooled(mean, var, 0)
+def moments(mean: Tensor, var: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Mean and population variance of groups of `size` images, each [G, C], from those of the images, [N, C]."""
+    mean, var = pooled(split(mean, size), split(var, size), 0)
     return mean[0], var[0]
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor, size: int) -> Tensor:
-    """x [N, C, ...] * scale + shift, both [G, C], in x's type."""
+def normalize(
+    x: Tensor, size: int, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias in x's type: x [N, C, ...] in groups of `size` images, mean and var
+    [G, C], weight and bias None, [C] or [G, C]."""
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
     of_images = (*x.shape[:2], *(1,) * (x.dim() - 2))
     scale, shift = (t.repeat(size, 1).view(of_images) for t in (scale, shift))
     return (x * scale + shift).to(x.dtype)

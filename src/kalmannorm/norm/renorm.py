@@ -65,9 +65,8 @@ class BatchRenorm(BatchNorm):
         if self.uses_moving or not self.corrects:
             return super().forward(x)
         size = self.group_size(x)
-        with torch.no_grad():
-            r, d = self.correction(*groups.moments(x.detach(), size))  # no_grad alone is not enough for a compiler
         # Constants for the gradient, so it is BN with a gamma and beta of each group's own.
+        r, d = self.correction(*groups.moments(*groups.image_moments(x.detach()), size))
         weight, bias = (r * self.weight, self.bias + d * self.weight) if self.affine else (r, d)
         return self._normalize_groups(x, size, weight, bias), None
 

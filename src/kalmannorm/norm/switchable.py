@@ -49,12 +49,7 @@ class SwitchableNorm(GroupedStatistics):
         bn_mean, bn_var = self._batch_part(x, in_mean, in_var)
         mean = _mixture(self.mean_weight, in_mean, ln_mean, bn_mean)
         var = _mixture(self.var_weight, in_var, ln_var, bn_var)
-        scale = torch.rsqrt(var + self.eps)
-        if self.affine:
-            scale = scale * self.weight
-        shift = -mean * scale if not self.affine else self.bias - mean * scale
-        over_pixels = (*scale.shape, *(1,) * (x.dim() - 2))
-        return (x * scale.view(over_pixels) + shift.view(over_pixels)).to(x.dtype), None
+        return groups.normalize(x, 1, mean, var, self.weight, self.bias, self.eps), None
 
     def _batch_part(self, x: Tensor, in_mean: Tensor, in_var: Tensor) -> tuple[Tensor, Tensor]:
         """BN's mean and variance for every image, [N, C]."""
@@ -62,15 +57,13 @@ class SwitchableNorm(GroupedStatistics):
             assert self.running_mean is not None and self.running_var is not None
             return self.running_mean.expand_as(in_mean), self.running_var.expand_as(in_var)
         size = self.group_size(x)
-        of_images = groups.split(in_mean, size), groups.split(in_var, size)  # [size, G, C]
-        mean, var = (t[0] for t in groups.pooled(*of_images, 0))
+        mean, var = groups.moments(in_mean, in_var, size)
         if self.training:
             self.update_moving(mean.detach(), var.detach(), groups.values(x, size))
         if self.probe is not None:
             measured = Belief(mean.detach(), var.detach())
             self.probe(measured=measured, used=measured, prior=None)
-        every_image = of_images[0].shape
-        return mean.expand(every_image).reshape(in_mean.shape), var.expand(every_image).reshape(in_mean.shape)
+        return mean.repeat(size, 1), var.repeat(size, 1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mixed={'/'.join(MIXED)}"

@@ -42,12 +42,11 @@ class SyncBatchNorm(BatchNorm):
         if not (self.spread and self.training and dist.is_initialized()):
             return super().forward(x, prior)
         rank, world = dist.get_rank(), dist.get_world_size()
-        images, channels = x.shape[:2]
+        images = x.shape[0]
         size = self.stat_batch or images * world
         if images * world % size:
             raise ValueError(f"{self.where}: {images * world} images on {world} devices are no whole groups of {size}")
         number = images * world // size
-        values = groups.values(x, size)
         member = (torch.arange(images, device=x.device) * world + rank) % number  # each image's group
 
         mean, var = groups.image_moments(x)
@@ -55,17 +54,12 @@ class SyncBatchNorm(BatchNorm):
         # Around the group's mean, not E[x^2] - E[x]^2: does not cancel.
         group_var = self._over_groups(var + (mean - group_mean[member]).square(), member, number) / size
 
-        scale = torch.rsqrt(group_var + self.eps)
-        if self.affine:
-            scale = scale * self.weight
-        shift = -group_mean * scale if not self.affine else self.bias - group_mean * scale
-        over_pixels = (images, channels) + (1,) * (x.dim() - 2)
-        y = x * scale[member].view(over_pixels) + shift[member].view(over_pixels)
-        self.update_moving(group_mean, group_var, values)
+        y = groups.normalize(x, 1, group_mean[member], group_var[member], self.weight, self.bias, self.eps)
+        self.update_moving(group_mean, group_var, groups.values(x, size))
         if self.probe is not None:
             measured = Belief(group_mean.detach(), group_var.detach())
             self.probe(measured=measured, used=measured, prior=None)
-        return y.to(x.dtype), None
+        return y, None
 
     @staticmethod
     def _over_groups(per_image: Tensor, member: Tensor, number: int) -> Tensor:
