@@ -274,6 +274,20 @@ def test_quantities_of_the_mechanism(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert list(mean.values) == [1, 2, 3] and any("seed 4 left out" in note for note in (*mean.notes, *more.notes))
 
 
+def test_the_input_s_belief_shows_in_the_first_normalizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = claim("+t/kn", quantity="first_error_var", expect="less")
+    identities = [write_record(tmp_path, KN, seed, errors=True) for seed in (1, 2)]
+    (verdict,) = judge(monkeypatch, tmp_path, made)
+    assert verdict.state == "not run"  # no prior there, so that its posterior is its measurement
+    for identity, prior in zip(identities, (0.1, 0.3), strict=True):
+        path = tmp_path / "records" / f"{identity}.npz"
+        arrays = dict(np.load(path))
+        arrays["layer_error_var"][:, 0] = 0.4, prior, 0.4 * (1 - prior)
+        np.savez(path, **arrays)
+    (verdict,) = judge(monkeypatch, tmp_path, made)
+    assert verdict.values == pytest.approx({1: -10, 2: -30})
+
+
 def test_parameters_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without a run: small Inception, KN's gains and R."""
     rows = experiment.load("table7", ["device=cpu", "seeds=1", "rows=bn_stat2,kn_stat2"]).card["rows"]

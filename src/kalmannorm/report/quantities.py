@@ -21,6 +21,8 @@ UNITS = {
     "depth_trend": "",
     "posterior_error_mean": "%",
     "posterior_error_var": "%",
+    "first_error_mean": "%",
+    "first_error_var": "%",
     "ln_share": "points",
     "bn_share": "points",
 }
@@ -100,7 +102,8 @@ def _share(run: Record, place: int) -> float | None:
 
 def _of_arrays(run: Record, folder: Path) -> Mapping[str, float]:
     """Means of the variance gaps that Figure 5 shows, of the variance that normalizes (KN: the posterior); by how many
-    percent the posterior's error is larger than the measurement's, in the median of the layers that have a prior."""
+    percent the posterior's error is larger than the measurement's, in the median of the layers that have a prior and in
+    the first normalizer, if it has one."""
     import numpy as np
     from scipy.stats import spearmanr
 
@@ -123,6 +126,9 @@ def _of_arrays(run: Record, folder: Path) -> Mapping[str, float]:
         if found.errors is not None and np.isfinite((errors := found.errors[f"layer_error_{moment}"])[1]).any():
             measurement, _, posterior = errors[:, np.isfinite(errors[1])]
             values[f"posterior_error_{moment}"] = float(100 * (np.median(posterior / measurement) - 1))
+            # Of the first normalizer, which has a prior where the model's input has a belief only; else NaN.
+            first = errors[2, 0] / errors[0, 0] if np.isfinite(errors[1, 0]) else math.nan
+            values[f"first_error_{moment}"] = float(100 * (first - 1))
     return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
