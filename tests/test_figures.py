@@ -1,6 +1,7 @@
 """Pictures of curves, settings and layers: what they draw, and what they say of the runs that they do not."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -123,6 +124,16 @@ def test_accuracy_against_the_statistics_batch(tmp_path: Path) -> None:
     assert lines[1, 2, 128] == [81.5, 83.5, 85.5] and lines[1, 128] == [87.5, 91.5] and lines[0, 1] == [93.5, 93.5]
     assert axis.get_xscale() == "log" and [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "128"]
     assert "Not run: KN (128, 2)." in text(drawn) and "Horizontal" in text(drawn)
+
+
+def test_a_run_without_an_accuracy_is_no_point(tmp_path: Path) -> None:
+    """A detector's record, or one whose accuracy is not a number."""
+    rows = [row("BN", config("bn", 2)), row("KN", config("bkn", 2)), row("GN", config("gn", None))]
+    for of, values in zip(rows, ({"accuracy": 80.0}, {"box_ap": 20.0}, {"accuracy": math.nan}), strict=True):
+        path = tmp_path / "records" / f"{write_record(tmp_path, of['config'], 1)}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"final": {"moving": values, "online": values}}))
+    drawn = accuracy.against(card_of("stat_batch", rows), found(tmp_path), accuracy.SETTINGS["stat_batch"])
+    assert [list(line.get_ydata()) for line in drawn.axes[0].lines] == [[80.0]]
 
 
 def test_accuracy_against_the_initial_gain(tmp_path: Path) -> None:

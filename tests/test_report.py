@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -402,6 +403,21 @@ def test_latex_escapes(tmp_path: Path) -> None:
     body = written.split(r"\midrule")[1].split(r"\bottomrule")[0]
     assert [line.count(" & ") for line in body.strip().splitlines()] == [len(found.header) - 1] * 4
     assert written.isascii()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_compiles_and_fits_the_page(tmp_path: Path) -> None:
+    found = full(tmp_path)
+    rows = tuple(dataclasses.replace(row, label=f"{row.label} " * 9) for row in found.rows)
+    wide = dataclasses.replace(found, title="100 % & more_or_less", rows=rows)
+    text = "".join(map(render.latex, (found, wide)))
+    packages = r"\usepackage{booktabs,graphicx}"
+    (tmp_path / "all.tex").write_text(rf"\documentclass{{article}}{packages}\begin{{document}}{text}\end{{document}}")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "all.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Output written" in done.stdout and "Overfull" not in done.stdout
 
 
 def test_csv_is_long(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def text(table: Table | Sheet) -> str:
 
 
 def latex(table: Table | Sheet) -> str:
-    """A table environment for the booktabs package."""
+    """A table environment for the packages booktabs and graphicx, with which a wide one shrinks to the text's width."""
     page = sheet(table)
 
     def written(place: Text) -> str:
@@ -129,21 +129,24 @@ def latex(table: Table | Sheet) -> str:
     header, *body = [f"    {' & '.join(line)} \\\\" for line in lines]
     columns = len(page.header) - page.labels
     notes = [rf"\textsuperscript{{{mark(i)}}} {escape_latex(note)}" for i, note in enumerate(page.footnotes)]
-    below = " \\\\\n".join(f"  {line}" for line in (*notes, *map(escape_latex, page.below)))
+    said = (escape_latex(page.caption), *notes, *map(escape_latex, page.below))
+    below = " \\\\\n".join(f"  {line}" for line in said if line)
     return "\n".join(
         [
-            "% needs \\usepackage{booktabs}",
+            "% needs \\usepackage{booktabs,graphicx}",
             r"\begin{table}",
             r"  \centering",
-            rf"  \caption{{{escape_latex(page.title)}. {escape_latex(page.caption)}}}",
+            r"  \setlength{\belowcaptionskip}{\medskipamount}",
+            rf"  \caption{{{escape_latex(page.title)}.}}",
             rf"  \label{{tab:{re.sub('[^A-Za-z0-9-]', '-', page.stem)}}}",
+            r"  \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"  \begin{{tabular}}{{{'l' * page.labels}{'c' * columns}}}",
             r"    \toprule",
             header,
             r"    \midrule",
             *body,
             r"    \bottomrule",
-            r"  \end{tabular}",
+            r"  \end{tabular}}",
             r"  \par\smallskip\raggedright\footnotesize",
             below,
             r"\end{table}",
