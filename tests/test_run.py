@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -392,6 +393,22 @@ def run_badly(arguments, capsys) -> str:
     error = capsys.readouterr().err
     assert error.startswith("kalmannorm: ") and error.count("\n") == 1, error
     return error
+
+
+@pytest.mark.parametrize(("norm", "kinds"), [("bkn", {"moving": 2, "online": 2}), ("gn", {"moving": 2})])
+def test_without_batch_statistics_both_kinds_are_one_evaluation(tmp_path, monkeypatch, norm, kinds):
+    made = Counter()
+
+    def counted(model, test, statistics, *args):
+        made[statistics] += 1
+        return evaluate(model, test, statistics, *args)
+
+    monkeypatch.setattr(train, "evaluate", counted)
+    record = train.run(compose([*SMALL, *place(tmp_path), f"norm={norm}", "budget.epochs=1"]))
+    assert made == kinds  # after the epoch and at the end
+    assert set(record["final"]) == {"moving", "online", "precise"} and record["curves"].keys() >= {"moving", "online"}
+    if norm == "gn":
+        assert record["final"]["online"] == record["final"]["moving"]
 
 
 def test_statistics_of_a_single_value_name_the_layer_before_data_is_read(tmp_path, capsys, monkeypatch):

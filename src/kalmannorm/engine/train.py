@@ -61,8 +61,7 @@ def run(config: Config) -> dict[str, Any]:
         try:
             _fit(config, session, train, test, progress, stop)
             stat_batch, epochs = config["batch"]["stat_batch"], config["budget"]["epochs"]
-            record["final"] = {kind: evaluate(model, test, kind, stat_batch, ranks) for kind in ("moving", "online")}
-            stop.check()
+            record["final"] = _evaluate_both(model, test, stat_batch, ranks, stop)
             record["norms"] = _describe(model, last)
             if ranks.main:
                 if ranks.world > 1:
@@ -103,14 +102,24 @@ def _fit(
         trained = train_epoch(config, session, forward, train, progress, stop)
         session.save()
         set_progress(session.model, (session.epoch + 1) / epochs)
-        for kind in ("moving", "online"):
-            trained[kind] = evaluate(session.model, test, kind, stat_batch, ranks)["accuracy"]
-            stop.check()
+        final = _evaluate_both(session.model, test, stat_batch, ranks, stop)
+        trained |= {kind: found["accuracy"] for kind, found in final.items()}
         for key, value in trained.items():
             session.curves[key].append(value)
         session.begin_epoch(session.epoch + 1)
         session.save()
         progress.epoch(session.curves)
+
+
+def _evaluate_both(
+    model: nn.Module, test: Batches, stat_batch: int | None, ranks: Ranks, stop: StopRequest
+) -> dict[str, dict[str, Any]]:
+    """Under moving and online statistics; without batch statistics both are one, made once."""
+    found = {"moving": evaluate(model, test, "moving", stat_batch, ranks)}
+    stop.check()
+    found["online"] = evaluate(model, test, "online", stat_batch, ranks) if normalizers(model) else found["moving"]
+    stop.check()
+    return found
 
 
 def train_epoch(
