@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from kalmannorm import report
+from kalmannorm.report.table import Table, table
 from kalmannorm.runs.record import run_id
 
 NUMERICS = 3
@@ -140,3 +142,18 @@ def write_arrays(path: Path, seed: int, kalman: bool, errors: bool = False) -> N
     half = CHANNELS // 2
     last = np.array([half, CHANNELS - half])
     np.savez(path, last_channels=last, **{key: value.astype(np.float32) for key, value in arrays.items()})
+
+
+def made(results: Path, **changes: object) -> Table:
+    return table(card(**changes), report.records(results, NUMERICS))
+
+
+def full(results: Path) -> Table:
+    """A table of three seeds per row of the paper's, one of ours."""
+    *papers, ours = (row["config"] for row in card()["rows"])
+    for place, row in enumerate(papers):
+        for seed in (1, 2, 3):
+            value = 90.0 + 2 * place + 0.1 * seed * (1 + place)
+            write_record(results, row, seed, moving=value, online=90.0 + (seed * 7 % 3 - 1) * (1 + place), arrays=True)
+    write_record(results, ours, 1, moving=95.0, arrays=True)
+    return made(results)
