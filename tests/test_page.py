@@ -303,9 +303,17 @@ def test_compare(tmp_path: Path, cards: dict[str, Any], capsys: pytest.CaptureFi
     assert "bn" in lines["norm.name"] and "bkn" in lines["norm.name"]
     assert re.search(r"80.1 +81.1 +\+1$", lines["moving accuracy"]) and "50  80.1" in lines["moving"]
     assert "budget.epochs" not in said
+    assert "training images" not in said and "loss_" not in said
     for run, complaint in (("zzz", "no run"), ("", "no run"), ("../x", "no run")):
         with pytest.raises(UserError, match=complaint):
             compare(tmp_path, run, b)
+    path = tmp_path / "records" / f"{b}.json"
+    detector = json.loads(path.read_text())
+    detector |= {"final": {"moving": {"box_ap": 1.0}}, "final_on_training_images": {"box_ap": 30.0}}
+    detector["curves"] = {"epoch": [1], "loss_mask": [0.5]}
+    path.write_text(json.dumps(detector))
+    said = compare(tmp_path, a, b)
+    assert re.search(r"training images: box_ap +– +30\n", said) and re.search(r"loss_mask +– +0.5\n", said)
     assert main(["report", "--compare", a, b, "dataset=cifar10"]) == 2
     assert "expected results=FOLDER" in capsys.readouterr().err
 

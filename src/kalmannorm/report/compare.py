@@ -41,7 +41,10 @@ def _statuses(runs: Sequence[Record]) -> list[list[str]]:
 
 def _finals(runs: Sequence[Record]) -> list[list[str]]:
     lines = []
-    finals = [run.get("final") or {} for run in runs]
+    finals = [dict(run.get("final") or {}) for run in runs]
+    for final, run in zip(finals, runs, strict=True):
+        if seen := run.get("final_on_training_images"):  # a detector's
+            final["training images:"] = seen
     for kind in dict.fromkeys(kind for final in finals for kind in final):
         for key in FINALS:
             values = [final.get(kind, {}).get(key) for final in finals]
@@ -55,7 +58,10 @@ def _finals(runs: Sequence[Record]) -> list[list[str]]:
 def _curves(runs: Sequence[Record]) -> list[list[str]]:
     lines = []
     curves = [run.get("curves") or {} for run in runs]
-    for key in ("moving", "online", "train_loss"):
+    losses = [key for key in dict.fromkeys(key for curve in curves for key in curve) if key.startswith("loss_")]
+    for key in ("moving", "online", "train_loss", *losses):
+        if not any(curve.get(key) for curve in curves):
+            continue
         ends = ["  ".join(_number(value) for value in (curve.get(key) or [])[-EPOCHS:]) or "–" for curve in curves]
         lines.append([key, *ends])
     return [["epochs", *(str(len(curve.get("epoch") or [])) for curve in curves)], *lines]
