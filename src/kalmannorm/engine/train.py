@@ -59,9 +59,9 @@ def run(config: Config) -> dict[str, Any]:
     figures: dict[str, np.ndarray] = {}
     with Progress(identity, config, quiet=not ranks.main) as progress, StopRequest(ranks) as stop:
         try:
-            _fit(config, session, train, test, progress, stop)
+            last_evaluation = _fit(config, session, train, test, progress, stop)
             stat_batch, epochs = config["batch"]["stat_batch"], config["budget"]["epochs"]
-            record["final"] = _evaluate_both(model, test, stat_batch, ranks, stop)
+            record["final"] = last_evaluation or _evaluate_both(model, test, stat_batch, ranks, stop)
             record["norms"] = _describe(model, last)
             if ranks.main:
                 if ranks.world > 1:
@@ -84,8 +84,9 @@ def run(config: Config) -> dict[str, Any]:
 
 def _fit(
     config: Config, session: Session, train: Batches, test: Batches, progress: Progress, stop: StopRequest
-) -> None:
-    """The training, from where the last checkpoint left it. Raises Diverged and Stopped."""
+) -> dict[str, Any] | None:
+    """The training, from where the last checkpoint left it; the evaluation after its last epoch, None where that was
+    over already. Raises Diverged and Stopped."""
     session.restore()
     if session.epoch == session.step == 0:
         initialize(session.model, train)
@@ -98,17 +99,19 @@ def _fit(
         forward = torch.compile(forward, dynamic=False)  # type: ignore[assignment]
     spread_batches(session.model, ranks.world * config["accumulate"] > 1)
 
+    found = None
     while session.epoch < epochs:
         trained = train_epoch(config, session, forward, train, progress, stop)
         session.save()
         set_progress(session.model, (session.epoch + 1) / epochs)
-        final = _evaluate_both(session.model, test, stat_batch, ranks, stop)
-        trained |= {kind: found["accuracy"] for kind, found in final.items()}
+        found = _evaluate_both(session.model, test, stat_batch, ranks, stop)
+        trained |= {kind: one["accuracy"] for kind, one in found.items()}
         for key, value in trained.items():
             session.curves[key].append(value)
         session.begin_epoch(session.epoch + 1)
         session.save()
         progress.epoch(session.curves)
+    return found
 
 
 def _evaluate_both(
