@@ -68,7 +68,8 @@ def test_the_record_is_whole(done):
     assert record["data"]["train_images"] == 4 and record["data"]["test_images"] == 5
     assert record["norms"]["beliefs"]["body.layer1.0.bn2"] is None
     assert record["norms"]["beliefs"]["roi_heads.box_head.layer4.0.bn1"] == detector.BELIEF_ENDS
-    assert (folder / record["id"] / "detections.png").stat().st_size > 1000
+    for picture in ("detections.png", "detections-training.png"):
+        assert (folder / record["id"] / picture).stat().st_size > 1000
 
 
 def test_finished_runs_are_evaluated_again(done, capsys):

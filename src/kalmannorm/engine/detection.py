@@ -31,7 +31,7 @@ from kalmannorm.statistics import normalizers, spread_batches
 
 # One value an epoch each; train_loss is the sum of the others.
 CURVES = ("epoch", "step", "lr", "train_loss", *LOSSES)
-SHOWN = 4  # validation images in the picture
+SHOWN = 4  # images in a picture
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -67,14 +67,18 @@ def run(config: Config) -> dict[str, Any]:
             _fit(config, session, batches, progress, stop)
             record["final"] = evaluate_all(config, model, images, ranks)
             stop.check()
-            if count := dataset["train_images_evaluated"]:
-                seen = coco.choose(batches.positions, min(count, batches.count))
+            seen = coco.choose(batches.positions, min(dataset["train_images_evaluated"], batches.count))
+            if seen:
                 record["final_on_training_images"] = evaluate(
                     model, images.train, images.labels, seen, "moving", None, ranks
                 )
             record["norms"] = detector.describe(model)
             if ranks.main:
-                draw_detections(model, images, SHOWN, ranks.device, folder / "detections.png")
+                shown = coco.evaluation_order(len(images.test.ids))[:SHOWN]
+                draw_detections(model, images.test, images.labels, shown, ranks.device, folder / "detections.png")
+                if seen:
+                    file = folder / "detections-training.png"
+                    draw_detections(model, images.train, images.labels, seen[:SHOWN], ranks.device, file)
         except Diverged as error:
             record |= {"status": "failed", "reason": str(error)}
         trained = (session.epoch * batches.steps_per_epoch + session.step) * batches.batch

@@ -1,14 +1,16 @@
-"""A picture of what a detector finds on a few validation images. It holds their pixels: it stays in runs/<id>/."""
+"""A picture of what a detector finds on a few images. It holds their pixels: it stays in runs/<id>/."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from kalmannorm.data.coco import Coco, Images, evaluation_order
+from kalmannorm.data.coco import Images
 from kalmannorm.runs.record import write_atomically
 
 SURE = 0.5  # score from which a detection is drawn
@@ -17,22 +19,34 @@ COLOURS = ["#D55E00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7"]  # 
 
 
 @torch.no_grad()
-def draw_detections(model: nn.Module, images: Coco, count: int, device: torch.device, file: Path) -> None:
-    """Writes boxes, names and masks of the sure detections on `count` validation images as a PNG file."""
+def draw_detections(
+    model: nn.Module,
+    split: CocoDetection,
+    labels: dict[int, int],
+    positions: Sequence[int],
+    device: torch.device,
+    file: Path,
+) -> None:
+    """Writes boxes, names and masks of the sure detections on the images at these positions as a PNG file."""
     model.eval()
-    split, shown = Images(images.test, images.labels), []
-    names = {label: images.test.coco.cats[category]["name"] for category, label in images.labels.items()}
-    for position in evaluation_order(len(images.test.ids))[:count]:
-        picture, _ = split[position, False, 0]
-        (found,) = model([picture.to(device).float() / 255])
+    images, shown = Images(split, labels), []
+    names = {label: split.coco.cats[category]["name"] for category, label in labels.items()}
+    for position in positions:
+        image, _ = images[position, False, 0]
+        (found,) = model([image.to(device).float() / 255])
+        picture = resize(image, [SIDE, SIDE])  # ahead of drawing, so that names stay readable
         sure = found["scores"] >= SURE
         if sure.any():
-            masks, boxes = (found[key][sure].cpu() for key in ("masks", "boxes"))
+            masks = resize(found["masks"][sure, 0].cpu(), [SIDE, SIDE]) > 0.5
+            height, width = image.shape[-2:]
+            boxes = found["boxes"][sure].cpu() * torch.tensor([SIDE / width, SIDE / height] * 2)
             words = [names[int(label)] for label in found["labels"][sure]]
             colours = [COLOURS[i % len(COLOURS)] for i in range(len(boxes))]
-            picture = draw_segmentation_masks(picture, masks[:, 0] > 0.5, alpha=0.5, colors=colours)
-            picture = draw_bounding_boxes(picture, boxes, words, colors=colours, width=2)
-        shown.append(resize(picture, [SIDE, SIDE]))
+            picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
+            picture = draw_bounding_boxes(
+                picture, boxes, words, colors=colours, width=2, label_colors="black", fill_labels=True
+            )
+        shown.append(picture)
     encoded = io.BytesIO()
     to_pil_image(make_grid(shown, nrow=2)).save(encoded, "PNG")
     write_atomically(file, encoded.getvalue())
