@@ -147,7 +147,7 @@ def latex(table: Table | Sheet) -> str:
             *body,
             r"    \bottomrule",
             r"  \end{tabular}}",
-            r"  \par\smallskip\raggedright\footnotesize",
+            r"  \par\smallskip\raggedright\scriptsize",
             below,
             r"\end{table}",
             "",
