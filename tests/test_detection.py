@@ -297,3 +297,5 @@ def test_table_6_shows_ap(root, done, tmp_path, capsys):
     value = outcome(folder)[0]["final"]["moving"]["box_ap"]
     assert f"KN (4, 2) {value:.2f} 37.8" in said and "not run" in said
     assert "COCO's average precision" in said and "trained from scratch" in said and "top-1" not in said
+    seen = outcome(folder)[0]["final_on_training_images"]
+    assert f"- KN: {seen['box_ap']:.2f} / {seen['mask_ap']:.2f} (2 images)." in said

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kalmannorm.report.read import Records
+from kalmannorm.report.read import Record, Records
 
 if TYPE_CHECKING:
     from kalmannorm.report.table import Contrast, Row
@@ -34,6 +34,17 @@ def differences(contrasts: "Sequence[Contrast]") -> list[str]:
             *(f"- {row}: {'; '.join(found)}." for (of, row), found in lines.items() if of == baseline),
         ]
     return said
+
+
+def on_training_images(runs: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Of detectors that were evaluated on training images too, such as learned by heart; runs by the name of their row."""
+    lines = []
+    for name, of_row in runs.items():
+        found = [seen for run in of_row if (seen := run.get("final_on_training_images"))]
+        if found:
+            values = ", ".join(f"{seen['box_ap']:.2f} / {seen['mask_ap']:.2f}" for seen in found)
+            lines.append(f"- {name}: {values} ({found[0]['images']} images).")
+    return ["Box / mask AP on training images, moving statistics, for each seed:", *lines] if lines else []
 
 
 def stale(configs: Sequence[Mapping[str, Any]], records: Records) -> list[str]:

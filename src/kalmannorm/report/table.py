@@ -134,6 +134,9 @@ def table(card: Card, records: Records) -> Table:
         footnotes=tuple(dict.fromkeys(note for row in built for cell in row.filled for note in cell.notes)),
         remarks=(
             *remarks.differences(contrasts),
+            *remarks.on_training_images(
+                {row.name: selections[row.key, row.filled[0].column].runs for row in built if row.filled}
+            ),
             *remarks.stale(configs, records),
             *remarks.not_run(built, command(card)),
         ),
