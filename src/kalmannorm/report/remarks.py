@@ -37,7 +37,7 @@ def differences(contrasts: "Sequence[Contrast]") -> list[str]:
 
 
 def on_training_images(runs: Mapping[str, Sequence[Record]]) -> list[str]:
-    """Of detectors that were evaluated on training images too, such as learned by heart; runs by the name of their row."""
+    """Of detectors that were evaluated on training images too, those of a set learned by heart; runs by row name."""
     lines = []
     for name, of_row in runs.items():
         found = [seen for run in of_row if (seen := run.get("final_on_training_images"))]
