@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from torchvision.ops import StochasticDepth
 
 from kalmannorm import Belief, belief_report
 from kalmannorm.belief import Noise
+
+D = torch.float64
+FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(D, 1e-12), (torch.float32, 1e-5)], ids=str)
 
 
 def error(a: Tensor, b: Tensor) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kalmannorm import report
-from kalmannorm.report.table import Table, table
+from kalmannorm.report.table import Row, Table, table
 from kalmannorm.runs.record import run_id
 
 NUMERICS = 3
@@ -157,3 +157,11 @@ def full(results: Path) -> Table:
             write_record(results, row, seed, moving=value, online=90.0 + (seed * 7 % 3 - 1) * (1 + place), arrays=True)
     write_record(results, ours, 1, moving=95.0, arrays=True)
     return made(results)
+
+
+def row_of(found: Table, key: str) -> Row:
+    return next(row for row in found.rows if row.key == key)
+
+
+def notes_of(found: Table, key: str) -> str:
+    return "; ".join(row_of(found, key).cells[0].notes)

@@ -6,16 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import error, random_belief
+from helpers import DTYPES, D, error, random_belief
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from kalmannorm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm, belief
 from kalmannorm.norm.estimate import _Native, _plain
-
-D = torch.float64
-FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(D, 1e-12), (torch.float32, 1e-5)], ids=str)
 
 
 @pytest.fixture(autouse=True)

@@ -8,15 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import affine, error, leaves, moving, random_belief, same
+from helpers import DTYPES, FORMATS, D, affine, error, leaves, moving, random_belief, same
 from torch import Tensor, nn
 
 from kalmannorm import NORMS, Belief, KalmanBatchNorm2d, KalmanGroupNorm, set_statistics
 from kalmannorm.norm import BatchNorm
-
-D = torch.float64
-FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(D, 1e-12), (torch.float32, 1e-5)], ids=str)
 
 
 @pytest.fixture(autouse=True)

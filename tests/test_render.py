@@ -8,21 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report_fixtures import NUMERICS, card, config, full, made
+from report_fixtures import NUMERICS, card, config, full, made, row_of
 
 from kalmannorm import report
 from kalmannorm.report import caption, render
-from kalmannorm.report.table import Row, Table, mark, table
+from kalmannorm.report.table import mark, table
 
 BN, BN_LARGE, KN, KN_OUTPUT = (row["config"] for row in card()["rows"])
-
-
-def row_of(found: Table, key: str) -> Row:
-    return next(row for row in found.rows if row.key == key)
-
-
-def notes_of(found: Table, key: str) -> str:
-    return "; ".join(row_of(found, key).cells[0].notes)
 
 
 def test_caption_says_which_variant_of_kn_a_row_is() -> None:

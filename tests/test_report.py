@@ -10,22 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_fixtures import NUMERICS, card, config, figure_card, full, made, write_record
+from report_fixtures import NUMERICS, card, config, figure_card, full, made, notes_of, row_of, write_record
 
 from kalmannorm import report
 from kalmannorm.errors import UserError
 from kalmannorm.report import paper, render, statistics
-from kalmannorm.report.table import Row, Table, table
+from kalmannorm.report.table import table
 
 BN, BN_LARGE, KN, KN_OUTPUT = (row["config"] for row in card()["rows"])
-
-
-def row_of(found: Table, key: str) -> Row:
-    return next(row for row in found.rows if row.key == key)
-
-
-def notes_of(found: Table, key: str) -> str:
-    return "; ".join(row_of(found, key).cells[0].notes)
 
 
 # Statistics

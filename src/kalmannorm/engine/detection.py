@@ -19,6 +19,7 @@ from kalmannorm.data import coco
 from kalmannorm.data.coco import Batch, Coco, TrainingBatches
 from kalmannorm.engine import detector
 from kalmannorm.engine.average_precision import evaluate
+from kalmannorm.engine.evaluate import under_both
 from kalmannorm.engine.model import Config, optimizer
 from kalmannorm.engine.picture import draw_detections
 from kalmannorm.engine.progress import Progress
@@ -27,7 +28,7 @@ from kalmannorm.engine.session import Session, StopRequest
 from kalmannorm.engine.train import CHECK_EVERY, Diverged, check_room, micro_batches
 from kalmannorm.models.detection import LOSSES
 from kalmannorm.runs import record as records
-from kalmannorm.statistics import normalizers, spread_batches
+from kalmannorm.statistics import spread_batches
 
 # One value an epoch each; train_loss is the sum of the others.
 CURVES = ("epoch", "step", "lr", "train_loss", *LOSSES)
@@ -228,9 +229,6 @@ def _means(session: Session) -> dict[str, float]:
 def evaluate_all(config: Config, model: nn.Module, images: Coco, ranks: Ranks) -> dict[str, Any]:
     """AP on all validation images under each kind of statistics; without batch statistics both are one, made once."""
     everything, stat_batch = list(range(len(images.test.ids))), config["batch"]["stat_batch"]
-    final = {"moving": evaluate(model, images.test, images.labels, everything, "moving", stat_batch, ranks)}
-    if normalizers(model):
-        final["online"] = evaluate(model, images.test, images.labels, everything, "online", stat_batch, ranks)
-    else:
-        final["online"] = final["moving"]
-    return final
+    return under_both(
+        model, lambda kind: evaluate(model, images.test, images.labels, everything, kind, stat_batch, ranks)
+    )

@@ -1,6 +1,7 @@
 """Evaluation of one set of weights under moving, online and precise statistics; the variance gaps."""
 
 import copy
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -55,6 +56,12 @@ def evaluate(
         "loss": mean_loss if np.isfinite(mean_loss) else None,
         "images": int(images.item()),
     }
+
+
+def under_both(model: nn.Module, one: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`one` evaluation each under moving and online statistics; without batch statistics both are one, made once."""
+    moving = one("moving")
+    return {"moving": moving, "online": one("online") if normalizers(model) else moving}
 
 
 def precise(model: nn.Module, train: Batches, test: Batches, stat_batch: int | None, epoch: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
-from kalmannorm.engine.evaluate import evaluate, precise, variance_gaps
+from kalmannorm.engine.evaluate import evaluate, precise, under_both, variance_gaps
 from kalmannorm.engine.inputs import loaders, open_data
 from kalmannorm.engine.model import build, learning_rate, optimizer
 from kalmannorm.engine.progress import Progress
@@ -117,12 +117,12 @@ def _fit(
 def _evaluate_both(
     model: nn.Module, test: Batches, stat_batch: int | None, ranks: Ranks, stop: StopRequest
 ) -> dict[str, dict[str, Any]]:
-    """Under moving and online statistics; without batch statistics both are one, made once."""
-    found = {"moving": evaluate(model, test, "moving", stat_batch, ranks)}
-    stop.check()
-    found["online"] = evaluate(model, test, "online", stat_batch, ranks) if normalizers(model) else found["moving"]
-    stop.check()
-    return found
+    def one(statistics: str) -> dict[str, Any]:
+        found = evaluate(model, test, statistics, stat_batch, ranks)
+        stop.check()
+        return found
+
+    return under_both(model, one)
 
 
 def train_epoch(
