@@ -6,7 +6,7 @@ import pytest
 
 from kalmannorm.errors import UserError
 from kalmannorm.presets import BATCH_STATISTICS
-from kalmannorm.runs import experiment
+from kalmannorm.runs import composition, experiment
 from kalmannorm.runs.config import RESULT_KEYS, compose, conf_dir, result_part
 from kalmannorm.runs.record import run_id
 
@@ -33,6 +33,28 @@ def test_the_presets_of_the_talk_and_v1_say_what_is_theirs_and_the_others_nothin
         assert not {"transition", "input_belief"} & set(options)
     given = compose(["norm=gkn", "+norm.options.transition=learned", "+norm.options.input_belief=data"])
     assert given["norm"]["options"]["transition"] == "learned" and given["norm"]["options"]["input_belief"] == "data"
+
+
+GROUPS = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "experiment"]
+SETTINGS = ["seed=3", "batch.stat_batch=null", "data='/a, b'", "schedule.lr=[[1,0.5]]", "budget.size=${seed}"]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_groups_composed_once_and_put_together_are_what_hydra_composes(group):
+    """Hydra as a whole, which takes long, is the judge."""
+    others = {"dataset": "cifar10", "arch": "resnet32", "norm": "gkn", "batch": "g16_s4", "budget": "smoke"}
+    for file in (conf_dir() / group).glob("*.yaml"):
+        chosen = [f"{key}={name}" for key, name in {**others, group: file.stem}.items()]
+        together = composition._of_parts(conf_dir(), [*SETTINGS, *chosen])
+        assert together == composition._by_hydra(conf_dir(), [*chosen, *SETTINGS]), file
+
+
+@pytest.mark.parametrize(
+    "overrides", [["+norm.options.input_belief=data"], ["~schedule.momentum"], ["seed=1,2"], ["seed=1", "seed=2"],
+                  ["norm@arch=bn"], ["norm.nothing=1"], ["seed=[1"]]
+)  # fmt: skip
+def test_what_parts_do_not_tell_is_left_to_hydra(overrides):
+    assert composition._of_parts(conf_dir(), overrides) is None
 
 
 def test_auto_is_resolved_by_device():

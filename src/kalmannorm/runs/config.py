@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import Any
 
-from kalmannorm.errors import UserError, nearest
+from kalmannorm.errors import UserError
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, preset_options
+from kalmannorm.runs import composition
 
 Config = dict[str, Any]
 
@@ -41,7 +41,8 @@ def conf_dir() -> Path:
 
 def compose(overrides: list[str]) -> Config:
     """The configuration of one run, as plain values. UserError: unknown names or values, impossible combinations."""
-    config = _compose(overrides)
+    config = composition.compose(conf_dir(), overrides)
+    config["dataset"].pop("budgets")  # the chosen one stands under `budget`
     _resolve(config)
     _check(config)
     return config
@@ -71,52 +72,6 @@ def check_batches(config: Config, devices: int) -> None:
         raise UserError(
             f"accumulate = {parts}: {what} looks at the whole batch, which micro-batches do not see at once"
         )
-
-
-def _compose(overrides: list[str]) -> Config:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    conf = conf_dir()
-    parser = OverridesParser.create()
-    for override in overrides:
-        _check_choice(conf, override)
-        try:
-            parser.parse_override(override)
-        except HydraException as error:
-            raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from None
-    try:
-        with initialize_config_dir(str(conf), version_base="1.3"):
-            composed = hydra_compose("config", overrides)
-        resolved = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, overrides)) from None
-    assert isinstance(resolved, dict)
-    resolved["dataset"].pop("budgets")  # the chosen one stands under `budget`
-    return {str(key): value for key, value in resolved.items()}
-
-
-def _check_choice(conf: Path, override: str) -> None:
-    """group=name with a name that does not exist: offer the nearest."""
-    group, equals, name = override.partition("=")
-    if not equals:
-        raise UserError(f"override {override!r}: expected key=value, for example seed=2 or norm=bn")
-    if (conf / group).is_dir() and not (conf / group / f"{name}.yaml").exists():
-        raise UserError(nearest(name, sorted(p.stem for p in (conf / group).glob("*.yaml")), group))
-
-
-def _explain(error: Exception, overrides: list[str]) -> str:
-    """Hydra's message in one line that names the override."""
-    text = " ".join(str(error).split())
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = match[1]
-        override = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
-        return f"override {override!r}: there is no setting {key!r}; see conf/ for what there is"
-    return f"configuration: {text}"
 
 
 def _resolve(config: Config) -> None:

@@ -1,0 +1,117 @@
+"""conf/ and overrides to plain values: Hydra composes.
+
+Hydra takes a tenth of a second for a configuration, and a report has hundreds of them, of a few dozen files: the groups
+are composed once each and put together here. What is more than choices of groups and changes of settings, or is
+wrong, is left to Hydra as a whole.
+"""
+
+import copy
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kalmannorm.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Values = dict[str, Any]
+
+
+def compose(conf: Path, overrides: Sequence[str]) -> Values:
+    """The configuration of conf/config.yaml under the overrides, interpolations resolved.
+
+    UserError: what Hydra refuses, in one line; a choice that does not exist, with the nearest that does.
+    """
+    for override in overrides:
+        _check_choice(conf, override)
+    composed = _of_parts(conf, overrides)
+    return _by_hydra(conf, overrides) if composed is None else composed
+
+
+def _of_parts(conf: Path, overrides: Sequence[str]) -> Values | None:
+    """What Hydra would compose, from groups that it composed before; None where that is for Hydra to say."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:
+        return None
+    names = [override.key_or_group for override in parsed]
+    if len(set(names)) < len(names) or not all(
+        override.type is OverrideType.CHANGE and override.package is None and not override.is_sweep_override()
+        for override in parsed
+    ):
+        return None
+    chosen = {name: override.value() for name, override in zip(names, parsed, strict=True) if (conf / name).is_dir()}
+    values = copy.deepcopy(_unresolved(conf, ()))
+    for group, option in chosen.items():
+        values[group] = copy.deepcopy(_unresolved(conf, (f"{group}={option}",))[group])
+    whole = OmegaConf.create(values, flags={"struct": True})
+    try:
+        for name, override in zip(names, parsed, strict=True):
+            if name not in chosen:
+                OmegaConf.update(whole, name, override.value(), merge=True)
+        return _plain(whole, resolve=True)
+    except OmegaConfBaseException:
+        return None
+
+
+@functools.cache
+def _unresolved(conf: Path, overrides: tuple[str, ...]) -> Values:
+    return _by_hydra(conf, overrides, resolve=False)
+
+
+def _by_hydra(conf: Path, overrides: Sequence[str], resolve: bool = True) -> Values:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            return _plain(hydra_compose("config", list(overrides)), resolve)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, overrides)) from None
+
+
+def _plain(config: "DictConfig", resolve: bool) -> Values:
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(config, resolve=resolve)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _check_choice(conf: Path, override: str) -> None:
+    """group=name with a name that does not exist: offer the nearest."""
+    group, equals, name = override.partition("=")
+    if not equals:
+        raise UserError(f"override {override!r}: expected key=value, for example seed=2 or norm=bn")
+    if (conf / group).is_dir() and not (conf / group / f"{name}.yaml").exists():
+        raise UserError(nearest(name, sorted(p.stem for p in (conf / group).glob("*.yaml")), group))
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's message in one line that names the override."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for override in overrides:
+        try:
+            parser.parse_override(override)
+        except HydraException as unreadable:
+            return f"override {override!r}: {str(unreadable).splitlines()[0]}"
+    text = " ".join(str(error).split())
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1]
+        override = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
+        return f"override {override!r}: there is no setting {key!r}; see conf/ for what there is"
+    return f"configuration: {text}"
