@@ -42,7 +42,10 @@ def evaluate(
     correct = torch.zeros((), dtype=torch.int64, device=loader.device)
     loss = torch.zeros((), dtype=torch.float64, device=loader.device)
     images = torch.zeros((), dtype=torch.int64, device=loader.device)
+    # A CPU's kernels take as little as half the time on channels_last maps, but those by groups of images.
+    fast = torch.channels_last if loader.device.type == "cpu" and statistics == "moving" else torch.preserve_format
     for x, labels, counted in loader.plain(max(1, EVALUATION_BATCH // fill) * fill, fill=fill):
+        x = x.to(memory_format=fast)
         logits, labels = model(x)[:counted].float(), labels[:counted]
         correct += (logits.argmax(1) == labels).sum()
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
