@@ -126,10 +126,10 @@ def known_budget(dataset: str, budget: str) -> dict[str, Any]:
     from kalmannorm.runs.config import compose
 
     try:
-        found: dict[str, Any] = compose([f"dataset={dataset}", f"budget={budget}", "device=cpu"])["budget"]
+        config = compose([f"dataset={dataset}", f"budget={budget}", "device=cpu"], among_many=True)
     except UserError:
         return {}
-    return found
+    return dict(config["budget"])
 
 
 @functools.cache
@@ -138,7 +138,7 @@ def known_dataset(name: str) -> dict[str, Any] | None:
     from kalmannorm.runs.config import compose
 
     try:
-        found: dict[str, Any] = compose([f"dataset={name}", "device=cpu"])["dataset"]
+        found: dict[str, Any] = compose([f"dataset={name}", "device=cpu"], among_many=True)["dataset"]
     except UserError:
         return None
     return found

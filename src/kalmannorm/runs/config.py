@@ -39,9 +39,12 @@ def conf_dir() -> Path:
     return found
 
 
-def compose(overrides: list[str]) -> Config:
-    """The configuration of one run, as plain values. UserError: unknown names or values, impossible combinations."""
-    config = composition.compose(conf_dir(), overrides)
+def compose(overrides: list[str], among_many: bool = False) -> Config:
+    """The configuration of one run, as plain values. `among_many`: it is one of many (composition.py).
+
+    UserError: unknown names or values, impossible combinations.
+    """
+    config = composition.compose(conf_dir(), overrides, among_many)
     config["dataset"].pop("budgets")  # the chosen one stands under `budget`
     _resolve(config)
     _check(config)

@@ -70,9 +70,8 @@ def load(name: str, arguments: list[str]) -> Experiment:
         row.setdefault("ours", False)
         for column, of_column in columns.items():
             if column in row.get("columns", columns):
-                config = compose(
-                    _last_of_each(card.get("base", []), of_column, row["overrides"], overrides, ["seed=0"])
-                )
+                settings = _last_of_each(card.get("base", []), of_column, row["overrides"], overrides, ["seed=0"])
+                config = compose(settings, among_many=True)
                 less_seed = {key: value for key, value in result_part(config).items() if key != "seed"}
                 row.setdefault("config", less_seed)
                 if column:
@@ -153,7 +152,7 @@ def multirun(overrides: list[str]) -> Experiment:
             raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from None
     title = " ".join(overrides)
     experiment = Experiment({"name": "multirun", "title": title, "command": f"kalmannorm train --multirun {title}"})
-    configs = [compose(list(combination)) for combination in itertools.product(*choices)]
+    configs = [compose(list(combination), among_many=True) for combination in itertools.product(*choices)]
     for config in {run_id(config): config for config in configs}.values():
         experiment.runs.append(config)
         experiment.keys.append("multirun")
