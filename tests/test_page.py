@@ -242,11 +242,14 @@ def test_detectors_are_listed_and_their_pictures_stay_outside(tmp_path: Path, ca
     file.write_text(json.dumps(record))
     text, _ = made(results, cards)
     assert "<td>12.35 / 6.00</td>" in text and "detections.png" not in text
-    picture = tmp_path / "runs" / run / "detections.png"
-    picture.parent.mkdir(parents=True)
-    picture.write_bytes(b"pixels of others")
-    text, _ = made(results, cards)
-    assert {link for link in Links(text).loaded if not link.startswith("data:")} == {f"../runs/{run}/detections.png"}
+    folder = tmp_path / "runs" / run
+    folder.mkdir(parents=True)
+    shown = set()
+    for name in ("detections.png", "detections-training.png"):
+        (folder / name).write_bytes(b"pixels of others")
+        shown.add(f"../runs/{run}/{name}")
+        text, _ = made(results, cards)
+        assert {link for link in Links(text).loaded if not link.startswith("data:")} == shown
 
 
 def test_nothing_from_records_is_markup(tmp_path: Path, cards: dict[str, Any]) -> None:

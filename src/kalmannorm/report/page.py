@@ -225,11 +225,15 @@ def _image(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
-def _detections(results: Path, run: str) -> str | None:
-    """Where a detector's picture lies, seen from the page: a link, since images of COCO must not be in a file that is
-    committed. None where the run was trained elsewhere."""
-    picture = Path("runs") / run / "detections.png"
-    return f"../{picture.as_posix()}" if (results.absolute().parent / picture).exists() else None
+def _detections(results: Path, run: str) -> list[tuple[str, str]]:
+    """Of what images a detector's pictures are, and where they lie, seen from the page: links, since images of COCO
+    must not be in a file that is committed. None where the run was trained elsewhere."""
+    found = []
+    for split, name in (("validation", "detections.png"), ("training", "detections-training.png")):
+        picture = Path("runs") / run / name
+        if (results.absolute().parent / picture).exists():
+            found.append((split, picture.as_posix()))
+    return found
 
 
 def _some(ids: Sequence[str]) -> str:
