@@ -1,4 +1,5 @@
-"""What the tests of the core share: tolerances, the order of images in groups, small networks that can be pickled."""
+"""What the tests of the core share: tolerances, the order of images in groups, small networks that can be pickled, a
+step of training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from kalmannorm import Belief, belief_report
 from kalmannorm.belief import Noise
+from kalmannorm.models import ARCHS
 
 D = torch.float64
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -183,3 +186,48 @@ class Modern(nn.Module):
         n, c, h, w = x.shape
         x = self.prelu(self.shuffle(x)).view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
         return self.fc(x.mean((2, 3)))
+
+
+def images(n: int = 4, size: int = 8) -> Tensor:
+    return torch.randn(n, 3, size, size)
+
+
+def loss_of(out: Any) -> Tensor:
+    return sum(o.square().mean() for o in out) if isinstance(out, tuple) else out.square().mean()  # type: ignore[return-value]
+
+
+def train_step(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
+    """A forward, a backward and a step of a size that no network explodes at; the loss."""
+    torch.manual_seed(seed)  # dropout
+    loss = loss_of(model(x))
+    model.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p -= 0.01 * p.grad.sign()
+    return loss.detach()
+
+
+def trained(model: nn.Module, steps: int = 2) -> nn.Module:
+    """With moving statistics and affine parameters that are not those of the start."""
+    model.train()
+    for i in range(steps):
+        train_step(model, images(), i)
+    return model
+
+
+def equal_states(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    **ARCHS,
+    "resnet18": torchvision.models.resnet18,
+    "resnet50": torchvision.models.resnet50,
+    "moody": Moody,
+    "modern": Modern,
+}
+SAMPLING = {"predictor": "sampling", "stat_batch": 2}
+FEW = ("inception_cifar", "resnet14", "resnet14_preact", "resnet18", "moody", "modern")
