@@ -45,7 +45,7 @@ class Comparison:
     at_least: bool = False
 
 
-# ResNet-32 training steps of 128 images of 32 x 32 pixels.
+# ResNet-32 training steps of 128 images of 32 x 32 pixels, but for the detector's.
 COMPARISONS = {
     "grouped-bn": Comparison("BN at stat 2", "torch's BatchNorm at 128", 1.05),
     "kn": Comparison("KN (closed) at stat 2, eager", "BN at stat 2, eager", 1.15),
@@ -55,6 +55,7 @@ COMPARISONS = {
     "loop": Comparison("images/s of kalmannorm train", "images/s of the bare step", 0.95, at_least=True),
     "checkpoints": Comparison("5 % of a lite run and its checkpoint", "those steps alone", 1.02),
     "processes": Comparison("images/s of 2 processes", "images/s of 1 process with 2 threads", 0.8, at_least=True),
+    "detector": Comparison("images/s of mask_rcnn_fpn", "images/s of torchvision's maskrcnn_resnet50_fpn", None),
 }
 
 
@@ -322,6 +323,56 @@ def _alternate_processes(rank: int, port: int, seconds: float, folder: str) -> N
     dist.destroy_process_group()
 
 
+def _detector(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    """Training steps on the same two images of noise with five objects each, BN in both: of the network that
+    `kalmannorm train` builds, and of torchvision's as its training script steps it."""
+    from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+    from kalmannorm.engine import detector
+    from kalmannorm.runs.config import compose
+
+    size, long_side = (800, 1333) if device.type == "cuda" else (192, 320)
+    budget = ["budget=paper", f"budget.size={size}", f"arch.max_size={long_side}", "batch.grad_batch=2"]
+    config = compose(["dataset=coco", "arch=mask_rcnn_fpn", "schedule=c4_280k", "norm=bn", "batch=g8_s2", *budget])
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, size, long_side, generator=generator).to(device) for _ in range(2)]
+    targets = []
+    for key in range(2):
+        corner = torch.rand(5, 2, generator=generator) * size / 2
+        boxes = torch.cat([corner, corner + size / 8 + torch.rand(5, 2, generator=generator) * size / 4], 1)
+        masks = torch.zeros(5, size, long_side, dtype=torch.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        labels = torch.randint(1, 81, (5,), generator=generator)
+        target = {"boxes": boxes, "labels": labels, "masks": masks}
+        targets.append({name: value.to(device) for name, value in target.items()} | {"key": key})
+
+    def stepping(model: nn.Module) -> Step:
+        model.to(device).train()
+        optim = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
+
+        def step() -> None:
+            losses = model(images, targets)
+            optim.zero_grad()
+            sum(losses.values()).backward()
+            optim.step()
+
+        return step
+
+    ours: Any = detector.build(config)
+    theirs = maskrcnn_resnet50_fpn(
+        weights=None,
+        weights_backbone=None,
+        num_classes=81,
+        min_size=size,
+        max_size=long_side,
+        box_batch_size_per_image=256,
+        rpn_anchor_generator=ours.rpn.anchor_generator,  # they shrink with the images
+    )
+    ratios, note = _compare(stepping(theirs), stepping(ours), seconds, device)
+    return ratios, f"2 images of {size} x {long_side}, theirs against ours: {note}"
+
+
 _MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = {
     "grouped-bn": _grouped_bn,
     "kn": _kn,
@@ -331,4 +382,5 @@ _MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = 
     "loop": _loop,
     "checkpoints": _checkpoints,
     "processes": _processes,
+    "detector": _detector,
 }
