@@ -1,6 +1,8 @@
-"""Losses of 20 training steps per normalizer, to full precision: a change that alters results shows here first.
+"""Losses of 20 training steps per normalizer in double precision: a change that alters results shows here first.
 
-Then NUMERICS has to be raised, and the file written again: `python tests/test_golden_losses.py`.
+Then NUMERICS has to be raised, and the file written again: `python tests/test_golden_losses.py`. In double precision
+every processor finds the same losses; in single precision 20 steps of a small network in groups of two images let the
+rounding of two processors grow to 1 %.
 """
 
 import json
@@ -41,15 +43,16 @@ RATES = {"frozen": 0.01, "none": 0.01}
 STEPS = 20
 
 
-def losses(case: str) -> list[float]:
+def losses(case: str, dtype: torch.dtype = torch.float64) -> list[float]:
     norm, options = CASES[case]
     torch.manual_seed(0)
-    model = convert(ResNet(1), norm, stat_batch=2, **options)
+    model = convert(ResNet(1), norm, stat_batch=2, **options).to(dtype)
     optim = optimizer(model, {"momentum": 0.9, "weight_decay": 2e-4})
     for group in optim.param_groups:
         group["lr"] = RATES.get(case, 0.05)
     generator = torch.Generator().manual_seed(1)
-    x, labels = torch.randn(16, 3, 8, 8, generator=generator), torch.randint(10, (16,), generator=generator)
+    x = torch.randn(16, 3, 8, 8, generator=generator).to(dtype)
+    labels = torch.randint(10, (16,), generator=generator)
     initialize_weight_norm(model, x)
     found = []
     for step in range(STEPS):
@@ -68,12 +71,18 @@ def test_every_normalizer_has_its_losses():
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_of_the_file(case):
-    golden = json.loads(FILE.read_text())
+    golden = torch.tensor(json.loads(FILE.read_text())["losses"][case], dtype=torch.float64)
     found = losses(case)
-    # To the last bit on the torch and processor that wrote the file; rounding grows over 20 steps elsewhere.
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(golden["losses"][case]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), golden, rtol=1e-8, atol=0)
     assert losses(case) == found
     assert found[-1] < found[0]
+
+
+# Noise differs between the precisions, so that what samples it has no losses in common.
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("bkn-sampling", "bkn-released")])
+def test_single_precision_begins_alike(case):
+    golden = torch.tensor(json.loads(FILE.read_text())["losses"][case][:5])
+    torch.testing.assert_close(torch.tensor(losses(case, torch.float32)[:5]), golden, rtol=1e-4, atol=0)
 
 
 if __name__ == "__main__":
