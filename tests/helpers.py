@@ -119,12 +119,14 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.bn = conv3x3(3, 6, bias=True), nn.BatchNorm2d(6, eps=1e-4, momentum=0.3)
-        self.conv1, self.bn1 = conv3x3(6, 8, 2), nn.BatchNorm2d(8)
-        self.conv2, self.bn2 = conv3x3(8, 8, groups=2), nn.BatchNorm2d(8)
-        self.shortcut = nn.Sequential(nn.Conv2d(6, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+        self.conv, self.bn = conv3x3(3, 8, bias=True), nn.BatchNorm2d(8, eps=1e-4, momentum=0.3)
+        self.conv1, self.bn1 = conv3x3(8, 12, 2), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = conv3x3(12, 12, groups=2), nn.BatchNorm2d(12)
+        # Not of fewer than 8 channels: in channels_last, which Inductor chooses too, torch 2.15's gradient of a strided
+        # 1x1 convolution of fewer writes past its memory on processors without AVX-512.
+        self.shortcut = nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12))
         self.relu = nn.ReLU(inplace=True)
-        self.fc = nn.Linear(8, 4)
+        self.fc = nn.Linear(12, 4)
         for bn in (self.bn, self.bn1, self.bn2, self.shortcut[1]):
             nn.init.uniform_(bn.weight, 0.5, 1.5)
             nn.init.normal_(bn.bias)

@@ -101,7 +101,7 @@ def test_changes_of_type_and_parts_reach_fold() -> None:
     x = images().double()
     trained_loss = loss_of(model(x))
     assert trained_loss.dtype == torch.float64
-    model.fc = nn.Linear(8, 7).double()
+    model.fc = nn.Linear(12, 7).double()
     model.eval()
     assert fold(model)(x).shape == (4, 7)
     torch.testing.assert_close(fold(model)(x), model(x))

@@ -20,7 +20,7 @@ from kalmannorm.presets import PRESETS, preset_options
 
 D = torch.float64
 # Residual's convolutions whose input has a belief: all but the stem's.
-ON_A_PATH = {"conv1": (8, 6), "conv2": (8, 4), "shortcut.0": (8, 6)}
+ON_A_PATH = {"conv1": (12, 8), "conv2": (12, 6), "shortcut.0": (12, 8)}
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +104,8 @@ def test_v1_shares_one_scalar() -> None:
     count = {
         name: sum(p.numel() for p in m.parameters()) for name, m in (("paper", paper), ("talk", talk), ("v1", model))
     }
-    assert count["talk"] - count["paper"] == 8 * 6 + 8 * 4 + 8 * 6
-    assert count["talk"] - count["v1"] == (6 + 8 + 8 + 8) - 1
+    assert count["talk"] - count["paper"] == 12 * 8 + 12 * 6 + 12 * 8
+    assert count["talk"] - count["v1"] == (8 + 12 + 12 + 12) - 1
     for network in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double()):
         assert shared(network)
         assert F.softplus(network.get_submodule("bn1").noise_raw).item() == pytest.approx(0.02)
