@@ -68,13 +68,15 @@ def check_processes(root, folder, norms, tiny=TINY):
         (one, state), (two, other) = outcome(folder / "one" / name), outcome(folder / "two" / name)
         assert one["id"] == two["id"] and two["host"]["processes"] == 2
         losses = [max(map(abs_difference, one["curves"][key], two["curves"][key])) for key in detection.LOSSES]
+        # A ReLU whose input is zero but for rounding passes a gradient or none: with other convolution kernels, one
+        # process too moves biases of 2e-4 by 1e-6. Gradients that were not averaged would move them by 1e-4.
         weights = [
-            ((value - other["model"][key]).abs().max() / value.abs().max().clamp_min(1e-3)).item()
+            ((value - other["model"][key]).abs().max() / value.abs().max().clamp_min(1e-2)).item()
             for key, value in state["model"].items()
             if isinstance(value, torch.Tensor) and value.is_floating_point()
         ]
         print(f"{name:14} losses {max(losses):.1e}  weights and moving statistics {max(weights):.1e}")
-        assert max(losses) < 1e-4 and max(weights) < 1e-3
+        assert max(losses) < 1e-4 and max(weights) < 2e-3
         for kind in ("moving", "online"):
             assert two["final"][kind]["images"] == 5
             assert two["final"][kind]["box_ap"] == pytest.approx(one["final"][kind]["box_ap"], abs=2)
