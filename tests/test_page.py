@@ -330,7 +330,9 @@ def test_the_committed_records(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {str(tmp_path / name) for name in ("report.html", "claims.md", "table7_cifar10_lite.md")} <= set(printed)
     text = (tmp_path / "report.html").read_text()
     check_links(text)
-    assert len(text) < 3_000_000
+    pictures = re.findall(r"data:image/png;base64,[A-Za-z0-9+/=]+", text)
+    assert pictures and max(map(len, pictures)) < 400_000
+    assert len(text) - sum(map(len, pictures)) < 4_000 * len(list((tmp_path / "records").glob("*.json")))
     said = (tmp_path / "claims.md").read_text()
     assert said.count("at budget lite") >= 8 and "## Where the sources contradict themselves" in said
 
