@@ -9,6 +9,7 @@ import base64
 import functools
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,9 +43,9 @@ def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[V
     )
     groups = _groups(records, _used(records, entries, verdicts))
     group_of = {run["id"]: group["anchor"] for group in groups for run in group["runs"]}
-    judged = [verdict for verdict in verdicts if verdict.outcome]
+    judged = itertools.groupby((verdict for verdict in verdicts if verdict.outcome), key=lambda verdict: verdict.claim)
     view = {
-        "verdicts": judged,
+        "verdicts": [(claim, list(of_claim)) for claim, of_claim in judged],
         "unjudged": [verdict for verdict in verdicts if not verdict.outcome],
         "counts": {state: sum(verdict.state == state for verdict in verdicts) for state in STATES},
         "conflicts": claims.conflicts(),
