@@ -19,7 +19,7 @@ from kalmannorm.cli import main
 from kalmannorm.errors import UserError
 from kalmannorm.report import collection, cost, variants, verdicts
 from kalmannorm.report.compare import compare
-from kalmannorm.report.table import table
+from kalmannorm.report.table import stem, table
 from kalmannorm.runs import experiment
 from kalmannorm.runs.record import NUMERICS
 
@@ -112,6 +112,21 @@ def test_settings_of_a_card_are_apart(tmp_path: Path, cards: dict[str, Any]) -> 
     assert counts == [2, 12, 2, 2]  # each under two kinds of statistics
     assert len({made.stem for made in tables}) == 4
     assert "dataset=cifar10 budget=lite budget.epochs=30" in variants.apply(cards["table7"], settings[2])["command"]
+
+
+def test_a_card_under_settings_of_the_command_line_has_files_of_its_own() -> None:
+    """Else `report table7 arch.width=0.5` would write over the plain table; the same names as the whole report's."""
+    some = ["device=cpu", "seeds=1", "rows=bn_stat2", "dataset=cifar10", "budget=lite"]
+    set_apart = ["schedule=released_warmup", "arch.width=0.5", "budget.epochs=30"]
+    whole = variants.Variant("cifar10", "lite", json.dumps({"budget": {"epochs": 30}, "arch": {"width": 0.5}}))
+    assert stem(experiment.load("table7", some).card) == "table7_cifar10_lite"
+    assert whole.differences == experiment.load("table7", [*some, *set_apart[1:]]).card["variant"]
+    assert (
+        stem(experiment.load("table7", [*some, *set_apart]).card)
+        == "table7_cifar10_lite_epochs=30_width=0.5_schedule=released_warmup"
+    )
+    odd = experiment.load("table7", [*some, "schedule.lr=[[1, 0.1]]"]).card
+    assert stem(odd) == "table7_cifar10_lite_schedule.lr=1,-0.1"
 
 
 def test_a_row_of_another_width_is_no_setting(tmp_path: Path, cards: dict[str, Any]) -> None:

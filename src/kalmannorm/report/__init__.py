@@ -23,8 +23,9 @@ def write(card: Mapping[str, Any], found: Records, out: Path) -> list[Path]:
 
     A table card: <name>_<dataset>_<budget>.md, .csv, .tex and, once a cell has a value, its picture as .png and .pdf.
     One of kind "parameters" or "speed": <name>.md, .csv, .tex. A card of kind "figure": .png and .pdf of Figure 5 and
-    of the gaps per layer; of another picture's: <name>_<dataset>_<budget>.png and .pdf. Raises UserError when a figure
-    has no run to draw, or when a file cannot be written; every file is written whole or not at all.
+    of the gaps per layer; of another picture's: <name>_<dataset>_<budget>.png and .pdf. Behind the budget stands what
+    else the command line sets (table7_cifar10_lite_width=0.5). Raises UserError when a figure has no run to draw, or
+    when a file cannot be written; every file is written whole or not at all.
     """
     files = KINDS[card.get("kind", "table")](card, found)
     for file, content in files.items():

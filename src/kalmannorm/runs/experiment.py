@@ -15,6 +15,7 @@ SETTING=VALUE, its key with the values behind it.
 
 import copy
 import itertools
+import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -63,6 +64,8 @@ def load(name: str, arguments: list[str]) -> Experiment:
     seeds = _seeds(own.get("seeds", str(card.get("seeds", 1))))
     card["command"] = " ".join(["kalmannorm sweep", name, *arguments])
 
+    card["variant"] = _variant(overrides)
+
     experiment = Experiment(card)
     columns, overrides = _columns(card, own.get("columns"), overrides)
     known: set[str] = set()
@@ -90,6 +93,19 @@ def load(name: str, arguments: list[str]) -> Experiment:
     experiment.runs = [experiment.runs[i] for i in order]
     experiment.keys = [experiment.keys[i] for i in order]
     return experiment
+
+
+def _variant(overrides: list[str]) -> list[str]:
+    """What sets these runs apart from the card's own, for the names of its files: worded as report/variants.py does."""
+    parts = ("budget", "arch", "schedule", "dataset", "norm", "batch")
+    shown = []
+    for key, _, value in (override.lstrip("+~").partition("=") for override in overrides):
+        part, _, setting = key.partition(".")
+        if part in parts and key not in ("budget", "dataset"):
+            name = setting if setting and part in ("budget", "arch") else key
+            safe = re.sub(r"[^\w.,+-]+", "-", value).strip("-")  # in a file's name
+            shown.append((parts.index(part), f"{name}={safe}"))
+    return [text for _, text in sorted(shown)]
 
 
 def _last_of_each(*overrides: list[str]) -> list[str]:
