@@ -8,21 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from report_fixtures import NUMERICS, config, write_record
+from report_fixtures import NUMERICS, write_record
 
 from kalmannorm import report
-from kalmannorm.report import claims, hypotheses, verdicts
+from kalmannorm.report import claims, hypotheses, variants, verdicts
 from kalmannorm.report.claims import Claim
 from kalmannorm.report.hypotheses import Hypothesis
 from kalmannorm.report.verdicts import Verdict
 from kalmannorm.runs import experiment
 from kalmannorm.runs.config import conf_dir
 
-BN, KN, KN_OUTPUT = config(), config("bkn"), config("bkn", belief="output")
-ROWS = [("bn", BN), ("kn", KN), ("kn_output", KN_OUTPUT)]
-CARDS = {
-    "t": {"name": "t", "rows": [{"key": key, "label": key, "config": of} for key, of in ROWS]},
+ON_CPU = ("dataset=digits", "device=cpu")
+ROWS = {
+    "bn": (*ON_CPU, "norm=bn"),
+    "kn": (*ON_CPU, "norm=bkn"),
+    "kn_output": (*ON_CPU, "norm=bkn", "norm.options.belief=output"),
 }
+BN, KN, KN_OUTPUT = (variants.composed(settings) for settings in ROWS.values())
+CARDS = {"t": {"name": "t", "rows": [{"key": key, "label": key, "settings": {"": of}} for key, of in ROWS.items()]}}
 
 
 def claim(*contrast: str, expect: str = "greater", **changes: Any) -> Claim:
@@ -144,7 +147,7 @@ def test_supported_and_contradicted(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert len(holds.ids) == 10 and set(holds.ids) <= {p.stem for p in (tmp_path / "records").glob("*.json")}
     rests = "; ".join(holds.rests_on)
     for part in (
-        "budget lite (4 epochs",
+        "budget lite (7 epochs",
         "data 1,797 of 1,797 exact",
         "preset paper, predictor closed form, initial gain 0.5 (learned)",
         "initial gain is ours",
@@ -189,7 +192,7 @@ def test_budgets_and_data_sets_are_never_mixed(monkeypatch: pytest.MonkeyPatch, 
     write_pairs(tmp_path, [1.5, 1.6, 1.4])
     others = [
         {"budget": {**BN["budget"], "epochs": 9}},
-        {"budget": {"name": "paper", "epochs": 400, "of_epochs": 400, "subset": None, "size": 32}},
+        {"budget": variants.composed(ROWS["bn"], "digits", "paper")["budget"]},
         {"dataset": {**BN["dataset"], "name": "cifar10", "flip": True}},
     ]
     for changes in others:
@@ -199,9 +202,9 @@ def test_budgets_and_data_sets_are_never_mixed(monkeypatch: pytest.MonkeyPatch, 
     found = {(v.dataset, v.reduced): v for v in judge(monkeypatch, tmp_path)}
     assert {key: (v.state, len(v.ids)) for key, v in found.items()} == {
         ("digits", ""): ("contradicted", 6),  # the papers' length: conf/'s budget "paper"
-        ("digits", "at budget lite (epochs=4, of_epochs=400)"): ("supported", 6),
-        ("digits", "at budget lite (epochs=9, of_epochs=400)"): ("contradicted", 6),
-        ("cifar10", "at budget lite (epochs=4, of_epochs=400, subset=None)"): ("contradicted", 6),
+        ("digits", "at budget lite"): ("supported", 6),
+        ("digits", "at budget lite (epochs=9)"): ("contradicted", 6),
+        ("cifar10", "at budget lite (epochs=7, subset=null)"): ("contradicted", 6),
     }
     assert len({i for v in found.values() for i in v.ids}) == 24
 

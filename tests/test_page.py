@@ -19,8 +19,9 @@ from kalmannorm.cli import main
 from kalmannorm.errors import UserError
 from kalmannorm.report import collection, cost, variants, verdicts
 from kalmannorm.report.compare import compare
-from kalmannorm.report.table import stem, table
+from kalmannorm.report.table import configs_of, table
 from kalmannorm.runs import experiment
+from kalmannorm.runs.config import result_part
 from kalmannorm.runs.record import NUMERICS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -36,10 +37,16 @@ def cards() -> dict[str, dict[str, Any]]:
     return {**found, "table8": experiment.load("table8", ["device=cpu", "seeds=1", some]).card}
 
 
+def budget_of(dataset: str, name: str) -> dict[str, Any]:
+    """A budget as conf/ has it."""
+    budget: dict[str, Any] = variants.composed((), dataset, name)["budget"]
+    return budget
+
+
 def config_of(cards: Mapping[str, Any], key: str, at: str = "lite", **changes: Any) -> dict[str, Any]:
     """The config of a row of table7 at a budget."""
     row = next(row for row in cards["table7"]["rows"] if row["key"] == key)
-    found = {**row["config"], "budget": variants.known_budget("cifar10", at), **changes}
+    found = {**row["config"], "budget": budget_of("cifar10", at), **changes}
     return {**found, "precision": "fp32", "compile": False}
 
 
@@ -94,7 +101,7 @@ def check_links(text: str) -> Links:
 
 def test_settings_of_a_card_are_apart(tmp_path: Path, cards: dict[str, Any]) -> None:
     fill(tmp_path, cards)
-    longer = {**variants.known_budget("cifar10", "lite"), "epochs": 30}
+    longer = {**budget_of("cifar10", "lite"), "epochs": 30}
     for changes in ({"budget": longer}, {"arch": {**config_of(cards, "bn_stat2")["arch"], "width": 0.5}}):
         write_record(tmp_path, config_of(cards, "bn_stat2", **changes), 1, 50.0, numerics=NUMERICS)
     write_record(tmp_path, config_of(cards, "kn_stat2", "paper"), 1, 90.0, numerics=NUMERICS)
@@ -114,27 +121,36 @@ def test_settings_of_a_card_are_apart(tmp_path: Path, cards: dict[str, Any]) -> 
     assert "dataset=cifar10 budget=lite budget.epochs=30" in variants.apply(cards["table7"], settings[2])["command"]
 
 
-def test_a_card_under_settings_of_the_command_line_has_files_of_its_own() -> None:
+def test_a_card_under_settings_of_the_command_line_has_files_of_its_own(tmp_path, cards) -> None:  # type: ignore[no-untyped-def]
     """Else `report table7 arch.width=0.5` would write over the plain table; the same names as the whole report's."""
-    some = ["device=cpu", "seeds=1", "rows=bn_stat2", "dataset=cifar10", "budget=lite"]
-    set_apart = ["schedule=released_warmup", "arch.width=0.5", "budget.epochs=30"]
-    whole = variants.Variant("cifar10", "lite", json.dumps({"budget": {"epochs": 30}, "arch": {"width": 0.5}}))
-    assert stem(experiment.load("table7", some).card) == "table7_cifar10_lite"
-    assert whole.differences == experiment.load("table7", [*some, *set_apart[1:]]).card["variant"]
-    assert (
-        stem(experiment.load("table7", [*some, *set_apart]).card)
-        == "table7_cifar10_lite_epochs=30_width=0.5_schedule=released_warmup"
-    )
-    odd = experiment.load("table7", [*some, "schedule.lr=[[1, 0.1]]"]).card
-    assert stem(odd) == "table7_cifar10_lite_schedule.lr=1,-0.1"
+    fill(tmp_path, cards)
+    plain = ["table7", "dataset=cifar10", "budget=lite", f"results={tmp_path}"]
+    for arguments, name in (
+        ([], "table7_cifar10_lite"),
+        (["arch.width=1"], "table7_cifar10_lite"),
+        (["schedule=released", "seeds=2"], "table7_cifar10_lite"),
+        (["schedule=released_warmup"], "table7_cifar10_lite_schedule=released_warmup"),
+        (["schedule.lr=[[1, 0.1]]"], "table7_cifar10_lite_schedule.lr=1,0.1"),
+        (["arch.width=0.5", "budget.epochs=30"], "table7_cifar10_lite_epochs=30_width=0.5"),
+        (["rows=bn_*,kn_stat2"], "table7_cifar10_lite_rows=bn_-,kn_stat2"),
+    ):
+        before = set(tmp_path.glob("*.md"))
+        assert main(["report", *plain, *arguments]) == 0
+        written = {path.stem for path in set(tmp_path.glob("*.md")) - before}
+        assert written == ({name} if name not in {path.stem for path in before} else set()), arguments
+    whole = variants.Variant("cifar10", "lite", changes=json.dumps({"budget": {"epochs": 30}, "arch": {"width": 0.5}}))
+    assert "_".join(["table7_cifar10_lite", *whole.differences]) == "table7_cifar10_lite_epochs=30_width=0.5"
 
 
 def test_a_row_of_another_width_is_no_setting(tmp_path: Path, cards: dict[str, Any]) -> None:
     """A card that widens a network (v1's Table 3): no row shows another's runs, no other card the wide ones."""
-    plain = config_of(cards, "bn_stat2")
+    plain, settings = config_of(cards, "bn_stat2"), cards["table7"]["rows"][0]["settings"][""]
     wide = {**plain, "arch": {**plain["arch"], "width": 1.031}}
     card = {**cards["table7"], "name": "wider"}
-    card["rows"] = [{"key": "plain", "label": "p", "config": plain}, {"key": "wide", "label": "w", "config": wide}]
+    card["rows"] = [
+        {"key": "plain", "label": "p", "settings": {"": settings}},
+        {"key": "wide", "label": "w", "settings": {"": (*settings, "arch.width=1.031")}},
+    ]
     for seed, of in enumerate((plain, wide, {**plain, "arch": {**plain["arch"], "width": 0.5}}), 1):
         write_record(tmp_path, of, seed, numerics=NUMERICS)
     found = report.records(tmp_path, NUMERICS)
@@ -151,7 +167,7 @@ def test_a_row_of_another_width_is_no_setting(tmp_path: Path, cards: dict[str, A
 def test_table_of_several_data_sets(tmp_path: Path, cards: dict[str, Any]) -> None:
     fill(tmp_path, cards)
     kn100 = next(row for row in cards["table8"]["rows"] if row["key"] == "inception_kn_stat2")["configs"]["cifar100"]
-    kn100 = {**kn100, "budget": variants.known_budget("cifar100", "lite"), "precision": "fp32", "compile": False}
+    kn100 = {**kn100, "budget": budget_of("cifar100", "lite"), "precision": "fp32", "compile": False}
     write_record(tmp_path, kn100, 1, 40.0, numerics=NUMERICS, sha256="c" * 64)
     found = report.records(tmp_path, NUMERICS)
     (setting,) = variants.of_card(cards["table8"], found)
@@ -193,7 +209,7 @@ def test_steps_to_an_accuracy(tmp_path: Path, cards: dict[str, Any]) -> None:
 
 
 def test_cost_is_measured_or_absent(tmp_path: Path, cards: dict[str, Any]) -> None:
-    card = variants.apply(cards["table7"], variants.Variant("cifar10", "lite", "{}"))
+    card = variants.apply(cards["table7"], variants.Variant("cifar10", "lite"))
     assert cost.describe(card, report.records(tmp_path, NUMERICS)) == "not measured"
     fill(tmp_path, cards)
     for path in (tmp_path / "records").glob("*.json"):
@@ -203,9 +219,9 @@ def test_cost_is_measured_or_absent(tmp_path: Path, cards: dict[str, Any]) -> No
     hours = 5 * 3 * 3 * 10_000 / 3600  # rows x seeds x seconds an image of all epochs x images
     said = cost.describe(card, report.records(tmp_path, NUMERICS))
     assert said == f"{hours:.1f} device-hours on a machine, 1 thread, fp32 (5 of 5 rows, 3 seeds)"
-    more = variants.apply(cards["table8"], variants.Variant("cifar10", "lite", "{}"))
+    more = variants.apply(cards["table8"], variants.Variant("cifar10", "lite"))
     assert "(2 of 4 rows, 3 seeds)" in cost.describe(more, report.records(tmp_path, NUMERICS))
-    longer = variants.apply(cards["table7"], variants.Variant("cifar10", "paper", "{}"))
+    longer = variants.apply(cards["table7"], variants.Variant("cifar10", "paper"))
     assert cost.describe(longer, report.records(tmp_path, NUMERICS)) == "not measured"  # another resolution
 
 
@@ -387,3 +403,65 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
     page = (tmp_path / "report.html").read_text()
     check_links(page)
     assert len(page) < 6_000_000 and page.count("<polyline") < 100
+
+
+def test_every_row_is_of_its_own_schedule_and_data_set(tmp_path: Path) -> None:
+    """The papers' length depends on a row's schedule; a detector's sizes on data set and budget: no reductions."""
+    for name, settings in (("table1", ("budget=paper",)), ("table6", ("budget=paper", "dataset=coco"))):
+        asked = experiment.load(name, ["device=cpu", "seeds=1", *settings])
+        for run in asked.runs:
+            config = {key: value for key, value in result_part(run).items() if key != "seed"}
+            write_record(tmp_path / name, config, 1, numerics=NUMERICS)
+        plain = experiment.load(name, ["device=cpu", "seeds=1"]).card
+        found = report.records(tmp_path / name, NUMERICS)
+        (setting,) = variants.of_card(plain, found, variants.named_archs({name: plain}))
+        assert setting.full and setting.label.endswith("budget paper"), setting
+        assert all(found.of(config) for config in configs_of(variants.apply(plain, setting)))
+
+
+def test_settings_that_not_all_rows_have(tmp_path: Path) -> None:
+    """A data set's belongs to its column, a network's extra one to every row; schedules of one name stay apart."""
+    table8 = ["device=cpu", "seeds=1", "rows=inception_bn_stat2,inception_kn_stat2"]
+    card = experiment.load("table8", table8).card
+    lr = "schedule.lr=[[400, 0.1]]"
+    for number, change in enumerate(("dataset.pad=0", "+arch.extra=true", lr, "schedule.momentum=0.5")):
+        rows = experiment.load("table8", [*table8, "columns=cifar10", change]).card["rows"]
+        results = tmp_path / str(number)
+        for row in rows:
+            write_record(results, row["config"], 1, 44.0, numerics=NUMERICS)
+        found = report.records(results, NUMERICS)
+        (setting,) = variants.of_card(card, found)
+        filled = table(variants.apply(card, setting), found)
+        assert [cell.column for row in filled.rows for cell in row.filled if cell.by_seed] == ["cifar10"] * 2
+        assert change.replace(" ", "") in [said.replace(" ", "") for said in setting.overrides]
+        assert table(card, found).empty  # and none of them is a plain run
+        assert setting.differences == variants.in_names([change.removeprefix("+arch.")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report", "table7", "seeds="], "at least one seed"),
+        (["report", "figure5", "dataset=digits", "rows=kn_stat2"], "compares two rows"),
+        (["report", "table3", "rows=bn"], "compares two rows"),
+        (["evaluate", "/somewhere"], "whose id begins with '/somewhere'"),
+        (["records", "list", "norm=[1"], "is no value"),
+    ],
+)
+def test_wrong_arguments_end_in_a_line(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_table_of_settled_numbers_does_not_follow_the_runs(tmp_path: Path) -> None:
+    """Table 2 counts at ImageNet's 1,000 classes, whatever else was trained."""
+    cards = {"table2": experiment.load("table2", ["device=cpu", "seeds=1"]).card}
+    other = experiment.load("table2", ["device=cpu", "seeds=1", "dataset=tiny_imagenet_20", "budget=lite"]).card
+    for row in other["rows"]:
+        for config in row["configs"].values():
+            write_record(tmp_path, config, 1, numerics=NUMERICS)
+    problems = dict.fromkeys(set(collection.PAPERS) - cards.keys(), "not here")
+    entries = collection.collect(cards, problems, report.records(tmp_path, NUMERICS))
+    (entry,) = (entry for entry in entries if entry.name == "table2")
+    (made,) = entry.made
+    assert made.sheet is not None and "at 1000 classes" in made.sheet.caption and "table2.md" in made.files

@@ -95,6 +95,13 @@ def test_merge_takes_what_is_missing_names_conflicts_and_overwrites_nothing(tmp_
     assert main(["records", "merge", str(tmp_path / "nowhere"), "--results", str(here)]) == 2
 
 
+def test_merge_takes_a_finished_run_for_a_failed_one(tmp_path, capsys):
+    failed = add(tmp_path / "here", ["seed=1"], status="failed", reason="killed")
+    done = add(tmp_path / "other", ["seed=1"])
+    assert main(["records", "merge", str(tmp_path / "other"), "--results", str(tmp_path / "here")]) == 0
+    assert failed.read_bytes() == done.read_bytes() and "1 records taken" in capsys.readouterr().out
+
+
 def test_prune_lists_and_deletes_on_request(tmp_path, capsys):
     good, failed = add(tmp_path, ["seed=1"]), add(tmp_path, ["seed=2"], status="failed", reason="RuntimeError: x")
     stale = add(tmp_path, ["seed=3"], numerics=records.NUMERICS - 1)

@@ -88,12 +88,12 @@ def collect(cards: Mapping[str, Mapping[str, Any]], problems: Mapping[str, str],
 
 
 def _made(card: Mapping[str, Any], records: Records, named: frozenset[str]) -> list[Made]:
+    if card.get("kind") in SETTLED:
+        return [_in_setting(dict(card), None, records)]
     found = [
         _in_setting(variants.apply(card, variant), variant, records)
         for variant in variants.of_card(card, records, named)
     ]
-    if any(made.files for made in found):
-        return found
     return found or [_in_setting(dict(card), None, records)]
 
 

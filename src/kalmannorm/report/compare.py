@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kalmannorm.errors import UserError
-from kalmannorm.report.read import Record, flat, read_one
+from kalmannorm.report.read import Record, find, flat
 
 EPOCHS = 3  # of the curves' ends
 FINALS = ("accuracy", "loss", "box_ap", "mask_ap")
@@ -14,7 +13,7 @@ HOST = ("started", "hardware", "device", "threads", "images_per_s", "seconds")
 
 def compare(results: Path, first: str, second: str) -> str:
     """The comparison as text. Each run is an id or its beginning. Raises UserError: no such run, or several."""
-    runs = [_find(results, run) for run in (first, second)]
+    runs = [find(results, run) for run in (first, second)]
     lines = [["", *(run["id"] for run in runs)], *_statuses(runs)]
     differing = _differing([flat(run["config"], "") for run in runs])
     lines += [["configuration, where it differs"], *(differing or [["", "the same", "the same"]])]
@@ -22,14 +21,6 @@ def compare(results: Path, first: str, second: str) -> str:
     lines += [["curves, the last epochs"], *_curves(runs)]
     lines += [["data and host, where they differ"], *_differing([_around(run) for run in runs])]
     return _aligned(lines)
-
-
-def _find(results: Path, run: str) -> Record:
-    matches = sorted((results / "records").glob(f"{run}*.json")) if run.isalnum() else []
-    if len(matches) != 1:
-        found = "no run" if not matches else f"{len(matches)} runs"
-        raise UserError(f"{found} in {results / 'records'} whose id begins with {run!r}: expected exactly one")
-    return read_one(matches[0])
 
 
 def _statuses(runs: Sequence[Record]) -> list[list[str]]:

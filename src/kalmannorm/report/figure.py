@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kalmannorm.errors import UserError
 from kalmannorm.report import caption, gaps, style
+from kalmannorm.report.cells import Column
 from kalmannorm.report.gaps import Array, Gaps
 from kalmannorm.report.read import Records
 from kalmannorm.report.style import BLUE, GREEN, GREY, ORANGE, SKY
@@ -93,11 +95,12 @@ def accuracy_bars(table: Table) -> "Figure":
     with style.context():
         figure = Figure(figsize=(style.WIDTH, 1.5 + 0.26 * len(table.rows) * len(table.columns)), layout="constrained")
         axis = figure.subplots()
+        looks = _looks(table.columns)
         paper_drawn = False
         for place, row in enumerate(table.rows):
             for i, cell in enumerate(row.filled):
                 y = place + (i - (len(row.cells) - 1) / 2) * 0.34
-                colour, marker = (STATISTICS | AP).get(cell.column, (GREY, "o"))
+                colour, marker = looks[cell.column]
                 if cell.summary is None:
                     note = f"{cell.column}: {cell.state}"
                     axis.text(0.01, y, note, color=GREY, va="center", transform=axis.get_yaxis_transform())
@@ -120,7 +123,7 @@ def accuracy_bars(table: Table) -> "Figure":
         axis.set_title(f"{textwrap.fill(table.title, 90)}\n{table.setting}", loc="left")
         handles = []
         for column in table.columns:
-            colour, marker = AP.get(column.key) or STATISTICS.get(column.statistics, (GREY, "o"))
+            colour, marker = looks[column.key]
             label = f"{column.label} {'statistics' if column.value == 'accuracy' else 'AP'}"
             handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=label))
         handles.append(Line2D([], [], color="black", marker="|", linestyle="", label="one run"))
@@ -142,8 +145,20 @@ def encode(figure: "Figure", kind: str) -> bytes:
     return out.getvalue()
 
 
+def _looks(columns: Sequence[Column]) -> dict[str, tuple[str, str]]:
+    """Colour and marker by column: those of its statistics; darker, and a triangle, where another column has them."""
+    found: dict[str, tuple[str, str]] = {}
+    for column in columns:
+        colour, marker = AP.get(column.key) or STATISTICS.get(column.statistics, (GREY, "o"))
+        taken = (colour, marker) in found.values()
+        found[column.key] = (style.tint(colour, 1), "^") if taken else (colour, marker)
+    return found
+
+
 def _compared(card: Mapping[str, Any], records: Records) -> list[tuple[str, list[Gaps]]]:
-    """Name and runs of BN's row and of KN's."""
+    """Name and runs of BN's row and of KN's. UserError: the card has not both."""
+    if len(card["rows"]) < 2:
+        raise UserError(f"{card['name']} compares two rows, this is {card['rows'][0]['key']} alone: leave out rows=")
     names = caption.row_names(card["rows"])
     return [(names[row["key"]], gaps.of_row(card, row, records, command(card))) for row in card["rows"][:2]]
 

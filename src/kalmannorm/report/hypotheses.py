@@ -56,8 +56,8 @@ def examine(hypothesis: Hypothesis, values: Sequence[float]) -> Outcome:
     if hypothesis.expect == "equal":
         over_low, under_low = _one_sided(values, -hypothesis.margin)
         over_high, under_high = _one_sided(values, hypothesis.margin)
-        # Equal: above the lower and below the upper bound. Not equal: beyond one of them, two chances to be so.
-        favour, against = max(over_low, under_high), min(1.0, 2 * min(under_low, over_high))
+        # Equal: above the lower and below the upper bound. Not equal: beyond one of them; the mean cannot be at both.
+        favour, against = max(over_low, under_high), min(under_low, over_high)
     else:
         favour, against = (above, below) if hypothesis.expect == "greater" else (below, above)
     return Outcome(summary, min(1.0, 2 * min(favour, against)), favour <= against, deviation)

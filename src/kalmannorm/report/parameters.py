@@ -50,7 +50,17 @@ def sheet(card: Card, found: Records) -> Sheet:
         else "All counts equal the paper's to its printed digits."
     )
     below = ("Paper: the printed value, in millions, never a counted one.", verdict)
-    return Sheet(card["name"], card["title"], said, tuple(header), 1, rows, (), below, tuple(records))
+    return Sheet(
+        "_".join([card["name"], *card.get("variant", ())]),
+        card["title"],
+        said,
+        tuple(header),
+        1,
+        rows,
+        (),
+        below,
+        tuple(records),
+    )
 
 
 def count(config: Mapping[str, Any]) -> int:

@@ -78,6 +78,15 @@ def records(results: Path, numerics: int) -> Records:
     return Records(results, numerics, tuple(current), tuple(stale))
 
 
+def find(results: Path, run: str) -> Record:
+    """The record whose id is `run` or begins with it. Raises UserError: no such run, or several."""
+    matches = sorted((results / "records").glob(f"{run}*.json")) if run.isalnum() else []
+    if len(matches) != 1:
+        found = "no run" if not matches else f"{len(matches)} runs"
+        raise UserError(f"{found} in {results / 'records'} whose id begins with {run!r}: expected exactly one")
+    return read_one(matches[0])
+
+
 def load(results: str | Path = "results") -> "pandas.DataFrame":
     """One row per record of every NUMERICS, with dotted columns, for notebooks.
 

@@ -56,6 +56,8 @@ def measured_part(config: Card, compiled: bool) -> dict[str, Any]:
 
 def sheet(card: Card, found: Records) -> Sheet:
     """A row for every measurement, one for the card's own setting where it was not measured, the paper's last."""
+    if len(card["rows"]) != 2:
+        raise UserError(f"{card['name']} compares two rows, this is {card['rows'][0]['key']} alone: leave out rows=")
     base, other = sorted(card["rows"], key=lambda row: row["key"] != card["baseline"])
     measurements = read(found.folder, card)
     notes = [_note(measurement, other["key"]) for measurement in measurements]
@@ -88,7 +90,17 @@ def sheet(card: Card, found: Records) -> Sheet:
         for m in (*measurements, *([None] if missing else []))
         for row, value in zip((base, other), printed, strict=True)
     ]
-    return Sheet(card["name"], card["title"], said, header, 2, rows, tuple(notes), tuple(below), tuple(records))
+    return Sheet(
+        "_".join([card["name"], *card.get("variant", ())]),
+        card["title"],
+        said,
+        header,
+        2,
+        rows,
+        tuple(notes),
+        tuple(below),
+        tuple(records),
+    )
 
 
 def where(measurement: Measurement) -> str:

@@ -16,7 +16,7 @@ from kalmannorm.report.cells import Setting
 from kalmannorm.report.claims import Claim, Term, claims
 from kalmannorm.report.hypotheses import ALPHA, Outcome
 from kalmannorm.report.read import Record, Records
-from kalmannorm.report.variants import Variant
+from kalmannorm.report.variants import Settings, Variant
 
 COUNTED = "parameters"  # a quantity that is counted from the models: no run is needed, and no test
 NO_JUDGE = "smoke"  # a budget whose numbers mean nothing
@@ -79,34 +79,33 @@ def evaluate(records: Records, cards: Cards) -> list[Verdict]:
 
 def _of_claim(claim: Claim, records: Records, cards: Cards, named: frozenset[str]) -> list[Verdict]:
     try:
-        configs = [_config(term, cards) for term in claim.contrast]
+        rows = [_row(term, cards) for term in claim.contrast]
     except UserError as error:
         return [Verdict(claim, "not run", str(error))]
     if claim.quantity == COUNTED:
-        return [_count(claim, configs)]
+        return [_count(claim, [variants.composed(settings) for settings in rows])]
     found = [
-        _judge(claim, variant, [variant.of(config) for config in configs], records)
-        for variant in variants.of_configs(configs, records, named)
+        _judge(claim, variant, [variant.of(settings) for settings in rows], records)
+        for variant in variants.of_rows(rows, records, named)
         if variant.budget != NO_JUDGE
     ]
     return found or [Verdict(claim, "not run", "no run of any side")]
 
 
-def _config(term: Term, cards: Cards) -> Config:
-    """The config of a term's row. Raises UserError when its card is not there, or has no such row or column."""
+def _row(term: Term, cards: Cards) -> Settings:
+    """The overrides of a term's row. Raises UserError when its card is not there, or has no such row or column."""
     if term.card not in cards:
         raise UserError(f"no card {term.card} yet")
     card = cards[term.card]
     row = next((row for row in card["rows"] if row["key"] == term.row), None)
     if row is None:
         raise UserError(f"{term.card}: {nearest(term.row, [row['key'] for row in card['rows']], 'row')}")
+    of_columns: Mapping[str, Settings] = row["settings"]
     if term.column is None:
-        config: Config = row["config"]
-        return config
-    if term.column not in row.get("configs", {}):
+        return next(iter(of_columns.values()))
+    if term.column not in of_columns:
         raise UserError(f"{term.card}: row {term.row} has no column {term.column}")
-    of_column: Config = row["configs"][term.column]
-    return of_column
+    return of_columns[term.column]
 
 
 def _count(claim: Claim, configs: Sequence[Config]) -> Verdict:

@@ -39,7 +39,8 @@ def show(results: str, overrides: list[str]) -> int:
 def merge(results: str, folders: list[str]) -> int:
     """Copies the records, and the arrays beside them, that `results` has not. 1 if any could not be taken in.
 
-    A record that is there already is left as it is. It is no conflict if it says the same but for time and host.
+    A record that is there already is left as it is, but for a failed one, which a done one replaces. It is no conflict
+    if it says the same but for time and host.
     """
     sources = [(folder, file) for folder in folders for file in _files(folder)]
     taken = known = 0
@@ -52,6 +53,8 @@ def merge(results: str, folders: list[str]) -> int:
         except UserError as error:
             problems.append(str(error))
             continue
+        if here is not None and here["status"] == "failed" and record["status"] == "done":
+            here = None  # as a sweep that is called again replaces it
         if here is not None and (differing := _differences(here, record)):
             what = ", ".join(differing)
             problems.append(f"{file.stem}: {results} and {folder} differ in {what}; that of {results} stays")
@@ -110,6 +113,7 @@ def _row(record: Record) -> tuple[str, ...]:
 def _test(override: str) -> Callable[[Record], bool]:
     """Whether a record fits key=value: a group's choice (norm=bkn), a setting (batch.stat_batch=2), status=failed."""
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
     key, equals, text = override.partition("=")
     if not equals:
@@ -124,7 +128,10 @@ def _test(override: str) -> Callable[[Record], bool]:
         composed: dict[str, Any] = compose([override])[key]
         wanted = {"name": composed["name"]} if "name" in composed else composed
         return lambda record: all(record["config"][key].get(name) == value for name, value in wanted.items())
-    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+    except YAMLError:
+        raise UserError(f"{override!r}: {text!r} is no value") from None
     return lambda record: _setting(record["config"], key.split("."), override) == value
 
 

@@ -14,6 +14,7 @@ from kalmannorm.engine.model import build
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.start import measure_input
 from kalmannorm.errors import UserError
+from kalmannorm.report import read
 from kalmannorm.runs import record as records
 from kalmannorm.runs.config import Config, compose
 
@@ -126,12 +127,7 @@ def _finished(run: str, overrides: list[str]) -> tuple[dict[str, Any], Config, d
 
 
 def _find(results: str, run: str) -> dict[str, Any]:
-    matches = sorted((Path(results) / "records").glob(f"{run}*.json"))
-    if len(matches) != 1:
-        found = "no run" if not matches else f"{len(matches)} runs"
-        raise UserError(f"{found} in {Path(results) / 'records'} whose id begins with {run!r}: expected exactly one")
-    record = records.read(results, matches[0].stem)
-    assert record is not None
+    record = read.find(Path(results), run)
     if record["status"] != "done":
         raise UserError(f"run {record['id']} failed ({record['reason']}): there is nothing to evaluate")
     if record["numerics"] != records.NUMERICS:

@@ -15,7 +15,6 @@ SETTING=VALUE, its key with the values behind it.
 
 import copy
 import itertools
-import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -30,7 +29,8 @@ class Experiment:
     """A card and the runs that it asks for.
 
     The card is the YAML file; each row has its composed `config` less the seed, and where columns have overrides its
-    `configs` by the column's key (`config` is then the first of them).
+    `configs` by the column's key (`config` is then the first of them); and the overrides they are composed of, by
+    column ("" where columns have none), as `settings`.
     """
 
     card: dict[str, Any]
@@ -64,8 +64,6 @@ def load(name: str, arguments: list[str]) -> Experiment:
     seeds = _seeds(own.get("seeds", str(card.get("seeds", 1))))
     card["command"] = " ".join(["kalmannorm sweep", name, *arguments])
 
-    card["variant"] = _variant(overrides)
-
     experiment = Experiment(card)
     columns, overrides = _columns(card, own.get("columns"), overrides)
     known: set[str] = set()
@@ -76,6 +74,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
                 settings = _last_of_each(card.get("base", []), of_column, row["overrides"], overrides, ["seed=0"])
                 config = compose(settings, among_many=True)
                 less_seed = {key: value for key, value in result_part(config).items() if key != "seed"}
+                row.setdefault("settings", {})[column] = tuple(settings)
                 row.setdefault("config", less_seed)
                 if column:
                     row.setdefault("configs", {})[column] = less_seed
@@ -93,19 +92,6 @@ def load(name: str, arguments: list[str]) -> Experiment:
     experiment.runs = [experiment.runs[i] for i in order]
     experiment.keys = [experiment.keys[i] for i in order]
     return experiment
-
-
-def _variant(overrides: list[str]) -> list[str]:
-    """What sets these runs apart from the card's own, for the names of its files: worded as report/variants.py does."""
-    parts = ("budget", "arch", "schedule", "dataset", "norm", "batch")
-    shown = []
-    for key, _, value in (override.lstrip("+~").partition("=") for override in overrides):
-        part, _, setting = key.partition(".")
-        if part in parts and key not in ("budget", "dataset"):
-            name = setting if setting and part in ("budget", "arch") else key
-            safe = re.sub(r"[^\w.,+-]+", "-", value).strip("-")  # in a file's name
-            shown.append((parts.index(part), f"{name}={safe}"))
-    return [text for _, text in sorted(shown)]
 
 
 def _last_of_each(*overrides: list[str]) -> list[str]:
@@ -207,7 +193,7 @@ def _seeds(text: str) -> list[int]:
         numbers = [int(part) for part in text.split(",") if part]
     except ValueError:
         raise UserError(f"seeds={text}: expected a number of seeds, or seeds separated by commas") from None
-    if "," not in text:
+    if numbers and "," not in text:
         numbers = list(range(1, numbers[0] + 1))
     if not numbers or min(numbers) < 0:
         raise UserError(f"seeds={text}: expected at least one seed from 0")

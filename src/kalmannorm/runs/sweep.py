@@ -94,9 +94,14 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
 def report(name: str, arguments: list[str]) -> int:
     """Writes the experiment's files, prints the table and the paths."""
     from kalmannorm import report as reports
+    from kalmannorm.report import variants
 
     _, arguments = split(arguments)
     experiment = load(name, arguments)
+    named = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
+    plain = load(name, [f"{key}={named[key]}" for key in ("dataset", "budget", "rows", "columns") if key in named])
+    chosen = [f"{key}={named[key]}" for key in ("rows", "columns") if key in named]
+    experiment.card["variant"] = [*variants.set_apart(experiment.card, plain.card), *variants.in_names(chosen)]
     results = Path(experiment.runs[0]["results"] if experiment.runs else "results")
     found = reports.records(results, records.NUMERICS)
     paths = reports.write(experiment.card, found, results)
