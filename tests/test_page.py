@@ -444,6 +444,7 @@ def test_settings_that_not_all_rows_have(tmp_path: Path) -> None:
         (["report", "table7", "seeds="], "at least one seed"),
         (["report", "figure5", "dataset=digits", "rows=kn_stat2"], "compares two rows"),
         (["report", "table3", "rows=bn"], "compares two rows"),
+        (["report", "v1-table3", "arch.width=0.25"], "the rows of v1-table3 differ in it"),
         (["evaluate", "/somewhere"], "whose id begins with '/somewhere'"),
         (["records", "list", "norm=[1"], "is no value"),
     ],
