@@ -172,9 +172,8 @@ def composed(settings: Settings, dataset: str = "", budget: str = "", schedule: 
             return _less_seed(compose([*wanted, *more], among_many=True))
         except UserError:
             continue
-    return _less_seed(compose(list(settings), among_many=True)) | {
-        group: {"name": name} for group, name in chosen.items() if name
-    }
+    own = _less_seed(compose(list(settings), among_many=True))
+    return own | {group: {"name": name} for group, name in chosen.items() if name not in ("", own[group]["name"])}
 
 
 def _less_seed(config: Config) -> Config:
