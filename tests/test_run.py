@@ -432,8 +432,8 @@ def test_a_sweep_goes_on_past_a_failure_skips_what_is_done_and_says_so(tmp_path,
     assert "1 of 3 runs to do" in error
     assert main(["report", *overrides]) == 0
     printed = capsys.readouterr().out
-    assert "table7_digits_smoke.md" in printed and "BN" in printed
-    table = (tmp_path / "results" / "table7_digits_smoke.md").read_text()
+    assert "table7_digits_smoke_width=0.125_rows=paper.md" in printed and "BN" in printed
+    table = (tmp_path / "results" / "table7_digits_smoke_width=0.125_rows=paper.md").read_text()
     for file in (tmp_path / "results" / "records").glob("*.json"):
         record = json.loads(file.read_text())
         for kind in ("moving", "online"):
@@ -441,4 +441,4 @@ def test_a_sweep_goes_on_past_a_failure_skips_what_is_done_and_says_so(tmp_path,
     assert (
         main(["report", "figure5", *overrides[1:3], "arch.width=0.125", "device=cpu", "seeds=1", *place(tmp_path)]) == 0
     )
-    assert (tmp_path / "results" / "figure5_digits_smoke.png").stat().st_size > 10_000
+    assert (tmp_path / "results" / "figure5_digits_smoke_width=0.125.png").stat().st_size > 10_000
