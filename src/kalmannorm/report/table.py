@@ -17,6 +17,7 @@ A card is a dict:
     command?      what runs the card; else `make <name> DATASET=.. BUDGET=..`
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from kalmannorm.report.read import Records
 from kalmannorm.report.statistics import Difference, difference
 
 Card = Mapping[str, Any]
+
+LONGEST = 150  # characters of what sets a file's name apart; longer is a hash, as file systems end at 255
 
 
 @dataclass(frozen=True)
@@ -177,8 +180,10 @@ def stem(card: Card) -> str:
     configs = configs_of(card)
     datasets = caption.distinct(configs, "dataset", "name")
     budgets = "-".join(caption.distinct(configs, "budget", "name"))
-    parts = [card["name"], *([] if len(datasets) > 1 else datasets), budgets, *card.get("variant", ())]
-    return "_".join(parts)
+    variant = "_".join(card.get("variant", ()))
+    if len(variant) > LONGEST:
+        variant = hashlib.sha256(variant.encode()).hexdigest()[:12]
+    return "_".join([card["name"], *([] if len(datasets) > 1 else datasets), budgets, *([variant] if variant else [])])
 
 
 def command(card: Card) -> str:
