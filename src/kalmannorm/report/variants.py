@@ -169,15 +169,17 @@ def composed(settings: Settings, dataset: str = "", budget: str = "", schedule: 
     wanted = [*kept, *(f"{group}={name}" for group, name in chosen.items() if name)]
     for more in ([], ["dataset.classes=1"]):  # a folder of images has its classes counted, were it here
         try:
-            return _less_seed(compose([*wanted, *more], among_many=True))
+            return _composed(tuple(sorted([*wanted, *more])))
         except UserError:
             continue
-    own = _less_seed(compose(list(settings), among_many=True))
+    own = _composed(tuple(sorted(settings)))
     return own | {group: {"name": name} for group, name in chosen.items() if name not in ("", own[group]["name"])}
 
 
-def _less_seed(config: Config) -> Config:
-    return {key: value for key, value in result_part(config).items() if key != "seed"}
+@functools.cache  # in whatever order a row and a variant say it: cards have many rows in common
+def _composed(overrides: Settings) -> Config:
+    config = result_part(compose(list(overrides), among_many=True))
+    return {key: value for key, value in config.items() if key != "seed"}
 
 
 def _variant(settings: Settings, run: Mapping[str, Any], columns_are_data: bool) -> Variant:
