@@ -8,6 +8,7 @@ from typing import Any
 from kalmannorm.report import caption, paper
 from kalmannorm.report.read import Records
 from kalmannorm.report.render import Sheet, Text
+from kalmannorm.report.table import suffix
 
 Card = Mapping[str, Any]
 
@@ -50,17 +51,8 @@ def sheet(card: Card, found: Records) -> Sheet:
         else "All counts equal the paper's to its printed digits."
     )
     below = ("Paper: the printed value, in millions, never a counted one.", verdict)
-    return Sheet(
-        "_".join([card["name"], *card.get("variant", ())]),
-        card["title"],
-        said,
-        tuple(header),
-        1,
-        rows,
-        (),
-        below,
-        tuple(records),
-    )
+    stem = "_".join([card["name"], *suffix(card)])
+    return Sheet(stem, card["title"], said, tuple(header), 1, rows, (), below, tuple(records))
 
 
 def count(config: Mapping[str, Any]) -> int:

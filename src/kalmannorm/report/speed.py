@@ -15,7 +15,7 @@ from kalmannorm.report import caption, paper
 from kalmannorm.report.read import Records
 from kalmannorm.report.render import Sheet, Text
 from kalmannorm.report.statistics import middle_half
-from kalmannorm.report.table import mark
+from kalmannorm.report.table import mark, suffix
 
 Card = Mapping[str, Any]
 Measurement = dict[str, Any]
@@ -90,17 +90,8 @@ def sheet(card: Card, found: Records) -> Sheet:
         for m in (*measurements, *([None] if missing else []))
         for row, value in zip((base, other), printed, strict=True)
     ]
-    return Sheet(
-        "_".join([card["name"], *card.get("variant", ())]),
-        card["title"],
-        said,
-        header,
-        2,
-        rows,
-        tuple(notes),
-        tuple(below),
-        tuple(records),
-    )
+    stem = "_".join([card["name"], *suffix(card)])
+    return Sheet(stem, card["title"], said, header, 2, rows, tuple(notes), tuple(below), tuple(records))
 
 
 def where(measurement: Measurement) -> str:

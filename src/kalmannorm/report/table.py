@@ -180,10 +180,14 @@ def stem(card: Card) -> str:
     configs = configs_of(card)
     datasets = caption.distinct(configs, "dataset", "name")
     budgets = "-".join(caption.distinct(configs, "budget", "name"))
-    variant = "_".join(card.get("variant", ()))
-    if len(variant) > LONGEST:
-        variant = hashlib.sha256(variant.encode()).hexdigest()[:12]
-    return "_".join([card["name"], *([] if len(datasets) > 1 else datasets), budgets, *([variant] if variant else [])])
+    return "_".join([card["name"], *([] if len(datasets) > 1 else datasets), budgets, *suffix(card)])
+
+
+def suffix(card: Card) -> list[str]:
+    """The card's `variant` as it stands in the names of files."""
+    said = list(card.get("variant", ()))
+    whole = "_".join(said)
+    return said if len(whole) <= LONGEST else [hashlib.sha256(whole.encode()).hexdigest()[:12]]
 
 
 def command(card: Card) -> str:

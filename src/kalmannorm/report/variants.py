@@ -18,6 +18,7 @@ from kalmannorm.report.table import Card
 from kalmannorm.runs.config import Config, compose, result_part
 from kalmannorm.runs.experiment import fixes_dataset
 
+OF = "name"  # among the changes of a data set: the one that they are of
 PARTS = ("budget", "arch", "schedule", "dataset")  # of a config, in the order in which names show them
 
 Settings = tuple[str, ...]  # a row's overrides
@@ -75,9 +76,6 @@ class Variant:
                 fitting = {k.removeprefix("+"): v for k, v in changes.items() if k in known or k.startswith("+")}
                 config[part] = {**known, **fitting}
         return config
-
-
-OF = "name"  # among the changes of a data set: the one that they are of
 
 
 def of_card(card: Card, records: Records, named: frozenset[str] = frozenset()) -> list[Variant]:
