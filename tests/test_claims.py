@@ -148,6 +148,7 @@ def test_supported_and_contradicted(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     rests = "; ".join(holds.rests_on)
     for part in (
         "budget lite (7 epochs",
+        "schedule released",
         "data 1,797 of 1,797 exact",
         "preset paper, predictor closed form, initial gain 0.5 (learned)",
         "initial gain is ours",

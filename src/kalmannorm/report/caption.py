@@ -84,14 +84,15 @@ def statistics(columns: Sequence[str]) -> str:
 
 
 def short(configs: Sequence[Config]) -> str:
-    """In a few words: "digits, inception_cifar, width 1, budget lite (12 epochs, 16x16 pixels)"."""
+    """In a few words: "digits, inception_cifar, width 1, budget lite (12 epochs, 16x16 pixels), schedule released"."""
     epochs = _joined(distinct(configs, "budget", "epochs"))
     size = _joined(distinct(configs, "budget", "size"))
     images = "".join(f", {subset:,} images" for subset in distinct(configs, "budget", "subset"))
     length = f"{epochs} epoch{'s' if epochs != '1' else ''}{images}, {_pixels(configs, size)}"
     budget = f"budget {_joined(distinct(configs, 'budget', 'name'))} ({length})"
     archs = list(dict.fromkeys(_arch(arch) for arch in distinct(configs, "arch")))
-    return ", ".join((_joined(distinct(configs, "dataset", "name")), _joined(archs), budget))
+    schedule = f"schedule {_joined(distinct(configs, 'schedule', 'name'))}"
+    return ", ".join((_joined(distinct(configs, "dataset", "name")), _joined(archs), budget, schedule))
 
 
 def batches(config: Config) -> tuple[int, int | None]:
@@ -157,8 +158,7 @@ def _budget(configs: Sequence[Config], runs: Sequence[Record]) -> str:
         if _detects(configs):
             images = images.replace("class-balanced", "fixed")
         said.append(f"{budget['name']}: {epochs}, {images}, {_pixels(configs, budget['size'])}")
-    schedules = _joined(distinct(configs, "schedule", "name"))
-    return f"Budget {' / '.join(said)}; schedule {schedules}."
+    return f"Budget {' / '.join(said)}; schedule {_joined(distinct(configs, 'schedule', 'name'))}."
 
 
 def _detects(configs: Sequence[Config]) -> bool:

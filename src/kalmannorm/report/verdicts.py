@@ -261,7 +261,7 @@ def _rests_on(runs: Sequence[Record], configs: Sequence[Config], setting: Kind, 
         f"data {' / '.join(fidelities)}",
         *norms,
         *(["the initial gain is ours"] if any("initial gain" in norm for norm in norms) else []),
-        f"{count} ({configs[0]['schedule']['name']})",
+        count,
         caption.arithmetic([kind]).rstrip(".").replace("Precision: ", ""),
         f"seed{'s' if len(seeds) > 1 else ''} {_few([str(seed) for seed in seeds])}",
     )
