@@ -80,7 +80,10 @@ def write_record(
     curves: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> str:
-    """Write results/records/<id>.json (and .npz) of a run of the config `of`, and return its id."""
+    """Write results/records/<id>.json (and .npz) of a run of the config `of`, and return its id.
+
+    It ends with the accuracies of `curves`, where they are given.
+    """
     determining = {key: value for key, value in of.items() if key not in ("device", "data", "results", "runs")}
     determining |= {"seed": seed, **changes}
     identity = name or run_id(determining, numerics)
@@ -93,13 +96,13 @@ def write_record(
         "host": {"started": f"2026-01-0{seed % 9 + 1}T00:00:00", "seconds": 12.5, "device": "cpu"},
     }
     if not failed:
-        pairs = (("moving", moving), ("online", online))
-        final = {kind: {"accuracy": value, "loss": 0.3, "images": 360} for kind, value in pairs}
+        curves = curves or {"epoch": [1, 2], "step": [11, 22], "moving": [50.0, moving], "online": [50.0, online]}
+        final = {kind: {"accuracy": curves[kind][-1], "loss": 0.3, "images": 360} for kind in ("moving", "online")}
         order = [f"block{i // 6}.b{i % 6}.bn" for i in range(LAYERS)]
         gain = determining["norm"]["options"].get("gain")
         record |= {
             "parameters": 903_018 + (1_600 if determining["norm"]["name"] == "bkn" else 0),
-            "curves": curves or {"epoch": [1, 2], "step": [11, 22], "moving": [50.0, moving], "online": [50.0, online]},
+            "curves": curves,
             "final": {**final, "precise": final["moving"]},
             "norms": {
                 "gains": {} if gain is None else {name: gain + 0.01 * i for i, name in enumerate(order)},

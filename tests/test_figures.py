@@ -97,7 +97,7 @@ def test_curves_of_different_length(tmp_path: Path) -> None:
     write_record(tmp_path, BN, 1)
     path = tmp_path / "records" / f"{write_record(tmp_path, BN, 2)}.json"
     record = json.loads(path.read_text())
-    record["curves"]["moving"].append(99.0)
+    record["curves"]["moving"].insert(0, 99.0)
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match=f"moving curves.*{path.stem}.*not of one length"):
         accuracy.curves(card_of("curves"), found(tmp_path))
@@ -131,7 +131,8 @@ def test_a_run_without_an_accuracy_is_no_point(tmp_path: Path) -> None:
     rows = [row("BN", config("bn", 2)), row("KN", config("bkn", 2)), row("GN", config("gn", None))]
     for of, values in zip(rows, ({"accuracy": 80.0}, {"box_ap": 20.0}, {"accuracy": math.nan}), strict=True):
         path = tmp_path / "records" / f"{write_record(tmp_path, of['config'], 1)}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"final": {"moving": values, "online": values}}))
+        other = {"final": {"moving": values, "online": values}, "curves": {}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | other))
     drawn = accuracy.against(card_of("stat_batch", rows), found(tmp_path), accuracy.SETTINGS["stat_batch"])
     assert [list(line.get_ydata()) for line in drawn.axes[0].lines] == [[80.0]]
 

@@ -226,6 +226,12 @@ def test_planted_records(tmp_path: Path) -> None:
         path.write_text(json.dumps(record))
         with pytest.raises(UserError, match=f"{path.name} .*'final.online' is {impossible}, expected percent"):
             report.records(tmp_path, NUMERICS)
+    for part, key, value in (("final", "online", {"accuracy": 99.0}), ("data", "name", "mnist")):
+        record = json.loads(whole)
+        record[part][key] = value
+        path.write_text(json.dumps(record))
+        with pytest.raises(UserError, match=r"its curve ends with 91.0|its data are mnist, its configuration's digits"):
+            report.records(tmp_path, NUMERICS)
     path.write_text(whole)
     write_record(tmp_path, BN, 1, name="planted")
     with pytest.raises(UserError, match=f"planted.json .* its id is not that of its configuration, {good}"):

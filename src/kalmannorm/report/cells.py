@@ -90,7 +90,7 @@ def select(runs: Sequence[Record], common: Counter[Setting]) -> Selection:
     done = [run for run in runs if run["status"] == "done"]
     failed = [run for run in runs if run["status"] == "failed"]
     if not done:
-        return Selection((), None, bool(failed), tuple(_failures(failed, len(runs), None)))
+        return Selection((), None, bool(failed), (failures(failed, len(runs)),) if failed else ())
 
     kinds: dict[Setting, list[Record]] = {}
     for run in done:
@@ -115,7 +115,8 @@ def select(runs: Sequence[Record], common: Counter[Setting]) -> Selection:
                 f"left out, {contrast(kind, chosen)}: "
                 + ", ".join(f"seed {_seed(run)} ({run['id']})" for run in sorted(others_of_kind, key=_seed))
             )
-    notes += _failures(failed, len(runs), chosen)
+    if failed:
+        notes.append(failures(failed, len(runs), chosen))
     return Selection(tuple(kept), chosen, False, tuple(notes))
 
 
@@ -194,10 +195,8 @@ def contrast(setting: Setting, other: Setting) -> str:
     return ", ".join(said)
 
 
-def _failures(failed: Sequence[Record], runs: int, chosen: Setting | None) -> list[str]:
+def failures(failed: Sequence[Record], runs: int, chosen: Setting | None = None) -> str:
     """One note for all failed runs: "1 of 3 runs failed: loss is nan (seed 2)"."""
-    if not failed:
-        return []
     reasons: dict[str, list[str]] = {}
     for run in sorted(failed, key=_seed):
         where = f"seed {_seed(run)}"
@@ -207,7 +206,7 @@ def _failures(failed: Sequence[Record], runs: int, chosen: Setting | None) -> li
         reason = " ".join(str(run.get("reason") or "no reason recorded").split())
         reasons.setdefault(reason, []).append(where)
     because = "; ".join(f"{reason} ({', '.join(seeds)})" for reason, seeds in reasons.items())
-    return [f"{len(failed)} of {runs} run{'s' if runs > 1 else ''} failed: {because}"]
+    return f"{len(failed)} of {runs} run{'s' if runs > 1 else ''} failed: {because}"
 
 
 def _seed(run: Record) -> int:

@@ -37,6 +37,8 @@ class Claim:
     contrast: tuple[Term, ...]
     hypothesis: Hypothesis
     quantity: str
+    at: float | None
+    datasets: tuple[str, ...]
     relative: bool
     margin_why: str
     paper: float | Mapping[str, float] | None
@@ -70,8 +72,8 @@ def conflicts() -> list[str]:
 
 def parse(entry: Mapping[str, Any]) -> Claim:
     """An entry. Raises ValueError: a key that there is not, a conflict that is not listed."""
-    known = {"id", "text", "where", "contrast", "quantity", "relative", "expect", "than", "margin", "margin_why"}
-    if unknown := set(entry) - known - {"paper", "conflict"}:
+    known = {"id", "text", "where", "contrast", "quantity", "at", "relative", "expect", "than", "margin", "margin_why"}
+    if unknown := set(entry) - known - {"datasets", "paper", "conflict"}:
         raise ValueError(f"claim {entry.get('id')}: unknown keys {', '.join(unknown)}")
     beginnings = entry.get("conflict", [])
     found = tuple(said for beginning in beginnings for said in conflicts() if said.startswith(beginning))
@@ -85,6 +87,8 @@ def parse(entry: Mapping[str, Any]) -> Claim:
         contrast=tuple(_term(text) for text in entry["contrast"]),
         hypothesis=hypothesis,
         quantity=entry.get("quantity", "accuracy"),
+        at=entry["at"][0] / entry["at"][1] if "at" in entry else None,
+        datasets=tuple(entry.get("datasets", ())),
         relative=entry.get("relative", False),
         margin_why=entry.get("margin_why", ""),
         paper=entry.get("paper"),

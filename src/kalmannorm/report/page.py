@@ -43,10 +43,10 @@ def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[V
     )
     groups = _groups(records, _used(records, entries, verdicts))
     group_of = {run["id"]: group["anchor"] for group in groups for run in group["runs"]}
-    judged = itertools.groupby((verdict for verdict in verdicts if verdict.outcome), key=lambda verdict: verdict.claim)
+    judged = [verdict for verdict in verdicts if verdict.state != "not run"]
     view = {
-        "verdicts": [(claim, list(of_claim)) for claim, of_claim in judged],
-        "unjudged": [verdict for verdict in verdicts if not verdict.outcome],
+        "verdicts": [(claim, list(same)) for claim, same in itertools.groupby(judged, key=lambda v: v.claim)],
+        "unjudged": [verdict for verdict in verdicts if verdict.state == "not run"],
         "counts": {state: sum(verdict.state == state for verdict in verdicts) for state in STATES},
         "conflicts": claims.conflicts(),
         "entries": entries,
@@ -253,7 +253,9 @@ def write_claims(verdicts: Iterable[Verdict]) -> str:
         "# The papers' claims against the records",
         "",
         "One verdict for each claim, data set and budget that has runs. p-values are corrected by Holm's method over",
-        "all claims tested at one budget. A verdict at a reduced budget says nothing about the papers' full length.",
+        "all claims tested at one budget, of whatever schedule and width. A verdict at a reduced budget says nothing",
+        "about the papers' full length. How many seeds would decide is estimated from the observed spread, which two",
+        "or three seeds know badly.",
         "",
         "| verdict | claim | setting | difference | paper |",
         "| :-- | :-- | :-- | :-- | :-: |",
@@ -268,8 +270,9 @@ def write_claims(verdicts: Iterable[Verdict]) -> str:
         said = "; ".join(filter(None, (verdict.estimate, verdict.test, verdict.why)))
         places = (verdict.state, escape(f"{claim.text} ({claim.where})"), setting or "–", escape(said), shown)
         lines.append(f"| {' | '.join(places)} |")
-        if verdict.outcome:
-            about = [*verdict.rests_on, *verdict.notes, f"records {_some(verdict.ids)}"]
+        if verdict.state != "not run":
+            records = [f"records {_some(verdict.ids)}"] if verdict.ids else []
+            about = [*verdict.rests_on, *verdict.notes, *records]
             details.append(f"- **{escape(claim.id)}**, {setting}: {escape('; '.join(about))}.")
     conflicts = [f"- {escape(conflict)}" for conflict in claims.conflicts()]
     lines += ["", "## What the verdicts rest on", "", *(details or ["Nothing is run."])]

@@ -1,7 +1,7 @@
 """What is read off one record: a final accuracy, the steps to an accuracy, gaps, counts, speed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ UNITS = {
     "gap": "points",
     "mean_accuracy": "points",
     "parameters": "parameters",
-    "images_per_s": "images/s",
+    "speed": "%",
     "variance_gap": "",
     "relative_variance_gap": "",
     "depth_trend": "",
@@ -26,6 +26,9 @@ UNITS = {
     "ln_share": "points",
     "bn_share": "points",
 }
+# Quantities that say nothing of a network that has not learned: at chance there is no gap between statistics.
+OF_THE_LEARNED = frozenset(UNITS) - {"accuracy", "box_ap", "mask_ap", "mean_accuracy", "parameters", "speed"}
+CHANCE = 1.2  # times 100 % / classes: what a network that guesses is rarely above on thousands of images
 SHARES = {"ln_share": 1, "bn_share": 2}  # places in a Switchable Norm's weights: IN, LN, BN
 
 
@@ -61,8 +64,19 @@ def steps_to(run: Record, statistics: str, target: float) -> float:
     return float(next(reached, math.inf))
 
 
-def of_run(run: Record, quantity: str, statistics: str, folder: Path) -> float | None:
-    """A quantity of UNITS; None where the record, or the arrays beside it in `folder`, do not have it."""
+def at_chance(run: Record) -> bool:
+    """Whether a classifier is no better than chance, under none of its statistics: it has not learned."""
+    found = [values["accuracy"] for values in run["final"].values() if "accuracy" in values]
+    return bool(found) and max(found) <= CHANCE * 100 / run["config"]["dataset"]["classes"]
+
+
+def of_run(run: Record, quantity: str, statistics: str, folder: Path, at: float | None = None) -> float | None:
+    """A quantity of UNITS; None where the record, or the arrays beside it in `folder`, do not have it.
+
+    `at`: of an accuracy, after this part of the run's steps instead of its end.
+    """
+    if at is not None:
+        return _finite(accuracy_at(run, statistics, at))
     if quantity in ("accuracy", "box_ap", "mask_ap"):
         return _finite(accuracy(run, statistics, quantity))
     if quantity == "gap":  # how far apart the same weights are under online and moving statistics
@@ -71,8 +85,6 @@ def of_run(run: Record, quantity: str, statistics: str, folder: Path) -> float |
     if quantity == "mean_accuracy":  # over all epochs: who learns faster has more
         curve = [value for value in (run.get("curves") or {}).get(statistics) or [] if value is not None]
         return _finite(sum(curve) / len(curve)) if curve else None
-    if quantity == "images_per_s":
-        return _finite((run.get("host") or {}).get("images_per_s"))
     if quantity in SHARES:
         return _share(run, SHARES[quantity])
     if quantity in UNITS:
@@ -81,15 +93,17 @@ def of_run(run: Record, quantity: str, statistics: str, folder: Path) -> float |
 
 
 def machine(run: Record) -> tuple[Any, ...]:
-    """What two speeds must have in common to be compared: hardware, threads, arithmetic, resolution."""
+    """What two speeds must have in common to be compared: hardware, processes, threads, arithmetic."""
     host, config = run.get("host") or {}, run["config"]
-    return (host.get("hardware"), host.get("threads"), config.get("precision"), config.get("compile"))
+    processes = host.get("processes") or 1
+    return (host.get("hardware"), processes, host.get("threads"), config.get("precision"), config.get("compile"))
 
 
 def machine_name(run: Record) -> str:
     """ "x86_64, Intel Xeon, 1 thread, fp32"."""
-    hardware, threads, precision, compiled = machine(run)
-    shown = f", {threads} thread{'s' if threads != 1 else ''}" if threads else ""
+    hardware, processes, threads, precision, compiled = machine(run)
+    shown = f", {processes} processes" if processes != 1 else ""
+    shown += f", {threads} thread{'s' if threads != 1 else ''}" if threads else ""
     return f"{hardware or 'unnamed hardware'}{shown}, {precision}{', compiled' if compiled else ''}"
 
 
@@ -116,7 +130,7 @@ def _of_arrays(run: Record, folder: Path) -> Mapping[str, float]:
         return {}
     gap = found.measured if found.used is None else found.used
     layers = found.layer_measured if found.layer_used is None else found.layer_used
-    trend = spearmanr(np.arange(len(layers)), layers).statistic if len(layers) > 2 else math.nan
+    trend = spearmanr(_depths(found.layers), layers).statistic if len(layers) > 2 else math.nan
     values = {
         "variance_gap": float(np.nanmean(gap)),
         "relative_variance_gap": float(np.nanmean(found.relative(gap))),
@@ -130,6 +144,19 @@ def _of_arrays(run: Record, folder: Path) -> Mapping[str, float]:
             first = errors[2, 0] / errors[0, 0] if np.isfinite(errors[1, 0]) else math.nan
             values[f"first_error_{moment}"] = float(100 * (first - 1))
     return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+def _depths(layers: Sequence[str]) -> list[int]:
+    """The number of each layer's block, in network order: branches of a block, such as an Inception's, are as deep as
+    each other."""
+
+    def block(name: str) -> tuple[str, ...]:  # "blocks.0.b3.1.bn" is in blocks.0, "stem.bn" stands alone
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+        return tuple(parts[: number + 1])
+
+    order = list(dict.fromkeys(map(block, layers)))
+    return [order.index(block(name)) for name in layers]
 
 
 def _finite(value: float | None) -> float | None:

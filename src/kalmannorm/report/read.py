@@ -215,6 +215,12 @@ def _problem_of_results(record: Record) -> str | None:
                 return f"'final.{name}' has no number 'accuracy', nor a detector's 'box_ap'"
             if value < 0 or value > 100:  # NaN is neither: a cell says so
                 return f"'final.{name}' is {value}, expected percent"
+            curve = (record.get("curves") or {}).get(name) or []
+            if curve and "accuracy" in values and curve[-1] is not None and abs(curve[-1] - value) > 0:
+                return f"'final.{name}' is {value}, its curve ends with {curve[-1]} (edited after the run)"
+        of, trained = (record.get("data") or {}).get("name"), record["config"].get("dataset", {}).get("name")
+        if of is not None and of != trained:
+            return f"its data are {of}, its configuration's {trained}"
     return None
 
 

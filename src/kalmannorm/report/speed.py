@@ -122,7 +122,7 @@ def _order(measurement: Measurement, card: Card) -> tuple[Any, ...]:
     return config["size"], config["batch"]["grad_batch"], where(measurement), config["compile"], measurement["id"]
 
 
-def _ratios(measurement: Measurement, base: str, other: str) -> list[float]:
+def ratios(measurement: Measurement, base: str, other: str) -> list[float]:
     """Speed of `base` over that of `other`, for each pair of neighbouring steps."""
     seconds = measurement["seconds"]
     return [slow / fast for fast, slow in zip(seconds[base], seconds[other], strict=True)]
@@ -134,10 +134,10 @@ def _rate(measurement: Measurement, key: str) -> float:
 
 
 def _values(measurement: Measurement, base: str, other: str) -> list[Text]:
-    ratios = _ratios(measurement, base, other)
-    low, high = middle_half(ratios)
+    found = ratios(measurement, base, other)
+    low, high = middle_half(found)
     rates = [Text(f"{_rate(measurement, key):.2f}") for key in (base, other)]
-    return [*rates, Text(f"{median(ratios):.3f} [{low:.3f}, {high:.3f}]"), Text(str(len(ratios)))]
+    return [*rates, Text(f"{median(found):.3f} [{low:.3f}, {high:.3f}]"), Text(str(len(found)))]
 
 
 def _printed(value: float | None) -> Text:
@@ -159,8 +159,8 @@ def _record(
     host = measurement["host"] if measurement else {}
     seconds = measurement["seconds"][row["key"]] if measurement else []
     low, high = middle_half(seconds) if seconds else (None, None)
-    ratios = _ratios(measurement, base, row["key"]) if measurement else []
-    ratio_low, ratio_high = middle_half(ratios) if ratios else (None, None)
+    found = ratios(measurement, base, row["key"]) if measurement else []
+    ratio_low, ratio_high = middle_half(found) if found else (None, None)
     return {
         "row": row["key"],
         "state": "done" if measurement else "not run",
@@ -168,7 +168,7 @@ def _record(
         "seconds_per_step": _number(median(seconds) if seconds else None),
         "seconds_low": _number(low),
         "seconds_high": _number(high),
-        "seconds_over_base": _number(median(ratios) if ratios else None),
+        "seconds_over_base": _number(median(found) if found else None),
         "seconds_over_base_low": _number(ratio_low),
         "seconds_over_base_high": _number(ratio_high),
         "n": len(seconds),

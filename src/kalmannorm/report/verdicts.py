@@ -1,31 +1,34 @@
 """Verdicts: the papers' claims against the records, one for each claim, data set and budget that has runs.
 
-A verdict rests on seeds that all sides of the claim have, run with the same arithmetic on the same data. All tests made
-at one budget are one family, corrected by Holm's method; budgets are never mixed.
+A verdict rests on seeds that all sides of the claim have, run with the same arithmetic on the same data. Where runs of
+one side failed, or networks did not learn, the others alone decide nothing. All tests made at one budget, whatever the
+schedule or the width, are one family, corrected by Holm's method; budgets are never mixed.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from kalmannorm.errors import UserError, nearest
-from kalmannorm.report import caption, cells, hypotheses, quantities, variants
+from kalmannorm.report import caption, cells, hypotheses, quantities, speed, variants
 from kalmannorm.report.cells import Setting
 from kalmannorm.report.claims import Claim, Term, claims
 from kalmannorm.report.hypotheses import ALPHA, Outcome
 from kalmannorm.report.read import Record, Records
+from kalmannorm.report.statistics import middle_half, summarize
 from kalmannorm.report.variants import Settings, Variant
 
 COUNTED = "parameters"  # a quantity that is counted from the models: no run is needed, and no test
+TIMED = "speed"  # one that results/speed has measurements of (report/speed.py): no run and no test either
 NO_JUDGE = "smoke"  # a budget whose numbers mean nothing
 
 State = Literal["supported", "contradicted", "undecided", "not run"]
 Cards = Mapping[str, Mapping[str, Any]]
 Config = Mapping[str, Any]
-Kind = tuple[Any, ...]  # what the runs of a verdict have in common: a Setting, and for speeds the machine
-Side = Mapping[Kind, Mapping[int, Record]]  # the runs of one side of a claim, by kind and seed
+Side = Mapping[Setting, Mapping[int, Record]]  # the done runs of one side of a claim, by setting and seed
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,14 @@ class Verdict:
     rests_on: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()  # of the records
+    measured_at: str = ""  # of a speed: input and device
+    doubt: str = ""  # why the test's answer is no verdict
 
     @property
     def reduced(self) -> str:
         """ "at budget lite": the prominent mark of a verdict that is not of the papers' length; else ""."""
+        if self.measured_at:
+            return f"at {self.measured_at}"
         return f"at budget {self.variant.budget_label}" if self.variant and not self.variant.full else ""
 
     @property
@@ -59,7 +66,7 @@ class Verdict:
         spread = None if self.outcome.p is None else found.half_width
         half_width = "" if spread is None else f" ± {_short(spread)}"
         unit = f" {self.claim.unit}".rstrip()
-        seeds = "" if self.claim.quantity == COUNTED else f" ({found.n} seed{'s' if found.n > 1 else ''})"
+        seeds = "" if self.claim.quantity in (COUNTED, TIMED) else f" ({found.n} seed{'s' if found.n > 1 else ''})"
         return f"{_signed(found.mean)}{half_width}{unit}{seeds}"
 
     @property
@@ -84,11 +91,14 @@ def _of_claim(claim: Claim, records: Records, cards: Cards, named: frozenset[str
         return [Verdict(claim, "not run", str(error))]
     if claim.quantity == COUNTED:
         return [_count(claim, [variants.composed(settings) for settings in rows])]
-    found = [
-        _judge(claim, variant, [variant.of(settings) for settings in rows], records)
-        for variant in variants.of_rows(rows, records, named)
-        if variant.budget != NO_JUDGE
-    ]
+    if claim.quantity == TIMED:
+        found = _timed(claim, cards[claim.contrast[0].card], records)
+    else:
+        found = [
+            _judge(claim, variant, [variant.of(settings) for settings in rows], records)
+            for variant in variants.of_rows(rows, records, named)
+            if variant.budget != NO_JUDGE and (not claim.datasets or variant.dataset in claim.datasets)
+        ]
     return found or [Verdict(claim, "not run", "no run of any side")]
 
 
@@ -125,20 +135,48 @@ def _count(claim: Claim, configs: Sequence[Config]) -> Verdict:
     )
 
 
+def _timed(claim: Claim, card: Mapping[str, Any], records: Records) -> list[Verdict]:
+    """A verdict for each measurement of two networks whose training steps alternate: how much slower the second is."""
+    plus, minus = (term.row for term in claim.contrast)
+    found = []
+    for measurement in speed.read(records.folder, card):
+        more = [100 * (ratio - 1) for ratio in speed.ratios(measurement, plus, minus)]
+        low, high = middle_half(more)
+        within, beyond = high < claim.hypothesis.than, low > claim.hypothesis.than
+        config = measurement["configs"][plus]
+        norms = [caption.estimator(of["norm"]) for of in measurement["configs"].values() if of["norm"].get("preset")]
+        verdict = Verdict(
+            claim,
+            "supported" if within else "contradicted" if beyond else "undecided",
+            f"median of {len(more)} neighbouring steps, no test: the middle half is {_signed(low)} to {_signed(high)}",
+            outcome=Outcome(summarize([median(more)]), None, within, None),
+            rests_on=(*norms, f"measurement {measurement['id']} of results/{speed.FOLDER}"),
+            measured_at=f"{speed.setting(config)}, on {speed.where(measurement)}",
+        )
+        found.append(verdict)
+    return found
+
+
 def _judge(claim: Claim, variant: Variant, configs: Sequence[Config], records: Records) -> Verdict:
     """The verdict before the correction for the number of tests."""
     verdict = Verdict(claim, "not run", "", variant, variant.dataset)
-    sides = [_by_setting(records.of(config), claim) for config in configs]
-    missing = [str(term) for term, side in zip(claim.contrast, sides, strict=True) if not side]
+    runs_of = [records.of(config) for config in configs]
+    sides = [_by_setting(runs) for runs in runs_of]
+    missing = {str(term): runs for term, runs, side in zip(claim.contrast, runs_of, sides, strict=True) if not side}
+    if missing and not all(missing.values()):
+        return replace(verdict, why=f"no finished run of {', '.join(term for term in missing if not missing[term])}")
     if missing:
-        return replace(verdict, why=f"no finished run of {', '.join(dict.fromkeys(missing))}")
+        said = "; ".join(f"{term}: {cells.failures(runs, len(runs))}" for term, runs in missing.items())
+        ids = tuple(run["id"] for runs in missing.values() for run in runs)
+        return replace(verdict, state="undecided", why=said, ids=ids)
     common = _common(sides)
     if common is None:
         return replace(verdict, state="undecided", why="no seed that all sides ran with the same arithmetic and data")
     setting, seeds = common
     runs = [[side[setting][seed] for side in sides] for seed in seeds]
     values: dict[int, float] = {}
-    notes = [*_left_out(sides, setting, seeds)]
+    lost = _lost(claim, runs_of, sides, setting)
+    notes = [*lost, *_left_out(sides, setting, seeds)]
     bound = False  # whether a value is only a bound in the claim's favour
     for seed, row in zip(seeds, runs, strict=True):
         value, is_bound = _value(claim, row, records.folder)
@@ -150,36 +188,57 @@ def _judge(claim: Claim, variant: Variant, configs: Sequence[Config], records: R
     used = list(
         {run["id"]: run for seed, row in zip(seeds, runs, strict=True) if seed in values for run in row}.values()
     )
+    idle = [run["id"] for run in used if quantities.at_chance(run)]
+    if idle:
+        notes.append(f"no better than chance, under any statistics: {_few(idle)}")
+    if bound:
+        notes.append("a run never reaches the other's final accuracy: its value is a bound in the claim's favour")
     verdict = replace(verdict, notes=tuple(notes), ids=tuple(run["id"] for run in used))
     if not values:
         return replace(verdict, why=f"the records have no {claim.quantity.replace('_', ' ')}")
-    if bound:
-        notes.append("a run never reaches the other's final accuracy: its value is a bound in the claim's favour")
-        verdict = replace(verdict, notes=tuple(notes))
     outcome = hypotheses.examine(claim.hypothesis, list(values.values()))
+    nothing_learned = any(all(run["id"] in idle for run in row) for seed, row in zip(seeds, runs, strict=True))
+    doubts = [
+        "; ".join(lost),
+        "networks did not learn" if nothing_learned or (idle and claim.quantity in quantities.OF_THE_LEARNED) else "",
+        "a run never reached the accuracy" if bound and outcome.in_favour else "",
+    ]
     return replace(
         verdict,
         state="undecided",
         outcome=outcome,
         values=values,
         rests_on=_rests_on(used, configs, setting, records),
-        why="bound" if bound and outcome.in_favour else "",
+        doubt="; ".join(filter(None, doubts)),
     )
 
 
-def _by_setting(runs: Sequence[Record], claim: Claim) -> dict[Kind, dict[int, Record]]:
+def _by_setting(runs: Sequence[Record]) -> dict[Setting, dict[int, Record]]:
     """Done runs by what they must have in common, then by seed; the first started where a seed is there twice."""
-    found: dict[Kind, dict[int, Record]] = {}
+    found: dict[Setting, dict[int, Record]] = {}
     done = [run for run in runs if run["status"] == "done"]
     for run in sorted(done, key=lambda run: (str((run.get("host") or {}).get("started")), run["id"])):
-        place = quantities.machine(run) if claim.quantity == "images_per_s" else ()
-        found.setdefault((cells.setting_of(run), *place), {}).setdefault(int(run["config"]["seed"]), run)
+        found.setdefault(cells.setting_of(run), {}).setdefault(int(run["config"]["seed"]), run)
     return found
 
 
-def _common(
-    sides: Sequence[Mapping[tuple[Any, ...], Mapping[int, Record]]],
-) -> tuple[tuple[Any, ...], list[int]] | None:
+def _lost(claim: Claim, runs_of: Sequence[Sequence[Record]], sides: Sequence[Side], setting: Setting) -> list[str]:
+    """For each side the seeds that failed and were never finished: without them the others may look better than all."""
+    said = {}
+    for term, runs, side in zip(claim.contrast, runs_of, sides, strict=True):
+        failed = [
+            run
+            for run in runs
+            if run["status"] == "failed"
+            and cells.setting_of(run)._replace(data=setting.data) == setting  # a failed record knows no data
+            and run["config"]["seed"] not in side[setting]
+        ]
+        if failed:
+            said[f"{term.card}/{term.row}"] = cells.failures(failed, len(failed) + len(side[setting]))
+    return [f"{row}: {failures}" for row, failures in said.items()]
+
+
+def _common(sides: Sequence[Side]) -> tuple[Setting, list[int]] | None:
     """The setting with the most seeds that all sides have, and these seeds."""
     shared = {
         setting: sorted(set.intersection(*(set(side[setting]) for side in sides)))
@@ -196,7 +255,7 @@ def _value(claim: Claim, runs: Sequence[Record], folder: Path) -> tuple[float | 
         return _steps_saved(claim, runs)
     terms = []
     for term, run in zip(claim.contrast, runs, strict=True):
-        value = quantities.of_run(run, claim.quantity, term.statistics, folder)
+        value = quantities.of_run(run, claim.quantity, term.statistics, folder, claim.at)
         if value is None:
             return None, False
         terms.append((term.sign, value))
@@ -230,26 +289,28 @@ def _steps_saved(claim: Claim, runs: Sequence[Record]) -> tuple[float | None, bo
     return 100 * (1 - steps / of_theirs), never
 
 
-def _left_out(
-    sides: Sequence[Mapping[tuple[Any, ...], Mapping[int, Record]]], chosen: Any, seeds: list[int]
-) -> list[str]:
+def _left_out(sides: Sequence[Side], chosen: Setting, seeds: list[int]) -> list[str]:
     others = sorted(
         {run["id"] for side in sides for key, runs in side.items() if key != chosen for run in runs.values()}
     )
     alone = sorted({run["id"] for side in sides for seed, run in side[chosen].items() if seed not in seeds})
     notes = []
     if others:
-        notes.append(f"left out, of other arithmetic, data or hardware: {_few(others)}")
+        notes.append(f"left out, of other arithmetic or data: {_few(others)}")
     if alone:
         notes.append(f"left out, seeds that not all sides have: {_few(alone)}")
     return notes
 
 
-def _rests_on(runs: Sequence[Record], configs: Sequence[Config], setting: Kind, records: Records) -> tuple[str, ...]:
-    kind: Setting = setting[0]
+def _rests_on(runs: Sequence[Record], configs: Sequence[Config], setting: Setting, records: Records) -> tuple[str, ...]:
     norms = dict.fromkeys(caption.estimator(config["norm"]) for config in configs if config["norm"].get("preset"))
     fidelities = dict.fromkeys(caption.fidelity(run) for run in runs)
-    rates = {str(run["schedule"]) for config in configs for run in records.open_settings_of(config)}
+    rates = {
+        str(run["schedule"])
+        for config in configs
+        for run in records.open_settings_of(config)
+        if all(run[part]["name"] == config[part]["name"] for part in ("dataset", "budget"))
+    }
     count = (
         "one learning-rate schedule"
         if len(rates) == 1
@@ -262,7 +323,7 @@ def _rests_on(runs: Sequence[Record], configs: Sequence[Config], setting: Kind, 
         *norms,
         *(["the initial gain is ours"] if any("initial gain" in norm for norm in norms) else []),
         count,
-        caption.arithmetic([kind]).rstrip(".").replace("Precision: ", ""),
+        caption.arithmetic([setting]).rstrip(".").replace("Precision: ", ""),
         f"seed{'s' if len(seeds) > 1 else ''} {_few([str(seed) for seed in seeds])}",
     )
 
@@ -272,7 +333,7 @@ def _correct(verdicts: Sequence[Verdict]) -> list[Verdict]:
     families: dict[str, list[int]] = {}
     for i, verdict in enumerate(verdicts):
         if verdict.variant and verdict.outcome and verdict.outcome.p is not None:
-            families.setdefault(verdict.variant.budget_label, []).append(i)
+            families.setdefault(verdict.variant.budget, []).append(i)
     corrected = list(verdicts)
     for members in families.values():
         adjusted = hypotheses.holm([_p(verdicts[i]) for i in members])
@@ -288,26 +349,25 @@ def _p(verdict: Verdict) -> float:
 
 def _decide(verdict: Verdict) -> Verdict:
     outcome, claim = verdict.outcome, verdict.claim
-    if outcome is None:
-        return verdict
-    if claim.quantity == COUNTED:
+    if outcome is None or claim.quantity in (COUNTED, TIMED):
         return verdict
     if outcome.p is None or verdict.adjusted is None:
-        if verdict.why == "bound":
-            return replace(verdict, why="a run never reached the accuracy")
+        if verdict.doubt:
+            return replace(verdict, why=verdict.doubt)
         if outcome.summary.n < 2:
             return replace(verdict, why="one seed has no spread: at least 2 are needed, to know how many")
         return replace(verdict, why="the same in every seed: no spread to test against")
     decided = verdict.adjusted < ALPHA
-    if decided and not (verdict.why == "bound" and outcome.in_favour):
-        return replace(verdict, state="supported" if outcome.in_favour else "contradicted", why=str(claim.hypothesis))
+    if decided and verdict.doubt:
+        return replace(verdict, why=f"{'in favour' if outcome.in_favour else 'against'}, but {verdict.doubt}")
     if decided:
-        return replace(verdict, why="in favour, but a run never reached the accuracy")
+        return replace(verdict, state="supported" if outcome.in_favour else "contradicted", why=str(claim.hypothesis))
     count = hypotheses.needed(claim.hypothesis, outcome, verdict.tests)
     many = f"about {count:,}" if count else f"more than {hypotheses.MOST:,}"
     uncorrected = ", as a single test it would be decided" if outcome.p < ALPHA else ""
     leaning = "leans to the claim" if outcome.in_favour else "leans against it"
-    return replace(verdict, why=f"{leaning}{uncorrected}; by the observed spread {many} seeds would decide")
+    doubt = f"; {verdict.doubt}" if verdict.doubt else ""
+    return replace(verdict, why=f"{leaning}{uncorrected}; by the observed spread {many} seeds would decide{doubt}")
 
 
 def _few(names: Sequence[str]) -> str:
