@@ -126,6 +126,23 @@ def test_accuracy_against_the_statistics_batch(tmp_path: Path) -> None:
     assert "Not run: KN (128, 2)." in text(drawn) and "Horizontal" in text(drawn)
 
 
+def test_failed_runs_break_the_line(tmp_path: Path) -> None:
+    """A line over a place where every run failed would say that they went well; a cross says that they failed."""
+    rows = [row("KN", config("bkn", batch)) for batch in (1, 2, 4, 128)] + [row("GN", config("gn", None))]
+    for of in rows:
+        batch = of["config"]["batch"]["stat_batch"]
+        write_record(tmp_path, of["config"], 1, failed="loss is nan" if batch in (2, None) else None)
+        write_record(tmp_path, of["config"], 2, failed="loss is nan" if batch in (2, 4, None) else None)
+    drawn = accuracy.against(card_of("stat_batch", rows), found(tmp_path), accuracy.SETTINGS["stat_batch"])
+    lines = [line for line in drawn.axes[0].lines if line.get_marker() not in ("_", "x")]
+    assert [list(line.get_xdata()) for line in lines] == [[1, 2, 4, 128]]
+    assert np.isnan(lines[0].get_ydata()).tolist() == [False, True, False, False]
+    crosses = [line for line in drawn.axes[0].lines if line.get_marker() == "x"]
+    assert [list(line.get_xdata()) for line in crosses] == [[2], [4], [0]]
+    assert crosses[0].get_ydata() == crosses[1].get_ydata() != crosses[2].get_ydata()
+    assert legend(drawn) == ["KN (n = 1 to 2)", "GN (failed)"] and "Crosses below" in text(drawn)
+
+
 def test_a_run_without_an_accuracy_is_no_point(tmp_path: Path) -> None:
     """A detector's record, or one whose accuracy is not a number."""
     rows = [row("BN", config("bn", 2)), row("KN", config("bkn", 2)), row("GN", config("gn", None))]

@@ -129,6 +129,13 @@ def test_paper_value_of_other_batches_is_marked(tmp_path: Path) -> None:
     assert row_of(found, "bn_stat128").cells[0].paper is None  # a row of ours has no paper's value, whatever its key
 
 
+def test_batches_that_the_paper_does_not_print(tmp_path: Path) -> None:
+    found = table(card(paper_batches=False), report.records(tmp_path, NUMERICS))
+    assert "for batches that are not printed" in render.markdown(found)
+    lines = list(csv.DictReader(io.StringIO(render.csv(found))))
+    assert {(line["paper"] != "", line["paper_grad_batch"]) for line in lines} == {(True, ""), (False, "")}
+
+
 def test_normalizer_without_batch_statistics(tmp_path: Path) -> None:
     changed = card()
     changed["rows"][0] |= {"label": "GN", "config": config("gn", stat_batch=None), "paper_batch": [128, 2]}

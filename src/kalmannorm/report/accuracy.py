@@ -5,6 +5,7 @@ column of panels per kind of statistics, one row per architecture (and statistic
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,17 +78,23 @@ def against(card: Mapping[str, Any], records: Records, setting: Setting) -> "Fig
     values = sorted({x for one in found if (x := _value(one.config, setting.path)) is not None})
 
     def draw(axis: "Axes", statistics: str, rows: Sequence[Selected]) -> None:
+        heights = itertools.count(0.03, 0.05)  # of crosses: those of two lines are not to hide each other
         for label in dict.fromkeys(one.label for one in rows):
+            of_line = [one for one in rows if one.label == label]
             points = {
                 _value(one.config, setting.path): accuracies
-                for one in rows
-                if one.label == label and (accuracies := one.accuracies(statistics))
+                for one in of_line
+                if (accuracies := one.accuracies(statistics)) or one.selection.failed
             }
             if points:
                 _line(axis, points, look[label])
+            if failed := [_value(one.config, setting.path) for one in of_line if one.selection.failures]:
+                _crosses(axis, failed, next(heights), look[label])
         _scale(axis, setting, values)
 
     said = f"Last epoch, never the best. {BAND} Small ticks: single runs."
+    if any(one.selection.failures for one in found):
+        said += " Crosses below: where runs of the line failed."
     if any(_value(one.config, setting.path) is None for one in found):
         said += " Horizontal: normalizers without this setting."
     return _panels(card, found, panels, look, draw, setting.label, lambda one: one.label, said)
@@ -119,11 +126,19 @@ def _panels(
             row[0].set_ylabel("top-1 accuracy (%)")
         for axis in axes[-1]:
             axis.set_xlabel(label)
-        drawn: dict[str, int] = {}  # most seeds of a line's points
+        seeds: dict[str, list[int]] = {}  # how many, of each of a line's points
         for one in found:
             if one.runs:
-                drawn[name(one)] = max(drawn.get(name(one), 0), len(one.runs))
-        handles = [Line2D([], [], **look[line].line, label=f"{line} (n = {n})") for line, n in drawn.items()]
+                seeds.setdefault(name(one), []).append(len(one.runs))
+        handles = [
+            Line2D([], [], **look[line].line, label=f"{line} (n = {' to '.join(map(str, sorted({min(n), max(n)})))})")
+            for line, n in seeds.items()
+        ]
+        failed = dict.fromkeys(name(one) for one in found if one.selection.failed and name(one) not in seeds)
+        handles += [
+            Line2D([], [], color=look[line].colour, marker="x", linestyle="", label=f"{line} (failed)")
+            for line in failed
+        ]
         widest = max(len(str(handle.get_label())) for handle in handles)
         figure.legend(
             handles=handles,
@@ -147,19 +162,30 @@ def _curves(one: Selected, statistics: str) -> tuple[Any, Any]:
 
 
 def _line(axis: "Axes", points: Mapping[Any, list[float]], look: Look) -> None:
-    """points: a setting's value -> accuracies of its runs; the value None is a horizontal line."""
-    if (constant := points.get(None)) is not None:
+    """points: a setting's value -> accuracies of its runs; the value None is a horizontal line.
+
+    Where all runs failed there are no accuracies, and the line has a gap.
+    """
+    if constant := points.get(None):
         axis.axhline(float(np.mean(constant)), color=look.colour, linestyle=look.dashes, lw=1)
         axis.axhspan(min(constant), max(constant), color=look.colour, alpha=0.08, linewidth=0)
         axis.plot([0, 1], [np.mean(constant)] * 2, transform=axis.get_yaxis_transform(), clip_on=False, **look.points)
     places = sorted(x for x in points if x is not None)
     if places:
-        means, lows, highs = ([float(f(points[x])) for x in places] for f in (np.mean, min, max))
+        of = [points[x] or [np.nan] for x in places]
+        means, lows, highs = ([float(f(values)) for values in of] for f in (np.mean, min, max))
         axis.plot(places, means, **look.line)
         axis.fill_between(places, lows, highs, color=look.colour, alpha=0.15, linewidth=0)
         single = [(x, value) for x in places for value in points[x] if len(points[x]) > 1]
         if single:
             axis.plot(*zip(*single, strict=True), "_", color=look.colour, ms=5, mew=0.8)
+
+
+def _crosses(axis: "Axes", places: Sequence[Any], height: float, look: Look) -> None:
+    """A cross at the bottom for each place; None, a horizontal line's, is the left edge."""
+    for x in places:
+        transform = axis.transAxes if x is None else axis.get_xaxis_transform()
+        axis.plot([x or 0], [height], "x", color=look.colour, ms=5, mew=1.4, transform=transform, clip_on=False)
 
 
 def _scale(axis: "Axes", setting: Setting, values: Sequence[float]) -> None:

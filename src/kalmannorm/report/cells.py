@@ -49,8 +49,13 @@ class Selection:
 
     runs: tuple[Record, ...]
     setting: Setting | None  # None without a done run
-    failed: bool  # there are records, and all of them failed
+    failures: tuple[Record, ...]
     notes: tuple[str, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether there are records, and all of them failed."""
+        return bool(self.failures) and not self.runs
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def select(runs: Sequence[Record], common: Counter[Setting]) -> Selection:
     done = [run for run in runs if run["status"] == "done"]
     failed = [run for run in runs if run["status"] == "failed"]
     if not done:
-        return Selection((), None, bool(failed), (failures(failed, len(runs)),) if failed else ())
+        return Selection((), None, tuple(failed), (failures(failed, len(runs)),) if failed else ())
 
     kinds: dict[Setting, list[Record]] = {}
     for run in done:
@@ -117,7 +122,7 @@ def select(runs: Sequence[Record], common: Counter[Setting]) -> Selection:
             )
     if failed:
         notes.append(failures(failed, len(runs), chosen))
-    return Selection(tuple(kept), chosen, False, tuple(notes))
+    return Selection(tuple(kept), chosen, tuple(failed), tuple(notes))
 
 
 def cell(

@@ -120,7 +120,7 @@ def accuracy_bars(table: Table) -> "Figure":
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.set_xlabel(f"{caption.measure(table.columns)} after the last epoch (%)")
-        axis.set_title(f"{textwrap.fill(table.title, 90)}\n{table.setting}", loc="left")
+        axis.set_title(f"{textwrap.fill(table.title, 90)}\n{textwrap.fill(table.setting, 90)}", loc="left")
         handles = []
         for column in table.columns:
             colour, marker = looks[column.key]

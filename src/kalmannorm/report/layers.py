@@ -1,6 +1,7 @@
 """What a network's normalizers learned and how well they estimate, layer by layer: gains, errors, SN's mixtures."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ ESTIMATES = ("measurement", "prior", "posterior")
 ESTIMATE_LOOKS = (Look(SKY, "^", (0, (4, 1.5))), Look(GREEN, "D", (0, (1, 1))), Look(BLUE, "o", "-"))
 BN_LOOK = Look(ORANGE, "s", "-")
 ERRORS = {  # rows of panels: array -> what it is
-    "layer_error_mean": "mean: |error| / population sd",
-    "layer_error_var": "variance: |ln(estimate / population)|",
+    "layer_error_mean": "mean:\n|error| / population sd",
+    "layer_error_var": "variance:\n|ln(estimate / population)|",
 }
 FLOOR = 0.001  # errors below it are zero but for rounding, or as good as zero
 PARTS = {"": "root mean square error", "_bias": "systematic part", "_spread": "random part"}  # columns of panels
@@ -92,14 +93,20 @@ def errors(card: Mapping[str, Any], records: Records) -> "Figure":
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, handlelength=3.2)
         missing = [one.name for one in found if one.runs and one.name not in recorded]
         missing += [f"{name}, seed {run.seed}" for name in recorded for run in loaded[name] if not run.errors]
+        drawn = [
+            replace(one, selection=replace(one.selection, runs=tuple(run.record for run in recorded[one.name])))
+            for one in found
+            if one.name in recorded
+        ]
         text = selected.said(
             card,
             found,
             "Of the typical (median) channel, over groups of training images. Population: the statistics of the same "
             "features over the training set, in the network that normalizes as in training. Systematic: the same "
             "in all groups, so that gamma and beta can make up for it. Random: differs from group to group.",
-            _band_said(found),
+            _band_said(drawn),
             f"Not recorded: {'; '.join(missing)}." if missing else "",
+            drawn=[one.selection for one in drawn],
         )
         figure.supxlabel(style.wrapped(text), fontsize=8, x=0.01, ha="left")
     return figure

@@ -175,7 +175,8 @@ def csv(table: Table | Sheet) -> str:
     for row in table.rows:
         for cell in row.filled:
             mean, half_width = (cell.summary.mean, cell.summary.half_width) if cell.summary else (None, None)
-            paper = ["", "", ""] if cell.paper is None else [cell.paper, *_batches(row.paper_batch or cell.batch)]
+            of_paper = (row.paper_batch or cell.batch) if cell.paper is not None and table.paper_batches else None
+            paper = ["" if cell.paper is None else cell.paper, *_batches(of_paper)]
             writer.writerow(
                 [
                     kinds[cell.column],

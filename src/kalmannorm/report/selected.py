@@ -79,12 +79,16 @@ def arch(config: Mapping[str, Any]) -> str:
     return config["arch"]["name"] + (f", width {width:g}" if width != 1 else "")
 
 
-def said(card: Card, found: Sequence[Selected], *more: str) -> str:
-    """The text under a picture: title, setting, seeds, `more`, what was left out, what has not run and its command."""
+def said(card: Card, found: Sequence[Selected], *more: str, drawn: Sequence[cells.Selection] | None = None) -> str:
+    """The text under a picture: title, setting, seeds, `more`, what was left out, what has not run and its command.
+
+    `drawn`: where not all runs of the rows are in the picture, those that are.
+    """
+    shown = [one.selection for one in found] if drawn is None else drawn
     parts = [
         f"{card['title'].rstrip('.')}. {caption.short([one.config for one in found])}.",
-        caption.seeds([one.selection for one in found]).replace(" (listed in the CSV)", ""),
-        caption.arithmetic([one.selection.setting for one in found if one.selection.setting]),
+        caption.seeds(shown).replace(" (listed in the CSV)", ""),
+        caption.arithmetic([selection.setting for selection in shown if selection.setting]),
         *more,
     ]
     # Rows of one name (swept settings) go by their keys, which `rows=` takes.

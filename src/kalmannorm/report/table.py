@@ -13,6 +13,7 @@ A card is a dict:
     paper?        path into paper_values.yaml; a cell's value stands at <paper>.<row key>.<column key>. A row's own path
                   has {column} where the column's key goes, else it is appended
     paper_dataset?, paper_setting?   the data set of the paper's values; what to say of their setting
+    paper_batches?   false where the paper prints no batches
     baseline?     key of the row that the others are compared with
     command?      what runs the card; else `make <name> DATASET=.. BUDGET=..`
 """
@@ -77,6 +78,7 @@ class Table:
     footnotes: tuple[str, ...]  # the note of mark a, b, ... in this order
     remarks: tuple[str, ...]  # below the table, of the whole of it
     paper_note: str  # what the paper's values rest on; "" where the card has none
+    paper_batches: bool  # whether the paper says for which batches they are
     same_data_as_paper: bool
 
     @property
@@ -144,6 +146,7 @@ def table(card: Card, records: Records) -> Table:
             *remarks.not_run(built, command(card)),
         ),
         paper_note=_paper_note(card, built, same_data),
+        paper_batches=card.get("paper_batches", True),
         same_data_as_paper=same_data,
     )
 
@@ -278,6 +281,8 @@ def _paper_note(card: Card, rows: Sequence[Row], same_data: bool) -> str:
     note = f"Paper: the printed value{f' ({setting})' if setting else ''}, never a measured one"
     if not same_data:
         note += ", and of other data than this table's"
+    if not card.get("paper_batches", True):
+        return f"{note}; for batches that are not printed."
     if all(row.batch == row.paper_batch for row in rows):
         return f"{note}; for the same (grad, stat) as its row."
     return f"{note}; for the (grad, stat) written beside it where that is not the row's."
