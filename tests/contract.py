@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Chain, Residual, affine, error, random_belief
+from helpers import Chain, Residual, affine, error, leaves, random_belief
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
@@ -56,6 +56,15 @@ def prior_for(layer: nn.Module, x: Tensor) -> Belief | None:
 
 def call(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x, prior_for(layer, x))[0]
+
+
+def outputs_and_gradients(layer: nn.Module, x: Tensor, prior: Belief | None) -> list[Tensor]:
+    """y, and the belief that is handed on; gradients of x, of the prior and of all parameters."""
+    x, prior = x.detach().requires_grad_(), None if prior is None else Belief(*leaves(*prior))
+    y, belief = layer(x, prior)
+    outputs = [y, *(belief or ())]
+    inputs = [x, *(prior or ()), *layer.parameters()]
+    return [*(t.detach() for t in outputs), *torch.autograd.grad(sum(t.cos().sum() for t in outputs), inputs)]  # type: ignore[arg-type]
 
 
 def state(layer: nn.Module) -> dict[str, Tensor]:
@@ -110,9 +119,10 @@ def autocast(norm: str) -> None:
         x = conv(image) + 5
         assert x.dtype == torch.bfloat16
         y, belief = cast(x, prior)
-    expected, _ = exact(x.detach().float(), prior)
+    expected, of_exact = exact(x.detach().float(), prior)
     assert y.dtype in (torch.bfloat16, torch.float32) and error(y.detach().float(), expected.detach()) < 1e-2
-    assert belief is None or belief.mean.dtype == belief.var.dtype == torch.float32
+    for found, wanted in zip(belief or (), of_exact or (), strict=True):
+        assert found.dtype == torch.float32 and error(found.detach(), wanted.detach()) < 1e-5
     for key, value in state(cast).items():
         assert value.dtype in (torch.float32, torch.int64) and error(value, exact.state_dict()[key]) < 1e-5
     y.float().square().sum().backward()
@@ -123,10 +133,8 @@ def channels_last(norm: str) -> None:
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         layer = build(norm, D)
-        x = images(dtype=D).contiguous(memory_format=memory_format).requires_grad_()
-        y = call(layer, x)
-        gradients = torch.autograd.grad(y.cos().sum(), [x, *layer.parameters()])
-        results.append([y.detach(), *gradients, *layer.buffers()])
+        x = images(dtype=D).contiguous(memory_format=memory_format)
+        results.append([*outputs_and_gradients(layer, x, prior_for(layer, x)), *layer.buffers()])
     for a, b in zip(*results, strict=True):
         assert (a - b).abs().max() < 1e-12 * max(1, b.abs().max())
 
@@ -143,9 +151,10 @@ def two_dimensional(norm: str) -> None:
     prior = prior_for(flat, x)
     if prior is not None and not isinstance(flat, KalmanGroupNorm):
         prior = Belief(*(t[:2] for t in prior))
-    y = flat(x, prior)[0]
-    assert y.shape == x.shape
-    assert error(y.detach(), spatial(x[:, :, None, None], prior)[0][..., 0, 0].detach()) < 1e-5
+    found = outputs_and_gradients(flat, x, prior)
+    assert found[0].shape == x.shape
+    for a, b in zip(found, outputs_and_gradients(spatial, x[:, :, None, None], prior), strict=True):
+        assert error(a, b.view_as(a)) < 1e-5
 
 
 def gradients(norm: str) -> None:
@@ -175,9 +184,16 @@ def groups_do_not_leak(norm: str) -> None:
         set_statistics(layer, "online")
         x = images()
         others = [i for i in range(IMAGES) if i % GROUPS != changed % GROUPS]
-        y = call(copy.deepcopy(layer), x)
-        z = call(copy.deepcopy(layer), x + torch.arange(IMAGES).eq(changed).view(-1, 1, 1, 1))
+        prior = prior_for(layer, x)
+        rows = GROUPS if prior is None else len(prior.mean)
+        of_changed = torch.arange(rows).eq(changed % rows).view(-1, 1)
+        y, b = copy.deepcopy(layer)(x, prior)
+        z, c = copy.deepcopy(layer)(
+            x + torch.arange(IMAGES).eq(changed).view(-1, 1, 1, 1), prior and Belief(prior.mean + of_changed, prior.var)
+        )
         assert torch.equal(y[others], z[others]) and not torch.equal(y[changed], z[changed])
+        for before, after in zip(b or (), c or (), strict=True):
+            assert torch.equal((before != after).any(1), of_changed[:, 0])
         x = x.requires_grad_()
         (gradient,) = torch.autograd.grad(call(layer, x)[others].cos().sum(), x)
         assert not gradient[changed].any() and gradient[others].any()

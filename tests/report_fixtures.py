@@ -31,10 +31,6 @@ def config(norm: str = "bn", stat_batch: int | None = 2, **options: Any) -> dict
         "precision": "fp32",
         "compile": False,
         "deterministic": False,
-        "device": "cpu",
-        "data": "./data",
-        "results": "results",
-        "runs": "runs",
     }
 
 
@@ -84,8 +80,7 @@ def write_record(
 
     It ends with the accuracies of `curves`, where they are given.
     """
-    determining = {key: value for key, value in of.items() if key not in ("device", "data", "results", "runs")}
-    determining |= {"seed": seed, **changes}
+    determining = {**of, "seed": seed, **changes}
     identity = name or run_id(determining, numerics)
     record: dict[str, Any] = {
         "id": identity,

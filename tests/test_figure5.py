@@ -107,9 +107,3 @@ def test_dead_channels_are_drawn(tmp_path: Path) -> None:
     assert {axis.images[0].get_clim()[0] > 0 for axis in drawn.axes if axis.images} == {True}
     titles = "".join(axis.get_title(loc="left") for axis in drawn.axes)
     assert "nan" not in titles and "inf" not in titles
-
-
-def test_seed_of_the_card_is_drawn(tmp_path: Path) -> None:
-    full(tmp_path)
-    drawn = figure.figure5(figure_card(seed=3), report.records(tmp_path, NUMERICS))
-    assert "seed 3" in drawn.get_supxlabel()

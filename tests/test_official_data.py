@@ -423,9 +423,3 @@ def test_svhn_md5_and_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", lists)
     with pytest.raises(UserError, match=r"cannot read .*train_32x32\.mat"):
         svhn.prepare("svhn", tmp_path)
-
-
-@pytest.mark.parametrize("module", [cifar, svhn])
-def test_prepare_refuses_names_of_other_sources(module: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown dataset 'digits'"):
-        module.prepare("digits", tmp_path)

@@ -12,14 +12,11 @@ from kalmannorm import belief as predict
 from kalmannorm.layout import Layout
 from kalmannorm.norm import Estimator
 from kalmannorm.operations import BY_NAME, OPERATIONS, VIEWS
-from kalmannorm.pixelwise import linear
+from kalmannorm.pixelwise import linear, relu
 from kalmannorm.rules import Carry, Operation, Rule
 from kalmannorm.tracing import IN_PLACE
 
-ConvRule = tuple[list[fx.Node], Callable[[list[fx.Node]], fx.Node]] | str
-
 _INPLACE_OPERATORS = {getattr(operator, name) for name in IN_PLACE}
-_RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 
 
 class Threader:
@@ -221,7 +218,7 @@ class Threader:
 
     def _rule(self, node: fx.Node) -> Rule:
         if node.op == "placeholder":
-            return self._input_rule(node)
+            return self._input_rule()
         inputs = self.inputs[node] or [self._now(needed) for needed in node.all_input_nodes]
         if node.op in ("get_attr", "output") or not inputs:
             return self.reason(node)
@@ -232,9 +229,7 @@ class Threader:
             return self.reason(node, "of several values in one")
         module = self._module(node)
         if isinstance(module, nn.Conv2d) and (_computes(module, nn.Conv2d) or type(module).__name__ == "Conv2dSame"):
-            after = self.after_convolution(node, inputs[0], module.kernel_size)
-            rule = after if isinstance(after, str) else self._conv_rule(node, str(node.target), module, inputs)
-            return rule if isinstance(rule, str) else Carry(*rule, after)  # type: ignore[arg-type]
+            return self._conv_rule(node, str(node.target), module, inputs)
         if isinstance(module, nn.Linear) and _computes(module, nn.Linear):
             return linear(self, node, inputs[0], lambda: self._parameters(str(node.target), module))
         operation = self._operation(node, module)
@@ -248,7 +243,7 @@ class Threader:
             return OPERATIONS.get(node.target)
         return BY_NAME.get(getattr(node.target, "__name__", ""))
 
-    def _input_rule(self, node: fx.Node) -> Rule:
+    def _input_rule(self) -> Rule:
         if self.input_belief is None:
             return "nothing: no normalizer before it, and the input's distribution is not given"
         given = self.input_belief
@@ -265,7 +260,11 @@ class Threader:
         bias = None if module.bias is None else self.graph.get_attr(f"{name}.bias")
         return self.graph.get_attr(f"{name}.weight"), bias
 
-    def _conv_rule(self, node: fx.Node, name: str, module: nn.Conv2d, inputs: list[fx.Node]) -> ConvRule:
+    def _conv_rule(self, node: fx.Node, name: str, module: nn.Conv2d, inputs: list[fx.Node]) -> Rule:
+        after = self.after_convolution(node, inputs[0], tuple(module.kernel_size))
+        if isinstance(after, str):
+            return after
+
         def closed(beliefs: list[fx.Node]) -> fx.Node:
             if self.add_transition is not None:
                 bias = None if module.bias is None else self.graph.get_attr(f"{name}.bias")
@@ -274,13 +273,14 @@ class Threader:
             return self.call(predict.conv, beliefs[0], *self._parameters(name, module), module.groups)
 
         if self.predictor == "closed":
-            return inputs, closed
+            return Carry(inputs, closed, after)
         if module.padding_mode != "zeros":
             return (
                 f"{name} (Conv2d with padding_mode={module.padding_mode!r}, which the sampling predictor does not draw)"
             )
         # A ReLU directly before the convolution acts on the sample.
-        rectify = self.relu and self._is_relu(inputs[0])
+        before = inputs[0]
+        rectify = self.relu and before.op.startswith("call_") and self._operation(before, self._module(before)) is relu
         drawn_from = self.inputs[inputs[0]] if rectify else inputs
 
         def sampled(beliefs: list[fx.Node]) -> fx.Node:
@@ -289,7 +289,7 @@ class Threader:
             how = (module.stride, module.padding, module.dilation, module.groups, rectify)
             return self.call(predict.sampled_conv, beliefs[0], noise, *self._parameters(name, module), *how)
 
-        return drawn_from, sampled
+        return Carry(drawn_from, sampled, after)
 
     def _single_row(self, node: fx.Node) -> bool:
         """Whether a belief has one row for all groups of all devices: the model's input's, or N(beta, gamma^2)."""
@@ -302,11 +302,6 @@ class Threader:
             return False
         source = self._module(self.inputs[node][0]) if self.inputs[node] else None
         return source is None or (isinstance(source, Estimator) and source.belief == "output")
-
-    def _is_relu(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self._module(node), nn.ReLU)
-        return node.target in _RELU_FUNCTIONS or (node.op == "call_method" and node.target in ("relu", "relu_"))
 
     def _normalized_layout(self, call: fx.Node) -> Layout | None:
         """Of what a normalizer returns: of its input, or as the class of BatchNorm that it replaces demands."""

@@ -21,6 +21,7 @@ from kalmannorm.errors import UserError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")  # also the order in which sha256 takes them
 SOURCE = "source.json"
+SIZE = 32  # pixels: of all the sets that are kept in such a folder
 CHUNK = 4096  # images resized at a time: the float copies of a chunk stay within some 50 MB
 
 
@@ -56,7 +57,7 @@ def is_complete(folder: Path) -> bool:
     return all((folder / f"{name}.npy").is_file() for name in ARRAYS)
 
 
-def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int], size: int = 32) -> Arrays:
+def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int]) -> Arrays:
     """The set `name` from its folder under `root`, checked.
 
     official: number of training and test images of the published set. Another number is accepted and said in the
@@ -72,7 +73,7 @@ def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int
         )
     arrays = {array: _read(folder / f"{array}.npy") for array in ARRAYS}
     for split in ("train", "test"):
-        _check(folder, split, arrays[f"{split}_images"], arrays[f"{split}_labels"], classes, size)
+        _check(folder, split, arrays[f"{split}_images"], arrays[f"{split}_labels"], classes)
     sha256 = digest(*arrays.values())
     counts = (len(arrays["train_labels"]), len(arrays["test_labels"]))
     fidelity = _fidelity(folder, name, counts, sha256)
@@ -95,7 +96,7 @@ def _read(path: Path) -> NDArray[Any]:
     return np.ascontiguousarray(array)
 
 
-def _check(folder: Path, split: str, images: NDArray[Any], labels: NDArray[Any], classes: int, size: int) -> None:
+def _check(folder: Path, split: str, images: NDArray[Any], labels: NDArray[Any], classes: int) -> None:
     def refuse(kind: str, found: str, expected: str) -> None:
         raise UserError(
             f"{folder / f'{split}_{kind}.npy'} has {found}, expected {expected}; "
@@ -105,8 +106,8 @@ def _check(folder: Path, split: str, images: NDArray[Any], labels: NDArray[Any],
     for kind, array, dtype in (("images", images, np.uint8), ("labels", labels, np.int64)):
         if array.dtype != dtype:
             refuse(kind, f"dtype {array.dtype}", f"{np.dtype(dtype)}")
-    if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-        refuse("images", f"shape {list(images.shape)}", f"[N, {size}, {size}, 3]")
+    if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
+        refuse("images", f"shape {list(images.shape)}", f"[N, {SIZE}, {SIZE}, 3]")
     if labels.ndim != 1:
         refuse("labels", f"shape {list(labels.shape)}", "[N]")
     if len(labels) == 0:

@@ -31,6 +31,12 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def fixed_order(count: int) -> Tensor:
+    """`count` images in a random order that is the same for every run: int64 [count]. Test sets may be sorted by class,
+    and who shares a statistics group matters."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(EVALUATION_SEED)))
+
+
 class Batches(ABC):
     """Batches of one split.
 
@@ -89,9 +95,7 @@ class Batches(ABC):
         return self._plain(self._dealt(batch, indices, fill))
 
     def fixed_order(self) -> Tensor:
-        """All images in a random order that is the same for every run: int64 [count]. Test sets may be sorted by class,
-        and who shares a statistics group matters."""
-        return torch.randperm(self.count, generator=torch.Generator().manual_seed(mix(EVALUATION_SEED)))
+        return fixed_order(self.count)
 
     def _dealt(self, batch: int, order: Tensor, fill: int) -> Iterator[tuple[Tensor, int]]:
         """This rank's part of every batch of `plain`: indices int64 [n], and how many of them count."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kalmannorm.data.arrays import Arrays, is_complete, read_folder, write_folder
 from kalmannorm.data.official import absent, check_room, fetch, find, open_verified
-from kalmannorm.errors import UserError, nearest
+from kalmannorm.errors import UserError
 
 CLASSES = {"cifar10": 10, "cifar100": 100}
 OFFICIAL = (50_000, 10_000)
@@ -36,8 +36,6 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
     there). Its md5 is checked before a byte of it is interpreted, nothing of it is extracted to disk, and its pickles
     can make nothing but numpy arrays and plain values.
     """
-    if name not in CLASSES:
-        raise UserError(nearest(name, CLASSES, "dataset"))
     folder = root / name
     if is_complete(folder):
         read_folder(root, name, classes=CLASSES[name], official=OFFICIAL)

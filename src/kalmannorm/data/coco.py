@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import pil_to_tensor
 
-from kalmannorm.data.batches import EVALUATION_SEED, mix
+from kalmannorm.data.batches import mix
 from kalmannorm.errors import UserError
 
 SPLITS = ("train2017", "val2017")
@@ -269,11 +269,6 @@ def resized(height: int, width: int, size: int, max_size: int) -> tuple[int, int
     """Height and width after torchvision's resizing of the short side to `size`, the long one to at most `max_size`."""
     scale = min(size / min(height, width), max_size / max(height, width))
     return math.floor(height * scale), math.floor(width * scale)
-
-
-def evaluation_order(count: int) -> list[int]:
-    """All the images in a fixed random order, the same for all runs: who shares a statistics group matters."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(EVALUATION_SEED))).tolist()
 
 
 def choose(positions: list[int], count: int | None) -> list[int]:

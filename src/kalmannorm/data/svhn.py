@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kalmannorm.data.arrays import Arrays, is_complete, read_folder, write_folder
 from kalmannorm.data.official import absent, check_room, fetch, find, open_verified
-from kalmannorm.errors import UserError, nearest
+from kalmannorm.errors import UserError
 
 CLASSES = 10
 SPLITS = {"svhn": ("train", "test"), "svhn_extra": ("train", "extra", "test")}
@@ -35,8 +35,6 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
     archive: a folder with the official `{train,test,extra}_32x32.mat`; else those in `root` or `root/name`; what is
     missing is downloaded into `root` (and stays there). md5 is checked before a file is read.
     """
-    if name not in SPLITS:
-        raise UserError(nearest(name, SPLITS, "dataset"))
     folder = root / name
     if is_complete(folder):
         load(root, name)

@@ -12,7 +12,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.datasets import CocoDetection
 
-from kalmannorm.data.coco import Images, evaluation_order
+from kalmannorm.data.batches import fixed_order
+from kalmannorm.data.coco import Images
 from kalmannorm.engine.detector import body
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.statistics import set_statistics, shard_noise
@@ -64,7 +65,7 @@ def evaluate(
 def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, bool]]]:
     """This rank's groups of `size` images in the fixed random order, as (number, whether it counts): the first images
     fill the last group, uncounted."""
-    order = evaluation_order(count)
+    order = fixed_order(count).tolist()
     for start in range(ranks.rank * size, count, ranks.world * size):
         real = order[start : start + size]
         filling = [order[i % count] for i in range(size - len(real))]

@@ -4,6 +4,7 @@ As train.py, with the same checkpoints, signals, records and ranks; read that fi
 the run may end within one (`dataset.steps`), and detectors are evaluated once, at the end.
 """
 
+import copy
 import math
 import os
 import time
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from kalmannorm import data
 from kalmannorm.data import coco
+from kalmannorm.data.batches import fixed_order
 from kalmannorm.data.coco import Batch, Coco, TrainingBatches
 from kalmannorm.engine import detector
 from kalmannorm.engine.average_precision import evaluate
@@ -58,8 +60,8 @@ def run(config: Config) -> dict[str, Any]:
     origin = "ImageNet weights from a file" if config["arch"]["pretrained"] else "trained from scratch"
     record["weights"] = {"origin": origin, "sha256": config["arch"]["pretrained"]}
     model.to(ranks.device)
-    session = Session(identity, folder, model, optimizer(model, config["schedule"]), ranks)
-    session.curves = {key: [] for key in CURVES}
+    curves: dict[str, list[Any]] = {key: [] for key in CURVES}
+    session = Session(identity, folder, model, optimizer(model, config["schedule"]), ranks, curves=curves)
     record["curves"] = session.curves
     with Progress(identity, config, quiet=not ranks.main) as progress, StopRequest(ranks) as stop:
         try:
@@ -75,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
                 )
             record["norms"] = detector.describe(model)
             if ranks.main:
-                shown = coco.evaluation_order(len(images.test.ids))[:SHOWN]
+                shown = fixed_order(len(images.test.ids))[:SHOWN].tolist()
                 draw_detections(model, images.test, images.labels, shown, ranks.device, folder / "detections.png")
                 if seen:
                     file = folder / "detections-training.png"
@@ -91,8 +93,8 @@ def run(config: Config) -> dict[str, Any]:
     return record
 
 
-def training_batches(config: Config, images: Coco, ranks: Ranks, whole: bool = False) -> TrainingBatches:
-    """The training images of the budget, dealt out to the ranks; `whole`: all of them for this one."""
+def training_batches(config: Config, images: Coco, ranks: Ranks) -> TrainingBatches:
+    """The training images of the budget, dealt out to the ranks."""
     return TrainingBatches(
         images,
         coco.choose(images.train_images, config["budget"]["subset"]),
@@ -100,7 +102,7 @@ def training_batches(config: Config, images: Coco, ranks: Ranks, whole: bool = F
         size=(config["budget"]["size"], config["arch"]["max_size"]),
         seed=config["seed"],
         device=ranks.device,
-        shard=(0, 1) if whole else ranks.shard,
+        shard=ranks.shard,
         workers=min(8, (os.cpu_count() or 1) // ranks.world) if ranks.device.type == "cuda" else 0,
     )
 
@@ -118,8 +120,8 @@ def _begin(config: Config, session: Session, batches: TrainingBatches, weights: 
     seen = min(detector.CONSTANTS_BATCHES, batches.steps_per_epoch) * batches.batch
     weights["constants"] = f"measured once, under the initial weights, on {seen} training images"
     if fresh:
-        alone = TrainingBatches.__new__(TrainingBatches)
-        alone.__dict__ |= batches.__dict__ | {"shard": (0, 1)}  # every rank measures on the whole batches
+        alone = copy.copy(batches)
+        alone.shard = (0, 1)  # every rank measures on the whole batches
         detector.measure_constants(session.model, config, alone)
 
 

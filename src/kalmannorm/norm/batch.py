@@ -113,6 +113,15 @@ class GroupedStatistics(_BatchNorm):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
         self.running_var.lerp_(var.to(self.running_var.dtype), rate)
 
+    def record(self, mean: Tensor, var: Tensor, values: int) -> None:
+        """The groups' measurement, where it is what normalizes: to the moving averages and the probe. mean, var [G, C],
+        detached; population variance of `values` values each."""
+        if self.training:
+            self.update_moving(mean, var, values)
+        if self.probe is not None:
+            measured = Belief(mean, var)
+            self.probe(measured=measured, used=measured, prior=None)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stat_batch={self.stat_batch}"
 
@@ -135,7 +144,7 @@ class BatchNorm(GroupedStatistics):
         """Every group by its own statistics; weight, bias [C], or [G, C] of each group's own."""
         if torch.compiler.is_compiling():
             mean, var = groups.moments(*groups.image_moments(x), size)
-            self._record(mean.detach(), var.detach(), groups.values(x, size))
+            self.record(mean.detach(), var.detach(), groups.values(x, size))
             return groups.normalize(x, size, mean, var, weight, bias, self.eps)
         split = groups.split(x, size).contiguous()  # channels_last: the native kernel knows no groups there
         of_groups = split.shape[1:3]
@@ -148,7 +157,7 @@ class BatchNorm(GroupedStatistics):
         y = F.batch_norm(rows, mean, var, weight, bias, True, 1.0, self.eps)
         values = groups.values(x, size)
         population = var * ((values - 1) / values)
-        self._record(mean.view(of_groups), population.view(of_groups), values)
+        self.record(mean.view(of_groups), population.view(of_groups), values)
         return groups.merge(y, x.shape)
 
     def _normalize_whole_batch(self, x: Tensor) -> Tensor:
@@ -158,11 +167,3 @@ class BatchNorm(GroupedStatistics):
         self.num_batches_tracked.add_(1)
         rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, rate, self.eps)
-
-    def _record(self, mean: Tensor, var: Tensor, values: int) -> None:
-        """mean, var [G, C], detached."""
-        if self.training:
-            self.update_moving(mean, var, values)
-        if self.probe is not None:
-            measured = Belief(mean, var)
-            self.probe(measured=measured, used=measured, prior=None)

@@ -58,11 +58,7 @@ class SwitchableNorm(GroupedStatistics):
             return self.running_mean.expand_as(in_mean), self.running_var.expand_as(in_var)
         size = self.group_size(x)
         mean, var = groups.moments(in_mean, in_var, size)
-        if self.training:
-            self.update_moving(mean.detach(), var.detach(), groups.values(x, size))
-        if self.probe is not None:
-            measured = Belief(mean.detach(), var.detach())
-            self.probe(measured=measured, used=measured, prior=None)
+        self.record(mean.detach(), var.detach(), groups.values(x, size))
         return mean.repeat(size, 1), var.repeat(size, 1)
 
     def extra_repr(self) -> str:

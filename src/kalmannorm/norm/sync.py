@@ -55,10 +55,7 @@ class SyncBatchNorm(BatchNorm):
         group_var = self._over_groups(var + (mean - group_mean[member]).square(), member, number) / size
 
         y = groups.normalize(x, 1, group_mean[member], group_var[member], self.weight, self.bias, self.eps)
-        self.update_moving(group_mean, group_var, groups.values(x, size))
-        if self.probe is not None:
-            measured = Belief(group_mean.detach(), group_var.detach())
-            self.probe(measured=measured, used=measured, prior=None)
+        self.record(group_mean.detach(), group_var.detach(), groups.values(x, size))
         return y, None
 
     @staticmethod

@@ -5,70 +5,84 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kalmannorm.report import parameters, render, speed
 from kalmannorm.report import table as tables
 from kalmannorm.report.read import Record, Records, curves, load, records, variance_gaps
 from kalmannorm.runs.record import write_atomically
 
-__all__ = ["Record", "Records", "curves", "load", "records", "text", "variance_gaps", "write", "write_all"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Record",
+    "Records",
+    "curves",
+    "load",
+    "make",
+    "records",
+    "variance_gaps",
+    "write",
+    "write_all",
+    "write_files",
+]
 
 
 Files = dict[str, bytes]
 
 
 def write(card: Mapping[str, Any], found: Records, out: Path) -> list[Path]:
-    """Write the files of a card to `out` and return their paths.
+    """Write the files of a card to `out` and return their paths. UserError as for `make` and `write_files`."""
+    return write_files(make(card, found)[1], out)
 
-    A table card: <name>_<dataset>_<budget>.md, .csv, .tex and, once a cell has a value, its picture as .png and .pdf.
-    One of kind "parameters" or "speed": <name>.md, .csv, .tex. A card of kind "figure": .png and .pdf of Figure 5 and
-    of the gaps per layer; of another picture's: <name>_<dataset>_<budget>.png and .pdf. Behind the budget stands what
-    else the command line sets (table7_cifar10_lite_width=0.5). Raises UserError when a figure has no run to draw, or
-    when a file cannot be written; every file is written whole or not at all.
-    """
-    files = KINDS[card.get("kind", "table")](card, found)
+
+def write_files(files: Files, out: Path) -> list[Path]:
+    """Write them to `out` and return their paths; each is written whole or not at all. UserError: it cannot be."""
     for file, content in files.items():
         write_atomically(out / file, content)
     return [out / file for file in files]
 
 
-def text(card: Mapping[str, Any], found: Records) -> str | None:
-    """The card's table for the terminal; None for a figure."""
-    make = TABLES.get(card.get("kind", "table"))
-    return render.text(make(card, found)) if make else None
+def make(card: Mapping[str, Any], found: Records) -> tuple[tables.Table | render.Sheet | None, Files]:
+    """A card's table, None where it is a picture, and its files by name.
 
-
-def _written(table: tables.Table | render.Sheet) -> Files:
+    A table card: <name>_<dataset>_<budget>.md, .csv, .tex and, once a cell has a value, its picture as .png and .pdf.
+    One of kind "parameters" or "speed": <name>.md, .csv, .tex. A card of kind "figure": .png and .pdf of Figure 5 and
+    of the gaps per layer; of another picture's: <name>_<dataset>_<budget>.png and .pdf. Behind the budget stands what
+    else the command line sets (table7_cifar10_lite_width=0.5). Raises UserError when a figure has no run to draw.
+    """
+    kind = card.get("kind", "table")
+    if kind not in TABLES:
+        return None, PICTURES[kind](card, found)
+    table = TABLES[kind](card, found)
     texts = {"md": render.markdown(table), "csv": render.csv(table), "tex": render.latex(table)}
-    return {f"{table.stem}.{ending}": text.encode() for ending, text in texts.items()}
-
-
-def _table(card: Mapping[str, Any], found: Records) -> Files:
-    table = tables.table(card, found)
-    name, files = table.stem, _written(table)
-    if not table.empty and not table.apart:
+    files = {f"{table.stem}.{ending}": text.encode() for ending, text in texts.items()}
+    if isinstance(table, tables.Table) and not table.empty and not table.apart:
         from kalmannorm.report import figure
 
-        picture = figure.accuracy_bars(table)
-        files |= {f"{name}.{kind}": figure.encode(picture, kind) for kind in ("png", "pdf")}
-    return files
+        files |= _encoded(table.stem, figure.accuracy_bars(table))
+    return table, files
+
+
+def _encoded(stem: str, picture: "Figure") -> Files:
+    from kalmannorm.report import figure
+
+    return {f"{stem}.{kind}": figure.encode(picture, kind) for kind in ("png", "pdf")}
 
 
 def _figure(card: Mapping[str, Any], found: Records) -> Files:
     from kalmannorm.report import figure
 
     name = tables.stem(card)
-    drawn = {name: figure.figure5(card, found)}
-    drawn[name.replace(card["name"], f"{card['name']}_layers", 1)] = figure.figure5_layers(card, found)
-    return {f"{stem}.{kind}": figure.encode(drawn[stem], kind) for stem in drawn for kind in ("png", "pdf")}
+    layers = name.replace(card["name"], f"{card['name']}_layers", 1)
+    return _encoded(name, figure.figure5(card, found)) | _encoded(layers, figure.figure5_layers(card, found))
 
 
 def _picture(card: Mapping[str, Any], found: Records) -> Files:
-    from kalmannorm.report import accuracy, figure, layers
+    from kalmannorm.report import accuracy, layers
 
-    drawn = {**accuracy.DRAW, **layers.DRAW}[card["kind"]](card, found)
-    return {f"{tables.stem(card)}.{kind}": figure.encode(drawn, kind) for kind in ("png", "pdf")}
+    return _encoded(tables.stem(card), {**accuracy.DRAW, **layers.DRAW}[card["kind"]](card, found))
 
 
 def write_all(found: Records, out: Path) -> tuple[list[Path], list[str]]:
@@ -85,9 +99,7 @@ def write_all(found: Records, out: Path) -> tuple[list[Path], list[str]]:
     files = {name: content for entry in entries for made in entry.made for name, content in made.files.items()}
     files["claims.md"] = page.write_claims(verdicts).encode()
     files["report.html"] = page.render_page(found, entries, verdicts).encode()
-    for file, content in files.items():
-        write_atomically(out / file, content)
-    return [out / file for file in files], [f"{name}: {problem}" for name, problem in problems.items()]
+    return write_files(files, out), [f"{name}: {problem}" for name, problem in problems.items()]
 
 
 # Of the kinds of card that are tables: the table.
@@ -97,11 +109,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any], Records], tables.Table | render.S
     "speed": speed.sheet,
 }
 
-# What a card's `kind` makes: its files by name.
-KINDS: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {
-    "table": _table,
-    "parameters": lambda card, found: _written(parameters.sheet(card, found)),
-    "speed": lambda card, found: _written(speed.sheet(card, found)),
+# Of the other kinds: its files by name.
+PICTURES: dict[str, Callable[[Mapping[str, Any], Records], Files]] = {
     "figure": _figure,
     **dict.fromkeys(("curves", "stat_batch", "initial_gain", "gains", "layer_errors", "mixture"), _picture),
 }

@@ -37,7 +37,13 @@ def estimators(rows: Sequence[Mapping[str, Any]]) -> str:
 def arithmetic(settings: Sequence[Setting]) -> str:
     """Precision and compilation of the runs: "fp32", "bf16, compiled"; "" without runs."""
     kinds = dict.fromkeys(f"{setting.precision}{', compiled' if setting.compile else ''}" for setting in settings)
-    return f"Precision: {' / '.join(kinds)}." if kinds else ""
+    return " / ".join(kinds)
+
+
+def precision(selections: Sequence[Selection]) -> str:
+    """Their arithmetic in a sentence; "" without runs."""
+    said = arithmetic([selection.setting for selection in selections if selection.setting])
+    return f"Precision: {said}." if said else ""
 
 
 def measure(columns: Sequence[Column]) -> str:
@@ -63,7 +69,7 @@ def seeds(selections: Sequence[Selection]) -> str:
     if not kinds:
         return ""
     if len(kinds) > 1:
-        return "The rows have different seeds (listed in the CSV)."
+        return "The rows have different seeds."
     (common,) = kinds
     return f"{'Seeds' if len(common) > 1 else 'Seed'} {spans(common)}."
 
@@ -154,9 +160,7 @@ def _budget(configs: Sequence[Config], runs: Sequence[Record]) -> str:
         epochs = f"{budget['epochs']} epoch{'s' if budget['epochs'] != 1 else ''}"
         if budget.get("of_epochs") and budget["of_epochs"] != budget["epochs"]:
             epochs += f" (scaled down from {budget['of_epochs']})"
-        images = _images(budget, runs)
-        if _detects(configs):
-            images = images.replace("class-balanced", "fixed")
+        images = _images(budget, runs, "fixed" if _detects(configs) else "class-balanced")
         said.append(f"{budget['name']}: {epochs}, {images}, {_pixels(configs, budget['size'])}")
     return f"Budget {' / '.join(said)}; schedule {_joined(distinct(configs, 'schedule', 'name'))}."
 
@@ -173,11 +177,11 @@ def _pixels(configs: Sequence[Config], size: Any) -> str:
     return f"({size}, {longest}) pixels, {boxes} boxes an image, RoIAlign to {roi}x{roi}"
 
 
-def _images(budget: Config, runs: Sequence[Record]) -> str:
+def _images(budget: Config, runs: Sequence[Record], kind: str) -> str:
     of_budget = [run for run in runs if run["config"]["budget"] == budget]
     counts = sorted({(run.get("data") or {}).get("train_images") or 0 for run in of_budget} - {0})
     said = " / ".join(f"{count:,} " for count in counts or [budget.get("subset") or 0] if count)
-    return f"{said}training images (a class-balanced subset)" if budget.get("subset") else f"all {said}training images"
+    return f"{said}training images (a {kind} subset)" if budget.get("subset") else f"all {said}training images"
 
 
 def _architecture(configs: Sequence[Config], runs: Sequence[Record]) -> str:

@@ -70,8 +70,8 @@ class Cell:
     ids: tuple[str, ...]
     paper: float | None
     notes: tuple[str, ...]
-    batch: Batch | None = None  # of the cell's runs; None for a card that cannot be run yet
-    decimals: int = 2
+    batch: Batch  # of the cell's runs
+    decimals: int
 
 
 def setting_of(record: Record) -> Setting:
@@ -130,8 +130,8 @@ def cell(
     column: Column,
     selection: Selection,
     paper: float | None,
-    notes: Sequence[str] = (),
-    batch: Batch | None = None,
+    notes: Sequence[str],
+    batch: Batch,
 ) -> Cell:
     """The last epoch's accuracy, one on the way to it, or the steps to one; `notes` come before the selection's own.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kalmannorm.errors import UserError
-from kalmannorm.report import cost, render, table, variants
+from kalmannorm.report import cost, table, variants
 from kalmannorm.report.read import Records
 from kalmannorm.report.render import Sheet
 from kalmannorm.report.table import Table
@@ -98,17 +98,15 @@ def _made(card: Mapping[str, Any], records: Records, named: frozenset[str]) -> l
 
 
 def _in_setting(card: Mapping[str, Any], variant: Variant | None, records: Records) -> Made:
-    from kalmannorm.report import KINDS, TABLES
+    from kalmannorm.report import make
 
-    kind = card.get("kind", "table")
-    made = table.table(card, records) if kind == "table" else None
-    sheet = None
+    shown, problem = None, ""
     files: Files = {}
-    problem = ""
-    if made is None or not made.empty:
-        try:
-            files = KINDS[kind](card, records)
-            sheet = render.sheet(TABLES[kind](card, records)) if kind in TABLES and made is None else None
-        except UserError as error:
-            problem = str(error)
+    try:
+        shown, files = make(card, records)
+    except UserError as error:
+        problem = str(error)
+    made = shown if isinstance(shown, Table) else None
+    sheet = shown if isinstance(shown, Sheet) else None
+    files = {} if made and made.empty else files
     return Made(variant, made, sheet, files, cost.describe(card, records), table.command(card), problem)

@@ -15,7 +15,7 @@ from kalmannorm.report import caption, gaps, style
 from kalmannorm.report.cells import Column
 from kalmannorm.report.gaps import Array, Gaps
 from kalmannorm.report.read import Records
-from kalmannorm.report.style import BLUE, GREEN, GREY, ORANGE, SKY
+from kalmannorm.report.style import BLUE, GREEN, GREY, ORANGE, SKY, Look
 from kalmannorm.report.table import Table, command
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ def figure5(card: Mapping[str, Any], records: Records) -> "Figure":
     """Gap between every batch's variance and the moving variance: BN's, KN's posterior, KN's measurement.
 
     Top: absolute. Bottom: over the moving variance, as the absolute variances of two networks do not compare. The
-    card's first two rows are BN's and KN's; the seed "seed" of the card is drawn where both rows have it.
+    card's first two rows are BN's and KN's.
     """
     from matplotlib.figure import Figure
 
     (bn_name, bn_runs), (kn_name, kn_runs) = _compared(card, records)
-    bn, kn = gaps.one_seed(bn_runs, kn_runs, card.get("seed"))
+    bn, kn = gaps.one_seed(bn_runs, kn_runs)
     panels = [(f"{bn_name}: measurement", bn, bn.measured)]
     if kn.used is not None:
         panels.append((f"{kn_name}: posterior", kn, kn.used))
@@ -62,20 +62,20 @@ def figure5_layers(card: Mapping[str, Any], records: Records) -> "Figure":
     (bn_name, bn), (kn_name, kn) = _compared(card, records)
     posteriors = [run.layer_used for run in kn if run.layer_used is not None]
     lines = [
-        (f"{bn_name}: measurement", [run.layer_measured for run in bn], ORANGE, "s", "-"),
-        (f"{kn_name}: measurement", [run.layer_measured for run in kn], SKY, "^", "--"),
-        (f"{kn_name}: posterior", posteriors, BLUE, "o", "-"),
+        (f"{bn_name}: measurement", [run.layer_measured for run in bn], Look(ORANGE, "s", "-")),
+        (f"{kn_name}: measurement", [run.layer_measured for run in kn], Look(SKY, "^", "--")),
+        (f"{kn_name}: posterior", posteriors, Look(BLUE, "o", "-")),
     ]
     with style.context():
         figure = Figure(figsize=(style.WIDTH, 3.9), layout="constrained")
         axis = figure.subplots()
-        for label, runs, colour, marker, dashes in lines:
+        for label, runs, look in lines:
             if runs:
-                _line(axis, np.stack(runs), f"{label} (n = {len(runs)})", colour, marker, dashes)
+                style.band(axis, np.stack(runs), f"{label} (n = {len(runs)})", look)
         style.name_layers(axis, bn[0].layers)
         axis.set_ylim(bottom=0)
         axis.set_ylabel("mean variance gap / moving variance")
-        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        style.grid(axis)
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
         band = " Band: from the lowest to the highest seed." if max(len(bn), len(kn)) > 1 else ""
         setting = caption.short([row["config"] for row in card["rows"]])
@@ -117,8 +117,7 @@ def accuracy_bars(table: Table) -> "Figure":
             axis.axhline(place - 0.5, color="#dddddd", linewidth=0.6)
         if axis.get_xlim()[1] > 100:
             axis.set_xlim(right=100.4)  # an interval may reach beyond 100 %, an accuracy cannot
-        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
+        style.grid(axis, "x")
         axis.set_xlabel(f"{caption.measure(table.columns)} after the last epoch (%)")
         axis.set_title(f"{textwrap.fill(table.title, 90)}\n{textwrap.fill(table.setting, 90)}", loc="left")
         handles = []
@@ -218,14 +217,6 @@ def _without_common_parts(names: list[str]) -> list[str]:
         while all(len(parts) > 1 for parts in split) and len({parts[-1] for parts in split}) == 1:
             split = [parts[:-1] for parts in split]
     return [".".join(parts) for parts in split]
-
-
-def _line(axis: "Axes", runs: Array, label: str, colour: str, marker: str, dashes: str) -> None:
-    """runs: [seeds, K]."""
-    layers = np.arange(runs.shape[1])
-    axis.plot(layers, runs.mean(0), color=colour, marker=marker, linestyle=dashes, ms=4, lw=1.2, label=label)
-    if len(runs) > 1:
-        axis.fill_between(layers, runs.min(0), runs.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
 def _explain(card: Mapping[str, Any], bn: Gaps, kn: Gaps) -> str:

@@ -65,14 +65,10 @@ def of_row(card: Mapping[str, Any], row: Mapping[str, Any], records: Records, co
     return [load(record, records.folder / "records" / f"{record['id']}.npz") for record in selection.runs]
 
 
-def one_seed(first: Sequence[Gaps], second: Sequence[Gaps], wanted: int | None = None) -> tuple[Gaps, Gaps]:
-    """A run of each row: of the wanted seed, else of the lowest common one, else the first of each."""
-    a, b = {gaps.seed: gaps for gaps in first}, {gaps.seed: gaps for gaps in second}
-    common = sorted(a.keys() & b.keys())
-    if not common:
-        return first[0], second[0]
-    seed = wanted if wanted in common else common[0]
-    return a[seed], b[seed]
+def one_seed(first: Sequence[Gaps], second: Sequence[Gaps]) -> tuple[Gaps, Gaps]:
+    """A run of each row: of the lowest common seed, else the first of each."""
+    pairs = [(a, b) for a in first for b in second if a.seed == b.seed]
+    return min(pairs, key=lambda pair: pair[0].seed, default=(first[0], second[0]))
 
 
 def load(record: Record, path: Path) -> Gaps:

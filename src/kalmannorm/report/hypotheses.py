@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kalmannorm.report.statistics import ROUNDING, Summary, summarize
+from kalmannorm.report.statistics import ROUNDING, Summary, summarize, variance
 
 ALPHA = 0.05
 POWER = 0.8
@@ -49,7 +49,7 @@ def examine(hypothesis: Hypothesis, values: Sequence[float]) -> Outcome:
     holds = _holds(hypothesis, summary.mean)
     if len(values) < 2:
         return Outcome(summary, None, holds, None)
-    deviation = math.sqrt(math.fsum((value - summary.mean) ** 2 for value in values) / (len(values) - 1))
+    deviation = math.sqrt(variance(values))
     if deviation < ROUNDING:  # the same in every seed: an interval of width 0 is no evidence
         return Outcome(summary, None, holds, deviation)
     above, below = _one_sided(values, hypothesis.than)

@@ -46,7 +46,7 @@ def gains(card: Mapping[str, Any], records: Records) -> "Figure":
                 learned = np.array([[run["norms"]["gains"][name] for name in order] for run in one.runs])
                 idle = [i for i, name in enumerate(order) if one.runs[0]["norms"]["beliefs"].get(name)]
                 style_of = look[one.name]
-                _band(axis, learned, f"{one.name} (n = {len(one.runs)})", style_of)
+                style.band(axis, learned, f"{one.name} (n = {len(one.runs)})", style_of)
                 axis.plot(idle, learned.mean(0)[idle], **style_of.points, markerfacecolor="white")
                 start = one.config["norm"]["options"]["gain"]
                 axis.axhline(start, color=style_of.colour, linestyle=style_of.dashes, lw=0.7, alpha=0.7)
@@ -81,7 +81,7 @@ def errors(card: Mapping[str, Any], records: Records) -> "Figure":
                     for i, what in enumerate(ESTIMATES):
                         values = np.stack([run.errors[key + part][i] for run in runs if run.errors])
                         if (name, what) in looks and np.isfinite(values).any():
-                            _band(axis, values, f"{name}: {what} (n = {len(runs)})", looks[name, what])
+                            style.band(axis, values, f"{name}: {what} (n = {len(runs)})", looks[name, what])
                 style.grid(axis)
                 axis.set_title(title, loc="left")
             # Last: the panels of a row share their limits, which the smallest part of an error is to set.
@@ -167,14 +167,6 @@ def _stacked(
             axis.legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=2, frameon=False, handlelength=3.2)
         figure.supxlabel(style.wrapped(selected.said(card, found, text)), fontsize=8, x=0.01, ha="left")
     return figure
-
-
-def _band(axis: "Axes", runs: Array, label: str, look: Look) -> None:
-    """runs: [seeds, K]."""
-    layers = np.arange(runs.shape[1])
-    axis.plot(layers, runs.mean(0), **look.line, label=label)
-    if len(runs) > 1:
-        axis.fill_between(layers, runs.min(0), runs.max(0), color=look.colour, alpha=0.2, linewidth=0)
 
 
 def _band_said(found: Sequence[Selected]) -> str:

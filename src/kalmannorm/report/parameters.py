@@ -28,7 +28,7 @@ def sheet(card: Card, found: Records) -> Sheet:
                 Text(f"{parameters / 1e6:.2f} ({parameters:,})"),
                 Text("–" if printed is None else f"{printed:.2f}"),
             ]
-            records.append(_record(row, column, config, parameters, printed))
+            records.append(_record(config, parameters, printed))
             if printed is not None and f"{parameters / 1e6:.2f}" != f"{printed:.2f}":
                 differing.append(f"{row['label']} with {column['label']}")
         rows.append(line)
@@ -67,7 +67,7 @@ def _count(config: str) -> int:
     return parameter_count(json.loads(config))
 
 
-def _record(row: Card, column: Card, config: Card, count: int, printed: float | None) -> dict[str, object]:
+def _record(config: Card, count: int, printed: float | None) -> dict[str, object]:
     return {
         "network": config["arch"]["name"],
         "normalizer": config["norm"]["name"],

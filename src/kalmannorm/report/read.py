@@ -21,9 +21,7 @@ Record = dict[str, Any]
 # Settings that a row of a table does not fix: how precisely the arithmetic runs. Runs that differ in them never share a
 # mean (cells.py).
 EXECUTION = ("precision", "compile", "deterministic")
-# Where a run executes and what it reads and writes: no part of a run's identity, absent from records.
-PLACE = ("device", "data", "results", "runs")
-_LOOSE = frozenset((*EXECUTION, *PLACE, "seed"))
+_LOOSE = frozenset((*EXECUTION, "seed"))
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,14 @@ class Records:
     def open_settings_of(self, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """Configs of the current records of a row's network, normalizer and batches, one of each data set, budget,
         schedule and width."""
-        return list(self._current_by_kind.get(kind_key(config), {}).values())
+        return self._current_by_kind.get(kind_key(config), [])
 
     @functools.cached_property
-    def _current_by_kind(self) -> dict[str, dict[str, Mapping[str, Any]]]:
-        kinds: dict[str, dict[str, Mapping[str, Any]]] = {}
+    def _current_by_kind(self) -> dict[str, list[Mapping[str, Any]]]:
+        kinds: dict[str, list[Mapping[str, Any]]] = {}
         for runs in self._current_by_row.values():
             config = runs[0]["config"]
-            kinds.setdefault(kind_key(config), {}).setdefault(row_key(config), config)
+            kinds.setdefault(kind_key(config), []).append(config)
         return kinds
 
     @functools.cached_property

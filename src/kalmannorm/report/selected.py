@@ -87,8 +87,8 @@ def said(card: Card, found: Sequence[Selected], *more: str, drawn: Sequence[cell
     shown = [one.selection for one in found] if drawn is None else drawn
     parts = [
         f"{card['title'].rstrip('.')}. {caption.short([one.config for one in found])}.",
-        caption.seeds(shown).replace(" (listed in the CSV)", ""),
-        caption.arithmetic([selection.setting for selection in shown if selection.setting]),
+        caption.seeds(shown),
+        caption.precision(shown),
         *more,
     ]
     # Rows of one name (swept settings) go by their keys, which `rows=` takes.

@@ -65,7 +65,7 @@ def summarize(values: Sequence[float]) -> Summary:
     mean = math.fsum(values) / n
     if n == 1:
         return Summary(mean, None, 1)
-    return Summary(mean, t_quantile(n - 1) * math.sqrt(_variance(values) / n), n)
+    return Summary(mean, t_quantile(n - 1) * math.sqrt(variance(values) / n), n)
 
 
 def difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
@@ -88,14 +88,15 @@ def difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Diff
     return Difference(mean, half_width, min(len(a), len(b)), paired=False)
 
 
-def _variance(values: Sequence[float]) -> float:
+def variance(values: Sequence[float]) -> float:
+    """Sample variance of at least two values."""
     mean = math.fsum(values) / len(values)
     return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
 def _welch(a: Sequence[float], b: Sequence[float]) -> float:
     """Half width of Welch's interval, with the degrees of freedom of Welch and Satterthwaite."""
-    u, v = _variance(a) / len(a), _variance(b) / len(b)
+    u, v = variance(a) / len(a), variance(b) / len(b)
     if u + v == 0:
         return 0.0
     degrees = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1))

@@ -112,6 +112,14 @@ def logarithmic(axis: "Axes", floor: float) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
+def band(axis: "Axes", runs: Any, label: str, look: Look) -> None:
+    """A line over the layers, the mean of runs [seeds, K], with a band from the lowest to the highest."""
+    layers = range(runs.shape[1])
+    axis.plot(layers, runs.mean(0), **look.line, label=label)
+    if len(runs) > 1:
+        axis.fill_between(layers, runs.min(0), runs.max(0), color=look.colour, alpha=0.2, linewidth=0)
+
+
 def name_layers(axis: "Axes", names: Sequence[str], most: int = 24) -> None:
     """The normalizers' names along the horizontal axis; more than `most` would touch."""
     every = -(-len(names) // most)

@@ -66,7 +66,6 @@ class Contrast:
 class Table:
     """All that the renderers and pictures need."""
 
-    name: str
     stem: str  # file name without ending
     title: str
     setting: str  # data, architecture and budget in a few words
@@ -127,7 +126,6 @@ def table(card: Card, records: Records) -> Table:
     datasets = caption.distinct(configs, "dataset", "name")
     same_data = card.get("paper_dataset") is None or datasets == [card["paper_dataset"]]
     return Table(
-        name=card["name"],
         stem=stem(card),
         title=card["title"].rstrip("."),
         setting=caption.short(configs),
@@ -297,7 +295,7 @@ def _caption(card: Card, columns: Sequence[Column], selections: Selections) -> s
         caption.what_was_trained(configs_of(card), runs),
         caption.estimators(rows),
         caption.seeds(chosen),
-        caption.arithmetic([selection.setting for selection in chosen if selection.setting]),
+        caption.precision(chosen),
         f"Values: {caption.measure(columns)} in percent of the last epoch (never the best), mean over n seeds ± half "
         "the 95 % Student-t interval (none at n = 1).",
         "(grad, stat): images per optimizer step and images per set of statistics.",

@@ -323,7 +323,7 @@ def _rests_on(runs: Sequence[Record], configs: Sequence[Config], setting: Settin
         *norms,
         *(["the initial gain is ours"] if any("initial gain" in norm for norm in norms) else []),
         count,
-        caption.arithmetic([setting]).rstrip(".").replace("Precision: ", ""),
+        caption.arithmetic([setting]),
         f"seed{'s' if len(seeds) > 1 else ''} {_few([str(seed) for seed in seeds])}",
     )
 

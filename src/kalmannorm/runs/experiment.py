@@ -63,7 +63,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
     card["rows"] = _choose([one for row in card["rows"] for one in _swept(row)], own.get("rows"))
     seeds = _seeds(own.get("seeds", str(card.get("seeds", 1))))
     card["command"] = " ".join(["kalmannorm sweep", name, *arguments])
-    for key in (override.partition("=")[0] for override in overrides if override.startswith("arch.")):
+    for key in (override.partition("=")[0] for override in overrides if override.startswith(("arch.", "norm"))):
         if len({tuple(o for o in row["overrides"] if o.startswith(f"{key}=")) for row in card["rows"]}) > 1:
             raise UserError(f"{key}: the rows of {name} differ in it; name some that do not by rows=KEY,KEY")
 

@@ -1,6 +1,5 @@
 """A sweep: what an experiment asks for, less what is done. A report: its table or figure from the records."""
 
-import os
 import signal
 import sys
 import time
@@ -94,7 +93,7 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
 def report(name: str, arguments: list[str]) -> int:
     """Writes the experiment's files, prints the table and the paths."""
     from kalmannorm import report as reports
-    from kalmannorm.report import variants
+    from kalmannorm.report import render, variants
 
     _, arguments = split(arguments)
     experiment = load(name, arguments)
@@ -102,11 +101,12 @@ def report(name: str, arguments: list[str]) -> int:
     plain = load(name, [f"{key}={named[key]}" for key in ("dataset", "budget", "rows", "columns") if key in named])
     chosen = [f"{key}={named[key]}" for key in ("rows", "columns") if key in named]
     experiment.card["variant"] = [*variants.set_apart(experiment.card, plain.card), *variants.in_names(chosen)]
-    results = Path(experiment.runs[0]["results"] if experiment.runs else "results")
+    results = Path(experiment.runs[0]["results"])
     found = reports.records(results, records.NUMERICS)
-    paths = reports.write(experiment.card, found, results)
-    if (shown := reports.text(experiment.card, found)) is not None:
-        print(shown)
+    table, files = reports.make(experiment.card, found)
+    paths = reports.write_files(files, results)
+    if table is not None:
+        print(render.text(table))
     for path in paths:
         print(path)
     return 0
@@ -322,10 +322,11 @@ def _check_data(jobs: list[Job]) -> None:
 
 def _make_paths_absolute(jobs: list[Job]) -> None:
     """Other machines start elsewhere; they see the same folders, on a shared file system."""
+    from kalmannorm import data
+
     for job in jobs:
         config = job.config
-        data = config["data"] or os.environ.get("KALMANNORM_DATA") or "data"
-        config["data"] = str(Path(data).expanduser().absolute())
+        config["data"] = str(data.root(config["data"]).absolute())
         config |= {key: str(Path(config[key]).absolute()) for key in ("results", "runs")}
         job.folder = Path(config["runs"]) / job.identity
 
