@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from kalmannorm.cli import main
 from kalmannorm.data import coco
-from kalmannorm.engine import average_precision, checkpoint, detection, detector
+from kalmannorm.engine import average_precision, checkpoint, detection, detector, progress
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.runs import experiment
 from kalmannorm.runs.config import compose
@@ -134,12 +134,21 @@ def test_going_on_in_mid_epoch_ends_in_the_same_numbers(root, tmp_path, monkeypa
     assert all(torch.equal(momentum[0][i]["momentum_buffer"], momentum[1][i]["momentum_buffer"]) for i in momentum[0])
 
 
-def test_a_run_may_end_within_an_epoch(root, tmp_path):
+def test_a_run_may_end_within_an_epoch(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "FILE_EVERY", 0)
     overrides = [*TINY, "norm=gn", "budget.epochs=2", "batch.grad_batch=2", "dataset.steps=3", *place(root, tmp_path)]
     assert main(["train", *overrides]) == 0
     record, state = outcome(tmp_path)
     assert record["curves"]["step"] == [2, 3] and (state["epoch"], state["step"]) == (1, 1)
     assert record["final"]["moving"] == record["final"]["online"]
+    assert json.loads((tmp_path / record["id"] / progress.FILE).read_text())["part"] == 1
+
+
+def test_workers_are_those_asked_for(root):
+    images = coco.load("coco", root, 3)
+    for asked, count in (("auto", 0), (0, 0), (3, 3)):  # a CPU is busy with the network
+        config = compose([*TINY, "norm=gn", f"workers={asked}", f"data={root}"])
+        assert detection.training_batches(config, images, Ranks(config)).workers == count
 
 
 def test_frozen_constants_are_measured_once(root, tmp_path):
@@ -279,7 +288,7 @@ def test_the_recipe_is_280k_steps():
     assert detection.learning_rate(150, 280, schedule, 8) == pytest.approx(0.001)
 
 
-def test_the_card_of_table_6(capsys):
+def test_the_card_of_table_6():
     card = experiment.load("table6", ["seeds=1"])
     norms = {row["key"]: row["config"]["norm"]["name"] for row in card.card["rows"]}
     assert norms == {"frozen_bn": "frozen", "gn": "gn", "kn": "bkn", "kn_stat1": "bkn", "kn_carried": "bkn"}

@@ -100,6 +100,11 @@ def test_merge_takes_a_finished_run_for_a_failed_one(tmp_path, capsys):
     done = add(tmp_path / "other", ["seed=1"])
     assert main(["records", "merge", str(tmp_path / "other"), "--results", str(tmp_path / "here")]) == 0
     assert failed.read_bytes() == done.read_bytes() and "1 records taken" in capsys.readouterr().out
+    before = add(tmp_path / "other", ["seed=1"], status="failed", reason="out of memory")  # of another machine
+    assert main(["records", "merge", str(tmp_path / "other"), "--results", str(tmp_path / "here")]) == 0
+    assert failed.read_bytes() != before.read_bytes() and "0 records taken" in capsys.readouterr().out
+    add(tmp_path / "here", ["seed=1"], status="failed", reason="killed")
+    assert main(["records", "merge", str(tmp_path / "other"), "--results", str(tmp_path / "here")]) == 0
 
 
 def test_prune_lists_and_deletes_on_request(tmp_path, capsys):

@@ -320,11 +320,11 @@ def test_many_records_are_quick(tmp_path: Path) -> None:
     for seed in range(1, 126):
         for row in (BN, BN_LARGE, KN, KN_OUTPUT):
             write_record(tmp_path, row, seed)
-    start = time.perf_counter()
+    start = time.process_time()  # other processes on the machine do not count
     found = made(tmp_path)
     for renderer in (render.markdown, render.csv, render.latex, render.text):
         renderer(found)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert [row.cells[0].summary.n for row in found.rows if row.cells[0].summary] == [125] * 4
 
 

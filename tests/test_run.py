@@ -349,7 +349,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_record_that_says_so(tmp_p
     assert "final" not in record and "not finite" in capsys.readouterr().err
 
 
-def test_bf16_and_compile_are_options(tmp_path):
+def test_bf16_is_an_option(tmp_path):
     assert main(["train", *SMALL, "precision=bf16", *place(tmp_path)]) == 0
     assert only_record(tmp_path)["config"]["precision"] == "bf16"
 
@@ -375,13 +375,17 @@ def test_every_run_of_a_process_is_compiled(tmp_path, monkeypatch):
 # --- evaluation ---
 
 
-def test_every_image_is_counted_once_and_the_order_of_the_test_set_does_not_matter_to_moving():
+def test_every_image_is_counted_once_and_the_order_of_the_test_set_does_not_matter_to_moving(monkeypatch):
     config = compose([*SMALL, "norm=bn", "batch.stat_batch=128"])
     model, _ = build(config)
     arrays = data.load("digits", Path("data"))
     _, test = train.loaders(config, arrays, Ranks(config))
-    for kind in ("moving", "online"):
-        assert evaluate(model, test, kind, 128)["images"] == 360  # 360 is no multiple of 128
+    found = {kind: evaluate(model, test, kind, 128) for kind in ("moving", "online")}
+    assert [values["images"] for values in found.values()] == [360, 360]  # 360 is no multiple of 128
+    monkeypatch.setattr(test, "fixed_order", lambda: torch.arange(360))
+    for kind, values in found.items():
+        other = evaluate(model, test, kind, 128)["loss"]
+        assert math.isclose(other, values["loss"], rel_tol=1e-5) is (kind == "moving")
 
 
 @pytest.mark.parametrize(("norm", "kinds"), [("bkn", ["moving", "online"]), ("gn", ["moving"])])

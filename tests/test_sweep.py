@@ -307,6 +307,18 @@ def test_a_thousand_finished_runs_are_skipped_within_five_seconds(tmp_path):
     assert "0 of 1000 runs to do" in done.stderr and seconds < 5
 
 
+def test_paths_mean_the_same_elsewhere(tmp_path, monkeypatch):
+    """On machines of Ray or Slurm, which start in other folders."""
+    monkeypatch.chdir(tmp_path)
+    Path("w.pth").write_bytes(b"weights")
+    overrides = ["dataset=coco", "arch=mask_rcnn_c4", "schedule=c4_280k", "batch=g8_s2", "budget=smoke"]
+    config = compose([*overrides, "weights=w.pth", "data=d", "results=r", "runs=s"])
+    sweep._make_paths_absolute([job := Job(config, "key", 1, None)])
+    found = {key: job.config[key] for key in ("data", "results", "runs", "weights")}
+    assert found == {k: str(tmp_path / v) for k, v in zip(found, ("d", "r", "s", "w.pth"), strict=True)}
+    assert job.folder.parent == tmp_path / "s"
+
+
 @pytest.mark.slow
 def test_twelve_real_runs_two_failures_and_a_kill(tmp_path, monkeypatch):
     """What a user has to do after the worst day: call it again. Prints what a sweep costs beside its runs."""

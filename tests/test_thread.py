@@ -244,6 +244,17 @@ def test_operations_that_lose_a_belief_are_reported(case: str) -> None:
     assert error(y.detach(), convert(net, "bn", stat_batch=2)(x).detach()) < 1e-5
 
 
+@pytest.mark.parametrize("predictor", ["closed", "sampling"])
+def test_a_subclass_that_computes_something_else_is_no_relu(predictor: str) -> None:
+    class Odd(nn.ReLU):
+        def forward(self, input: Tensor) -> Tensor:
+            return input + 3 if input.sum() > 0 else input  # which torch.fx cannot look into
+
+    layers = [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Odd(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]
+    net = convert(nn.Sequential(*layers), "bkn", stat_batch=2, predictor=predictor)
+    assert "Odd" in str(belief_report(net)["4"])
+
+
 def test_report_per_normalizer() -> None:
     model = convert(Residual(), "bkn", stat_batch=2)
     report = belief_report(model)
@@ -286,7 +297,7 @@ def test_belief_of_the_input_of_a_wrong_shape(input_belief: Any) -> None:
 
 
 def test_fully_connected_layers_predict() -> None:
-    """ALGORITHM 3: convolution and linear."""
+    """Convolution and linear."""
     net = Perceptron()
     model = convert(net, "bkn", stat_batch=4)
     assert belief_report(model)["bn2"] is None

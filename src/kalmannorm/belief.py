@@ -190,7 +190,7 @@ class _RectifiedMoments(torch.autograd.Function):
         density = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
         below, above = torch.special.ndtr(-a), torch.special.ndtr(a)
         rectified = torch.where(positive, mean * above + sd * density, mean.clamp_min(0)).clamp_min(0)
-        # E2 - E^2, written so that it does not cancel (ALGORITHM: rectified Gaussian).
+        # E2 - E^2, written so that it does not cancel.
         share = above + a * a * above * below + a * density * (below - above) - density * density
         slope = torch.where(positive, density / sd, 0)
         ctx.save_for_backward(above, below, slope, rectified)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kalmannorm import machine
 from kalmannorm.data import beton, cifar, digits, folder, svhn
 from kalmannorm.data.arrays import Arrays, class_balanced_subset, resize
 from kalmannorm.data.beton import Betons
@@ -67,8 +68,7 @@ def workers_of(asked: int | str, world: int) -> int:
     """Workers of one of `world` processes: those asked for; "auto": its share of this machine's cores, up to 16."""
     if asked != "auto":
         return int(asked)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+    return max(1, min(16, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
 
 
 def load(name: str, root: Path) -> Arrays:
@@ -86,6 +86,9 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
         raise UserError(
             f"dataset {name!r} is read as it is: unpack the official files into {root / name} (data/coco.py)"
         )
+    if name in folder.READ_AS_IT_IS:
+        how = folder.HOW_TO_GET.get(name, folder.LAYOUT)
+        raise UserError(f"dataset {name!r} is read as it is, from {root / name}: {how}")
     if name not in PREPARE:
         raise UserError(nearest(name, PREPARE, "dataset"))
     return PREPARE[name](name, root, archive, download)

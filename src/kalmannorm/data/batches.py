@@ -1,7 +1,7 @@
 """What every loader has in common: which images a step sees, in which order, and what part of them this process takes.
 
 The engine knows loaders by this class alone. Where pixels come from is theirs: arrays on the device (`loader`), files
-through torchvision (`stream`), or FFCV's file (`beton`).
+through torchvision (`stream`), or FFCV's file (`beton_loader`).
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class Batches(ABC):
     """Batches of one split.
 
     count: images of the split. batch: images per step over all devices. seed: of the order and the augmentation.
-    shard: (rank, world); this rank takes the positions rank::world of every batch (ALGORITHM.md 1).
+    shard: (rank, world); this rank takes the positions rank::world of every batch (docs/trust.md).
     """
 
     def __init__(

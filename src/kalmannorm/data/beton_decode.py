@@ -1,6 +1,6 @@
 """FFCV operations, compiled by numba: an image's crop and flip are drawn from its key. Imports ffcv.
 
-An index is 64 bits: the image's number below, its key above (data/beton.py).
+An index is 64 bits: the image's number below, its key above (data/beton_loader.py).
 """
 
 from collections.abc import Callable

@@ -26,6 +26,7 @@ HOW_TO_GET = {
         "train/n01440764/*.JPEG and val/n01440764/*.JPEG"
     )
 }
+READ_AS_IT_IS = ("imagenet", "tiny_imagenet_20", "image_folder")
 LAYOUT = "expected torchvision's ImageFolder layout, train/CLASS/*.jpg and val/CLASS/*.jpg"
 PIPELINE = "torchvision; crops and flips keyed by (seed, epoch, position)"
 ELSE = "`dataset=digits` runs without any download"

@@ -1,6 +1,6 @@
 """The whole set on the training device; whole batches cropped, flipped and normalized there, no Python per image.
 
-Released CIFAR recipe (ALGORITHM.md 7): zero-pad the raw image, crop at random, flip at random, subtract the training
+The released CIFAR recipe: zero-pad the raw image, crop at random, flip at random, subtract the training
 set's per-pixel mean, divide by 128.
 
 Every draw of an epoch is made beforehand on the CPU from (seed, epoch) alone, for all the images of the epoch, and goes
@@ -28,7 +28,7 @@ class Loader(Batches):
     images: uint8 [N, H, W, 3]; labels: int64 [N]. batch: images per step over all devices.
     pad: zeros around the raw image, in pixels; crops move by up to that much. flip: half of the images are mirrored.
     mean: float [3, H, W] on the scale 0..255, that of the training set; None: the mean of these images.
-    shard: (rank, world); this rank takes the positions rank::world of every batch (ALGORITHM.md 1).
+    shard: (rank, world); this rank takes the positions rank::world of every batch (docs/trust.md).
     """
 
     def __init__(

@@ -6,7 +6,6 @@ the run may end within one (`dataset.steps`), and detectors are evaluated once, 
 
 import copy
 import math
-import os
 import time
 from itertools import islice
 from pathlib import Path
@@ -95,6 +94,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def training_batches(config: Config, images: Coco, ranks: Ranks) -> TrainingBatches:
     """The training images of the budget, dealt out to the ranks."""
+    asked = config["workers"]
     return TrainingBatches(
         images,
         coco.choose(images.train_images, config["budget"]["subset"]),
@@ -103,7 +103,8 @@ def training_batches(config: Config, images: Coco, ranks: Ranks) -> TrainingBatc
         seed=config["seed"],
         device=ranks.device,
         shard=ranks.shard,
-        workers=min(8, (os.cpu_count() or 1) // ranks.world) if ranks.device.type == "cuda" else 0,
+        # A CPU is busy with the network itself.
+        workers=0 if (asked, ranks.device.type) == ("auto", "cpu") else data.workers_of(asked, ranks.world),
     )
 
 
@@ -143,7 +144,7 @@ def learning_rate(step: int, total: int, schedule: dict[str, Any], batch: int) -
 def _fit(config: Config, session: Session, batches: TrainingBatches, progress: Progress, stop: StopRequest) -> None:
     """The training, from where the last checkpoint left it. Raises Diverged and Stopped."""
     steps, total = batches.steps_per_epoch, total_steps(config, batches)
-    progress.begin(session.epoch * steps + session.step, steps, batches.batch, session.folder)
+    progress.begin(session.epoch * steps + session.step, total, batches.batch, session.folder)
     forward = session.ranks.wrap(session.model)
     spread_batches(session.model, session.ranks.world * config["accumulate"] > 1)
     epochs = math.ceil(total / steps)

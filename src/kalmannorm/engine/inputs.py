@@ -1,7 +1,7 @@
 """A run's training and test images: the data set's configuration says where they come from and which loader feeds them.
 
 Without `dataset.loader`: arrays in memory (data/loader.py). With it: an image folder, through torchvision's transforms
-(data/stream.py) or through FFCV's files (data/beton.py).
+(data/stream.py) or through FFCV's files (data/beton_loader.py).
 """
 
 import json

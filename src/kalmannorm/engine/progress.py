@@ -52,10 +52,10 @@ class Progress:
         if self._writer is not None:
             self._writer.close()
 
-    def begin(self, first: int, steps: int, batch: int, folder: Path) -> None:
-        """Training starts, or goes on, after `first` steps of `batch` images; an epoch has `steps` of them."""
-        self._first, self._steps, self._batch = first, steps, batch
-        self._task = self._bar.add_task(self.title, total=self.epochs * steps, completed=first, status="")
+    def begin(self, first: int, total: int, batch: int, folder: Path) -> None:
+        """Training starts, or goes on, after `first` of `total` steps of `batch` images."""
+        self._first, self._total, self._batch = first, total, batch
+        self._task = self._bar.add_task(self.title, total=total, completed=first, status="")
         self._training = time.perf_counter()
         if self.quiet:
             return
@@ -74,9 +74,8 @@ class Progress:
         self._bar.update(self._task, completed=done, status=status)
         if not self.quiet and time.perf_counter() - self._written > FILE_EVERY:
             self._written = time.perf_counter()
-            total = self.epochs * self._steps
-            left = self.seconds / (done - self._first) * (total - done)
-            now = {"part": done / total, "status": status, "seconds_left": round(left, 1)}
+            left = self.seconds / (done - self._first) * (self._total - done)
+            now = {"part": done / self._total, "status": status, "seconds_left": round(left, 1)}
             self._file.write_text(json.dumps(now))
 
     def epoch(self, curves: dict[str, list[Any]]) -> None:
@@ -89,7 +88,7 @@ class Progress:
         self._writer.flush()
         if self._bar.disable:
             done = max(1, now["step"] - self._first)  # 0 where only the evaluation of an epoch was left to do
-            left = self.seconds / done * (self.epochs * self._steps - now["step"])
+            left = self.seconds / done * (self._total - now["step"])
             tested = "".join(f"{kind} {now[kind]:.2f} %  " for kind in ("moving", "online") if kind in now)
             print(
                 f"{self.title}  epoch {now['epoch']}/{self.epochs}  loss {now['train_loss']:.3f}  {tested}"

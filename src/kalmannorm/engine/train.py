@@ -92,7 +92,7 @@ def _fit(
         initialize(session.model, train)
     epochs, stat_batch, ranks = config["budget"]["epochs"], config["batch"]["stat_batch"], session.ranks
     steps = train.steps_per_epoch
-    progress.begin(session.epoch * steps + session.step, steps, train.batch, session.folder)
+    progress.begin(session.epoch * steps + session.step, epochs * steps, train.batch, session.folder)
     forward = ranks.wrap(session.model)
     if config["compile"]:
         torch.compiler.reset()  # a worker lives on from run to run, and the compiler gives up after a few models

@@ -12,7 +12,7 @@ from kalmannorm.norm.batch import GroupedStatistics
 from kalmannorm.norm.estimate import normalize_by_posterior
 from kalmannorm.norm.group import refuse_single_values
 
-INITIAL_NOISE = 0.02  # R's start, per channel (ALGORITHM: "starts near 0.02"; no source gives it)
+INITIAL_NOISE = 0.02  # R's start, per channel: no source gives it
 
 
 class Estimator(nn.Module):

@@ -70,7 +70,7 @@ def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[V
         "paper": render.paper_value,
         "pair": caption.pair,
         "difference": _difference,
-        "signed": remarks.signed,
+        "printed": _printed,
         "mark": table.mark,
     }
     return environment.get_template("report.html.j2").render(**view, **helpers)
@@ -247,6 +247,12 @@ def _anchor(kind: str, text: str) -> str:
     return kind + hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
+def _printed(verdict: Verdict) -> str:
+    """The paper's value of a claim on the verdict's data, as printed: "+1.5"; "" where there is none."""
+    printed = verdict.claim.printed(verdict.dataset)
+    return "" if printed is None else f"{printed:+g}".replace("-", "−")
+
+
 def write_claims(verdicts: Iterable[Verdict]) -> str:
     """results/claims.md: the verdicts as a table, with what each rests on below."""
     lines = [
@@ -265,8 +271,7 @@ def write_claims(verdicts: Iterable[Verdict]) -> str:
     for verdict in verdicts:
         claim = verdict.claim
         setting = " ".join(filter(None, (verdict.dataset, f"**{escape(verdict.reduced)}**" if verdict.reduced else "")))
-        printed = claim.printed(verdict.dataset)
-        shown = "–" if printed is None else f"{printed:+g}".replace("-", "−")
+        shown = _printed(verdict) or "–"
         said = "; ".join(filter(None, (verdict.estimate, verdict.test, verdict.why)))
         places = (verdict.state, escape(f"{claim.text} ({claim.where})"), setting or "–", escape(said), shown)
         lines.append(f"| {' | '.join(places)} |")

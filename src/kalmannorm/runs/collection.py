@@ -40,7 +40,7 @@ def merge(results: str, folders: list[str]) -> int:
     """Copies the records, and the arrays beside them, that `results` has not. 1 if any could not be taken in.
 
     A record that is there already is left as it is, but for a failed one, which a done one replaces. It is no conflict
-    if it says the same but for time and host.
+    if it says the same but for time and host, or if the other failed.
     """
     sources = [(folder, file) for folder in folders for file in _files(folder)]
     taken = known = 0
@@ -55,6 +55,9 @@ def merge(results: str, folders: list[str]) -> int:
             continue
         if here is not None and here["status"] == "failed" and record["status"] == "done":
             here = None  # as a sweep that is called again replaces it
+        if here is not None and record["status"] == "failed":
+            known += 1
+            continue
         if here is not None and (differing := _differences(here, record)):
             what = ", ".join(differing)
             problems.append(f"{file.stem}: {results} and {folder} differ in {what}; that of {results} stays")

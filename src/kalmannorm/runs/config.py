@@ -1,10 +1,10 @@
 """From overrides to one run's configuration: composed by Hydra, resolved, checked before any data is touched."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
+from kalmannorm import machine
 from kalmannorm.errors import UserError
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, preset_options
 from kalmannorm.runs import composition
@@ -60,7 +60,7 @@ def check_batches(config: Config, devices: int) -> None:
     """UserError unless every device, and every micro-batch there, gets whole statistics groups."""
     grad, stat, parts = config["batch"]["grad_batch"], config["batch"]["stat_batch"], config["accumulate"]
     name = config["norm"]["name"]
-    if not isinstance(parts, int) or parts < 1:
+    if not _is_count(parts, 1):
         raise UserError(f"accumulate = {parts}: expected a positive number of micro-batches")
     where = f"{devices} devices" + (f" x accumulate = {parts}" if parts > 1 else "")
     if grad % (devices * parts):
@@ -127,9 +127,12 @@ def _resolve_detection(config: Config) -> None:
 def _device(asked: str) -> str:
     if asked != "auto":
         return asked
-    # Asking torch would take seconds, and a run that is done already needs no torch.
-    has_driver = Path("/proc/driver/nvidia/version").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-    return "cuda" if has_driver else "cpu"
+    return "cuda" if machine.has_gpu() else "cpu"
+
+
+def _is_count(value: object, least: int) -> bool:
+    """Whether it is a whole number from `least`; true and false, which Python counts as 1 and 0, are none."""
+    return type(value) is int and value >= least
 
 
 def _check(config: Config) -> None:
@@ -137,16 +140,16 @@ def _check(config: Config) -> None:
     grad, stat = batch["grad_batch"], batch["stat_batch"]
     _expect(config["precision"] in ("fp32", "bf16"), "precision", config["precision"], "fp32, bf16 or auto")
     _expect(isinstance(config["compile"], bool), "compile", config["compile"], "true, false or auto")
-    _expect(isinstance(config["seed"], int) and config["seed"] >= 0, "seed", config["seed"], "an integer from 0")
-    _expect(isinstance(grad, int) and grad >= 1, "batch.grad_batch", grad, "a positive number of images")
+    _expect(_is_count(config["seed"], 0), "seed", config["seed"], "an integer from 0")
+    _expect(_is_count(grad, 1), "batch.grad_batch", grad, "a positive number of images")
     if stat is not None:
-        _expect(isinstance(stat, int) and stat >= 1, "batch.stat_batch", stat, "a positive number of images, or null")
+        _expect(_is_count(stat, 1), "batch.stat_batch", stat, "a positive number of images, or null")
         _expect(stat <= grad, "batch.stat_batch", stat, f"at most batch.grad_batch = {grad}")
         _expect(grad % stat == 0, "batch.grad_batch", grad, f"a multiple of batch.stat_batch = {stat}")
     for key in ("epochs", "of_epochs", "size"):
-        _expect(isinstance(budget[key], int) and budget[key] >= 1, f"budget.{key}", budget[key], "a positive integer")
+        _expect(_is_count(budget[key], 1), f"budget.{key}", budget[key], "a positive integer")
     subset = budget["subset"]
-    _expect(subset is None or (isinstance(subset, int) and subset >= grad), "budget.subset", subset,
+    _expect(subset is None or _is_count(subset, grad), "budget.subset", subset,
             f"null or at least one step's {grad} images")  # fmt: skip
     dataset, workers = config["dataset"], config["workers"]
     if "loader" in dataset:
@@ -154,7 +157,7 @@ def _check(config: Config) -> None:
                 " or ".join(LOADERS))  # fmt: skip
         _expect(dataset["unreadable"] in UNREADABLE, "dataset.unreadable", dataset["unreadable"],
                 " or ".join(UNREADABLE))  # fmt: skip
-    _expect(workers == "auto" or (isinstance(workers, int) and workers >= 0), "workers", workers,
+    _expect(workers == "auto" or _is_count(workers, 0), "workers", workers,
             "auto or a number of processes")  # fmt: skip
     options = config["norm"]["options"]
     if "input_belief" in options:

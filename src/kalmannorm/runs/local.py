@@ -5,9 +5,10 @@ import select
 from dataclasses import dataclass, field
 
 from kalmannorm.errors import UserError
+from kalmannorm.machine import cores, visible_gpus
 from kalmannorm.runs.attempt import Outcome
 from kalmannorm.runs.config import Config
-from kalmannorm.runs.options import Options, cores, visible_gpus
+from kalmannorm.runs.options import Options
 from kalmannorm.runs.record import run_id
 from kalmannorm.runs.worker import Worker
 

@@ -1,9 +1,6 @@
 """Where a sweep's runs execute: the arguments that say so, which are no overrides and no part of a run."""
 
-import os
-import subprocess
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kalmannorm.errors import UserError, nearest
@@ -68,23 +65,6 @@ def split(arguments: list[str]) -> tuple[Options, list[str]]:
     if options.gpus is not None and not any(argument.startswith("device=") for argument in rest):
         rest.append("device=cuda")
     return options, rest
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def visible_gpus() -> tuple[str, ...]:
-    """Ids of this machine's GPUs, those of CUDA_VISIBLE_DEVICES if it is set; without torch, which takes seconds."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return tuple(part for part in chosen.split(",") if part)
-    try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return ("0",) if Path("/proc/driver/nvidia/version").exists() else ()
-    return tuple(str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU")) or ("0",)
 
 
 def _number(key: str, text: str, least: int) -> int:

@@ -328,6 +328,8 @@ def _make_paths_absolute(jobs: list[Job]) -> None:
         config = job.config
         config["data"] = str(data.root(config["data"]).absolute())
         config |= {key: str(Path(config[key]).absolute()) for key in ("results", "runs")}
+        if config["weights"] is not None:
+            config["weights"] = str(Path(config["weights"]).expanduser().absolute())
         job.folder = Path(config["runs"]) / job.identity
 
 
