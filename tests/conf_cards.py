@@ -7,9 +7,9 @@ from typing import Any
 
 from report_fixtures import write_record
 
+from kalmannorm.record import NUMERICS
 from kalmannorm.report import variants
 from kalmannorm.runs import experiment
-from kalmannorm.runs.record import NUMERICS
 
 
 @functools.cache

@@ -15,9 +15,9 @@ import time
 import types
 from pathlib import Path
 
+from kalmannorm import record as records
+from kalmannorm.config import result_part
 from kalmannorm.errors import Stopped, UserError
-from kalmannorm.runs import record as records
-from kalmannorm.runs.config import result_part
 
 HERE = Path(__file__).resolve()
 

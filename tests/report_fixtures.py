@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from kalmannorm import report
+from kalmannorm.record import run_id
 from kalmannorm.report.table import Row, Table, table
-from kalmannorm.runs.record import run_id
 
 NUMERICS = 3
 BINS, CHANNELS, LAYERS = 24, 40, 19

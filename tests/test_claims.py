@@ -11,12 +11,12 @@ import yaml
 from report_fixtures import NUMERICS, write_record
 
 from kalmannorm import report
+from kalmannorm.config import conf_dir
 from kalmannorm.report import claims, hypotheses, quantities, speed, variants, verdicts
 from kalmannorm.report.claims import Claim
 from kalmannorm.report.hypotheses import Hypothesis
 from kalmannorm.report.verdicts import Verdict
 from kalmannorm.runs import experiment
-from kalmannorm.runs.config import conf_dir
 
 ON_CPU = ("dataset=digits", "device=cpu")
 ROWS = {

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 
+from kalmannorm import composition
+from kalmannorm.config import RESULT_KEYS, compose, conf_dir, result_part
 from kalmannorm.errors import UserError
 from kalmannorm.presets import BATCH_STATISTICS
-from kalmannorm.runs import composition, experiment
-from kalmannorm.runs.config import RESULT_KEYS, compose, conf_dir, result_part
-from kalmannorm.runs.record import run_id
+from kalmannorm.record import run_id
+from kalmannorm.runs import experiment
 
 
 def test_presets_are_resolved_into_the_configuration():
@@ -76,7 +77,7 @@ def test_id_depends_on_what_determines_the_result_and_on_nothing_else():
 def test_id_changes_with_numerics(monkeypatch):
     config = compose([])
     before = run_id(config)
-    monkeypatch.setattr("kalmannorm.runs.record.NUMERICS", 10**6)
+    monkeypatch.setattr("kalmannorm.record.NUMERICS", 10**6)
     assert run_id(config) != before
 
 

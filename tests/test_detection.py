@@ -15,12 +15,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from kalmannorm.cli import main
+from kalmannorm.config import compose
 from kalmannorm.data import coco
 from kalmannorm.engine import average_precision, checkpoint, detection, detector, progress
 from kalmannorm.engine.ranks import Ranks
+from kalmannorm.record import run_id
 from kalmannorm.runs import experiment
-from kalmannorm.runs.config import compose
-from kalmannorm.runs.record import run_id
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from coco_files import TINY, TINY_FPN
 from test_detection import outcome
 
+from kalmannorm.config import compose
 from kalmannorm.engine import detection
-from kalmannorm.runs.config import compose
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ import torch.multiprocessing as mp
 from torch.cuda._utils import _get_device_index
 
 import kalmannorm
+from kalmannorm.config import compose
 from kalmannorm.engine import checkpoint, ranks, train
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
 from kalmannorm.presets import BATCH_STATISTICS
-from kalmannorm.runs.config import compose
 
 SMALL = [
     "dataset=digits",

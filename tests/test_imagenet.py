@@ -13,13 +13,13 @@ from test_distributed import assert_same, on_processes
 from test_run import assert_same_run, only_record, place
 
 from kalmannorm.cli import main
+from kalmannorm.config import compose, conf_dir
 from kalmannorm.engine.model import learning_rate
 from kalmannorm.errors import UserError
+from kalmannorm.record import run_id
 from kalmannorm.report.quantities import accuracy_at
 from kalmannorm.report.table import columns_of
 from kalmannorm.runs import experiment
-from kalmannorm.runs.config import compose, conf_dir
-from kalmannorm.runs.record import run_id
 
 SMALL = [
     "dataset=image_folder", "dataset.name=toy", "arch=inception_cifar", "arch.width=0.125", "norm=bkn",

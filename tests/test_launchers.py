@@ -10,9 +10,9 @@ import faulty
 import pytest
 from test_sweep import TABLE7, alive, place, plan, started, statuses, wait_for
 
+from kalmannorm import record as records
 from kalmannorm.cli import main
 from kalmannorm.runs import on_slurm, options, worker
-from kalmannorm.runs import record as records
 from kalmannorm.runs.experiment import load
 
 __all__ = ["plan"]  # the fixture

@@ -9,10 +9,10 @@ from helpers import Chain
 from torch import Tensor, nn
 
 from kalmannorm import Belief, convert
+from kalmannorm.config import compose
 from kalmannorm.engine.mechanism import ESTIMATES, Errors, Population, layer_errors
 from kalmannorm.engine.model import build
 from kalmannorm.engine.train import _describe
-from kalmannorm.runs.config import compose
 from kalmannorm.statistics import normalizers, probing, set_statistics
 
 

@@ -18,10 +18,10 @@ from report_fixtures import write_record
 from kalmannorm import report
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
+from kalmannorm.record import NUMERICS
 from kalmannorm.report import collection, cost, variants, verdicts
 from kalmannorm.report.compare import compare
 from kalmannorm.report.table import table
-from kalmannorm.runs.record import NUMERICS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

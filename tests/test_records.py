@@ -7,9 +7,9 @@ from pathlib import Path
 import faulty
 import pytest
 
+from kalmannorm import record as records
 from kalmannorm.cli import main
-from kalmannorm.runs import record as records
-from kalmannorm.runs.config import compose
+from kalmannorm.config import compose
 
 SMALL = ["dataset=digits", "budget=smoke", "device=cpu"]
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from kalmannorm import data
+from kalmannorm import record as records
 from kalmannorm.cli import main
+from kalmannorm.config import compose
 from kalmannorm.engine import checkpoint, train
 from kalmannorm.engine.evaluate import evaluate
 from kalmannorm.engine.model import build, learning_rate, optimizer
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
-from kalmannorm.runs import record as records
 from kalmannorm.runs import worker
-from kalmannorm.runs.config import compose
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]
 

@@ -10,6 +10,7 @@ from helpers import error
 
 from kalmannorm import data
 from kalmannorm.cli import main
+from kalmannorm.config import compose
 from kalmannorm.conversion import INPUT_BELIEF
 from kalmannorm.engine import train
 from kalmannorm.engine.model import build
@@ -17,7 +18,6 @@ from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.start import initialize, measure_input
 from kalmannorm.errors import UserError
 from kalmannorm.norm import BatchRenorm
-from kalmannorm.runs.config import compose
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "batch.grad_batch=32"]
 WITH_INPUT = [*SMALL, "norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"]

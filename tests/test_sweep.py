@@ -18,12 +18,12 @@ import faulty
 import pytest
 from rich.console import Console
 
+from kalmannorm import record as records
 from kalmannorm.cli import main
+from kalmannorm.config import compose
 from kalmannorm.errors import UserError
 from kalmannorm.runs import board, lock, options, sweep, worker
-from kalmannorm.runs import record as records
 from kalmannorm.runs.board import Board, Job
-from kalmannorm.runs.config import compose
 from kalmannorm.runs.experiment import load, multirun
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]

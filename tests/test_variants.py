@@ -10,11 +10,11 @@ from report_fixtures import write_record
 
 from kalmannorm import report
 from kalmannorm.cli import main
+from kalmannorm.config import result_part
+from kalmannorm.record import NUMERICS
 from kalmannorm.report import collection, variants
 from kalmannorm.report.table import configs_of, table
 from kalmannorm.runs import experiment
-from kalmannorm.runs.config import result_part
-from kalmannorm.runs.record import NUMERICS
 
 
 @pytest.fixture

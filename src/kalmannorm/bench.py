@@ -206,12 +206,12 @@ def _training(device: torch.device, steps: int) -> "Iterator[tuple[Session, Step
 
     import numpy as np
 
+    from kalmannorm.config import compose
     from kalmannorm.data.loader import Loader
     from kalmannorm.engine.progress import Progress
     from kalmannorm.engine.ranks import Ranks
     from kalmannorm.engine.session import Session, StopRequest
     from kalmannorm.engine.train import train_epoch
-    from kalmannorm.runs.config import compose
 
     config = compose(["dataset=cifar10", "arch=resnet32", "norm=bkn", "budget=smoke", "budget.size=32"])
     config["precision"], config["compile"] = "fp32", False
@@ -328,8 +328,8 @@ def _detector(device: torch.device, seconds: float) -> tuple[list[float], str]:
     `kalmannorm train` builds, and of torchvision's as its training script steps it."""
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
+    from kalmannorm.config import compose
     from kalmannorm.engine import detector
-    from kalmannorm.runs.config import compose
 
     size, long_side = (800, 1333) if device.type == "cuda" else (192, 320)
     budget = ["budget=paper", f"budget.size={size}", f"arch.max_size={long_side}", "batch.grad_batch=2"]

@@ -124,9 +124,9 @@ def _train(options: argparse.Namespace) -> int:
 
         where, overrides = split(options.overrides)
         return run(multirun(overrides), where)
-    from kalmannorm.runs.config import compose
+    from kalmannorm.config import compose
+    from kalmannorm.record import is_done, path, run_id
     from kalmannorm.runs.lock import hold
-    from kalmannorm.runs.record import is_done, path, run_id
 
     config = compose(options.overrides)
     identity = run_id(config)
@@ -209,8 +209,8 @@ def _ffcv(options: argparse.Namespace, root: "Path") -> int:
     from pathlib import Path
 
     from kalmannorm import data
+    from kalmannorm.config import compose
     from kalmannorm.data.beton_write import Form, write
-    from kalmannorm.runs.config import compose
 
     dataset = compose([f"dataset={options.dataset}", f"data={root}"])["dataset"]
     if "loader" not in dataset:

@@ -15,20 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm import data
+from kalmannorm import record as records
+from kalmannorm.config import Config
 from kalmannorm.data import coco
 from kalmannorm.data.batches import fixed_order
 from kalmannorm.data.coco import Batch, Coco, TrainingBatches
 from kalmannorm.engine import detector
 from kalmannorm.engine.average_precision import evaluate
 from kalmannorm.engine.evaluate import under_both
-from kalmannorm.engine.model import Config, optimizer
+from kalmannorm.engine.model import optimizer
 from kalmannorm.engine.picture import draw_detections
 from kalmannorm.engine.progress import Progress
 from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.session import Session, StopRequest
 from kalmannorm.engine.train import CHECK_EVERY, Diverged, check_room, micro_batches
 from kalmannorm.models.detection import LOSSES
-from kalmannorm.runs import record as records
 from kalmannorm.statistics import spread_batches
 
 # One value an epoch each; train_loss is the sum of the others.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kalmannorm.config import Config
 from kalmannorm.conversion import Converted, convert
 from kalmannorm.data.batches import mix
 from kalmannorm.data.coco import TrainingBatches
-from kalmannorm.engine.model import Config
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.models.mask_rcnn import MaskRCNNC4
 from kalmannorm.models.mask_rcnn_fpn import MaskRCNNFPN

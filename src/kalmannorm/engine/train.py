@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kalmannorm import record as records
+from kalmannorm.config import Config
 from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
 from kalmannorm.engine.evaluate import evaluate, precise, under_both, variance_gaps
@@ -23,8 +25,6 @@ from kalmannorm.engine.session import Session, StopRequest
 from kalmannorm.engine.start import initialize, measure_input
 from kalmannorm.errors import UserError
 from kalmannorm.norm import Estimator, SwitchableNorm
-from kalmannorm.runs import record as records
-from kalmannorm.runs.config import Config
 from kalmannorm.statistics import flush_moving, normalizers, place_batch, set_progress, spread_batches
 
 CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU

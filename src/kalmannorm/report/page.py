@@ -15,13 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kalmannorm.record import reached
 from kalmannorm.report import caption, claims, remarks, render, table, variants
 from kalmannorm.report.cells import Cell
 from kalmannorm.report.collection import Entry, Made
 from kalmannorm.report.read import Record, Records, row_key
 from kalmannorm.report.table import Row, Table
 from kalmannorm.report.verdicts import Verdict
-from kalmannorm.runs.record import reached
 
 if TYPE_CHECKING:
     from markupsafe import Markup

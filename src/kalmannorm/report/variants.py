@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kalmannorm.config import Config, compose, result_part
 from kalmannorm.errors import UserError
 from kalmannorm.report.read import Records, row_key
 from kalmannorm.report.table import Card
-from kalmannorm.runs.config import Config, compose, result_part
 from kalmannorm.runs.experiment import fixes_dataset
 
 OF = "name"  # among the changes of a data set: the one that they are of

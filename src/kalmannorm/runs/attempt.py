@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kalmannorm import record as records
+from kalmannorm.config import Config, result_part
 from kalmannorm.errors import Stopped, UserError
-from kalmannorm.runs import record as records
-from kalmannorm.runs.config import Config, result_part
 from kalmannorm.runs.lock import Busy, hold
 
 LOG = "log.txt"

@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kalmannorm.runs.config import Config
+from kalmannorm.config import Config
+from kalmannorm.record import run_id
 from kalmannorm.runs.predict import duration
-from kalmannorm.runs.record import run_id
 
 WAITING, RUNNING, ELSEWHERE, DONE, FAILED, REFUSED = "waiting", "running", "elsewhere", "done", "failed", "refused"
 COLOURS = {RUNNING: "cyan", ELSEWHERE: "magenta", DONE: "green", FAILED: "red", REFUSED: "red"}

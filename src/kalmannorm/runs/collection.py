@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kalmannorm.config import conf_dir
 from kalmannorm.errors import UserError
+from kalmannorm.record import NUMERICS, reached, write_atomically
 from kalmannorm.report import read
 from kalmannorm.report.read import Record
 from kalmannorm.runs.board import describe
-from kalmannorm.runs.config import conf_dir
 from kalmannorm.runs.predict import duration
-from kalmannorm.runs.record import NUMERICS, reached, write_atomically
 
 HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "device", "started")
 
@@ -125,7 +125,7 @@ def _test(override: str) -> Callable[[Record], bool]:
         return lambda record: record["status"] == text
     choice = conf_dir() / key / f"{text}.yaml"
     if choice.exists():
-        from kalmannorm.runs.config import compose
+        from kalmannorm.config import compose
 
         # What every composition of the choice has in common: its name, or where it has none its settings.
         composed: dict[str, Any] = compose([override])[key]

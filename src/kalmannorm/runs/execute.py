@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kalmannorm import record as records
+from kalmannorm.config import Config, compose
 from kalmannorm.engine import checkpoint, train
 from kalmannorm.engine.evaluate import evaluate as evaluate_once
 from kalmannorm.engine.evaluate import precise
@@ -15,8 +17,6 @@ from kalmannorm.engine.ranks import Ranks
 from kalmannorm.engine.start import measure_input
 from kalmannorm.errors import UserError
 from kalmannorm.report import read
-from kalmannorm.runs import record as records
-from kalmannorm.runs.config import Config, compose
 
 PLACE = ("data", "runs", "results", "device", "workers")
 

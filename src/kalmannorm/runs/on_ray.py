@@ -4,12 +4,12 @@ import os
 import time
 from typing import Any
 
+from kalmannorm.config import Config
 from kalmannorm.errors import UserError
 from kalmannorm.machine import cores
+from kalmannorm.record import run_id
 from kalmannorm.runs.attempt import Outcome
-from kalmannorm.runs.config import Config
 from kalmannorm.runs.options import Options
-from kalmannorm.runs.record import run_id
 from kalmannorm.runs.worker import Worker
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from kalmannorm.config import Config
 from kalmannorm.report.read import Record
-from kalmannorm.runs.config import Config
 
 # Training images of whole data sets, where none of their records says so.
 TRAIN_IMAGES = {

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kalmannorm import record as records
+from kalmannorm.config import Config
 from kalmannorm.errors import UserError
 from kalmannorm.report.speed import FOLDER, measured_part, setting, where
-from kalmannorm.runs import record as records
-from kalmannorm.runs.config import Config
 from kalmannorm.runs.experiment import Experiment
 
 

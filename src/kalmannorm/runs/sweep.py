@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from kalmannorm import record as records
+from kalmannorm.config import Config, check_batches
 from kalmannorm.errors import Stopped, UserError
 from kalmannorm.report import read
-from kalmannorm.runs import record as records
 from kalmannorm.runs.attempt import LOG, Outcome, write_failed
 from kalmannorm.runs.board import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, WAITING, Board, Job, batches
-from kalmannorm.runs.config import Config, check_batches
 from kalmannorm.runs.experiment import Experiment, load
 from kalmannorm.runs.lock import holder
 from kalmannorm.runs.options import Options, split

@@ -15,9 +15,9 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
+from kalmannorm.config import Config
+from kalmannorm.record import run_id
 from kalmannorm.runs.attempt import LOG, Outcome, attempt
-from kalmannorm.runs.config import Config
-from kalmannorm.runs.record import run_id
 
 COMMAND = [sys.executable, "-m", "kalmannorm.runs.worker"]
 

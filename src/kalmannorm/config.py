@@ -4,10 +4,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from kalmannorm import machine
+from kalmannorm import composition, machine
 from kalmannorm.errors import UserError
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, preset_options
-from kalmannorm.runs import composition
 
 Config = dict[str, Any]
 
@@ -31,7 +30,7 @@ UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has fi
 
 def conf_dir() -> Path:
     """conf/ of the checkout; inside the package where it was installed from a wheel."""
-    here = Path(__file__).resolve().parents[1]
+    here = Path(__file__).resolve().parent
     candidates = (here / "conf", here.parents[1] / "conf")
     found = next((c for c in candidates if (c / "config.yaml").exists()), None)
     if found is None:
