@@ -290,6 +290,14 @@ def test_curves_in_long_form(tmp_path: Path) -> None:
     assert report.curves(report.load(tmp_path / "absent")).empty
 
 
+def test_failed_runs_have_no_curves(tmp_path: Path) -> None:
+    write_record(tmp_path, BN, 1)
+    path = tmp_path / "records" / f"{write_record(tmp_path, BN, 2, failed='loss is nan')}.json"
+    empty = {"curves": {key: [] for key in ("epoch", "step", "moving", "online")}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | empty))
+    assert set(report.curves(report.load(tmp_path))["seed"]) == {1}
+
+
 def test_arrays_of_one_run(tmp_path: Path) -> None:
     identity = write_record(tmp_path, KN, 1, arrays=True)
     gaps = report.variance_gaps(identity, tmp_path)

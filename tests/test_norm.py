@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import DTYPES, FORMATS, D, affine, error, leaves, moving, random_belief, same
 from torch import Tensor, nn
 
-from kalmannorm import NORMS, Belief, KalmanBatchNorm2d, KalmanGroupNorm, set_statistics
+from kalmannorm import NORMS, Belief, KalmanBatchNorm2d, KalmanGroupNorm, convert, precise_statistics, set_statistics
 from kalmannorm.norm import BatchNorm
 
 
@@ -352,3 +352,30 @@ def test_gain_from_the_measurement_alone_needs_no_logit() -> None:
     layer = KalmanBatchNorm2d(3, gain=1, learn_gain=False)
     assert layer.gain == 1 and layer.gain_logit is None and "gain_logit" not in layer.state_dict()
     assert math.isclose(layer.initial_gain, 1)
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gkn", "brn", "sn"])
+def test_a_network_of_halves_trains(norm: str) -> None:
+    """Parameters in bfloat16, as x: the statistics stay in float32."""
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)]
+    net = convert(nn.Sequential(*layers), norm, stat_batch=None if norm == "gkn" else 2)
+    exact = copy.deepcopy(net)
+    net.bfloat16()
+    x = torch.randn(4, 3, 10, 10)
+    y = net(x.bfloat16())
+    assert y.dtype == torch.bfloat16 and error(y.detach().float(), exact(x).detach()) < 0.1
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters() if p.requires_grad)
+
+
+def test_options_are_looked_up() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    with pytest.raises(ValueError, match=r"normalizer 'bkn': unknown option 'gian'; did you mean 'gain'"):
+        convert(net, "bkn", gian=0.3)
+
+
+def test_precise_statistics_of_normalizers_without_any() -> None:
+    net = convert(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)), "gn")
+    precise_statistics(net, [torch.randn(2, 3, 8, 8)])
+    with pytest.raises(ValueError, match="at least one batch"):
+        precise_statistics(net, [])

@@ -69,6 +69,13 @@ def test_a_card_under_settings_of_the_command_line_has_files_of_its_own(tmp_path
     assert "_".join(["table7_cifar10_lite", *whole.differences]) == "table7_cifar10_lite_epochs=30_width=0.5"
 
 
+def test_the_papers_values_are_of_the_papers_batches(tmp_path: Path) -> None:
+    """Also where the command line gives others to every row."""
+    card = experiment.load("table1", ["device=cpu", "seeds=1", "batch=g64_s8", "columns=resnet50"]).card
+    written = report.render.markdown(table(card, report.records(tmp_path, NUMERICS)))
+    assert "| BN | (64, 8) | not run | 76.4 (256, 32) |" in written and "for the same (grad, stat)" not in written
+
+
 def test_a_row_of_another_width_is_no_setting(tmp_path: Path, cards: dict[str, Any]) -> None:
     """A card that widens a network (v1's Table 3): no row shows another's runs, no other card the wide ones."""
     plain, settings = config_of(cards, "bn_stat2"), cards["table7"]["rows"][0]["settings"][""]

@@ -125,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
         where, overrides = split(options.overrides)
         return run(multirun(overrides), where)
     from kalmannorm.config import compose
-    from kalmannorm.record import is_done, path, run_id
+    from kalmannorm.record import is_done, make_writable, path, run_id
     from kalmannorm.runs.lock import hold
 
     config = compose(options.overrides)
@@ -133,6 +133,7 @@ def _train(options: argparse.Namespace) -> int:
     if is_done(config["results"], identity):
         print(f"{identity}: done already, {path(config['results'], identity)}")
         return 0
+    make_writable(path(config["results"], identity).parent)
     # The first process of a distributed run holds the lock for all of them.
     with hold(config["runs"], identity) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
         from kalmannorm.runs.execute import execute
@@ -179,7 +180,9 @@ def _records(options: argparse.Namespace) -> int:
     from kalmannorm.runs import collection
 
     if options.action == "list":
-        return collection.show(options.results, options.overrides)
+        named = [override for override in options.overrides if override.startswith("results=")]
+        results = named[-1].partition("=")[2] if named else options.results
+        return collection.show(results, [override for override in options.overrides if override not in named])
     if options.action == "merge":
         return collection.merge(options.results, options.folders)
     return collection.prune(options.results, failed=options.failed, yes=options.yes)

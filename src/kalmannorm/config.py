@@ -1,11 +1,12 @@
 """From overrides to one run's configuration: composed by Hydra, resolved, checked before any data is touched."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 from kalmannorm import composition, machine
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, nearest
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, preset_options
 
 Config = dict[str, Any]
@@ -25,6 +26,13 @@ RESULT_KEYS = (
 )
 
 LOADERS = ("torchvision", "ffcv")  # of data sets that are folders of images; the others are arrays in memory
+FLAGS = ("learn_gain", "mixture", "relu", "first_unbiased")  # options that are on or off
+# What a configuration of these groups has; a key that is added by "+" beside them would do nothing.
+GROUPS = {
+    "norm": {"name", "preset", "predictor", "options"},
+    "batch": {"grad_batch", "stat_batch"},
+    "budget": {"name", "epochs", "of_epochs", "subset", "size"},
+}
 UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has files that cannot be read
 
 
@@ -78,6 +86,11 @@ def check_batches(config: Config, devices: int) -> None:
 
 def _resolve(config: Config) -> None:
     """Fill in what `auto` and null stand for, so that the record says what ran."""
+    for group, keys in GROUPS.items():
+        for key in config[group].keys() - keys:
+            raise UserError(nearest(f"{group}.{key}", sorted(f"{group}.{known}" for known in keys), "setting"))
+    options = config["norm"]["options"]
+    _expect(isinstance(options, dict), "norm.options", options, "settings of its own, such as norm.options.gain=0.5")
     config["device"] = _device(config["device"])
     on_gpu = config["device"].startswith("cuda")
     if config["precision"] == "auto":
@@ -139,7 +152,7 @@ def _check(config: Config) -> None:
     grad, stat = batch["grad_batch"], batch["stat_batch"]
     _expect(config["precision"] in ("fp32", "bf16"), "precision", config["precision"], "fp32, bf16 or auto")
     _expect(isinstance(config["compile"], bool), "compile", config["compile"], "true, false or auto")
-    _expect(_is_count(config["seed"], 0), "seed", config["seed"], "an integer from 0")
+    _expect(_is_count(config["seed"], 0) and config["seed"] < 2**63, "seed", config["seed"], "an integer from 0")
     _expect(_is_count(grad, 1), "batch.grad_batch", grad, "a positive number of images")
     if stat is not None:
         _expect(_is_count(stat, 1), "batch.stat_batch", stat, "a positive number of images, or null")
@@ -158,7 +171,18 @@ def _check(config: Config) -> None:
                 " or ".join(UNREADABLE))  # fmt: skip
     _expect(workers == "auto" or _is_count(workers, 0), "workers", workers,
             "auto or a number of processes")  # fmt: skip
+    width = config["arch"].get("width", 1)
+    _expect(_is_number(width) and width > 0, "arch.width", width, "a factor above 0")
     options = config["norm"]["options"]
+    for key, value in (
+        ("deterministic", config["deterministic"]),
+        ("dataset.flip", dataset.get("flip", False)),
+        *((f"norm.options.{key}", options.get(key, False)) for key in FLAGS),
+    ):
+        _expect(isinstance(value, bool), key, value, "true or false")
+    noise = options.get("noise", False)
+    _expect(isinstance(noise, bool) or noise == "shared", "norm.options.noise", noise, "true, false or shared")
+    _check_schedule(config["schedule"])
     if "input_belief" in options:
         _expect(options["input_belief"] == "data", "norm.options.input_belief", options["input_belief"],
                 "data, measured from the training set, or nothing at all")  # fmt: skip
@@ -166,6 +190,23 @@ def _check(config: Config) -> None:
         raise UserError(
             "norm.options.gain = 1 cannot be learned: pass norm.options.learn_gain=false, or a gain below 1"
         )
+
+
+def _check_schedule(schedule: Config) -> None:
+    """Rates are one number where the schedule decays it by itself, else [[last epoch, rate], ...]."""
+    lr, momentum, decay = schedule["lr"], schedule["momentum"], schedule["weight_decay"]
+    if "decay" in schedule or "of_steps" in schedule:
+        _expect(_is_number(lr) and lr > 0, "schedule.lr", lr, "a rate above 0")
+    else:
+        whole = isinstance(lr, list) and lr and all(isinstance(pair, list) and len(pair) == 2 for pair in lr)
+        _expect(bool(whole) and all(_is_number(part) and part > 0 for pair in lr for part in pair),
+                "schedule.lr", lr, "[[last epoch, rate], ...], for example [[30,0.1],[60,0.01]]")  # fmt: skip
+    _expect(_is_number(momentum) and 0 <= momentum < 1, "schedule.momentum", momentum, "a number from 0, below 1")
+    _expect(_is_number(decay) and decay >= 0, "schedule.weight_decay", decay, "a number from 0")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _expect(condition: bool, key: str, value: object, expected: str) -> None:

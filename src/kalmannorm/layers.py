@@ -1,6 +1,7 @@
 """One layer for another: what a normalizer takes over from the BatchNorm layer that it replaces, and gives back."""
 
 import copy
+import inspect
 import itertools
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kalmannorm.errors import nearest
 from kalmannorm.norm import NORMS, Estimator, GroupedStatistics
 
 BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -16,6 +18,11 @@ BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batche
 def build_normalizer(
     norm: str, name: str, old: _BatchNorm, stat_batch: int | None, options: dict[str, Any]
 ) -> nn.Module:
+    known = inspect.signature(NORMS[norm]).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        valid = sorted(known.keys() - {"num_features", "stat_batch"})
+        for key in options.keys() - known.keys():
+            raise ValueError(f"normalizer {norm!r}: {nearest(key, valid, 'option')}")
     try:
         kept = {"eps": old.eps, "momentum": old.momentum}
         new = NORMS[norm](old.num_features, stat_batch=stat_batch, **{**kept, **options})

@@ -70,6 +70,18 @@ def write(results: str | Path, record: dict[str, Any], arrays: "dict[str, np.nda
     return file
 
 
+def make_writable(folder: Path) -> None:
+    """Makes the folder, and finds out now whether files can be written there: not after days of training. UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; name another folder by results= or runs="
+        ) from None
+
+
 def write_atomically(file: Path, content: bytes) -> None:
     """Whole or not at all, also after a power cut. UserError: no permission, no space."""
     try:

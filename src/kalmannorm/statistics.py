@@ -52,13 +52,14 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
             layer.moving_groups = "mean"
             layer.train()
         seen = dict.fromkeys(layers, 0)  # groups so far
+        batch = None
         for batch in batches:
             for layer in layers:
                 new = 1 if layer.stat_batch is None else max(1, len(batch) // layer.stat_batch)
                 seen[layer] += new
                 layer.momentum = new / seen[layer]  # every group counts the same
             model(batch)
-        if not any(seen.values()):
+        if batch is None:
             raise ValueError("precise statistics need at least one batch")
     except BaseException:
         for layer, buffers in old.items():

@@ -148,11 +148,12 @@ class BatchNorm(GroupedStatistics):
             return groups.normalize(x, size, mean, var, weight, bias, self.eps)
         split = groups.split(x, size).contiguous()  # channels_last: the native kernel knows no groups there
         of_groups = split.shape[1:3]
-        weight, bias = (None if t is None else t.expand(of_groups).flatten() for t in (weight, bias))
+        dtype = groups.moments_dtype(x)  # which the native kernel takes weight and bias in
+        weight, bias = (None if t is None else t.to(dtype).expand(of_groups).flatten() for t in (weight, bias))
         rows = split.flatten(1, 2)
         features = rows.shape[1]
         # With momentum 1 the kernel leaves each group's mean and unbiased variance here, at no cost.
-        mean = torch.zeros(features, device=x.device, dtype=groups.moments_dtype(x))
+        mean = torch.zeros(features, device=x.device, dtype=dtype)
         var = torch.ones_like(mean)
         y = F.batch_norm(rows, mean, var, weight, bias, True, 1.0, self.eps)
         values = groups.values(x, size)

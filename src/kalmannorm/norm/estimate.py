@@ -128,8 +128,9 @@ class _Native(torch.autograd.Function):
             var = torch.lerp(prior_var, measured_var, q)
             if mixture:
                 var = torch.addcmul(var, deviation, deviation * (q * (1 - q)))
-        weights = None if weight is None else weight.repeat(len(mean))
-        biases = None if bias is None else bias.repeat(len(mean))
+        # The native kernel takes them in the statistics' type: float32 where x and they are half as long.
+        weights = None if weight is None else weight.to(mean.dtype).repeat(len(mean))
+        biases = None if bias is None else bias.to(mean.dtype).repeat(len(mean))
         y = torch.native_batch_norm(rows, weights, biases, mean.flatten(), var.flatten(), False, 0.0, eps)[0]
         ctx.save_for_backward(x, mean, var, weight, q, deviation, prior_var, measured_mean, measured_var)
         ctx.size, ctx.eps, ctx.mixture = size, eps, mixture

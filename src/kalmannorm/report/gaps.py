@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalmannorm.errors import UserError
+from kalmannorm.presets import BATCH_STATISTICS
 from kalmannorm.report import caption, cells
 from kalmannorm.report.read import Record, Records
 
@@ -77,6 +78,10 @@ def load(record: Record, path: Path) -> Gaps:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {key: np.asarray(stored[key], dtype=np.float64) for key in stored.files}
     except FileNotFoundError as error:
+        if record["config"]["norm"]["name"] not in BATCH_STATISTICS:
+            raise UserError(
+                f"run {record['id']} has no arrays: {record['config']['norm']['name']} has no batch statistics"
+            ) from error
         what = f"restore it, or remove {record['id']}.json and run again"
         raise UserError(f"{path} is missing beside its record: {what}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -118,7 +118,7 @@ def curves(frame: "pandas.DataFrame") -> "pandas.DataFrame":
         lists = {"epoch": "curves.epoch", "step": "curves.step", "accuracy": f"curves.{statistics}"}
         if not set(lists.values()) <= set(frame.columns):
             continue
-        whole = frame.dropna(subset=list(lists.values()))
+        whole = frame[frame[lists["epoch"]].str.len() > 0].dropna(subset=list(lists.values()))
         part = whole[settings].assign(statistics=statistics, **{key: whole[name] for key, name in lists.items()})
         parts.append(part.explode(list(lists), ignore_index=True))
     if not parts:

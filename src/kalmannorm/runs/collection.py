@@ -1,18 +1,20 @@
 """`kalmannorm records`: those of a results folder as a table; those of other machines taken in; stale ones removed."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kalmannorm.config import conf_dir
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, nearest
 from kalmannorm.record import NUMERICS, reached, write_atomically
 from kalmannorm.report import read
 from kalmannorm.report.read import Record
 from kalmannorm.runs.board import describe
 from kalmannorm.runs.predict import duration
 
+STATES = ("done", "failed")
+CHOICES = ("arch", "batch", "budget", "norm", "schedule")  # groups that have nothing but what conf/ has
 HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "device", "started")
 
 
@@ -20,14 +22,15 @@ def show(results: str, overrides: list[str]) -> int:
     """Prints the records whose configuration fits `overrides`, a row each, stale ones marked; of detectors box / mask
     AP."""
     found = read.records(Path(results), NUMERICS)
-    tests = [_test(override) for override in overrides]
-    chosen = [r for r in (*found.current, *found.stale) if all(test(r) for test in tests)]
+    every = (*found.current, *found.stale)
+    tests = [_test(override, every) for override in overrides]
+    chosen = [r for r in every if all(test(r) for test in tests)]
     rows = [_row(record) for record in sorted(chosen, key=lambda r: (describe(r["config"]), r["id"]))]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*HEADER, box=None, caption=f"{len(rows)} of {len(found.current) + len(found.stale)} records")
+        table = Table(*HEADER, box=None, caption=f"{len(rows)} of {len(every)} records")
         for row in rows:
             table.add_row(*row)
         Console().print(table)
@@ -113,8 +116,11 @@ def _row(record: Record) -> tuple[str, ...]:
     )
 
 
-def _test(override: str) -> Callable[[Record], bool]:
-    """Whether a record fits key=value: a group's choice (norm=bkn), a setting (batch.stat_batch=2), status=failed."""
+def _test(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
+    """Whether a record fits key=value: a group's choice (norm=bkn), a setting (batch.stat_batch=2), status=failed.
+
+    UserError: what no record has.
+    """
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -122,6 +128,8 @@ def _test(override: str) -> Callable[[Record], bool]:
     if not equals:
         raise UserError(f"{override!r}: expected key=value, for example norm=bkn or status=failed")
     if key == "status":
+        if text not in STATES:
+            raise UserError(nearest(text, STATES, "status"))
         return lambda record: record["status"] == text
     choice = conf_dir() / key / f"{text}.yaml"
     if choice.exists():
@@ -131,11 +139,16 @@ def _test(override: str) -> Callable[[Record], bool]:
         composed: dict[str, Any] = compose([override])[key]
         wanted = {"name": composed["name"]} if "name" in composed else composed
         return lambda record: all(record["config"][key].get(name) == value for name, value in wanted.items())
+    if key in CHOICES:
+        raise UserError(nearest(text, sorted(file.stem for file in choice.parent.glob("*.yaml")), key))
+    path = key.split(".")
+    if every and all(_setting(record["config"], path, override) is None for record in every):
+        raise UserError(f"{override!r}: no record has a setting {key}")
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except YAMLError:
         raise UserError(f"{override!r}: {text!r} is no value") from None
-    return lambda record: _setting(record["config"], key.split("."), override) == value
+    return lambda record: _setting(record["config"], path, override) == value
 
 
 def _setting(config: dict[str, Any], path: list[str], override: str) -> Any:

@@ -63,7 +63,11 @@ def load(name: str, arguments: list[str]) -> Experiment:
     card["rows"] = _choose([one for row in card["rows"] for one in _swept(row)], own.get("rows"))
     seeds = _seeds(own.get("seeds", str(card.get("seeds", 1))))
     card["command"] = " ".join(["kalmannorm sweep", name, *arguments])
-    for key in (override.partition("=")[0] for override in overrides if override.startswith(("arch.", "norm"))):
+    if any(override.startswith("seed=") for override in overrides):
+        raise UserError("seed: an experiment takes seeds=N (1 to N) or seeds=4,7 (these); seeds=4, is that one alone")
+    # Other kinds announce that they are of whatever batches are given; a table's rows are named after theirs.
+    fixed = ("arch.", "norm", "batch") if card.get("kind", "table") == "table" else ("arch.", "norm")
+    for key in (override.partition("=")[0] for override in overrides if override.startswith(fixed)):
         if len({tuple(o for o in row["overrides"] if o.startswith(f"{key}=")) for row in card["rows"]}) > 1:
             raise UserError(f"{key}: the rows of {name} differ in it; name some that do not by rows=KEY,KEY")
 
@@ -76,6 +80,11 @@ def load(name: str, arguments: list[str]) -> Experiment:
             if column in row.get("columns", columns):
                 settings = _last_of_each(card.get("base", []), of_column, row["overrides"], overrides, ["seed=0"])
                 config = compose(settings, among_many=True)
+                if of_batch := [o for o in overrides if o.startswith("batch") and card.get("paper_batches", True)]:
+                    without = [o for o in overrides if o not in of_batch]
+                    of_card = _last_of_each(card.get("base", []), of_column, row["overrides"], without, ["seed=0"])
+                    batch = compose(of_card, among_many=True)["batch"]
+                    row.setdefault("paper_batch", [batch["grad_batch"], batch["stat_batch"]])
                 less_seed = {key: value for key, value in result_part(config).items() if key != "seed"}
                 row.setdefault("settings", {})[column] = tuple(settings)
                 row.setdefault("config", less_seed)

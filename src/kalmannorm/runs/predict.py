@@ -24,7 +24,7 @@ def predictor(runs: Iterable[Record]) -> Callable[[Config], float | None]:
     runs' (the caller chooses them). None where none of them is of the same network, normalizer, resolution and data."""
     done = [r for r in runs if r["status"] == "done" and (r.get("host") or {}).get("seconds")]
     kinds = [(kind, _rates(done, kind)) for kind in (_same_batch, _same_network)]
-    whole = [r for r in done if r["config"]["budget"]["subset"] is None]
+    whole = [r for r in done if r["config"]["budget"]["subset"] is None and "data" in r]
     sizes = TRAIN_IMAGES | {r["config"]["dataset"]["name"]: _images(r) for r in whole}
 
     def predict(config: Config) -> float | None:

@@ -75,6 +75,7 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     _announce(experiment, jobs, missing, list_all=dry_run)
     if dry_run or not missing:
         return 0
+    records.make_writable(records.path(missing[0].config["results"], "").parent)
     _check_data(missing)
     if options.launcher != "local":
         _make_paths_absolute(missing)
@@ -117,6 +118,8 @@ def report_all(arguments: list[str]) -> int:
     from kalmannorm import report as reports
 
     results = place_of_results(arguments)
+    if not results.is_dir():
+        raise UserError(f"results={results} is no folder: there is nothing to report")
     paths, problems = reports.write_all(reports.records(results, records.NUMERICS), results)
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -138,7 +141,10 @@ def place_of_results(arguments: list[str]) -> Path:
     for argument in arguments:
         if not argument.startswith("results="):
             raise UserError(f"{argument!r}: expected results=FOLDER and nothing else; settings are in the records")
-    return Path(next((a.partition("=")[2] for a in reversed(arguments)), "results"))
+    named = next((a.partition("=")[2] for a in reversed(arguments)), "results")
+    if not named:
+        raise UserError("results=: expected a folder")
+    return Path(named)
 
 
 def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> None:
@@ -305,8 +311,7 @@ def _devices(config: Config, asked: int) -> int:
 
 
 def _check_data(jobs: list[Job]) -> None:
-    """UserError where a folder of images is missing, before a worker starts or Slurm queues a job that would say so
-    days later. Small sets are looked at by the runs themselves."""
+    """UserError where data are missing, before a worker starts or Slurm queues a job that would say so days later."""
     from kalmannorm import data
 
     folders = {(job.config["data"], job.config["dataset"]["name"]): job.config for job in jobs}
@@ -318,6 +323,8 @@ def _check_data(jobs: list[Job]) -> None:
             coco.find(dataset["name"], root)
         elif dataset.get("loader") == "torchvision":
             data.folder.find(root, dataset)
+        elif dataset["name"] in data.PREPARE and not (root / dataset["name"]).exists():
+            data.load(dataset["name"], root)  # which says what to do
 
 
 def _make_paths_absolute(jobs: list[Job]) -> None:
