@@ -316,3 +316,25 @@ def test_errors_of_a_converted_network_name_the_layer() -> None:
     model = convert(Residual(), "bkn", stat_batch=4)
     with pytest.raises(ValueError, match=r"^bn: a batch of 6 images"):
         model(images(6))
+
+
+def test_a_frozen_network_stays_frozen() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    net.requires_grad_(False)
+    net[4].bias.requires_grad_()
+    for norm in ("bkn", "gkn", "sn"):
+        model = convert(net, norm)
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == ["4.bias"]
+
+
+def test_a_normalizer_that_is_called_twice_has_a_prior_if_both_calls_have() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.conv, self.bn = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn(torch.softmax(self.first(x), 1))
+            return self.bn(self.conv(x))
+
+    assert "softmax" in str(belief_report(convert(Twice(), "bkn"))["bn"])

@@ -313,7 +313,9 @@ def _thread(
         if not isinstance(modules[str(call.target)], Estimator):
             continue
         feature = threader.inputs[call][0]
-        report[str(call.target)] = why_not = threader.why_not(feature)
+        why_not = threader.why_not(feature)
+        # A normalizer that is called several times has a prior if every call has one.
+        report[str(call.target)] = report.get(str(call.target)) or why_not
         if why_not is None:
             call.args = (call.args[0], threader.write(feature))
     if returns_belief:

@@ -50,6 +50,9 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
                     target.copy_(value)
                 if isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter):  # frozen BN's are buffers
                     target.requires_grad_(value.requires_grad)
+    if isinstance(gamma := getattr(old, "weight", None), nn.Parameter) and not gamma.requires_grad:
+        for key, parameter in new.named_parameters(recurse=False):  # q and R, new, are as frozen as gamma
+            parameter.requires_grad_(parameter.requires_grad and key in BATCH_NORM_STATE)
     if hasattr(new, "layer_name"):
         new.layer_name = name  # type: ignore[assignment]
     if isinstance(new, GroupedStatistics) and getattr(old, "running_mean", None) is None:
