@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from kalmannorm.report.read import Record
 
@@ -92,19 +91,14 @@ def of_run(run: Record, quantity: str, statistics: str, folder: Path, at: float 
     raise ValueError(f"unknown quantity {quantity!r}; valid: {', '.join(UNITS)}")
 
 
-def machine(run: Record) -> tuple[Any, ...]:
-    """What two speeds must have in common to be compared: hardware, processes, threads, arithmetic."""
-    host, config = run.get("host") or {}, run["config"]
-    processes = host.get("processes") or 1
-    return (host.get("hardware"), processes, host.get("threads"), config.get("precision"), config.get("compile"))
-
-
 def machine_name(run: Record) -> str:
-    """ "x86_64, Intel Xeon, 1 thread, fp32"."""
-    hardware, processes, threads, precision, compiled = machine(run)
+    """What two speeds must have in common to be compared: "x86_64, Intel Xeon, 1 thread, fp32"."""
+    host, config = run.get("host") or {}, run["config"]
+    processes, threads = host.get("processes") or 1, host.get("threads")
     shown = f", {processes} processes" if processes != 1 else ""
     shown += f", {threads} thread{'s' if threads != 1 else ''}" if threads else ""
-    return f"{hardware or 'unnamed hardware'}{shown}, {precision}{', compiled' if compiled else ''}"
+    compiled = ", compiled" if config.get("compile") else ""
+    return f"{host.get('hardware') or 'unnamed hardware'}{shown}, {config.get('precision')}{compiled}"
 
 
 def _share(run: Record, place: int) -> float | None:

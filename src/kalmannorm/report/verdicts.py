@@ -87,18 +87,18 @@ def evaluate(records: Records, cards: Cards) -> list[Verdict]:
 def _of_claim(claim: Claim, records: Records, cards: Cards, named: frozenset[str]) -> list[Verdict]:
     try:
         rows = [_row(term, cards) for term in claim.contrast]
+        if claim.quantity == TIMED:
+            found = _timed(claim, cards[claim.contrast[0].card], records)
+            return found or [Verdict(claim, "not run", "no measurement")]
     except UserError as error:
         return [Verdict(claim, "not run", str(error))]
     if claim.quantity == COUNTED:
         return [_count(claim, [variants.composed(settings) for settings in rows])]
-    if claim.quantity == TIMED:
-        found = _timed(claim, cards[claim.contrast[0].card], records)
-    else:
-        found = [
-            _judge(claim, variant, [variant.of(settings) for settings in rows], records)
-            for variant in variants.of_rows(rows, records, named)
-            if variant.budget != NO_JUDGE and (not claim.datasets or variant.dataset in claim.datasets)
-        ]
+    found = [
+        _judge(claim, variant, [variant.of(settings) for settings in rows], records)
+        for variant in variants.of_rows(rows, records, named)
+        if variant.budget != NO_JUDGE and (not claim.datasets or variant.dataset in claim.datasets)
+    ]
     return found or [Verdict(claim, "not run", "no run of any side")]
 
 
