@@ -125,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
         where, overrides = split(options.overrides)
         return run(multirun(overrides), where)
     from kalmannorm.config import compose
-    from kalmannorm.record import is_done, make_writable, path, run_id
+    from kalmannorm.record import check_writable, is_done, path, run_id
     from kalmannorm.runs.lock import hold
 
     config = compose(options.overrides)
@@ -133,7 +133,7 @@ def _train(options: argparse.Namespace) -> int:
     if is_done(config["results"], identity):
         print(f"{identity}: done already, {path(config['results'], identity)}")
         return 0
-    make_writable(path(config["results"], identity).parent)
+    check_writable(path(config["results"], identity).parent)
     # The first process of a distributed run holds the lock for all of them.
     with hold(config["runs"], identity) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
         from kalmannorm.runs.execute import execute

@@ -70,16 +70,14 @@ def write(results: str | Path, record: dict[str, Any], arrays: "dict[str, np.nda
     return file
 
 
-def make_writable(folder: Path) -> None:
-    """Makes the folder, and finds out now whether files can be written there: not after days of training. UserError."""
+def check_writable(folder: Path) -> None:
+    """UserError where no files can be written to the folder, or to where it is to be made: before days of training."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; name another folder by results= or runs="
-        ) from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; name another by results= or runs=") from None
 
 
 def write_atomically(file: Path, content: bytes) -> None:

@@ -75,7 +75,7 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     _announce(experiment, jobs, missing, list_all=dry_run)
     if dry_run or not missing:
         return 0
-    records.make_writable(records.path(missing[0].config["results"], "").parent)
+    records.check_writable(records.path(missing[0].config["results"], "").parent)
     _check_data(missing)
     if options.launcher != "local":
         _make_paths_absolute(missing)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kalmannorm.config import Config
-from kalmannorm.record import make_writable, run_id
+from kalmannorm.record import check_writable, run_id
 from kalmannorm.runs.attempt import LOG, Outcome, attempt
 
 COMMAND = [sys.executable, "-m", "kalmannorm.runs.worker"]
@@ -97,7 +97,8 @@ class Worker:
 
     def _spawn(self, first: Config) -> None:
         log = Path(first["runs"]) / run_id(first) / LOG
-        make_writable(log.parent)
+        check_writable(log.parent)
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
             # A session of its own: Ctrl-C reaches the sweep alone, which stops its workers in order.
             self.process = subprocess.Popen(
