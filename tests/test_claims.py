@@ -304,6 +304,8 @@ def test_a_claim_of_one_data_set_and_of_one_step(monkeypatch: pytest.MonkeyPatch
         claim(datasets=["cifar10"]),
         claim(datasets=["digits"]),
     )
+    with pytest.raises(ValueError, match="only an accuracy"):
+        claim(at=[120, 170], quantity="gap")
     assert early.values == pytest.approx({1: 2.1, 2: 2.2, 3: 2.3}) and early.state == "supported"
     assert end.state == here.state == "contradicted"
     assert (elsewhere.state, elsewhere.why) == ("not run", "no run of any side")

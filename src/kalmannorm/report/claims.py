@@ -71,10 +71,12 @@ def conflicts() -> list[str]:
 
 
 def parse(entry: Mapping[str, Any]) -> Claim:
-    """An entry. Raises ValueError: a key that there is not, a conflict that is not listed."""
+    """An entry. Raises ValueError: a key that there is not, or not beside another; a conflict that is not listed."""
     known = {"id", "text", "where", "contrast", "quantity", "at", "relative", "expect", "than", "margin", "margin_why"}
     if unknown := set(entry) - known - {"datasets", "paper", "conflict"}:
         raise ValueError(f"claim {entry.get('id')}: unknown keys {', '.join(unknown)}")
+    if "at" in entry and "quantity" in entry:
+        raise ValueError(f"claim {entry['id']}: only an accuracy can be read at a part of the steps")
     beginnings = entry.get("conflict", [])
     found = tuple(said for beginning in beginnings for said in conflicts() if said.startswith(beginning))
     if len(found) != len(beginnings):

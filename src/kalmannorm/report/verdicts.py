@@ -52,7 +52,7 @@ class Verdict:
 
     @property
     def reduced(self) -> str:
-        """ "at budget lite": the prominent mark of a verdict that is not of the papers' length; else ""."""
+        """ "at budget lite", of a speed "at 64x64 px, ...": the prominent mark of what is not the papers'; else ""."""
         if self.measured_at:
             return f"at {self.measured_at}"
         return f"at budget {self.variant.budget_label}" if self.variant and not self.variant.full else ""
