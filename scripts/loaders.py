@@ -24,11 +24,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from kalmannorm import data
-from kalmannorm.config import compose
 from kalmannorm.data import folder
 from kalmannorm.data.beton_loader import BetonLoader
 from kalmannorm.data.stream import FolderLoader
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.config import compose
 
 BATCH = 32
 

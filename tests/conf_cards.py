@@ -7,17 +7,17 @@ from typing import Any
 
 from report_fixtures import write_record
 
-from kalmannorm.record import NUMERICS
+from kalmannorm.experiments import cards
+from kalmannorm.experiments.record import NUMERICS
 from kalmannorm.report import variants
-from kalmannorm.runs import experiment
 
 
 @functools.cache
 def conf_cards() -> dict[str, dict[str, Any]]:
     """Composed once a process: Hydra takes long."""
-    found = {name: experiment.load(name, ["device=cpu", "seeds=1"]).card for name in ("table6", "table7", "figure5")}
+    found = {name: cards.load(name, ["device=cpu", "seeds=1"]).card for name in ("table6", "table7", "figure5")}
     some = "rows=inception_bn_stat2,inception_kn_stat2,resnet32_bn_stat2,resnet32_kn_stat2"
-    return {**found, "table8": experiment.load("table8", ["device=cpu", "seeds=1", some]).card}
+    return {**found, "table8": cards.load("table8", ["device=cpu", "seeds=1", some]).card}
 
 
 def budget_of(dataset: str, name: str) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import time
 import types
 from pathlib import Path
 
-from kalmannorm import record as records
-from kalmannorm.config import result_part
 from kalmannorm.errors import Stopped, UserError
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.config import result_part
 
 HERE = Path(__file__).resolve()
 
@@ -79,13 +79,13 @@ def worker(plan: Path, real: bool) -> None:
         return record
 
     if real:
-        from kalmannorm.runs import execute as module
+        from kalmannorm.train import run as module
 
         trained, module.execute = module.execute, execute
     else:  # without torch, which takes seconds to import
-        module = types.ModuleType("kalmannorm.runs.execute")
+        module = types.ModuleType("kalmannorm.train.run")
         module.execute = execute
-        sys.modules["kalmannorm.runs.execute"] = module
+        sys.modules["kalmannorm.train.run"] = module
     worker.main()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kalmannorm import report
-from kalmannorm.record import run_id
+from kalmannorm.experiments.record import run_id
 from kalmannorm.report.table import Row, Table, table
 
 NUMERICS = 3

@@ -20,9 +20,9 @@ def test_public_names_are_what_they_say_whatever_was_imported_before():
 
 def test_the_command_line_and_records_do_not_wait_for_torch():
     code = (
-        "import sys, kalmannorm.cli, kalmannorm.config, kalmannorm.record, kalmannorm.runs.sweep, "
-        "kalmannorm.runs.experiment, kalmannorm.report\n"
-        "kalmannorm.config.compose(['norm=bkn'])\n"
+        "import sys, kalmannorm.cli, kalmannorm.experiments.config, kalmannorm.experiments.record\n"
+        "import kalmannorm.experiments.cards, kalmannorm.runs.sweep, kalmannorm.report\n"
+        "kalmannorm.experiments.config.compose(['norm=bkn'])\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

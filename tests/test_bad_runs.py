@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kalmannorm import data
-from kalmannorm import record as records
 from kalmannorm.cli import main
-from kalmannorm.config import compose
-from kalmannorm.engine import checkpoint
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.config import compose
+from kalmannorm.train import checkpoint
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]
 

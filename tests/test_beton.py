@@ -20,9 +20,9 @@ import torch
 
 from kalmannorm import data
 from kalmannorm.cli import main
-from kalmannorm.config import compose
 from kalmannorm.data import beton_write
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.config import compose
 
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 

@@ -11,12 +11,12 @@ import yaml
 from report_fixtures import NUMERICS, write_record
 
 from kalmannorm import report
-from kalmannorm.config import conf_dir
+from kalmannorm.experiments import cards
+from kalmannorm.experiments.config import conf_dir
 from kalmannorm.report import claims, hypotheses, quantities, speed, variants, verdicts
 from kalmannorm.report.claims import Claim
 from kalmannorm.report.hypotheses import Hypothesis
 from kalmannorm.report.verdicts import Verdict
-from kalmannorm.runs import experiment
 
 ON_CPU = ("dataset=digits", "device=cpu")
 ROWS = {
@@ -125,7 +125,7 @@ def test_claims_name_rows_of_the_cards() -> None:
         path = folder / f"{term.card}.yaml"
         card = yaml.safe_load(path.read_text())
         if any("sweep" in row for row in card["rows"]):
-            card = experiment.load(term.card, ["device=cpu", "seeds=1"]).card
+            card = cards.load(term.card, ["device=cpu", "seeds=1"]).card
         assert term.row in [row["key"] for row in card["rows"]], f"{term} is no row of {path.name}"
         if term.column:
             assert term.column in [column["key"] for column in card["columns"]]
@@ -315,7 +315,7 @@ def test_a_speed_is_that_of_alternating_steps(monkeypatch: pytest.MonkeyPatch, t
     """Not that of whole runs, which other work on the machine decides."""
     monkeypatch.setattr(verdicts, "claims", lambda: (made,))
     made = claim("+table3/bn", "-table3/kn", quantity="speed", relative=True, expect="less", than=5, margin_why="w")
-    card = experiment.load("table3", ["device=cpu", "seeds=1"]).card
+    card = cards.load("table3", ["device=cpu", "seeds=1"]).card
     found = report.records(tmp_path, NUMERICS)
     (nothing,) = verdicts.evaluate(found, {"table3": card})
     assert nothing.state == "not run"
@@ -401,7 +401,7 @@ def test_the_input_s_belief_shows_in_the_first_normalizer(monkeypatch: pytest.Mo
 
 def test_parameters_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without a run: small Inception, KN's gains and R."""
-    rows = experiment.load("table7", ["device=cpu", "seeds=1", "rows=bn_stat2,kn_stat2"]).card["rows"]
+    rows = cards.load("table7", ["device=cpu", "seeds=1", "rows=bn_stat2,kn_stat2"]).card["rows"]
     few, fewer = (
         claim("+t/kn_stat2", "-t/bn_stat2", quantity="parameters", relative=True, expect="less", than=than)
         for than in (0.2, 0.1)

@@ -4,12 +4,11 @@ import copy
 
 import pytest
 
-from kalmannorm import composition
-from kalmannorm.config import RESULT_KEYS, compose, conf_dir, result_part
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import cards, composition
+from kalmannorm.experiments.config import RESULT_KEYS, compose, conf_dir, result_part
+from kalmannorm.experiments.record import run_id
 from kalmannorm.presets import BATCH_STATISTICS
-from kalmannorm.record import run_id
-from kalmannorm.runs import experiment
 
 
 def test_presets_are_resolved_into_the_configuration():
@@ -77,7 +76,7 @@ def test_id_depends_on_what_determines_the_result_and_on_nothing_else():
 def test_id_changes_with_numerics(monkeypatch):
     config = compose([])
     before = run_id(config)
-    monkeypatch.setattr("kalmannorm.record.NUMERICS", 10**6)
+    monkeypatch.setattr("kalmannorm.experiments.record.NUMERICS", 10**6)
     assert run_id(config) != before
 
 
@@ -161,9 +160,9 @@ def test_every_choice_composes(group):
 
 def test_every_norm_is_known_to_the_library():
     from kalmannorm import NORMS
-    from kalmannorm.engine.detector import DETECTORS
     from kalmannorm.models import ARCHS
     from kalmannorm.norm import GroupedStatistics
+    from kalmannorm.train.detector import DETECTORS
 
     names = {compose([f"norm={file.stem}"])["norm"]["name"] for file in (conf_dir() / "norm").glob("*.yaml")}
     assert names == set(NORMS)
@@ -172,9 +171,9 @@ def test_every_norm_is_known_to_the_library():
     assert {file.stem for file in (conf_dir() / "arch").glob("*.yaml")} == set(ARCHS) | set(DETECTORS)
 
 
-@pytest.mark.parametrize("name", experiment.names())
+@pytest.mark.parametrize("name", cards.names())
 def test_experiments_expand_to_distinct_runs(name):
-    expanded = experiment.load(name, ["dataset=digits", "seeds=2"])
+    expanded = cards.load(name, ["dataset=digits", "seeds=2"])
     ids = [run_id(config) for config in expanded.runs]
     assert len(set(ids)) == len(ids) and ids
     seedless = [result_part(c) | {"seed": None} for c in expanded.runs]
@@ -186,38 +185,38 @@ def test_experiments_expand_to_distinct_runs(name):
 def test_columns_that_are_data_sets():
     """table8 has a run for each row and data set; dataset= chooses one, or makes a column that the paper lacks."""
     some = "rows=inception_kn_stat2,resnet32_kn_stat2"
-    loaded = experiment.load("table8", ["seeds=1", some, "budget=smoke"])
+    loaded = cards.load("table8", ["seeds=1", some, "budget=smoke"])
     rows = {row["key"]: row for row in loaded.card["rows"]}
     assert list(rows["inception_kn_stat2"]["configs"]) == ["cifar10", "cifar100", "svhn"]
     assert list(rows["resnet32_kn_stat2"]["configs"]) == ["cifar10"]
     assert len(loaded.runs) == 3 + 1
     assert rows["inception_kn_stat2"]["configs"]["svhn"]["dataset"]["name"] == "svhn"
-    chosen = experiment.load("table8", ["seeds=1", some, "dataset=cifar100"])
+    chosen = cards.load("table8", ["seeds=1", some, "dataset=cifar100"])
     assert [row["key"] for row in chosen.card["rows"]] == ["inception_kn_stat2"] and len(chosen.runs) == 1
-    digits = experiment.load("table8", ["seeds=1", "rows=resnet110_gn,resnet32_gn", "dataset=digits"])
+    digits = cards.load("table8", ["seeds=1", "rows=resnet110_gn,resnet32_gn", "dataset=digits"])
     assert [c["dataset"]["name"] for c in digits.runs] == ["digits"] * 2
     assert [column["key"] for column in digits.card["columns"]] == ["digits"]
-    of_two = experiment.load("table8", ["rows=inception_ln", "columns=svhn,cifar10", "seeds=1"])
+    of_two = cards.load("table8", ["rows=inception_ln", "columns=svhn,cifar10", "seeds=1"])
     assert {c["dataset"]["name"] for c in of_two.runs} == {"svhn", "cifar10"}
     for name, bad, word in (("table8", "columns=cifar1", "cifar10"), ("table7", "columns=moving", "no choice")):
         with pytest.raises(UserError, match=word):
-            experiment.load(name, [bad])
+            cards.load(name, [bad])
 
 
 def test_sweep_arguments():
     for text, expected in (("2", {1, 2}), ("4,7", {4, 7}), ("5,", {5})):
-        assert {c["seed"] for c in experiment.load("table7", [f"seeds={text}"]).runs} == expected
-    assert set(experiment.load("table7", ["rows=paper"]).keys) == {"bn_stat2", "bn_stat128", "kn_stat2"}
+        assert {c["seed"] for c in cards.load("table7", [f"seeds={text}"]).runs} == expected
+    assert set(cards.load("table7", ["rows=paper"]).keys) == {"bn_stat2", "bn_stat128", "kn_stat2"}
     for bad, word in (("rows=bn_stat3", "bn_stat2"), ("seeds=x", "seeds=x"), ("seeds=0", "seeds=0")):
         with pytest.raises(UserError, match=word):
-            experiment.load("table7", [bad])
+            cards.load("table7", [bad])
     with pytest.raises(UserError, match="table7"):
-        experiment.load("table77", [])
+        cards.load("table77", [])
 
 
 def test_figure5_draws_runs_of_table7():
-    table = {run_id(c) for c in experiment.load("table7", ["dataset=digits"]).runs}
-    assert {run_id(c) for c in experiment.load("figure5", ["dataset=digits"]).runs} <= table
+    table = {run_id(c) for c in cards.load("table7", ["dataset=digits"]).runs}
+    assert {run_id(c) for c in cards.load("figure5", ["dataset=digits"]).runs} <= table
 
 
 def test_composing_leaves_no_state_behind():

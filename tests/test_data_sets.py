@@ -7,8 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from kalmannorm import data
-from kalmannorm.config import compose, conf_dir
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.config import compose, conf_dir
 
 # Those of classification; COCO, the only one of detection, has tests of its own (test_coco.py).
 NAMES = sorted(

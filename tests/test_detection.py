@@ -15,12 +15,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from kalmannorm.cli import main
-from kalmannorm.config import compose
 from kalmannorm.data import coco
-from kalmannorm.engine import average_precision, checkpoint, detection, detector, progress
-from kalmannorm.engine.ranks import Ranks
-from kalmannorm.record import run_id
-from kalmannorm.runs import experiment
+from kalmannorm.experiments import cards
+from kalmannorm.experiments.config import compose
+from kalmannorm.experiments.record import run_id
+from kalmannorm.train import average_precision, checkpoint, detector, progress, task_detection
+from kalmannorm.train.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_record_is_whole(done):
             assert 0 <= values[name] <= 100
     assert record["final_on_training_images"]["images"] == 2
     assert record["curves"]["step"] == [1, 2, 3] and len(record["curves"]["loss_mask"]) == 3
-    parts = [record["curves"][name] for name in detection.LOSSES]
+    parts = [record["curves"][name] for name in task_detection.LOSSES]
     assert all(
         math.isclose(sum(values), total) for *values, total in zip(*parts, record["curves"]["train_loss"], strict=True)
     )
@@ -148,7 +148,7 @@ def test_workers_are_those_asked_for(root):
     images = coco.load("coco", root, 3)
     for asked, count in (("auto", 0), (0, 0), (3, 3)):  # a CPU is busy with the network
         config = compose([*TINY, "norm=gn", f"workers={asked}", f"data={root}"])
-        assert detection.training_batches(config, images, Ranks(config)).workers == count
+        assert task_detection.training_batches(config, images, Ranks(config)).workers == count
 
 
 def test_frozen_constants_are_measured_once(root, tmp_path):
@@ -161,7 +161,7 @@ def test_frozen_constants_are_measured_once(root, tmp_path):
     assert len(constants) == 17 and all((value != 1).any() for value in constants.values())
     config = compose(overrides)
     ranks = Ranks(config)
-    batches = detection.training_batches(config, coco.load("coco", root, 3), ranks)
+    batches = task_detection.training_batches(config, coco.load("coco", root, 3), ranks)
     model = detector.build(config)
     assert detector.measure_constants(model, config, batches) == 4
     for key, value in constants.items():
@@ -177,7 +177,7 @@ def test_frozen_constants_are_measured_once(root, tmp_path):
 def test_all_losses_fall(root, norm):
     config = compose([*TINY, f"norm={norm}", "schedule.lr=0.02", "budget.subset=4"])
     ranks = Ranks(config)
-    batches = detection.training_batches(config, coco.load("coco", root, 3), ranks)
+    batches = task_detection.training_batches(config, coco.load("coco", root, 3), ranks)
     model = detector.build(config)
     if norm == "frozen":
         detector.measure_constants(model, config, batches)
@@ -189,7 +189,7 @@ def test_all_losses_fall(root, norm):
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-        curves.append(torch.stack([losses[name].detach() for name in detection.LOSSES]))
+        curves.append(torch.stack([losses[name].detach() for name in task_detection.LOSSES]))
     first, last = torch.stack(curves[:4]).mean(0), torch.stack(curves[-4:]).mean(0)
     # The smallest loss, of the proposals' boxes, is the noise of few positive anchors here.
     assert last.sum() < 0.7 * first.sum() and (last[:4] < first[:4]).all(), (first, last)
@@ -273,23 +273,25 @@ def test_the_recipe_is_280k_steps():
     schedule, arch = config["schedule"], config["arch"]
     assert (config["budget"]["size"], arch["max_size"], arch["boxes"]) == (800, 1333, 256)
     assert arch["proposals"] == [2000, 1000] and arch["roi_size"] == 14 and config["compile"] is False
-    steps = detection.total_steps(config, SimpleNamespace(steps_per_epoch=117_266 // 8))
+    steps = task_detection.total_steps(config, SimpleNamespace(steps_per_epoch=117_266 // 8))
     assert steps == 280_000
 
     def rate(step):
-        return detection.learning_rate(step, steps, schedule, 8)
+        return task_detection.learning_rate(step, steps, schedule, 8)
 
     assert rate(0) == pytest.approx(0.01 / 3) and rate(500) == pytest.approx(0.01 * 2 / 3)
     assert rate(1000) == rate(149_999) == 0.01
     assert rate(150_000) == pytest.approx(0.001) and rate(230_000) == pytest.approx(0.0001)
-    assert detection.learning_rate(1000, steps, schedule, 16) == 0.02
+    assert task_detection.learning_rate(1000, steps, schedule, 16) == 0.02
     # A short run: a tenth of it is warm-up, the drops are where they are in the long one.
-    assert detection.learning_rate(28, 280, schedule, 8) == 0.01 > detection.learning_rate(27, 280, schedule, 8)
-    assert detection.learning_rate(150, 280, schedule, 8) == pytest.approx(0.001)
+    assert (
+        task_detection.learning_rate(28, 280, schedule, 8) == 0.01 > task_detection.learning_rate(27, 280, schedule, 8)
+    )
+    assert task_detection.learning_rate(150, 280, schedule, 8) == pytest.approx(0.001)
 
 
 def test_the_card_of_table_6():
-    card = experiment.load("table6", ["seeds=1"])
+    card = cards.load("table6", ["seeds=1"])
     norms = {row["key"]: row["config"]["norm"]["name"] for row in card.card["rows"]}
     assert norms == {"frozen_bn": "frozen", "gn": "gn", "kn": "bkn", "kn_stat1": "bkn", "kn_carried": "bkn"}
     assert [run["batch"]["stat_batch"] for run in card.runs] == [None, None, 2, 1, 2]

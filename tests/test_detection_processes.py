@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from coco_files import TINY, TINY_FPN
 from test_detection import outcome
 
-from kalmannorm.config import compose
-from kalmannorm.engine import detection
+from kalmannorm.experiments.config import compose
+from kalmannorm.train import task_detection
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ NORMS = {
 
 def run_all(folder, runs):
     for name, overrides in runs.items():
-        detection.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
+        task_detection.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
 
 
 def worker(rank, port, folder, runs):
@@ -67,7 +67,7 @@ def check_processes(root, folder, norms, tiny=TINY):
     for name in runs:
         (one, state), (two, other) = outcome(folder / "one" / name), outcome(folder / "two" / name)
         assert one["id"] == two["id"] and two["host"]["processes"] == 2
-        losses = [max(map(abs_difference, one["curves"][key], two["curves"][key])) for key in detection.LOSSES]
+        losses = [max(map(abs_difference, one["curves"][key], two["curves"][key])) for key in task_detection.LOSSES]
         # A ReLU whose input is zero but for rounding passes a gradient or none: with other convolution kernels, one
         # process too moves biases of 2e-4 by 1e-6. Gradients that were not averaged would move them by 1e-4.
         weights = [

@@ -18,11 +18,11 @@ import torch.multiprocessing as mp
 from torch.cuda._utils import _get_device_index
 
 import kalmannorm
-from kalmannorm.config import compose
-from kalmannorm.engine import checkpoint, ranks, train
-from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.config import compose
 from kalmannorm.presets import BATCH_STATISTICS
+from kalmannorm.train import checkpoint, loop, ranks
+from kalmannorm.train.ranks import Ranks
 
 SMALL = [
     "dataset=digits",
@@ -81,7 +81,7 @@ def cases(stat_batches: tuple[int, ...], norms: Iterable[str] | None = None) -> 
 def run_all(folder: Path, runs: Runs) -> None:
     """Every case in its own folder, in this process or, where a process group is up, as one of its ranks."""
     for name, overrides in runs.items():
-        train.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
+        loop.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
 
 
 def worker(rank: int, world: int, port: int, folder: Path, runs: Runs) -> None:
@@ -297,7 +297,7 @@ def test_torchrun_trains_once_and_leaves_cleanly(tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_with_its_own_error(tmp_path):
     code = (
-        "import os, kalmannorm.engine.train as train\n"
+        "import os, kalmannorm.train.loop as train\n"
         "from kalmannorm.cli import main\n"
         "real = train._forward_backward\n"
         "def broken(session, *rest):\n"

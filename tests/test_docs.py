@@ -9,7 +9,7 @@ import yaml
 from contract import CHECKS
 
 from kalmannorm import NORMS
-from kalmannorm.config import conf_dir
+from kalmannorm.experiments.config import conf_dir
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -7,8 +7,8 @@ import pytest
 from test_sweep import TABLE7, place, plan
 
 from kalmannorm.cli import main
-from kalmannorm.runs import options
-from kalmannorm.runs.experiment import load
+from kalmannorm.experiments.cards import load
+from kalmannorm.runs import placement
 
 __all__ = ["plan"]  # the fixture
 
@@ -69,5 +69,5 @@ def test_gpus_mean_cuda_and_are_missed_before_anything_starts(tmp_path, capsys, 
     arguments = [argument for argument in TABLE7 if argument != "device=cpu"]
     assert main(["sweep", *arguments, *place(tmp_path), "gpus=4"]) == 2
     assert "4 GPUs asked for: this machine shows 2;" in capsys.readouterr().err.splitlines()[-1]
-    assert options.split(["gpus=4", "device=cpu"])[1] == ["device=cpu"]
+    assert placement.split(["gpus=4", "device=cpu"])[1] == ["device=cpu"]
     assert not (tmp_path / "runs").exists()

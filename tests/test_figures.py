@@ -15,8 +15,8 @@ from report_fixtures import LAYERS, NUMERICS, card, config, write_record
 
 from kalmannorm import report
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import cards
 from kalmannorm.report import accuracy, figure, layers, style
-from kalmannorm.runs import experiment
 
 ROOT = Path(__file__).parents[1]
 BN, BN_LARGE, KN, KN_OUTPUT = (row["config"] for row in card()["rows"])
@@ -311,9 +311,7 @@ def test_arrays_of_one_run(tmp_path: Path) -> None:
 
 
 def test_a_swept_row_stands_for_its_combinations() -> None:
-    card = experiment.load(
-        "initial-gain", ["budget=smoke", "device=cpu", "seeds=2", "rows=bn_*,kn_fixed_*_preact_*"]
-    ).card
+    card = cards.load("initial-gain", ["budget=smoke", "device=cpu", "seeds=2", "rows=bn_*,kn_fixed_*_preact_*"]).card
     assert [row["key"] for row in card["rows"][:2]] == ["bn_resnet14_g128_s2", "bn_resnet14_g128_s128"]
     fixed = {row["key"]: row for row in card["rows"]}["kn_fixed_resnet14_preact_g128_s128_0.1"]
     options = fixed["config"]["norm"]["options"]
@@ -321,7 +319,7 @@ def test_a_swept_row_stands_for_its_combinations() -> None:
     assert fixed["config"]["arch"]["name"] == "resnet14_preact" and fixed["config"]["batch"]["stat_batch"] == 128
     assert len(card["rows"]) == 4 + 4
     with pytest.raises(UserError, match="row"):
-        experiment.load("initial-gain", ["rows=bn_resnet15*"])
+        cards.load("initial-gain", ["rows=bn_resnet15*"])
 
 
 # Notebooks

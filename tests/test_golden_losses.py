@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from kalmannorm import NORMS, convert, initialize_weight_norm, set_progress
-from kalmannorm.engine.model import optimizer
 from kalmannorm.models.resnet_cifar import ResNet
+from kalmannorm.train.model import optimizer
 
 FILE = Path(__file__).parent / "golden_losses.json"
 CASES = {

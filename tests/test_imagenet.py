@@ -13,13 +13,13 @@ from test_distributed import assert_same, on_processes
 from test_run import assert_same_run, only_record, place
 
 from kalmannorm.cli import main
-from kalmannorm.config import compose, conf_dir
-from kalmannorm.engine.model import learning_rate
 from kalmannorm.errors import UserError
-from kalmannorm.record import run_id
+from kalmannorm.experiments import cards
+from kalmannorm.experiments.config import compose, conf_dir
+from kalmannorm.experiments.record import run_id
 from kalmannorm.report.quantities import accuracy_at
 from kalmannorm.report.table import columns_of
-from kalmannorm.runs import experiment
+from kalmannorm.train.model import learning_rate
 
 SMALL = [
     "dataset=image_folder", "dataset.name=toy", "arch=inception_cifar", "arch.width=0.125", "norm=bkn",
@@ -89,7 +89,7 @@ def test_an_unreadable_file_fails_the_run_or_is_left_out(tmp_path, capsys, monke
     assert record["data"]["unreadable"]["count"] == 2 and record["data"]["train_images"] == 35
     assert record["data"]["unreadable"]["left_out"][0].startswith("train/c1/2.jpg: cannot identify")
     assert record["final"]["online"]["images"] == 8
-    monkeypatch.setattr("kalmannorm.engine.inputs.find_unreadable", lambda *_: pytest.fail("looked twice"))
+    monkeypatch.setattr("kalmannorm.train.loaders.find_unreadable", lambda *_: pytest.fail("looked twice"))
     assert main(["train", *skip, "seed=2", *place(tmp_path / "skip")]) == 0
 
 
@@ -170,7 +170,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_cards_have_the_papers_batches_and_recipes(name):
-    loaded = experiment.load(name, ["budget=paper", "seeds=1"])
+    loaded = cards.load(name, ["budget=paper", "seeds=1"])
     assert {(c["batch"]["grad_batch"], c["batch"]["stat_batch"]) for c in loaded.runs} == PAIRS[name]
     assert loaded.card["devices"] == 8
     for config in loaded.runs:
@@ -184,7 +184,7 @@ def test_cards_have_the_papers_batches_and_recipes(name):
 def test_cards_share_runs():
     """Table 5 and v1's Figure 4 are of the same runs; Table 1's ResNet-50 ones are the talk's."""
     names = ("table1", "table5", "v1-figure4", "talk-resnet50")
-    ids = {name: {run_id(config) for config in experiment.load(name, ["seeds=1"]).runs} for name in names}
+    ids = {name: {run_id(config) for config in cards.load(name, ["seeds=1"]).runs} for name in names}
     assert ids["table5"] == ids["v1-figure4"]
     assert len(ids["table1"] & ids["talk-resnet50"]) == 3
 
@@ -194,5 +194,5 @@ def test_table_5_reads_accuracies_on_the_way():
     run = {"curves": curves, "final": {}}
     assert [accuracy_at(run, "online", part) for part in (0.1, 0.5, 120 / 170)] == [10, 20, 30]
     assert math.isnan(accuracy_at(run, "online", 1)) and accuracy_at(run, "moving", 0.5) is None
-    card = experiment.load("table5", ["seeds=1"]).card
+    card = cards.load("table5", ["seeds=1"]).card
     assert [column.at for column in columns_of(card)] == [120 / 170, None, None]

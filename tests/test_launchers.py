@@ -10,10 +10,11 @@ import faulty
 import pytest
 from test_sweep import TABLE7, alive, place, plan, started, statuses, wait_for
 
-from kalmannorm import record as records
 from kalmannorm.cli import main
-from kalmannorm.runs import on_slurm, options, worker
-from kalmannorm.runs.experiment import load
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.cards import load
+from kalmannorm.runs import placement, worker
+from kalmannorm.runs import slurm as on_slurm
 
 __all__ = ["plan"]  # the fixture
 
@@ -52,7 +53,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def test_what_slurm_is_given(slurm):
-    choice, _ = options.split(["launcher=slurm", "gpus=8", "slurm.partition=gpu", "slurm.time=90", "slurm.mem=64GB"])
+    choice, _ = placement.split(["launcher=slurm", "gpus=8", "slurm.partition=gpu", "slurm.time=90", "slurm.mem=64GB"])
     launcher = on_slurm.OnSlurm(choice, "cuda", str(slurm / "runs"))
     for config in load("table7", [*TABLE7[1:], "seeds=3", *place(slurm)]).runs:
         launcher.start(config, 4)

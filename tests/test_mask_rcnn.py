@@ -14,12 +14,12 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from kalmannorm import Belief, convert
-from kalmannorm.config import compose
-from kalmannorm.engine import detector
-from kalmannorm.engine.model import build
 from kalmannorm.errors import UserError
-from kalmannorm.models.detection import LOSSES, KeyedSampler
-from kalmannorm.models.mask_rcnn import MaskRCNNC4
+from kalmannorm.experiments.config import compose
+from kalmannorm.models.detection.c4 import MaskRCNNC4
+from kalmannorm.models.detection.parts import LOSSES, KeyedSampler
+from kalmannorm.train import detector
+from kalmannorm.train.model import build
 
 SMALL = {
     "layers": (1, 1, 1, 1),

@@ -10,11 +10,11 @@ from test_mask_rcnn import SMALL, scene
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from kalmannorm.config import compose
-from kalmannorm.engine import detector
 from kalmannorm.errors import UserError
-from kalmannorm.models.detection import LOSSES
-from kalmannorm.models.mask_rcnn_fpn import MaskRCNNFPN
+from kalmannorm.experiments.config import compose
+from kalmannorm.models.detection.fpn import MaskRCNNFPN
+from kalmannorm.models.detection.parts import LOSSES
+from kalmannorm.train import detector
 
 
 def small(seed=0):

@@ -9,11 +9,11 @@ from helpers import Chain
 from torch import Tensor, nn
 
 from kalmannorm import Belief, convert
-from kalmannorm.config import compose
-from kalmannorm.engine.mechanism import ESTIMATES, Errors, Population, layer_errors
-from kalmannorm.engine.model import build
-from kalmannorm.engine.train import _describe
-from kalmannorm.statistics import normalizers, probing, set_statistics
+from kalmannorm.experiments.config import compose
+from kalmannorm.norm.modes import normalizers, probing, set_statistics
+from kalmannorm.train.layer_errors import ESTIMATES, Errors, Population, layer_errors
+from kalmannorm.train.loop import _describe
+from kalmannorm.train.model import build
 
 
 def online(norm: str, **options: object) -> nn.Module:

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm import belief_report, convert, fold
-from kalmannorm.config import compose
-from kalmannorm.engine.model import build, network
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.config import compose
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.models.inception_cifar import FILTERS, InceptionCifar
 from kalmannorm.models.inception_v2 import BLOCKS, InceptionV2
 from kalmannorm.models.resnet_cifar import Block, PreactBlock, ResNet
+from kalmannorm.train.model import build, network
 
 PARAMETERS = {  # at 10 classes
     "inception_cifar": 903_018,

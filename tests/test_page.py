@@ -18,7 +18,7 @@ from report_fixtures import write_record
 from kalmannorm import report
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
-from kalmannorm.record import NUMERICS
+from kalmannorm.experiments.record import NUMERICS
 from kalmannorm.report import collection, cost, variants, verdicts
 from kalmannorm.report.compare import compare
 from kalmannorm.report.table import table

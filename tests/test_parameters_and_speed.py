@@ -11,15 +11,15 @@ import pytest
 from kalmannorm import report
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import cards
 from kalmannorm.report import parameters, render, speed
-from kalmannorm.runs import experiment
-from kalmannorm.runs import speed as measuring
+from kalmannorm.runs import measure_speed
 
 TINY = ["budget.size=32", "arch.width=0.1", "batch.grad_batch=4", "batch.stat_batch=2", "device=cpu"]
 
 
-def load(tmp_path: Path, *overrides: str) -> experiment.Experiment:
-    return experiment.load("table3", ["device=cpu", f"results={tmp_path}", *overrides])
+def load(tmp_path: Path, *overrides: str) -> cards.Experiment:
+    return cards.load("table3", ["device=cpu", f"results={tmp_path}", *overrides])
 
 
 def table3(tmp_path: Path, *overrides: str) -> render.Sheet:
@@ -39,7 +39,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         asked.append(compiled)
         return {"bn": [0.2, 0.1, 0.2, 0.4], "kn": [0.3, 0.2, 0.3, 0.6]}
 
-    monkeypatch.setattr(measuring, "_alternate", steps)
+    monkeypatch.setattr(measure_speed, "_alternate", steps)
     return asked
 
 
@@ -47,7 +47,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def test_table2_has_the_printed_digits() -> None:
-    card = experiment.load("table2", ["device=cpu"]).card
+    card = cards.load("table2", ["device=cpu"]).card
     sheet = parameters.sheet(card, report.records(Path("nowhere"), 1))
     assert rows(sheet)[0] == ["Inception-v2", "11.29 (11,285,224)", "11.29", "11.29 (11,285,224)", "11.29",
                               "11.30 (11,295,309)", "11.30"]  # fmt: skip
@@ -61,7 +61,7 @@ def test_table2_has_the_printed_digits() -> None:
 
 
 def test_table2_says_where_it_differs() -> None:
-    card = experiment.load("table2", ["device=cpu", "rows=inception_v2", "arch.width=0.5"]).card
+    card = cards.load("table2", ["device=cpu", "rows=inception_v2", "arch.width=0.5"]).card
     sheet = parameters.sheet(card, report.records(Path("nowhere"), 1))
     assert sheet.below[1] == "Not the paper's printed digits: Inception-v2 with BN, Inception-v2 with GN, " \
                              "Inception-v2 with KN."  # fmt: skip
@@ -94,14 +94,14 @@ def test_table3_not_run(tmp_path: Path) -> None:
 def test_a_real_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = load(tmp_path, *TINY[:-1])
     small.card["seconds"] = 0
-    assert measuring.measure(small) == 0
+    assert measure_speed.measure(small) == 0
     (file,) = (tmp_path / "speed").iterdir()
     found = json.loads(file.read_text())
     assert {len(steps) for steps in found["seconds"].values()} == {5}
     assert found["configs"]["kn"]["norm"]["name"] == "bkn" and not found["configs"]["bn"]["compile"]
     assert {"hardware", "threads", "git", "versions", "started"} <= set(found["host"])
     before = file.read_bytes()
-    assert measuring.measure(small) == 0 and file.read_bytes() == before  # done already
+    assert measure_speed.measure(small) == 0 and file.read_bytes() == before  # done already
     assert "done" in capsys.readouterr().err
     assert main(["report", "table3", *TINY, f"results={tmp_path}"]) == 0
     (path,) = tmp_path.glob("table3_*.md")
@@ -113,7 +113,7 @@ def test_a_real_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_medians_and_the_middle_half(tmp_path: Path, timed: list[bool]) -> None:
-    assert measuring.measure(load(tmp_path)) == 0
+    assert measure_speed.measure(load(tmp_path)) == 0
     (row, printed) = rows(table3(tmp_path))
     assert row[1:] == ["224x224 px, (64, 32), fp32, eager", "320.00", "213.33", "1.500 [1.500, 1.875]", "4"]
     assert "thread" in row[0] and printed[0].startswith("paper")
@@ -126,19 +126,19 @@ def test_medians_and_the_middle_half(tmp_path: Path, timed: list[bool]) -> None:
 
 
 def test_eager_and_compiled_where_runs_are_compiled(tmp_path: Path, timed: list[bool]) -> None:
-    measuring.measure(load(tmp_path))
+    measure_speed.measure(load(tmp_path))
     assert timed == [False]
     compiling = load(tmp_path, "compile=true")
-    measuring.measure(compiling, dry_run=True)
+    measure_speed.measure(compiling, dry_run=True)
     assert timed == [False]
-    measuring.measure(compiling)
+    measure_speed.measure(compiling)
     assert timed == [False, True]  # the eager one is there
     assert [row[1].split(", ")[-1] for row in rows(table3(tmp_path))[:2]] == ["compiled", "eager"]
 
 
 def test_measurements_of_other_settings_have_rows_of_their_own(tmp_path: Path, timed: list[bool]) -> None:
     for overrides in (["budget.size=64"], ["batch.grad_batch=128"], ["norm.predictor=sampling"]):
-        measuring.measure(load(tmp_path, *overrides))
+        measure_speed.measure(load(tmp_path, *overrides))
     found = rows(table3(tmp_path))
     assert [row[1].split(", fp32")[0] for row in found[:3]] == [
         "224x224 px, (128, 32)", "224x224 px, (64, 32)", "64x64 px, (64, 32)",
@@ -149,7 +149,7 @@ def test_measurements_of_other_settings_have_rows_of_their_own(tmp_path: Path, t
 
 @pytest.mark.parametrize("content", ["", "{}", '{"id": "x"}', "[]", None])
 def test_a_damaged_measurement_is_named(tmp_path: Path, timed: list[bool], content: str | None) -> None:
-    measuring.measure(load(tmp_path))
+    measure_speed.measure(load(tmp_path))
     (file,) = (tmp_path / "speed").iterdir()
     whole = json.loads(file.read_text())
     whole["seconds"]["kn"].pop()
@@ -160,7 +160,7 @@ def test_a_damaged_measurement_is_named(tmp_path: Path, timed: list[bool], conte
 
 def test_a_comparison_needs_both_rows(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="compares two rows"):
-        measuring.measure(load(tmp_path, "rows=kn"))
+        measure_speed.measure(load(tmp_path, "rows=kn"))
 
 
 def test_too_little_memory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_too_little_memory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(measuring, "_alternate", fail)
+    monkeypatch.setattr(measure_speed, "_alternate", fail)
     with pytest.raises(UserError, match=r"smaller batch\.grad_batch"):
-        measuring.measure(load(tmp_path))
+        measure_speed.measure(load(tmp_path))
     assert not (tmp_path / "speed").exists()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from kalmannorm import Belief, belief, belief_report, convert, fold
 from kalmannorm.belief import Transition
-from kalmannorm.engine.model import optimizer
 from kalmannorm.norm import Estimator
 from kalmannorm.presets import PRESETS, preset_options
+from kalmannorm.train.model import optimizer
 
 D = torch.float64
 # Residual's convolutions whose input has a belief: all but the stem's.

@@ -7,9 +7,9 @@ from pathlib import Path
 import faulty
 import pytest
 
-from kalmannorm import record as records
 from kalmannorm.cli import main
-from kalmannorm.config import compose
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.config import compose
 
 SMALL = ["dataset=digits", "budget=smoke", "device=cpu"]
 

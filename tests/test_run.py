@@ -16,15 +16,15 @@ import pytest
 import torch
 
 from kalmannorm import data
-from kalmannorm import record as records
 from kalmannorm.cli import main
-from kalmannorm.config import compose
-from kalmannorm.engine import checkpoint, train
-from kalmannorm.engine.evaluate import evaluate
-from kalmannorm.engine.model import build, learning_rate, optimizer
-from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.config import compose
 from kalmannorm.runs import worker
+from kalmannorm.train import checkpoint, loop
+from kalmannorm.train.evaluate import evaluate
+from kalmannorm.train.model import build, learning_rate, optimizer
+from kalmannorm.train.ranks import Ranks
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]
 
@@ -186,7 +186,7 @@ def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, e
     overrides = [*SMALL, *extra, "budget.epochs=3", "budget.subset=512"]
     assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
     steps = []
-    stepped, evaluated = torch.optim.SGD.step, train.evaluate
+    stepped, evaluated = torch.optim.SGD.step, loop.evaluate
 
     def step(self, *args):
         steps.append(1)
@@ -201,7 +201,7 @@ def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, e
         return evaluated(*args)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    monkeypatch.setattr(train, "evaluate", evaluate_once)
+    monkeypatch.setattr(loop, "evaluate", evaluate_once)
     assert main(["train", *overrides, *place(tmp_path / "cut")]) == 128 + signal.SIGUSR1
     assert len(steps) == 6 and not (tmp_path / "cut" / "results").exists()
     assert main(["train", *overrides, *place(tmp_path / "cut")]) == 128 + signal.SIGTERM
@@ -379,7 +379,7 @@ def test_every_image_is_counted_once_and_the_order_of_the_test_set_does_not_matt
     config = compose([*SMALL, "norm=bn", "batch.stat_batch=128"])
     model, _ = build(config)
     arrays = data.load("digits", Path("data"))
-    _, test = train.loaders(config, arrays, Ranks(config))
+    _, test = loop.loaders(config, arrays, Ranks(config))
     found = {kind: evaluate(model, test, kind, 128) for kind in ("moving", "online")}
     assert [values["images"] for values in found.values()] == [360, 360]  # 360 is no multiple of 128
     monkeypatch.setattr(test, "fixed_order", lambda: torch.arange(360))
@@ -401,13 +401,13 @@ def test_what_is_known_is_not_evaluated_again(tmp_path, monkeypatch, norm, kinds
     def interrupted(*args):
         raise RuntimeError("after the training")
 
-    monkeypatch.setattr(train, "evaluate", kept)
+    monkeypatch.setattr(loop, "evaluate", kept)
     config = compose([*SMALL, *place(tmp_path), f"norm={norm}", "budget.epochs=1"])
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="after the training"):
-        patch.setattr(train, "precise", interrupted)
-        train.run(config)
+        patch.setattr(loop, "precise", interrupted)
+        loop.run(config)
     assert [kind for kind, _ in made] == kinds
-    record = train.run(config)  # goes on behind the last epoch, whose evaluation's losses are lost
+    record = loop.run(config)  # goes on behind the last epoch, whose evaluation's losses are lost
     assert [kind for kind, _ in made] == 2 * kinds and made[: len(kinds)] == made[len(kinds) :]
     assert record["final"]["moving"] == made[0][1] and record["final"]["online"] == made[len(kinds) - 1][1]
     for kind in ("moving", "online"):

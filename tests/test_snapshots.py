@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kalmannorm.runs import experiment
+from kalmannorm.experiments import cards
 
 FOLDER = Path(__file__).parent / "snapshots"
 BUDGETS = ("paper", "lite", "smoke")
@@ -24,17 +24,17 @@ def composed(name: str) -> dict[str, Any]:
     for budget in BUDGETS:
         many = len(found.get(BUDGETS[0], ())) > MANY
         chosen = [f"rows={next(iter(found[BUDGETS[0]]))}"] if many else []
-        card = experiment.load(name, [dataset, f"budget={budget}", "device=cpu", "seeds=1", *chosen]).card
+        card = cards.load(name, [dataset, f"budget={budget}", "device=cpu", "seeds=1", *chosen]).card
         found[budget] = {row["key"]: row.get("configs") or row.get("config") for row in card["rows"]}
     return found
 
 
-@pytest.mark.parametrize("name", experiment.names())
+@pytest.mark.parametrize("name", cards.names())
 def test_experiment_is_what_it_was(name: str) -> None:
     assert composed(name) == json.loads((FOLDER / f"{name}.json").read_text())
 
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for name in experiment.names():
+    for name in cards.names():
         (FOLDER / f"{name}.json").write_text(json.dumps(composed(name), indent=1, sort_keys=True) + "\n")

@@ -10,14 +10,14 @@ from helpers import error
 
 from kalmannorm import data
 from kalmannorm.cli import main
-from kalmannorm.config import compose
 from kalmannorm.conversion import INPUT_BELIEF
-from kalmannorm.engine import train
-from kalmannorm.engine.model import build
-from kalmannorm.engine.ranks import Ranks
-from kalmannorm.engine.start import initialize, measure_input
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.config import compose
 from kalmannorm.norm import BatchRenorm
+from kalmannorm.train import loop
+from kalmannorm.train.initialize import initialize, measure_input
+from kalmannorm.train.model import build
+from kalmannorm.train.ranks import Ranks
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "batch.grad_batch=32"]
 WITH_INPUT = [*SMALL, "norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"]
@@ -32,7 +32,7 @@ def test_input_belief_is_that_of_the_preprocessed_training_set() -> None:
     arrays = data.load("digits", data.root())
     ranks = Ranks(config)
     model, _ = build(config)
-    loader, _ = train.loaders(config, arrays, ranks)
+    loader, _ = loop.loaders(config, arrays, ranks)
     measure_input(model, loader, ranks)
     chosen = data.class_balanced_subset(arrays.train_labels, config["budget"]["subset"])
     images = data.resize(arrays.train_images[chosen], config["budget"]["size"]).astype(np.float64)
@@ -62,7 +62,7 @@ def test_a_run_with_an_input_belief_is_evaluated_and_exported(tmp_path: Path, ca
 def test_weight_norm_starts_from_the_first_batch_of_the_run() -> None:
     config = compose([*SMALL, "norm=wn"])
     arrays = data.load("digits", data.root())
-    loader, _ = train.loaders(config, arrays, Ranks(config))
+    loader, _ = loop.loaders(config, arrays, Ranks(config))
     model, _ = build(config)
     initialize(model, loader)
     x, _ = next(loader.epoch(0))
@@ -83,7 +83,7 @@ def test_brn_s_schedule_follows_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     overrides = [*SMALL, "norm=brn", "budget.epochs=2", "budget.subset=96", *place(tmp_path)]
     config = compose(overrides)
     monkeypatch.setattr(BatchRenorm, "set_progress", noted)
-    train.run(config)
+    loop.run(config)
     layers = sum(isinstance(m, BatchRenorm) for m in build(config)[0].modules())
     of_first = seen[layers : 9 * layers : layers]  # the first time is each layer's construction
     assert of_first == pytest.approx([0, 1 / 6, 2 / 6, 1 / 2, 3 / 6, 4 / 6, 5 / 6, 1])

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kalmannorm import NORMS, Belief, KalmanBatchNorm2d, convert, precise_statistics, set_statistics
 from kalmannorm.norm import BatchNorm
-from kalmannorm.statistics import flush_moving, place_batch, probing, spread_batches
+from kalmannorm.norm.modes import flush_moving, place_batch, probing, spread_batches
 
 
 @pytest.fixture(autouse=True)

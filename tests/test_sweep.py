@@ -18,13 +18,13 @@ import faulty
 import pytest
 from rich.console import Console
 
-from kalmannorm import record as records
 from kalmannorm.cli import main
-from kalmannorm.config import compose
 from kalmannorm.errors import UserError
-from kalmannorm.runs import board, lock, options, sweep, worker
-from kalmannorm.runs.board import Board, Job
-from kalmannorm.runs.experiment import load, multirun
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.cards import load, multirun
+from kalmannorm.experiments.config import compose
+from kalmannorm.runs import display, lock, placement, sweep, worker
+from kalmannorm.runs.display import Board, Job
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]
 TABLE7 = ["table7", *SMALL, "rows=bn_stat2,kn_stat2"]
@@ -211,10 +211,10 @@ def test_a_run_takes_no_more_devices_than_its_groups_can_be_dealt_to(batch, norm
 
 
 def test_slots_of_gpus(monkeypatch):
-    from kalmannorm.runs.local import Local
+    from kalmannorm.runs.pool import Local
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-    pool = Local(options.split(["gpus=0,1,2", "per_gpu=2"])[0], "cuda", 1)
+    pool = Local(placement.split(["gpus=0,1,2", "per_gpu=2"])[0], "cuda", 1)
     assert [slot.gpu for slot in pool.slots] == ["0", "1", "2", "0", "1", "2"] and pool.devices == 3
     assert pool.slots[1].worker._environment["CUDA_VISIBLE_DEVICES"] == "1"
     pool.slots[0].run = "a"
@@ -237,9 +237,9 @@ def test_a_run_on_two_devices_goes_through_torchrun_and_gets_the_same_numbers(tm
 
 def test_the_live_table_shows_what_runs_and_what_failed(tmp_path, monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(board, "Console", lambda **_: Console(file=screen, force_terminal=True, width=200, height=9))
+    monkeypatch.setattr(display, "Console", lambda **_: Console(file=screen, force_terminal=True, width=200, height=9))
     jobs = [Job(config, "row", 1, 10.0) for config in load("table7", [*TABLE7[1:], "seeds=4", *place(tmp_path)]).runs]
-    for job, state in zip(jobs, [board.DONE, board.FAILED, board.RUNNING], strict=False):
+    for job, state in zip(jobs, [display.DONE, display.FAILED, display.RUNNING], strict=False):
         job.state, job.began = state, time.time() - 1
     jobs[1].reason = "RuntimeError: injected"
     jobs[2].folder.mkdir(parents=True)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kalmannorm.config import compose, conf_dir
-from kalmannorm.engine.model import parameter_count
+from kalmannorm.experiments.config import compose, conf_dir
 from kalmannorm.report import paper
+from kalmannorm.train.model import parameter_count
 
 BASE = ["dataset=cifar100", "arch=inception_cifar", "device=cpu"]
 CARD = yaml.safe_load((conf_dir() / "experiment" / "v1-table3.yaml").read_text())

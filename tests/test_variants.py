@@ -10,11 +10,11 @@ from report_fixtures import write_record
 
 from kalmannorm import report
 from kalmannorm.cli import main
-from kalmannorm.config import result_part
-from kalmannorm.record import NUMERICS
+from kalmannorm.experiments.cards import load
+from kalmannorm.experiments.config import result_part
+from kalmannorm.experiments.record import NUMERICS
 from kalmannorm.report import collection, variants
 from kalmannorm.report.table import configs_of, table
-from kalmannorm.runs import experiment
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_card_under_settings_of_the_command_line_has_files_of_its_own(tmp_path
 
 def test_the_papers_values_are_of_the_papers_batches(tmp_path: Path) -> None:
     """Also where the command line gives others to every row."""
-    card = experiment.load("table1", ["device=cpu", "seeds=1", "batch=g64_s8", "columns=resnet50"]).card
+    card = load("table1", ["device=cpu", "seeds=1", "batch=g64_s8", "columns=resnet50"]).card
     written = report.render.markdown(table(card, report.records(tmp_path, NUMERICS)))
     assert "| BN | (64, 8) | not run | 76.4 (256, 32) |" in written and "for the same (grad, stat)" not in written
 
@@ -101,11 +101,11 @@ def test_a_row_of_another_width_is_no_setting(tmp_path: Path, cards: dict[str, A
 def test_every_row_is_of_its_own_schedule_and_data_set(tmp_path: Path) -> None:
     """The papers' length depends on a row's schedule; a detector's sizes on data set and budget: no reductions."""
     for name, settings in (("table1", ("budget=paper",)), ("table6", ("budget=paper", "dataset=coco"))):
-        asked = experiment.load(name, ["device=cpu", "seeds=1", *settings])
+        asked = load(name, ["device=cpu", "seeds=1", *settings])
         for run in asked.runs:
             config = {key: value for key, value in result_part(run).items() if key != "seed"}
             write_record(tmp_path / name, config, 1, numerics=NUMERICS)
-        plain = experiment.load(name, ["device=cpu", "seeds=1"]).card
+        plain = load(name, ["device=cpu", "seeds=1"]).card
         found = report.records(tmp_path / name, NUMERICS)
         (setting,) = variants.of_card(plain, found, variants.named_archs({name: plain}))
         assert setting.full and setting.label.endswith("budget paper"), setting
@@ -115,10 +115,10 @@ def test_every_row_is_of_its_own_schedule_and_data_set(tmp_path: Path) -> None:
 def test_settings_that_not_all_rows_have(tmp_path: Path) -> None:
     """A data set's belongs to its column, a network's extra one to every row; schedules of one name stay apart."""
     table8 = ["device=cpu", "seeds=1", "rows=inception_bn_stat2,inception_kn_stat2"]
-    card = experiment.load("table8", table8).card
+    card = load("table8", table8).card
     lr = "schedule.lr=[[400, 0.1]]"
     for number, change in enumerate(("dataset.pad=0", "+arch.extra=true", lr, "schedule.momentum=0.5")):
-        rows = experiment.load("table8", [*table8, "columns=cifar10", change]).card["rows"]
+        rows = load("table8", [*table8, "columns=cifar10", change]).card["rows"]
         results = tmp_path / str(number)
         for row in rows:
             write_record(results, row["config"], 1, 44.0, numerics=NUMERICS)
@@ -133,8 +133,8 @@ def test_settings_that_not_all_rows_have(tmp_path: Path) -> None:
 
 def test_a_table_of_settled_numbers_does_not_follow_the_runs(tmp_path: Path) -> None:
     """Table 2 counts at ImageNet's 1,000 classes, whatever else was trained."""
-    cards = {"table2": experiment.load("table2", ["device=cpu", "seeds=1"]).card}
-    other = experiment.load("table2", ["device=cpu", "seeds=1", "dataset=tiny_imagenet_20", "budget=lite"]).card
+    cards = {"table2": load("table2", ["device=cpu", "seeds=1"]).card}
+    other = load("table2", ["device=cpu", "seeds=1", "dataset=tiny_imagenet_20", "budget=lite"]).card
     for row in other["rows"]:
         for config in row["configs"].values():
             write_record(tmp_path, config, 1, numerics=NUMERICS)

@@ -12,8 +12,8 @@ from helpers import Chain, Residual, error
 from torch import Tensor, nn
 
 from kalmannorm import convert, fold, initialize_weight_norm
-from kalmannorm.engine.model import optimizer
 from kalmannorm.norm.weight import is_weight_normalized
+from kalmannorm.train.model import optimizer
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kalmannorm.belief import Belief
     from kalmannorm.conversion import belief_report, convert, fold
     from kalmannorm.norm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm, initialize_weight_norm
-    from kalmannorm.statistics import precise_statistics, set_progress, set_statistics
+    from kalmannorm.norm.modes import precise_statistics, set_progress, set_statistics
 
 __version__ = "0.1.0"
 
@@ -24,9 +24,9 @@ _HOME = {
     "convert": "kalmannorm.conversion",
     "fold": "kalmannorm.conversion",
     "initialize_weight_norm": "kalmannorm.norm",
-    "precise_statistics": "kalmannorm.statistics",
-    "set_progress": "kalmannorm.statistics",
-    "set_statistics": "kalmannorm.statistics",
+    "precise_statistics": "kalmannorm.norm.modes",
+    "set_progress": "kalmannorm.norm.modes",
+    "set_statistics": "kalmannorm.norm.modes",
 }
 
 __all__ = [

@@ -19,17 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm.conversion import convert
-from kalmannorm.engine.model import optimizer
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.models import ARCHS
 from kalmannorm.report.statistics import middle_half
+from kalmannorm.train.model import optimizer
 
 GRAD_BATCH = 128
 SCHEDULE = {"momentum": 0.9, "weight_decay": 2e-4}
 WARM_UP = 3  # steps; compilation, allocation and caches
 
 if TYPE_CHECKING:
-    from kalmannorm.engine.session import Session
+    from kalmannorm.train.state import Session
 
 Step = Callable[[], Any]
 Pairs = list[tuple[float, float]]  # seconds of neighbouring steps: this, against
@@ -206,12 +206,12 @@ def _training(device: torch.device, steps: int) -> "Iterator[tuple[Session, Step
 
     import numpy as np
 
-    from kalmannorm.config import compose
     from kalmannorm.data.loader import Loader
-    from kalmannorm.engine.progress import Progress
-    from kalmannorm.engine.ranks import Ranks
-    from kalmannorm.engine.session import Session, StopRequest
-    from kalmannorm.engine.train import train_epoch
+    from kalmannorm.experiments.config import compose
+    from kalmannorm.train.loop import train_epoch
+    from kalmannorm.train.progress import Progress
+    from kalmannorm.train.ranks import Ranks
+    from kalmannorm.train.state import Session, StopRequest
 
     config = compose(["dataset=cifar10", "arch=resnet32", "norm=bkn", "budget=smoke", "budget.size=32"])
     config["precision"], config["compile"] = "fp32", False
@@ -292,7 +292,7 @@ def _alternate_processes(rank: int, port: int, seconds: float, folder: str) -> N
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     cpu = torch.device("cpu")
-    with warnings.catch_warnings():  # as in engine/ranks.py
+    with warnings.catch_warnings():  # as in train/ranks.py
         warnings.simplefilter("ignore", FutureWarning)
         spread = DistributedDataParallel(_model("bkn"), broadcast_buffers=False)
     together = training_step(spread, cpu, synthetic_batch(GRAD_BATCH // 2))
@@ -328,8 +328,8 @@ def _detector(device: torch.device, seconds: float) -> tuple[list[float], str]:
     `kalmannorm train` builds, and of torchvision's as its training script steps it."""
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-    from kalmannorm.config import compose
-    from kalmannorm.engine import detector
+    from kalmannorm.experiments.config import compose
+    from kalmannorm.train import detector
 
     size, long_side = (800, 1333) if device.type == "cuda" else (192, 320)
     budget = ["budget=paper", f"budget.size={size}", f"arch.max_size={long_side}", "batch.grad_batch=2"]

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from kalmannorm.errors import Stopped, UserError
-from kalmannorm.runs.options import HELP
+from kalmannorm.runs.placement import HELP
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,14 +118,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     if options.multirun:
-        from kalmannorm.runs.experiment import multirun
-        from kalmannorm.runs.options import split
+        from kalmannorm.experiments.cards import multirun
+        from kalmannorm.runs.placement import split
         from kalmannorm.runs.sweep import run
 
         where, overrides = split(options.overrides)
         return run(multirun(overrides), where)
-    from kalmannorm.config import compose
-    from kalmannorm.record import check_writable, is_done, path, run_id
+    from kalmannorm.experiments.config import compose
+    from kalmannorm.experiments.record import check_writable, is_done, path, run_id
     from kalmannorm.runs.lock import hold
 
     config = compose(options.overrides)
@@ -136,25 +136,25 @@ def _train(options: argparse.Namespace) -> int:
     check_writable(path(config["results"], identity).parent)
     # The first process of a distributed run holds the lock for all of them.
     with hold(config["runs"], identity) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
-        from kalmannorm.runs.execute import execute
+        from kalmannorm.train.run import execute
 
         code = 0 if execute(config)["status"] == "done" else 1
     if "WORLD_SIZE" in os.environ:
-        from kalmannorm.engine.ranks import end_process
+        from kalmannorm.train.ranks import end_process
 
         end_process(code)
     return code
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from kalmannorm.runs.execute import evaluate
+    from kalmannorm.train.run import evaluate
 
     evaluate(options.run, options.overrides)
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from kalmannorm.runs.execute import export
+    from kalmannorm.train.run import export
 
     export(options.run, options.file, options.overrides)
     return 0
@@ -167,25 +167,26 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from kalmannorm.runs import sweep
+    from kalmannorm.report import command
+    from kalmannorm.runs.placement import split
 
     name: str | None = options.experiment
     if name is None or "=" in name or options.compare:
         overrides = [*([name] if name else []), *options.overrides]
-        return sweep.compare(options.compare, overrides) if options.compare else sweep.report_all(overrides)
-    return sweep.report(name, options.overrides)
+        return command.compare(options.compare, overrides) if options.compare else command.report_all(overrides)
+    return command.report(name, split(options.overrides)[1])  # where runs execute means nothing here
 
 
 def _records(options: argparse.Namespace) -> int:
-    from kalmannorm.runs import collection
+    from kalmannorm.experiments import records_command
 
     if options.action == "list":
         named = [override for override in options.overrides if override.startswith("results=")]
         results = named[-1].partition("=")[2] if named else options.results
-        return collection.show(results, [override for override in options.overrides if override not in named])
+        return records_command.show(results, [override for override in options.overrides if override not in named])
     if options.action == "merge":
-        return collection.merge(options.results, options.folders)
-    return collection.prune(options.results, failed=options.failed, yes=options.yes)
+        return records_command.merge(options.results, options.folders)
+    return records_command.prune(options.results, failed=options.failed, yes=options.yes)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -212,8 +213,8 @@ def _ffcv(options: argparse.Namespace, root: "Path") -> int:
     from pathlib import Path
 
     from kalmannorm import data
-    from kalmannorm.config import compose
     from kalmannorm.data.beton_write import Form, write
+    from kalmannorm.experiments.config import compose
 
     dataset = compose([f"dataset={options.dataset}", f"data={root}"])["dataset"]
     if "loader" not in dataset:

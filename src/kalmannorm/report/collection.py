@@ -58,13 +58,13 @@ class Entry:
 
 def load_cards() -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """All cards with their rows composed, by name; and why the others cannot be composed."""
-    from kalmannorm.runs import experiment
+    from kalmannorm.experiments.cards import load, names
 
     cards, problems = {}, dict.fromkeys(PAPERS, "no card yet")
-    for name in experiment.names():
+    for name in names():
         problems.pop(name, None)
         try:
-            cards[name] = experiment.load(name, ["device=cpu", "seeds=1"]).card
+            cards[name] = load(name, ["device=cpu", "seeds=1"]).card
         except UserError as error:
             problems[name] = f"cannot be composed here: {error}"
         else:

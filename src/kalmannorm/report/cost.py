@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from kalmannorm.experiments.predict import predictor
 from kalmannorm.report.quantities import machine_name
 from kalmannorm.report.read import Record, Records
 from kalmannorm.report.table import Card, configs_of
-from kalmannorm.runs.predict import predictor
 
 
 def device_hours(card: Card, records: Records) -> dict[str, tuple[float, int]]:

@@ -33,7 +33,7 @@ class Gaps:
     layer_used: Array | None  # [K]
     last: dict[str, int]  # the last normalizers, with their channels, in the order of C; empty where not known
     batches: int | None  # how many batches the bins hold; None where that is not known
-    errors: dict[str, Array] | None  # engine/mechanism.py: [3, K] each by name; None where an earlier version ran
+    errors: dict[str, Array] | None  # train/layer_errors.py: [3, K] each by name; None where an earlier version ran
 
     @property
     def seed(self) -> int:

@@ -61,7 +61,7 @@ def gains(card: Mapping[str, Any], records: Records) -> "Figure":
 def errors(card: Mapping[str, Any], records: Records) -> "Figure":
     """The mechanism: per layer, the errors of measurement, prior and posterior against population statistics.
 
-    Rows: the mean's error and the variance's. Columns: the whole error and its parts (engine/mechanism.py). Raises
+    Rows: the mean's error and the variance's. Columns: the whole error and its parts (train/layer_errors.py). Raises
     UserError where no run has the arrays.
     """
     from matplotlib.figure import Figure

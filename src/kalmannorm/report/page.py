@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kalmannorm.record import reached
+from kalmannorm.experiments.record import reached
 from kalmannorm.report import caption, claims, remarks, render, table, variants
 from kalmannorm.report.cells import Cell
 from kalmannorm.report.collection import Entry, Made

@@ -62,7 +62,7 @@ def count(config: Mapping[str, Any]) -> int:
 
 @functools.cache  # a report makes the table for the terminal and for the files
 def _count(config: str) -> int:
-    from kalmannorm.engine.model import parameter_count  # imports torch: this kind of card alone needs it
+    from kalmannorm.train.model import parameter_count  # imports torch: this kind of card alone needs it
 
     return parameter_count(json.loads(config))
 

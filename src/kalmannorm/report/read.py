@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kalmannorm.config import RESULT_KEYS
 from kalmannorm.errors import UserError
-from kalmannorm.record import run_id
+from kalmannorm.experiments.config import RESULT_KEYS
+from kalmannorm.experiments.record import run_id
 
 if TYPE_CHECKING:
     import pandas

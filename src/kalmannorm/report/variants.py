@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kalmannorm.config import Config, compose, result_part
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.cards import fixes_dataset
+from kalmannorm.experiments.config import Config, compose, result_part
 from kalmannorm.report.read import Records, row_key
 from kalmannorm.report.table import Card
-from kalmannorm.runs.experiment import fixes_dataset
 
 OF = "name"  # among the changes of a data set: the one that they are of
 PARTS = ("budget", "arch", "schedule", "dataset")  # of a config, in the order in which names show them

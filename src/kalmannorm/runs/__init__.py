@@ -1,1 +1,1 @@
-"""An experiment as a list of runs, and their records. Imports torch only when something is trained."""
+"""What a sweep does: which runs are missing, where each executes. Imports torch only when something is trained."""

@@ -1,4 +1,4 @@
-"""A sweep: what an experiment asks for, less what is done. A report: its table or figure from the records."""
+"""A sweep: what an experiment asks for, less what is done."""
 
 import signal
 import sys
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from kalmannorm import record as records
-from kalmannorm.config import Config, check_batches
 from kalmannorm.errors import Stopped, UserError
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.cards import Experiment, load
+from kalmannorm.experiments.config import Config, batches, check_batches
+from kalmannorm.experiments.predict import duration, on_device, predictor
 from kalmannorm.report import read
-from kalmannorm.runs.attempt import LOG, Outcome, write_failed
-from kalmannorm.runs.board import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, WAITING, Board, Job, batches
-from kalmannorm.runs.experiment import Experiment, load
+from kalmannorm.runs.display import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, WAITING, Board, Job
+from kalmannorm.runs.job import LOG, Outcome, write_failed
 from kalmannorm.runs.lock import holder
-from kalmannorm.runs.options import Options, split
-from kalmannorm.runs.predict import duration, on_device, predictor
+from kalmannorm.runs.placement import Options, split
 
 LOOK_EVERY = 2.0  # seconds between looks at a run that another process has
 STOP_SECONDS = 120.0  # that runs get to save themselves
@@ -52,7 +52,7 @@ def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
         print(f"{name}: nothing to run; kalmannorm report {name} counts", file=sys.stderr)
         return 0
     if kind == "speed":
-        from kalmannorm.runs.speed import measure
+        from kalmannorm.runs.measure_speed import measure
 
         return measure(experiment, dry_run)
     return run(experiment, options, dry_run)
@@ -89,62 +89,6 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     finally:
         launcher.close()
     return _conclude(missing)
-
-
-def report(name: str, arguments: list[str]) -> int:
-    """Writes the experiment's files, prints the table and the paths."""
-    from kalmannorm import report as reports
-    from kalmannorm.report import render, variants
-
-    _, arguments = split(arguments)
-    experiment = load(name, arguments)
-    named = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    plain = load(name, [f"{key}={named[key]}" for key in ("dataset", "budget", "rows", "columns") if key in named])
-    chosen = [f"{key}={named[key]}" for key in ("rows", "columns") if key in named]
-    experiment.card["variant"] = [*variants.set_apart(experiment.card, plain.card), *variants.in_names(chosen)]
-    results = Path(experiment.runs[0]["results"])
-    found = reports.records(results, records.NUMERICS)
-    table, files = reports.make(experiment.card, found)
-    paths = reports.write_files(files, results)
-    if table is not None:
-        print(render.text(table))
-    for path in paths:
-        print(path)
-    return 0
-
-
-def report_all(arguments: list[str]) -> int:
-    """Writes all that the records give: tables, figures, claims.md, report.html; prints the paths."""
-    from kalmannorm import report as reports
-
-    results = place_of_results(arguments)
-    if not results.is_dir():
-        raise UserError(f"results={results} is no folder: there is nothing to report")
-    paths, problems = reports.write_all(reports.records(results, records.NUMERICS), results)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    for path in paths:
-        print(path)
-    return 0
-
-
-def compare(runs: list[str], arguments: list[str]) -> int:
-    """Prints two runs beside each other."""
-    from kalmannorm.report.compare import compare as compared
-
-    print(compared(place_of_results(arguments), *runs))
-    return 0
-
-
-def place_of_results(arguments: list[str]) -> Path:
-    """The results folder, where no other override means anything. UserError: another override."""
-    for argument in arguments:
-        if not argument.startswith("results="):
-            raise UserError(f"{argument!r}: expected results=FOLDER and nothing else; settings are in the records")
-    named = next((a.partition("=")[2] for a in reversed(arguments)), "results")
-    if not named:
-        raise UserError("results=: expected a folder")
-    return Path(named)
 
 
 def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> None:
@@ -342,13 +286,13 @@ def _make_paths_absolute(jobs: list[Job]) -> None:
 
 def _launcher(options: Options, config: Config, runs: int) -> Launcher:
     if options.launcher == "ray":
-        from kalmannorm.runs.on_ray import OnRay
+        from kalmannorm.runs.ray import OnRay
 
         return OnRay(options, config["device"])
     if options.launcher == "slurm":
-        from kalmannorm.runs.on_slurm import OnSlurm
+        from kalmannorm.runs.slurm import OnSlurm
 
         return OnSlurm(options, config["device"], config["runs"])
-    from kalmannorm.runs.local import Local
+    from kalmannorm.runs.pool import Local
 
     return Local(options, config["device"], runs)

@@ -15,9 +15,9 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
-from kalmannorm.config import Config
-from kalmannorm.record import check_writable, run_id
-from kalmannorm.runs.attempt import LOG, Outcome, attempt
+from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import check_writable, run_id
+from kalmannorm.runs.job import LOG, Outcome, attempt
 
 COMMAND = [sys.executable, "-m", "kalmannorm.runs.worker"]
 
@@ -138,7 +138,7 @@ def main() -> None:
     answers.flush()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # as in engine/ranks.py: what libraries do at exit can only go wrong
+    os._exit(0)  # as in train/ranks.py: what libraries do at exit can only go wrong
 
 
 def _listen(orders: "queue.Queue[bytes]", busy: threading.Event) -> None:

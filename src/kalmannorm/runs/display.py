@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kalmannorm.config import Config
-from kalmannorm.record import run_id
-from kalmannorm.runs.predict import duration
+from kalmannorm.experiments.config import Config, describe
+from kalmannorm.experiments.predict import duration
+from kalmannorm.experiments.record import run_id
 
 WAITING, RUNNING, ELSEWHERE, DONE, FAILED, REFUSED = "waiting", "running", "elsewhere", "done", "failed", "refused"
 COLOURS = {RUNNING: "cyan", ELSEWHERE: "magenta", DONE: "green", FAILED: "red", REFUSED: "red"}
@@ -40,7 +40,7 @@ class Job:
         return None if self.device_seconds is None else self.device_seconds / self.devices
 
     def progress(self) -> dict[str, Any]:
-        """What the run last said of itself (engine/progress.py); empty if it said nothing in this attempt."""
+        """What the run last said of itself (train/progress.py); empty if it said nothing in this attempt."""
         file = self.folder / "progress.json"
         try:
             if file.stat().st_mtime < self.began:
@@ -56,16 +56,6 @@ class Job:
         if self.predicted is None:
             return None
         return max(0.0, self.predicted - (time.time() - self.began if self.state == RUNNING else 0))
-
-
-def describe(config: Config) -> str:
-    names = " ".join(config[group]["name"] for group in ("dataset", "arch", "norm"))
-    return f"{names} {batches(config)} {config['budget']['name']} seed {config['seed']}"
-
-
-def batches(config: Config) -> str:
-    """(images a step, images that share statistics); - where a normalizer has none of a batch."""
-    return f"({config['batch']['grad_batch']},{config['batch']['stat_batch'] or '-'})"
 
 
 @dataclass

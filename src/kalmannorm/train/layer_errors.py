@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.belief import Belief
-from kalmannorm.statistics import normalizers, probing
+from kalmannorm.norm.modes import normalizers, probing
 
 # What a normalizer's probe is told, in the order of the arrays' first axis. `used` is what normalizes: KN's posterior.
 ESTIMATES = ("measured", "prior", "used")

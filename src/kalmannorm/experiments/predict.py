@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kalmannorm.config import Config
+from kalmannorm.experiments.config import Config
 from kalmannorm.report.read import Record
 
 # Training images of whole data sets, where none of their records says so.

@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kalmannorm.config import Config
 from kalmannorm.errors import UserError
-from kalmannorm.record import run_id
-from kalmannorm.runs.attempt import Outcome
-from kalmannorm.runs.options import Options
+from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import run_id
+from kalmannorm.runs.job import Outcome
+from kalmannorm.runs.placement import Options
 from kalmannorm.runs.worker import Worker
 
 SAVE_SECONDS = 120  # ahead of the time limit that a run is told to save and leave

@@ -15,22 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm import data
-from kalmannorm import record as records
-from kalmannorm.config import Config
 from kalmannorm.data import coco
 from kalmannorm.data.batches import fixed_order
 from kalmannorm.data.coco import Batch, Coco, TrainingBatches
-from kalmannorm.engine import detector
-from kalmannorm.engine.average_precision import evaluate
-from kalmannorm.engine.evaluate import under_both
-from kalmannorm.engine.model import optimizer
-from kalmannorm.engine.picture import draw_detections
-from kalmannorm.engine.progress import Progress
-from kalmannorm.engine.ranks import Ranks
-from kalmannorm.engine.session import Session, StopRequest
-from kalmannorm.engine.train import CHECK_EVERY, Diverged, check_room, micro_batches
-from kalmannorm.models.detection import LOSSES
-from kalmannorm.statistics import spread_batches
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.config import Config
+from kalmannorm.models.detection.parts import LOSSES
+from kalmannorm.norm.modes import spread_batches
+from kalmannorm.train import detector
+from kalmannorm.train.average_precision import evaluate
+from kalmannorm.train.detection_picture import draw_detections
+from kalmannorm.train.evaluate import under_both
+from kalmannorm.train.loop import CHECK_EVERY, Diverged, check_room, micro_batches
+from kalmannorm.train.model import optimizer
+from kalmannorm.train.progress import Progress
+from kalmannorm.train.ranks import Ranks
+from kalmannorm.train.state import Session, StopRequest
 
 # One value an epoch each; train_loss is the sum of the others.
 CURVES = ("epoch", "step", "lr", "train_loss", *LOSSES)

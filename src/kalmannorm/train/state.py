@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.engine import checkpoint
-from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import Stopped
+from kalmannorm.train import checkpoint
+from kalmannorm.train.ranks import Ranks
 
 # One value an epoch each; accuracies in percent, of training (augmented) and of the test set under two statistics.
 CURVES = ("epoch", "step", "lr", "train_loss", "train_accuracy", "moving", "online")

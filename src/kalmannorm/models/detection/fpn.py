@@ -1,6 +1,6 @@
 """Mask R-CNN with a ResNet-50-FPN backbone: torchvision's maskrcnn_resnet50_fpn, part by part and name by name.
 
-Lin et al. 2017; the model of the Group Normalization literature. The paper trains C4 (mask_rcnn.py). Normalizers are in
+Lin et al. 2017; the model of the Group Normalization literature. The paper trains C4 (c4.py). Normalizers are in
 the backbone's body alone: torchvision has none in the pyramid and in the heads, so beliefs end with the body and the
 regions have no statistics.
 """
@@ -19,7 +19,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from kalmannorm.models.detection import (
+from kalmannorm.models.detection.parts import (
     ANCHORS,
     ANCHORS_AT,
     HEADS,

@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kalmannorm.config import Config, result_part
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.config import Config, result_part
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kalmannorm import composition, machine
+from kalmannorm import machine
 from kalmannorm.errors import UserError, nearest
+from kalmannorm.experiments import composition
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, preset_options
 
 Config = dict[str, Any]
@@ -38,8 +39,8 @@ UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has fi
 
 def conf_dir() -> Path:
     """conf/ of the checkout; inside the package where it was installed from a wheel."""
-    here = Path(__file__).resolve().parent
-    candidates = (here / "conf", here.parents[1] / "conf")
+    package = Path(__file__).resolve().parents[1]
+    candidates = (package / "conf", package.parents[1] / "conf")
     found = next((c for c in candidates if (c / "config.yaml").exists()), None)
     if found is None:
         raise UserError(f"no configuration found: looked for config.yaml in {' and '.join(map(str, candidates))}")
@@ -61,6 +62,17 @@ def compose(overrides: list[str], among_many: bool = False) -> Config:
 def result_part(config: Config) -> Config:
     """What determines the result."""
     return {key: config[key] for key in RESULT_KEYS}
+
+
+def describe(config: Config) -> str:
+    """A run in one line."""
+    names = " ".join(config[group]["name"] for group in ("dataset", "arch", "norm"))
+    return f"{names} {batches(config)} {config['budget']['name']} seed {config['seed']}"
+
+
+def batches(config: Config) -> str:
+    """(images a step, images that share statistics); - where a normalizer has none of a batch."""
+    return f"({config['batch']['grad_batch']},{config['batch']['stat_batch'] or '-'})"
 
 
 def check_batches(config: Config, devices: int) -> None:

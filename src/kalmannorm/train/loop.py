@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalmannorm import record as records
-from kalmannorm.config import Config
 from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
-from kalmannorm.engine.evaluate import evaluate, precise, under_both, variance_gaps
-from kalmannorm.engine.inputs import loaders, open_data
-from kalmannorm.engine.model import build, learning_rate, optimizer
-from kalmannorm.engine.progress import Progress
-from kalmannorm.engine.ranks import Ranks
-from kalmannorm.engine.session import Session, StopRequest
-from kalmannorm.engine.start import initialize, measure_input
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.config import Config
 from kalmannorm.norm import Estimator, SwitchableNorm
-from kalmannorm.statistics import flush_moving, normalizers, place_batch, set_progress, spread_batches
+from kalmannorm.norm.modes import flush_moving, normalizers, place_batch, set_progress, spread_batches
+from kalmannorm.train.evaluate import evaluate, precise, under_both, variance_gaps
+from kalmannorm.train.initialize import initialize, measure_input
+from kalmannorm.train.loaders import loaders, open_data
+from kalmannorm.train.model import build, learning_rate, optimizer
+from kalmannorm.train.progress import Progress
+from kalmannorm.train.ranks import Ranks
+from kalmannorm.train.state import Session, StopRequest
 
 CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU
 

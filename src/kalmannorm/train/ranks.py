@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kalmannorm.config import Config, check_batches
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.config import Config, check_batches
 
 # Rank 0 alone re-estimates precise statistics and measures gaps while the others wait.
 PATIENCE = timedelta(hours=2)

@@ -17,7 +17,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import roi_align
 
-from kalmannorm.models.detection import (
+from kalmannorm.models.detection.parts import (
     HEADS,
     RATIOS,
     KeyedSampler,

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kalmannorm import record as records
-from kalmannorm.config import Config
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.cards import Experiment
+from kalmannorm.experiments.config import Config
 from kalmannorm.report.speed import FOLDER, measured_part, setting, where
-from kalmannorm.runs.experiment import Experiment
 
 
 def measure(experiment: Experiment, dry_run: bool = False) -> int:
@@ -21,7 +21,7 @@ def measure(experiment: Experiment, dry_run: bool = False) -> int:
     """
     import torch
 
-    from kalmannorm.engine.ranks import Ranks
+    from kalmannorm.train.ranks import Ranks
 
     card = experiment.card
     configs = dict(zip(experiment.keys, experiment.runs, strict=True))
@@ -59,7 +59,7 @@ def _identity(name: str, parts: dict[str, Any], host: dict[str, Any]) -> str:
 def _alternate(configs: dict[str, Config], card: dict[str, Any], device: Any, compiled: bool) -> dict[str, list[float]]:
     """Seconds of each step, by row."""
     from kalmannorm.bench import alternate, synthetic_batch, training_step
-    from kalmannorm.engine.model import build
+    from kalmannorm.train.model import build
 
     steps = {}
     for key, config in configs.items():

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from kalmannorm.belief import Belief
 from kalmannorm.data.batches import Batches
-from kalmannorm.engine.mechanism import ERROR_BATCHES, Population, layer_errors
-from kalmannorm.engine.ranks import Ranks
 from kalmannorm.norm import Estimator
-from kalmannorm.statistics import normalizers, precise_statistics, probing, set_statistics, shard_noise, spread_batches
+from kalmannorm.norm.modes import normalizers, precise_statistics, probing, set_statistics, shard_noise, spread_batches
+from kalmannorm.train.layer_errors import ERROR_BATCHES, Population, layer_errors
+from kalmannorm.train.ranks import Ranks
 
 # Images per evaluation batch, about; online statistics depend on who shares a batch, so it is part of NUMERICS.
 EVALUATION_BATCH = 500

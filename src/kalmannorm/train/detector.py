@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.config import Config
 from kalmannorm.conversion import Converted, convert
 from kalmannorm.data.batches import mix
 from kalmannorm.data.coco import TrainingBatches
 from kalmannorm.errors import UserError, nearest
-from kalmannorm.models.mask_rcnn import MaskRCNNC4
-from kalmannorm.models.mask_rcnn_fpn import MaskRCNNFPN
+from kalmannorm.experiments.config import Config
+from kalmannorm.models.detection.c4 import MaskRCNNC4
+from kalmannorm.models.detection.fpn import MaskRCNNFPN
 from kalmannorm.norm import Estimator
+from kalmannorm.norm.modes import normalizers, seed_noise
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN
-from kalmannorm.statistics import normalizers, seed_noise
 
 DETECTORS: dict[str, Callable[..., nn.Module]] = {"mask_rcnn_c4": MaskRCNNC4, "mask_rcnn_fpn": MaskRCNNFPN}
 # What torch.fx can trace of a detector, each converted on its own.

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
-from kalmannorm.config import Config, compose, conf_dir, result_part
 from kalmannorm.errors import UserError, nearest
-from kalmannorm.record import run_id
+from kalmannorm.experiments.config import Config, compose, conf_dir, result_part
+from kalmannorm.experiments.record import run_id
 
 
 @dataclass

@@ -6,17 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kalmannorm import record as records
-from kalmannorm.config import Config, compose
-from kalmannorm.engine import checkpoint, train
-from kalmannorm.engine.evaluate import evaluate as evaluate_once
-from kalmannorm.engine.evaluate import precise
-from kalmannorm.engine.inputs import loaders, open_data
-from kalmannorm.engine.model import build
-from kalmannorm.engine.ranks import Ranks
-from kalmannorm.engine.start import measure_input
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.config import Config, compose
 from kalmannorm.report import read
+from kalmannorm.train import checkpoint, loop
+from kalmannorm.train.evaluate import evaluate as evaluate_once
+from kalmannorm.train.evaluate import precise
+from kalmannorm.train.initialize import measure_input
+from kalmannorm.train.loaders import loaders, open_data
+from kalmannorm.train.model import build
+from kalmannorm.train.ranks import Ranks
 
 PLACE = ("data", "runs", "results", "device", "workers")
 
@@ -44,10 +44,10 @@ def _detects(config: Config) -> bool:
 
 def _run(config: Config) -> dict[str, Any]:
     if _detects(config):
-        from kalmannorm.engine import detection
+        from kalmannorm.train import task_detection
 
-        return detection.run(config)
-    return train.run(config)
+        return task_detection.run(config)
+    return loop.run(config)
 
 
 def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
 def _evaluate_detector(record: dict[str, Any], config: Config, weights: dict[str, Any]) -> dict[str, Any]:
     from kalmannorm import data
     from kalmannorm.data import coco
-    from kalmannorm.engine import detection, detector
+    from kalmannorm.train import detector, task_detection
 
     model = detector.build(config)
     model.load_state_dict(weights)
@@ -87,7 +87,7 @@ def _evaluate_detector(record: dict[str, Any], config: Config, weights: dict[str
     model.to(ranks.device)
     dataset = config["dataset"]
     images = coco.load(dataset["name"], data.root(config["data"]), dataset["classes"])
-    final = detection.evaluate_all(config, model, images, ranks)
+    final = task_detection.evaluate_all(config, model, images, ranks)
     print(f"run {record['id']}: {images.provenance['name']}, {images.provenance['fidelity']}")
     for kind, values in final.items():
         print(f"  {kind:8} {records.headline(values)}  (record {records.headline(record['final'][kind])})")

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from kalmannorm.config import Config
 from kalmannorm.conversion import Converted, convert
 from kalmannorm.errors import UserError, nearest
+from kalmannorm.experiments.config import Config
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
+from kalmannorm.norm.modes import seed_noise, set_statistics
 from kalmannorm.norm.weight import is_weight_normalized
-from kalmannorm.statistics import seed_noise, set_statistics
 
 # What is left of the rate after a part of the run.
 DECAY: dict[str, Callable[[float], float]] = {

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kalmannorm import record as records
-from kalmannorm.config import Config, result_part
 from kalmannorm.errors import Stopped, UserError
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.config import Config, result_part
 from kalmannorm.runs.lock import Busy, hold
 
 LOG = "log.txt"
@@ -55,7 +55,7 @@ def attempt(config: Config, devices: int = 1, gpus: str | None = None) -> Outcom
 def perform(config: Config) -> Outcome:
     """Trains a run; what goes wrong goes to stderr, and comes back as a reason."""
     try:
-        from kalmannorm.runs.execute import execute
+        from kalmannorm.train.run import execute
 
         record = execute(config)
         return Outcome("done") if record["status"] == "done" else Outcome("diverged", record["reason"])
@@ -96,7 +96,7 @@ def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) ->
         order, answer = Path(folder) / "config.json", Path(folder) / "outcome.json"
         order.write_text(json.dumps(config))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-        command += ["-m", "kalmannorm.runs.attempt", str(order), str(answer)]
+        command += ["-m", "kalmannorm.runs.job", str(order), str(answer)]
         environment = os.environ if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
         process = subprocess.Popen(command, env=environment, pass_fds=(lock,))
         asked: list[int] = []
@@ -120,7 +120,7 @@ def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) ->
 
 def main(order: str, answer: str) -> None:
     """One process of a run that `_with_torchrun` started."""
-    from kalmannorm.engine.ranks import end_process, leave_with_parent
+    from kalmannorm.train.ranks import end_process, leave_with_parent
 
     leave_with_parent()
     outcome = perform(json.loads(Path(order).read_text()))

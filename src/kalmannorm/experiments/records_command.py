@@ -5,13 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kalmannorm.config import conf_dir
 from kalmannorm.errors import UserError, nearest
-from kalmannorm.record import NUMERICS, reached, write_atomically
+from kalmannorm.experiments.config import conf_dir, describe
+from kalmannorm.experiments.predict import duration
+from kalmannorm.experiments.record import NUMERICS, reached, write_atomically
 from kalmannorm.report import read
 from kalmannorm.report.read import Record
-from kalmannorm.runs.board import describe
-from kalmannorm.runs.predict import duration
 
 STATES = ("done", "failed")
 CHOICES = ("arch", "batch", "budget", "norm", "schedule")  # groups that have nothing but what conf/ has
@@ -133,7 +132,7 @@ def _test(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
         return lambda record: record["status"] == text
     choice = conf_dir() / key / f"{text}.yaml"
     if choice.exists():
-        from kalmannorm.config import compose
+        from kalmannorm.experiments.config import compose
 
         # What every composition of the choice has in common: its name, or where it has none its settings.
         composed: dict[str, Any] = compose([override])[key]

@@ -5,8 +5,8 @@ from torch import nn
 
 from kalmannorm.conversion import INPUT_BELIEF, Converted
 from kalmannorm.data.batches import Batches
-from kalmannorm.engine.ranks import Ranks
 from kalmannorm.norm.weight import initialize_weight_norm, is_weight_normalized
+from kalmannorm.train.ranks import Ranks
 
 BATCH = 500  # images at a time, over all processes
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from kalmannorm import data
-from kalmannorm.config import Config
 from kalmannorm.data.batches import Batches
 from kalmannorm.data.folder import find_unreadable
 from kalmannorm.data.loader import Loader
-from kalmannorm.engine.ranks import Ranks
 from kalmannorm.errors import UserError
-from kalmannorm.record import write_atomically
+from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import write_atomically
+from kalmannorm.train.ranks import Ranks
 
 
 def open_data(config: Config, ranks: Ranks) -> data.Source:

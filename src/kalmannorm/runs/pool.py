@@ -4,12 +4,12 @@ import os
 import select
 from dataclasses import dataclass, field
 
-from kalmannorm.config import Config
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import run_id
 from kalmannorm.machine import cores, visible_gpus
-from kalmannorm.record import run_id
-from kalmannorm.runs.attempt import Outcome
-from kalmannorm.runs.options import Options
+from kalmannorm.runs.job import Outcome
+from kalmannorm.runs.placement import Options
 from kalmannorm.runs.worker import Worker
 
 CPU_SLOTS = 4  # at most, where nobody says how many

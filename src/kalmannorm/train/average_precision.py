@@ -14,9 +14,9 @@ from torchvision.datasets import CocoDetection
 
 from kalmannorm.data.batches import fixed_order
 from kalmannorm.data.coco import Images
-from kalmannorm.engine.detector import body
-from kalmannorm.engine.ranks import Ranks
-from kalmannorm.statistics import set_statistics, shard_noise
+from kalmannorm.norm.modes import set_statistics, shard_noise
+from kalmannorm.train.detector import body
+from kalmannorm.train.ranks import Ranks
 
 # pycocotools' first six numbers, in its order: over IoU 0.5 to 0.95, at 0.5, at 0.75; of small, medium, large objects.
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")

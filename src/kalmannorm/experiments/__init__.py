@@ -1,0 +1,1 @@
+"""Runs and experiments as data: configuration, record, card. Imports no torch."""
