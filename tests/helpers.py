@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from kalmannorm import Belief, belief_report
-from kalmannorm.belief import Noise
 from kalmannorm.models import ARCHS
+from kalmannorm.norm.sampling import Noise
 
 D = torch.float64
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -9,7 +9,9 @@ from helpers import error, leaves, random_belief
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from kalmannorm import Belief, activations, belief
+from kalmannorm import Belief
+from kalmannorm.norm import activations
+from kalmannorm.norm import moments as belief
 
 D = torch.float64
 SLOPES = torch.tensor([0.25, -0.5, 0.0, 1.0, 2.0], dtype=D)

@@ -9,8 +9,9 @@ from helpers import error, leaves, random_belief
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from kalmannorm import Belief, belief
-from kalmannorm.belief import Noise
+from kalmannorm import Belief
+from kalmannorm.norm import moments as belief
+from kalmannorm.norm.sampling import Noise, sampled_conv
 
 D = torch.float64
 
@@ -163,7 +164,7 @@ def test_gradients_of_every_rule() -> None:
     assert gradcheck(lambda m, v: tuple(belief.pad_channels(Belief(m, v), 1, 2)), (*a,))
     for rectify in (False, True):
         assert gradcheck(
-            lambda m, v, w, s, r=rectify: tuple(belief.sampled_conv(Belief(m, v), noise, w, s, *strided, relu=r)),
+            lambda m, v, w, s, r=rectify: tuple(sampled_conv(Belief(m, v), noise, w, s, *strided, relu=r)),
             (*a, kernel, shift),
         )
 
@@ -175,7 +176,7 @@ def test_sampled_conv_by_hand() -> None:
     """Mean + sd * noise, rectified, convolved with the layer's own stride, padding, dilation and groups."""
     b, noise = random_belief(3, 4), torch.randn(3, 4, 6, 6)
     weight, shift = torch.randn(8, 2, 3, 3), torch.randn(8)
-    out = belief.sampled_conv(b, noise, weight, shift, (2, 1), (1, 2), (1, 2), 2, relu=True)
+    out = sampled_conv(b, noise, weight, shift, (2, 1), (1, 2), (1, 2), 2, relu=True)
     image = F.relu(b.mean[:, :, None, None] + b.var.sqrt()[:, :, None, None] * noise)
     pixels = F.conv2d(image, weight, shift, (2, 1), (1, 2), (1, 2), 2).flatten(2)
     assert error(out.mean, pixels.mean(2)) < 1e-5 and error(out.var, pixels.var(2, correction=0)) < 1e-5
@@ -186,7 +187,7 @@ def test_sampled_conv_at_zero_variance(relu: bool) -> None:
     """A constant channel is constant: no eps under the root, gradient 0 for its variance, nothing infinite."""
     mean, var = leaves(torch.tensor([[1.5, -0.5]], dtype=D), torch.zeros(1, 2, dtype=D))
     weight = torch.randn(3, 2, 1, 1, dtype=D)
-    out = belief.sampled_conv(Belief(mean, var), torch.randn(1, 2, 4, 4, dtype=D), weight, relu=relu)
+    out = sampled_conv(Belief(mean, var), torch.randn(1, 2, 4, 4, dtype=D), weight, relu=relu)
     constant = F.relu(mean) if relu else mean
     assert error(out.mean.detach(), (constant @ weight.flatten(1).T).detach()) < 1e-14
     assert out.var.abs().max() < 1e-28
@@ -201,7 +202,7 @@ def test_chain_of_rules_at_zero_variance_has_finite_gradients(dtype: torch.dtype
     mean, variance = leaves(torch.tensor([[-1.0, 0.0, 2.0]], dtype=dtype), torch.full((1, 3), var, dtype=dtype))
     weight, noise = torch.randn(3, 3, 3, 3, dtype=dtype), torch.randn(1, 3, 4, 4, dtype=dtype)
     b = belief.relu(belief.conv(belief.relu(Belief(mean, variance)), weight))
-    b = belief.sampled_conv(belief.add(b, b), noise, weight, padding=(1, 1), relu=True)
+    b = sampled_conv(belief.add(b, b), noise, weight, padding=(1, 1), relu=True)
     (b.mean.sum() + b.var.sum()).backward()
     assert mean.grad is not None and torch.isfinite(mean.grad).all()
     assert variance.grad is not None and torch.isfinite(variance.grad).all()
@@ -213,7 +214,7 @@ def test_closed_form_is_the_expectation_of_sampling_on_a_large_unpadded_map(kern
     b, rows = random_belief(1, 4), 256
     weight, shift = torch.randn(5, 4, kernel, kernel), torch.randn(5)
     many = Belief(b.mean.expand(rows, -1), b.var.expand(rows, -1))
-    drawn = belief.sampled_conv(many, torch.randn(rows, 4, 48, 48), weight, shift, relu=relu)
+    drawn = sampled_conv(many, torch.randn(rows, 4, 48, 48), weight, shift, relu=relu)
     closed = belief.conv(belief.relu(b) if relu else b, weight, shift)
     for found, expected in zip(drawn, closed, strict=True):
         spread = found.std(0) / math.sqrt(rows)
@@ -229,7 +230,7 @@ def test_sampling_on_finite_maps(size: int, stride: int, expected_share: float |
     b = random_belief(1, 2, D)
     weight = torch.randn(3, 2, 3, 3, dtype=D)
     many = Belief(b.mean.expand(rows, -1), b.var.expand(rows, -1))
-    drawn = belief.sampled_conv(
+    drawn = sampled_conv(
         many, torch.randn(rows, 2, size, size, dtype=D), weight, None, (stride, stride), (1, 1), relu=relu
     )
     pixel = belief.relu(b) if relu else b
@@ -320,7 +321,7 @@ def test_rules_keep_float32_under_autocast() -> None:
             belief.relu(b),
             belief.add(b, b),
             belief.concat([b, b]),
-            belief.sampled_conv(b, noise, weight, relu=True),
+            sampled_conv(b, noise, weight, relu=True),
         ]
 
     plain = everything()

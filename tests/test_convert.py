@@ -126,7 +126,7 @@ def test_modes_of_submodules_are_kept_by_fold() -> None:
 def test_code_is_readable() -> None:
     code = convert(Residual(), "bkn", stat_batch=2).code
     for line in (
-        "conv1_belief = kalmannorm_belief_conv(relu_belief, conv1_weight, None, 1)",
+        "conv1_belief = kalmannorm_norm_moments_conv(relu_belief, conv1_weight, None, 1)",
         "bn1 = self.bn1(conv1, conv1_belief)",
         "bn1_y = bn1[0]",
         "bn1_y_belief = bn1[1]",

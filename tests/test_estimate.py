@@ -10,8 +10,10 @@ from helpers import DTYPES, D, error, random_belief
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from kalmannorm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm, belief
+from kalmannorm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm
+from kalmannorm.norm import moments as belief
 from kalmannorm.norm.estimate import _Native, _plain
+from kalmannorm.norm.sampling import sampled_conv
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +159,7 @@ def test_gradients_through_the_prior(kind: str, channels_last: bool, sampling: b
             x = x.contiguous(memory_format=torch.channels_last)
         y, b = torch.func.functional_call(first, given, (x,))
         if sampling:
-            prior = belief.sampled_conv(b, noise, weight, padding=(1, 1), relu=True)
+            prior = sampled_conv(b, noise, weight, padding=(1, 1), relu=True)
         else:
             prior = belief.conv(belief.relu(b), weight)
         y, b = torch.func.functional_call(second, then, (F.conv2d(F.relu(y), weight, padding=1), prior))

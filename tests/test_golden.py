@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from helpers import error, interleaved, leaves
 from torch import Tensor
 
-from kalmannorm import Belief, KalmanBatchNorm2d, belief
+from kalmannorm import Belief, KalmanBatchNorm2d
+from kalmannorm.norm import moments as belief
+from kalmannorm.norm.sampling import sampled_conv
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = sorted(path.stem for path in GOLDEN.glob("layer_*.npz"))
@@ -82,7 +84,7 @@ def test_network(memory_format: torch.memory_format) -> None:
 
     def conv(name: str, x: Tensor, prior: Belief, stride: int = 1) -> tuple[Tensor, Belief]:
         weight = data[f"w:{name}"]
-        predicted = belief.sampled_conv(prior, next(noises), weight, None, (stride, stride), (1, 1), relu=True)
+        predicted = sampled_conv(prior, next(noises), weight, None, (stride, stride), (1, 1), relu=True)
         return F.conv2d(x, weight, None, stride, 1), predicted
 
     x, before = norm(

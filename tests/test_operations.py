@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from helpers import Spy, error, same_belief
 from torch import Tensor, nn
 
-from kalmannorm import Belief, activations, belief_report, convert
-from kalmannorm import belief as rules
+from kalmannorm import Belief, belief_report, convert
+from kalmannorm.norm import activations
+from kalmannorm.norm import moments as rules
 
 C = 8
 
@@ -282,7 +283,7 @@ def test_a_head_on_pixels_loses_the_belief_once() -> None:
 def test_sampling_takes_other_activations_in_closed_form() -> None:
     net = Independent(lambda self, x: F.silu(x))
     model = convert(net, "bkn", belief="output", predictor="sampling")
-    assert "kalmannorm_activations_silu" in model.code and "sampled_conv" in model.code
+    assert "kalmannorm_norm_activations_silu" in model.code and "sampled_conv" in model.code
     spy = Spy(model)
     with torch.no_grad():
         model(torch.randn(2, C, 64, 64))

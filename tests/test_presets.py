@@ -13,8 +13,8 @@ from helpers import Chain, Residual, error, random_belief
 from torch import Tensor, nn
 
 from kalmannorm import Belief, belief, belief_report, convert, fold
-from kalmannorm.belief import Transition
 from kalmannorm.norm import Estimator
+from kalmannorm.norm.moments import Transition
 from kalmannorm.presets import PRESETS, preset_options
 from kalmannorm.train.model import optimizer
 

@@ -12,9 +12,9 @@ from helpers import same_belief as same
 from torch import Tensor, nn
 
 from kalmannorm import Belief, belief_report, convert, set_statistics
-from kalmannorm import belief as rules
-from kalmannorm.belief import Noise
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
+from kalmannorm.norm import moments as rules
+from kalmannorm.norm.sampling import Noise
 
 INPUT_BELIEF = (torch.tensor([0.1, -0.2, 0.3]), torch.tensor([1.0, 0.5, 2.0]))
 

@@ -8,15 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kalmannorm.belief import Belief
     from kalmannorm.conversion import belief_report, convert, fold
     from kalmannorm.norm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm, initialize_weight_norm
+    from kalmannorm.norm.belief import Belief
     from kalmannorm.norm.modes import precise_statistics, set_progress, set_statistics
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Belief": "kalmannorm.belief",
+    "Belief": "kalmannorm.norm.belief",
     "KalmanBatchNorm2d": "kalmannorm.norm",
     "KalmanGroupNorm": "kalmannorm.norm",
     "NORMS": "kalmannorm.norm",

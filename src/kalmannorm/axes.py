@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from kalmannorm import belief as predict
 from kalmannorm import layout
 from kalmannorm.layout import Layout
+from kalmannorm.norm import moments as predict
 from kalmannorm.rules import Carry, Operation, Rule, as_it_is
 
 if TYPE_CHECKING:

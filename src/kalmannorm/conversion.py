@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.belief import Noise, Transition
 from kalmannorm.graphs import compile_code, source_code
 from kalmannorm.layers import (
     add_biases,
@@ -25,6 +24,8 @@ from kalmannorm.layers import (
     thaw_frozen,
 )
 from kalmannorm.norm import NORMS, Estimator, normalize_weights
+from kalmannorm.norm.moments import Transition
+from kalmannorm.norm.sampling import Noise
 from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 from kalmannorm.thread import Threader
 from kalmannorm.tracing import has_forward_of_its_own, trace

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kalmannorm import activations
-from kalmannorm import belief as predict
 from kalmannorm.axes import (
     adaptive_average,
     adaptive_maximum,
@@ -31,6 +29,8 @@ from kalmannorm.axes import (
     unsqueeze,
     view,
 )
+from kalmannorm.norm import activations
+from kalmannorm.norm import moments as predict
 from kalmannorm.pixelwise import activation, arithmetic, convolution_function, fixed, linear_function, prelu, relu
 from kalmannorm.rules import Operation, unchanged
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from kalmannorm import activations
-from kalmannorm import belief as predict
+from kalmannorm.norm import activations
+from kalmannorm.norm import moments as predict
 from kalmannorm.rules import Carry, Operation, Rule, as_it_is
 
 if TYPE_CHECKING:

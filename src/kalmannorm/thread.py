@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from kalmannorm import belief as predict
 from kalmannorm.layout import Layout
 from kalmannorm.norm import Estimator
+from kalmannorm.norm import moments as predict
+from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.sampling import sampled_conv
 from kalmannorm.operations import BY_NAME, OPERATIONS, VIEWS
 from kalmannorm.pixelwise import linear, relu
 from kalmannorm.rules import Carry, Operation, Rule
@@ -252,7 +254,7 @@ class Threader:
         mean, var = given
 
         def constant(_: list[fx.Node]) -> fx.Node:
-            return self.call(predict.Belief, self.graph.get_attr(mean), self.graph.get_attr(var))
+            return self.call(Belief, self.graph.get_attr(mean), self.graph.get_attr(var))
 
         return Carry([], constant)
 
@@ -287,7 +289,7 @@ class Threader:
             shared = self._single_row(drawn_from[0])
             noise = self.graph.call_module(self.add_noise(name, shared), (beliefs[0], node.args[0]))
             how = (module.stride, module.padding, module.dilation, module.groups, rectify)
-            return self.call(predict.sampled_conv, beliefs[0], noise, *self._parameters(name, module), *how)
+            return self.call(sampled_conv, beliefs[0], noise, *self._parameters(name, module), *how)
 
         return Carry(drawn_from, sampled, after)
 

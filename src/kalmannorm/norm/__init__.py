@@ -1,4 +1,4 @@
-"""The normalizers: a statistics set (paper Eq. 8) times an estimator. They and belief.py need torch alone.
+"""The normalizers: a statistics set (paper Eq. 8) times an estimator. They need torch alone.
 
 Contract: module(x, prior: Belief | None = None) -> (y, Belief | None). Those without a belief return None.
 NORMS[name](num_features, *, stat_batch=None, **options) builds one.

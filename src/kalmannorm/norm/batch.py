@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.belief import Belief
 from kalmannorm.norm import groups
+from kalmannorm.norm.belief import Belief
 
 Probe = Callable[..., None]
 

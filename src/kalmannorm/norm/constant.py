@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.belief import Belief
+from kalmannorm.norm.belief import Belief
 
 
 class FrozenBatchNorm(nn.Module):

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kalmannorm.belief import Belief
 from kalmannorm.norm import groups
+from kalmannorm.norm.belief import Belief
 
 
 def normalize_by_posterior(

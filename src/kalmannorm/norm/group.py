@@ -5,7 +5,7 @@ One group is Layer Normalization over (C, H, W), a group for every channel Insta
 
 from torch import Tensor, nn
 
-from kalmannorm.belief import Belief
+from kalmannorm.norm.belief import Belief
 
 
 def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -> int:

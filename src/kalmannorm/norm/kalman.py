@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalmannorm.belief import Belief
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics
+from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.estimate import normalize_by_posterior
 from kalmannorm.norm.group import refuse_single_values
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kalmannorm.belief import Noise
 from kalmannorm.norm import BatchRenorm, Estimator, GroupedStatistics, SyncBatchNorm
 from kalmannorm.norm.batch import Probe
 from kalmannorm.norm.groups import moments_dtype
+from kalmannorm.norm.sampling import Noise
 
 STATISTICS = ("moving", "online")
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalmannorm.belief import Belief
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import BatchNorm
+from kalmannorm.norm.belief import Belief
 
 # The original's schedule in steps: plain BN for 5k, then relaxed linearly, d to its limit at 25k and r at 40k. As
 # fractions of a run it needs a total, taken to be the 130k steps after which the paper compares BN and BRN: that

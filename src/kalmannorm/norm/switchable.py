@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.belief import Belief
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics
+from kalmannorm.norm.belief import Belief
 
 MIXED = ("in", "ln", "bn")  # the order of the weights
 

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kalmannorm.belief import Belief
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import BatchNorm
+from kalmannorm.norm.belief import Belief
 
 
 class _SumOverRanks(torch.autograd.Function):

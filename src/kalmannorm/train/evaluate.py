@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalmannorm.belief import Belief
 from kalmannorm.data.batches import Batches
 from kalmannorm.norm import Estimator
+from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.modes import normalizers, precise_statistics, probing, set_statistics, shard_noise, spread_batches
 from kalmannorm.train.layer_errors import ERROR_BATCHES, Population, layer_errors
 from kalmannorm.train.ranks import Ranks

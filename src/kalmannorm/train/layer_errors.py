@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.belief import Belief
+from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.modes import normalizers, probing
 
 # What a normalizer's probe is told, in the order of the arrays' first axis. `used` is what normalizes: KN's posterior.

@@ -1,6 +1,6 @@
 """How activations change a belief: the mean and the variance of f(x) for x ~ N(mean, var), per row and channel.
 
-Piecewise linear functions in closed form, from the moments of a rectified Gaussian (belief.relu); curved ones by
+Piecewise linear functions in closed form, from the moments of a rectified Gaussian (moments.relu); curved ones by
 quadrature. Every function takes a belief [rows, C] and returns one, in float32 or wider, with finite gradients at
 variance 0.
 """
@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmannorm.belief import Belief, _full_precision, relu, scale, shift
+from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.moments import full_precision, relu, scale, shift
 
 # --- piecewise linear: closed form ------------------------------------------------------------------------------------
 
 
-@_full_precision
+@full_precision
 def leaky_relu(belief: Belief, slope: float | Tensor = 0.01) -> Belief:
     """max(0, x) + slope min(0, x); `slope` a number, or [C] or [1] (PReLU).
 
@@ -32,7 +33,7 @@ def leaky_relu(belief: Belief, slope: float | Tensor = 0.01) -> Belief:
     return Belief(above.mean - slope * below.mean, var.clamp_min(0))
 
 
-@_full_precision
+@full_precision
 def clamp(belief: Belief, low: float | None = None, high: float | None = None) -> Belief:
     """min(max(x, low), high): ReLU6, Hardtanh.
 
@@ -191,7 +192,7 @@ class _CurvedMoments(torch.autograd.Function):
         return dmean * mean_by_mean + dvar * var_by_mean, dmean * mean_by_var + dvar * var_by_var, None, None
 
 
-@_full_precision
+@full_precision
 def _curved(belief: Belief, name: str, parameter: float = 1.0) -> Belief:
     return Belief(*_CurvedMoments.apply(belief.mean, belief.var, name, parameter))
 

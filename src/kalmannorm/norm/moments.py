@@ -1,35 +1,25 @@
-"""Beliefs, and how the operations between two normalizers change them (the predict step, paper Eq. 7 lines 1 and 3).
+"""How the operations between two normalizers change a belief (the predict step, paper Eq. 7 lines 1 and 3).
 
-A belief is the estimated distribution of a feature map: a Gaussian with independent pixels and channels,
-
-    Belief(mean [rows, C], var [rows, C])
-
-with one row per statistics group (one per image for GKN, a single one when moving statistics normalize). Every rule
-below takes beliefs and returns the belief of the operation's output, always in float32 or wider, under autocast too.
+Every rule takes beliefs and returns the belief of the operation's output, in float32 or wider, under autocast too.
+Curved activations: activations.py; the sampling predictor: sampling.py.
 """
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kalmannorm.norm.belief import Belief
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Belief(NamedTuple):
-    """A feature map's estimated mean and variance, each [rows, C], in the units of the feature and their square."""
-
-    mean: Tensor
-    var: Tensor
-
-
-def _full_precision(rule: Callable[P, T]) -> Callable[P, T]:
+def full_precision(rule: Callable[P, T]) -> Callable[P, T]:
     """Autocast would run the small matrix products below in half precision: the prior would lose most of its digits."""
 
     @functools.wraps(rule)
@@ -44,7 +34,7 @@ def _full_precision(rule: Callable[P, T]) -> Callable[P, T]:
 # --- linear operations ------------------------------------------------------------------------------------------------
 
 
-@_full_precision
+@full_precision
 def conv(belief: Belief, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Belief:
     """Through a convolution, in closed form: [rows, C_in] -> [rows, C_out] (paper Eq. 7; Sigma's diagonal only).
 
@@ -58,7 +48,7 @@ def conv(belief: Belief, weight: Tensor, bias: Tensor | None = None, groups: int
     return Belief(mean if bias is None else mean + bias.to(mean.dtype), var)
 
 
-@_full_precision
+@full_precision
 def linear(belief: Belief, weight: Tensor, bias: Tensor | None = None) -> Belief:
     """Through a fully connected layer: [rows, C_in] -> [rows, C_out], exact for independent inputs."""
     weight = weight.to(belief.mean.dtype)
@@ -100,21 +90,21 @@ def subtract(a: Belief, b: Belief) -> Belief:
     return Belief(a.mean - b.mean, a.var + b.var)
 
 
-@_full_precision
+@full_precision
 def multiply(a: Belief, b: Belief) -> Belief:
     """The product of two independent features, such as a map and its gate (squeeze-and-excitation)."""
     var = a.var * b.var + a.var * b.mean.square() + b.var * a.mean.square()
     return Belief(a.mean * b.mean, var)
 
 
-@_full_precision
+@full_precision
 def scale(belief: Belief, factor: float | Tensor) -> Belief:
     """Times a constant: a number, or a tensor of one value per channel in any shape."""
     factor = _per_channel(factor, belief)
     return Belief(belief.mean * factor, belief.var * factor**2)
 
 
-@_full_precision
+@full_precision
 def shift(belief: Belief, amount: float | Tensor) -> Belief:
     """Plus a constant: a number, or a tensor of one value per channel in any shape."""
     return Belief(belief.mean + _per_channel(amount, belief), belief.var)
@@ -207,7 +197,7 @@ class _RectifiedMoments(torch.autograd.Function):
         )
 
 
-@_full_precision
+@full_precision
 def relu(belief: Belief) -> Belief:
     """Moments of the rectified Gaussian. At variance 0: max(mean, 0) and 0, with finite gradients.
 
@@ -215,78 +205,3 @@ def relu(belief: Belief) -> Belief:
     rectifies a sample instead.
     """
     return Belief(*_RectifiedMoments.apply(*belief))
-
-
-# --- the sampling predictor (paper 3.2, released code) ----------------------------------------------------------------
-
-
-class Noise(nn.Module):
-    """Standard normal draws for one convolution's pseudo-images, one image per row of the belief.
-
-    Keyed by (seed, layer, step), with row g always the g-th part of the draw: the same for any number of devices, of
-    which this one is `shard` = (rank, world) and holds the groups rank, rank + world, ... Evaluation draws too, always
-    the same numbers. `step` counts the training forwards and travels in the state dict.
-    """
-
-    def __init__(self, layer: int, seed: int = 0, shared: bool = False) -> None:
-        super().__init__()
-        self.shared = shared  # the belief has one row for all groups of all devices
-        self.layer = layer
-        self.seed = seed
-        self.step = 0
-        self.shard = (0, 1)
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.step)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.step = int(state)
-
-    def forward(self, belief: Belief, x: Tensor) -> Tensor:
-        """belief [rows, C] and the feature map x [N, C, H, W] it stands for -> draws [rows, C, H, W]."""
-        # Not as a decorator: that imports the whole compiler, half of this module's time to import.
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._draw)(belief, x)
-        return self._draw(belief, x)
-
-    def _draw(self, belief: Belief, x: Tensor) -> Tensor:
-        key = ("train", self.step) if self.training else ("eval", 0)
-        if self.training:
-            self.step += 1
-        digest = hashlib.blake2b(repr((self.seed, self.layer, *key)).encode(), digest_size=8).digest()
-        generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big") >> 1)
-        rank, world = (0, 1) if self.shared else self.shard
-        rows, channels = belief.mean.shape
-        shape = (rows * world, channels, *x.shape[2:])
-        return torch.randn(shape, generator=generator, device=x.device, dtype=belief.mean.dtype)[rank::world]
-
-
-@_full_precision
-def sampled_conv(
-    belief: Belief,
-    noise: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] | str = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-    relu: bool = False,
-) -> Belief:
-    """Through a convolution by sampling (paper 3.2): one image per row, drawn, rectified where `relu`, convolved.
-
-    belief [rows, C_in], noise [rows, C_in, H, W] standard normal -> mean and population variance over the pixels of the
-    convolved image, [rows, C_out]. The layer's own zero padding applies.
-    """
-    mean, var = belief
-    # No eps under the root: a channel of variance 0 is a constant, and its gradient 0.
-    sd = torch.where(var > 0, var, 1).sqrt() * (var > 0)
-    image = mean[:, :, None, None] + sd[:, :, None, None] * noise
-    if relu:
-        image = F.relu(image)
-    dtype = mean.dtype
-    image = F.conv2d(
-        image, weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding, dilation, groups
-    )
-    sampled_var, sampled_mean = torch.var_mean(image, (2, 3), correction=0)
-    return Belief(sampled_mean, sampled_var)

@@ -1,0 +1,82 @@
+"""The sampling predictor (paper 3.2, released code): a belief's moments from one drawn image per row."""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.moments import full_precision
+
+
+class Noise(nn.Module):
+    """Standard normal draws for one convolution's pseudo-images, one image per row of the belief.
+
+    Keyed by (seed, layer, step), with row g always the g-th part of the draw: the same for any number of devices, of
+    which this one is `shard` = (rank, world) and holds the groups rank, rank + world, ... Evaluation draws too, always
+    the same numbers. `step` counts the training forwards and travels in the state dict.
+    """
+
+    def __init__(self, layer: int, seed: int = 0, shared: bool = False) -> None:
+        super().__init__()
+        self.shared = shared  # the belief has one row for all groups of all devices
+        self.layer = layer
+        self.seed = seed
+        self.step = 0
+        self.shard = (0, 1)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step = int(state)
+
+    def forward(self, belief: Belief, x: Tensor) -> Tensor:
+        """belief [rows, C] and the feature map x [N, C, H, W] it stands for -> draws [rows, C, H, W]."""
+        # Not as a decorator: that imports the whole compiler, half of this module's time to import.
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._draw)(belief, x)
+        return self._draw(belief, x)
+
+    def _draw(self, belief: Belief, x: Tensor) -> Tensor:
+        key = ("train", self.step) if self.training else ("eval", 0)
+        if self.training:
+            self.step += 1
+        digest = hashlib.blake2b(repr((self.seed, self.layer, *key)).encode(), digest_size=8).digest()
+        generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big") >> 1)
+        rank, world = (0, 1) if self.shared else self.shard
+        rows, channels = belief.mean.shape
+        shape = (rows * world, channels, *x.shape[2:])
+        return torch.randn(shape, generator=generator, device=x.device, dtype=belief.mean.dtype)[rank::world]
+
+
+@full_precision
+def sampled_conv(
+    belief: Belief,
+    noise: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] | str = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    relu: bool = False,
+) -> Belief:
+    """Through a convolution by sampling (paper 3.2): one image per row, drawn, rectified where `relu`, convolved.
+
+    belief [rows, C_in], noise [rows, C_in, H, W] standard normal -> mean and population variance over the pixels of the
+    convolved image, [rows, C_out]. The layer's own zero padding applies.
+    """
+    mean, var = belief
+    # No eps under the root: a channel of variance 0 is a constant, and its gradient 0.
+    sd = torch.where(var > 0, var, 1).sqrt() * (var > 0)
+    image = mean[:, :, None, None] + sd[:, :, None, None] * noise
+    if relu:
+        image = F.relu(image)
+    dtype = mean.dtype
+    image = F.conv2d(
+        image, weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding, dilation, groups
+    )
+    sampled_var, sampled_mean = torch.var_mean(image, (2, 3), correction=0)
+    return Belief(sampled_mean, sampled_var)
