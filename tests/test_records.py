@@ -8,6 +8,7 @@ import faulty
 import pytest
 
 from kalmannorm.cli import main
+from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import compose
 
@@ -129,3 +130,14 @@ def test_what_a_run_reached():
     assert (
         records.headline({"box_ap": None, "mask_ap": 7.5}) == "box / mask AP - / 7.50"
     )  # never a 0 for what is not there
+
+
+def test_a_sweep_does_not_take_an_edited_record_for_done(tmp_path):
+    """The report refuses it, so a run that has it must not be skipped."""
+    file = add(tmp_path, [])
+    assert records.is_done(tmp_path, file.stem)
+    record = json.loads(file.read_text())
+    record["config"]["seed"] += 1
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="not that of its configuration"):
+        records.is_done(tmp_path, file.stem)

@@ -125,7 +125,8 @@ def _train(options: argparse.Namespace) -> int:
         where, overrides = split(options.overrides)
         return run(multirun(overrides), where)
     from kalmannorm.experiments.config import compose
-    from kalmannorm.experiments.record import check_writable, is_done, path, run_id
+    from kalmannorm.experiments.record import is_done, path, run_id
+    from kalmannorm.files import check_writable
     from kalmannorm.runs.lock import hold
 
     config = compose(options.overrides)

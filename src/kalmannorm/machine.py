@@ -1,8 +1,13 @@
-"""What this machine has, asked without torch, which takes seconds to import."""
+"""What this machine has; all but `host` asked without torch, which takes seconds to import."""
 
+import functools
 import os
+import platform
 import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -27,3 +32,52 @@ def visible_gpus() -> tuple[str, ...]:
     except (OSError, subprocess.SubprocessError):
         return ("0",) if DRIVER.exists() else ()
     return tuple(str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU")) or ("0",)
+
+
+def host(device: str) -> dict[str, Any]:
+    """Return time and place of a run: all that may differ between two records of it."""
+    import torch
+
+    on_gpu = device.startswith("cuda")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "hardware": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {_processor()}",
+        "threads": torch.get_num_threads(),
+        "git": _git(),
+        "versions": {name: _version(name) for name in ("torch", "torchvision", "numpy", "kalmannorm")}
+        | {"python": platform.python_version()},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@functools.cache  # what this process imported, not what the checkout holds when a long sweep ends
+def _git() -> dict[str, Any]:
+    """Commit of the source, and whether tracked files differ from it; nulls outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

@@ -1,10 +1,9 @@
 """How long a run will take: from the time that recorded runs like it took, or not at all."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kalmannorm.experiments.config import Config
-from kalmannorm.report.read import Record
 
 # Training images of whole data sets, where none of their records says so.
 TRAIN_IMAGES = {
@@ -16,10 +15,11 @@ TRAIN_IMAGES = {
     "coco": 117_266,  # with an object to train on
 }
 
+Run = Mapping[str, Any]  # a record
 Kind = Callable[[Config], tuple[Any, ...]]
 
 
-def predictor(runs: Iterable[Record]) -> Callable[[Config], float | None]:
+def predictor(runs: Iterable[Run]) -> Callable[[Config], float | None]:
     """A function from a run's configuration to its device-seconds: training and evaluation, on a device as the recorded
     runs' (the caller chooses them). None where none of them is of the same network, normalizer, resolution and data."""
     done = [r for r in runs if r["status"] == "done" and (r.get("host") or {}).get("seconds")]
@@ -38,7 +38,7 @@ def predictor(runs: Iterable[Record]) -> Callable[[Config], float | None]:
     return predict
 
 
-def on_device(runs: Iterable[Record], device: str) -> list[Record]:
+def on_device(runs: Iterable[Run], device: str) -> list[Run]:
     """Those that ran on such a device: "cpu", "cuda"."""
     return [run for run in runs if str((run.get("host") or {}).get("device")).split(":")[0] == device.split(":")[0]]
 
@@ -58,7 +58,7 @@ def _same_batch(config: Config) -> tuple[Any, ...]:
     return *_same_network(config), config["batch"]["grad_batch"], config["batch"]["stat_batch"]
 
 
-def _rates(done: list[Record], kind: Kind) -> dict[tuple[Any, ...], list[float]]:
+def _rates(done: list[Run], kind: Kind) -> dict[tuple[Any, ...], list[float]]:
     """Device-seconds an image, of all the runs of each kind."""
     rates: dict[tuple[Any, ...], list[float]] = {}
     for record in done:
@@ -70,6 +70,6 @@ def _rates(done: list[Record], kind: Kind) -> dict[tuple[Any, ...], list[float]]
     return rates
 
 
-def _images(record: Record) -> int:
+def _images(record: Run) -> int:
     """Of its training set."""
     return int(record["data"]["train_images"])

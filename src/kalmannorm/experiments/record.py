@@ -1,25 +1,20 @@
 """Run records: results/records/<id>.json, and beside it <id>.npz with the small arrays that figures draw.
 
-Tables read records and nothing else. A record is written whole or not at all, the JSON last.
+Schema, writer, reader and the one check of what is read. Tables read records and nothing else. A record is written
+whole or not at all, the JSON last.
 """
 
-import functools
 import hashlib
 import io
 import json
-import os
-import platform
-import subprocess
-import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, get_args
 
+from kalmannorm import machine
 from kalmannorm.errors import UserError
-from kalmannorm.experiments.config import Config, result_part
+from kalmannorm.experiments.config import RESULT_KEYS, Config, result_part
+from kalmannorm.files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,38 +22,67 @@ if TYPE_CHECKING:
 # Raised when a change alters results: records of another number are listed as stale and never tabulated.
 NUMERICS = 1
 
+Status = Literal["done", "failed"]
+
+
+class Record(TypedDict):
+    """What is known of a run. Two records of one run are equal but for `host`.
+
+    A failed run has what there was when it failed; one whose process died has the first five and `host` alone.
+    """
+
+    id: str
+    numerics: int
+    status: Status
+    reason: str | None  # why it failed
+    config: dict[str, Any]  # what determines the result (config.RESULT_KEYS)
+    host: dict[str, Any]  # time and place (machine.host), seconds, images per second
+    parameters: NotRequired[int]
+    data: NotRequired[dict[str, Any]]  # name, fidelity and sha256 of the data set, and how many images of it were used
+    curves: NotRequired[dict[str, list[Any]]]  # one value an epoch each
+    final: NotRequired[dict[str, dict[str, Any]]]  # by kind of statistics: accuracy and loss, or a detector's AP
+    norms: NotRequired[dict[str, Any]]  # the normalizers after training: order, gains, what has a belief
+    weights: NotRequired[dict[str, Any]]  # where a detector's come from
+    final_on_training_images: NotRequired[dict[str, Any]]  # a detector's
+
 
 def run_id(config: Config, numerics: int | None = None) -> str:
-    """Hash of what determines the result: 12 hexadecimal digits. `numerics`: another version's than this."""
+    """Hash what determines the result: 12 hexadecimal digits. `numerics`: another version's than this."""
     text = json.dumps({"numerics": NUMERICS if numerics is None else numerics, **result_part(config)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def begin(config: Config, parameters: int, data: dict[str, Any], device: str, processes: int) -> Record:
+    """Return what is known of a run before it trains. `parameters`: how many; `data`: provenance and sizes."""
+    return {
+        "id": run_id(config),
+        "numerics": NUMERICS,
+        "status": "done",
+        "reason": None,
+        "config": result_part(config),
+        "parameters": parameters,
+        "data": data,
+        "host": machine.host(device) | {"processes": processes},
+    }
+
+
+def add_speed(record: Record, images: int, train_seconds: float, seconds: float) -> None:
+    """Note that `images` were trained on in `train_seconds`, of all processes of the run; `seconds`: of this one, with
+    evaluation."""
+    record["host"] |= {
+        "seconds": round(seconds, 1),
+        "train_seconds": round(train_seconds, 1),
+        "images_per_s": round(images / train_seconds, 2) if train_seconds else None,
+    }
+
+
 def path(results: str | Path, identity: str) -> Path:
+    """Name the record's file."""
     return Path(results) / "records" / f"{identity}.json"
 
 
-def read(results: str | Path, identity: str) -> dict[str, Any] | None:
-    """The record of a run, None where there is none. UserError: a file that is not a record."""
-    file = path(results, identity)
-    if not file.exists():
-        return None
-    try:
-        record = json.loads(file.read_text())
-        if record["id"] != identity or record["status"] not in ("done", "failed"):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not a whole run record: move it away, or delete it to run again") from None
-    return record
-
-
-def is_done(results: str | Path, identity: str) -> bool:
-    record = read(results, identity)
-    return record is not None and record["status"] == "done"
-
-
-def write(results: str | Path, record: dict[str, Any], arrays: "dict[str, np.ndarray] | None" = None) -> Path:
-    """Writes the arrays, then the record; both by a temporary file and a rename."""
+def write(results: str | Path, record: Record, arrays: "Mapping[str, np.ndarray] | None" = None) -> Path:
+    """Write the arrays, then the record; both by a temporary file and a rename."""
     file = path(results, record["id"])
     if arrays:
         import numpy as np
@@ -70,127 +94,118 @@ def write(results: str | Path, record: dict[str, Any], arrays: "dict[str, np.nda
     return file
 
 
-def check_writable(folder: Path) -> None:
-    """UserError where no files can be written to the folder, or to where it is to be made: before days of training."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+def read(results: str | Path, identity: str) -> Record | None:
+    """Return the record of a run, None where there is none. UserError as for read_file."""
+    file = path(results, identity)
+    return read_file(file) if file.exists() else None
+
+
+def is_done(results: str | Path, identity: str) -> bool:
+    """Say whether the run has a record and did not fail."""
+    record = read(results, identity)
+    return record is not None and record["status"] == "done"
+
+
+def find(results: str | Path, run: str) -> Record:
+    """Return the record whose id is `run` or begins with it. UserError: no such run, or several."""
+    folder = Path(results) / "records"
+    matches = sorted(folder.glob(f"{run}*.json")) if run.isalnum() else []
+    if len(matches) != 1:
+        found = "no run" if not matches else f"{len(matches)} runs"
+        raise UserError(f"{found} in {folder} whose id begins with {run!r}: expected exactly one")
+    return read_file(matches[0])
+
+
+def files(results: str | Path) -> list[Path]:
+    """Return the files in `results`/records, by name. UserError: not a results folder."""
+    results = Path(results)
+    folder = results / "records"
+    if any(path.exists() and not path.is_dir() for path in (results, folder)):
+        raise UserError(f"{results} is not a results folder: expected a folder with a folder 'records' in it")
+    # A hidden file is one that its writer has not renamed to its final name.
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+
+
+def read_all(results: str | Path) -> list[Record]:
+    """Return all records of a results folder, by id; none where there is no folder.
+
+    UserError as for read_file: a table must not silently lose a run.
+    """
+    return [read_file(path) for path in files(results)]
+
+
+def current(found: Iterable[Record]) -> list[Record]:
+    """Return those made under this NUMERICS; the others are stale."""
+    return [record for record in found if record["numerics"] == NUMERICS]
+
+
+def read_file(path: Path) -> Record:
+    """Return the record in a file. UserError: it is not a whole record, or not that of its configuration."""
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; name another by results= or runs=") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): change its permissions or move it away") from error
+    except ValueError as error:
+        raise UserError(_broken(path, f"no valid JSON ({error}); it may be truncated")) from error
+    if problem := _problem(record, path.stem):
+        raise UserError(_broken(path, problem))
+    return record  # type: ignore[no-any-return]
 
 
-def write_atomically(file: Path, content: bytes) -> None:
-    """Whole or not at all, also after a power cut. UserError: no permission, no space."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(file)
-            _sync(file.parent)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}") from None
+def _broken(path: Path, problem: str) -> str:
+    return f"{path} is not a usable record: {problem}. Move it out of {path.parent} (or delete it) and run it again"
 
 
-def _sync(folder: Path) -> None:
-    """The renaming itself. What is renamed is whole in any case, and some file systems cannot do that to a folder."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _problem(record: Any, stem: str) -> str | None:
+    """Say what keeps a parsed file from being a record; None when nothing does."""
+    if not isinstance(record, dict):
+        return f"expected a JSON object, found {type(record).__name__}"
+    for key, kind in (("id", str), ("numerics", int), ("status", str), ("config", dict)):
+        if not isinstance(record.get(key), kind):
+            return f"{key!r} is {record.get(key)!r}, expected a value of type {kind.__name__}"
+    if record["id"] != stem:
+        return f"its id {record['id']!r} is not the file's name {stem!r} (renamed, or a copy)"
+    if record["status"] not in get_args(Status):
+        return f"'status' is {record['status']!r}, expected 'done' or 'failed'"
+    if not isinstance(record["config"].get("seed"), int):
+        return f"'config.seed' is {record['config'].get('seed')!r}, expected an integer"
+    if problem := _problem_of_results(record):
+        return problem
+    if missing := [key for key in RESULT_KEYS if key not in record["config"]]:
+        return f"its config has no {', '.join(missing)}"
+    if record["id"] != (expected := run_id(record["config"], record["numerics"])):
+        return f"its id is not that of its configuration, {expected} (edited after the run, or made up)"
+    return None
 
 
-def begin(config: Config, parameters: int, data: dict[str, Any], device: str, processes: int) -> dict[str, Any]:
-    """A record of what is known of a run before it trains. `parameters`: how many; `data`: provenance and sizes."""
-    return {
-        "id": run_id(config),
-        "numerics": NUMERICS,
-        "status": "done",
-        "reason": None,
-        "config": result_part(config),
-        "parameters": parameters,
-        "data": data,
-        "host": host(device) | {"processes": processes},
-    }
-
-
-def add_speed(record: dict[str, Any], images: int, train_seconds: float, seconds: float) -> None:
-    """`images` that were trained on in `train_seconds`, of all the processes of the run; `seconds`: of this one, with
-    evaluation."""
-    record["host"] |= {
-        "seconds": round(seconds, 1),
-        "train_seconds": round(train_seconds, 1),
-        "images_per_s": round(images / train_seconds, 2) if train_seconds else None,
-    }
+def _problem_of_results(record: dict[str, Any]) -> str | None:
+    if record["status"] == "done":
+        final = record.get("final")
+        if not isinstance(final, dict) or not final:
+            return "it is 'done' but has no 'final' values"
+        for name, values in final.items():
+            value = values.get("accuracy", values.get("box_ap")) if isinstance(values, dict) else None
+            if not isinstance(value, int | float):
+                return f"'final.{name}' has no number 'accuracy', nor a detector's 'box_ap'"
+            if value < 0 or value > 100:  # NaN is neither: a cell says so
+                return f"'final.{name}' is {value}, expected percent"
+            curve = (record.get("curves") or {}).get(name) or []
+            if curve and "accuracy" in values and curve[-1] is not None and abs(curve[-1] - value) > 0:
+                return f"'final.{name}' is {value}, its curve ends with {curve[-1]} (edited after the run)"
+        of, trained = (record.get("data") or {}).get("name"), record["config"].get("dataset", {}).get("name")
+        if of is not None and of != trained:
+            return f"its data are {of}, its configuration's {trained}"
+    return None
 
 
 def headline(values: Mapping[str, Any]) -> str:
-    """What a run reached under one kind of statistics, with its unit."""
+    """Say what a run reached under one kind of statistics, with its unit."""
     return f"{reached(values)} %" if "accuracy" in values else f"box / mask AP {reached(values)}"
 
 
 def reached(values: Mapping[str, Any]) -> str:
-    """Its number: accuracy in percent, a detector's "box / mask" AP; "-" for one that pycocotools does not give."""
+    """Say its number: accuracy in percent, a detector's "box / mask" AP; "-" for one that pycocotools does not give."""
     if "accuracy" in values:
         return f"{values['accuracy']:.2f}"
     found = (values.get(key) for key in ("box_ap", "mask_ap"))
     return " / ".join("-" if value is None else f"{value:.2f}" for value in found)
-
-
-def host(device: str) -> dict[str, Any]:
-    """Time and place of a run: all that may differ between two records of it."""
-    import torch
-
-    on_gpu = device.startswith("cuda")
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device,
-        "hardware": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {_processor()}",
-        "threads": torch.get_num_threads(),
-        "git": _git(),
-        "versions": {name: _version(name) for name in ("torch", "torchvision", "numpy", "kalmannorm")}
-        | {"python": platform.python_version()},
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-@functools.cache  # what this process imported, not what the checkout holds when a long sweep ends
-def _git() -> dict[str, Any]:
-    """Commit of the source, and whether tracked files differ from it; nulls outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

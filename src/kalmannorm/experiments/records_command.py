@@ -8,9 +8,8 @@ from typing import Any
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import conf_dir, describe
 from kalmannorm.experiments.predict import duration
-from kalmannorm.experiments.record import NUMERICS, reached, write_atomically
-from kalmannorm.report import read
-from kalmannorm.report.read import Record
+from kalmannorm.experiments.record import NUMERICS, Record, files, reached, read_all, read_file
+from kalmannorm.files import write_atomically
 
 STATES = ("done", "failed")
 CHOICES = ("arch", "batch", "budget", "norm", "schedule")  # groups that have nothing but what conf/ has
@@ -20,8 +19,7 @@ HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "de
 def show(results: str, overrides: list[str]) -> int:
     """Prints the records whose configuration fits `overrides`, a row each, stale ones marked; of detectors box / mask
     AP."""
-    found = read.records(Path(results), NUMERICS)
-    every = (*found.current, *found.stale)
+    every = read_all(results)
     tests = [_test(override, every) for override in overrides]
     chosen = [r for r in every if all(test(r) for test in tests)]
     rows = [_row(record) for record in sorted(chosen, key=lambda r: (describe(r["config"]), r["id"]))]
@@ -49,9 +47,9 @@ def merge(results: str, folders: list[str]) -> int:
     problems: list[str] = []
     for folder, file in sources:
         try:
-            record = read.read_one(file)
+            record = read_file(file)
             target = Path(results) / "records" / file.name
-            here = read.read_one(target) if target.exists() else None
+            here = read_file(target) if target.exists() else None
         except UserError as error:
             problems.append(str(error))
             continue
@@ -81,9 +79,9 @@ def merge(results: str, folders: list[str]) -> int:
 def prune(results: str, failed: bool = False, yes: bool = False) -> int:
     """Lists records of another NUMERICS and files that are none (`failed`: and failed runs); `yes`: deletes them."""
     doomed: list[tuple[Path, str]] = []
-    for file in read.files(Path(results)):
+    for file in files(results):
         try:
-            record = read.read_one(file)
+            record = read_file(file)
         except UserError as error:
             doomed.append((file, str(error).removeprefix(f"{file} ").partition(". ")[0]))
             continue
@@ -168,7 +166,7 @@ def _files(folder: str) -> list[Path]:
         path = path.parent
     if not (path / "records").is_dir():
         raise UserError(f"{folder} is not a results folder: expected a folder with a folder 'records' in it")
-    return read.files(path)
+    return files(path)
 
 
 def _differences(a: Record, b: Record) -> list[str]:

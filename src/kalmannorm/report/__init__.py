@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kalmannorm.experiments.record import write_atomically
+from kalmannorm.files import write_atomically
 from kalmannorm.report import parameters, render, speed
 from kalmannorm.report import table as tables
 from kalmannorm.report.read import Record, Records, curves, load, records, variance_gaps

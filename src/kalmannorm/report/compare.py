@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kalmannorm.report.read import Record, find, flat
+from kalmannorm.experiments.record import find
+from kalmannorm.report.read import Record, flat
 
 EPOCHS = 3  # of the curves' ends
 FINALS = ("accuracy", "loss", "box_ap", "mask_ap")

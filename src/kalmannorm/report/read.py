@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kalmannorm.errors import UserError
-from kalmannorm.experiments.config import RESULT_KEYS
-from kalmannorm.experiments.record import run_id
+from kalmannorm.experiments.record import files, read_file
 
 if TYPE_CHECKING:
     import pandas
 
     from kalmannorm.report.gaps import Gaps
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]  # experiments.record.Record, as its readers see it
 
 # Settings that a row of a table does not fix: how precisely the arithmetic runs. Runs that differ in them never share a
 # mean (cells.py).
@@ -71,18 +69,9 @@ def records(results: Path, numerics: int) -> Records:
     current: list[Record] = []
     stale: list[Record] = []
     for path in files(results):
-        record = read_one(path)
+        record = read_file(path)
         (current if record["numerics"] == numerics else stale).append(record)
     return Records(results, numerics, tuple(current), tuple(stale))
-
-
-def find(results: Path, run: str) -> Record:
-    """The record whose id is `run` or begins with it. Raises UserError: no such run, or several."""
-    matches = sorted((results / "records").glob(f"{run}*.json")) if run.isalnum() else []
-    if len(matches) != 1:
-        found = "no run" if not matches else f"{len(matches)} runs"
-        raise UserError(f"{found} in {results / 'records'} whose id begins with {run!r}: expected exactly one")
-    return read_one(matches[0])
 
 
 def load(results: str | Path = "results") -> "pandas.DataFrame":
@@ -95,7 +84,7 @@ def load(results: str | Path = "results") -> "pandas.DataFrame":
 
     rows = []
     for path in files(Path(results)):
-        record = read_one(path)
+        record: Record = read_file(path)
         row = {key: record.get(key) for key in ("id", "numerics", "status", "reason", "parameters")}
         row |= flat(record["config"], "")
         for part in ("final", "data", "host", "curves"):
@@ -134,7 +123,7 @@ def variance_gaps(identity: str, results: str | Path = "results") -> "Gaps":
     from kalmannorm.report import gaps
 
     path = Path(results) / "records" / f"{identity}.json"
-    return gaps.load(read_one(path), path.with_suffix(".npz"))
+    return gaps.load(read_file(path), path.with_suffix(".npz"))
 
 
 def row_key(config: Mapping[str, Any]) -> str:
@@ -152,74 +141,6 @@ def _by_row(group: tuple[Record, ...]) -> dict[str, list[Record]]:
     for record in group:
         rows.setdefault(row_key(record["config"]), []).append(record)
     return rows
-
-
-def files(results: Path) -> list[Path]:
-    """The files in `results`/records, by name. UserError: not a results folder."""
-    folder = results / "records"
-    if any(path.exists() and not path.is_dir() for path in (results, folder)):
-        raise UserError(f"{results} is not a results folder: expected a folder with a folder 'records' in it")
-    # A hidden file is one that its writer has not renamed to its final name.
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
-
-
-def read_one(path: Path) -> Record:
-    """The record in a file. Raises UserError when it is not a whole record, or not that of its configuration."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): change its permissions or move it away") from error
-    except ValueError as error:
-        raise UserError(_broken(path, f"no valid JSON ({error}); it may be truncated")) from error
-    if problem := _problem(record, path.stem):
-        raise UserError(_broken(path, problem))
-    return record
-
-
-def _broken(path: Path, problem: str) -> str:
-    return f"{path} is not a usable record: {problem}. Move it out of {path.parent} (or delete it) and run it again"
-
-
-def _problem(record: Any, stem: str) -> str | None:
-    """What keeps a parsed file from being a record; None when nothing does."""
-    if not isinstance(record, dict):
-        return f"expected a JSON object, found {type(record).__name__}"
-    for key, kind in (("id", str), ("numerics", int), ("status", str), ("config", dict)):
-        if not isinstance(record.get(key), kind):
-            return f"{key!r} is {record.get(key)!r}, expected a value of type {kind.__name__}"
-    if record["id"] != stem:
-        return f"its id {record['id']!r} is not the file's name {stem!r} (renamed, or a copy)"
-    if record["status"] not in ("done", "failed"):
-        return f"'status' is {record['status']!r}, expected 'done' or 'failed'"
-    if not isinstance(record["config"].get("seed"), int):
-        return f"'config.seed' is {record['config'].get('seed')!r}, expected an integer"
-    if problem := _problem_of_results(record):
-        return problem
-    if missing := [key for key in RESULT_KEYS if key not in record["config"]]:
-        return f"its config has no {', '.join(missing)}"
-    if record["id"] != (expected := run_id(record["config"], record["numerics"])):
-        return f"its id is not that of its configuration, {expected} (edited after the run, or made up)"
-    return None
-
-
-def _problem_of_results(record: Record) -> str | None:
-    if record["status"] == "done":
-        final = record.get("final")
-        if not isinstance(final, dict) or not final:
-            return "it is 'done' but has no 'final' values"
-        for name, values in final.items():
-            value = values.get("accuracy", values.get("box_ap")) if isinstance(values, dict) else None
-            if not isinstance(value, int | float):
-                return f"'final.{name}' has no number 'accuracy', nor a detector's 'box_ap'"
-            if value < 0 or value > 100:  # NaN is neither: a cell says so
-                return f"'final.{name}' is {value}, expected percent"
-            curve = (record.get("curves") or {}).get(name) or []
-            if curve and "accuracy" in values and curve[-1] is not None and abs(curve[-1] - value) > 0:
-                return f"'final.{name}' is {value}, its curve ends with {curve[-1]} (edited after the run)"
-        of, trained = (record.get("data") or {}).get("name"), record["config"].get("dataset", {}).get("name")
-        if of is not None and of != trained:
-            return f"its data are {of}, its configuration's {trained}"
-    return None
 
 
 def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from kalmannorm.errors import Stopped, UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config, result_part
+from kalmannorm.files import write_atomically
 from kalmannorm.runs.lock import Busy, hold
 
 LOG = "log.txt"
@@ -58,7 +59,7 @@ def perform(config: Config) -> Outcome:
         from kalmannorm.train.run import execute
 
         record = execute(config)
-        return Outcome("done") if record["status"] == "done" else Outcome("diverged", record["reason"])
+        return Outcome("done") if record["status"] == "done" else Outcome("diverged", record["reason"] or "")
     except UserError as error:
         print(f"kalmannorm: {error}", file=sys.stderr)
         return Outcome("refused", str(error))
@@ -75,9 +76,15 @@ def write_failed(config: Config, reason: str) -> None:
     identity = records.run_id(config)
     if records.is_done(config["results"], identity):
         return
-    record = {"id": identity, "numerics": records.NUMERICS, "status": "failed", "reason": reason}
-    host = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "device": config["device"]}
-    records.write(config["results"], record | {"config": result_part(config), "host": host})
+    record: records.Record = {
+        "id": identity,
+        "numerics": records.NUMERICS,
+        "status": "failed",
+        "reason": reason,
+        "config": result_part(config),
+        "host": {"started": datetime.now(UTC).isoformat(timespec="seconds"), "device": config["device"]},
+    }
+    records.write(config["results"], record)
 
 
 def _log_to(file: Path) -> None:
@@ -125,7 +132,7 @@ def main(order: str, answer: str) -> None:
     leave_with_parent()
     outcome = perform(json.loads(Path(order).read_text()))
     if int(os.environ["RANK"]) == 0:
-        records.write_atomically(Path(answer), json.dumps(asdict(outcome)).encode())
+        write_atomically(Path(answer), json.dumps(asdict(outcome)).encode())
     well = outcome.status in ("done", "diverged")
     if not well and int(os.environ["RANK"]):
         time.sleep(2)  # the exit code makes torchrun end the others, and the first one has the reason to write

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kalmannorm import machine
 from kalmannorm.errors import UserError
-from kalmannorm.experiments import record as records
 from kalmannorm.experiments.cards import Experiment
 from kalmannorm.experiments.config import Config
+from kalmannorm.files import write_atomically
 from kalmannorm.report.speed import FOLDER, measured_part, setting, where
 
 
@@ -29,7 +30,7 @@ def measure(experiment: Experiment, dry_run: bool = False) -> int:
         raise UserError(f"{card['name']} compares two rows, {card['baseline']} and another: found {', '.join(configs)}")
     baseline = configs[card["baseline"]]
     device = Ranks(baseline).device
-    host = records.host(str(device))
+    host = machine.host(str(device))
     print(f"{card['name']}: {card['title']}", file=sys.stderr)
     for compiled in (False, True) if baseline["compile"] else (False,):
         parts = {key: measured_part(config, compiled) for key, config in configs.items()}
@@ -46,7 +47,7 @@ def measure(experiment: Experiment, dry_run: bool = False) -> int:
                             " (a multiple of batch.stat_batch) or budget.size") from None  # fmt: skip
         measurement = {"id": identity, "experiment": card["name"], "configs": parts, "seconds": seconds, "host": host}
         text = json.dumps(measurement, indent=1, sort_keys=True, allow_nan=False)
-        records.write_atomically(file, f"{text}\n".encode())
+        write_atomically(file, f"{text}\n".encode())
     return 0
 
 

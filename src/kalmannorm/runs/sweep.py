@@ -14,7 +14,7 @@ from kalmannorm.experiments import record as records
 from kalmannorm.experiments.cards import Experiment, load
 from kalmannorm.experiments.config import Config, batches, check_batches
 from kalmannorm.experiments.predict import duration, on_device, predictor
-from kalmannorm.report import read
+from kalmannorm.files import check_writable
 from kalmannorm.runs.display import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, WAITING, Board, Job
 from kalmannorm.runs.job import LOG, Outcome, write_failed
 from kalmannorm.runs.lock import holder
@@ -61,10 +61,10 @@ def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
 def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     """The same for an experiment that is loaded. UserError: nothing ran, and why; KeyboardInterrupt, Stopped: a signal,
     after which the same command goes on."""
-    found = read.records(Path(experiment.runs[0]["results"]), records.NUMERICS)
-    done = {record["id"] for record in found.current if record["status"] == "done"}
+    found = records.read_all(experiment.runs[0]["results"])
+    done = {record["id"] for record in records.current(found) if record["status"] == "done"}
     device = experiment.runs[0]["device"]
-    predict = predictor(on_device((*found.current, *found.stale), device))
+    predict = predictor(on_device(found, device))
     on_gpu = device == "cuda"
     asked = options.devices or (experiment.card.get("devices", 1) if on_gpu else 1)
     asked = min(asked, options.gpu_count or asked)
@@ -75,7 +75,7 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     _announce(experiment, jobs, missing, list_all=dry_run)
     if dry_run or not missing:
         return 0
-    records.check_writable(records.path(missing[0].config["results"], "").parent)
+    check_writable(records.path(missing[0].config["results"], "").parent)
     _check_data(missing)
     if options.launcher != "local":
         _make_paths_absolute(missing)

@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.record import check_writable, run_id
+from kalmannorm.experiments.record import run_id
+from kalmannorm.files import check_writable
 from kalmannorm.runs.job import LOG, Outcome, attempt
 
 COMMAND = [sys.executable, "-m", "kalmannorm.runs.worker"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kalmannorm.errors import UserError
-from kalmannorm.experiments.record import write_atomically
+from kalmannorm.files import write_atomically
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 PARTS = {"id", "model", "optimizer", "ranks", "epoch", "step", "seconds", "curves"}

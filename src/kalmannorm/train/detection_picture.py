@@ -11,7 +11,7 @@ from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 from kalmannorm.data.coco import Images
-from kalmannorm.experiments.record import write_atomically
+from kalmannorm.files import write_atomically
 
 SURE = 0.5  # score from which a detection is drawn
 SIDE = 400  # pixels of an image's side in the picture

@@ -14,7 +14,7 @@ from kalmannorm.data.folder import find_unreadable
 from kalmannorm.data.loader import Loader
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.record import write_atomically
+from kalmannorm.files import write_atomically
 from kalmannorm.train.ranks import Ranks
 
 

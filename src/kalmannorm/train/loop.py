@@ -1,7 +1,6 @@
 """Training of one run, from its configuration to its record. Read it from top to bottom."""
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
-from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
+from kalmannorm.files import check_room
 from kalmannorm.norm import Estimator, SwitchableNorm
 from kalmannorm.norm.modes import flush_moving, normalizers, place_batch, set_progress, spread_batches
 from kalmannorm.train.evaluate import evaluate, precise, under_both, variance_gaps
@@ -34,7 +33,7 @@ class Diverged(Exception):
     """The loss is not finite."""
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> records.Record:
     """Trains and evaluates one run; writes and returns its record. Goes on from the last checkpoint where there is one.
 
     In a distributed run every process calls it and gets the record; rank 0 writes. A loss that is not finite ends it
@@ -46,7 +45,7 @@ def run(config: Config) -> dict[str, Any]:
     model, last = build(config)
     source = open_data(config, ranks)
     if ranks.main:
-        check_room(folder, model)
+        check_room(folder, checkpoint_bytes(model))
     train, test = loaders(config, source, ranks)
 
     sizes = {"train_images": train.count, "test_images": test.count}
@@ -202,11 +201,6 @@ def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
     } | ({"mixture": mixture} if mixture else {})
 
 
-def check_room(folder: Path, model: nn.Module) -> None:
-    """Permission and room for a checkpoint (weights and momentum, old and new at once), before the work is done."""
-    records.write_atomically(folder / ".probe", b"")
-    (folder / ".probe").unlink()
-    needed = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2**26
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; pass runs=FOLDER")
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Return the room that checkpoints take: weights and momentum, old and new at once."""
+    return 4 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2**26

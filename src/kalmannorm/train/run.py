@@ -4,12 +4,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config, compose
-from kalmannorm.report import read
+from kalmannorm.files import write_atomically
 from kalmannorm.train import checkpoint, loop
 from kalmannorm.train.evaluate import evaluate as evaluate_once
 from kalmannorm.train.evaluate import precise
@@ -18,10 +18,11 @@ from kalmannorm.train.loaders import loaders, open_data
 from kalmannorm.train.model import build
 from kalmannorm.train.ranks import Ranks
 
+METADATA: tuple[Literal["id", "config", "final", "data"], ...] = ("id", "config", "final", "data")
 PLACE = ("data", "runs", "results", "device", "workers")
 
 
-def execute(config: Config) -> dict[str, Any]:
+def execute(config: Config) -> records.Record:
     """Trains a run, says in one line how it ended, and returns its record."""
     record = _run(config)
     if int(os.environ.get("RANK", 0)):
@@ -42,7 +43,7 @@ def _detects(config: Config) -> bool:
     return config["dataset"].get("task") == "detection"
 
 
-def _run(config: Config) -> dict[str, Any]:
+def _run(config: Config) -> records.Record:
     if _detects(config):
         from kalmannorm.train import task_detection
 
@@ -76,7 +77,7 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     return final
 
 
-def _evaluate_detector(record: dict[str, Any], config: Config, weights: dict[str, Any]) -> dict[str, Any]:
+def _evaluate_detector(record: records.Record, config: Config, weights: dict[str, Any]) -> dict[str, Any]:
     from kalmannorm import data
     from kalmannorm.data import coco
     from kalmannorm.train import detector, task_detection
@@ -103,14 +104,14 @@ def export(run: str, file: str, overrides: list[str]) -> Path:
     from safetensors.torch import save
 
     record, _, weights = _finished(run, overrides)
-    metadata = {key: json.dumps(record[key], sort_keys=True) for key in ("id", "config", "final", "data")}
+    metadata: dict[str, str] = {key: json.dumps(record[key], sort_keys=True) for key in METADATA}
     # Copies: safetensors refuses tensors that share memory, as an R that all layers share does.
-    records.write_atomically(Path(file), save({k: v.contiguous().clone() for k, v in weights.items()}, metadata))
+    write_atomically(Path(file), save({k: v.contiguous().clone() for k, v in weights.items()}, metadata))
     print(f"{file}: weights of run {record['id']}")
     return Path(file)
 
 
-def _finished(run: str, overrides: list[str]) -> tuple[dict[str, Any], Config, dict[str, Any]]:
+def _finished(run: str, overrides: list[str]) -> tuple[records.Record, Config, dict[str, Any]]:
     """Record, configuration (with the place that the overrides name) and weights of a finished run."""
     if any(o.partition("=")[0] not in PLACE for o in overrides):
         raise UserError(
@@ -126,8 +127,8 @@ def _finished(run: str, overrides: list[str]) -> tuple[dict[str, Any], Config, d
     return record, config, state["model"]
 
 
-def _find(results: str, run: str) -> dict[str, Any]:
-    record = read.find(Path(results), run)
+def _find(results: str, run: str) -> records.Record:
+    record = records.find(results, run)
     if record["status"] != "done":
         raise UserError(f"run {record['id']} failed ({record['reason']}): there is nothing to evaluate")
     if record["numerics"] != records.NUMERICS:

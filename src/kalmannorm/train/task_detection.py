@@ -20,13 +20,14 @@ from kalmannorm.data.batches import fixed_order
 from kalmannorm.data.coco import Batch, Coco, TrainingBatches
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
+from kalmannorm.files import check_room
 from kalmannorm.models.detection.parts import LOSSES
 from kalmannorm.norm.modes import spread_batches
 from kalmannorm.train import detector
 from kalmannorm.train.average_precision import evaluate
 from kalmannorm.train.detection_picture import draw_detections
 from kalmannorm.train.evaluate import under_both
-from kalmannorm.train.loop import CHECK_EVERY, Diverged, check_room, micro_batches
+from kalmannorm.train.loop import CHECK_EVERY, Diverged, checkpoint_bytes, micro_batches
 from kalmannorm.train.model import optimizer
 from kalmannorm.train.progress import Progress
 from kalmannorm.train.ranks import Ranks
@@ -37,7 +38,7 @@ CURVES = ("epoch", "step", "lr", "train_loss", *LOSSES)
 SHOWN = 4  # images in a picture
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> records.Record:
     """Trains and evaluates one run; writes and returns its record, as train.run does.
 
     record["final"][kind] holds AP in percent (average_precision.NAMES for box and mask) under moving and online
@@ -51,7 +52,7 @@ def run(config: Config) -> dict[str, Any]:
     dataset = config["dataset"]
     images = coco.load(dataset["name"], data.root(config["data"]), dataset["classes"])
     if ranks.main:
-        check_room(folder, model)
+        check_room(folder, checkpoint_bytes(model))
     batches = training_batches(config, images, ranks)
 
     sizes = {"train_images": batches.count, "test_images": len(images.test.ids)}

@@ -1,0 +1,58 @@
+"""Files written whole or not at all; permission and room looked at before the work is done."""
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from kalmannorm.errors import UserError
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all, also under a power cut. UserError: no permission, no space."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(file)
+            _sync(file.parent)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError where no file can be written to the folder, or to where it will be made: before days of work."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; name another by results= or runs=") from None
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Make the folder and raise UserError where it takes no file, or has no room for `needed` bytes."""
+    write_atomically(folder / ".probe", b"")
+    (folder / ".probe").unlink()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; pass runs=FOLDER")
+
+
+def _sync(folder: Path) -> None:
+    """Make a renaming last. What is renamed is whole in any case, and some file systems cannot sync a folder."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
