@@ -1,40 +1,74 @@
-"""What every experiment runs, composed: a change in conf/ that changes an experiment shows here.
+"""What every experiment runs: a change in conf/ that makes other runs of an experiment shows here.
 
-Where it is meant, write the files again: `python tests/test_snapshots.py`.
+Where it is meant, write the ids again: `python tests/test_snapshots.py`.
 """
 
+import io
 import json
+import subprocess
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kalmannorm.experiments import cards
+from kalmannorm.experiments import cards, config
+from kalmannorm.experiments.record import run_id
 
-FOLDER = Path(__file__).parent / "snapshots"
+FILE = Path(__file__).with_name("run_ids.json")
 BUDGETS = ("paper", "lite", "smoke")
 DATASET = {"table6": "coco"}  # of the cards that are not of CIFAR-10's task
 MANY = 12  # of a card with more rows, which take long to compose, the other budgets' first row alone
 
 
-def composed(name: str) -> dict[str, Any]:
-    """Rows with their configurations, per budget, on CIFAR-10 (or DATASET's) and a CPU."""
-    found: dict[str, Any] = {}
-    dataset = f"dataset={DATASET.get(name, 'cifar10')}"
+def composed(name: str) -> dict[str, dict[str, config.Config]]:
+    """The first seed's run of every row (and column), per budget, on CIFAR-10 (or DATASET's) and a CPU."""
+    found: dict[str, dict[str, config.Config]] = {}
     for budget in BUDGETS:
-        many = len(found.get(BUDGETS[0], ())) > MANY
-        chosen = [f"rows={next(iter(found[BUDGETS[0]]))}"] if many else []
-        card = cards.load(name, [dataset, f"budget={budget}", "device=cpu", "seeds=1", *chosen]).card
-        found[budget] = {row["key"]: row.get("configs") or row.get("config") for row in card["rows"]}
+        settings = [f"dataset={DATASET.get(name, 'cifar10')}", f"budget={budget}", "device=cpu", "seeds=1"]
+        if len(rows := found.get(BUDGETS[0], {})) > MANY:
+            settings.append(f"rows={next(iter(rows)).split()[0]}")
+        experiment = cards.load(name, settings)
+        found[budget] = dict(zip(experiment.keys, experiment.runs, strict=True))
     return found
 
 
+def ids(name: str) -> dict[str, dict[str, str]]:
+    return {budget: {key: run_id(run) for key, run in runs.items()} for budget, runs in composed(name).items()}
+
+
 @pytest.mark.parametrize("name", cards.names())
-def test_experiment_is_what_it_was(name: str) -> None:
-    assert composed(name) == json.loads((FOLDER / f"{name}.json").read_text())
+def test_experiment_runs_what_it_ran(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, before = ids(name), json.loads(FILE.read_text()).get(name)
+    if now != before:
+        pytest.fail(f"{name} has other runs than in {FILE.name}:\n" + difference(name, tmp_path, monkeypatch))
+
+
+def difference(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Settings now and under conf/ as it was when the ids were written; for a person, so that it never fails."""
+    now = flat(composed(name))
+    try:
+        git = ["git", "-C", str(FILE.parent.parent)]
+        commit = subprocess.run([*git, "log", "-1", "--format=%H", "--", str(FILE)], capture_output=True, check=True)
+        archive = [*git, "archive", commit.stdout.decode().strip(), "conf"]
+        files = subprocess.run(archive, capture_output=True, check=True).stdout
+        tarfile.open(fileobj=io.BytesIO(files)).extractall(folder, filter="data")
+        for module in (config, cards):
+            monkeypatch.setattr(module, "conf_dir", lambda: folder / "conf")
+        before = flat(composed(name))
+    except Exception as error:
+        return f"(what was composed before cannot be seen: {error})"
+    differing = [key for key in {**before, **now} if before.get(key, "none") != now.get(key, "none")]
+    lines = [f"{key}: {before.get(key, 'none')} -> {now.get(key, 'none')}" for key in differing]
+    return "\n".join(lines) or "the same files in conf/, composed or hashed in another way"
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key} ") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
 
 
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
-    for name in cards.names():
-        (FOLDER / f"{name}.json").write_text(json.dumps(composed(name), indent=1, sort_keys=True) + "\n")
+    FILE.write_text(json.dumps({name: ids(name) for name in cards.names()}, indent=1, sort_keys=True) + "\n")

@@ -1,6 +1,6 @@
 """Table 3: training speed of two networks, from the measurements in results/speed/ and from nothing else.
 
-A measurement (runs/speed.py makes it) is one JSON file: both rows' configurations, the seconds of each of their
+A measurement (runs/measure_speed.py makes it) is one JSON file: both rows' configurations, the seconds of each of their
 alternating steps, and the host. Measurements of different devices, resolutions or batches stand in rows of their own.
 """
 
@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.measurement import FOLDER, Measurement, measured_part, where
 from kalmannorm.report import caption, paper
 from kalmannorm.report.read import Records
 from kalmannorm.report.render import Sheet, Text
@@ -18,8 +19,6 @@ from kalmannorm.report.statistics import middle_half
 from kalmannorm.report.table import mark, suffix
 
 Card = Mapping[str, Any]
-Measurement = dict[str, Any]
-FOLDER = "speed"  # in the results folder
 
 
 def read(results: Path, card: Card) -> list[Measurement]:
@@ -42,16 +41,6 @@ def read(results: Path, card: Card) -> list[Measurement]:
         if measurement["experiment"] == card["name"]:
             found.append(measurement)
     return sorted(found, key=lambda m: _order(m, card), reverse=True)
-
-
-def measured_part(config: Card, compiled: bool) -> dict[str, Any]:
-    """What of a run's configuration its speed depends on."""
-    return {
-        **{key: config[key] for key in ("arch", "norm", "batch", "precision")},
-        "compile": compiled,
-        "size": config["budget"]["size"],
-        "classes": config["dataset"]["classes"],
-    }
 
 
 def sheet(card: Card, found: Records) -> Sheet:
@@ -92,13 +81,6 @@ def sheet(card: Card, found: Records) -> Sheet:
     ]
     stem = "_".join([card["name"], *suffix(card)])
     return Sheet(stem, card["title"], said, header, 2, rows, tuple(notes), tuple(below), tuple(records))
-
-
-def where(measurement: Measurement) -> str:
-    """The device, in words."""
-    host = measurement["host"]
-    threads = f", {host['threads']} thread{'s' if host['threads'] != 1 else ''}"
-    return str(host["hardware"]) + ("" if host["device"].startswith("cuda") else threads)
 
 
 def setting(config: Card) -> str:

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 from kalmannorm.errors import UserError, nearest
+from kalmannorm.experiments.measurement import FOLDER, where
 from kalmannorm.report import caption, cells, hypotheses, quantities, speed, variants
 from kalmannorm.report.cells import Setting
 from kalmannorm.report.claims import Claim, Term, claims
@@ -150,8 +151,8 @@ def _timed(claim: Claim, card: Mapping[str, Any], records: Records) -> list[Verd
             "supported" if within else "contradicted" if beyond else "undecided",
             f"median of {len(more)} neighbouring steps, no test: the middle half is {_signed(low)} to {_signed(high)}",
             outcome=Outcome(summarize([median(more)]), None, within, None),
-            rests_on=(*norms, f"measurement {measurement['id']} of results/{speed.FOLDER}"),
-            measured_at=f"{speed.setting(config)}, on {speed.where(measurement)}",
+            rests_on=(*norms, f"measurement {measurement['id']} of results/{FOLDER}"),
+            measured_at=f"{speed.setting(config)}, on {where(measurement)}",
         )
         found.append(verdict)
     return found

@@ -9,9 +9,9 @@ from typing import Any
 from kalmannorm import machine
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.cards import Experiment
-from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.config import Config, batches
+from kalmannorm.experiments.measurement import FOLDER, measured_part, where
 from kalmannorm.files import write_atomically
-from kalmannorm.report.speed import FOLDER, measured_part, setting, where
 
 
 def measure(experiment: Experiment, dry_run: bool = False) -> int:
@@ -36,8 +36,9 @@ def measure(experiment: Experiment, dry_run: bool = False) -> int:
         parts = {key: measured_part(config, compiled) for key, config in configs.items()}
         identity = _identity(card["name"], parts, host)
         file = Path(baseline["results"]) / FOLDER / f"{identity}.json"
+        words = f"{baseline['budget']['size']} px, {batches(baseline)}, {'compiled' if compiled else 'eager'}"
         state = "done" if file.exists() else f"to measure, {card['seconds']} s and more"
-        print(f"  {identity}  {setting(parts[card['baseline']])}, {where({'host': host})}  {state}", file=sys.stderr)
+        print(f"  {identity}  {words}, {where({'host': host})}  {state}", file=sys.stderr)
         if file.exists() or dry_run:
             continue
         try:
