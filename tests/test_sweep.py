@@ -1,6 +1,7 @@
 """Sweeps with real processes: failures, locks, signals, many devices. Trainings are stood in for (faulty.py) but where
 they are the point."""
 
+import fcntl
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -168,6 +170,17 @@ def test_a_second_process_on_a_run_is_told_who_has_it(tmp_path, capsys):
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert second.returncode == 2 and second.stderr.count("\n") == 1
     assert identity in second.stderr and f"process {os.getpid()} on" in second.stderr
+
+
+def test_a_look_at_who_holds_a_run_keeps_nobody_from_it(tmp_path):
+    """`holder` takes the lock for a moment: who wants to train just then waits for that moment."""
+    with lock.hold(tmp_path, "run"):
+        pass
+    looking = os.open(tmp_path / "run" / "lock", os.O_RDWR)
+    fcntl.flock(looking, fcntl.LOCK_EX)
+    threading.Timer(0.1, os.close, [looking]).start()
+    with lock.hold(tmp_path, "run"):
+        pass
 
 
 def test_a_lock_does_not_outlive_its_holder(tmp_path):
