@@ -52,7 +52,8 @@ def difference(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         commit = subprocess.run([*git, "log", "-1", "--format=%H", "--", str(FILE)], capture_output=True, check=True)
         archive = [*git, "archive", commit.stdout.decode().strip(), "conf"]
         files = subprocess.run(archive, capture_output=True, check=True).stdout
-        tarfile.open(fileobj=io.BytesIO(files)).extractall(folder, filter="data")
+        with tarfile.open(fileobj=io.BytesIO(files)) as conf:
+            conf.extractall(folder, filter="data")
         for module in (config, cards):
             monkeypatch.setattr(module, "conf_dir", lambda: folder / "conf")
         before = flat(composed(name))
