@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+CPUS = Path("/proc/cpuinfo")
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -20,6 +21,16 @@ def cores() -> int:
 def has_gpu() -> bool:
     """Whether there is a driver, and CUDA_VISIBLE_DEVICES does not hide all its GPUs."""
     return DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16 matrices."""
+    try:
+        flags = next(line for line in CPUS.read_text().splitlines() if line.startswith("flags")).split()
+    except (OSError, StopIteration):
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def visible_gpus() -> tuple[str, ...]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Raised when a change alters results: records of another number are listed as stale and never tabulated.
-NUMERICS = 1
+NUMERICS = 2
 
 Status = Literal["done", "failed"]
 

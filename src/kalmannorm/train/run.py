@@ -11,8 +11,8 @@ from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config, compose
 from kalmannorm.files import write_atomically
 from kalmannorm.train import checkpoint, loop
+from kalmannorm.train.evaluate import arithmetic, precise
 from kalmannorm.train.evaluate import evaluate as evaluate_once
-from kalmannorm.train.evaluate import precise
 from kalmannorm.train.initialize import measure_input
 from kalmannorm.train.loaders import loaders, open_data
 from kalmannorm.train.model import build
@@ -68,8 +68,9 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     train_set, test_set = loaders(config, source, ranks)
     measure_input(model, train_set, ranks)
     stat_batch = config["batch"]["stat_batch"]
-    final = {kind: evaluate_once(model, test_set, kind, stat_batch) for kind in ("moving", "online")}
-    final["precise"] = precise(model, train_set, test_set, stat_batch, config["budget"]["epochs"])
+    with arithmetic(config, ranks.device):
+        final = {kind: evaluate_once(model, test_set, kind, stat_batch) for kind in ("moving", "online")}
+        final["precise"] = precise(model, train_set, test_set, stat_batch, config["budget"]["epochs"])
     print(f"run {record['id']}: {source.provenance['name']}, {source.provenance['fidelity']}")
     for kind, values in final.items():
         recorded = record["final"][kind]["accuracy"]

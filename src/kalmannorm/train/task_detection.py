@@ -26,7 +26,7 @@ from kalmannorm.norm.modes import spread_batches
 from kalmannorm.train import detector
 from kalmannorm.train.average_precision import evaluate
 from kalmannorm.train.detection_picture import draw_detections
-from kalmannorm.train.evaluate import under_both
+from kalmannorm.train.evaluate import arithmetic, under_both
 from kalmannorm.train.loop import CHECK_EVERY, Diverged, checkpoint_bytes, micro_batches
 from kalmannorm.train.model import optimizer
 from kalmannorm.train.progress import Progress
@@ -174,7 +174,7 @@ def train_epoch(
     schedule, total = config["schedule"], total_steps(config, batches)
     before_epoch = session.epoch * batches.steps_per_epoch
     last = min(batches.steps_per_epoch, total - before_epoch)
-    autocast = torch.autocast(batches.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
+    autocast = arithmetic(config, batches.device)
     session.model.train()
     began, before = time.perf_counter(), session.seconds
     for batch in islice(batches.epoch(session.epoch, session.step), last - session.step):
