@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ RESULT_KEYS = (
     "deterministic",
 )
 
+COMPILE_FROM = 1000  # steps that pay for the compiler on a CPU
 LOADERS = ("torchvision", "ffcv")  # of data sets that are folders of images; the others are arrays in memory
 FLAGS = ("learn_gain", "mixture", "relu", "first_unbiased")  # options that are on or off
 # What a configuration of these groups has; a key that is added by "+" beside them would do nothing.
 GROUPS = {
     "norm": {"name", "preset", "predictor", "options"},
     "batch": {"grad_batch", "stat_batch"},
-    "budget": {"name", "epochs", "of_epochs", "subset", "size"},
+    "budget": {"name", "epochs", "warmup", "subset", "size", "stop_at_chance"},
 }
 UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has files that cannot be read
 
@@ -93,11 +96,14 @@ def _resolve(config: Config) -> None:
     _expect(isinstance(options, dict), "norm.options", options, "settings of its own, such as norm.options.gain=0.5")
     config["device"] = _device(config["device"])
     on_gpu = config["device"].startswith("cuda")
-    if config["precision"] == "auto":
-        config["precision"] = "bf16" if on_gpu else "fp32"
     detects = config["dataset"].get("task") == "detection"
+    fast = on_gpu or (machine.multiplies_bfloat16() and not detects)
+    if config["precision"] == "auto":
+        config["precision"] = "bf16" if fast else "fp32"
     if config["compile"] == "auto":
-        config["compile"] = on_gpu and not detects  # every batch of images has a shape of its own there
+        # A detector's batches have a shape of their own each. On a CPU the compiler takes a minute, and a C++ compiler.
+        pays = on_gpu or (_steps(config) >= COMPILE_FROM and shutil.which(os.environ.get("CXX", "g++")) is not None)
+        config["compile"] = fast and not detects and pays
     if config["dataset"].get("classes") == "auto":
         from kalmannorm import data
 
@@ -136,6 +142,13 @@ def _resolve_detection(config: Config) -> None:
         arch["frozen_stages"] = 0 if file is None else 2
 
 
+def _steps(config: Config) -> float:
+    """About how many steps the run has; of a data set whose size the configuration does not know, many."""
+    budget, published = config["budget"], config["dataset"].get("published")
+    images = budget["subset"] or (published[0] if published else math.inf)
+    return float(budget["epochs"] * images / config["batch"]["grad_batch"])
+
+
 def _device(asked: str) -> str:
     if asked != "auto":
         return asked
@@ -158,8 +171,13 @@ def _check(config: Config) -> None:
         _expect(_is_count(stat, 1), "batch.stat_batch", stat, "a positive number of images, or null")
         _expect(stat <= grad, "batch.stat_batch", stat, f"at most batch.grad_batch = {grad}")
         _expect(grad % stat == 0, "batch.grad_batch", grad, f"a multiple of batch.stat_batch = {stat}")
-    for key in ("epochs", "of_epochs", "size"):
+    for key in ("epochs", "size"):
         _expect(_is_count(budget[key], 1), f"budget.{key}", budget[key], "a positive integer")
+    warmup, patience = budget["warmup"], budget["stop_at_chance"]
+    _expect(warmup is None or (_is_number(warmup) and 0 <= warmup < budget["epochs"]), "budget.warmup", warmup,
+            f"null or epochs from 0, below budget.epochs = {budget['epochs']}")  # fmt: skip
+    _expect(patience is None or _is_count(patience, 1), "budget.stop_at_chance", patience,
+            "null or a number of epochs")  # fmt: skip
     subset = budget["subset"]
     _expect(subset is None or _is_count(subset, grad), "budget.subset", subset,
             f"null or at least one step's {grad} images")  # fmt: skip
@@ -181,7 +199,8 @@ def _check(config: Config) -> None:
     ):
         _expect(isinstance(value, bool), key, value, "true or false")
     noise = options.get("noise", False)
-    _expect(isinstance(noise, bool) or noise == "shared", "norm.options.noise", noise, "true, false or shared")
+    _expect(isinstance(noise, bool) or noise in ("shared", "relative"), "norm.options.noise", noise,
+            "true, false, shared or relative")  # fmt: skip
     _check_schedule(config["schedule"])
     if "input_belief" in options:
         _expect(options["input_belief"] == "data", "norm.options.input_belief", options["input_belief"],

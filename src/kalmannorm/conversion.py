@@ -50,7 +50,8 @@ def convert(
             that was converted before.
         norm: a name of NORMS.
         stat_batch: images that share statistics; None is the whole batch.
-        preset: variant of Kalman Normalization (presets.py): `paper`, which None stands for, `released`, `talk`, `v1`.
+        preset: variant of Kalman Normalization (presets.py): `paper`, which None stands for, `eq7`, `released`, `talk`,
+            `v1`, and `robust`, ours.
         predictor: `closed` or `sampling`; None is the preset's.
         input_belief: (mean [C], var [C]) of the model's input, a prior for the first normalizer too (paper 3.3). Or
             "argument": the model is a part behind another one, and is called as model(x, belief of x).
@@ -77,6 +78,8 @@ def convert(
         options = preset_options(preset, norm, stat_batch, options)
         predictor = predictor or PRESETS[preset]["predictor"]
         relu, learned = options.pop("relu", True), _is_learned(options.pop("transition", "weight"), predictor)
+        of_preset = options.pop("input_belief", None)  # never given twice: it is an argument of this function
+        input_belief = of_preset if input_belief is None else input_belief
     else:
         for name, given in (("preset", preset), ("predictor", predictor), ("input_belief", input_belief)):
             if given is not None:

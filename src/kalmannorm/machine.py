@@ -1,9 +1,11 @@
 """What this machine has, asked without torch, which takes seconds to import."""
 
+import functools
 import os
 import subprocess
 from pathlib import Path
 
+CPUS = Path("/proc/cpuinfo")
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -15,6 +17,16 @@ def cores() -> int:
 def has_gpu() -> bool:
     """Whether there is a driver, and CUDA_VISIBLE_DEVICES does not hide all its GPUs."""
     return DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16 matrices."""
+    try:
+        flags = next(line for line in CPUS.read_text().splitlines() if line.startswith("flags")).split()
+    except (OSError, StopIteration):
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def visible_gpus() -> tuple[str, ...]:

@@ -14,15 +14,38 @@ NEED_BIAS = ("wn", "none")
 # The released code fixes the gain, at two statistics batches only.
 _RELEASED_GAINS = {2: 0.1, 128: 0.95}
 
-_OWN_TRANSITION = {"transition": "learned", "gain": 0.5, "learn_gain": True, "mixture": True, "guard": None}
+_LEARNED = {"gain": 0.5, "learn_gain": True, "noise": True, "guard": None}
+_OWN_TRANSITION = {**_LEARNED, "transition": "learned", "mixture": True}
 
 # `predictor` and `transition` (absent: the convolution's weight) are read by convert; `batch` holds the options that
 # exist only where groups of images share statistics (BKN); `estimator` goes to every Kalman normalizer.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Paper Eq. 7: gain and R learned, no mixture term. No source gives the gain's start: 0.5 is ours.
+    # Paper Eq. 7, with the covariance as 3.2 defines it, Cov(x - mu): of a mixture, which v1's appendix, the talk and
+    # the released code write out. Gain and R learned. No source gives the gain's start: 0.5 is ours.
     "paper": {
         "predictor": "closed",
-        "estimator": {"gain": 0.5, "learn_gain": True, "noise": True, "mixture": False, "guard": None},
+        "estimator": {**_LEARNED, "mixture": True},
+        "batch": {"moving_groups": "mean", "first_unbiased": False},
+    },
+    # Eq. 7 to the letter, without the mixture's term: the variance does not know how wrong the predicted mean was, and
+    # post-activation ResNets stay at chance unless the rate is warmed up (docs/method.md).
+    "eq7": {
+        "predictor": "closed",
+        "estimator": {**_LEARNED, "mixture": False},
+        "batch": {"moving_groups": "mean", "first_unbiased": False},
+    },
+    # Ours: predict from what the normalizers put out, N(beta, gamma^2), not from beliefs about what went in; the prior
+    # counts as much as a fixed number of measured values; the first belief is that of the images (paper 3.3).
+    "robust": {
+        "predictor": "closed",
+        "estimator": {
+            **_LEARNED,
+            "gain": None,
+            "prior_values": 2048.0,
+            "mixture": True,
+            "belief": "output",
+            "input_belief": "data",
+        },
         "batch": {"moving_groups": "mean", "first_unbiased": False},
     },
     # The authors' CIFAR script: sampled prior, fixed gain, mixture term, fall-back to the measurement, moving averages
@@ -37,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # count) nor its start, and their equations have no ReLU.
     "talk": {
         "predictor": "closed",
-        "estimator": {**_OWN_TRANSITION, "noise": True},
+        "estimator": _OWN_TRANSITION,
         "batch": {"moving_groups": "mean", "first_unbiased": False},
     },
     "v1": {
@@ -55,6 +78,11 @@ def preset_options(preset: str, norm: str, stat_batch: int | None, given: dict[s
         raise ValueError(f"unknown preset {preset!r}; valid: {', '.join(PRESETS)}")
     chosen = PRESETS[preset]
     options = {**chosen["estimator"], **(chosen["batch"] if norm == "bkn" else {}), **given}
+    # One of the two says what the gain is; the one that was given replaces the preset's.
+    if given.get("gain") is not None:
+        options["prior_values"] = given.get("prior_values")
+    elif given.get("prior_values") is not None:
+        options["gain"] = None
     if preset == "released" and "gain" not in given:
         if stat_batch not in _RELEASED_GAINS:
             raise ValueError(

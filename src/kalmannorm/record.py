@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Raised when a change alters results: records of another number are listed as stale and never tabulated.
-NUMERICS = 1
+NUMERICS = 2
 
 
 def run_id(config: Config, numerics: int | None = None) -> str:

@@ -22,7 +22,7 @@ from kalmannorm.data.batches import fixed_order
 from kalmannorm.data.coco import Batch, Coco, TrainingBatches
 from kalmannorm.engine import detector
 from kalmannorm.engine.average_precision import evaluate
-from kalmannorm.engine.evaluate import under_both
+from kalmannorm.engine.evaluate import arithmetic, under_both
 from kalmannorm.engine.model import optimizer
 from kalmannorm.engine.picture import draw_detections
 from kalmannorm.engine.progress import Progress
@@ -173,7 +173,7 @@ def train_epoch(
     schedule, total = config["schedule"], total_steps(config, batches)
     before_epoch = session.epoch * batches.steps_per_epoch
     last = min(batches.steps_per_epoch, total - before_epoch)
-    autocast = torch.autocast(batches.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
+    autocast = arithmetic(config, batches.device)
     session.model.train()
     began, before = time.perf_counter(), session.seconds
     for batch in islice(batches.epoch(session.epoch, session.step), last - session.step):

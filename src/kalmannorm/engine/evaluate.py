@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm.belief import Belief
+from kalmannorm.config import Config
 from kalmannorm.data.batches import Batches
 from kalmannorm.engine.mechanism import ERROR_BATCHES, Population, layer_errors
 from kalmannorm.engine.ranks import Ranks
@@ -25,6 +26,11 @@ PRECISE_BATCHES = 200
 GAP_BINS = 64
 # Two variances of every group: the one measured, and the one that normalizes (KN: the posterior).
 KINDS = ("measured", "used")
+
+
+def arithmetic(config: Config, device: torch.device) -> torch.autocast:
+    """The precision in which a run is trained and evaluated, as a context."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
 
 
 @torch.no_grad()
@@ -162,5 +168,7 @@ def variance_gaps(
         relative = [probe.relative(key, layers[name].eps) for name, probe in probes.items()]
         arrays[f"layer_gap_{key}"] = np.array(relative, dtype=np.float32)
         arrays[f"gap_{key}"] = torch.cat([probes[name].binned(key) for name in last]).numpy()
-        raw[key] = torch.cat([torch.cat(probes[name].raw[key]) for name in last], 1).numpy()
+        raw[key] = np.concatenate(
+            [np.concatenate([part.numpy() for part in probes[name].raw[key]]) for name in last], 1
+        )
     return arrays | errors, raw

@@ -105,14 +105,25 @@ def _decayed(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
 
 
 def learning_rate(
-    step: int, total_steps: int, schedule: dict[str, Any], of_epochs: int, grad_batch: int | None = None
+    step: int, total_steps: int, schedule: dict[str, Any], warmup: float | None, grad_batch: int | None = None
 ) -> float:
-    """Rate of a step (from 0). `lr` of a schedule is a list of milestones in epochs of a run of `of_epochs`, scaled to
-    this run; or one rate, that `decay` takes to 0 over the run. With `lr_batch` it is meant for steps of that many
-    images, and scales with `grad_batch`."""
+    """Rate of a step (from 0) of a run of `total_steps`.
+
+    `warmup` None: the schedule's own. Its `lr` is a list of milestones in epochs of a full run, whose last one ends it,
+    scaled to this run; or one rate, that `decay` takes to 0 over the run. Else `warmup` is a part of the run: the
+    schedule's highest rate is reached linearly over it and then falls linearly to 0. With `lr_batch` rates are meant
+    for steps of that many images, and scale with `grad_batch`.
+    """
     scale = grad_batch / schedule["lr_batch"] if grad_batch and "lr_batch" in schedule else 1
+    rates = schedule["lr"]
+    if warmup is not None:
+        peak = max(rate for _, rate in rates) if isinstance(rates, list) else rates
+        rising = warmup * total_steps
+        share = (step + 1) / rising if step + 1 < rising else (total_steps - step) / (total_steps - rising)
+        return scale * float(peak) * min(1.0, share)
     if "decay" in schedule:
-        return scale * schedule["lr"] * DECAY[schedule["decay"]](step / total_steps)
+        return scale * rates * DECAY[schedule["decay"]](step / total_steps)
+    of_epochs = rates[-1][0]
     for last_epoch, rate in schedule["lr"]:
         if step * of_epochs < last_epoch * total_steps:
             return scale * float(rate)

@@ -16,7 +16,7 @@ from kalmannorm import record as records
 from kalmannorm.config import Config
 from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
-from kalmannorm.engine.evaluate import evaluate, precise, under_both, variance_gaps
+from kalmannorm.engine.evaluate import arithmetic, evaluate, precise, under_both, variance_gaps
 from kalmannorm.engine.inputs import loaders, open_data
 from kalmannorm.engine.model import build, learning_rate, optimizer
 from kalmannorm.engine.progress import Progress
@@ -27,6 +27,7 @@ from kalmannorm.errors import UserError
 from kalmannorm.norm import Estimator, SwitchableNorm
 from kalmannorm.statistics import flush_moving, normalizers, place_batch, set_progress, spread_batches
 
+NEAR_CHANCE = 1.2  # times the accuracy of guessing
 CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU
 
 
@@ -61,16 +62,20 @@ def run(config: Config) -> dict[str, Any]:
         try:
             last_evaluation = _fit(config, session, train, test, progress, stop)
             stat_batch, epochs = config["batch"]["stat_batch"], config["budget"]["epochs"]
-            record["final"] = last_evaluation or _evaluate_both(model, test, stat_batch, ranks, stop)
-            record["norms"] = _describe(model, last)
-            if ranks.main:
-                if ranks.world > 1:
-                    train, test = loaders(config, source, ranks, whole=True)
-                record["final"]["precise"] = precise(model, train, test, stat_batch, epochs)
-                if normalizers(model):
-                    grad_batch, part = config["batch"]["grad_batch"], config["dataset"].get("gap_images")
-                    figures, raw = variance_gaps(model, train, last, grad_batch, stat_batch, part)
-                    np.savez(folder / "gaps.npz", **raw)  # type: ignore[arg-type]
+            patience = config["budget"]["stop_at_chance"]
+            if session.epoch < epochs:
+                record["reason"] = f"at chance for {patience} epochs: ended after {session.epoch} of {epochs}"
+            with arithmetic(config, ranks.device):
+                record["final"] = last_evaluation or _evaluate_both(model, test, stat_batch, ranks, stop)
+                record["norms"] = _describe(model, last)
+                if ranks.main:
+                    if ranks.world > 1:
+                        train, test = loaders(config, source, ranks, whole=True)
+                    record["final"]["precise"] = precise(model, train, test, stat_batch, epochs)
+                    if normalizers(model):
+                        grad_batch, part = config["batch"]["grad_batch"], config["dataset"].get("gap_images")
+                        figures, raw = variance_gaps(model, train, last, grad_batch, stat_batch, part)
+                        np.savez(folder / "gaps.npz", **raw)  # type: ignore[arg-type]
         except Diverged as error:
             record |= {"status": "failed", "reason": str(error)}
         images = (session.epoch * train.steps_per_epoch + session.step) * train.batch
@@ -100,11 +105,12 @@ def _fit(
     spread_batches(session.model, ranks.world * config["accumulate"] > 1)
 
     found = None
-    while session.epoch < epochs:
+    while session.epoch < epochs and not _at_chance(session.curves["train_accuracy"], config):
         trained = train_epoch(config, session, forward, train, progress, stop)
         session.save()
         set_progress(session.model, (session.epoch + 1) / epochs)
-        found = _evaluate_both(session.model, test, stat_batch, ranks, stop)
+        with arithmetic(config, ranks.device):
+            found = _evaluate_both(session.model, test, stat_batch, ranks, stop)
         trained |= {kind: one["accuracy"] for kind, one in found.items()}
         for key, value in trained.items():
             session.curves[key].append(value)
@@ -112,6 +118,15 @@ def _fit(
         session.save()
         progress.epoch(session.curves)
     return found
+
+
+def _at_chance(train_accuracy: list[float], config: Config) -> bool:
+    """Whether the last `stop_at_chance` epochs after the warm-up have learned next to nothing (budget)."""
+    budget = config["budget"]
+    warm = math.ceil(budget["warmup"] or 0)
+    last = train_accuracy[warm:][-budget["stop_at_chance"] :] if budget["stop_at_chance"] else []
+    chance = 100 / config["dataset"]["classes"]
+    return len(last) == budget["stop_at_chance"] and max(last) < NEAR_CHANCE * chance
 
 
 def _evaluate_both(
@@ -132,15 +147,19 @@ def train_epoch(
     schedule, budget, steps = config["schedule"], config["budget"], train.steps_per_epoch
     total = steps * budget["epochs"]
     save_every = max(1, round(config["checkpoint_every"] * total))
-    autocast = torch.autocast(train.device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
+    autocast = arithmetic(config, train.device)
+    # What the CPU's compiler makes of channels_last maps takes three quarters of the time.
+    layout = torch.channels_last if config["compile"] and train.device.type == "cpu" else torch.preserve_format
+    part_of_run = None if budget["warmup"] is None else budget["warmup"] / budget["epochs"]
     session.model.train()
     began, before = time.perf_counter(), session.seconds
     for x, labels in train.epoch(session.epoch, session.step):
         done = session.epoch * steps + session.step
         for group in session.optimizer.param_groups:
-            group["lr"] = learning_rate(done, total, schedule, budget["of_epochs"], config["batch"]["grad_batch"])
+            group["lr"] = learning_rate(done, total, schedule, part_of_run, config["batch"]["grad_batch"])
         set_progress(session.model, done / total)
         session.optimizer.zero_grad(set_to_none=True)
+        x = x.to(memory_format=layout)
         _forward_backward(session, forward, autocast, x, labels, config["accumulate"], done)
         session.optimizer.step()
         session.step += 1

@@ -21,7 +21,7 @@ from kalmannorm.norm import groups
 def normalize_by_posterior(
     x: Tensor,
     size: int,
-    prior: Belief | None,
+    prior: tuple[Tensor | None, Tensor] | None,
     gain: Tensor | float,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -33,18 +33,18 @@ def normalize_by_posterior(
     """x [N, C, ...] in G groups of `size` images, prior [G or 1, C] (R included) -> y like x, posterior [G, C],
     measurement [G, C], detached.
 
-    Without a prior the posterior is the measurement. weight and bias are [C] or None. `over_ranks`: the batch is spread
-    over the processes, all of which decide alike whether the guard holds.
+    Without a prior the posterior is the measurement; a prior whose mean is None predicts the variance alone. weight and
+    bias are [C] or None. `over_ranks`: the batch is spread over the processes, all of which decide alike whether the
+    guard holds.
     """
     shape = (x.shape[0] // size, x.shape[1])
-    if prior is not None:
-        prior = Belief(prior.mean.expand(shape), prior.var.expand(shape))
+    prior_mean, prior_var = (None if t is None else t.expand(shape) for t in prior or (None, None))
     # The native kernels know groups only in contiguous memory; on a GPU the plain form is compiled by default.
     native = x.is_contiguous() and x.device.type == "cpu" and not torch.compiler.is_compiling()
     form: Callable[..., tuple[Tensor, ...]] = _Native.apply if native else _plain
     gain = torch.as_tensor(gain, dtype=groups.moments_dtype(x), device=x.device)
     y, mean, var, measured_mean, measured_var = form(
-        x, size, *(prior or (None, None)), gain, weight, bias, eps, mixture, guard, over_ranks
+        x, size, prior_mean, prior_var, gain, weight, bias, eps, mixture, guard, over_ranks
     )
     return y, Belief(mean, var), Belief(measured_mean, measured_var)
 
@@ -52,14 +52,17 @@ def normalize_by_posterior(
 def _effective_gain(
     gain: Tensor, prior_var: Tensor, measured_var: Tensor, guard: float | None, over_ranks: bool
 ) -> Tensor:
-    """The gain, or 1 where the guard holds: one decision per layer and call, without a gradient."""
+    """The gain, or 1 where the guard holds: one decision per layer and call, without a gradient.
+
+    Written so that 0 / 0 (a dead channel, predicted to be one) keeps the measurement, as in the released code.
+    """
     if guard is None:
         return gain
     ratio = (prior_var.detach() / measured_var.detach()).mean()
     if over_ranks and dist.is_initialized():
         dist.all_reduce(ratio)  # as many groups on every rank
         ratio = ratio / dist.get_world_size()
-    return torch.where(ratio >= guard, 1.0, gain)
+    return torch.where(ratio < guard, gain, 1.0)
 
 
 def _plain(
@@ -76,15 +79,15 @@ def _plain(
     over_ranks: bool,
 ) -> tuple[Tensor, ...]:
     measured_mean, measured_var = groups.moments(*groups.image_moments(x), size)
-    if prior_mean is None or prior_var is None:
-        mean, var = measured_mean, measured_var
-    else:
+    mean, var = measured_mean, measured_var
+    if prior_var is not None:
         q = _effective_gain(gain, prior_var, measured_var, guard, over_ranks)
         p = 1 - q
-        mean = p * prior_mean + q * measured_mean
         var = p * prior_var + q * measured_var
-        if mixture:
-            var = var + p * q * (measured_mean - prior_mean).square()
+        if prior_mean is not None:
+            mean = p * prior_mean + q * measured_mean
+            if mixture:
+                var = var + p * q * (measured_mean - prior_mean).square()
     y = groups.normalize(x, size, mean, var, weight, bias, eps)
     return y, mean, var, measured_mean.detach(), measured_var.detach()
 
@@ -119,15 +122,16 @@ class _Native(torch.autograd.Function):
         # With momentum 0 the buffers stay as they are; they only make the kernel compute in their type.
         measured_mean, measured_var = torch.batch_norm_update_stats(rows, zeros, ones, 0.0)
         measured_mean, measured_var = measured_mean.view(shape), measured_var.view(shape)
-        if prior_mean is None or prior_var is None:
-            q, mean, var, deviation = None, measured_mean, measured_var, None
-        else:
+        q = deviation = None
+        mean, var = measured_mean, measured_var
+        if prior_var is not None:
             q = _effective_gain(gain, prior_var, measured_var, guard, over_ranks)
-            deviation = measured_mean - prior_mean
-            mean = torch.lerp(prior_mean, measured_mean, q)
             var = torch.lerp(prior_var, measured_var, q)
-            if mixture:
-                var = torch.addcmul(var, deviation, deviation * (q * (1 - q)))
+            if prior_mean is not None:
+                deviation = measured_mean - prior_mean
+                mean = torch.lerp(prior_mean, measured_mean, q)
+                if mixture:
+                    var = torch.addcmul(var, deviation, deviation * (q * (1 - q)))
         # The native kernel takes them in the statistics' type: float32 where x and they are half as long.
         weights = None if weight is None else weight.to(mean.dtype).repeat(len(mean))
         biases = None if bias is None else bias.to(mean.dtype).repeat(len(mean))
@@ -158,18 +162,21 @@ class _Native(torch.autograd.Function):
         dvar = torch.addcmul(dvar, scale * rstd, dot, value=-0.5)
 
         dprior_mean = dprior_var = dgain = None
-        if q is None:
-            dmeasured_mean, dmeasured_var = dmean, dvar
-        else:
-            dmeasured_mean, dmeasured_var = q * dmean, q * dvar
-            dprior_mean, dprior_var = dmean - dmeasured_mean, dvar - dmeasured_var
-            slope = dmean * deviation + dvar * (measured_var - prior_var)
-            if ctx.mixture:
-                spread = 2 * q * (1 - q) * deviation * dvar
-                dmeasured_mean, dprior_mean = dmeasured_mean + spread, dprior_mean - spread
-                slope = slope + dvar * deviation.square() * (1 - 2 * q)
+        dmeasured_mean, dmeasured_var = dmean, dvar
+        if q is not None:
+            dmeasured_var = q * dvar
+            dprior_var = dvar - dmeasured_var
+            slope = dvar * (measured_var - prior_var)
+            if deviation is not None:
+                dmeasured_mean = q * dmean
+                dprior_mean = dmean - dmeasured_mean
+                slope = slope + dmean * deviation
+                if ctx.mixture:
+                    spread = 2 * q * (1 - q) * deviation * dvar
+                    dmeasured_mean, dprior_mean = dmeasured_mean + spread, dprior_mean - spread
+                    slope = slope + dvar * deviation.square() * (1 - 2 * q)
             # Where the guard holds, q is the constant 1.
-            dgain = torch.where(q == 1, 0.0, slope.sum()) if ctx.needs_input_grad[4] else None
+            dgain = torch.where(q == 1, 0.0, slope.sum()).view_as(q) if ctx.needs_input_grad[4] else None
 
         values = rows.shape[0] * rows.shape[2]
         by_x = dmeasured_var * (2 / values)

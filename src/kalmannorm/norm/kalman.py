@@ -22,6 +22,8 @@ class Estimator(nn.Module):
     p = 1 - q. Options as in KalmanBatchNorm2d.
     """
 
+    values = 1  # of which each statistic was measured last: with prior_values the gain depends on it
+
     spread = False  # whether a batch is spread over processes (statistics.spread_batches)
     gain_logit: Tensor | None
     noise_raw: Tensor | None
@@ -29,34 +31,54 @@ class Estimator(nn.Module):
     def _init_estimator(
         self,
         channels: int,
-        gain: float,
+        gain: float | None,
+        prior_values: float | None,
         learn_gain: bool,
         noise: bool | str,
         mixture: bool,
         guard: float | None,
         belief: str,
+        predict: str,
     ) -> None:
-        if not 0 < gain <= 1:
+        if (gain is None) == (prior_values is None):
+            raise ValueError(f"one of gain ({gain}) and prior_values ({prior_values}) must be a number, the other None")
+        if gain is not None and not 0 < gain <= 1:
             raise ValueError(f"gain must lie in (0, 1], not {gain}")
         if gain == 1 and learn_gain:
             raise ValueError(
                 "gain 1 cannot be learned (its logit is infinite): pass learn_gain=False or a gain below 1"
             )
+        if prior_values is not None and not 0 < prior_values < math.inf:
+            raise ValueError(f"prior_values must be positive, not {prior_values}")
         if belief not in ("posterior", "output"):
             raise ValueError(f"belief must be 'posterior' or 'output', not {belief!r}")
-        if noise not in (True, False, "shared"):
-            raise ValueError(f"noise must be True, False or 'shared', not {noise!r}")
+        if predict not in ("both", "var"):
+            raise ValueError(f"predict must be 'both' or 'var', not {predict!r}")
+        if noise not in (True, False, "shared", "relative"):
+            raise ValueError(f"noise must be True, False, 'shared' or 'relative', not {noise!r}")
         if guard is not None and guard <= 0:
             raise ValueError(f"guard must be positive or None, not {guard}")
-        self.initial_gain, self.mixture, self.guard, self.belief = gain, mixture, guard, belief
-        self.gain_logit = nn.Parameter(torch.tensor(math.log(gain / (1 - gain)))) if learn_gain else None
-        size = () if noise == "shared" else (channels,)
-        self.noise_raw = nn.Parameter(torch.full(size, math.log(math.expm1(INITIAL_NOISE)))) if noise else None
+        self.initial_gain, self.prior_values = gain, prior_values
+        self.noise, self.mixture, self.guard, self.belief, self.predict = noise, mixture, guard, belief, predict
+        self.gain_logit = self.noise_raw = None
+        if learn_gain:  # with prior_values: what learning adds to the logit that they give. [1]: FSDP refuses scalars
+            self.gain_logit = nn.Parameter(torch.tensor([math.log(gain / (1 - gain)) if gain else 0.0]))
+        if noise:
+            size = 1 if noise == "shared" else channels
+            self.noise_raw = nn.Parameter(torch.full((size,), math.log(math.expm1(INITIAL_NOISE))))
 
     @property
     def gain(self) -> Tensor | float:
-        """q, the weight of the measurement."""
-        return self.initial_gain if self.gain_logit is None else torch.sigmoid(self.gain_logit)
+        """Return q, the weight of the measurement.
+
+        With `prior_values` it is n / (n + prior_values) of the n values measured last, as a Kalman gain is where the
+        noise of the measurement falls as 1 / n.
+        """
+        if self.prior_values is None:
+            return self.initial_gain if self.gain_logit is None else torch.sigmoid(self.gain_logit)
+        if self.gain_logit is None:
+            return self.values / (self.values + self.prior_values)
+        return torch.sigmoid(self.gain_logit + math.log(self.values / self.prior_values))
 
     @property
     def over_ranks(self) -> bool:
@@ -69,8 +91,11 @@ class Estimator(nn.Module):
         return float(torch.as_tensor(self.gain).detach())
 
     def predicted(self, prior: Belief) -> Belief:
-        """The prior with R on its variance (Eq. 7 line 3)."""
-        return prior if self.noise_raw is None else Belief(prior.mean, prior.var + F.softplus(self.noise_raw))
+        """The prior with R on its variance (Eq. 7 line 3); R times that variance, where the noise is `relative`."""
+        if self.noise_raw is None:
+            return prior
+        noise = F.softplus(self.noise_raw)
+        return Belief(prior.mean, prior.var + (noise * prior.var if self.noise == "relative" else noise))
 
     def tie_idle(self, weight: Tensor, prior: Belief | None = None) -> Tensor:
         """`weight`, unchanged, as a function of q and R, idle without a prior, and of what made a prior that is not
@@ -90,8 +115,8 @@ class Estimator(nn.Module):
 
     def estimator_repr(self) -> str:
         learned = "learned" if self.gain_logit is not None else "fixed"
-        noise = "shared" if self.noise_raw is not None and not self.noise_raw.dim() else self.noise_raw is not None
-        return f"gain={self.initial_gain} ({learned}), noise={noise}, belief={self.belief}"
+        gain = f"gain={self.initial_gain}" if self.prior_values is None else f"prior_values={self.prior_values}"
+        return f"{gain} ({learned}), noise={self.noise}, belief={self.belief}, predict={self.predict}"
 
 
 class KalmanBatchNorm2d(GroupedStatistics, Estimator):
@@ -102,12 +127,17 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         stat_batch: images that share statistics; None is the whole batch.
         gain: weight q of the measurement, in (0, 1]; with `learn_gain` its start. 1 needs `learn_gain=False`.
             No source gives the start: 0.5 is this project's choice.
+        prior_values: in place of `gain` (None): as many measured values weigh as much as the prior, so that the gain is
+            n / (n + prior_values), n = stat_batch x pixels; with `learn_gain` a learned number is added to its logit.
+            Ours.
         noise: learn R, one per channel (Eq. 7); `shared`: one scalar, which convert makes the same parameter in all
-            layers (v1). The released code has none.
-        mixture: add p q (measured mean - prior mean)^2 to the variance (the talk, v1's appendix, the released code).
+            layers (v1). The released code has none. `relative` (ours): R times the prior's variance.
+        mixture: add p q (measured mean - prior mean)^2 to the variance, which makes it Cov(x - mu) as paper 3.2 defines
+            it (the talk, v1's appendix, the released code). Off: Eq. 7 to the letter.
         guard: where the prior's variance is on average at least this many times the measured one, over the whole
             batch, the measurement alone is used (released code: 100). It couples the groups of a batch.
         belief: what is handed on, `posterior` or `output`.
+        predict: `both`, or the `var` alone, the mean being measured (ours).
         moving_groups: `mean` over all groups, or only the `first` (released code).
         moving_unbiased: Bessel's correction on the moving variance, as torch's BatchNorm has it.
         first_unbiased: without a prior, hand on the unbiased variance (the released code's fused first layer).
@@ -122,12 +152,14 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         num_features: int,
         *,
         stat_batch: int | None = None,
-        gain: float = 0.5,
+        gain: float | None = 0.5,
+        prior_values: float | None = None,
         learn_gain: bool = True,
         noise: bool | str = True,
-        mixture: bool = False,
+        mixture: bool = True,
         guard: float | None = None,
         belief: str = "posterior",
+        predict: str = "both",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         moving_groups: str = "mean",
@@ -143,7 +175,7 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
             moving_unbiased=moving_unbiased,
         )
         self.first_unbiased = first_unbiased
-        self._init_estimator(num_features, gain, learn_gain, noise, mixture, guard, belief)
+        self._init_estimator(num_features, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict)
 
     def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, Belief]:
         if self.uses_moving:
@@ -153,17 +185,18 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
             weight = self.tie_idle(self.weight, prior) if torch.is_grad_enabled() else self.weight
             return self.normalize_by_moving(x, weight), self.hand_on(moving, self.weight, self.bias)
         size = self.group_size(x)
-        values = groups.values(x, size)
+        self.values = values = groups.values(x, size)
         predicted = None if prior is None else self.predicted(prior)
         weight = self.weight if prior is not None else self.tie_idle(self.weight)
+        used = predicted if predicted is None or self.predict == "both" else (None, predicted.var)
         y, posterior, measured = normalize_by_posterior(
-            x, size, predicted, self.gain, weight, self.bias, self.eps, self.mixture, self.guard, self.over_ranks
+            x, size, used, self.gain, weight, self.bias, self.eps, self.mixture, self.guard, self.over_ranks
         )
         if self.training:
             self.update_moving(*posterior, values)
         if self.probe is not None:
-            used, prior_used = (b and Belief(b.mean.detach(), b.var.detach()) for b in (posterior, predicted))
-            self.probe(measured=measured, used=used, prior=prior_used)
+            detached = (b and Belief(b.mean.detach(), b.var.detach()) for b in (posterior, predicted))
+            self.probe(measured=measured, **dict(zip(("used", "prior"), detached, strict=True)))
         if prior is None and self.first_unbiased:
             posterior = Belief(posterior.mean, posterior.var * (values / (values - 1)))
         return y, self.hand_on(posterior, self.weight, self.bias)
@@ -190,12 +223,14 @@ class KalmanGroupNorm(Estimator):
         num_groups: int,
         num_channels: int,
         *,
-        gain: float = 0.5,
+        gain: float | None = 0.5,
+        prior_values: float | None = None,
         learn_gain: bool = True,
         noise: bool | str = True,
-        mixture: bool = False,
+        mixture: bool = True,
         guard: float | None = None,
         belief: str = "posterior",
+        predict: str = "both",
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
@@ -204,7 +239,7 @@ class KalmanGroupNorm(Estimator):
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
-        self._init_estimator(num_channels, gain, learn_gain, noise, mixture, guard, belief)
+        self._init_estimator(num_channels, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict)
 
     def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, Belief]:
         refuse_single_values(self.layer_name or type(self).__name__, x, self.num_groups)
@@ -216,8 +251,10 @@ class KalmanGroupNorm(Estimator):
             predicted = Belief(mean.mean(2).flatten()[None], (var.mean(2) + mean.var(2, correction=0)).flatten()[None])
         # One image whose channels are the N * num_groups sets of Eq. 8.
         sets = x.contiguous().view(1, images * self.num_groups, -1)
+        self.values = sets.shape[2]
+        used = predicted if predicted is None or self.predict == "both" else (None, predicted.var)
         y, posterior, _ = normalize_by_posterior(
-            sets, 1, predicted, self.gain, None, None, self.eps, self.mixture, self.guard, self.over_ranks
+            sets, 1, used, self.gain, None, None, self.eps, self.mixture, self.guard, self.over_ranks
         )
         weight = self.weight if prior is not None else self.tie_idle(self.weight)
         shape = (1, channels) + (1,) * (x.dim() - 2)

@@ -158,8 +158,6 @@ def _budget(configs: Sequence[Config], runs: Sequence[Record]) -> str:
     said = []
     for budget in distinct(configs, "budget"):
         epochs = f"{budget['epochs']} epoch{'s' if budget['epochs'] != 1 else ''}"
-        if budget.get("of_epochs") and budget["of_epochs"] != budget["epochs"]:
-            epochs += f" (scaled down from {budget['of_epochs']})"
         images = _images(budget, runs, "fixed" if _detects(configs) else "class-balanced")
         said.append(f"{budget['name']}: {epochs}, {images}, {_pixels(configs, budget['size'])}")
     return f"Budget {' / '.join(said)}; schedule {_joined(distinct(configs, 'schedule', 'name'))}."

@@ -9,8 +9,8 @@ from typing import Any
 from kalmannorm import record as records
 from kalmannorm.config import Config, compose
 from kalmannorm.engine import checkpoint, train
+from kalmannorm.engine.evaluate import arithmetic, precise
 from kalmannorm.engine.evaluate import evaluate as evaluate_once
-from kalmannorm.engine.evaluate import precise
 from kalmannorm.engine.inputs import loaders, open_data
 from kalmannorm.engine.model import build
 from kalmannorm.engine.ranks import Ranks
@@ -67,8 +67,9 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     train_set, test_set = loaders(config, source, ranks)
     measure_input(model, train_set, ranks)
     stat_batch = config["batch"]["stat_batch"]
-    final = {kind: evaluate_once(model, test_set, kind, stat_batch) for kind in ("moving", "online")}
-    final["precise"] = precise(model, train_set, test_set, stat_batch, config["budget"]["epochs"])
+    with arithmetic(config, ranks.device):
+        final = {kind: evaluate_once(model, test_set, kind, stat_batch) for kind in ("moving", "online")}
+        final["precise"] = precise(model, train_set, test_set, stat_batch, config["budget"]["epochs"])
     print(f"run {record['id']}: {source.provenance['name']}, {source.provenance['fidelity']}")
     for kind, values in final.items():
         recorded = record["final"][kind]["accuracy"]

@@ -6,16 +6,6 @@ from typing import Any
 from kalmannorm.config import Config
 from kalmannorm.report.read import Record
 
-# Training images of whole data sets, where none of their records says so.
-TRAIN_IMAGES = {
-    "cifar10": 50_000,
-    "cifar100": 50_000,
-    "svhn": 73_257,
-    "svhn_extra": 604_388,
-    "imagenet": 1_281_167,
-    "coco": 117_266,  # with an object to train on
-}
-
 Kind = Callable[[Config], tuple[Any, ...]]
 
 
@@ -25,11 +15,11 @@ def predictor(runs: Iterable[Record]) -> Callable[[Config], float | None]:
     done = [r for r in runs if r["status"] == "done" and (r.get("host") or {}).get("seconds")]
     kinds = [(kind, _rates(done, kind)) for kind in (_same_batch, _same_network)]
     whole = [r for r in done if r["config"]["budget"]["subset"] is None and "data" in r]
-    sizes = TRAIN_IMAGES | {r["config"]["dataset"]["name"]: _images(r) for r in whole}
+    sizes = {r["config"]["dataset"]["name"]: _images(r) for r in whole}
 
     def predict(config: Config) -> float | None:
-        budget = config["budget"]
-        images = budget["subset"] or sizes.get(config["dataset"]["name"])
+        budget, dataset = config["budget"], config["dataset"]
+        images = budget["subset"] or sizes.get(dataset["name"]) or (dataset.get("published") or [None])[0]
         for kind, rates in kinds:
             if images and (known := rates.get(kind(config))):
                 return sorted(known)[len(known) // 2] * budget["epochs"] * images
