@@ -1,10 +1,12 @@
 """COCO's files: what is read, what is left out, what is refused; batches and their draws."""
 
 import json
+import shutil
 
 import coco_files
 import pytest
 import torch
+from PIL import Image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from kalmannorm.data import coco
@@ -145,9 +147,16 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "train2017" / "000000000001.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"000000000001\.jpg"):
         coco.Images(loaded.train, loaded.labels)[1, False, 0]
+    shutil.copy(folder / "train2017" / "000000000000.jpg", folder / "train2017" / "000000000001.jpg")
+    with pytest.raises(UserError, match=r"000000000001\.jpg has 64 x 48 pixels, its annotations say 48 x 64"):
+        coco.load("coco", tmp_path, 3)
+    (folder / "train2017" / "000000000001.jpg").unlink()
+    with pytest.raises(UserError, match=r"000000000001.jpg, which is not in .*train2017"):
+        coco.load("coco", tmp_path, 3)
+    Image.new("RGB", (48, 64)).save(folder / "train2017" / "000000000001.jpg")
     damage(folder, other_size)
-    with pytest.raises(UserError, match="65 x 48"):
-        coco.Images(coco.load("coco", tmp_path, 3).test, loaded.labels)[0, False, 0]
+    with pytest.raises(UserError, match=r"65 x 48.* and 2 more like these"):
+        coco.load("coco", tmp_path, 3)
     (folder / "val2017" / "000000000002.jpg").unlink()
     with pytest.raises(UserError, match=r"000000000002.jpg, which is not in"):
         coco.load("coco", tmp_path, 3)

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,19 @@ def test_truncated_arrays_are_refused(keep: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"cannot read .*train_images\.npy: .*prepare the data set again"):
         data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(10**15, 32, 32, 3), (10**6, 32, 32, 3), (2**62, 4, 1, 1), (-1, 32, 32, 3)])
+def test_arrays_that_claim_more_than_they_have_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Before anything is allocated: 3 GB in the second case."""
+    folder = folder_of(tmp_path)
+    header = str({"descr": "|u1", "fortran_order": False, "shape": shape}).ljust(117) + "\n"
+    (folder / "train_images.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + header.encode() + b"\0" * 3072)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"cannot read .*train_images\.npy.*prepare the data set again"):
+        data.load("cifar10", tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_pickles_and_archives_in_place_of_arrays_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Image folders: the listing, what is said of it, files of all kinds, and the loader that decodes them."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import folders
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -16,7 +18,8 @@ from kalmannorm import data
 from kalmannorm.cli import main
 from kalmannorm.data import folder as listing
 from kalmannorm.data.batches import mix
-from kalmannorm.data.folder import Unreadable, find_unreadable, read_rgb
+from kalmannorm.data.folder import find_unreadable
+from kalmannorm.data.pixels import Unreadable, read_rgb
 from kalmannorm.data.stream import FolderLoader
 from kalmannorm.errors import UserError
 
@@ -69,10 +72,68 @@ def test_published_numbers_are_compared(root: Path) -> None:
     assert "not the published 1,281,167 + 50,000" in load(root, published=[1281167, 50000]).provenance["fidelity"]
 
 
-def test_files_that_are_no_images_by_name_are_not_listed(own: Path) -> None:
+def test_files_that_are_no_images_by_name_are_not_listed(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (own / "train" / "c0" / "notes.txt").write_text("hello")
+    (own / "train" / "c2" / "x.gif").write_text("hello")
     (own / "train" / "README").write_text("hello")
     assert len(load(own.parent).train) == 36
+    said = capsys.readouterr().err
+    assert "left out 2 files" in said and "(.gif, .txt)" in said and "c0/notes.txt" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", [".hidden", ".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir", "lost+found", ".Trash-0"]
+)
+def test_what_is_hidden_is_no_class(root: Path, own: Path, name: str) -> None:
+    (own / "train" / name).mkdir()
+    shutil.copy(own / "train" / "c0" / "0.jpg", own / "train" / name / "0.jpg")
+    shutil.copytree(own / "train" / name, own / "train" / "c1" / name)
+    assert load(own.parent).provenance == load(root).provenance
+    assert listing.count_classes(own.parent, folders.config()) == 3
+
+
+@pytest.mark.parametrize("name", ["._0.jpg", ".0.jpg.swp", ".0.jpg", ".DS_Store"])
+def test_what_is_hidden_is_no_image(root: Path, own: Path, name: str) -> None:
+    (own / "train" / "c1" / name).write_bytes(b"\0\5\26\7 Mac OS X resource fork")
+    (own / "val" / name).write_bytes(b"")
+    assert load(own.parent).provenance == load(root).provenance
+
+
+def test_links_are_followed(root: Path, own: Path) -> None:
+    elsewhere = own.parent / "elsewhere"
+    (own / "train" / "c1").rename(elsewhere)
+    (own / "train" / "c1").symlink_to(elsewhere)
+    (own / "val" / "c0" / "0.jpg").rename(own.parent / "picture.jpg")
+    (own / "val" / "c0" / "0.jpg").symlink_to(own.parent / "picture.jpg")
+    assert load(own.parent).provenance == load(root).provenance
+
+
+@pytest.mark.parametrize(
+    ("place", "target", "words"),
+    [
+        ("c0/loop", "../c0", "c0/loop links to a folder that holds it: remove the link"),
+        ("c0/loop", "..", "c0/loop links to a folder that holds it"),
+        ("c9", ".", "c9 links to a folder that holds it"),
+        ("c9", "c9", "c9 is a link to nowhere"),
+        ("c9", "unmounted/c9", "c9 is a link to nowhere"),
+        ("c0/99.jpg", "unmounted/99.jpg", "c0/99.jpg: No such file or directory; repair or remove it"),
+        ("c0/99.jpg", "99.jpg", "c0/99.jpg: Too many levels of symbolic links; repair or remove it"),
+    ],
+)
+def test_links_that_lead_nowhere_are_named(own: Path, place: str, target: str, words: str) -> None:
+    for split in ("train", "val"):
+        (own / split / place).symlink_to(target)
+    with pytest.raises(UserError, match=words):
+        load(own.parent)
+
+
+def test_torchvision_lists_the_same_in_the_same_order(own: Path) -> None:
+    (own / "train" / "c1" / "b" / "a").mkdir(parents=True)
+    for name in ("b/9.jpg", "b/a/0.JPEG", "b/Z.png", "10.jpg"):
+        shutil.copy(own / "train" / "c1" / "0.jpg", own / "train" / "c1" / name)
+    files = load(own.parent).train
+    theirs = torchvision.datasets.ImageFolder(str(own / "train")).samples
+    assert [(str(files.path(i)), int(files.labels[i])) for i in range(len(files))] == theirs
 
 
 def spoil(own: Path, how: str) -> None:
@@ -304,6 +365,45 @@ def test_names_that_are_not_ascii(own: Path) -> None:
     shutil.copy(own / "train" / "c0" / "0.jpg", own / "train" / "c0" / "größe ü.jpg")
     files = load(own.parent).train
     assert [files.path(i).name for i in range(13)][-1] == "größe ü.jpg" and read_rgb(files.path(12)).mode == "RGB"
+
+
+def test_names_that_are_not_utf8(own: Path) -> None:
+    raw = os.fsencode(own / "train" / "c0") + b"/gr\xf6sse.jpg"
+    Path(os.fsdecode(raw)).write_bytes((own / "train" / "c0" / "0.jpg").read_bytes())
+    files = load(own.parent).train
+    assert os.fsencode(files.path(12)) == raw and read_rgb(files.path(12)).mode == "RGB"
+    Path(os.fsdecode(raw)).write_bytes(b"")
+    found = find_unreadable(load(own.parent), 1)
+    assert [index for index, _ in found["train"]] == [12]
+
+
+PLANTED = {  # under the name of an image
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 24\n%%EndComments\nshowpage\n",
+    "script": b"#!/bin/sh\ntouch ran\n",
+    "pickle": b"cposix\nsystem\n(S'touch ran'\ntR.",
+    "page": b"<svg xmlns='http://www.w3.org/2000/svg'><script>touch ran</script></svg>",
+    "fork": b"\0\5\26\7\0\2\0\0Mac OS X",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_planted_file_ends_the_command_in_one_line_and_runs_nothing(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    for program in ("gs", "sh", "touch"):
+        (own / program).write_text("#!/bin/bash\necho > ran\n")
+        (own / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{own}:{os.environ['PATH']}")
+    monkeypatch.chdir(own)
+    for file in (own / "train" / "c1").iterdir():
+        file.write_bytes(PLANTED[kind])
+    overrides = ["dataset=image_folder", "dataset.name=toy", "arch=resnet14", "batch=g32_s4", "budget=smoke"]
+    overrides += ["budget.subset=null", "device=cpu", "workers=1", f"data={own}", f"results={own}/r", f"runs={own}/u"]
+    assert main(["train", *overrides]) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and said.count("\n") == 1 and "c1/" in said and "dataset.unreadable=skip" in said
+    assert not (own / "ran").exists() and not list(own.glob("r/records/*"))
 
 
 def test_classes_are_counted(root: Path) -> None:

@@ -84,8 +84,9 @@ def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int
 
 def _read(path: Path) -> NDArray[Any]:
     try:
-        array = np.load(path, allow_pickle=False, mmap_mode=None)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+        # Mapped first: a header that claims more than the file has is refused before anything is allocated for it.
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"cannot read {path}: {reason}; expected a whole .npy file without pickled objects; "
@@ -93,7 +94,7 @@ def _read(path: Path) -> NDArray[Any]:
         ) from error
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an archive of arrays, expected one array; delete it and prepare the data set again")
-    return np.ascontiguousarray(array)
+    return np.array(array, order="C")
 
 
 def _check(folder: Path, split: str, images: NDArray[Any], labels: NDArray[Any], classes: int) -> None:
@@ -125,7 +126,7 @@ def _fidelity(folder: Path, name: str, counts: tuple[int, int], sha256: str) -> 
         return f"unknown (no {SOURCE})"
     try:
         source = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}; expected JSON; delete it or prepare the set again") from error
     if not isinstance(source, dict):
         raise UserError(f"{path} holds a {type(source).__name__}, expected a JSON object with 'dataset'")

@@ -22,7 +22,7 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
-from kalmannorm.data import folder
+from kalmannorm.data import folder, pixels
 from kalmannorm.data.arrays import partial
 from kalmannorm.data.beton import SOURCE, require_ffcv
 from kalmannorm.errors import UserError
@@ -173,8 +173,8 @@ class _Samples:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         try:
-            image = np.asarray(folder.read_rgb(self.files.path(index)))
-        except folder.Unreadable as error:
+            image = np.asarray(pixels.read_rgb(self.files.path(index)))
+        except pixels.Unreadable as error:
             _say(WRONG, f"{error}; repair or remove it, or pass --skip-unreadable")
             raise SystemExit(1) from None
         _say(DONE)

@@ -3,16 +3,14 @@
     ROOT/coco/{train2017,val2017}/*.jpg
     ROOT/coco/annotations/instances_{train2017,val2017}.json
 
-by torchvision's CocoDetection and pycocotools (polygons and run-length masks). Crowd regions are left out of training,
-and so are images without any other object; both take part in evaluation, as COCO's own evaluation has it.
+What the files say is checked when they are loaded (annotations.py). Crowd regions are left out of training, and so are
+images without any other object; both take part in evaluation, as COCO's own evaluation has it.
 
 Batches are of images of one orientation as far as possible (aspect-ratio grouping: less padding). What is drawn, the
 order and the flips, depends on (seed, epoch) and on the image alone.
 """
 
-import contextlib
 import hashlib
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,17 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as run_length
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import pil_to_tensor
 
+from kalmannorm.data.annotations import Split, read
 from kalmannorm.data.batches import mix
+from kalmannorm.data.pixels import Unreadable, read_rgb
+from kalmannorm.data.workers import begin_worker
 from kalmannorm.errors import UserError
 
 SPLITS = ("train2017", "val2017")
 OFFICIAL = (118_287, 5_000)
-OUTSIDE = 2.0  # pixels by which a box may leave its image: the official boxes are rounded, not exact
 SMALLEST = 1.0  # pixels: thinner boxes are no objects to train on
 
 
@@ -42,8 +42,8 @@ class Coco:
     `labels`: COCO's category id -> label 1..classes, in the order of the ids.
     """
 
-    train: CocoDetection
-    test: CocoDetection
+    train: Split
+    test: Split
     train_images: list[int]
     labels: dict[int, int]
     provenance: dict[str, str]
@@ -52,7 +52,7 @@ class Coco:
 def load(name: str, root: Path, classes: int) -> Coco:
     """The set `name` from its folder under `root`, checked. UserError: whatever is missing, damaged or inconsistent."""
     folder = find(name, root)
-    train, test = (_read_split(folder, split) for split in SPLITS)
+    train, test = (read(_annotations(folder, split), folder / split) for split in SPLITS)
     categories = sorted(train.coco.cats)
     if len(categories) != classes:
         raise UserError(f"{_annotations(folder, SPLITS[0])} has {len(categories)} categories, expected {classes}")
@@ -70,8 +70,9 @@ def load(name: str, root: Path, classes: int) -> Coco:
 
 
 def trainable(annotation: dict[str, Any]) -> bool:
-    """Whether an annotation is an object to train on: no crowd region, and not thinner than a pixel."""
-    return not annotation.get("iscrowd") and min(annotation["bbox"][2:]) >= SMALLEST
+    """Whether an annotation is an object to train on: no crowd region, not thinner than a pixel, with a mask."""
+    thin = min(annotation["bbox"][2:]) < SMALLEST
+    return not annotation["iscrowd"] and not thin and run_length.area(annotation["segmentation"]) > 0
 
 
 def _annotations(folder: Path, split: str) -> Path:
@@ -92,45 +93,7 @@ def find(name: str, root: Path) -> Path:
     return folder
 
 
-def _read_split(folder: Path, split: str) -> CocoDetection:
-    path = _annotations(folder, split)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports to the terminal
-            found = CocoDetection(str(folder / split), str(path))
-        missing_keys = [key for key in ("images", "annotations", "categories") if key not in found.coco.dataset]
-        if missing_keys:
-            raise KeyError(*missing_keys)
-        _check(found, folder / split, path)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"cannot read {path}: {reason}; expected COCO's instances format, get the file again") from None
-    return found
-
-
-def _check(split: CocoDetection, images: Path, path: Path) -> None:
-    there = {entry.name for entry in images.iterdir()}
-    for image in split.coco.imgs.values():
-        if image["file_name"] not in there:
-            raise UserError(f"{path} names {image['file_name']}, which is not in {images}: get the images again")
-    for annotation in split.coco.anns.values():
-        where = f"{path}: annotation {annotation['id']}"
-        if annotation["image_id"] not in split.coco.imgs or annotation["category_id"] not in split.coco.cats:
-            raise UserError(f"{where} is of an image or category that the file does not list; get the file again")
-        image = split.coco.imgs[annotation["image_id"]]
-        x, y, width, height = (float(value) for value in annotation["bbox"])
-        inside = min(x, y) >= -OUTSIDE and x + width <= image["width"] + OUTSIDE
-        if not (inside and y + height <= image["height"] + OUTSIDE and min(width, height) >= 0):
-            raise UserError(
-                f"{where} has the box {annotation['bbox']}, outside of its image {image['file_name']} of "
-                f"{image['width']} x {image['height']} pixels; correct or delete it"
-            )
-        if not annotation.get("segmentation"):
-            raise UserError(f"{where} has no mask (segmentation): expected polygons or a run-length code")
-
-
-def _digest(folder: Path, *splits: CocoDetection) -> str:
+def _digest(folder: Path, *splits: Split) -> str:
     """sha256 over both annotation files, and over every image's name and number of bytes (not its 20 GB of pixels)."""
     total = hashlib.sha256()
     for split, found in zip(SPLITS, splits, strict=True):
@@ -154,24 +117,17 @@ class Images(Dataset[Item]):
     objects that can be trained on.
     """
 
-    def __init__(self, split: CocoDetection, labels: dict[int, int]) -> None:
+    def __init__(self, split: Split, labels: dict[int, int]) -> None:
         self.split, self.labels = split, labels
 
     def __getitem__(self, item: tuple[int, bool, int]) -> Item:
         position, flipped, key = item
         try:
-            picture, annotations = self.split[position]
-        except OSError as error:
-            name = self.split.coco.imgs[self.split.ids[position]]["file_name"]
-            raise UserError(f"cannot read {Path(self.split.root) / name}: {error}; get the image again") from None
-        image = pil_to_tensor(picture)
+            picture = read_rgb(self.split.root / self.split.image(position)["file_name"])
+        except Unreadable as error:
+            raise UserError(f"{error}; get the image again") from None
+        image, annotations = pil_to_tensor(picture), self.split.annotations(position)
         height, width = image.shape[1:]
-        listed = self.split.coco.imgs[self.split.ids[position]]
-        if (height, width) != (listed["height"], listed["width"]):
-            raise UserError(
-                f"{Path(self.split.root) / listed['file_name']} has {width} x {height} pixels, its annotations say "
-                f"{listed['width']} x {listed['height']}: get the image again"
-            )
         objects = [annotation for annotation in annotations if trainable(annotation)]
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -179,13 +135,26 @@ class Images(Dataset[Item]):
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
         masks = torch.zeros(len(objects), height, width, dtype=torch.uint8)
         for mask, annotation in zip(masks, objects, strict=True):
-            mask.copy_(torch.from_numpy(self.split.coco.annToMask(annotation)))
+            mask.copy_(torch.from_numpy(run_length.decode(annotation["segmentation"])))
         if flipped:
             image, masks = image.flip(-1), masks.flip(-1)
             boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
         labels = torch.tensor([self.labels[a["category_id"]] for a in objects], dtype=torch.int64)
         target = {"boxes": boxes, "labels": labels, "masks": masks}
         return image, target | {"image_id": self.split.ids[position], "key": key}
+
+
+class _Named(Dataset[Item | str]):
+    """The same, or what is wrong with a file: an exception would lose its form on its way out of a worker."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, item: tuple[int, bool, int]) -> Item | str:
+        try:
+            return self.images[item]
+        except UserError as error:
+            return str(error)
 
 
 @dataclass(frozen=True)
@@ -216,7 +185,7 @@ class TrainingBatches:
             raise UserError(f"batch {batch} is larger than the {len(positions)} training images: give a smaller batch")
         self.images, self.positions, self.batch, self.size = Images(coco.train, coco.labels), positions, batch, size
         self.seed, self.device, self.shard, self.workers = seed, device, shard, workers
-        listed = (coco.train.coco.imgs[coco.train.ids[position]] for position in positions)
+        listed = (coco.train.image(position) for position in positions)
         self.shapes = [(image["height"], image["width"]) for image in listed]
 
     @property
@@ -249,8 +218,16 @@ class TrainingBatches:
         order = self.order(epoch)[start_step:]
         rank, world = self.shard
         mine = [[self._item(i, epoch) for i in batch[rank::world]] for batch in order]
-        loader = DataLoader(self.images, batch_sampler=mine, num_workers=self.workers, collate_fn=list)
+        loader = DataLoader(
+            _Named(self.images),
+            batch_sampler=mine,
+            num_workers=self.workers,
+            collate_fn=list,
+            worker_init_fn=begin_worker,
+        )
         for indices, items in zip(order, loader, strict=True):
+            if wrong := next((item for item in items if isinstance(item, str)), None):
+                raise UserError(wrong)
             images = [image.to(self.device).float() / 255 for image, _ in items]
             targets = [_to(target, self.device) for _, target in items]
             yield Batch(images, targets, self._canvas(indices))

@@ -1,23 +1,24 @@
 """A data set as a folder of image files, as torchvision's ImageFolder has it: {train,val}/CLASS/FILE.
 
-Only names and sizes are read here; pixels are read when a loader asks for them (`read_rgb`).
+Only names and sizes are read here; pixels are read when a loader asks for them (`pixels.read_rgb`).
+
+Hidden files and folders, and what archives and file servers leave behind (JUNK), are neither classes nor images.
 """
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kalmannorm.data.pixels import EXTENSIONS, Unreadable, read_rgb
 from kalmannorm.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SPLITS = ("train", "val")
 HOW_TO_GET = {
@@ -30,6 +31,7 @@ READ_AS_IT_IS = ("imagenet", "tiny_imagenet_20", "image_folder")
 LAYOUT = "expected torchvision's ImageFolder layout, train/CLASS/*.jpg and val/CLASS/*.jpg"
 PIPELINE = "torchvision; crops and flips keyed by (seed, epoch, position)"
 ELSE = "`dataset=digits` runs without any download"
+JUNK = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # hidden by their makers
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def find(root: Path, dataset: Mapping[str, Any]) -> Path:
 
 def count_classes(root: Path, dataset: Mapping[str, Any]) -> int:
     """Folders in train/, one a class. UserError as for `find`."""
-    return sum(entry.is_dir() for entry in os.scandir(find(root, dataset) / "train"))
+    return len(_classes(find(root, dataset) / "train"))
 
 
 def load(root: Path, dataset: Mapping[str, Any]) -> Images:
@@ -124,27 +126,82 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Images:
 
 def _classes(folder: Path) -> list[str]:
     """As torchvision numbers them: sorted by name."""
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = []
+    try:
+        for entry in os.scandir(folder):
+            if _ignored(entry.name):
+                continue
+            if entry.is_symlink() and not Path(entry).exists():
+                raise UserError(f"{entry.path} is a link to nowhere: remove it, or mount what it leads to")
+            if entry.is_dir():
+                classes.append(entry.name)
+    except OSError as error:
+        raise _unreadable(error, folder) from None
     if not classes:
         raise UserError(f"{folder} has no class folders; {LAYOUT}")
-    return classes
+    return sorted(classes)
+
+
+def _unreadable(error: OSError, folder: Path) -> UserError:
+    return UserError(f"cannot read {error.filename or folder}: {error.strerror or error}; repair or remove it")
+
+
+def _ignored(name: str) -> bool:
+    return name.startswith(".") or name in JUNK
 
 
 def _files(folder: Path, classes: list[str], total: Any) -> Files:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    """The images of a split, in torchvision's order; their names and sizes go into the hash `total`."""
+    names: list[bytes] = []
+    labels: list[int] = []
+    others: list[Path] = []
+    for label, name in enumerate(classes):
+        try:
+            found = sorted(_walk(folder / name, (_identity(folder),)))
+            for place, files in found:
+                for file in sorted(files):
+                    path = Path(place, file)
+                    if path.suffix.lower() not in EXTENSIONS:
+                        others.append(path)
+                        continue
+                    names.append(os.fsencode(path.relative_to(folder)))
+                    labels.append(label)
+                    total.update(os.fsencode(folder.name) + b"/" + names[-1] + f" {path.stat().st_size}\n".encode())
+        except OSError as error:
+            raise _unreadable(error, folder) from None
+        if not labels or labels[-1] != label:
+            raise UserError(f"{folder / name} has no images ({', '.join(EXTENSIONS)}); {LAYOUT}")
+    if others:
+        kinds = sorted({path.suffix or path.name for path in others})
+        shown = f"{', '.join(kinds[:5])}{', ...' if len(kinds) > 5 else ''}"
+        print(
+            f"kalmannorm: left out {len(others):,} files of {folder} that are no images by their names ({shown}), "
+            f"the first: {others[0]}",
+            file=sys.stderr,
+        )
+    return Files(folder, np.array(names), np.array(labels, dtype=np.int64))
 
-    try:
-        found = make_dataset(folder, {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
-        for path, _ in found:
-            total.update(f"{folder.name}/{os.path.relpath(path, folder)} {Path(path).stat().st_size}\n".encode())
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
-    labels = np.array([label for _, label in found], dtype=np.int64)
-    empty = sorted(set(range(len(classes))) - set(labels.tolist()))
-    if empty:
-        raise UserError(f"{folder / classes[empty[0]]} has no images ({', '.join(IMG_EXTENSIONS)}); {LAYOUT}")
-    names = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in found])
-    return Files(folder, names, labels)
+
+def _walk(place: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
+    """Every folder under `place` with the files in it, as os.walk has them; links are followed. UserError: a loop."""
+    own = _identity(place)
+    if own in above:
+        raise UserError(f"{place} links to a folder that holds it: remove the link")
+    files = []
+    for entry in os.scandir(place):
+        if _ignored(entry.name):
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry), (*above, own))
+        else:
+            files.append(entry.name)
+    yield str(place), files
+
+
+def _identity(place: Path) -> tuple[int, int]:
+    """Of a folder, by whatever name."""
+    status = place.stat()
+    return status.st_dev, status.st_ino
 
 
 def _fidelity(counts: tuple[int, int], published: list[int] | None) -> str:
@@ -156,27 +213,7 @@ def _fidelity(counts: tuple[int, int], published: list[int] | None) -> str:
     return f"{said}, not the published {published[0]:,} + {published[1]:,}"
 
 
-# Pixels --------------------------------------------------------------------------------------------------------------
-
-
-class Unreadable(Exception):
-    """An image file that cannot be decoded, with its path and the reason."""
-
-
-def read_rgb(path: Path) -> "Image":
-    """Any image that Pillow reads, as 8-bit RGB: grey and CMYK converted, transparency dropped, of 16 bits the upper
-    eight. Unreadable: truncated, empty, no image."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion saturates
-                grey = np.asarray(image).astype(np.int64) >> 8
-                return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except Exception as error:  # Pillow raises many things for a damaged file
-        reason = " ".join(str(error).split()).replace(str(path), "it") or type(error).__name__
-        raise Unreadable(f"cannot read {path}: {reason}") from None
+# Damaged files -----------------------------------------------------------------------------------------------------
 
 
 def find_unreadable(images: Images, workers: int) -> dict[str, list[list[Any]]]:

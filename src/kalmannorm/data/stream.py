@@ -6,8 +6,6 @@ from that key. So what a step yields depends neither on the workers nor on the p
 mid-epoch decodes only what it has not seen.
 """
 
-import signal
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
@@ -18,13 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from kalmannorm.data.batches import Batch, Batches, Counted, mix
-from kalmannorm.data.folder import Files, Unreadable, read_rgb
+from kalmannorm.data.folder import Files
+from kalmannorm.data.pixels import Unreadable, read_rgb
+from kalmannorm.data.workers import begin_worker
 from kalmannorm.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect of the random-resized crop (torchvision's defaults)
 RESIZE = 256 / 224  # evaluation: the shorter side becomes this much larger than the crop
 AHEAD = 4  # batches that each worker prepares
-GRACE = 20  # seconds that a worker lives on after SIGTERM
 PLAIN = -1  # the key of an image that is not augmented
 
 Sample = tuple[Tensor, int]  # uint8 [3, size, size], label
@@ -130,7 +129,7 @@ class FolderLoader(Stream):
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=AHEAD if workers > 0 else None,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),  # else it draws from the global one
         )
 
@@ -184,11 +183,3 @@ def _stack(samples: list[Sample | str]) -> Batch | str:
             return sample
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels)
-
-
-def _begin_worker(number: int) -> None:
-    """Signals that ask a run to stop reach its whole process group: the run needs its workers to end the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # also how an interpreter that ends ends its workers
-    warnings.filterwarnings("ignore", module="PIL")  # damaged EXIF data, which nobody reads

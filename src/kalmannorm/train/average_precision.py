@@ -10,8 +10,8 @@ import torch
 from pycocotools import mask as run_length
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
-from torchvision.datasets import CocoDetection
 
+from kalmannorm.data.annotations import Split
 from kalmannorm.data.batches import fixed_order
 from kalmannorm.data.coco import Images
 from kalmannorm.norm.modes import set_statistics, shard_noise
@@ -28,7 +28,7 @@ Detections = list[dict[str, Any]]
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    split: CocoDetection,
+    split: Split,
     labels: dict[int, int],
     positions: list[int],
     statistics: str,
@@ -90,7 +90,7 @@ def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, i
     return results
 
 
-def average_precision(split: CocoDetection, ids: list[int], detections: Detections) -> dict[str, Any]:
+def average_precision(split: Split, ids: list[int], detections: Detections) -> dict[str, Any]:
     """pycocotools' box and mask AP of `detections` on the images `ids`, in percent, and how many of both there were."""
     values: dict[str, Any] = {"images": len(ids), "detections": len(detections)}
     for name, kind in KINDS.items():

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.datasets import CocoDetection
 from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
+from kalmannorm.data.annotations import Split
 from kalmannorm.data.coco import Images
 from kalmannorm.files import write_atomically
 
@@ -21,7 +21,7 @@ COLOURS = ["#D55E00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7"]  # 
 @torch.no_grad()
 def draw_detections(
     model: nn.Module,
-    split: CocoDetection,
+    split: Split,
     labels: dict[int, int],
     positions: Sequence[int],
     device: torch.device,

@@ -1,0 +1,310 @@
+"""COCO's instances files as people and tools write them -> checked, and of one form.
+
+All that training and evaluation will read is checked in one pass when a set is loaded, so that a training of days does
+not end in its evaluation. What is optional is filled in: `iscrowd` 0, `area` that of the mask (as pycocotools does),
+an image's size from its file. Masks become run-length codes, whatever they were, and lie with their boxes on the
+upright picture (pixels.py). Annotations are numbered anew from 1: pycocotools takes an id of 0 for "no match" and
+two equal ids for one object.
+"""
+
+import contextlib
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as run_length
+from pycocotools.coco import COCO
+
+from kalmannorm.data.pixels import Header, Unreadable, look, turn, turn_box
+from kalmannorm.errors import UserError
+
+LISTS = ("images", "annotations", "categories")
+OUTSIDE = 2.0  # pixels by which a box may leave its image: the official boxes are rounded, not exact
+THREADS = 8  # that open image files: on a file server most of it is waiting
+SHOWN = 3  # problems in a message
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images in `root`, their annotations, and the images' ids in ascending order: positions are in that order."""
+
+    root: Path
+    coco: COCO
+    ids: list[int]
+
+    def image(self, position: int) -> Values:
+        return dict(self.coco.imgs[self.ids[position]])
+
+    def annotations(self, position: int) -> list[Values]:
+        return list(self.coco.imgToAnns[self.ids[position]])
+
+
+class _Wrong(ValueError):
+    """What is wrong with an entry, to stand behind its name."""
+
+
+def read(file: Path, root: Path) -> Split:
+    """The split that an instances file describes, whose images are in `root`. UserError: the first things wrong with
+    it, each with its annotation's id, and how many more there are."""
+    content = _parse(file)
+    problems: list[str] = []
+    categories = {one["id"]: one for one in _checked(content, "categories", _category, problems)}
+    images = _with_headers({one["id"]: one for one in _checked(content, "images", _image, problems)}, root, problems)
+    notes: list[str] = []
+    annotations = list(_annotations(content["annotations"], images, categories, problems, notes))
+    if problems:
+        more = f"; and {len(problems) - SHOWN:,} more like these" if len(problems) > SHOWN else ""
+        raise UserError(f"{file}: {'; '.join(problems[:SHOWN])}{more}; correct or delete what is named")
+    if notes:
+        more = f" and {len(notes) - 1:,} more like it" if len(notes) > 1 else ""
+        print(f"kalmannorm: {file}: {notes[0]}{more}", file=sys.stderr)
+    coco = COCO()
+    shown = [image for image, _, _ in images.values()]
+    coco.dataset = {"images": shown, "annotations": annotations, "categories": list(categories.values())}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports to the terminal
+        coco.createIndex()
+    return Split(root, coco, sorted(images))
+
+
+def _parse(file: Path) -> dict[str, list[Any]]:
+    try:
+        content = json.loads(file.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}")
+        for key in LISTS:
+            if not isinstance(content.get(key), list):
+                raise ValueError(f"no list of {key!r}")
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"cannot read {file}: {reason}; expected COCO's instances format, get the file again") from None
+    return content
+
+
+# Images and categories ------------------------------------------------------------------------------------------------
+
+
+def _checked(content: dict[str, list[Any]], kind: str, check: Any, problems: list[str]) -> Iterator[Values]:
+    """The entries of a list that are right, with integers for ids."""
+    known = set()
+    for number, entry in enumerate(content[kind]):
+        what = f"{kind} entry {number + 1}"
+        try:
+            if not isinstance(entry, dict):
+                raise _Wrong(f"is a {type(entry).__name__}, expected an object")
+            if (identity := _integer(entry.get("id"))) is None:
+                raise _Wrong(f"has the id {entry.get('id')!r}, expected an integer")
+            if identity in known:
+                raise _Wrong(f"has the id {identity} of another one: annotations cannot tell them apart")
+            known.add(identity)
+            yield check({**entry, "id": identity})
+        except _Wrong as wrong:
+            problems.append(f"{what} {wrong}")
+
+
+def _category(category: Values) -> Values:
+    return {**category, "name": str(category.get("name", category["id"]))}
+
+
+def _image(image: Values) -> Values:
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise _Wrong(f"has the file_name {name!r}, expected that of an image file")
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise _Wrong(f"has the file_name {name}, which leads outside of its folder")
+    for key in ("width", "height"):
+        given = image.get(key)
+        if given is not None and (_integer(given) or 0) < 1:
+            raise _Wrong(f"({name}) has the {key} {given!r}, expected a number of pixels")
+    return image
+
+
+Known = tuple[Values, Header, bool]  # an image, its file's header, and whether annotations are to be turned with it
+
+
+def _with_headers(images: dict[int, Values], root: Path, problems: list[str]) -> dict[int, Known]:
+    """The images whose files are there and of the listed size, which becomes that of the upright picture."""
+
+    def header(image: Values) -> Header | Unreadable:
+        try:
+            return look(root / image["file_name"])
+        except Unreadable as error:
+            return error
+
+    known: dict[int, Known] = {}
+    with ThreadPool(THREADS) as pool:
+        for image, found in zip(images.values(), pool.imap(header, images.values(), chunksize=64), strict=True):
+            name = image["file_name"]
+            if isinstance(found, Unreadable):
+                there = (root / name).exists()
+                problems.append(str(found) if there else f"it names {name}, which is not in {root}")
+                continue
+            width, height = (image.get(key) for key in ("width", "height"))
+            stored, upright = (found.width, found.height), found.upright
+            listed = (stored[0] if width is None else int(width), stored[1] if height is None else int(height))
+            if listed not in (stored, upright):
+                problems.append(
+                    f"{root / name} has {stored[0]} x {stored[1]} pixels, its annotations say {listed[0]} x {listed[1]}"
+                )
+                continue
+            # Where both sizes are one, as of a half turn, annotations lie on the stored pixels: nothing says else.
+            known[image["id"]] = ({**image, "width": upright[0], "height": upright[1]}, found, listed == stored)
+    return known
+
+
+# Annotations ----------------------------------------------------------------------------------------------------------
+
+
+def _annotations(
+    entries: list[Any],
+    images: dict[int, Known],
+    categories: dict[int, Values],
+    problems: list[str],
+    notes: list[str],
+) -> Iterator[Values]:
+    """Those that are right, in one form, numbered from 1."""
+    bad_images = bool(problems)  # whose annotations are no problem of their own
+    for number, entry in enumerate(entries):
+        what = f"annotation {entry.get('id', f'number {number + 1}') if isinstance(entry, dict) else number + 1}"
+        try:
+            if not isinstance(entry, dict):
+                raise _Wrong(f"is a {type(entry).__name__}, expected an object")
+            image, category = _integer(entry.get("image_id")), _integer(entry.get("category_id"))
+            if image not in images or category not in categories:
+                if bad_images:
+                    continue
+                raise _Wrong(
+                    f"is of image {entry.get('image_id')!r} and category {entry.get('category_id')!r}, one of which "
+                    "the file does not list"
+                )
+            same = {"id": number + 1, "image_id": image, "category_id": category}
+            found = {**entry, **same, **_object(entry, *images[image])}
+        except _Wrong as wrong:
+            problems.append(f"{what} {wrong}")
+            continue
+        if isinstance(entry["segmentation"], list) and any(len(polygon) < 6 for polygon in entry["segmentation"]):
+            notes.append(f"{what} has points or lines among its polygons, which have no area: left out")
+        elif not found["iscrowd"] and not run_length.area(found["segmentation"]):
+            notes.append(f"{what} has a mask without a single pixel: not trained on")
+        yield found
+
+
+def _object(entry: Values, image: Values, header: Header, turned: bool) -> Values:
+    """Box, mask, area and crowd flag of an annotation of an image, on the upright picture."""
+    width, height = (header.width, header.height) if turned else header.upright
+    box = _box(entry.get("bbox"), width, height, image["file_name"])
+    if not entry.get("segmentation"):
+        raise _Wrong("has no mask (segmentation): expected polygons or a run-length code")
+    mask = _mask(entry["segmentation"], height, width)
+    if turned and header.orientation != 1:
+        box = turn_box(box, header)
+        mask = run_length.encode(np.asfortranarray(turn(run_length.decode(mask), header.orientation)))
+    crowd, area = entry.get("iscrowd"), entry.get("area")
+    if crowd is not None and crowd not in (0, 1):
+        raise _Wrong(f"has iscrowd {crowd!r}, expected 0 or 1")
+    if area is None:
+        area = float(run_length.area(mask))
+    elif not _is_number(area) or area < 0:
+        raise _Wrong(f"has the area {area!r}, expected a number of pixels; without one it is the mask's")
+    return {"bbox": list(box), "segmentation": mask, "iscrowd": int(crowd or 0), "area": area}
+
+
+def _box(box: Any, width: int, height: int, name: str) -> tuple[float, float, float, float]:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise _Wrong(f"has the box {_short(box)}, expected the numbers [left, top, width, height]")
+    x, y, w, h = box
+    inside = min(x, y) >= -OUTSIDE and x + w <= width + OUTSIDE and y + h <= height + OUTSIDE
+    if not inside or min(w, h) < 0:
+        raise _Wrong(f"has the box {box}, outside of its image {name} of {width} x {height} pixels")
+    return x, y, w, h
+
+
+def _mask(segmentation: Any, height: int, width: int) -> Values:
+    """Any form of COCO's masks as a compressed run-length code."""
+    if isinstance(segmentation, list):
+        polygons = [polygon for polygon in segmentation if _is_polygon(polygon, height, width)]
+        if not polygons:
+            raise _Wrong("has no mask (segmentation): none of its polygons has the three points of an area")
+        return dict(run_length.merge(run_length.frPyObjects(polygons, height, width)))
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        raise _Wrong(f"has the segmentation {_short(segmentation)}, expected polygons or a run-length code")
+    if segmentation["size"] != [height, width]:
+        raise _Wrong(
+            f"has a run-length code of size {_short(segmentation['size'])}, expected its image's [height, width] "
+            f"{[height, width]}"
+        )
+    counts = segmentation["counts"]
+    if isinstance(counts, str):
+        runs = _runs(counts)
+    elif isinstance(counts, list) and all(type(count) is int and 0 <= count <= height * width for count in counts):
+        runs = np.array(counts, dtype=np.int64)
+    else:
+        runs = None
+    if runs is None or len(runs) == 0 or runs.min() < 0 or runs.sum() != height * width:
+        raise _Wrong(f"has the run-length code {_short(counts)}, which is none of {height} x {width} pixels")
+    if isinstance(counts, str):
+        return {"size": [height, width], "counts": counts.encode()}
+    return dict(run_length.frPyObjects(segmentation, height, width))
+
+
+def _is_polygon(polygon: Any, height: int, width: int) -> bool:
+    """Whether it has an area; points and lines, which some tools write beside polygons, have none."""
+    if not isinstance(polygon, list):
+        hint = "; a single polygon stands in a list of its own: [[x, y, ...]]" if _is_number(polygon) else ""
+        raise _Wrong(f"has {_short(polygon)} among its polygons, expected lists [x, y, x, y, ...]{hint}")
+    if len(polygon) % 2 or not all(map(_is_number, polygon)):
+        raise _Wrong(f"has the polygon {_short(polygon)}, expected numbers in pairs: [x, y, x, y, ...]")
+    # pycocotools allocates by the length of a polygon's sides.
+    inside = all(-width <= x <= 2 * width for x in polygon[::2]) and all(
+        -height <= y <= 2 * height for y in polygon[1::2]
+    )
+    if not inside:
+        raise _Wrong(f"has the polygon {_short(polygon)}, far outside of its image of {width} x {height} pixels")
+    return len(polygon) >= 6
+
+
+def _runs(text: str) -> NDArray[np.int64] | None:
+    """The runs of a compressed code, None if it is none: pycocotools itself decodes any string to something.
+
+    Six bits a character from "0" on, five of them digits of a number (the lowest first, in two's complement) and one
+    that says that there are more; from the fourth run on, what is written is the difference to the last but one.
+    """
+    codes = np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8).astype(np.int64) - 48
+    if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        return None
+    last = np.flatnonzero((codes & 32) == 0)
+    first = np.concatenate(([0], last[:-1] + 1))
+    digits = last - first + 1
+    if digits.max() > 7:
+        return None
+    place = np.arange(len(codes)) - np.repeat(first, digits)
+    values = np.add.reduceat((codes & 31) << (5 * place), first)
+    values -= np.where(codes[last] & 16, np.int64(1) << (5 * digits), 0)
+    for start in (1, 2):
+        values[start::2] = values[start::2].cumsum()
+    return values
+
+
+def _integer(value: Any) -> int | None:
+    """The integer that a number is, as some tools write 7.0; None for what is none."""
+    if type(value) is int:
+        return value
+    return int(value) if type(value) is float and value.is_integer() else None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,176 @@
+"""Image files as people have them -> 8-bit RGB, upright. Every reader of files (folder, COCO, FFCV's writer) goes here.
+
+Formats are named one by one: with all of Pillow's, a file that says it is PostScript would be handed to ghostscript,
+which is a programming language. What a file claims to be is looked at before anything is allocated for it.
+"""
+
+import functools
+import os
+import stat
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
+PIXELS = 89_478_485  # of an image: where Pillow begins to warn of decompression bombs; 256 MiB as RGB
+ORIENTATION = 0x0112  # EXIF's tag
+
+T = TypeVar("T")
+
+
+class Unreadable(Exception):
+    """An image file that cannot be decoded, with its path and the reason."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its picture: pixels as stored, and EXIF's orientation, 1 (as stored) to 8."""
+
+    width: int
+    height: int
+    orientation: int
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height of the picture as it is to be seen."""
+        return (self.width, self.height) if self.orientation < 5 else (self.height, self.width)
+
+
+def read_rgb(path: Path) -> "Image":
+    """The picture as 8-bit RGB, turned as EXIF says; of several in a file the first.
+
+    Grey, palettes, CMYK and the like are converted, transparency is dropped, of 16 bits the upper eight are taken.
+    Unreadable: damaged or no image; another format than FORMATS; 32-bit integers and floats, whose black and white no
+    file tells; too many pixels.
+    """
+    from PIL import Image
+
+    def read(image: Any, header: Header) -> Any:
+        upright = image.format == "TIFF"  # Pillow turns these itself while it loads them
+        rgb = _wide(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
+        if header.orientation == 1 or upright:
+            return rgb
+        return Image.fromarray(turn(np.asarray(rgb), header.orientation))
+
+    return _open(path, read)
+
+
+def look(path: Path) -> Header:
+    """Size and orientation, without decoding the pixels. Unreadable: as for `read_rgb`, as far as this shows it."""
+    return _open(path, lambda _, header: header)
+
+
+def turn(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """[H, W, ...] as stored -> as EXIF's `orientation` says it is to be seen (EXIF 2.32, 4.6.4)."""
+    mirrored = pixels[:, ::-1] if orientation in (2, 4, 5, 7) else pixels
+    quarters = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: -1, 7: -1, 8: 1}[orientation]  # counterclockwise, after the mirror
+    return np.ascontiguousarray(np.rot90(mirrored, quarters))
+
+
+def turn_box(box: tuple[float, float, float, float], header: Header) -> tuple[float, float, float, float]:
+    """(left, top, width, height) in the stored picture -> in the upright one."""
+    x, y, w, h = box
+    if header.orientation in (2, 4, 5, 7):
+        x = header.width - x - w
+    if header.orientation in (3, 4):
+        x, y = header.width - x - w, header.height - y - h
+    elif header.orientation in (5, 8):
+        x, y, w, h = y, header.width - x - w, h, w
+    elif header.orientation in (6, 7):
+        x, y, w, h = header.height - y - h, x, h, w
+    return x, y, w, h
+
+
+@functools.cache
+def _pillow() -> Any:
+    from PIL import Image
+
+    # The limit here is PIXELS; of damaged metadata it is only the orientation that is read.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", module="PIL")
+    return Image
+
+
+def _open(path: Path, use: Callable[[Any, Header], T]) -> T:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for somebody to write to it
+            raise ValueError("no plain file")
+        with _pillow().open(path, formats=FORMATS) as image:
+            header = _header(image, path)
+            if header.width * header.height > PIXELS:
+                raise ValueError(f"{header.width} x {header.height} pixels, expected at most {PIXELS:,}")
+            return use(image, header)
+    except Exception as error:  # Pillow raises many things for a damaged file
+        raise Unreadable(f"cannot read {os.fspath(path)}: {_reason(error, path)}") from None
+
+
+def _reason(error: Exception, path: Path) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return f"no image, or damaged at its beginning, or none of {', '.join(FORMATS)}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()).replace(str(path), "it") or type(error).__name__
+
+
+def _header(image: Any, path: Path) -> Header:
+    width, height = image.size
+    if image.format == "TIFF":  # Pillow's size may be the upright one
+        width, height = image.tag_v2[256], image.tag_v2[257]
+    return Header(width, height, _orientation(image, path))
+
+
+def _orientation(image: Any, path: Path) -> int:
+    """1 where EXIF data are missing, damaged or mean nothing: as every viewer has it."""
+    from PIL import Image
+
+    try:
+        if image.format == "PNG":
+            exif = Image.Exif()
+            exif.load(_png_exif(path))
+        else:
+            exif = image.getexif()
+        found = exif.get(ORIENTATION)
+    except Exception:  # whatever damaged EXIF data make of it
+        return 1
+    return found if type(found) is int and 1 <= found <= 8 else 1
+
+
+def _png_exif(path: Path) -> bytes:
+    """The chunk may stand behind the pixels, where Pillow finds it only after decoding them."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind == b"eXIf":
+                return b"Exif\0\0" + file.read(min(length, 2**20))
+            if kind == b"IEND":
+                break
+            file.seek(length + 4, os.SEEK_CUR)
+    return b""
+
+
+def _wide(image: Any) -> "Image":
+    """Grey of more than 8 bits; Pillow's own conversion saturates."""
+    from PIL import Image
+
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    # Pillow opens 16-bit PNG and PGM files in the mode of 32 bits in some of its versions.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "floats" if image.mode == "F" else "integers"
+        raise ValueError(f"its pixels are 32-bit {kind}, and nothing says which is white: convert it to 8 or 16 bits")
+    bits = tags.get(258, (16,))[0]
+    grey = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    if tags.get(262) == 0:  # white is zero
+        grey = 255 - grey
+    return Image.fromarray(grey).convert("RGB")
