@@ -75,6 +75,7 @@ class Estimator(nn.Module):
         noise of the measurement falls as 1 / n.
         """
         if self.prior_values is None:
+            assert self.initial_gain is not None
             return self.initial_gain if self.gain_logit is None else torch.sigmoid(self.gain_logit)
         if self.gain_logit is None:
             return self.values / (self.values + self.prior_values)
