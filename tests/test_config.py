@@ -4,11 +4,13 @@ import copy
 
 import pytest
 
+from kalmannorm import machine
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import cards, composition
 from kalmannorm.experiments.config import RESULT_KEYS, compose, conf_dir, result_part
 from kalmannorm.experiments.record import run_id
 from kalmannorm.presets import BATCH_STATISTICS
+from kalmannorm.train.model import learning_rate
 
 
 def test_presets_are_resolved_into_the_configuration():
@@ -28,7 +30,9 @@ def test_the_presets_of_the_talk_and_v1_say_what_is_theirs_and_the_others_nothin
     assert talk["predictor"] == v1["predictor"] == "closed" and talk["options"]["mixture"] and v1["options"]["mixture"]
     assert talk["options"]["transition"] == v1["options"]["transition"] == "learned"
     assert talk["options"]["noise"] is True and v1["options"]["noise"] == "shared"
-    for preset in ("paper", "released"):
+    robust = compose(["norm=bkn", "norm.preset=robust"])["norm"]["options"]
+    assert robust["belief"] == "output" and robust["input_belief"] == "data" and robust["prior_values"] == 2048
+    for preset in ("paper", "eq7", "released"):
         options = compose(["norm=bkn", f"norm.preset={preset}"])["norm"]["options"]
         assert not {"transition", "input_belief"} & set(options)
     given = compose(["norm=gkn", "+norm.options.transition=learned", "+norm.options.input_belief=data"])
@@ -63,6 +67,37 @@ def test_auto_is_resolved_by_device():
     assert (gpu["precision"], gpu["compile"]) == ("bf16", True)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "compiled"),
+    [
+        (["dataset=cifar10", "budget=lite"], True),  # 4,687 steps
+        (["dataset=cifar10", "budget=smoke"], False),  # 4
+        (["dataset=digits", "budget=lite"], False),
+        (["dataset=cifar10", "budget=lite", "budget.subset=1280"], False),
+    ],
+)
+def test_a_cpu_that_multiplies_bfloat16_uses_it_and_compiles_what_runs_long(overrides, compiled, monkeypatch):
+    monkeypatch.setattr("kalmannorm.machine.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("kalmannorm.experiments.config.shutil.which", lambda name: f"/usr/bin/{name}")
+    config = compose(["device=cpu", *overrides])
+    assert (config["precision"], config["compile"]) == ("bf16", compiled)
+    monkeypatch.setattr("kalmannorm.experiments.config.shutil.which", lambda name: None)
+    assert compose(["device=cpu", *overrides])["compile"] is False
+    given = compose(["device=cpu", *overrides, "precision=fp32", "compile=true"])
+    assert (given["precision"], given["compile"]) == ("fp32", True)
+
+
+@pytest.mark.parametrize("flags", ["fma avx512_bf16", "amx_bf16 amx_tile", "fma avx512f", None])
+def test_bfloat16_is_read_from_the_processors_flags(flags, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the tests' own answer
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
+    monkeypatch.setattr(machine, "CPUS", tmp_path / "cpuinfo")
+    machine.multiplies_bfloat16.cache_clear()
+    assert machine.multiplies_bfloat16() == (flags is not None and "bf16" in flags)
+    machine.multiplies_bfloat16.cache_clear()
+
+
 def test_id_depends_on_what_determines_the_result_and_on_nothing_else():
     base = compose(["device=cpu"])
     same = compose(["device=cpu", "data=/elsewhere", "results=/tmp/a", "runs=/tmp/b"])
@@ -85,11 +120,25 @@ def test_a_normalizer_without_batch_statistics_has_no_statistics_batch():
     assert compose(["norm=bn", "batch.stat_batch=null"])["batch"]["stat_batch"] == 128
 
 
-def test_budgets_scale_one_schedule():
-    paper = compose(["dataset=cifar10", "budget=paper"])["budget"]
-    assert paper == {"name": "paper", "epochs": 400, "of_epochs": 400, "subset": None, "size": 32}
-    lite = compose(["dataset=cifar10", "budget=lite"])["budget"]
-    assert lite["of_epochs"] == 164 and lite["epochs"] < 400 and lite["subset"] and lite["size"] == 16
+def test_budgets():
+    whole = {"subset": None, "size": 32}
+    budgets = {name: compose(["dataset=cifar10", f"budget={name}"])["budget"] for name in ("paper", "short", "lite")}
+    assert budgets == {
+        "paper": {"name": "paper", "epochs": 400, "warmup": None, **whole, "stop_at_chance": None},
+        "short": {"name": "short", "epochs": 30, "warmup": 5, **whole, "stop_at_chance": 2},
+        "lite": {"name": "lite", "epochs": 12, "warmup": 2, **whole, "size": 16, "stop_at_chance": 2},
+    }
+
+
+def test_a_reduced_budget_warms_up_to_the_schedules_highest_rate_and_decays_to_0():
+    schedule = compose([])["schedule"]
+    rates = [learning_rate(step, 120, schedule, 1 / 6) for step in range(120)]
+    assert rates[0] == pytest.approx(0.1 / 20) and rates[19] == pytest.approx(0.1) == max(rates)
+    assert rates[20] == 0.1 and rates[70] == pytest.approx(0.05) and rates[119] == pytest.approx(0.001)
+    assert learning_rate(0, 120, schedule, 0) == 0.1  # without a warm-up
+    # Without: the recipe's milestones, of 400 epochs.
+    assert [learning_rate(step, 400, schedule, None) for step in (0, 1, 82, 123, 399)] == [0.01, 0.1, 0.01, 0.001, 2e-4]
+    assert learning_rate(19, 120, {"lr": 0.3, "decay": "linear", "lr_batch": 256}, 1 / 6, 128) == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,8 @@ def test_released_preset() -> None:
     assert "sampled_conv" in model.code
     assert "sampled_conv" not in convert(Residual(), "bkn", preset="released", stat_batch=2, predictor="closed").code
     paper = convert(Residual(), "bkn", stat_batch=2).bn1
-    assert paper.gain_logit is not None and paper.noise_raw is not None and paper.guard is None and not paper.mixture
+    assert paper.gain_logit is not None and paper.noise_raw is not None and paper.guard is None and paper.mixture
+    assert not convert(Residual(), "bkn", preset="eq7", stat_batch=2).bn1.mixture
 
 
 def test_models_that_cannot_be_converted() -> None:

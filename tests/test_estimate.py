@@ -21,10 +21,12 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def arguments(prior: bool, weight: bool, dims: int, dtype: torch.dtype = D) -> list[Tensor | None]:
-    """x, prior mean, prior variance, gain, weight, bias for 3 groups of 2 images and 4 channels."""
+def arguments(prior: bool | str, weight: bool, dims: int, dtype: torch.dtype = D) -> list[Tensor | None]:
+    """x, prior mean (None for "var"), prior variance, gain, weight, bias for 3 groups of 2 images and 4 channels."""
     x = torch.randn(6, 4, *(3, 2)[: dims - 2], dtype=dtype)
     belief = random_belief(3, 4, dtype) if prior else (None, None)
+    if prior == "var":
+        belief = (None, belief[1])
     gamma, beta = (torch.randn(4, dtype=dtype), torch.randn(4, dtype=dtype)) if weight else (None, None)
     made = [x, *belief, torch.tensor(0.3, dtype=dtype), gamma, beta]
     return [None if t is None else t.requires_grad_() for t in made]
@@ -48,12 +50,14 @@ FORMS = pytest.mark.parametrize("form", [_Native.apply, _plain], ids=["native", 
         (False, True, False, None),
         (True, True, False, None),
         (True, False, True, None),
+        ("var", True, True, None),
+        ("var", True, False, 1e-3),
         (True, True, True, 1e-3),  # the guard holds
         (True, True, True, 1e9),  # it does not
     ],
 )
 def test_native_form_is_the_plain_form(
-    prior: bool, weight: bool, mixture: bool, guard: float | None, dims: int, dtype: torch.dtype, tolerance: float
+    prior: bool | str, weight: bool, mixture: bool, guard: float | None, dims: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     inputs = arguments(prior, weight, dims, dtype)
     needed = [t for t in inputs if t is not None]
@@ -71,8 +75,8 @@ def test_native_form_is_the_plain_form(
 @FORMS
 @pytest.mark.parametrize("dims", [2, 4])
 @pytest.mark.parametrize("mixture", [False, True])
-@pytest.mark.parametrize("prior", [False, True])
-def test_gradients_of_the_update(form: Any, prior: bool, mixture: bool, dims: int) -> None:
+@pytest.mark.parametrize("prior", [False, True, "var"])
+def test_gradients_of_the_update(form: Any, prior: bool | str, mixture: bool, dims: int) -> None:
     inputs = arguments(prior, True, dims)
     assert gradcheck(run(form, mixture, None), inputs, fast_mode=True)
 

@@ -125,7 +125,7 @@ def rates(schedule: str, batch: str, at: list[float]) -> list[float]:
     config = compose(["dataset=imagenet", "budget=paper", f"schedule={schedule}", f"batch={batch}"])
     grad = config["batch"]["grad_batch"]
     total = 1_281_167 // grad * config["budget"]["epochs"]
-    return [learning_rate(round(p * total), total, config["schedule"], config["budget"]["of_epochs"], grad) for p in at]
+    return [learning_rate(round(p * total), total, config["schedule"], config["budget"]["warmup"], grad) for p in at]
 
 
 def test_the_step_recipe_is_90_epochs_and_scales_with_the_gradient_batch():
@@ -177,7 +177,7 @@ def test_cards_have_the_papers_batches_and_recipes(name):
         inception = config["arch"]["name"] == "inception_v2"
         assert config["dataset"]["name"] == "imagenet" and config["budget"]["size"] == 224
         assert config["schedule"]["name"] == ("imagenet_linear" if inception else "imagenet_step")
-        assert config["budget"]["epochs"] == config["budget"]["of_epochs"] == (34 if inception else 90)
+        assert config["budget"]["epochs"] == (34 if inception else 90)
         assert config["norm"]["options"].get("max_groups", 32) == 32
 
 

@@ -155,13 +155,74 @@ def test_update_is_equation_7(mixture: bool, rows: str, memory_format: torch.mem
 def test_learned_parameters_start_where_they_should() -> None:
     for layer in (KalmanBatchNorm2d(7), KalmanGroupNorm(1, 7)):
         assert float(layer.gain.detach()) == pytest.approx(0.5) and layer.gain_logit is not None
-        assert layer.gain_logit.shape == () and layer.gain_logit.requires_grad  # one per layer
+        assert layer.gain_logit.shape == (1,) and layer.gain_logit.requires_grad  # one per layer
         assert layer.noise_raw is not None and layer.noise_raw.shape == (7,)  # one per channel
         torch.testing.assert_close(F.softplus(layer.noise_raw), torch.full((7,), 0.02))
         assert sum(p.numel() for p in layer.parameters()) == 7 + 7 + 7 + 1  # what Table 2 counts
     assert float(KalmanBatchNorm2d(7, gain=0.1).gain.detach()) == pytest.approx(0.1)
+    assert layer.mixture  # Cov(x - mu), paper 3.2
     fixed = KalmanBatchNorm2d(7, gain=0.9, learn_gain=False, noise=False)
     assert fixed.gain == 0.9 and sum(p.numel() for p in fixed.parameters()) == 14
+
+
+@pytest.mark.parametrize("learn_gain", [False, True])
+def test_the_gain_follows_from_the_number_of_measured_values(learn_gain: bool) -> None:
+    layer = KalmanBatchNorm2d(5, stat_batch=2, gain=None, prior_values=24.0, learn_gain=learn_gain)
+    for size in (2, 4):
+        layer(torch.randn(6, 5, size, 3), random_belief(3, 5))
+        values = 2 * size * 3
+        assert layer.gain_value == pytest.approx(values / (values + 24))
+    grouped = KalmanGroupNorm(2, 6, gain=None, prior_values=27.0, learn_gain=learn_gain)
+    grouped(torch.randn(4, 6, 3, 3), random_belief(4, 6))
+    assert grouped.gain_value == pytest.approx(0.5)  # 3 channels of 9 pixels
+    for wrong in ({"gain": 0.5, "prior_values": 24.0}, {"gain": None}, {"gain": None, "prior_values": 0.0}):
+        with pytest.raises(ValueError, match="prior_values"):
+            KalmanBatchNorm2d(5, **wrong)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_variance_alone_can_be_predicted(memory_format: torch.memory_format) -> None:
+    layer = KalmanBatchNorm2d(5, stat_batch=2, gain=0.25, learn_gain=False, noise=False, predict="var", eps=1e-3)
+    layer = layer.double()
+    x = (torch.randn(6, 5, 4, 3, dtype=D) + 3).contiguous(memory_format=memory_format)
+    prior = random_belief(3, 5, D)
+    y, posterior = layer(x, prior)
+    for g in range(3):
+        images = x[g::3].transpose(0, 1).flatten(1)
+        mean, var = images.mean(1), 0.75 * prior.var[g] + 0.25 * images.var(1, correction=0)
+        assert error(posterior.mean[g], mean) < 1e-12 and error(posterior.var[g], var) < 1e-12
+        assert error(y[g::3], (x[g::3] - mean.view(1, 5, 1, 1)) * (var + 1e-3).rsqrt().view(1, 5, 1, 1)) < 1e-10
+
+
+def test_noise_relative_to_the_prior() -> None:
+    layer = KalmanBatchNorm2d(5, noise="relative")
+    prior = random_belief(3, 5)
+    torch.testing.assert_close(layer.predicted(prior).var, 1.02 * prior.var)
+    assert torch.equal(layer.predicted(prior).mean, prior.mean)
+
+
+def test_the_guard_keeps_the_measurement_of_dead_channels() -> None:
+    """0 / 0: the released code's comparison is false then."""
+    layer = KalmanBatchNorm2d(2, stat_batch=2, gain=0.1, learn_gain=False, noise=False, guard=100.0)
+    x = torch.zeros(4, 2, 3, 3)
+    posterior = layer(x, Belief(torch.ones(2, 2), torch.zeros(2, 2)))[1]
+    assert torch.equal(posterior.mean, torch.zeros(2, 2)) and torch.equal(posterior.var, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("belief", ["output", "posterior"])
+def test_output_beliefs_know_nothing_of_a_weights_scale(belief: str) -> None:
+    """N(beta, gamma^2) stays, so that the prior of the next layer, and the network's output, stay as they were. The
+    posterior's scale is the weight's, and the next prior's follows it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4))))
+    model = convert(net, "bkn", stat_batch=2, belief=belief, gain=0.3, noise=False, eps=1e-12).double()
+    x = torch.randn(6, 4, 12, 12, dtype=D)
+    before = model(x)
+    with torch.no_grad():
+        net_weight = model.get_submodule("0").weight
+        net_weight.mul_(3)
+    after = error(model(x), before)
+    assert after < 1e-9 if belief == "output" else after > 1e-2
 
 
 @pytest.mark.parametrize("with_prior", [False, True])

@@ -12,8 +12,8 @@ from contract import images
 from helpers import Chain, Residual, error, random_belief
 from torch import Tensor, nn
 
-from kalmannorm import Belief, belief, belief_report, convert, fold
-from kalmannorm.norm import Estimator
+from kalmannorm import Belief, belief_report, convert, fold
+from kalmannorm.norm import Estimator, moments
 from kalmannorm.norm.moments import Transition
 from kalmannorm.presets import PRESETS, preset_options
 from kalmannorm.train.model import optimizer
@@ -38,10 +38,11 @@ def transitions(model: nn.Module) -> dict[str, Transition]:
 
 def test_paper_and_released_are_what_they_were() -> None:
     """Run ids hang on it: no new keys, no new values."""
-    assert preset_options("paper", "bkn", 2, {}) == {
-        "gain": 0.5, "learn_gain": True, "noise": True, "mixture": False, "guard": None,
-        "moving_groups": "mean", "first_unbiased": False,
-    }  # fmt: skip
+    for preset, mixture in (("paper", True), ("eq7", False)):
+        assert preset_options(preset, "bkn", 2, {}) == {
+            "gain": 0.5, "learn_gain": True, "noise": True, "mixture": mixture, "guard": None,
+            "moving_groups": "mean", "first_unbiased": False,
+        }  # fmt: skip
     assert preset_options("released", "gkn", 2, {}) == {
         "learn_gain": False, "noise": False, "mixture": True, "guard": 100.0, "gain": 0.1
     }  # fmt: skip
@@ -76,7 +77,7 @@ def test_predicts_by_the_matrix_and_its_squares(groups: int) -> None:
         covariance = whole @ torch.diag(before.var[row]) @ whole.T
         assert error(after.var[row].detach(), covariance.diag()) < 1e-12
     # The mean starts where the weight's own prediction is; the variance does not: (sum of taps)^2, not sum of squares.
-    own = belief.conv(before, conv.weight, conv.bias, groups)
+    own = moments.conv(before, conv.weight, conv.bias, groups)
     assert error(after.mean.detach(), own.mean.detach()) < 1e-12
 
 
@@ -86,7 +87,7 @@ def test_the_normalizer_takes_its_prior_from_the_transition() -> None:
     model.get_submodule("bn1").register_forward_pre_hook(lambda _, args: seen.update(prior=args[1]))
     model(x_of().double())
     bn = model.get_submodule("bn")
-    rectified = belief.relu(Belief(bn.bias[None], bn.weight.square()[None]))
+    rectified = moments.relu(Belief(bn.bias[None], bn.weight.square()[None]))
     expected = model.get_submodule("conv1_transition")(rectified)
     for found, wanted in zip(seen["prior"], expected, strict=True):
         assert error(found.detach(), wanted.detach()) < 1e-12
