@@ -53,11 +53,18 @@ NORMS = {
     "gkn": ["norm=gkn"],
     "gkn-v1": ["norm=gkn", "norm.preset=v1"],
     "syncbn": ["norm=syncbn"],
+    "ibn": ["norm=ibn"],
+    "ssn": ["norm=ssn"],
+    "zca": ["norm=zca", "norm.options.group=2"],
+    "itern": ["norm=itern", "norm.options.group=2"],
+    "pn": ["norm=pn", "norm.options.gamma_decay=[images,8]"],
+    "pn-memory": ["norm=pn", "norm.options.estimator=memory"],
+    "bn-mean": ["norm=bn", "+norm.options.var_batch=whole"],
     "frozen": ["norm=frozen"],
     "none": ["norm=none"],
 }
 # Left to the slow tests: what looks at one image, or at nothing, and mixtures and variants of what is here.
-SLOW = ("ln", "in", "sn", "frozen", "none", "bkn-talk", "bkn-input", "gkn-v1")
+SLOW = ("ln", "in", "sn", "ibn", "pn-memory", "frozen", "none", "bkn-talk", "bkn-input", "gkn-v1")
 
 
 Runs = dict[str, list[str]]  # name -> overrides
