@@ -64,7 +64,21 @@ NORMS = {
     "none": ["norm=none"],
 }
 # Left to the slow tests: what looks at one image, or at nothing, and mixtures and variants of what is here.
-SLOW = ("ln", "in", "sn", "ibn", "pn-memory", "frozen", "none", "bkn-talk", "bkn-input", "gkn-v1")
+SLOW = (
+    "ln",
+    "in",
+    "sn",
+    "ibn",
+    "ssn",
+    "itern",
+    "pn-memory",
+    "bn-mean",
+    "frozen",
+    "none",
+    "bkn-talk",
+    "bkn-input",
+    "gkn-v1",
+)
 
 
 Runs = dict[str, list[str]]  # name -> overrides
@@ -211,7 +225,7 @@ def test_four_processes_equal_one(tmp_path, stat_batch):
 
 
 def test_micro_batches_equal_whole_ones(one_process, tmp_path):
-    refuse = ("bkn-released", "bkn-guarded", "syncbn")
+    refuse = ("bkn-released", "bkn-guarded", "syncbn", "pn", "bn-mean")
     runs = {name: run for name, run in cases((2,)).items() if not name.startswith(refuse)}
 
     def in_parts(folder: Path, runs: Runs) -> None:
