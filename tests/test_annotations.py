@@ -17,8 +17,8 @@ from pycocotools import mask as run_length
 from kalmannorm.data import coco
 from kalmannorm.data.annotations import _runs
 from kalmannorm.data.pixels import ORIENTATION, turn
-from kalmannorm.train.average_precision import average_precision
 from kalmannorm.errors import UserError
+from kalmannorm.train.average_precision import average_precision
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -107,7 +107,13 @@ def run_all(folder: Path, runs: Runs) -> None:
 
 def worker(rank: int, world: int, port: int, folder: Path, runs: Runs) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     dist.init_process_group("gloo")
     run_all(folder, runs)
     dist.destroy_process_group()
@@ -244,6 +250,16 @@ def test_micro_batches_on_two_processes_equal_whole_ones_on_one(one_process, tmp
     assert_same(tmp_path, runs, in_parts, one_process)
 
 
+def launched(monkeypatch, world: int, local_rank: int = 0) -> None:
+    """What torchrun sets for one of its processes, which will meet nobody."""
+    values = {"WORLD_SIZE": world, "RANK": local_rank, "LOCAL_RANK": local_rank, "MASTER_ADDR": "localhost"}
+    for name, value in (values | {"MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
+    store = SimpleNamespace(set_timeout=lambda _: None)
+    monkeypatch.setattr(ranks, "rendezvous", lambda *_, **__: iter([(store, 0, world)]))
+    monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
+
+
 @pytest.mark.parametrize(
     ("overrides", "world", "words"),
     [
@@ -256,7 +272,7 @@ def test_micro_batches_on_two_processes_equal_whole_ones_on_one(one_process, tmp
     ],
 )
 def test_batches_that_do_not_divide_are_refused(monkeypatch, overrides, world, words):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
+    launched(monkeypatch, world)
     with pytest.raises(UserError) as error:
         Ranks(compose([*SMALL, *overrides]))
     assert all(word in str(error.value) for word in words)
@@ -265,8 +281,7 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch, overrides, world, w
 def test_all_collectives_wait_for_what_rank_0_does_alone(monkeypatch):
     """Precise statistics and gaps of a large data set take longer than a process group waits by default."""
     waits = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
+    launched(monkeypatch, 2)
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(dist, name, lambda *_, **options: waits.append(options.get("timeout")))
     Ranks(compose([*SMALL, "batch.stat_batch=2"]))
@@ -278,11 +293,9 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch, asked, local_rank, expected)
     """Without a GPU: torch's own check of what it is given, and a stand-in for the tensor that tries the device out."""
     chosen = []
     if local_rank is not None:
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        launched(monkeypatch, 2, local_rank)
         for name in ("init_process_group", "new_group"):
             monkeypatch.setattr(dist, name, lambda *_, **__: None)
-        monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
 
     def tensor(_: int, device: torch.device) -> SimpleNamespace:
         return SimpleNamespace(device=torch.device(device.type, device.index or 0))

@@ -127,8 +127,10 @@ def _train(options: argparse.Namespace) -> int:
     from kalmannorm.experiments.config import compose
     from kalmannorm.experiments.record import is_done, path, run_id
     from kalmannorm.files import check_writable
+    from kalmannorm.machine import launch
     from kalmannorm.runs.lock import hold
 
+    process = launch()
     config = compose(options.overrides)
     identity = run_id(config)
     if is_done(config["results"], identity):
@@ -136,11 +138,11 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     check_writable(path(config["results"], identity).parent)
     # The first process of a distributed run holds the lock for all of them.
-    with hold(config["runs"], identity) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+    with hold(config["runs"], identity) if process.rank == 0 else nullcontext():
         from kalmannorm.train.run import execute
 
         code = 0 if execute(config)["status"] == "done" else 1
-    if "WORLD_SIZE" in os.environ:
+    if process.world > 1:
         from kalmannorm.train.ranks import end_process
 
         end_process(code)
