@@ -18,7 +18,7 @@ from kalmannorm.runs.pool import Local
 
 DIGITS = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "batch=g32_s4"]
 TORCHRUN = {
-    "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node", "MASTER_PORT": "1",
+    "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1",
 }  # fmt: skip
 
 

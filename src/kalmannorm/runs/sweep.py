@@ -158,7 +158,8 @@ def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
         board.say(job, f"{outcome.reason}; once more, from its last checkpoint ({job.folder / LOG})")
     else:
         job.state = FAILED
-        write_failed(job.config, outcome.reason)
+        if outcome.status == "failed":
+            write_failed(job.config, outcome.reason)
         board.say(job, f"failed: {outcome.reason}")
 
 
