@@ -7,6 +7,7 @@ PLAN is a JSON file: {run id or "*": [what the first attempt does, the second, .
 was attempted stands in PLAN.attempts, a line each: run id, process id, action.
 """
 
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,11 @@ from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import result_part
 
 HERE = Path(__file__).resolve()
+MACHINE = {
+    "memory": MemoryError("injected"),
+    "disk": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "library": ImportError("libcudart.so"),
+}
 
 
 def attempts(plan: Path) -> list[tuple[str, int, str]]:
@@ -42,6 +48,8 @@ def misbehave(action: str) -> None:
     print(f"about to {action}", flush=True)
     if action == "raise":
         raise RuntimeError("injected")
+    if action in MACHINE:
+        raise MACHINE[action]
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "refuse":

@@ -38,7 +38,13 @@ def run_all(folder, runs):
 
 def worker(rank, port, folder, runs):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     dist.init_process_group("gloo")
     run_all(folder, runs)
     dist.destroy_process_group()

@@ -53,11 +53,32 @@ NORMS = {
     "gkn": ["norm=gkn"],
     "gkn-v1": ["norm=gkn", "norm.preset=v1"],
     "syncbn": ["norm=syncbn"],
+    "ibn": ["norm=ibn"],
+    "ssn": ["norm=ssn"],
+    "zca": ["norm=zca", "norm.options.group=2"],
+    "itern": ["norm=itern", "norm.options.group=2"],
+    "pn": ["norm=pn", "norm.options.gamma_decay=[images,8]"],
+    "pn-memory": ["norm=pn", "norm.options.estimator=memory"],
+    "bn-mean": ["norm=bn", "+norm.options.var_batch=whole"],
     "frozen": ["norm=frozen"],
     "none": ["norm=none"],
 }
 # Left to the slow tests: what looks at one image, or at nothing, and mixtures and variants of what is here.
-SLOW = ("ln", "in", "sn", "frozen", "none", "bkn-talk", "bkn-input", "gkn-v1")
+SLOW = (
+    "ln",
+    "in",
+    "sn",
+    "ibn",
+    "ssn",
+    "itern",
+    "pn-memory",
+    "bn-mean",
+    "frozen",
+    "none",
+    "bkn-talk",
+    "bkn-input",
+    "gkn-v1",
+)
 
 
 Runs = dict[str, list[str]]  # name -> overrides
@@ -86,7 +107,13 @@ def run_all(folder: Path, runs: Runs) -> None:
 
 def worker(rank: int, world: int, port: int, folder: Path, runs: Runs) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     dist.init_process_group("gloo")
     run_all(folder, runs)
     dist.destroy_process_group()
@@ -204,7 +231,7 @@ def test_four_processes_equal_one(tmp_path, stat_batch):
 
 
 def test_micro_batches_equal_whole_ones(one_process, tmp_path):
-    refuse = ("bkn-released", "bkn-guarded", "syncbn")
+    refuse = ("bkn-released", "bkn-guarded", "syncbn", "pn", "bn-mean")
     runs = {name: run for name, run in cases((2,)).items() if not name.startswith(refuse)}
 
     def in_parts(folder: Path, runs: Runs) -> None:
@@ -223,6 +250,16 @@ def test_micro_batches_on_two_processes_equal_whole_ones_on_one(one_process, tmp
     assert_same(tmp_path, runs, in_parts, one_process)
 
 
+def launched(monkeypatch, world: int, local_rank: int = 0) -> None:
+    """What torchrun sets for one of its processes, which will meet nobody."""
+    values = {"WORLD_SIZE": world, "RANK": local_rank, "LOCAL_RANK": local_rank, "MASTER_ADDR": "localhost"}
+    for name, value in (values | {"MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
+    store = SimpleNamespace(set_timeout=lambda _: None)
+    monkeypatch.setattr(ranks, "rendezvous", lambda *_, **__: iter([(store, 0, world)]))
+    monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
+
+
 @pytest.mark.parametrize(
     ("overrides", "world", "words"),
     [
@@ -235,7 +272,7 @@ def test_micro_batches_on_two_processes_equal_whole_ones_on_one(one_process, tmp
     ],
 )
 def test_batches_that_do_not_divide_are_refused(monkeypatch, overrides, world, words):
-    monkeypatch.setenv("WORLD_SIZE", str(world))
+    launched(monkeypatch, world)
     with pytest.raises(UserError) as error:
         Ranks(compose([*SMALL, *overrides]))
     assert all(word in str(error.value) for word in words)
@@ -244,8 +281,7 @@ def test_batches_that_do_not_divide_are_refused(monkeypatch, overrides, world, w
 def test_all_collectives_wait_for_what_rank_0_does_alone(monkeypatch):
     """Precise statistics and gaps of a large data set take longer than a process group waits by default."""
     waits = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
+    launched(monkeypatch, 2)
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(dist, name, lambda *_, **options: waits.append(options.get("timeout")))
     Ranks(compose([*SMALL, "batch.stat_batch=2"]))
@@ -257,11 +293,9 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch, asked, local_rank, expected)
     """Without a GPU: torch's own check of what it is given, and a stand-in for the tensor that tries the device out."""
     chosen = []
     if local_rank is not None:
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        launched(monkeypatch, 2, local_rank)
         for name in ("init_process_group", "new_group"):
             monkeypatch.setattr(dist, name, lambda *_, **__: None)
-        monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
 
     def tensor(_: int, device: torch.device) -> SimpleNamespace:
         return SimpleNamespace(device=torch.device(device.type, device.index or 0))

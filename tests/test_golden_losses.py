@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from kalmannorm import NORMS, convert, initialize_weight_norm, set_progress
 from kalmannorm.models.resnet_cifar import ResNet
+from kalmannorm.norm.modes import finish_gradients
 from kalmannorm.train.model import optimizer
 
 FILE = Path(__file__).parent / "golden_losses.json"
@@ -21,6 +22,8 @@ CASES = {
     "bn": ("bn", {}),
     "gn": ("gn", {"max_groups": 4}),
     "bkn": ("bkn", {}),
+    "bkn-eq7": ("bkn", {"preset": "eq7"}),
+    "bkn-robust": ("bkn", {"preset": "robust", "input_belief": ([0.0] * 3, [1.0] * 3)}),
     "bkn-output": ("bkn", {"belief": "output", "gain": 0.1}),
     "bkn-sampling": ("bkn", {"predictor": "sampling"}),
     "bkn-released": ("bkn", {"preset": "released"}),
@@ -31,6 +34,13 @@ CASES = {
     "wn": ("wn", {}),
     "sn": ("sn", {}),
     "syncbn": ("syncbn", {}),
+    "ibn": ("ibn", {}),
+    "ssn": ("ssn", {}),
+    "zca": ("zca", {"group": 2}),
+    "itern": ("itern", {"group": 4}),
+    "pn": ("pn", {"gamma_decay": ("images", 2)}),
+    "pn-memory": ("pn", {"estimator": "memory"}),
+    "bn-mean": ("bn", {"var_batch": "whole"}),
     "frozen": ("frozen", {}),
     "none": ("none", {}),
     "bkn-talk": ("bkn", {"preset": "talk"}),
@@ -60,6 +70,7 @@ def losses(case: str, dtype: torch.dtype = torch.float64) -> list[float]:
         loss = F.cross_entropy(model(x), labels)
         optim.zero_grad()
         loss.backward()
+        finish_gradients(model)
         optim.step()
         found.append(loss.item())
     return found

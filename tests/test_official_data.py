@@ -11,7 +11,9 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import struct
+import subprocess
 import tarfile
 import threading
 from pathlib import Path
@@ -129,11 +131,18 @@ def test_prepare_replaces_an_incomplete_folder(tmp_path: Path, monkeypatch: pyte
     folder = folder_of(tmp_path)
     (folder / "train_images.npy").unlink()
     (folder / "source.json").write_text('{"sha256": "of something else"}')
-    stale = tmp_path / f".cifar10.{os.getpid()}.partial"  # of a killed process that had our number
-    stale.mkdir()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    # Of a killed process that had our number, of another one, and of one that lives.
+    numbers = (os.getpid(), ended.pid, os.getppid())
+    left = [tmp_path / f".cifar10.{socket.gethostname()}.{number}.partial" for number in numbers]
+    for stale in left:
+        stale.mkdir()
     members, arrays = cifar_members()
     write_archive(folder / "cifar-10-python.tar.gz", members, monkeypatch)
     data.prepare("cifar10", tmp_path, download=False)
+    assert [stale.exists() for stale in left] == [False, False, True]
+    left[2].rmdir()
     assert_prepared(tmp_path, "cifar10", arrays, "official archive, md5 verified")
 
 

@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import faulty
 import numpy as np
@@ -257,14 +260,46 @@ def half_written(file: Path) -> None:
     file.write_bytes(whole[: len(whole) // 2])
 
 
-STATE = dict.fromkeys(checkpoint.PARTS) | {"id": "x"}
+STATE = dict.fromkeys(checkpoint.PARTS) | {"id": "x", "step": 0, "seconds": 0.5, "model": {"weight": torch.arange(9.0)}}
+
+
+def bomb(file: Path) -> None:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**26))
+
+
+def changed(**values: Any) -> Callable[[Path], None]:
+    """The same with other values under the checksum of the old ones, or (sha256 given) under none."""
+
+    def damage(file: Path) -> None:
+        torch.save(torch.load(file, weights_only=True) | values, file)
+
+    return damage
+
+
+def flipped(file: Path) -> None:
+    """One bit of a weight."""
+    whole = bytearray(file.read_bytes())
+    at = whole.index(torch.arange(9.0).numpy().tobytes())
+    whole[at + 5] ^= 1
+    file.write_bytes(whole)
+
+
 DAMAGE = {
     "half-written": half_written,
     "empty": lambda file: file.write_bytes(b""),
     "foreign": lambda file: file.write_text("not a checkpoint"),
     "of something else": lambda file: torch.save([1, 2], file),
     "of another program": lambda file: torch.save({"id": "x", "weights": 1}, file),
-    "of another run": lambda file: torch.save({"id": "y", "epoch": 9}, file),
+    "of another run": changed(id="y"),
+    "a flipped bit": flipped,
+    "other weights": changed(model={"weight": torch.zeros(9)}),
+    "other shapes": changed(model={"weight": torch.arange(9.0).view(3, 3)}),
+    "a step of words": changed(step="7", sha256=None),
+    "a step below 0": changed(step=-1, sha256=None),
+    "a step of nan": changed(step=float("nan"), sha256=None),
+    "seconds of nan": changed(seconds=float("nan"), sha256=None),
+    "an archive that claims more than it has": bomb,
     "malicious": lambda file: torch.save({"id": "x", "model": Evil(file.parent / "executed")}, file),
     "malicious pickle": lambda file: file.write_bytes(pickle.dumps(Evil(file.parent / "executed"))),
 }

@@ -16,6 +16,7 @@ from kalmannorm.experiments import cards, config
 from kalmannorm.experiments.record import run_id
 
 FILE = Path(__file__).with_name("run_ids.json")
+MACHINE = ("device=cpu", "precision=fp32", "compile=false")  # auto would differ between machines
 BUDGETS = ("paper", "lite", "smoke")
 DATASET = {"table6": "coco"}  # of the cards that are not of CIFAR-10's task
 MANY = 12  # of a card with more rows, which take long to compose, the other budgets' first row alone
@@ -25,7 +26,7 @@ def composed(name: str) -> dict[str, dict[str, config.Config]]:
     """The first seed's run of every row (and column), per budget, on CIFAR-10 (or DATASET's) and a CPU."""
     found: dict[str, dict[str, config.Config]] = {}
     for budget in BUDGETS:
-        settings = [f"dataset={DATASET.get(name, 'cifar10')}", f"budget={budget}", "device=cpu", "seeds=1"]
+        settings = [f"dataset={DATASET.get(name, 'cifar10')}", f"budget={budget}", *MACHINE, "seeds=1"]
         if len(rows := found.get(BUDGETS[0], {})) > MANY:
             settings.append(f"rows={next(iter(rows)).split()[0]}")
         experiment = cards.load(name, settings)

@@ -96,6 +96,18 @@ def test_failures_are_retried_and_listed_while_the_others_go_on(tmp_path, plan, 
     assert set(statuses(tmp_path).values()) == {"done"} and len(faulty.attempts(file)) == 9 + 3
 
 
+def test_faults_of_the_machine_are_no_failures_of_a_run(tmp_path, plan, capsys):
+    """No process, no memory, no disk: tried again and listed, and no record says that the run failed."""
+    arguments = [*TABLE7, "seeds=2", *place(tmp_path)]
+    ids = [records.run_id(config) for config in load("table7", arguments[1:]).runs]
+    plan(dict(zip(ids, [["kill"] * 2, ["memory"] * 2, ["disk"] * 2, ["library"] * 2], strict=True)))
+    assert main(["sweep", *arguments, "slots=2", "retries=1"]) == 1
+    error = capsys.readouterr().err
+    assert not statuses(tmp_path) and "4 of 4 runs failed; the same command tries them again" in error
+    assert "SIGKILL" in error and "MemoryError" in error and "No space left" in error and "ImportError" in error
+    assert main(["sweep", *arguments, "slots=2"]) == 0 and set(statuses(tmp_path).values()) == {"done"}
+
+
 def test_a_refusal_of_all_runs_is_wrong_input(tmp_path, plan, capsys):
     plan({"*": ["refuse"]})
     assert main(["sweep", *TABLE7, "seeds=1", *place(tmp_path)]) == 2

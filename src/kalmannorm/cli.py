@@ -1,17 +1,16 @@
 """`kalmannorm`: train, evaluate, export, sweep, report, records, bench, data. A command imports what it needs."""
 
 import argparse
+import codecs
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from contextlib import chdir, nullcontext
+from pathlib import Path
 
 from kalmannorm.errors import Stopped, UserError
 from kalmannorm.runs.placement import HELP
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule budget) or key=value, for example
   kalmannorm train dataset=cifar10 arch=resnet32 norm=bkn batch=g128_s2 budget=lite seed=2
@@ -22,24 +21,66 @@ EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule 
 exit codes: 0 all well; 1 a run failed; 2 wrong input; 130, 138, 143 stopped by a signal (the same command goes on)"""
 
 
+# What tables and titles hold beyond ASCII, for terminals and pipes that have no more.
+PLAIN = {"−": "-", "–": "-", "±": "+-", "×": "x", "≤": "<=", "≥": ">=", "…": "...", "’": "'", "σ": "sigma", "μ": "mu"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    # Threads that wait busily make two processes on the same cores slow each other many times over.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _settle_surroundings()
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _say(str(error), 2)
+    except Stopped as stopped:
+        return _say(str(stopped), stopped.exit_code)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on from the last checkpoint", 130)
+    except BrokenPipeError:  # who reads has seen enough; nor is there anybody to flush to at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except MemoryError:
+        return _say("out of memory: pass a smaller batch.grad_batch, or accumulate=2 for half as much at once", 2)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        return _say(f"{error.filename or 'input or output'}: {error.strerror}", 2)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parse(_parser(), arguments)
     command: Callable[[argparse.Namespace], int] = options.command
-    try:
-        return command(options)
-    except UserError as error:
-        print(f"kalmannorm: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(f"kalmannorm: {stopped}", file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("kalmannorm: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 0
+    return command(options)
+
+
+def _say(text: str, code: int) -> int:
+    print(f"kalmannorm: {text}", file=sys.stderr)
+    return code
+
+
+def _settle_surroundings() -> None:
+    """Let nothing of the user's terminal, shell and matplotlib get between a command and its result."""
+    # Threads that wait busily make two processes on the same cores slow each other many times over.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ |= {"MATPLOTLIBRC": os.devnull, "MPLBACKEND": "agg"}  # a mistake in them would end matplotlib's import
+    codecs.register_error("plain", _plainly)
+    if sys.stdout is None or sys.stderr is None:  # closed by the shell
+        nowhere = Path(os.devnull).open("w")  # noqa: SIM115, as long as the process
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+def _plainly(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    character = error.object[error.start]
+    if character in PLAIN:
+        return PLAIN[character], error.start + 1
+    one = UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, error.reason)
+    return codecs.backslashreplace_errors(one)
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -127,8 +168,10 @@ def _train(options: argparse.Namespace) -> int:
     from kalmannorm.experiments.config import compose
     from kalmannorm.experiments.record import is_done, path, run_id
     from kalmannorm.files import check_writable
+    from kalmannorm.machine import launch
     from kalmannorm.runs.lock import hold
 
+    process = launch()
     config = compose(options.overrides)
     identity = run_id(config)
     if is_done(config["results"], identity):
@@ -136,11 +179,11 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     check_writable(path(config["results"], identity).parent)
     # The first process of a distributed run holds the lock for all of them.
-    with hold(config["runs"], identity) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+    with hold(config["runs"], identity) if process.rank == 0 else nullcontext():
         from kalmannorm.train.run import execute
 
         code = 0 if execute(config)["status"] == "done" else 1
-    if "WORLD_SIZE" in os.environ:
+    if process.world > 1:
         from kalmannorm.train.ranks import end_process
 
         end_process(code)
@@ -168,6 +211,9 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    with chdir(os.sep):  # it reads a matplotlibrc of the current folder before any other
+        import matplotlib  # noqa: F401
+
     from kalmannorm.report import command
     from kalmannorm.runs.placement import split
 
@@ -197,8 +243,6 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from kalmannorm import data
 
     root = data.root(options.root)
@@ -210,9 +254,7 @@ def _data(options: argparse.Namespace) -> int:
     return 0
 
 
-def _ffcv(options: argparse.Namespace, root: "Path") -> int:
-    from pathlib import Path
-
+def _ffcv(options: argparse.Namespace, root: Path) -> int:
     from kalmannorm import data
     from kalmannorm.data.beton_write import Form, write
     from kalmannorm.experiments.config import compose

@@ -1,5 +1,6 @@
 """Files written whole or not at all; permission and room looked at before the work is done."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -27,6 +28,12 @@ def write_atomically(file: Path, content: bytes) -> None:
             raise
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from None
+
+
+def clear_unfinished(file: Path) -> None:
+    """Remove what processes left that were killed while they wrote `file`; call where nobody else can be writing it."""
+    for left in file.parent.glob(f".{glob.escape(file.name)}.*"):
+        left.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

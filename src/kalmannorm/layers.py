@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.errors import nearest
-from kalmannorm.norm import NORMS, Estimator, GroupedStatistics
+from kalmannorm.norm import NORMS, Estimator, GroupedStatistics, Whitening
 
 BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -40,14 +40,15 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
     reference = next(itertools.chain(old.parameters(False), old.buffers(False)), None)
     if reference is not None:
         new.to(reference.device, reference.dtype)
-    for key in BATCH_NORM_STATE:
-        value, target = getattr(old, key, None), getattr(new, key, None)
+    parts: list[tuple[nn.Module, slice]] = getattr(new, "parts", [(new, slice(None))])
+    for key, (part, channels) in itertools.product(BATCH_NORM_STATE, parts):
+        value, target = getattr(old, key, None), getattr(part, key, None)
         if isinstance(target, Tensor):
             if value is None:
                 target.requires_grad_(False)  # the original has no affine parameters: nothing to learn there
             else:
                 with torch.no_grad():
-                    target.copy_(value)
+                    target.copy_(value[channels] if value.dim() else value)
                 if isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter):  # frozen BN's are buffers
                     target.requires_grad_(value.requires_grad)
     if isinstance(gamma := getattr(old, "weight", None), nn.Parameter) and not gamma.requires_grad:
@@ -55,8 +56,9 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
             parameter.requires_grad_(parameter.requires_grad and key in BATCH_NORM_STATE)
     if hasattr(new, "layer_name"):
         new.layer_name = name  # type: ignore[assignment]
-    if isinstance(new, GroupedStatistics) and getattr(old, "running_mean", None) is None:
-        new.statistics = "online"
+    for part, _ in parts:
+        if isinstance(part, GroupedStatistics) and getattr(old, "running_mean", None) is None:
+            part.statistics = "online"
     return new.train(old.training)
 
 
@@ -101,6 +103,8 @@ def plain_batch_norm(layer: Any) -> nn.Module:
     if "original" in layer.__dict__:
         return _original_of(layer)
     kind, affine, track_running_stats = layer.replaced
+    if isinstance(layer, Whitening):
+        return layer.folded(kind)
     plain = kind(layer.num_features, layer.eps, layer.momentum, affine, track_running_stats)
     carry_over(layer, plain)
     return plain

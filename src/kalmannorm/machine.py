@@ -1,16 +1,22 @@
 """What this machine has; all but `host` asked without torch, which takes seconds to import."""
 
 import functools
+import itertools
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from kalmannorm.errors import UserError
+
 CPUS = Path("/proc/cpuinfo")
 DRIVER = Path("/proc/driver/nvidia/version")
+# What torchrun sets for each process, and what any other launcher has to set.
+LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def cores() -> int:
@@ -20,7 +26,20 @@ def cores() -> int:
 
 def has_gpu() -> bool:
     """Whether there is a driver, and CUDA_VISIBLE_DEVICES does not hide all its GPUs."""
-    return DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    return DRIVER.exists() and allotted_gpus() != ()
+
+
+def allotted_gpus() -> tuple[str, ...] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names, by number or UUID, as CUDA reads it; None where it is not set.
+
+    A cluster sets it to what it allots to a job. What follows a number below 0 or a word like "none" is not seen.
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return None
+    names = [part.strip() for part in chosen.split(",")]
+    valid = itertools.takewhile(lambda name: name.isdecimal() or name.startswith(("GPU-", "MIG-")), names)
+    return tuple(dict.fromkeys(valid))
 
 
 @functools.cache
@@ -35,14 +54,44 @@ def multiplies_bfloat16() -> bool:
 
 def visible_gpus() -> tuple[str, ...]:
     """Ids of this machine's GPUs, those of CUDA_VISIBLE_DEVICES if it is set."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return tuple(part for part in chosen.split(",") if part)
+    if (chosen := allotted_gpus()) is not None:
+        return chosen
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return ("0",) if DRIVER.exists() else ()
     return tuple(str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU")) or ("0",)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which process of how many this is: of the run, and of those on this machine (torchrun's LOCAL_...)."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def launch() -> Launch:
+    """Read what a launcher such as torchrun has set. UserError: part of it, as an earlier shell or a pod leaves it."""
+    values = {name: os.environ.get(name, "").strip() for name in LAUNCHER}
+    given = {name: value for name, value in values.items() if value}
+    shown = " ".join(f"{name}={value}" for name, value in given.items())
+    remedy = f"start with torchrun --nproc-per-node N -m kalmannorm train ..., or `unset {' '.join(LAUNCHER)}`"
+    numbers = {}
+    for name in LAUNCHER[:4]:
+        if name in given and not (given[name].isascii() and given[name].isdecimal()):
+            raise UserError(f"{name}={given[name]} in the environment: expected a number; {remedy}")
+        numbers[name] = int(given.get(name, "0"))
+    world = numbers["WORLD_SIZE"] or 1
+    if world == 1 and not numbers["RANK"]:
+        return Launch()
+    if missing := [name for name in (*LAUNCHER[:3], *LAUNCHER[4:]) if name not in given]:
+        raise UserError(f"{shown} in the environment without {', '.join(missing)}: {remedy}")
+    if numbers["RANK"] >= world:
+        raise UserError(f"{shown} in the environment: expected RANK from 0 to {world - 1}; {remedy}")
+    return Launch(numbers["RANK"], world, numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"] or world)
 
 
 def host(device: str) -> dict[str, Any]:

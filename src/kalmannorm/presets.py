@@ -5,9 +5,11 @@ from typing import Any
 
 KALMAN = ("bkn", "gkn")
 # Normalizers whose statistics are shared by a group of images: `stat_batch` means something for them.
-BATCH_STATISTICS = ("bn", "brn", "sn", "bkn", "syncbn")
+BATCH_STATISTICS = ("bn", "brn", "sn", "bkn", "syncbn", "ibn", "ssn", "zca", "itern", "pn")
 # Those whose groups may span devices.
-SPAN_DEVICES = ("syncbn",)
+SPAN_DEVICES = ("syncbn", "pn")
+# Those whose statistics are, in a run, always the whole gradient batch's.
+WHOLE_BATCH = ("pn",)
 # Those that put no beta in a convolution's bias's place: convert gives every convolution one.
 NEED_BIAS = ("wn", "none")
 

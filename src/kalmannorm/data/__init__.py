@@ -52,7 +52,11 @@ PREPARE: dict[str, Callable[[str, Path, Path | None, bool], Path]] = {  # digits
 
 def root(option: str | None = None) -> Path:
     """The folder that holds the data sets: the option, else the environment variable KALMANNORM_DATA, else ./data."""
-    return Path(option or os.environ.get("KALMANNORM_DATA") or "data").expanduser()
+    chosen = option or os.environ.get("KALMANNORM_DATA") or "data"
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError:
+        raise UserError(f"data={chosen}: nobody's home is known here (HOME is not set); give the whole path") from None
 
 
 def source(dataset: Mapping[str, Any], root: Path) -> Source:
@@ -68,7 +72,7 @@ def workers_of(asked: int | str, world: int) -> int:
     """Workers of one of `world` processes: those asked for; "auto": its share of this machine's cores, up to 16."""
     if asked != "auto":
         return int(asked)
-    return max(1, min(16, machine.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+    return max(1, min(16, machine.cores() // (machine.launch().local_world if world > 1 else 1)))
 
 
 def load(name: str, root: Path) -> Arrays:

@@ -5,10 +5,12 @@ Nothing is ever unpickled here.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,9 +181,16 @@ def _flush(file: Any) -> None:
 
 @contextmanager
 def partial(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`, for what is not finished yet; removed at the end, OSErrors become UserErrors."""
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with our number: containers reuse few
+    """A hidden folder beside `folder`, for what is not finished yet; removed at the end, OSErrors become UserErrors.
+
+    Those of killed processes of this machine are removed too.
+    """
+    prefix = f".{folder.name}.{socket.gethostname()}."
+    temporary = folder.parent / f"{prefix}{os.getpid()}.partial"
+    for left in folder.parent.glob(f"{glob.escape(prefix)}*.partial"):
+        number = left.name.removeprefix(prefix).removesuffix(".partial")
+        if left == temporary or (number.isdecimal() and not _lives(int(number))):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -191,6 +200,16 @@ def partial(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 # Smaller pictures, fewer pictures ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 from kalmannorm import machine
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments import composition
-from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, preset_options
+from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, WHOLE_BATCH, preset_options
 
 Config = dict[str, Any]
 
@@ -30,6 +30,7 @@ RESULT_KEYS = (
 
 COMPILE_FROM = 1000  # steps that pay for the compiler on a CPU
 LOADERS = ("torchvision", "ffcv")  # of data sets that are folders of images; the others are arrays in memory
+LOOK_AT_ALL = ("guard", "mean_batch", "var_batch")  # options by which a layer looks at the whole batch at once
 FLAGS = ("learn_gain", "mixture", "relu", "first_unbiased")  # options that are on or off
 # What a configuration of these groups has; a key that is added by "+" beside them would do nothing.
 GROUPS = {
@@ -92,8 +93,9 @@ def check_batches(config: Config, devices: int) -> None:
             f"batch.grad_batch = {grad} on {where}: {grad // (devices * parts)} images each are no whole groups of "
             f"batch.stat_batch = {stat}, and a group cannot span devices; take fewer devices"
         )
-    if parts > 1 and (name in SPAN_DEVICES or config["norm"]["options"].get("guard") is not None):
-        what = name if name in SPAN_DEVICES else "the released code's guard"
+    whole = [key for key in LOOK_AT_ALL if config["norm"]["options"].get(key) is not None]
+    if parts > 1 and (name in SPAN_DEVICES or whole):
+        what = name if name in SPAN_DEVICES else f"norm.options.{whole[0]}"
         raise UserError(
             f"accumulate = {parts}: {what} looks at the whole batch, which micro-batches do not see at once"
         )
@@ -127,7 +129,7 @@ def _resolve(config: Config) -> None:
     norm, batch = config["norm"], config["batch"]
     if norm["name"] not in BATCH_STATISTICS:
         batch["stat_batch"] = None  # means nothing there: one run serves every column
-    elif batch["stat_batch"] is None:
+    elif batch["stat_batch"] is None or norm["name"] in WHOLE_BATCH:
         batch["stat_batch"] = batch["grad_batch"]
     if norm["name"] in KALMAN:
         given = {key: value for key, value in norm["options"].items() if value is not None}

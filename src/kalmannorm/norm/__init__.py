@@ -12,11 +12,21 @@ from torch import nn
 from kalmannorm.norm.batch import BatchNorm, GroupedStatistics
 from kalmannorm.norm.constant import FrozenBatchNorm, NoNorm
 from kalmannorm.norm.group import GroupNorm, channel_groups
+from kalmannorm.norm.instance_batch import InstanceBatchNorm
 from kalmannorm.norm.kalman import Estimator, KalmanBatchNorm2d, KalmanGroupNorm
+from kalmannorm.norm.population import PopulationNorm, SplitBatchNorm
 from kalmannorm.norm.renorm import BatchRenorm
+from kalmannorm.norm.sparse import SparseSwitchableNorm
 from kalmannorm.norm.switchable import SwitchableNorm
 from kalmannorm.norm.sync import SyncBatchNorm
 from kalmannorm.norm.weight import WeightNorm, initialize_weight_norm, normalize_weights
+from kalmannorm.norm.whitening import IterNorm, Whitening, ZCANorm
+
+
+def _bn(num_features: int, *, mean_batch: str | None = None, var_batch: str | None = None, **options: Any) -> BatchNorm:
+    if mean_batch is var_batch is None:
+        return BatchNorm(num_features, **options)
+    return SplitBatchNorm(num_features, mean_batch=mean_batch, var_batch=var_batch, **options)
 
 
 # Those that know no statistics batch and no moving averages are handed both all the same, and ignore them.
@@ -67,7 +77,7 @@ def _gkn(
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
-    "bn": BatchNorm,
+    "bn": _bn,
     "brn": BatchRenorm,
     "gn": _gn,
     "ln": _ln,
@@ -77,6 +87,11 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "bkn": KalmanBatchNorm2d,
     "gkn": _gkn,
     "syncbn": SyncBatchNorm,
+    "ibn": InstanceBatchNorm,
+    "ssn": SparseSwitchableNorm,
+    "zca": ZCANorm,
+    "itern": IterNorm,
+    "pn": PopulationNorm,
     "frozen": _frozen,
     "none": _none,
 }
@@ -89,12 +104,19 @@ __all__ = [
     "FrozenBatchNorm",
     "GroupNorm",
     "GroupedStatistics",
+    "InstanceBatchNorm",
+    "IterNorm",
     "KalmanBatchNorm2d",
     "KalmanGroupNorm",
     "NoNorm",
+    "PopulationNorm",
+    "SparseSwitchableNorm",
+    "SplitBatchNorm",
     "SwitchableNorm",
     "SyncBatchNorm",
     "WeightNorm",
+    "Whitening",
+    "ZCANorm",
     "initialize_weight_norm",
     "normalize_weights",
 ]

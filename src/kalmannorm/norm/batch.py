@@ -1,6 +1,6 @@
 """Batch Normalization over groups of `stat_batch` images, and what every normalizer of such groups shares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,10 @@ class GroupedStatistics(_BatchNorm):
     """
 
     statistics = "moving"
-    # While not None, moving averages wait for statistics.flush_moving: sums of mean, variance and 1 over the groups
-    # since the last one, [3, C]. No list of them: compiled code would depend on its length, and be compiled for each.
+    averaged: tuple[str, ...] = ("running_mean", "running_var")  # the buffers that are moving averages
+    # While not None, moving averages wait for statistics.flush_moving: the sums of what they average over the groups
+    # since the last one, and the number of these, in one row. No list of them: compiled code would depend on its
+    # length, and be compiled for each.
     pending: "Tensor | None" = None
     has_pending = False  # whether there was any group
     holds_first = True  # whether this process and micro-batch has the batch's first group
@@ -87,37 +89,61 @@ class GroupedStatistics(_BatchNorm):
         return F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, False, 0.0, self.eps)
 
     @torch.no_grad()
-    def update_moving(self, mean: Tensor, var: Tensor, values: int) -> None:
+    def update_moving(self, mean: Tensor, var: Tensor, values: int, *more: Tensor) -> None:
         """Exponential average of what normalizes: new = (1 - momentum) old + momentum * mean over the groups.
 
-        mean, var [groups, C] (population variance) of `values` values each. `momentum=None` is the cumulative average,
-        as in torch.
+        mean, var [groups, C] (population variance) of `values` values each; `more` for the other buffers of `averaged`.
+        `momentum=None` is the cumulative average, as in torch.
         """
         if self.moving_unbiased:
             var = var * (values / (values - 1))
+        parts = [mean, var, *more]
         if self.moving_groups == "first":
-            mean, var = mean[: int(self.holds_first)], var[: int(self.holds_first)]
+            parts = [part[: int(self.holds_first)] for part in parts]
         if self.pending is None:
-            self.average_in(mean.mean(0), var.mean(0))
+            self.average_in([part.mean(0) for part in parts])
         else:
-            self.pending += torch.stack((mean.sum(0), var.sum(0), mean.new_full(mean.shape[1:], len(mean))))
+            sums = [part.sum(0).flatten() for part in parts]
+            self.pending += torch.cat([*sums, mean.new_full((1,), len(parts[0]))])
             self.has_pending = True
 
     @torch.no_grad()
-    def average_in(self, mean: Tensor, var: Tensor) -> None:
-        """One step of the moving averages, with what a batch gave: [C] each."""
-        assert self.running_mean is not None and self.running_var is not None
+    def average_in(self, means: Sequence[Tensor]) -> None:
+        """One step of the moving averages, with what a batch gave for each of them."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         rate: float | Tensor = 1.0 / self.num_batches_tracked.float() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
-        self.running_var.lerp_(var.to(self.running_var.dtype), rate)
+        for name, mean in zip(self.averaged, means, strict=True):
+            average: Tensor = getattr(self, name)
+            average.lerp_(mean.view_as(average).to(average.dtype), rate)
 
-    def record(self, mean: Tensor, var: Tensor, values: int) -> None:
+    def defer_averages(self, defer: bool) -> None:
+        """From now on moving averages wait for average_pending, or no longer."""
+        averages = [getattr(self, name) for name in self.averaged]
+        size, first = sum(average.numel() for average in averages), averages[0]
+        self.pending = first.new_zeros(size + 1, dtype=groups.moments_dtype(first)) if defer else None
+        self.has_pending = False
+
+    @torch.no_grad()
+    def average_pending(self, sums: Tensor) -> None:
+        """The step that waited, with the sums over all processes and micro-batches."""
+        assert self.pending is not None
+        sizes = [getattr(self, name).numel() for name in self.averaged]
+        self.average_in((sums[:-1] / sums[-1]).split(sizes))
+        self.pending.zero_()
+        self.has_pending = False
+
+    def begin_precise(self) -> None:
+        """What follows is statistics.precise_statistics, by whose momentum every group counts the same."""
+
+    def end_precise(self) -> None:
+        """The batches are over."""
+
+    def record(self, mean: Tensor, var: Tensor, values: int, *more: Tensor) -> None:
         """The groups' measurement, where it is what normalizes: to the moving averages and the probe. mean, var [G, C],
         detached; population variance of `values` values each."""
         if self.training:
-            self.update_moving(mean, var, values)
+            self.update_moving(mean, var, values, *more)
         if self.probe is not None:
             measured = Belief(mean, var)
             self.probe(measured=measured, used=measured, prior=None)

@@ -26,6 +26,15 @@ def refuse_single_values(where: str, x: Tensor, num_groups: int) -> None:
         )
 
 
+def refuse_single_pixels(where: str, x: Tensor) -> None:
+    """ValueError where a channel of an image of x [N, C, ...] has one value, whose variance says nothing."""
+    if x.shape[2:].numel() == 1:
+        raise ValueError(
+            f"{where}: statistics of a single value (instance statistics on a feature map of "
+            f"{'x'.join(map(str, x.shape[2:])) or '1'}); keep a larger map there, or take another normalizer"
+        )
+
+
 class GroupNorm(nn.GroupNorm):
     """torch's GroupNorm under the normalizers' contract: x [N, C, ...] -> (y, None).
 

@@ -10,12 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kalmannorm.norm import BatchRenorm, Estimator, GroupedStatistics, SyncBatchNorm
+from kalmannorm.norm import (
+    BatchRenorm,
+    Estimator,
+    GroupedStatistics,
+    PopulationNorm,
+    SparseSwitchableNorm,
+    SyncBatchNorm,
+)
 from kalmannorm.norm.batch import Probe
-from kalmannorm.norm.groups import moments_dtype
+from kalmannorm.norm.population import GammaDecay
 from kalmannorm.norm.sampling import Noise
 
 STATISTICS = ("moving", "online")
+SCHEDULED = (BatchRenorm, SparseSwitchableNorm, PopulationNorm)  # normalizers that change with the training's progress
 
 
 def normalizers(model: nn.Module) -> dict[str, GroupedStatistics]:
@@ -39,8 +47,8 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Re-estimate the moving statistics from the given batches of inputs, with the weights as they are.
 
     Mean over all groups of all batches of what normalizes (KN: the posterior), variances included: the definition
-    "mean of variances", not the pooled one. Everything but the normalizers stays in eval mode; the model's modes are
-    restored. ValueError: no batch.
+    "mean of variances", not the pooled one (whitening takes the pooled covariance). Everything but the normalizers
+    stays in eval mode; the model's modes are restored. ValueError: no batch.
     """
     modes = {module: module.training for module in model.modules()}
     layers = normalizers(model).values()
@@ -50,6 +58,7 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     try:
         for layer in layers:
             layer.moving_groups = "mean"
+            layer.begin_precise()
             layer.train()
         seen = dict.fromkeys(layers, 0)  # groups so far
         batch = None
@@ -61,6 +70,8 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
             model(batch)
         if batch is None:
             raise ValueError("precise statistics need at least one batch")
+        for layer in layers:
+            layer.end_precise()
     except BaseException:
         for layer, buffers in old.items():
             for key, value in buffers.items():
@@ -74,10 +85,10 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def set_progress(model: nn.Module, fraction: float) -> None:
-    """`fraction` of the training is done, from 0 to 1: for normalizers with a schedule (BRN). Call it before every step
-    and before an evaluation; a resumed training that does so goes on exactly."""
+    """`fraction` of the training is done, from 0 to 1: for normalizers with a schedule (BRN, SSN). Call it before every
+    step and before an evaluation; a resumed training that does so goes on exactly."""
     for module in model.modules():
-        if isinstance(module, BatchRenorm):
+        if isinstance(module, SCHEDULED):
             module.set_progress(fraction)
 
 
@@ -88,10 +99,7 @@ def spread_batches(model: nn.Module, spread: bool = True) -> None:
     """
     for module in model.modules():
         if isinstance(module, GroupedStatistics):
-            assert module.running_var is not None
-            zeros = torch.zeros_like(module.running_var, dtype=moments_dtype(module.running_var))
-            module.pending = zeros.repeat(3, 1) if spread else None
-            module.has_pending = False
+            module.defer_averages(spread)
         if isinstance(module, Estimator | SyncBatchNorm):
             module.spread = spread
 
@@ -100,16 +108,32 @@ def spread_batches(model: nn.Module, spread: bool = True) -> None:
 def flush_moving(model: nn.Module) -> None:
     """One step of the deferred moving averages, over all groups of all ranks and micro-batches since the last."""
     layers = [layer for layer in normalizers(model).values() if layer.has_pending]
-    own = [layer.pending for layer in layers if layer.pending is not None]  # mean, variance, number of groups; [3, C]
-    sums = own
+    sums = [layer.pending for layer in layers if layer.pending is not None]
     if sums and dist.is_initialized():
+        together = torch.cat(sums)
+        dist.all_reduce(together)
+        sums = list(together.split([len(s) for s in sums]))
+    for layer, total in zip(layers, sums, strict=True):
+        layer.average_pending(total)
+
+
+@torch.no_grad()
+def finish_gradients(model: nn.Module) -> None:
+    """What normalizers do to gradients before the optimizer's step: gamma decay's penalty is added, the gradients of
+    all of SSN's logits together are clipped to norm 1 (public code). Where a batch is spread, after all of it."""
+    decays = [(m, m.decay) for m in model.modules() if isinstance(m, PopulationNorm) and m.decay is not None]
+    measured = [decay for _, decay in decays if decay.sums is not None]
+    if measured and dist.is_initialized():
+        sums = [decay.sums for decay in measured if decay.sums is not None]
         together = torch.cat(sums, 1)
         dist.all_reduce(together)
-        sums = list(together.split([s.shape[1] for s in sums], 1))
-    for layer, pending, (mean, var, count) in zip(layers, own, sums, strict=True):
-        layer.average_in(mean / count, var / count)
-        pending.zero_()
-        layer.has_pending = False
+        for decay, total in zip(measured, together.split([s.shape[1] for s in sums], 1), strict=True):
+            decay.sums = total
+    for layer, decay in decays:
+        decay.penalize(layer.weight)
+    logits = [p for m in model.modules() if isinstance(m, SparseSwitchableNorm) for p in (m.mean_weight, m.var_weight)]
+    if logits:
+        nn.utils.clip_grad_norm_(logits, 1.0)
 
 
 def shard_noise(model: nn.Module, shard: tuple[int, int]) -> None:
@@ -129,6 +153,8 @@ def place_batch(model: nn.Module, step: int, part: int, parts: int) -> None:
             module.step, module.shard = step, (part, parts)
         elif isinstance(module, GroupedStatistics):
             module.holds_first = part == 0
+        elif isinstance(module, GammaDecay):
+            module.micro_batches = parts // (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 @contextmanager

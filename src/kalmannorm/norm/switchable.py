@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics
 from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.group import refuse_single_pixels
 
 MIXED = ("in", "ln", "bn")  # the order of the weights
 
@@ -33,22 +34,24 @@ class SwitchableNorm(GroupedStatistics):
     @property
     def weights(self) -> dict[str, list[float]]:
         """The weights of MIXED in the mean and in the variance, as numbers, for records."""
-        logits = {"mean": self.mean_weight, "var": self.var_weight}
-        return {key: torch.softmax(value.detach(), 0).tolist() for key, value in logits.items()}
+        with torch.no_grad():
+            ratios = self.ratios()
+        return {key: value.tolist() for key, value in zip(("mean", "var"), ratios, strict=True)}
+
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """The weights of MIXED in the mean and in the variance, [3] each."""
+        return torch.softmax(self.mean_weight, 0), torch.softmax(self.var_weight, 0)
 
     def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
         self._check_input_dim(x)
-        if x.shape[2:].numel() == 1:
-            raise ValueError(
-                f"{self.where}: statistics of a single value (instance statistics on a feature map of "
-                f"{'x'.join(map(str, x.shape[2:])) or '1'}); keep a larger map there, or take another normalizer"
-            )
+        refuse_single_pixels(self.where, x)
         # Everything follows from the moments of one channel of one image, [N, C].
         in_mean, in_var = groups.image_moments(x)
         ln_mean, ln_var = groups.pooled(in_mean, in_var, 1)
         bn_mean, bn_var = self._batch_part(x, in_mean, in_var)
-        mean = _mixture(self.mean_weight, in_mean, ln_mean, bn_mean)
-        var = _mixture(self.var_weight, in_var, ln_var, bn_var)
+        of_mean, of_var = self.ratios()
+        mean = _mixture(of_mean, in_mean, ln_mean, bn_mean)
+        var = _mixture(of_var, in_var, ln_var, bn_var)
         return groups.normalize(x, 1, mean, var, self.weight, self.bias, self.eps), None
 
     def _batch_part(self, x: Tensor, in_mean: Tensor, in_var: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +68,6 @@ class SwitchableNorm(GroupedStatistics):
         return f"{super().extra_repr()}, mixed={'/'.join(MIXED)}"
 
 
-def _mixture(logits: Tensor, *parts: Tensor) -> Tensor:
-    weights = torch.softmax(logits.to(parts[0].dtype), 0)
+def _mixture(weights: Tensor, *parts: Tensor) -> Tensor:
+    weights = weights.to(parts[0].dtype)
     return weights[0] * parts[0] + weights[1] * parts[1] + weights[2] * parts[2]

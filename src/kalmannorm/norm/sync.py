@@ -38,28 +38,37 @@ class SyncBatchNorm(BatchNorm):
 
     spread = False  # set by statistics.spread_batches
 
+    @property
+    def spans(self) -> bool:
+        """Whether groups are of the batch over all processes."""
+        return self.spread and self.training and dist.is_initialized()
+
     def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
-        if not (self.spread and self.training and dist.is_initialized()):
+        if not self.spans:
             return super().forward(x, prior)
-        rank, world = dist.get_rank(), dist.get_world_size()
+        size, member, mean, var = self.moments(x, self.stat_batch)
+        y = groups.normalize(x, 1, mean[member], var[member], self.weight, self.bias, self.eps)
+        self.record(mean.detach(), var.detach(), groups.values(x, size))
+        return y, None
+
+    def moments(self, x: Tensor, stat_batch: int | None) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Images of each group of `stat_batch`, which group [N] each of this process's is in, and the groups' mean and
+        population variance [G, C]; None: the whole batch is one."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if self.spans else (0, 1)
         images = x.shape[0]
-        size = self.stat_batch or images * world
+        size = stat_batch or images * world
         if images * world % size:
             raise ValueError(f"{self.where}: {images * world} images on {world} devices are no whole groups of {size}")
         number = images * world // size
-        member = (torch.arange(images, device=x.device) * world + rank) % number  # each image's group
+        member = (torch.arange(images, device=x.device) * world + rank) % number
 
         mean, var = groups.image_moments(x)
         group_mean = self._over_groups(mean, member, number) / size
         # Around the group's mean, not E[x^2] - E[x]^2: does not cancel.
         group_var = self._over_groups(var + (mean - group_mean[member]).square(), member, number) / size
+        return size, member, group_mean, group_var
 
-        y = groups.normalize(x, 1, group_mean[member], group_var[member], self.weight, self.bias, self.eps)
-        self.record(group_mean.detach(), group_var.detach(), groups.values(x, size))
-        return y, None
-
-    @staticmethod
-    def _over_groups(per_image: Tensor, member: Tensor, number: int) -> Tensor:
+    def _over_groups(self, per_image: Tensor, member: Tensor, number: int) -> Tensor:
         """[N, C] summed over the images of each group, of all processes -> [groups, C]."""
         sums = per_image.new_zeros(number, per_image.shape[1]).index_add(0, member, per_image)
-        return _SumOverRanks.apply(sums)
+        return _SumOverRanks.apply(sums) if self.spans else sums

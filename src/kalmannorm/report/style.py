@@ -5,8 +5,8 @@ colour-blind readers tell apart; every line has its own marker as well, for prin
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +83,15 @@ def tint(colour: str, variant: int) -> str:
     return "#" + "".join(f"{(part + towards) // 2:02x}" for part in parts)
 
 
-def context() -> AbstractContextManager[None]:
-    """Fonts and sizes; a figure is made and encoded within it."""
+@contextmanager
+def context() -> Iterator[None]:
+    """Set fonts and sizes; a figure is made and encoded within it. Nothing of the user's own settings shows."""
     import matplotlib
 
-    return matplotlib.rc_context(RC)  # type: ignore[arg-type]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)  # type: ignore[arg-type]
+        yield
 
 
 def wrapped(text: str) -> str:

@@ -26,9 +26,10 @@ LOG = "log.txt"
 class Outcome:
     """How a run ended.
 
-    done; diverged (its loss is not finite: a failed record, and it would be the same again); failed (an exception:
-    worth another try, in a fresh process); died (its process did); refused (a UserError: the user has to change
-    something); busy (another process works on it); stopped (by a signal, saved).
+    done; diverged (its loss is not finite: a failed record, and it would be the same again); failed (an exception of
+    its own: worth another try, in a fresh process); died (its process did, or the machine failed it: memory, disk,
+    network, libraries, which says nothing of the run and is never recorded); refused (a UserError: the user has to
+    change something); busy (another process works on it); stopped (by a signal, saved).
     """
 
     status: str
@@ -68,7 +69,25 @@ def perform(config: Config) -> Outcome:
         return Outcome("stopped", str(stopped))
     except Exception as error:
         traceback.print_exc()
-        return Outcome("failed", f"{type(error).__name__}: {error}".splitlines()[0])
+        status = "died" if _of_the_machine(error) else "failed"
+        return Outcome(status, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _of_the_machine(error: BaseException) -> bool:
+    """Whether an exception says something of the machine or the launch, and nothing of the run."""
+    kinds: tuple[type[BaseException], ...] = (OSError, MemoryError, ImportError, EOFError)
+    if torch := sys.modules.get("torch"):
+        kinds += (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+    words = (
+        "CUDA error",
+        "NCCL",
+        "DataLoader worker",
+        "cuDNN error",
+        "CUBLAS",
+        "out of memory",
+        "can't allocate memory",
+    )
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 def write_failed(config: Config, reason: str) -> None:

@@ -2,20 +2,26 @@
 
 flock(2), so a crash leaves nothing behind. It holds between machines where the file system carries it over: NFS from
 version 4 (and 3 with its lock daemon), Lustre and BeeGFS when mounted with it, GPFS. Where it does not, two machines
-may run the same run at once; each writes whole files, so that costs time and spoils nothing.
+may run the same run at once; each writes whole files, so that costs time and spoils nothing. Where there are no locks
+at all (Lustre without its option, NFS without its daemon), that is said once and work goes on.
 """
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from kalmannorm.errors import UserError
+
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+_said: set[int] = set()  # devices of the file systems that were warned of
 
 
 class Busy(UserError):
@@ -38,8 +44,9 @@ def hold(runs: str | Path, identity: str) -> Iterator[int]:
         if not _lock(handle, tries=5):  # `holder` takes it for a moment to look
             raise Busy(f"run {identity} is being trained by {_owner(handle)}: wait for it, or stop it ({file})")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(owner).encode(), 0)
+        with suppress(OSError):  # the name is a courtesy: a full disk is found out by who needs it
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(owner).encode(), 0)
         yield handle
     finally:
         os.close(handle)
@@ -64,14 +71,36 @@ def _lock(handle: int, tries: int = 1) -> bool:
             return True
         except BlockingIOError:
             time.sleep(0.05 if left else 0)
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            _warn(handle, error)
+            return True
     return False
+
+
+def _warn(handle: int, error: OSError) -> None:
+    device = os.fstat(handle).st_dev
+    if device not in _said:
+        _said.add(device)
+        print(
+            f"kalmannorm: the file system of runs= has no locks ({error.strerror}): nothing keeps two processes from "
+            "one run at once, which costs time and spoils nothing",
+            file=sys.stderr,
+        )
 
 
 def _owner(handle: int) -> str:
     try:
         owner = json.loads(os.pread(handle, 1000, 0))
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (ValueError, KeyError):  # it is just writing its name
+        return " ".join(f"process {owner['pid']} on {owner['host']} since {owner['since']}".split())
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        OSError,
+    ):  # it is just writing its name; or the file is damaged
         return "another process"
 
 

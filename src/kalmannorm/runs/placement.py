@@ -10,8 +10,8 @@ HELP = """where the runs execute, beside overrides:
   launcher=local   processes of this machine (the default), each of which lives on from run to run
   launcher=ray     a Ray cluster: address=HOST:PORT or $RAY_ADDRESS, else one on this machine
   launcher=slurm   an array job: slurm.partition=NAME slurm.time=MINUTES, any parameter of submitit's
-  gpus=N           of them (local: the first N, or gpus=0,2 for these; without it all that are visible); implies
-                   device=cuda
+  gpus=N           of them (local: the first N, or gpus=0,2 for these; without it all that are visible, which
+                   are those of CUDA_VISIBLE_DEVICES where it is set); implies device=cuda
   per_gpu=N        runs at once on each GPU (1)
   slots=N          runs at once on CPUs (one a core, up to 4); threads=N: of each (the cores, divided among them)
   devices=N        of each run, at most (on GPUs the card's, else 1): as many as its statistics groups can be dealt to
@@ -47,7 +47,8 @@ def split(arguments: list[str]) -> tuple[Options, list[str]]:
         if key in ("per_gpu", "slots", "threads", "devices", "retries"):
             own[key] = _number(key, value, least=0 if key == "retries" else 1)
         elif key == "gpus":
-            own[key] = tuple(value.split(",")) if "," in value else _number(key, value, least=1)
+            named = tuple(part.strip() for part in value.split(",") if part.strip())
+            own[key] = named if "," in value or value.startswith("GPU-") else _number(key, value, least=1)
         elif key in ("launcher", "address"):
             own[key] = value
         elif key.startswith("slurm."):
@@ -68,6 +69,6 @@ def split(arguments: list[str]) -> tuple[Options, list[str]]:
 
 
 def _number(key: str, text: str, least: int) -> int:
-    if not text.isdigit() or int(text) < least:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
         raise UserError(f"{key}={text}: expected a whole number from {least}")
     return int(text)

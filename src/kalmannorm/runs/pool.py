@@ -33,7 +33,8 @@ class Local:
         gpus = _gpus(options, device)
         # Small networks use two runs of one thread better than one run of two; each takes memory for its data.
         places = gpus * options.per_gpu if gpus else (None,) * (options.slots or min(runs, cores(), CPU_SLOTS))
-        threads = options.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // len(places))
+        said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # OpenMP takes a list, for nested loops
+        threads = options.threads or (int(said) if said.isdecimal() else 0) or max(1, cores() // len(places))
         self.slots = [Slot(gpu, Worker(gpu, threads)) for gpu in places]
         self.devices = len(gpus) or len(places)  # most that a run can have
         what = f"GPUs {', '.join(gpus)}" if gpus else device
@@ -100,8 +101,24 @@ def _gpus(options: Options, device: str) -> tuple[str, ...]:
         return ()
     if options.slots is not None:
         raise UserError(f"slots={options.slots} is for CPUs; with device=cuda pass gpus= and per_gpu=")
-    visible, asked = visible_gpus(), options.gpu_count
+    visible, asked = visible_gpus(), options.gpus
+    if isinstance(asked, tuple):
+        return _chosen(asked, visible)
     if len(visible) < (asked or 1):
-        what = f"{asked} GPUs asked for" if asked else "device=cuda"
+        what = f"gpus={asked}" if asked else "device=cuda"
         raise UserError(f"{what}: this machine shows {len(visible)}; --dry-run lists the runs all the same")
-    return options.gpus if isinstance(options.gpus, tuple) else visible[:asked]
+    return visible[:asked]
+
+
+def _chosen(asked: tuple[str, ...], visible: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the `visible` GPUs that are meant: by their ids, or else by their places from 0, as CUDA counts what
+    CUDA_VISIBLE_DEVICES leaves. UserError: others, or one twice."""
+    text = ",".join(asked)
+    if len(set(asked)) < len(asked):
+        raise UserError(f"gpus={text}: expected each GPU once; per_gpu=N puts several runs on each")
+    if all(name in visible for name in asked):
+        return asked
+    if all(name.isdecimal() and int(name) < len(visible) for name in asked):
+        return tuple(visible[int(name)] for name in asked)
+    there = f"those of this machine or its allotment: {', '.join(visible)}" if visible else "GPUs, but there are none"
+    raise UserError(f"gpus={text}: expected {there}")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from kalmannorm import machine
 from kalmannorm.errors import Stopped, UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.cards import Experiment, load
@@ -61,6 +62,8 @@ def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
 def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     """The same for an experiment that is loaded. UserError: nothing ran, and why; KeyboardInterrupt, Stopped: a signal,
     after which the same command goes on."""
+    if (world := machine.launch().world) > 1:
+        raise UserError(f"a sweep starts processes itself: without torchrun, pass devices={world}")
     found = records.read_all(experiment.runs[0]["results"])
     done = {record["id"] for record in records.current(found) if record["status"] == "done"}
     device = experiment.runs[0]["device"]
@@ -155,7 +158,8 @@ def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
         board.say(job, f"{outcome.reason}; once more, from its last checkpoint ({job.folder / LOG})")
     else:
         job.state = FAILED
-        write_failed(job.config, outcome.reason)
+        if outcome.status == "failed":
+            write_failed(job.config, outcome.reason)
         board.say(job, f"failed: {outcome.reason}")
 
 

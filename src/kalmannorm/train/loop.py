@@ -16,8 +16,8 @@ from kalmannorm.data.batches import Batches
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
 from kalmannorm.files import check_room
-from kalmannorm.norm import Estimator, SwitchableNorm
-from kalmannorm.norm.modes import flush_moving, normalizers, place_batch, set_progress, spread_batches
+from kalmannorm.norm import Estimator, PopulationNorm, SparseSwitchableNorm, SwitchableNorm
+from kalmannorm.norm.modes import finish_gradients, flush_moving, normalizers, place_batch, set_progress, spread_batches
 from kalmannorm.train.evaluate import arithmetic, evaluate, precise, under_both, variance_gaps
 from kalmannorm.train.initialize import initialize, measure_input
 from kalmannorm.train.loaders import loaders, open_data
@@ -155,11 +155,13 @@ def train_epoch(
     for x, labels in train.epoch(session.epoch, session.step):
         done = session.epoch * steps + session.step
         for group in session.optimizer.param_groups:
-            group["lr"] = learning_rate(done, total, schedule, part_of_run, config["batch"]["grad_batch"])
+            rate = learning_rate(done, total, schedule, part_of_run, config["batch"]["grad_batch"])
+            group["lr"] = rate * group.get("part_of_rate", 1)
         set_progress(session.model, done / total)
         session.optimizer.zero_grad(set_to_none=True)
         x = x.to(memory_format=layout)
         _forward_backward(session, forward, autocast, x, labels, config["accumulate"], done)
+        finish_gradients(session.model)
         session.optimizer.step()
         session.step += 1
         session.seconds = before + time.perf_counter() - began
@@ -209,15 +211,22 @@ def micro_batches(session: Session, forward: nn.Module, parts: int, step: int) -
 
 
 def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
-    """The normalizers after training: order, gains, which had a prior; SN's weights, of which no other has any."""
+    """The normalizers after training: order, gains, which had a prior; and where there are any, the weights of SN, the
+    choices of SSN with the part of the training after which each was made, and gamma decay's mean coefficient with the
+    number of steps at which it was held at the cap."""
     gains = {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)}
     mixture = {name: m.weights for name, m in model.named_modules() if isinstance(m, SwitchableNorm)}
+    sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseSwitchableNorm)}
+    choices = {name: {"chosen": m.chosen, "at": m.chosen_at.tolist()} for name, m in sparse.items()}
+    decays = {name: m.decay for name, m in model.named_modules() if isinstance(m, PopulationNorm) and m.decay}
+    decay = {name: {"zeta": d.zeta.mean().item(), "capped": int(d.capped)} for name, d in decays.items()}
+    some = {"mixture": mixture, "choices": choices, "gamma_decay": decay}
     return {
         "order": list(normalizers(model)) or list(gains),  # GKN's have no batch statistics
         "last": list(last),
         "gains": gains,
         "beliefs": belief_report(model),
-    } | ({"mixture": mixture} if mixture else {})
+    } | {key: values for key, values in some.items() if values}
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

@@ -11,7 +11,8 @@ from kalmannorm.conversion import Converted, convert
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
-from kalmannorm.norm.modes import seed_noise, set_statistics
+from kalmannorm.norm import SparseSwitchableNorm
+from kalmannorm.norm.modes import normalizers, seed_noise, set_statistics
 from kalmannorm.norm.weight import is_weight_normalized
 
 # What is left of the rate after a part of the run.
@@ -30,7 +31,10 @@ def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
     """
     model = network(config)
     _try_out(model, config)
-    return model, LAST_NORMALIZERS[config["arch"]["name"]]
+    last = LAST_NORMALIZERS[config["arch"]["name"]]
+    # What is made of several parts has its averages in one of them.
+    inner = {name.rpartition(".")[0]: name for name in normalizers(model)}
+    return model, tuple(inner.get(name, name) for name in last)
 
 
 def network(config: Config) -> Converted:
@@ -87,12 +91,16 @@ def _try_out(model: Converted, config: Config) -> None:
 def optimizer(model: nn.Module, schedule: dict[str, Any]) -> torch.optim.SGD:
     """SGD with momentum; weight decay on the weights of convolutions and the classifier only (released code).
 
-    So never on biases, gamma, beta, or a Kalman normalizer's q, R and transition. The rate is set before every step.
+    So never on biases, gamma, beta, or a Kalman normalizer's q, R and transition. The rate is set before every step:
+    each group's is the `part_of_rate` of it, where it has one (SSN's logits a tenth, public code).
     """
     decayed = [_decayed(m) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    chosen = {id(p) for p in decayed}
+    logits = [p for m in model.modules() if isinstance(m, SparseSwitchableNorm) for p in (m.mean_weight, m.var_weight)]
+    chosen = {id(p) for p in [*decayed, *logits]}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": schedule["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
+    if logits:
+        groups.append({"params": logits, "weight_decay": 0.0, "part_of_rate": 0.1})
     return torch.optim.SGD(groups, lr=0.0, momentum=schedule["momentum"])
 
 

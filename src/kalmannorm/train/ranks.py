@@ -15,13 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from kalmannorm import machine
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config, check_batches
 
 # Rank 0 alone re-estimates precise statistics and measures gaps while the others wait.
 PATIENCE = timedelta(hours=2)
+MEETING = timedelta(minutes=2)  # that processes get to find each other where torchrun has not brought them together
 
 
 class Ranks:
@@ -32,21 +35,22 @@ class Ranks:
         if config["deterministic"]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; before CUDA starts
             torch.use_deterministic_algorithms(True)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._launch = machine.launch()
+        self.rank, self.world = self._launch.rank, self._launch.world
         check_batches(config, self.world)
         self.device = self._device(config["device"])
         self._control: Any = None
         self._began = self.world > 1 and not dist.is_initialized()
         if self._began:
             leave_with_parent()
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
+            _meet("nccl" if self.device.type == "cuda" else "gloo", self.rank, self.world)
         if self.world > 1:
             # For decisions: does not wait for a GPU. The others wait for rank 0 on it; its default is half an hour.
             self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def _device(self, asked: str) -> torch.device:
         if asked == "cuda" and self.world > 1:
-            asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            asked = f"cuda:{self._launch.local_rank}"
         try:
             # Of a tensor, with its number: torch.cuda.set_device refuses plain "cuda".
             device = torch.zeros(1, device=torch.device(asked)).device
@@ -117,6 +121,20 @@ class Ranks:
             dist.barrier(group=self._control)
         if self._began:
             dist.destroy_process_group()
+
+
+def _meet(backend: str, rank: int, world: int) -> None:
+    """Begin the process group. UserError: the other processes are not there."""
+    try:
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=MEETING))
+        store.set_timeout(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"WORLD_SIZE={world} RANK={rank} in the environment, but no {world} processes meet at {place} "
+            f"({str(error).splitlines()[0][:120]}): start with torchrun, or `unset {' '.join(machine.LAUNCHER)}`"
+        ) from None
 
 
 def leave_with_parent() -> None:

@@ -1,11 +1,11 @@
 """One run in this process, and the evaluation of one that is done."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from kalmannorm import machine
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config, compose
@@ -25,7 +25,7 @@ PLACE = ("data", "runs", "results", "device", "workers")
 def execute(config: Config) -> records.Record:
     """Trains a run, says in one line how it ended, and returns its record."""
     record = _run(config)
-    if int(os.environ.get("RANK", 0)):
+    if machine.launch().rank:
         return record
     file = records.path(config["results"], record["id"])
     if record["status"] == "failed":

@@ -73,8 +73,9 @@ class Session:
         )
 
     def restore(self) -> None:
-        """Goes back to the last checkpoint, if there is one; the number of processes may differ from then."""
-        state = self.ranks.from_main(checkpoint.load(self.folder, self.identity) if self.ranks.main else None)
+        """Go back to the last good checkpoint, if there is one; the number of processes may differ from then."""
+        main = self.ranks.main
+        state = self.ranks.from_main(checkpoint.load(self.folder, self.identity, self._check) if main else None)
         if state is None:
             return
         self.model.load_state_dict(state["model"])
@@ -91,6 +92,23 @@ class Session:
             correct = torch.stack([own["correct"].cpu() for own in saved]).sum()
             self.correct = (correct if self.ranks.main else torch.zeros_like(correct)).to(device)
         self.curves.update(state["curves"])
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raise ValueError unless a checkpoint is of this network and optimizer; before anything of it is taken."""
+        model, own = state["model"], self.model.state_dict()
+        if odd := sorted(model.keys() ^ own.keys()):
+            raise ValueError(f"it is of another network: {len(odd)} entries are not in both, the first {odd[0]}")
+        for name, value in own.items():
+            if (model[name].shape, model[name].dtype) != (value.shape, value.dtype):
+                raise ValueError(f"it is of another network: {name} is {list(model[name].shape)}")
+        groups, saved = self.optimizer.param_groups, state["optimizer"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
+            raise ValueError("it is of another optimizer")
+        parameters = [p for group in groups for p in group["params"]]
+        for number, values in saved["state"].items():
+            for value in values.values():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameters[number].shape:
+                    raise ValueError(f"it is of another optimizer: momentum {number} is {list(value.shape)}")
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

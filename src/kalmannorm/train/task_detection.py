@@ -22,7 +22,7 @@ from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
 from kalmannorm.files import check_room
 from kalmannorm.models.detection.parts import LOSSES
-from kalmannorm.norm.modes import spread_batches
+from kalmannorm.norm.modes import finish_gradients, spread_batches
 from kalmannorm.train import detector
 from kalmannorm.train.average_precision import evaluate
 from kalmannorm.train.detection_picture import draw_detections
@@ -180,9 +180,10 @@ def train_epoch(
     for batch in islice(batches.epoch(session.epoch, session.step), last - session.step):
         rate = learning_rate(before_epoch + session.step, total, schedule, batches.batch)
         for group in session.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("part_of_rate", 1)
         session.optimizer.zero_grad(set_to_none=True)
         _forward_backward(session, forward, autocast, batch, config["accumulate"], before_epoch + session.step)
+        finish_gradients(session.model)
         session.optimizer.step()
         session.step += 1
         session.seconds = before + time.perf_counter() - began

@@ -1,0 +1,108 @@
+"""IBN-Net's layer (Pan et al. 2018; the talk, part 4): Instance Norm on some channels, Batch Norm on the others."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.norm import groups
+from kalmannorm.norm.batch import BatchNorm
+from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.group import refuse_single_pixels
+
+
+class InstanceBatchNorm(nn.Module):
+    """Instance Norm on `ratio` of the channels, Batch Norm of groups of `stat_batch` images on the rest.
+
+    x [N, C, H, W] -> (y like x, None). The parts are named as in the public models, whose state dicts load:
+    `IN.weight`, `BN.weight`, `BN.running_mean`, ... IN measures every image by its pixels (population variance), in
+    evaluation too, and keeps no averages; BN is norm.BatchNorm. A ratio of 0 or 1 leaves one of them.
+
+    Args:
+        ratio: share of the channels that IN takes. 0.5 in the ResNets, 0.4 in the DenseNets (public code).
+        first: which part has the first channels: "in" takes int(C ratio) of them (ResNets), "bn" int(C (1 - ratio))
+            (DenseNets). The public ResNet layer drops channels where they do not halve; this one does not.
+
+    ValueError: an input with one pixel, which IN cannot measure; a ratio or order that is none.
+    """
+
+    folds = False
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        stat_batch: int | None = None,
+        ratio: float = 0.5,
+        first: str = "in",
+        eps: float = 1e-5,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratio must be from 0 to 1, not {ratio}")
+        if first not in ("in", "bn"):
+            raise ValueError(f"first must be 'in' or 'bn', not {first!r}")
+        self.num_features, self.ratio, self.first, self.eps = num_features, ratio, first, eps
+        ahead = int(num_features * (ratio if first == "in" else 1 - ratio))
+        self.instance = slice(0, ahead) if first == "in" else slice(ahead, num_features)
+        self.batch = slice(ahead, num_features) if first == "in" else slice(0, ahead)
+        of_instance = self.instance.stop - self.instance.start
+        # None where a part has no channel.
+        self.IN = nn.InstanceNorm2d(of_instance, eps, affine=True) if of_instance else None
+        self.BN = (
+            BatchNorm(num_features - of_instance, stat_batch=stat_batch, eps=eps, **options)
+            if of_instance < num_features
+            else None
+        )
+        self.layer_name = ""  # set by convert: errors name the layer
+
+    @property
+    def layer_name(self) -> str:
+        return self._layer_name
+
+    @layer_name.setter
+    def layer_name(self, name: str) -> None:
+        self._layer_name = name
+        if self.BN is not None:
+            self.BN.layer_name = name
+
+    @property
+    def parts(self) -> list[tuple[nn.Module, slice]]:
+        """The parts that have channels, in the channels' order, and which those are: for convert, which hands each its
+        share of a BatchNorm's state."""
+        both = [(self.IN, self.instance), (self.BN, self.batch)]
+        present = [(part, channels) for part, channels in both if part is not None]
+        return sorted(present, key=lambda part: part[1].start)
+
+    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+        if self.IN is not None:
+            refuse_single_pixels(self.layer_name or type(self).__name__, x)
+        # One affine for every channel of every image: neither split nor put together, the map is read twice.
+        if self.BN is not None and self.BN.uses_moving:
+            mean, var = groups.image_moments(x[:, self.instance])
+            assert self.BN.running_mean is not None and self.BN.running_var is not None
+            batch = [t.expand(len(x), -1) for t in (self.BN.running_mean, self.BN.running_var)]
+        else:
+            mean, var = groups.image_moments(x)
+            batch = self._batch_part(x, mean[:, self.batch], var[:, self.batch])
+            mean, var = mean[:, self.instance], var[:, self.instance]
+        mean, var = (self._in_order(a, b) for a, b in zip((mean, var), batch, strict=True))
+        affine = [[getattr(part, key) for part, _ in self.parts] for key in ("weight", "bias")]
+        weight, bias = (None if values[0] is None else torch.cat(values) for values in affine)
+        return groups.normalize(x, 1, mean, var, weight, bias, self.eps), None
+
+    def _batch_part(self, x: Tensor, mean: Tensor, var: Tensor) -> list[Tensor]:
+        """Mean and variance of every image's group, from those of the images; [N, BN's channels]."""
+        if self.BN is None:
+            return [mean, var]  # of no channel
+        size = self.BN.group_size(x)
+        mean, var = groups.moments(mean, var, size)
+        self.BN.record(mean.detach(), var.detach(), groups.values(x, size))
+        return [mean.repeat(size, 1), var.repeat(size, 1)]
+
+    def _in_order(self, instance: Tensor, batch: Tensor) -> Tensor:
+        return torch.cat([instance, batch] if self.first == "in" else [batch, instance], 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, ratio={self.ratio}, first={self.first}"

@@ -1,0 +1,248 @@
+"""BN = PN + gamma decay (Luo et al. 2018; the talk, part 2): statistics without the batch's noise, the penalty that the
+noise amounts to, and the noise of mean and deviation apart."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.norm import groups
+from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.renorm import WARM_UP
+from kalmannorm.norm.sync import SyncBatchNorm
+
+ESTIMATORS = ("whole", "memory", "frozen")
+VARIANTS = ("talk", "fisher", "images", "constant")
+KEPT = 0.9  # of the average coefficient at every step
+
+
+class GammaDecay(nn.Module):
+    """The penalty sum over channels of zeta gamma^2 that stands for the noise of statistics of `batch` images.
+
+    zeta is measured at every step, averaged, and a constant for the gradient; gamma's is 2 zeta gamma. With the excess
+    kurtosis rho, the normalized h~, the output hbar = gamma h~ + beta, and each image's own gradient dl/dhbar:
+
+    - `talk`: zeta = (rho + 2) F_gamma / (8 batch) + mean sigmoid(hbar) / (2 batch). Meant for one ReLU layer: the
+      sigmoid does not scale with the loss.
+    - `fisher`: F_beta in the sigmoid's place. F_gamma, F_beta: means over images of (sum over pixels of dl/dhbar h~)^2,
+      (sum over pixels of dl/dhbar)^2; the empirical Fisher information.
+    - `images`: omega^2 F_gamma / (8 batch) + tau^2 F_beta / (2 batch), with the variances over images of the mean of
+      h~^2 (omega^2) and of h~ (tau^2) over the pixels: these are correlated, so that an image says less than its number
+      of pixels. On maps of one pixel it is `fisher`.
+    - `constant`: zeta = batch, for comparison.
+
+    A coefficient can run away: as gamma shrinks, the gradient behind it grows, and zeta with it (seen with `fisher` on
+    convolutions). So it is held at `cap`, and `capped` counts the steps at which some channel's was above it; ours.
+    `images` and `fisher` are ours for deep networks, where the source has one layer's formula alone.
+    """
+
+    zeta: Tensor  # [C]
+    steps: Tensor  # seen
+    capped: Tensor  # at how many of them some channel's zeta was above the cap
+
+    def __init__(self, num_features: int, variant: str, batch: float, cap: float | None = 1.0) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"gamma_decay must be one of {', '.join(VARIANTS)} and a number, not {variant!r}")
+        if not isinstance(batch, int | float) or batch <= 0:
+            raise ValueError(f"gamma_decay: {variant} needs a number above 0, not {batch!r}")
+        self.variant, self.batch, self.cap = variant, float(batch), cap
+        self.micro_batches = 1  # whose gradients add up on each process: set by statistics.place_batch
+        # Over the step's images: (sums over pixels of dl/dhbar h~)^2, of dl/dhbar^2, the images' mean of h~ squared,
+        # of (mean of h~^2) - 1 squared, of h~^4, of sigmoid(hbar), and 1; [7, C].
+        self.sums: Tensor | None = None
+        for name in ("steps", "capped"):
+            self.register_buffer(name, torch.tensor(0))
+        self.register_buffer("zeta", torch.zeros(num_features))
+
+    @torch.no_grad()
+    def see_features(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> None:
+        """x [N, C, ...] is normalized by mean, var [N, C] of each image's group."""
+        if self.variant == "constant":
+            return
+        own_mean, own_var = groups.image_moments(x)
+        deviation = own_mean - mean
+        square = (own_var + deviation.square()) / var
+        unused = torch.zeros_like(mean)
+        fourth, sigmoid = unused, unused
+        if self.variant != "images":
+            shape = (*x.shape[:2], *(1,) * (x.dim() - 2))
+            pixels = tuple(range(2, x.dim()))
+            h = (x - mean.view(shape)) * var.rsqrt().view(shape)
+            fourth, sigmoid = h**4, torch.sigmoid(h * weight.view(1, *shape[1:]) + bias.view(1, *shape[1:]))
+            if pixels:
+                fourth, sigmoid = fourth.mean(pixels), sigmoid.mean(pixels)
+        parts = [
+            unused,
+            unused,
+            deviation.square() / var,
+            (square - 1).square(),
+            fourth,
+            sigmoid,
+            torch.ones_like(mean),
+        ]
+        self._add(torch.stack([part.sum(0) for part in parts]))
+
+    def watch(self, weight: Tensor, bias: Tensor, images: int) -> tuple[Tensor, Tensor]:
+        """gamma and beta of each image's own, [N, C]: their gradients are the sums over the image's pixels."""
+        weight, bias = (t.expand(images, -1).clone() for t in (weight, bias))
+        if self.variant != "constant":
+            for row, t in enumerate((weight, bias)):
+                t.register_hook(lambda gradient, row=row: self._see_gradient(row, gradient))
+        return weight, bias
+
+    def _see_gradient(self, row: int, gradient: Tensor) -> None:
+        own = gradient.detach() * (len(gradient) * self.micro_batches)  # of the loss of each image, not of their mean
+        sums = torch.zeros(7, gradient.shape[1], dtype=own.dtype, device=own.device)
+        sums[row] = own.square().sum(0)
+        self._add(sums)
+
+    def _add(self, sums: Tensor) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def measured(self) -> Tensor:
+        """zeta [C] of the images seen since the last step."""
+        assert self.sums is not None
+        f_gamma, f_beta, tau2, omega2, fourth, sigmoid = self.sums[:-1] / self.sums[-1]
+        if self.variant == "images":
+            return (omega2 * f_gamma / 4 + tau2 * f_beta) / (2 * self.batch)
+        noise = sigmoid if self.variant == "talk" else f_beta
+        return ((fourth - 1) * f_gamma / 4 + noise) / (2 * self.batch)  # rho = fourth - 3
+
+    @torch.no_grad()
+    def penalize(self, weight: Tensor) -> None:
+        """Adds the penalty's gradient to gamma's, after all of a step's backwards."""
+        if self.variant == "constant":
+            self.zeta.fill_(self.batch)
+        elif self.sums is not None:
+            measured = self.measured().to(self.zeta.dtype)
+            self.zeta.copy_(torch.where(self.steps == 0, measured, KEPT * self.zeta + (1 - KEPT) * measured))
+            self.steps += 1
+            if self.cap is not None:
+                self.capped += (self.zeta > self.cap).any()
+            self.sums = None
+        if weight.grad is not None:
+            weight.grad += (2 * self.coefficients * weight).to(weight.grad.dtype)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """The averaged zeta [C], as it is used."""
+        return self.zeta if self.cap is None else self.zeta.clamp(max=self.cap)
+
+    def extra_repr(self) -> str:
+        return f"{self.variant}, {self.batch:g}"
+
+
+class PopulationNorm(SyncBatchNorm):
+    """Population Normalization: h normalized by the statistics of the training distribution under the present weights.
+
+    x [N, C, ...] -> (y, None). The source's estimator could not be read; `estimator` names three:
+
+    - `whole`: groups of `stat_batch` images, over all processes; None, the whole gradient batch, makes PN of it. So BN
+      of small groups against it, at one gradient batch, differs in the statistics' noise alone.
+    - `memory`: moving averages normalize, gradients as BN's: Batch Renormalization without limits, after its warm-up.
+    - `frozen`: moving averages as constants; expected to diverge, a negative control.
+
+    `gamma_decay=(variant, batch)` adds the penalty that statistics of `batch` images would amount to (GammaDecay; with
+    `whole` alone), its coefficients held at `gamma_cap`: modes.finish_gradients has to be called between backward and
+    the optimizer's step.
+    Evaluation is BatchNorm's. ValueError: as of BatchNorm; an unknown estimator or variant.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        estimator: str = "whole",
+        gamma_decay: tuple[str, float] | None = None,
+        gamma_cap: float | None = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, **options)
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, not {estimator!r}")
+        if gamma_decay is not None and (isinstance(gamma_decay, str) or len(gamma_decay) != 2):
+            raise ValueError(f"gamma_decay must be (variant, batch), not {gamma_decay!r}")
+        if gamma_decay is not None and (estimator != "whole" or not self.affine):
+            raise ValueError("gamma_decay needs estimator='whole' and a gamma")
+        self.estimator = estimator
+        self.decay = None if gamma_decay is None else GammaDecay(num_features, *gamma_decay, gamma_cap)
+        self.corrects = True  # whether `memory` is past its warm-up
+
+    def set_progress(self, fraction: float) -> None:
+        """`fraction` of the training is done: whether `memory` is past its warm-up, which is BRN's."""
+        self.corrects = fraction > WARM_UP
+
+    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+        remembers = self.estimator == "frozen" or (self.estimator == "memory" and self.corrects)
+        if self.uses_moving or not (remembers or (self.decay is not None and self.training)):
+            return super().forward(x, prior)
+        if not self.spans:
+            self.group_size(x)  # refuses what says nothing
+        size, member, mean, var = self.moments(x, self.stat_batch)
+        if remembers:
+            y = self._normalize_by_memory(x, mean[member], var[member])
+        else:
+            y = self._normalize_watched(x, mean[member], var[member])
+        self.record(mean.detach(), var.detach(), groups.values(x, size))
+        return y, None
+
+    def _normalize_by_memory(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
+        past_mean, past_var = self.running_mean.clone().expand_as(mean), self.running_var.clone().expand_as(var)
+        if self.estimator == "frozen":
+            return groups.normalize(x, 1, past_mean, past_var, self.weight, self.bias, self.eps)
+        # BRN's r and d, constants for the gradient, without their limits.
+        scale = (past_var + self.eps).rsqrt()
+        r = (var.detach() + self.eps).sqrt() * scale
+        d = (mean.detach() - past_mean) * scale
+        weight, bias = (r * self.weight, self.bias + d * self.weight) if self.affine else (r, d)
+        return groups.normalize(x, 1, mean, var, weight, bias, self.eps)
+
+    @torch.compiler.disable
+    def _normalize_watched(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        assert self.decay is not None
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if torch.is_grad_enabled():
+            self.decay.see_features(x.detach(), mean.detach(), var.detach(), weight.detach(), bias.detach())
+            weight, bias = self.decay.watch(weight, bias, len(x))
+        return groups.normalize(x, 1, mean, var, weight, bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, estimator={self.estimator}"
+
+
+class SplitBatchNorm(SyncBatchNorm):
+    """BN whose mean and deviation are of different groups, so that only one of them carries the noise of small batches.
+
+    x [N, C, ...] -> (y, None). `mean_batch`, `var_batch`: None, groups of `stat_batch` images; or "whole", the whole
+    batch, over all processes. NORMS["bn"] builds it where one is given. The variance is around its own group's mean.
+    """
+
+    def __init__(
+        self, num_features: int, *, mean_batch: str | None = None, var_batch: str | None = None, **options: Any
+    ) -> None:
+        super().__init__(num_features, **options)
+        for name, value in (("mean_batch", mean_batch), ("var_batch", var_batch)):
+            if value not in (None, "whole"):
+                raise ValueError(f"{name} must be None or 'whole', not {value!r}")
+        self.mean_batch, self.var_batch = mean_batch, var_batch
+
+    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+        if self.uses_moving:
+            return super().forward(x, prior)
+        if not self.spans:
+            self.group_size(x)  # refuses what says nothing
+        size, member, *of_groups = self.moments(x, self.stat_batch)
+        _, _, *of_whole = self.moments(x, None)
+        mean, var = (
+            (whole.expand_as(group) if chosen else group)
+            for group, whole, chosen in zip(of_groups, of_whole, (self.mean_batch, self.var_batch), strict=True)
+        )
+        y = groups.normalize(x, 1, mean[member], var[member], self.weight, self.bias, self.eps)
+        self.record(mean.detach(), var.detach(), groups.values(x, size))
+        return y, None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mean_batch={self.mean_batch}, var_batch={self.var_batch}"

@@ -1,0 +1,100 @@
+"""The user's terminal, pipes, home and matplotlib settings: none of them ends a command or changes a result."""
+
+import codecs
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+from matplotlib.figure import Figure
+
+from kalmannorm import cli
+from kalmannorm.report import style
+
+DIGITS = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "batch=g32_s4"]
+ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+
+
+def command(
+    *arguments: str, without: tuple[str, ...] = (), cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    given = {key: value for key, value in os.environ.items() if key not in without}
+    line = [sys.executable, "-W", "ignore", "-m", "kalmannorm", *arguments]
+    return subprocess.run(line, capture_output=True, env=given | environment, cwd=cwd, timeout=300)
+
+
+# One process trains for all of them, without home, locale and temporary folder.
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ascii")
+    gone = ("HOME", "TMPDIR", "LANG", "LC_CTYPE", "USER", "LOGNAME", "TERM")
+    place = [f"results={folder / 'results'}", f"runs={folder / 'u'}"]
+    done = command("train", *DIGITS, *place, without=gone, **ASCII, TMPDIR="/not/there")
+    assert done.returncode == 0, done.stderr
+    assert "moving" in done.stdout.decode("ascii") and done.stderr.decode("ascii").count("epoch 1/1") == 1
+    return folder / "results"
+
+
+def test_a_report_on_an_ascii_terminal(trained: Path) -> None:
+    done = command("report", "table7", f"results={trained}", **ASCII)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    said = done.stdout.decode("ascii")
+    assert "KN" in said and "\\u2212" not in said and "\\xb1" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "shown"),
+    [
+        ("1.0 ± 0.2, −3 × 4 …", "ascii", "1.0 +- 0.2, -3 x 4 ..."),
+        ("1.0 ± 0.2, −3 × 4 …", "latin-1", "1.0 ± 0.2, -3 × 4 ..."),
+        ("größe", "ascii", "gr\\xf6\\xdfe"),
+        ("gr\udcf6sse", "utf-8", "gr\\udcf6sse"),
+    ],
+)
+def test_what_a_terminal_lacks_is_said_plainly(text: str, encoding: str, shown: str) -> None:
+    codecs.register_error("plain", cli._plainly)
+    assert text.encode(encoding, "plain").decode(encoding) == shown
+
+
+def test_a_reader_that_leaves_is_no_error(trained: Path) -> None:
+    line = f"{sys.executable} -m kalmannorm records list --results {trained} | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, timeout=100)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_an_output_that_takes_nothing_is_named(trained: Path) -> None:
+    line = f"{sys.executable} -m kalmannorm records list --results {trained} > /dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=100)
+    assert done.returncode == 2 and b"No space left on device" in done.stderr and b"Traceback" not in done.stderr
+    closed = subprocess.run(["bash", "-c", line.replace("> /dev/full", ">&-")], capture_output=True, timeout=100)
+    assert b"Traceback" not in closed.stderr
+
+
+def test_reports_do_not_read_matplotlibrc(trained: Path, tmp_path: Path) -> None:
+    """Neither that of the current folder, which cannot be decoded, nor the user's own."""
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\0")
+    (tmp_path / "own").write_text("text.usetex: True\nbackend: nowhere\n")
+    settings = {"MATPLOTLIBRC": str(tmp_path / "own"), "MPLBACKEND": "nowhere"}
+    done = command("report", "figure5", f"results={trained}", *DIGITS[:3], cwd=tmp_path, **settings)
+    assert b"figure5 needs a finished run" in done.stderr and done.stderr.count(b"\n") == 1, done.stderr
+
+
+def test_pictures_are_the_same_under_any_theme(tmp_path: Path) -> None:
+    def picture(name: str) -> bytes:
+        with style.context():
+            figure = Figure(figsize=(3, 2), layout="constrained")
+            axis = figure.subplots()
+            axis.plot([1, 2, 3], [1, 4, 9], label="squares")
+            axis.set_title("a title")
+            axis.legend()
+            style.grid(axis)
+            figure.savefig(tmp_path / name, metadata={"Software": None})
+        return (tmp_path / name).read_bytes()
+
+    plain = picture("plain.png")
+    theme = {"text.usetex": True, "axes.facecolor": "black", "lines.linewidth": 9, "savefig.dpi": 30, "font.size": 20}
+    with matplotlib.rc_context(theme):
+        assert picture("themed.png") == plain
+        assert matplotlib.rcParams["font.size"] == 20  # and what the user has set stays
