@@ -66,14 +66,14 @@ $(IMAGENET): SEEDS = 1
 $(EXPERIMENTS): $(READY)
 	@$(KN) sweep $@ $(OVERRIDES); code=$$?; $(KN) report $@ $(OVERRIDES) || exit; exit $$code
 
-report: $(READY) ## all tables and figures, the claims' verdicts, results/report.html; from the records alone
+report: $(READY) ## all tables and figures, the claims, results/report.html, docs/results.md; from the records alone
 	@$(KN) report
 
 $(DATASETS:%=data-%): data-%: $(READY)
 	@$(KN) data prepare $* $(if $(DATA),--root $(DATA))
 
-notebooks: $(READY) ## execute the notebooks on the records; pages in runs/notebooks
-	@$(VENV)/bin/jupyter nbconvert --execute --to html --output-dir runs/notebooks notebooks/*.ipynb
+notebooks: $(READY) ## execute the notebooks on the records, in place
+	@$(VENV)/bin/jupyter nbconvert --execute --inplace --ClearMetadataPreprocessor.enabled=True notebooks/*.ipynb
 
 test: $(READY) ## the tests, within 10 minutes on 2 cores
 	@$(PYTEST) -m "not slow"

@@ -1,435 +1,285 @@
-"""Claims and verdicts: what the tests compute, and that no verdict rests on runs that do not belong together."""
+"""The claims: whole, of rows that there are, and decided by one rule."""
 
 import json
-from collections.abc import Mapping
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import yaml
-from report_fixtures import NUMERICS, write_record
+from records import config, table7, write_record
 
 from kalmannorm import report
-from kalmannorm.experiments import cards
 from kalmannorm.experiments.config import conf_dir
-from kalmannorm.report import claims, hypotheses, quantities, speed, variants, verdicts
-from kalmannorm.report.claims import Claim
-from kalmannorm.report.hypotheses import Hypothesis
-from kalmannorm.report.verdicts import Verdict
+from kalmannorm.report import claims, paper, quantities
+from kalmannorm.report.claims import Claim, Verdict, decide
+from kalmannorm.report.effects import Cells, Effect
 
-ON_CPU = ("dataset=digits", "device=cpu")
-ROWS = {
-    "bn": (*ON_CPU, "norm=bn"),
-    "kn": (*ON_CPU, "norm=bkn"),
-    "kn_output": (*ON_CPU, "norm=bkn", "norm.options.belief=output"),
-}
-BN, KN, KN_OUTPUT = (variants.composed(settings) for settings in ROWS.values())
-CARDS = {"t": {"name": "t", "rows": [{"key": key, "label": key, "settings": {"": of}} for key, of in ROWS.items()]}}
+KN_OVER_BN = ("+table7/kn_stat2", "-table7/bn_stat2")
 
 
-def claim(*contrast: str, expect: str = "greater", **changes: Any) -> Claim:
-    entry = {"id": "c", "text": "a claim", "where": "4.2", "contrast": list(contrast) or ["+t/kn", "-t/bn"]}
-    return claims.parse({**entry, "expect": expect, **changes})
+def claim(contrast: tuple[str, ...] = KN_OVER_BN, expect: str = "greater", **changes: Any) -> Claim:
+    tree = {"id": "one", "text": "One.", "where": "here", "contrast": contrast, "expect": expect, **changes}
+    return claims._claim(tree)
 
 
-def judge(monkeypatch: pytest.MonkeyPatch, results: Path, *made: Claim) -> list[Verdict]:
-    monkeypatch.setattr(verdicts, "claims", lambda: made or (claim(),))
-    return verdicts.evaluate(report.records(results, NUMERICS), CARDS)
-
-
-def write_pairs(results: Path, differences: list[float], of: Mapping[str, Any] = KN, **changes: Any) -> None:
-    for seed, difference in enumerate(differences, 1):
-        write_record(results, BN, seed, moving=90.0 + 0.3 * seed, **changes)
-        write_record(results, of, seed, moving=90.0 + 0.3 * seed + difference, **changes)
-
-
-# The tests
-
-
-def test_p_values_are_scipys() -> None:
-    from scipy import stats
-
-    ours, theirs = np.random.default_rng(0).normal([[91], [90]], 1, (2, 6))
-    values = list(ours - theirs)
-    for expect in ("greater", "less"):
-        outcome = hypotheses.examine(Hypothesis(expect), values)
-        assert outcome.p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
-        assert outcome.in_favour == ((expect == "greater") == (np.mean(values) > 0))
-    shifted = hypotheses.examine(Hypothesis("greater", than=-2), values)
-    assert shifted.p == pytest.approx(stats.ttest_1samp(values, -2).pvalue)
-
-
-def test_equivalence_is_two_one_sided_tests() -> None:
-    from scipy import stats
-
-    values = [0.1, -0.05, 0.12, 0.02, -0.1]
-    outcome = hypotheses.examine(Hypothesis("equal", margin=0.3), values)
-    upper = stats.ttest_1samp(values, 0.3, alternative="less").pvalue
-    lower = stats.ttest_1samp(values, -0.3, alternative="greater").pvalue
-    assert outcome.in_favour and outcome.p == pytest.approx(2 * max(upper, lower)) and outcome.p < 0.05
-    apart = hypotheses.examine(Hypothesis("equal", margin=0.3), [1.0, 1.1, 0.9, 1.05])
-    assert not apart.in_favour and apart.p is not None and apart.p < 0.01
-    wide = hypotheses.examine(Hypothesis("equal", margin=0.3), [1.0, -1.1, 0.9, -1.05])
-    assert wide.p is not None and wide.p > 0.05  # no difference shown, but no equality either
-
-
-@pytest.mark.parametrize(("effect", "seeds"), [(1.0, 10), (0.5, 34)])  # textbook sizes of a paired t-test
-def test_needed_seeds(effect: float, seeds: int) -> None:
-    outcome = hypotheses.examine(Hypothesis("greater"), [effect - 1 / np.sqrt(2), effect + 1 / np.sqrt(2)])
-    assert hypotheses.needed(Hypothesis("greater"), outcome, 1) == seeds
-    corrected = hypotheses.needed(Hypothesis("greater"), outcome, 20)
-    assert corrected is not None and corrected > seeds
-    nothing = hypotheses.examine(Hypothesis("greater"), [-1.0, 1.0])
-    assert hypotheses.needed(Hypothesis("greater"), nothing, 1) is None
-
-
-def test_needed_seeds_of_an_equivalence() -> None:
-    """Were the mean 0 and the spread the margin's, that many seeds show equality in four of five experiments."""
-    equal = Hypothesis("equal", margin=1.0)
-    outcome = hypotheses.examine(equal, [-1 / np.sqrt(2), 1 / np.sqrt(2)])
-    seeds = hypotheses.needed(equal, outcome, 1)
-    assert seeds is not None and seeds > 10  # 10: the textbook's for one test of that size
-    draws = np.random.default_rng(0).normal(0, 1, (400, seeds))
-    shown = [found.p < 0.05 for row in draws if (found := hypotheses.examine(equal, list(row))).p is not None]
-    assert np.mean(shown) == pytest.approx(0.8, abs=0.06)
-
-
-def test_holm() -> None:
-    assert hypotheses.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert hypotheses.holm([]) == [] and hypotheses.holm([0.9, 0.8]) == [1.0, 1.0]
-
-
-def test_no_spread_is_no_evidence() -> None:
-    assert hypotheses.examine(Hypothesis("greater"), [1.0]).p is None
-    assert hypotheses.examine(Hypothesis("greater"), [1.0, 1.0, 1.0]).p is None
-
-
-# The claims
+def judged(monkeypatch: pytest.MonkeyPatch, results: Path, *of: Claim) -> list[Verdict]:
+    monkeypatch.setattr(claims, "claims", lambda: of)
+    return claims.evaluate(Cells(report.load(results)), results)
 
 
 def test_claims_are_whole() -> None:
-    found = claims.claims()
-    assert len({c.id for c in found}) == len(found) > 40
-    for c in found:
-        assert c.contrast and c.where and c.unit is not None
-        assert (c.hypothesis.expect == "equal") == (c.hypothesis.margin > 0)
-        assert c.margin_why or (c.hypothesis.margin == 0 and c.hypothesis.than == 0), f"{c.id}: whose bound is it?"
-        assert not c.relative or sorted(term.sign for term in c.contrast) == [-1, 1]
-    assert {said for c in found for said in c.conflicts} <= set(claims.conflicts())
+    known = claims.claims()
+    assert len({found.id for found in known}) == len(known) > 100
+    for found in known:
+        assert found.text.endswith(".") and found.where
+        assert found.expect in ("greater", "less", "equal") and (found.margin > 0) == (found.expect == "equal"), (
+            found.id
+        )
+        own_bound = found.than or found.margin
+        assert not own_bound or found.margin_why or found.paper == own_bound, found.id
+        for beginning in found.conflict:
+            assert any(said.startswith(beginning) for said in paper.conflicts()), (found.id, beginning)
+        for dataset in found.of:
+            assert (conf_dir() / "dataset" / f"{dataset}.yaml").exists(), (found.id, dataset)
+    assert sum(bool(found.answer) for found in known) >= 3
 
 
 def test_claims_name_rows_of_the_cards() -> None:
-    folder = conf_dir() / "experiment"
-    for term in {term for c in claims.claims() for term in c.contrast}:
-        path = folder / f"{term.card}.yaml"
-        card = yaml.safe_load(path.read_text())
-        if any("sweep" in row for row in card["rows"]):
-            card = cards.load(term.card, ["device=cpu", "seeds=1"]).card
-        assert term.row in [row["key"] for row in card["rows"]], f"{term} is no row of {path.name}"
-        if term.column:
-            assert term.column in [column["key"] for column in card["columns"]]
+    for found in claims.claims():
+        for term in found.contrast:
+            assert term.identity["network"], (found.id, str(term))
 
 
-# Verdicts
+def test_printed_values_are_differences_of_printed_numbers() -> None:
+    """What a claim says that the paper prints is what its rows print."""
+    checked = 0
+    for found in claims.claims():
+        if found.quantity != "accuracy" or found.at or not isinstance(found.paper, dict) or found.than > 50:
+            continue
+        if any(term.statistics == "online" and term.card == "table8" for term in found.contrast):
+            continue  # of Table 7, whose runs these are
+        for dataset, value in found.paper.items():
+            terms = []
+            for term in found.contrast:
+                card, row = term.found
+                column = term.column or (term.statistics if card.name in ("table4", "table7") else dataset)
+
+                path = row.paper or (f"{card.paper}.{row.key}" if card.paper else "")
+                printed = (
+                    paper.printed(path.format(column=column) if "{column}" in path else f"{path}.{column}")
+                    if path
+                    else None
+                )
+                terms.append(None if printed is None else term.sign * printed)
+            if None not in terms:
+                assert sum(terms) == pytest.approx(value, abs=0.011), found.id  # type: ignore[arg-type]
+                checked += 1
+    assert checked > 30
 
 
-def test_supported_and_contradicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_pairs(tmp_path, [1.5, 1.6, 1.4, 1.5, 1.55])
-    holds, fails, bounded = judge(
-        monkeypatch, tmp_path, claim(), claim(expect="less"), claim(expect="equal", margin=0.3, margin_why="w")
+# The rule
+
+
+@pytest.mark.parametrize(
+    ("expect", "interval", "state"),
+    [
+        ("greater", (0.1, 2.0), "supported"),
+        ("greater", (-0.1, 2.0), "open"),
+        ("greater", (-2.0, -0.1), "contradicted"),
+        ("less", (-2.0, -0.1), "supported"),
+        ("less", (0.1, 2.0), "contradicted"),
+        ("equal", (-0.2, 0.2), "supported"),
+        ("equal", (-0.2, 0.4), "open"),
+        ("equal", (0.4, 0.9), "contradicted"),
+    ],
+)
+def test_the_interval_against_the_bound(expect: str, interval: tuple[float, float], state: str) -> None:
+    of = claim(expect=expect, **({"margin": 0.3} if expect == "equal" else {}))
+    assert decide(of, *interval) == state
+
+
+def test_bounds_of_logarithms_are_percent() -> None:
+    of = claim(("+figure5/kn_stat2", "-figure5/bn_stat2"), "less", quantity="gap_measured", than=-20)
+    assert decide(of, math.log(0.5), math.log(0.79)) == "supported"
+    assert decide(of, math.log(0.5), math.log(0.81)) == "open" and of.percent(math.log(0.5)) == pytest.approx(-50)
+
+
+def test_supported_contradicted_and_their_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table7(tmp_path)
+    for of in range(3):  # a spread that is not 0
+        write_record(tmp_path, config("gn"), of + 1, 61.0 + 0.3 * (of % 2))
+    better, worse, near = judged(
+        monkeypatch, tmp_path, claim(), claim(expect="less"), claim(expect="greater", than=1.999, margin_why="x")
     )
-    assert (holds.state, fails.state, bounded.state) == ("supported", "contradicted", "contradicted")
-    assert holds.outcome is not None and holds.outcome.summary.mean == pytest.approx(1.51) and holds.tests == 3
-    assert holds.values == pytest.approx({1: 1.5, 2: 1.6, 3: 1.4, 4: 1.5, 5: 1.55})
-    assert len(holds.ids) == 10 and set(holds.ids) <= {p.stem for p in (tmp_path / "records").glob("*.json")}
-    rests = "; ".join(holds.rests_on)
-    for part in (
-        "budget lite (7 epochs",
-        "schedule released",
-        "data 1,797 of 1,797 exact",
-        "preset paper, predictor closed form, initial gain 0.5 (learned)",
-        "initial gain is ours",
-        "one learning-rate schedule",
-        "fp32",
-        "seeds 1, 2, 3, 4, 5",
-    ):
-        assert part in rests
+    assert (better.state, worse.state, near.state) == ("supported", "contradicted", "open")
+    assert better.effect is not None and better.effect.mean == pytest.approx(2) and better.effect.n == 3
+    assert better.low < 2 < better.high and better.family == 3
+    assert better.effect.half_width(3) == pytest.approx(2 - better.low) and len(better.ids) == 6
+    assert "seeds of these rows" in near.why
 
 
-def test_too_few_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_pairs(tmp_path, [1.5])
-    (single,) = judge(monkeypatch, tmp_path)
-    assert single.state == "undecided" and "at least 2" in single.why
-    write_pairs(tmp_path, [1.5, -1.4, 0.9])
-    (three,) = judge(monkeypatch, tmp_path)
-    assert three.state == "undecided" and "leans to the claim" in three.why and "seeds would decide" in three.why
-
-
-def test_correction_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a single test would support stays open as one of twenty."""
-    write_pairs(tmp_path, [1.5, 1.0, 2.0])
-    (single,) = judge(monkeypatch, tmp_path)
-    assert single.state == "supported"
-    many = judge(monkeypatch, tmp_path, *[claim()] * 20)
-    assert {verdict.state for verdict in many} == {"undecided"} and "single test it would be decided" in many[0].why
+def test_one_seed_decides_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_record(tmp_path, config("bn"), 1, 60.0)
+    write_record(tmp_path, config("bkn"), 1, 90.0)
+    (found,) = judged(monkeypatch, tmp_path, claim())
+    assert found.state == "open" and "one seed" in found.why and found.estimate.startswith("+30.00 points")
 
 
 def test_nothing_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made = (claim(), claim("+t/kn_outptu"), claim("+nowhere/a"), claim("+t/kn@x"))
-    found = judge(monkeypatch, tmp_path, *made)
-    assert {verdict.state for verdict in found} == {"not run"}
-    nothing, misspelt, no_card, no_column = [verdict.why for verdict in found]
-    assert nothing == "no run of any side" and "did you mean 'kn_output'" in misspelt
-    assert "no card nowhere yet" in no_card and "column" in no_column
-    write_record(tmp_path, KN, 1)
-    (one_sided,) = judge(monkeypatch, tmp_path)
-    assert (one_sided.state, one_sided.why) == ("not run", "no finished run of t/bn (moving)")
+    write_record(tmp_path, config("bn"), 1)
+    nothing, half = judged(monkeypatch, tmp_path, claim(("+table1/kn@resnet50", "-table1/bn@resnet50")), claim())
+    assert nothing.state == half.state == "not run" and "+ table7/kn_stat2" in half.why
+
+
+def test_other_settings_are_explored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The family is the papers' claims in their settings at one budget; the rest has an interval for itself alone."""
+    narrow = {"arch": {**config()["arch"], "width": 0.25}}
+    for changes in ({}, narrow):
+        table7(tmp_path, **changes)
+    for seed in (1, 2, 3):
+        write_record(tmp_path, config("bn", budget="smoke"), seed)
+        write_record(tmp_path, config("bkn", budget="smoke"), seed)
+    found = judged(monkeypatch, tmp_path, claim(), claim(ours=True), claim(datasets=["imagenet"]))
+    assert [(v.state, v.group.width, v.family) for v in found if v.group] == [
+        ("supported", 1.0, 1),
+        ("explored", 0.25, 1),
+        ("explored", 1.0, 1),
+        ("explored", 0.25, 1),
+        ("explored", 1.0, 1),
+        ("explored", 0.25, 1),
+    ]
 
 
 def test_budgets_and_data_sets_are_never_mixed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_pairs(tmp_path, [1.5, 1.6, 1.4])
-    others = [
-        {"budget": {**BN["budget"], "epochs": 9}},
-        {"budget": variants.composed(ROWS["bn"], "digits", "paper")["budget"]},
-        {"dataset": {**BN["dataset"], "name": "cifar10", "flip": True}},
-    ]
-    for changes in others:
-        write_pairs(tmp_path, [-1.5, -1.6, -1.4], **changes)
-    smoke = {"budget": {**BN["budget"], "name": "smoke", "epochs": 1}}
-    write_pairs(tmp_path, [-9.0, -9.1], **smoke)
-    found = {(v.dataset, v.reduced): v for v in judge(monkeypatch, tmp_path)}
-    assert {key: (v.state, len(v.ids)) for key, v in found.items()} == {
-        ("digits", ""): ("contradicted", 6),  # the papers' length: conf/'s budget "paper"
-        ("digits", "at budget lite"): ("supported", 6),
-        ("digits", "at budget lite (epochs=9)"): ("contradicted", 6),
-        ("cifar10", "at budget lite (epochs=7, subset=null)"): ("contradicted", 6),
-    }
-    assert len({i for v in found.values() for i in v.ids}) == 24
-
-
-def test_arithmetic_and_data_are_never_mixed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for seed in (1, 2, 3):
-        write_record(tmp_path, BN, seed, moving=90.0)
-        write_record(tmp_path, KN, seed, moving=91.0 + 0.1 * seed, precision="bf16")
-    (nothing_common,) = judge(monkeypatch, tmp_path)
-    assert nothing_common.state == "undecided" and "same arithmetic and data" in nothing_common.why
-    for seed in (1, 2):
-        write_record(tmp_path, KN, seed, moving=91.0 + 0.1 * seed)
-    (common,) = judge(monkeypatch, tmp_path)
-    assert list(common.values) == [1, 2] and "fp32" in common.rests_on
-    assert any("other arithmetic" in note for note in common.notes) and any("not all sides" in n for n in common.notes)
+        write_record(tmp_path, config("bn"), seed, 60.0)
+        write_record(tmp_path, config("bkn", budget="paper"), seed, 90.0)
+        write_record(tmp_path, config("bkn", dataset="cifar100"), seed, 50.0)
+    assert {v.state for v in judged(monkeypatch, tmp_path, claim())} == {"not run"}
 
 
-def test_data_of_other_fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for seed in (1, 2):
-        write_record(tmp_path, BN, seed)
-        write_record(tmp_path, KN, seed, sha256="e" * 64)
-    (verdict,) = judge(monkeypatch, tmp_path)
-    assert verdict.state == "undecided" and not verdict.ids
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"sha256": "e" * 64}])
+def test_arithmetic_and_data_are_never_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    for seed in (1, 2, 3):
+        write_record(tmp_path, config("bn"), seed, 60.0 + 0.1 * seed)
+        write_record(tmp_path, config("bkn"), seed, 90.0, **changes)
+    (found,) = judged(monkeypatch, tmp_path, claim())
+    assert found.state == "open" and "other arithmetic, or on other data" in found.why and found.effect is None
 
 
-def test_stale_runs_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_pairs(tmp_path, [1.5, 1.6])
-    for of in (BN, KN):
-        write_record(tmp_path, of, 3, moving=10.0, numerics=NUMERICS - 1)
-    (verdict,) = judge(monkeypatch, tmp_path)
-    assert list(verdict.values) == [1, 2]
+# Runs that were lost
 
 
-@pytest.mark.parametrize("sides", [[KN], [BN], [KN, BN]])
-def test_survivors_alone_decide_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sides: list[Any]) -> None:
-    write_pairs(tmp_path, [1.5, 1.6, 1.4, 1.5])
-    for of in sides:
-        write_record(tmp_path, of, 5, failed="the loss is not finite")
-    (verdict,) = judge(monkeypatch, tmp_path)
-    assert verdict.state == "undecided" and verdict.why.startswith("in favour, but t/")
-    assert "1 of 5 runs failed: the loss is not finite (seed 5)" in verdict.why and len(verdict.notes) == len(sides)
-    for of in sides:
-        write_record(tmp_path, of, 5, moving=91.5 + (of is KN) * 1.5)
-        write_record(tmp_path, of, 5, failed="out of memory", precision="bf16")  # another arithmetic's failure
-    write_pairs(tmp_path, [1.5, 1.6, 1.4, 1.5, 1.55])
-    (verdict,) = judge(monkeypatch, tmp_path)
-    assert verdict.state == "supported"
+def test_lost_runs_count_against_the_side_that_lost_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table7(tmp_path)
+    write_record(tmp_path, config("bkn"), 4, failed="x")
+    ahead, behind = judged(monkeypatch, tmp_path, claim(), claim(expect="less"))
+    assert ahead.state == "open" and "1 of 4 runs of + table7/kn_stat2 failed or stayed at chance" in ahead.why
+    assert behind.state == "contradicted"  # the others are ahead; that one failed does not help the claim
 
 
-def test_a_side_of_failures_is_no_silence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_record(tmp_path, BN, 1)
-    failed = write_record(tmp_path, KN, 1, failed="the loss is not finite")
-    (verdict,) = judge(monkeypatch, tmp_path)
-    assert (verdict.state, verdict.ids) == ("undecided", (failed,))
-    assert verdict.why == "t/kn (moving): 1 of 1 run failed: the loss is not finite (seed 1)"
+def test_more_than_half_lost_contradicts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table7(tmp_path)
+    for seed in (4, 5, 6, 7):
+        write_record(tmp_path, config("bkn"), seed, 10.0, 10.0)
+    ahead, equal = judged(monkeypatch, tmp_path, claim(), claim(expect="equal", margin=5))
+    assert ahead.state == equal.state == "contradicted" and "4 of 7 runs" in ahead.why
 
 
 def test_what_did_not_learn_shows_no_equality(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """At chance the statistics agree, and so do networks. That only one learns is a difference."""
-    for seed in (1, 2, 3, 4):
-        write_record(tmp_path, KN, seed, moving=10.0, online=10.0 + seed / 1000)
-        write_record(tmp_path, BN, seed, moving=80.0 + seed, online=82.0 + 1.1 * seed)
-        write_record(tmp_path, KN_OUTPUT, seed, moving=10.5 + seed / 1000, online=10.1)
-    equal = claim("+t/kn online", "-t/kn moving", expect="equal", margin=0.3, margin_why="w")
-    found = judge(
-        monkeypatch, tmp_path, equal, claim(quantity="gap", expect="less"), claim("+t/kn", "-t/kn_output"), claim()
-    )
-    assert [verdict.state for verdict in found] == ["undecided"] * 3 + ["contradicted"]
-    for verdict in found[:3]:
-        assert "but networks did not learn" in verdict.why
-    assert all(any("no better than chance" in note for note in verdict.notes) for verdict in found)
-
-
-def test_schedules_and_widths_are_one_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Else a claim could be tried with rate after rate until one supports it."""
-    for rate in range(1, 11):
-        schedule = {**BN["schedule"], "lr": [[1, rate / 100]]}
-        write_pairs(tmp_path, [1.5, 1.0, 2.0], schedule=schedule)
-    found = judge(monkeypatch, tmp_path)
-    assert len(found) == 10 and {(verdict.state, verdict.tests) for verdict in found} == {("undecided", 10)}
-    assert all("one of 10 learning-rate schedules that were run" in verdict.rests_on for verdict in found)
-    other = {**BN["dataset"], "name": "cifar10", "flip": True}
-    write_pairs(tmp_path, [1.5, 1.0], dataset=other)
-    (of_other,) = (verdict for verdict in judge(monkeypatch, tmp_path) if verdict.dataset == "cifar10")
-    assert "one learning-rate schedule" in of_other.rests_on
-
-
-def test_a_claim_of_one_data_set_and_of_one_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    curves = {"epoch": [1, 2, 3], "step": [60, 120, 170], "online": [50.0, 50.0, 50.0]}
     for seed in (1, 2, 3):
-        write_record(tmp_path, BN, seed, curves={**curves, "moving": [20.0, 40.0, 60.0 + seed]})
-        write_record(tmp_path, KN, seed, curves={**curves, "moving": [20.0, 42.0 + seed / 10, 50.0]})
-    early, end, elsewhere, here = judge(
+        write_record(tmp_path, config("bn"), seed, 10.0, 10.0)
+        write_record(tmp_path, config("bkn"), seed, 10.0 + 0.1 * seed, 10.0)
+    (found,) = judged(monkeypatch, tmp_path, claim(expect="equal", margin=5))
+    assert found.state == "open" and found.effect is None and "3 of 3" in found.why
+
+
+def test_stability_is_a_difference_of_shares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for seed in range(1, 41):
+        write_record(tmp_path, config("bn"), seed, 60.0)
+        write_record(tmp_path, config("bkn"), seed, 60.0 if seed % 2 else 10.0, 10.0)
+    (found,) = judged(monkeypatch, tmp_path, claim(expect="less", quantity="lost"))
+    assert found.effect is not None and found.measured == pytest.approx(100 * (21 / 42 - 1 / 42))
+    assert found.state == "contradicted" and "20 of 40 runs of one side" in found.notes[0]
+
+
+# Quantities
+
+
+def test_online_minus_moving_is_of_the_same_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table7(tmp_path)
+    of = claim(("+table7/kn_stat2 online", "-table7/kn_stat2 moving"), "equal", margin=0.3)
+    other = claim(("+table7/bn_stat2 moving", "-table7/bn_stat2 online"), "greater")
+    equal, gap = judged(monkeypatch, tmp_path, of, other)
+    assert equal.effect is not None and equal.measured == pytest.approx(0)
+    assert gap.measured == pytest.approx(1.2) and gap.state == "supported"
+
+
+def test_steps_are_read_between_evaluations() -> None:
+    run = {"step": [100, 200, 300], "curve": [20.0, 40.0, 60.0], "dataset.classes": 10}
+    assert quantities.steps_to(run, 30) == 150 and quantities.steps_to(run, 60) == 300
+    assert quantities.steps_to(run, 15) == 50  # from chance, 10 %
+    assert quantities.steps_to(run, 61) == math.inf and quantities.steps_to({"step": None}, 1) is None
+
+
+def test_fewer_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        curves = {"epoch": [1, 2], "step": [100, 200], "online": [50.0, 50.0]}
+        write_record(tmp_path, config("bn"), seed, curves={**curves, "moving": [30.0, 60.0 + 0.1 * seed]})
+        write_record(tmp_path, config("bkn"), seed, curves={**curves, "moving": [60.2 + 0.1 * seed, 70.0]})
+    fewer, never = judged(
         monkeypatch,
         tmp_path,
-        claim(at=[120, 170]),
-        claim(),
-        claim(datasets=["cifar10"]),
-        claim(datasets=["digits"]),
+        claim(expect="less", quantity="steps_to"),
+        claim(("+table7/bn_stat2", "-table7/kn_stat2"), "less", quantity="steps_to"),
     )
-    with pytest.raises(ValueError, match="only an accuracy"):
-        claim(at=[120, 170], quantity="gap")
-    assert early.values == pytest.approx({1: 2.1, 2: 2.2, 3: 2.3}) and early.state == "supported"
-    assert end.state == here.state == "contradicted"
-    assert (elsewhere.state, elsewhere.why) == ("not run", "no run of any side")
-
-
-def test_a_speed_is_that_of_alternating_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Not that of whole runs, which other work on the machine decides."""
-    monkeypatch.setattr(verdicts, "claims", lambda: (made,))
-    made = claim("+table3/bn", "-table3/kn", quantity="speed", relative=True, expect="less", than=5, margin_why="w")
-    card = cards.load("table3", ["device=cpu", "seeds=1"]).card
-    found = report.records(tmp_path, NUMERICS)
-    (nothing,) = verdicts.evaluate(found, {"table3": card})
-    assert nothing.state == "not run"
-    (tmp_path / "speed").mkdir()
-    for name, more in (("a", 1.01), ("b", 1.2), ("c", 1.05)):
-        seconds = {"bn": [1.0, 1.1, 1.0, 1.2], "kn": [more, 1.1 * more, 1.02 * more, 1.16 * more]}
-        measurement = {
-            "id": name,
-            "experiment": "table3",
-            "configs": {row["key"]: speed.measured_part(row["config"], name == "c") for row in card["rows"]},
-            "seconds": seconds,
-            "host": {"hardware": "a machine", "threads": 1, "device": "cpu"},
-        }
-        (tmp_path / "speed" / f"{name}.json").write_text(json.dumps(measurement))
-    of = {verdict.rests_on[-1].split()[1]: verdict for verdict in verdicts.evaluate(found, {"table3": card})}
-    assert {name: verdict.state for name, verdict in of.items()} == {
-        "a": "supported",
-        "b": "contradicted",
-        "c": "undecided",
-    }
-    assert of["a"].estimate == "+1.00 %"
-    assert "on a machine, 1 thread" in of["a"].reduced and "224x224 px" in of["a"].reduced
-    (tmp_path / "speed" / "d.json").write_text("{}")
-    (broken,) = verdicts.evaluate(found, {"table3": card})
-    assert broken.state == "not run" and "d.json is not a whole measurement" in broken.why
-
-
-def test_branches_of_a_block_are_equally_deep() -> None:
-    layers = ["stem.bn", "blocks.0.b1.bn", "blocks.0.b3.0.bn", "blocks.0.pool.bn", "blocks.1.b1.bn", "bn_last"]
-    assert quantities._depths(layers) == [0, 1, 1, 1, 2, 3]
-    assert quantities._depths(["1", "2", "3"]) == [0, 1, 2]  # layers without names
-
-
-def test_other_quantities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for seed in (1, 2):
-        write_record(tmp_path, BN, seed, moving=90.0, online=91.0 + seed, arrays=True)
-        write_record(tmp_path, KN, seed, moving=90.0, online=90.5, arrays=True)
-    gap, absolute, relative = judge(
-        monkeypatch,
-        tmp_path,
-        claim(quantity="gap", expect="less"),
-        claim(quantity="variance_gap", relative=True, expect="less"),
-        claim(quantity="relative_variance_gap", relative=True, expect="less"),
-    )
-    assert gap.values == pytest.approx({1: 0.5 - 2, 2: 0.5 - 3})
-    assert set(absolute.values) == set(relative.values) == {1, 2} and relative.values[1] < -30
+    assert fewer.state == "supported" and fewer.measured == pytest.approx(-50, abs=2)
+    assert never.state == "contradicted" and "never got there" in never.why
 
 
 def test_quantities_of_the_mechanism(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made = [claim("+t/kn", quantity=f"posterior_error_{moment}", expect="less") for moment in ("mean", "var")]
-    shares = [claim("+t/kn", "-t/bn", quantity=f"{name}_share") for name in ("ln", "bn")]
-    for seed in (1, 2, 3):
-        for of, weights in ((BN, [0.1, 0.2, 0.7]), (KN, [0.1, 0.6 + seed / 100, 0.3 - seed / 100])):
-            path = tmp_path / "records" / f"{write_record(tmp_path, of, seed, errors=True)}.json"
-            record = json.loads(path.read_text())
-            record["norms"]["mixture"] = {"a": {"mean": weights, "var": weights}}
-            path.write_text(json.dumps(record))
-    mean, var, more, less = judge(monkeypatch, tmp_path, *made, *shares)
-    # The fixtures' errors: sqrt(0.2^2 + 0.2^2) of the posterior, sqrt(0.01^2 + 0.4^2) of the measurement.
-    assert mean.values == var.values == pytest.approx(dict.fromkeys((1, 2, 3), 100 * (0.08 / 0.1601) ** 0.5 - 100))
-    assert mean.state == "undecided" and "no spread" in mean.why and mean.estimate.startswith("−29.31 %")
-    assert more.values == pytest.approx({1: 41, 2: 42, 3: 43}) and more.state == "supported"
-    assert less.values == pytest.approx({1: -41, 2: -42, 3: -43}) and less.state == "contradicted"
-    write_record(tmp_path, KN, 4, arrays=True)  # arrays of an earlier version: no errors
-    write_record(tmp_path, BN, 4, arrays=True)
-    mean, _, more, _ = judge(monkeypatch, tmp_path, *made, *shares)
-    assert list(mean.values) == [1, 2, 3] and any("seed 4 left out" in note for note in (*mean.notes, *more.notes))
-
-
-def test_the_input_s_belief_shows_in_the_first_normalizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    made = claim("+t/kn", quantity="first_error_var", expect="less")
-    identities = [write_record(tmp_path, KN, seed, errors=True) for seed in (1, 2)]
-    (verdict,) = judge(monkeypatch, tmp_path, made)
-    assert verdict.state == "not run"  # no prior there, so that its posterior is its measurement
-    for identity, prior in zip(identities, (0.1, 0.3), strict=True):
-        path = tmp_path / "records" / f"{identity}.npz"
-        arrays = dict(np.load(path))
-        arrays["layer_error_var"][:, 0] = 0.4, prior, 0.4 * (1 - prior)
-        np.savez(path, **arrays)
-    (verdict,) = judge(monkeypatch, tmp_path, made)
-    assert verdict.values == pytest.approx({1: -10, 2: -30})
-
-
-def test_parameters_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without a run: small Inception, KN's gains and R."""
-    rows = cards.load("table7", ["device=cpu", "seeds=1", "rows=bn_stat2,kn_stat2"]).card["rows"]
-    few, fewer = (
-        claim("+t/kn_stat2", "-t/bn_stat2", quantity="parameters", relative=True, expect="less", than=than)
-        for than in (0.2, 0.1)
-    )
-    monkeypatch.setitem(CARDS, "t", {"name": "t", "rows": rows})
-    found = judge(monkeypatch, tmp_path, few, fewer)
-    assert [verdict.state for verdict in found] == ["supported", "contradicted"]
-    assert found[0].estimate == f"+{100 * (904_701 / 903_018 - 1):.2f} %" and not found[0].ids
-    assert any("904,701" in said for said in found[0].rests_on)
-
-
-def test_steps_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    curves = {"epoch": [1, 2, 3, 4], "step": [100, 200, 300, 400], "online": [0, 0, 0, 0]}
-    bn, quick, slow = [50.0, 60.0, 70.0, 80.0], [50.0, 81.0, 70.0, 82.0], [50.0, 60.0, 70.0, 79.0]
-
-    def write(of: Mapping[str, Any], seed: int, moving: list[float]) -> None:
-        write_record(tmp_path, of, seed, moving=moving[-1], curves={**curves, "moving": moving})
-
-    for seed in (1, 2, 3):
-        write(BN, seed, bn)
-        write(KN, seed, quick if seed < 3 else [50.0, 60.0, 80.0, 82.0])
-        write(KN_OUTPUT, seed, slow if seed == 1 else quick)
-    faster, never = judge(
+    table7(tmp_path)
+    pair = ("+figure5/kn_stat2", "-figure5/bn_stat2")
+    found = judged(
         monkeypatch,
         tmp_path,
-        claim(quantity="steps_saved"),
-        claim("+t/kn_output", "-t/bn", quantity="steps_saved"),
+        claim(pair, "less", quantity="gap_used"),
+        claim(("+figure5/bn_stat2",), "greater", quantity="depth_growth"),
+        claim(("+layer-errors/kn_stat2",), "less", quantity="posterior_spread_mean"),
+        claim(("+layer-errors/kn_stat2",), "greater", quantity="posterior_error_mean", than=20),
     )
-    assert faster.values == {1: 50.0, 2: 50.0, 3: 25.0}
-    assert never.values == {1: 0.0, 2: 50.0, 3: 50.0} and never.state == "undecided"
-    assert any("never reaches" in note for note in never.notes)
+    assert all(v.effect is not None for v in found)
+    assert found[1].state == "supported" and found[1].measured == pytest.approx(math.log(0.55 / 0.15), abs=0.3)
+    assert found[2].measured == pytest.approx(-50)  # 0.2 against 0.4
+
+
+def test_parameters_are_counted_and_speed_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    counted, speed = (c for c in claims.claims() if c.id in ("parameters_v1", "table3_speed"))
+    few = claim(("+table2/resnet50@gn", "-table2/resnet50@bn"), "less", quantity="parameters", than=1, margin_why="x")
+    host = {
+        "hardware": "box",
+        "device": "cpu",
+        "threads": 1,
+        "started": "2026",
+        "git": {"commit": "c"},
+        "versions": {"torch": "2"},
+    }
+    batch = {"grad_batch": 4, "stat_batch": 2}
+    part = {"arch": {"name": "inception_v2"}, "norm": {"name": "bn"}, "batch": batch, "size": 64, "precision": "fp32"}
+    part["compile"] = False
+    folder = tmp_path / "speed"
+    folder.mkdir()
+    measurement = {"id": "one", "experiment": "table3", "host": host, "configs": {"bn": part, "kn": part},
+                   "seconds": {"bn": [1.0] * 8, "kn": [1.02] * 8}}  # fmt: skip
+    (folder / "one.json").write_text(json.dumps(measurement))
+    more, none, slower = judged(monkeypatch, tmp_path, counted, few, speed)
+    assert more.state == "contradicted" and 30 < more.measured < 40  # preset v1's transitions
+    assert none.state == "supported" and none.measured == 0
+    assert slower.state == "supported" and slower.measured == pytest.approx(2)
+
+
+def test_an_estimate_in_words() -> None:
+    verdict = Verdict(claim(), "open", effect=Effect(-1.5, 0.5, 8, 3, 0.5, (1, -1), 4), low=-2.5, high=-0.5)
+    assert verdict.estimate == "−1.50 [−2.50, −0.50] points (n = 3)"

@@ -6,7 +6,7 @@ import pytest
 
 from kalmannorm import machine
 from kalmannorm.errors import UserError
-from kalmannorm.experiments import cards, composition
+from kalmannorm.experiments import card, cards, composition
 from kalmannorm.experiments.config import RESULT_KEYS, compose, conf_dir, result_part
 from kalmannorm.experiments.record import run_id
 from kalmannorm.presets import BATCH_STATISTICS
@@ -228,25 +228,24 @@ def test_experiments_expand_to_distinct_runs(name):
     ids = [run_id(config) for config in expanded.runs]
     assert len(set(ids)) == len(ids) and ids
     seedless = [result_part(c) | {"seed": None} for c in expanded.runs]
-    for row in expanded.card["rows"]:
-        for config in (row.get("configs") or {"": row["config"]}).values():
-            assert "seed" not in config and config | {"seed": None} in seedless
+    for row in expanded.card.rows:
+        for column in expanded.card.columns_of(row) if expanded.card.has_columns_of_runs else [None]:
+            settings = {**expanded.card.settings(row, column), "dataset": "digits", "seed": 1}
+            assert result_part(compose(card.overrides(settings))) | {"seed": None} in seedless
 
 
 def test_columns_that_are_data_sets():
     """table8 has a run for each row and data set; dataset= chooses one, or makes a column that the paper lacks."""
     some = "rows=inception_kn_stat2,resnet32_kn_stat2"
     loaded = cards.load("table8", ["seeds=1", some, "budget=smoke"])
-    rows = {row["key"]: row for row in loaded.card["rows"]}
-    assert list(rows["inception_kn_stat2"]["configs"]) == ["cifar10", "cifar100", "svhn"]
-    assert list(rows["resnet32_kn_stat2"]["configs"]) == ["cifar10"]
-    assert len(loaded.runs) == 3 + 1
-    assert rows["inception_kn_stat2"]["configs"]["svhn"]["dataset"]["name"] == "svhn"
+    columns = {row.key: [column.key for column in loaded.card.columns_of(row)] for row in loaded.card.rows}
+    assert columns == {"inception_kn_stat2": ["cifar10", "cifar100", "svhn"], "resnet32_kn_stat2": ["cifar10"]}
+    assert [c["dataset"]["name"] for c in loaded.runs] == ["cifar10", "cifar100", "svhn", "cifar10"]
     chosen = cards.load("table8", ["seeds=1", some, "dataset=cifar100"])
-    assert [row["key"] for row in chosen.card["rows"]] == ["inception_kn_stat2"] and len(chosen.runs) == 1
+    assert [row.key for row in chosen.card.rows] == ["inception_kn_stat2"] and len(chosen.runs) == 1
     digits = cards.load("table8", ["seeds=1", "rows=resnet110_gn,resnet32_gn", "dataset=digits"])
     assert [c["dataset"]["name"] for c in digits.runs] == ["digits"] * 2
-    assert [column["key"] for column in digits.card["columns"]] == ["digits"]
+    assert [column.key for column in digits.card.columns] == ["digits"]
     of_two = cards.load("table8", ["rows=inception_ln", "columns=svhn,cifar10", "seeds=1"])
     assert {c["dataset"]["name"] for c in of_two.runs} == {"svhn", "cifar10"}
     for name, bad, word in (("table8", "columns=cifar1", "cifar10"), ("table7", "columns=moving", "no choice")):

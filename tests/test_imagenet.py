@@ -1,7 +1,6 @@
 """Whole runs on small image folders, the ImageNet recipes, and the cards of its tables."""
 
 import json
-import math
 import signal
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,10 @@ from test_run import assert_same_run, only_record, place
 
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
-from kalmannorm.experiments import cards
+from kalmannorm.experiments import card, cards
 from kalmannorm.experiments.config import compose, conf_dir
 from kalmannorm.experiments.record import run_id
 from kalmannorm.report.quantities import accuracy_at
-from kalmannorm.report.table import columns_of
 from kalmannorm.train.model import learning_rate
 
 SMALL = [
@@ -172,7 +170,7 @@ PAIRS = {
 def test_cards_have_the_papers_batches_and_recipes(name):
     loaded = cards.load(name, ["budget=paper", "seeds=1"])
     assert {(c["batch"]["grad_batch"], c["batch"]["stat_batch"]) for c in loaded.runs} == PAIRS[name]
-    assert loaded.card["devices"] == 8
+    assert loaded.card.devices == 8
     for config in loaded.runs:
         inception = config["arch"]["name"] == "inception_v2"
         assert config["dataset"]["name"] == "imagenet" and config["budget"]["size"] == 224
@@ -190,9 +188,7 @@ def test_cards_share_runs():
 
 
 def test_table_5_reads_accuracies_on_the_way():
-    curves = {"step": [100, 200, 300, 400], "online": [10.0, 20.0, 30.0, None]}
-    run = {"curves": curves, "final": {}}
-    assert [accuracy_at(run, "online", part) for part in (0.1, 0.5, 120 / 170)] == [10, 20, 30]
-    assert math.isnan(accuracy_at(run, "online", 1)) and accuracy_at(run, "moving", 0.5) is None
-    card = cards.load("table5", ["seeds=1"]).card
-    assert [column.at for column in columns_of(card)] == [120 / 170, None, None]
+    run = {"step": [100, 200, 300, 400], "curve": [10.0, 20.0, 30.0, None]}
+    assert [accuracy_at(run, part) for part in (0.1, 0.5, 120 / 170)] == [10, 20, 30]
+    assert accuracy_at(run, 1) is None and accuracy_at({"step": None, "curve": None}, 0.5) is None
+    assert [column.at for column in card.read("table5").columns] == [(120, 170), None, None]

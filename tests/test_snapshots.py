@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kalmannorm.experiments import cards, config
+from kalmannorm.experiments import card, cards, config
 from kalmannorm.experiments.record import run_id
 
 FILE = Path(__file__).with_name("run_ids.json")
@@ -53,10 +53,11 @@ def difference(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         commit = subprocess.run([*git, "log", "-1", "--format=%H", "--", str(FILE)], capture_output=True, check=True)
         archive = [*git, "archive", commit.stdout.decode().strip(), "conf"]
         files = subprocess.run(archive, capture_output=True, check=True).stdout
-        with tarfile.open(fileobj=io.BytesIO(files)) as conf:
-            conf.extractall(folder, filter="data")
-        for module in (config, cards):
+        with tarfile.open(fileobj=io.BytesIO(files)) as unpacked:
+            unpacked.extractall(folder, filter="data")
+        for module in (config, card):
             monkeypatch.setattr(module, "conf_dir", lambda: folder / "conf")
+        card.read.cache_clear()
         before = flat(composed(name))
     except Exception as error:
         return f"(what was composed before cannot be seen: {error})"

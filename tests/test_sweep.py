@@ -22,6 +22,7 @@ from rich.console import Console
 
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import card
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.cards import load, multirun
 from kalmannorm.experiments.config import compose
@@ -306,11 +307,11 @@ def test_multirun_has_hydra_s_grammar():
 
 def test_seeds_of_a_row_have_the_ids_of_runs_composed_one_by_one():
     experiment = load("table7", [*SMALL, "seeds=3"])
-    for row in experiment.card["rows"]:
-        overrides = [*experiment.card["base"], *row["overrides"], *SMALL]
+    for row in experiment.card.rows:
+        overrides = [*card.overrides(experiment.card.settings(row)), *SMALL]
         ids = {records.run_id(compose([*overrides, f"seed={seed}"])) for seed in (1, 2, 3)}
         runs = zip(experiment.keys, experiment.runs, strict=True)
-        assert ids == {records.run_id(config) for key, config in runs if key == row["key"]}
+        assert ids == {records.run_id(config) for key, config in runs if key == row.key}
 
 
 def test_a_thousand_finished_runs_are_skipped_within_five_seconds(tmp_path):

@@ -8,15 +8,14 @@ from bisect import bisect_left
 from typing import Any
 
 import pytest
-import yaml
 
-from kalmannorm.experiments.config import compose, conf_dir
+from kalmannorm.experiments.card import overrides, read
+from kalmannorm.experiments.config import compose
 from kalmannorm.report import paper
 from kalmannorm.train.model import parameter_count
 
 BASE = ["dataset=cifar100", "arch=inception_cifar", "device=cpu"]
-CARD = yaml.safe_load((conf_dir() / "experiment" / "v1-table3.yaml").read_text())
-ROWS = {row["key"]: row for row in CARD["rows"]}
+ROWS = {row.key: row for row in read("v1-table3").rows}
 
 
 def matching_width(config: dict[str, Any], parameters: float) -> float:
@@ -37,19 +36,19 @@ def targets() -> dict[str, float]:
 
 @pytest.mark.parametrize("key", ["bn_stat2_widened", "bn_stat2_widened_as_here"])
 def test_widths_match_parameters(key: str) -> None:
-    config = compose([*BASE, *ROWS[key]["overrides"]])
+    config = compose([*BASE, *overrides(ROWS[key].runs)])
     target, found = targets()[key], parameter_count(config)
     assert config["arch"]["width"] == matching_width(config, target)
     assert abs(found / target - 1) < 0.005
     ratio = found / parameter_count(compose([*BASE, "norm=bn"]))
-    said = re.search(r"parameters x ([\d.]+)", ROWS[key]["label"])
+    said = re.search(r"parameters x ([\d.]+)", ROWS[key].label)
     assert said and float(said[1]) == round(ratio, 3)
 
 
 def test_rows_that_are_compared_differ_in_width_alone() -> None:
     for key in ("bn_stat2", "bn_stat128"):
-        assert ROWS[f"{key}_widened"]["overrides"] == [*ROWS[key]["overrides"], "arch.width=1.031"]
-    assert ROWS["kn_stat2"]["overrides"] == ["norm=bkn", "norm.preset=v1", "batch=g128_s2"]
+        assert ROWS[f"{key}_widened"].runs == {**ROWS[key].runs, "arch.width": 1.031}
+    assert ROWS["kn_stat2"].runs == {"norm": "bkn", "norm.preset": "v1", "batch": "g128_s2"}
 
 
 def test_paper_values_are_found() -> None:
@@ -63,8 +62,8 @@ def test_paper_values_are_found() -> None:
         where = "cifar100" if column == "widened" else column
         for row, value in values.items():
             path = f"v1.table3.{{column}}.{row}"
-            assert path in {found.get("paper") for found in ROWS.values()}
-            assert paper.value(path.format(column=where)) == value
+            assert path in {found.paper for found in ROWS.values()}
+            assert paper.printed(path.format(column=where)) == value
 
 
 if __name__ == "__main__":

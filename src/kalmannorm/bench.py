@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kalmannorm.conversion import convert
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.models import ARCHS
-from kalmannorm.report.statistics import middle_half
+from kalmannorm.report.speed import quartiles
 from kalmannorm.train.model import optimizer
 
 GRAD_BATCH = 128
@@ -77,7 +77,7 @@ def bench(names: list[str], seconds: float) -> int:
             met = middle >= comparison.goal if comparison.at_least else middle <= comparison.goal
             verdict = f"  goal {'>=' if comparison.at_least else '<='} {comparison.goal}: {'met' if met else 'missed'}"
             missed += not met
-        low, high = middle_half(ratios)
+        low, _, high = quartiles(ratios)
         spread = f" [{low:.3f}, {high:.3f}] n = {len(ratios)}" if len(ratios) > 1 else ""
         print(
             f"{name:12} {comparison.this} / {comparison.against}: {middle:.3f}{spread}{verdict}  ({note})", flush=True

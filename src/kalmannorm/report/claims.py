@@ -1,20 +1,39 @@
-"""The papers' claims as hypotheses about records: the entries of claims.yaml."""
+"""The papers' claims (claims.yaml) against the frame: an effect with its interval, and one rule for all of them.
+
+The rule: a claim is supported where the whole interval of its effect lies on the claimed side of the bound,
+contradicted where it lies on the other side, else open. The intervals of the family (the papers' claims, in the papers'
+settings, at one budget) hold all at once at 95 % (Bonferroni). Other settings and our own readings are explored: an
+interval for each alone, and no verdict. Runs that failed or stayed at chance count against the side that the claim
+favours: with one of them it is not supported, with more than half, and more than the other side, contradicted.
+"""
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from kalmannorm.report import paper, quantities
-from kalmannorm.report.hypotheses import Hypothesis
+import yaml
 
-CLAIMS = Path(__file__).with_name("claims.yaml")
+from kalmannorm.errors import UserError
+from kalmannorm.experiments import card as cards
+from kalmannorm.experiments.card import Row
+from kalmannorm.report import effects, quantities, speed
+from kalmannorm.report.effects import Cell, Cells, Effect, Group, signed
+from kalmannorm.report.quantities import QUANTITIES, Quantity
+
+HERE = Path(__file__).parent
+NO_JUDGE = "smoke"  # a budget whose numbers mean nothing
+SEEDS = (3, 5, 10)  # for how many an open claim says what its interval would be
+OTHERS = {"parameters": Quantity("parameters"), "speed": Quantity("%"), "lost": Quantity("points")}
+
+State = Literal["supported", "contradicted", "open", "explored", "not run"]
 
 
 @dataclass(frozen=True)
 class Term:
-    """One side of a claim: a row of a card under a kind of statistics, added or subtracted."""
+    """A signed row of a card, under one kind of statistics."""
 
     sign: int
     card: str
@@ -22,84 +41,334 @@ class Term:
     column: str | None
     statistics: str
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As the frame has the row. UserError: no such card, row or column."""
+        card, row = self.found
+        columns = {column.key: column for column in card.columns}
+        if self.column is not None and self.column not in columns:
+            raise UserError(f"{card.name}: row {self.row} has no column {self.column}")
+        return effects.identity(card, row, columns[self.column] if self.column else None)
+
+    @property
+    def found(self) -> tuple[cards.Card, Row]:
+        card = cards.read(self.card)
+        return card, card.row(self.row)
+
     def __str__(self) -> str:
-        column = f" @ {self.column}" if self.column else ""
-        return f"{self.card}/{self.row}{column} ({self.statistics})"
+        sign, column = "+" if self.sign > 0 else "−", f"@{self.column}" if self.column else ""
+        return f"{sign} {self.card}/{self.row}{column}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Claim:
-    """An entry of claims.yaml."""
+    """An entry of claims.yaml, whose head says what the fields mean."""
 
     id: str
     text: str
     where: str
     contrast: tuple[Term, ...]
-    hypothesis: Hypothesis
-    quantity: str
-    at: float | None
-    datasets: tuple[str, ...]
-    relative: bool
-    margin_why: str
-    paper: float | Mapping[str, float] | None
-    conflicts: tuple[str, ...]
+    expect: Literal["greater", "less", "equal"]
+    quantity: str = "accuracy"
+    than: float = 0.0
+    margin: float = 0.0
+    margin_why: str = ""
+    at: tuple[float, float] | None = None
+    level: float = 1.0
+    relative: bool = False
+    ours: bool = False
+    answer: str = ""
+    datasets: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = ()
+    paper: float | Mapping[str, float] = field(default_factory=dict)
+    conflict: tuple[str, ...] = ()
 
     @property
-    def unit(self) -> str:
-        """Of the values, for print."""
-        if self.quantity == "steps_saved":
-            return "% fewer steps"
-        return "%" if self.relative else quantities.UNITS[self.quantity]
+    def hypothesis(self) -> str:
+        """ "greater than 0", "within ±0.3 of 0"."""
+        if self.expect == "equal":
+            return f"within ±{self.margin:g} of {self.than:g}"
+        return f"{self.expect} than {self.than:g}"
+
+    @property
+    def measure(self) -> Quantity:
+        return Quantity("%") if self.relative else {**QUANTITIES, **OTHERS}[self.quantity]
+
+    @property
+    def of(self) -> tuple[str, ...]:
+        """The data sets that it speaks of: those named, those that a value is printed for, else the card's."""
+        printed = tuple(self.paper) if isinstance(self.paper, Mapping) else ()
+        return self.datasets or printed or (str(cards.read(self.contrast[0].card).runs.get("dataset", "cifar10")),)
 
     def printed(self, dataset: str) -> float | None:
         """The paper's value on a data set."""
         return self.paper.get(dataset) if isinstance(self.paper, Mapping) else self.paper
 
+    def percent(self, value: float) -> float:
+        """A compared value as it is shown: percent where logarithms are compared."""
+        return 100 * math.expm1(value) if self.measure.log else value
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which the compared value is claimed to lie."""
+        of = [math.log1p(bound / 100) if self.measure.log else bound for bound in (self.than, self.margin)]
+        low, high = {"greater": (of[0], math.inf), "less": (-math.inf, of[0])}.get(
+            self.expect, (of[0] - of[1], of[0] + of[1])
+        )
+        return low, high
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the records say of a claim in one group of runs."""
+
+    claim: Claim
+    state: State
+    why: str = ""
+    group: Group | None = None
+    effect: Effect | None = None
+    low: float = math.nan  # of the interval that decides, as shown
+    high: float = math.nan
+    family: int = 0  # how many intervals hold at once
+    values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # by term and seed
+    equal: float = math.nan  # p of the test of equal variances
+    notes: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
+    count: float = math.nan  # of parameters, of speed: there is no effect
+
+    @property
+    def measured(self) -> float:
+        """As shown; nan where there is none."""
+        return self.claim.percent(self.effect.mean) if self.effect else self.count
+
+    @property
+    def estimate(self) -> str:
+        """ "+1.2 [−0.3, +2.7] points (n = 3)"."""
+        if not math.isfinite(self.measured):
+            return ""
+        between = f" [{signed(self.low)}, {signed(self.high)}]" if math.isfinite(self.low + self.high) else ""
+        counted = f" (n = {self.effect.n})" if self.effect else ""
+        return f"{signed(self.measured)}{between} {self.claim.measure.unit}".rstrip() + counted
+
 
 @functools.cache
 def claims() -> tuple[Claim, ...]:
-    """All entries of claims.yaml."""
-    import yaml
-
-    return tuple(parse(entry) for entry in yaml.safe_load(CLAIMS.read_text(encoding="utf-8")))
+    """All of claims.yaml, in its order."""
+    return tuple(_claim(tree) for tree in yaml.safe_load((HERE / "claims.yaml").read_text()))
 
 
-def conflicts() -> list[str]:
-    """Where the sources contradict themselves or each other."""
-    found: list[str] = paper.entry("neurips.text.inconsistent")
+def evaluate(cells: Cells, results: Path) -> list[Verdict]:
+    """The verdicts in the order of the claims: one for each group of runs, "not run" where there is none."""
+    measured = [verdict for claim in claims() for verdict in _of_claim(claim, cells, results)]
+    family: dict[str, int] = {}
+    for verdict in measured:
+        if verdict.effect and verdict.group and _in_family(verdict):
+            family[verdict.group.budget] = family.get(verdict.group.budget, 0) + 1
+    return [_decide(verdict, family.get(verdict.group.budget, 1) if verdict.group else 1) for verdict in measured]
+
+
+def decide(claim: Claim, low: float, high: float) -> Literal["supported", "contradicted", "open"]:
+    """The rule, for the interval of a compared value."""
+    least, most = claim.bounds
+    if least < low and high < most:
+        return "supported"
+    return "contradicted" if high < least or low > most else "open"
+
+
+def _claim(tree: Mapping[str, Any]) -> Claim:
+    lists = {key: tuple(tree[key]) for key in ("datasets", "budgets", "conflict", "at") if key in tree}
+    found = Claim(**{**tree, **lists, "contrast": tuple(map(_term, tree["contrast"]))})
+    if found.quantity not in {**QUANTITIES, **OTHERS}:
+        raise UserError(f"claims.yaml: {found.id} has an unknown quantity {found.quantity!r}")
     return found
 
 
-def parse(entry: Mapping[str, Any]) -> Claim:
-    """An entry. Raises ValueError: a key that there is not, or not beside another; a conflict that is not listed."""
-    known = {"id", "text", "where", "contrast", "quantity", "at", "relative", "expect", "than", "margin", "margin_why"}
-    if unknown := set(entry) - known - {"datasets", "paper", "conflict"}:
-        raise ValueError(f"claim {entry.get('id')}: unknown keys {', '.join(unknown)}")
-    if "at" in entry and "quantity" in entry:
-        raise ValueError(f"claim {entry['id']}: only an accuracy can be read at a part of the steps")
-    beginnings = entry.get("conflict", [])
-    found = tuple(said for beginning in beginnings for said in conflicts() if said.startswith(beginning))
-    if len(found) != len(beginnings):
-        raise ValueError(f"claim {entry['id']}: `inconsistent` of paper_values.yaml does not have all of {beginnings}")
-    hypothesis = Hypothesis(entry["expect"], float(entry.get("than", 0)), float(entry.get("margin", 0)))
-    return Claim(
-        id=entry["id"],
-        text=entry["text"],
-        where=entry["where"],
-        contrast=tuple(_term(text) for text in entry["contrast"]),
-        hypothesis=hypothesis,
-        quantity=entry.get("quantity", "accuracy"),
-        at=entry["at"][0] / entry["at"][1] if "at" in entry else None,
-        datasets=tuple(entry.get("datasets", ())),
-        relative=entry.get("relative", False),
-        margin_why=entry.get("margin_why", ""),
-        paper=entry.get("paper"),
-        conflicts=found,
+def _term(text: str) -> Term:
+    """ "+table8/KEY@COLUMN online"."""
+    row, _, statistics = text[1:].partition(" ")
+    row, _, column = row.partition("@")
+    card, _, key = row.partition("/")
+    return Term(1 if text[0] == "+" else -1, card, key, column or None, statistics or "moving")
+
+
+def _of_claim(claim: Claim, cells: Cells, results: Path) -> list[Verdict]:
+    if claim.quantity == "parameters":
+        return [_count(claim)]
+    if claim.quantity == "speed":
+        return _timed(claim, results) or [Verdict(claim, "not run", "no measurement")]
+    rows = [term.identity for term in claim.contrast]
+    groups = [
+        group
+        for group in cells.groups(rows)
+        if not group.budget.startswith(NO_JUDGE) and (not claim.budgets or group.budget in claim.budgets)
+    ]
+    judge = _stability if claim.quantity == "lost" else _measure
+    found = [judge(claim, group, rows, cells) for group in groups]
+    some = [verdict for verdict in found if verdict.ids]
+    return some or [Verdict(claim, "not run", "no run of any side" if not found else found[0].why)]
+
+
+def _measure(claim: Claim, group: Group, rows: Sequence[Mapping[str, Any]], cells: Cells) -> Verdict:
+    """The effect, before its interval is known."""
+    sides = [cells.of(row, group, term.statistics) for row, term in zip(rows, claim.contrast, strict=True)]
+    verdict = Verdict(claim, "open", "", group)
+    if missing := [str(term) for term, side in zip(claim.contrast, sides, strict=True) if not side.n]:
+        return replace(verdict, state="not run", why=f"no run of {', '.join(missing)}")
+    ids = tuple(dict.fromkeys(identity for side in sides for identity in side.ids))
+    notes = tuple(dict.fromkeys(note for side in sides for note in side.notes))
+    verdict = replace(verdict, ids=ids, notes=notes)
+    kinds = {side.kind for side in sides if side.runs}
+    if len(kinds) > 1:
+        return replace(verdict, why="the sides ran with other arithmetic, or on other data")
+    value = _value(claim, sides)
+    if value is None:
+        return replace(verdict, why="no run of the other side learned")
+    lost = _lost(claim, sides, value)
+    own = {term.card: cards.read(term.card) for term in claim.contrast}.values()
+    pool = effects.pool(cells, own, group, claim.contrast[0].statistics, {row["network"] for row in rows})
+    values = {key: effects.values_of(cell, value) for key, cell in pool.items() if cell.kind in kinds}
+    weights: dict[tuple[Any, ...], float] = {}
+    for row, term in zip(rows, claim.contrast, strict=True):
+        weights[effects.key(row)] = weights.get(effects.key(row), 0) + term.sign
+    if _within_runs(claim):  # online minus moving of the same weights: one value a run
+        weights = {effects.key(rows[0]): 1.0}
+    found, model = effects.contrast(values, weights)
+    of_terms = {str(term): values.get(effects.key(row), {}) for row, term in zip(rows, claim.contrast, strict=True)}
+    if found is None and not lost:
+        return replace(verdict, state="not run", why=f"the records have no {claim.quantity.replace('_', ' ')}")
+    return replace(verdict, effect=found, values=of_terms, equal=model.equal, why=lost)
+
+
+def _value(claim: Claim, sides: Sequence[Cell]) -> effects.Value | None:
+    """What is compared, of one run."""
+    if _within_runs(claim):
+        first, second = (term.statistics for term in claim.contrast)
+        sign = claim.contrast[0].sign * (1 if (first, second) == ("online", "moving") else -1)
+        return lambda run: None if quantities.missing(run["gap"]) else sign * float(run["gap"])
+    if claim.quantity == "steps_to":
+        against = [
+            run for term, side in zip(claim.contrast, sides, strict=True) if term.sign < 0 for run in side.learned
+        ]
+        if not against:
+            return None
+        level = claim.level * min(float(run["accuracy"]) for run in against)
+        return lambda run: quantities.value(run, "steps_to", level=level)
+    at = claim.at[0] / claim.at[1] if claim.at else None
+    return lambda run: quantities.value(run, claim.quantity, at)
+
+
+def _within_runs(claim: Claim) -> bool:
+    """Whether it compares two kinds of statistics of the same row."""
+    one, *others = claim.contrast
+    return len(others) == 1 and (one.card, one.row, one.column) == (others[0].card, others[0].row, others[0].column)
+
+
+def _lost(claim: Claim, sides: Sequence[Cell], value: effects.Value) -> str:
+    """Why runs that were lost keep the claim from being supported; "" where none were. "!" before what contradicts."""
+    parts: dict[int, list[tuple[int, int]]] = {1: [], -1: []}
+    said = []
+    for term, side in zip(claim.contrast, sides, strict=True):
+        never = sum(value(run) is None for run in side.learned) if claim.quantity == "steps_to" else 0
+        parts[term.sign].append((side.lost + never, side.n))
+        if side.lost + never:
+            how = "never got there" if never == side.lost + never else "failed or stayed at chance"
+            said.append(f"{side.lost + never} of {side.n} runs of {term} {how}")
+    share = {sign: sum(lost for lost, _ in of) / max(1, sum(n for _, n in of)) for sign, of in parts.items()}
+    favoured = {"greater": 1, "less": -1}.get(claim.expect, max(share, key=lambda sign: share[sign]))
+    if claim.quantity == "steps_to":  # fewer steps favour the side that is to have fewer
+        favoured = -favoured
+    if share[favoured] > 0.5 and share[favoured] > share[-favoured]:
+        return f"!{'; '.join(said)}"
+    return "; ".join(said) if share[favoured] else ""
+
+
+def _stability(claim: Claim, group: Group, rows: Sequence[Mapping[str, Any]], cells: Cells) -> Verdict:
+    """Percent of runs that were lost, of the plus rows less the minus rows, of all of them that ran in the group."""
+    sides: dict[int, list[Cell]] = {1: [], -1: []}
+    for row, term in zip(rows, claim.contrast, strict=True):
+        sides[term.sign].append(cells.of(row, group, term.statistics))
+    (lost, n), (others, m) = ((sum(c.lost for c in of), sum(c.n for c in of)) for of in (sides[1], sides[-1]))
+    ids = tuple(dict.fromkeys(identity for of in sides.values() for cell in of for identity in cell.ids))
+    if not n or not m:
+        return Verdict(claim, "not run", "no run of one side", group)
+    # Agresti and Caffo (2000): a success and a failure more on each side.
+    p, q = (lost + 1) / (n + 2), (others + 1) / (m + 2)
+    error = 100 * math.sqrt(p * (1 - p) / (n + 2) + q * (1 - q) / (m + 2))
+    found = Effect(100 * (p - q), error, 10_000, min(n, m), error, (1, -1), 2)
+    said = (
+        f"{lost} of {n} runs of one side were lost, {others} of {m} of the other; the interval is Agresti and Caffo's",
+    )
+    return Verdict(claim, "open", "", group, found, notes=said, ids=ids)
+
+
+def _in_family(verdict: Verdict) -> bool:
+    """Whether it is a claim of the papers in their setting, whatever the budget."""
+    group, claim = verdict.group, verdict.claim
+    return (
+        not claim.ours and group is not None and group.width == 1 and not group.schedule and group.dataset in claim.of
     )
 
 
-def _term(text: str) -> Term:
-    reference, _, statistics = text[1:].strip().partition(" ")
-    card, _, row = reference.partition("/")
-    row, _, column = row.partition("@")
-    return Term({"+": 1, "-": -1}[text[0]], card, row, column or None, statistics or "moving")
+def _decide(verdict: Verdict, family: int) -> Verdict:
+    claim, found = verdict.claim, verdict.effect
+    if verdict.group is None or verdict.state == "not run":
+        return verdict
+    judged = _in_family(verdict)
+    state: State = "open" if judged else "explored"
+    why = verdict.why.removeprefix("!")
+    low = high = math.nan
+    if found is not None:
+        half = found.half_width(family if judged else 1)
+        low, high = (claim.percent(found.mean + sign * half) for sign in (-1, 1))
+        if judged and math.isfinite(half):
+            state = decide(claim, found.mean - half, found.mean + half)
+            if verdict.why and state == "supported":
+                state = "open"
+        elif judged:
+            why = why or "one seed of each row: no spread to compare with"
+        if state == "open" and not why and math.isfinite(found.spread) and claim.quantity != "lost":
+            widths_ = ", ".join(f"{_half(claim, found, n, family)} with {n}" for n in SEEDS if n > found.n)
+            why = f"half the interval would be {widths_} seeds of these rows" if widths_ else ""
+    if judged and verdict.why.startswith("!"):
+        state = "contradicted"
+    return replace(verdict, state=state, why=why, low=low, high=high, family=family if judged else 1)
+
+
+def _half(claim: Claim, found: Effect, seeds: int, family: int) -> str:
+    return f"{claim.percent(found.half_width_of(seeds, family)):.2g}"
+
+
+def _count(claim: Claim) -> Verdict:
+    """Of numbers of parameters: counted from the models, no run is needed."""
+    from kalmannorm.report import parameters
+
+    terms = []
+    for term in claim.contrast:
+        card, row = term.found
+        column = next((column for column in card.columns if column.key == term.column), None)
+        terms.append((term, parameters.count(card.settings(row, column))))
+    plus, minus = (sum(n for term, n in terms if term.sign == sign) for sign in (1, -1))
+    value = 100 * (plus / minus - 1) if claim.relative else plus - minus
+    state: State = "supported" if decide(claim, value, value) == "supported" else "contradicted"
+    said = tuple(f"{term}: {number:,}" for term, number in terms)
+    return Verdict(claim, state, f"counted from the models: {claim.hypothesis}", notes=said, count=value)
+
+
+def _timed(claim: Claim, results: Path) -> list[Verdict]:
+    """For each measurement of two networks whose training steps alternate: how much slower the second is."""
+    plus, minus = (term.row for term in claim.contrast)
+    found = []
+    for measurement in speed.read(results, cards.read(claim.contrast[0].card)):
+        low, middle, high = (100 * (ratio - 1) for ratio in speed.quartiles(speed.ratios(measurement, plus, minus)))
+        pairs = len(measurement["seconds"][plus])
+        why = f"the middle half of {pairs} pairs of steps; {speed.describe(measurement, plus)}"
+        found.append(Verdict(claim, decide(claim, low, high), why, low=low, high=high, count=middle))
+    return found
+
+
+def tally(verdicts: Iterable[Verdict]) -> dict[str, int]:
+    """How many verdicts there are of each state."""
+    found: dict[str, int] = dict.fromkeys(("supported", "contradicted", "open", "explored", "not run"), 0)
+    for verdict in verdicts:
+        found[verdict.state] += 1
+    return found

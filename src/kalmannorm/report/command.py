@@ -1,45 +1,96 @@
 """`kalmannorm report`: an experiment's table or figure from the records, all of them, or two runs beside each other."""
 
-import sys
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from kalmannorm import report as reports
 from kalmannorm.errors import UserError
-from kalmannorm.experiments import record as records
-from kalmannorm.experiments.cards import load
-from kalmannorm.report import render, variants
+from kalmannorm.experiments import card as cards
+from kalmannorm.experiments.card import Card
+from kalmannorm.experiments.cards import chosen
+from kalmannorm.files import write_atomically
+from kalmannorm.report import claims, effects, frame, page, parameters, plots, speed, tables
 from kalmannorm.report.compare import compare as beside
+from kalmannorm.report.effects import Cells, Group
+from kalmannorm.report.page import Made
+from kalmannorm.report.tables import Sheet
+
+GROUPED = ("dataset", "budget", "schedule")
+DOCUMENTS = {"docs/results.md": page.results_markdown, "README.md": page.readme_markdown}
 
 
 def report(name: str, arguments: list[str]) -> int:
-    """Writes the experiment's files, prints the table and the paths. `arguments`: as for experiments.cards.load."""
-    experiment = load(name, arguments)
-    named = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
-    plain = load(name, [f"{key}={named[key]}" for key in ("dataset", "budget", "rows", "columns") if key in named])
-    chosen = [f"{key}={named[key]}" for key in ("rows", "columns") if key in named]
-    experiment.card["variant"] = [*variants.set_apart(experiment.card, plain.card), *variants.in_names(chosen)]
-    results = Path(experiment.runs[0]["results"])
-    found = reports.records(results, records.NUMERICS)
-    table, files = reports.make(experiment.card, found)
-    paths = reports.write_files(files, results)
-    if table is not None:
-        print(render.text(table))
-    for path in paths:
-        print(path)
+    """Writes the experiment's files, prints its tables and the paths.
+
+    `arguments`: as for experiments.cards.load. What a card leaves open chooses among the groups of runs, other settings
+    are of every row. UserError: no run of them.
+    """
+    card, own, overrides = chosen(
+        name, [a for a in arguments if not a.startswith(("results=", "device=", "data=", "runs="))]
+    )
+    results = Path(next((a.partition("=")[2] for a in reversed(arguments) if a.startswith("results=")), "results"))
+    named = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    others = {key: _value(value) for key, value in named.items() if key not in (*GROUPED, "arch.width")}
+    apart = [f"{key}-{value}" for key, value in {**own, **others}.items() if key != "seeds" and value != "paper"]
+    stem = "-".join([name, *(re.sub(r"[^\w.]+", "-", said).strip("-") for said in apart)])  # not over the whole table
+    rows = tuple(replace(row, runs={**row.runs, **others}) for row in card.rows)
+    card = replace(card, name=stem, rows=rows)
+    cells = Cells(frame.load(results))
+    made = list(_make(card, cells, results, lambda group: _fits(group, named)))
+    if not made:
+        raise UserError(
+            f"{name}: no run of it in {results / 'records'}; to run it: kalmannorm sweep {' '.join([name, *arguments])}"
+        )
+    for one in made:
+        if one.sheet:
+            print(tables.text(one.sheet))
+        for file in one.files:
+            print(results / file)
     return 0
 
 
 def report_all(arguments: list[str]) -> int:
-    """Writes all that the records give: tables, figures, claims.md, report.html; prints the paths."""
+    """Writes all that the records give, and prints the paths.
+
+    Tables, figures, claims.md, report.html, and in a checkout the generated parts of README and docs/results.md.
+    """
     results = place_of_results(arguments)
     if not results.is_dir():
         raise UserError(f"results={results} is no folder: there is nothing to report")
-    paths, problems = reports.write_all(reports.records(results, records.NUMERICS), results)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    for path in paths:
+    for path in write_all(results):
         print(path)
     return 0
+
+
+def write_all(results: Path) -> list[Path]:
+    """The paths of all files."""
+    cells = Cells(frame.load(results))
+    made: list[Made] = []
+    absent = []
+    for card in map(cards.read, cards.names()):
+        if not card.same_as:
+            found = list(_make(card, cells, results, lambda group: True))
+            made += found
+            absent += [] if found else [card]
+    verdicts = claims.evaluate(cells, results)
+    written = [results / file for one in made for file in one.files]
+    drawn = b""
+    if picture := page.forest(verdicts):
+        drawn = _write(results, "claims", picture)
+        written += [results / "claims.png", results / "claims.pdf"]
+    text = page.render(cells, made, verdicts, absent, plots.inline(drawn, "claims") if drawn else "")
+    for name, content in (("report.html", text), ("claims.md", page.claims_file(verdicts))):
+        write_atomically(results / name, content.encode())
+        written.append(results / name)
+    for name, generate in DOCUMENTS.items():
+        document = results.resolve().parent / name
+        if results.name == "results" and document.exists() and "<!-- results -->" in document.read_text():
+            content = page.between(document.read_text(), "results", generate(made, verdicts, cells))
+            write_atomically(document, content.encode())
+            written.append(document)
+    return written
 
 
 def compare(runs: list[str], arguments: list[str]) -> int:
@@ -57,3 +108,68 @@ def place_of_results(arguments: list[str]) -> Path:
     if not named:
         raise UserError("results=: expected a folder")
     return Path(named)
+
+
+def _make(card: Card, cells: Cells, results: Path, wanted: Any) -> Iterator[Made]:
+    """Writes the files of a card, and says what they show, for each group of its runs."""
+    if card.kind in ("parameters", "speed"):
+        counted = parameters.sheet(card) if card.kind == "parameters" else speed.sheet(card, results)
+        yield Made(card, None, counted, {}, _write_sheet(results, counted))
+        return
+    for group in groups(card, cells):
+        if wanted(group):
+            sheet = tables.table(card, group, cells) if card.kind == "table" else None
+            files = _write_sheet(results, sheet) if sheet else []
+            pictures: dict[str, str] = {}
+            for behind, figure in plots.DRAW[card.kind](card, group, cells).items():
+                stem = f"{card.name}{behind}_{group.stem}"
+                main = group.width == 1 and not group.schedule  # others are linked: the page is to stay small
+                pictures |= (
+                    {behind: plots.inline(picture, stem)} if (picture := _write(results, stem, figure, main)) else {}
+                )
+                files += [f"{stem}.png", *([f"{stem}.pdf"] if main else [])]
+            if sheet or pictures or files:
+                yield Made(card, group, sheet, pictures, files)
+
+
+def groups(card: Card, cells: Cells) -> list[Group]:
+    """Those in which a card has runs."""
+    columns = [*card.columns] if card.has_columns_of_runs else [None]
+    rows = [
+        effects.identity(card, row, column)
+        for row in card.rows
+        for column in columns
+        if column is None or row.columns is None or column.key in row.columns
+    ]
+    return cells.groups(rows)
+
+
+def _fits(group: Group, named: dict[str, str]) -> bool:
+    width = float(named.get("arch.width", group.width))
+    return group.width == width and all(
+        not getattr(group, key)
+        or getattr(group, key).split(" ")[0] == named.get(key, getattr(group, key).split(" ")[0])
+        for key in GROUPED
+    )
+
+
+def _write_sheet(results: Path, sheet: Sheet) -> list[str]:
+    files = tables.files(sheet)
+    for name, content in files.items():
+        write_atomically(results / name, content)
+    return list(files)
+
+
+def _write(results: Path, stem: str, figure: Any, whole: bool = True) -> bytes:
+    """Writes a picture as PNG, and, where `whole`, as PDF; its SVG is returned."""
+    found = plots.encode(figure, ("png", "pdf", "svg") if whole else ("png",))
+    picture = found.pop("svg", b"")
+    for ending, content in found.items():
+        write_atomically(results / f"{stem}.{ending}", content)
+    return picture
+
+
+def _value(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kalmannorm.experiments.record import find
-from kalmannorm.report.read import Record, flat
+from kalmannorm.experiments.record import Record, find
+from kalmannorm.report.frame import flat
 
 EPOCHS = 3  # of the curves' ends
 FINALS = ("accuracy", "loss", "box_ap", "mask_ap")

@@ -1,284 +1,288 @@
-"""results/report.html: verdicts, tables and figures, and the records that each number rests on, in one file.
+"""results/report.html: the answer, the claims, the runs, tables and pictures, in one file that works without network.
 
-Works without network; the pictures of detectors alone lie beside it, in runs/. Numbers link to their group of runs:
-configuration, curves, and a line for each run with its environment. Everything that comes from records is escaped by
-the template engine.
+Every number is a link that opens its runs (#runs=ID,ID). What comes from records is escaped by the template engine.
 """
 
-import base64
-import functools
-import hashlib
-import io
-import itertools
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kalmannorm.experiments.record import reached
-from kalmannorm.report import caption, claims, remarks, render, table, variants
-from kalmannorm.report.cells import Cell
-from kalmannorm.report.collection import Entry, Made
-from kalmannorm.report.read import Record, Records, row_key
-from kalmannorm.report.table import Row, Table
-from kalmannorm.report.verdicts import Verdict
+import pandas as pd
+
+from kalmannorm.experiments.card import Card
+from kalmannorm.report import frame, paper, plots, style, tables
+from kalmannorm.report.claims import Claim, Verdict, tally
+from kalmannorm.report.effects import Cells, Group
+from kalmannorm.report.tables import Sheet, escape_markdown
 
 if TYPE_CHECKING:
-    from markupsafe import Markup
+    from matplotlib.figure import Figure
 
-DRAWN = 5  # seeds of a group whose curves are drawn
+STATES = ("supported", "contradicted", "open", "explored", "not run")
+MARKS = {"supported": "✓", "contradicted": "✗", "open": "?", "explored": "·", "not run": "–"}
+BUDGETS = ("paper", "short", "lite")  # the fullest first
 POINTS = 40  # of a curve
-IMAGE_WIDTH = 1000  # pixels
-NAMED = 24  # records that a verdict in claims.md names
-STATES = ("supported", "contradicted", "undecided", "not run")
+FOREST = 25.0  # points to either side that the claims' picture shows
+GENERATED = ("<!-- {} -->", "<!-- end -->")
 
 
-def render_page(records: Records, entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> str:
-    """The page as text."""
+@dataclass
+class Made:
+    """What a card gives in one group: its sheet, pictures by what stands behind the stem, names of its files."""
+
+    card: Card
+    group: Group | None
+    sheet: Sheet | None = None
+    pictures: Mapping[str, str] = field(default_factory=dict)  # inline SVG
+    files: Sequence[str] = ()
+
+    @property
+    def stem(self) -> str:
+        return f"{self.card.name}_{self.group.stem}" if self.group else self.card.name
+
+    @property
+    def main(self) -> bool:
+        """Whether it is of the papers' setting, whatever the budget: shown, where others are folded."""
+        return self.group is None or (self.group.width == 1 and not self.group.schedule)
+
+
+def render(cells: Cells, made: Sequence[Made], verdicts: Sequence[Verdict], absent: Sequence[Card], forest: str) -> str:
+    """The page as text. `forest`: the claims' picture as SVG; `absent`: the cards without runs."""
     import jinja2
 
     loader = jinja2.PackageLoader("kalmannorm.report")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    groups = _groups(records, _used(records, entries, verdicts))
-    group_of = {run["id"]: group["anchor"] for group in groups for run in group["runs"]}
-    judged = [verdict for verdict in verdicts if verdict.state != "not run"]
+    of_card: dict[str, list[Made]] = {}
+    for one in made:
+        of_card.setdefault(one.card.name, []).append(one)
+    one_each = cells.runs.drop_duplicates("id")
     view = {
-        "verdicts": [(claim, list(same)) for claim, same in itertools.groupby(judged, key=lambda v: v.claim)],
-        "unjudged": [verdict for verdict in verdicts if verdict.state == "not run"],
-        "counts": {state: sum(verdict.state == state for verdict in verdicts) for state in STATES},
-        "conflicts": claims.conflicts(),
-        "entries": entries,
-        "groups": groups,
-        "environments": _environments(records),
-        "records": records,
-        "done": sum(run["status"] == "done" for run in records.current),
-        "failed": [run for run in records.current if run["status"] == "failed"],
+        "answer": answer(verdicts, cells),
+        "forest": forest,
+        "matrix": matrix(verdicts),
+        "explored": [v for v in verdicts if v.state == "explored" and v.effect and v.group and v.group.width == 1],
+        "unjudged": [v for v in verdicts if v.state == "not run"],
+        "counts": tally(verdicts),
+        "states": one_each.state.value_counts().to_dict() if len(one_each) else {},
+        "cards": of_card,
+        "absent": absent,
+        "conflicts": paper.conflicts(),
+        "runs": json.dumps(_runs(cells.runs), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        "marks": MARKS,
     }
-    helpers = {
-        "group_of": group_of.get,
-        "images": lambda made: [
-            (name, _image(content)) for name, content in made.files.items() if name.endswith(".png")
-        ],
-        "drawn": lambda entry, made: {
-            group_of[runs[0]["id"]]: f"{_name(runs[0]['config'])} {runs[0]['config']['arch']['name']}"
-            for runs in _drawn(entry, made, records)
-        },
-        "detections": lambda run: _detections(records.folder, run),
-        "value": render.value,
-        "paper": render.paper_value,
-        "pair": caption.pair,
-        "difference": _difference,
-        "printed": _printed,
-        "mark": table.mark,
-    }
+    helpers = {"table": tables.page_html, "printed": printed, "letter": tables.letter}
     return environment.get_template("report.html.j2").render(**view, **helpers)
 
 
-def _drawn(entry: Entry, made: Made, records: Records) -> list[list[Record]]:
-    """The runs of each row of a picture: its points and lines are no links."""
-    if made.table or made.variant is None or entry.card is None:
-        return []
-    configs = table.configs_of(variants.apply(entry.card, made.variant))
-    return [runs for config in configs if (runs := records.of(config))]
-
-
-def _used(records: Records, entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> set[str]:
-    """The ids of all records that a number or a picture on the page rests on."""
-    cells = (
-        cell for entry in entries for made in entry.made if made.table for row in made.table.rows for cell in row.filled
-    )
-    drawn = (runs for entry in entries for made in entry.made for runs in _drawn(entry, made, records))
-    return (
-        {i for cell in cells for i in cell.ids}
-        | {i for verdict in verdicts for i in verdict.ids}
-        | {run["id"] for runs in drawn for run in runs}
-    )
-
-
-def _groups(records: Records, used: set[str]) -> list[dict[str, Any]]:
-    """The runs of one row each, those that numbers rest on first; curves for these alone."""
-    by_row: dict[str, list[Record]] = {}
-    for run in records.current:
-        by_row.setdefault(row_key(run["config"]), []).append(run)
-    groups = []
-    for key, runs in by_row.items():
-        runs.sort(key=lambda run: (run["config"]["seed"], run["id"]))
-        in_use = any(run["id"] in used for run in runs)
-        config = runs[0]["config"]
-        groups.append(
-            {
-                "anchor": _anchor("g", key),
-                "name": _name(config),
-                "setting": caption.short([config]),
-                "used": in_use,
-                "config": _config_lines(config),
-                "curve": _curve(runs) if in_use else None,
-                "runs": [_line(run) for run in runs],
-                "n": len(runs),
-            }
+def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
+    """The answer in sentences: what holds at the fullest budget, then the claims that it rests on, each in one line."""
+    judged = [v for v in verdicts if v.group and v.state in ("supported", "contradicted", "open") and v.effect]
+    if not judged:
+        return ["No claim of the papers has been tested yet."]
+    said = []
+    for budget in sorted({v.group.budget for v in judged if v.group}, key=_fullness):
+        counts = tally(v for v in judged if v.group and v.group.budget == budget)
+        total = sum(counts.values())
+        reduced = "" if budget == "paper" else f", a reduction ({_length(cells, budget)})"
+        said.append(
+            f"At budget {budget}{reduced}, {total} tests of the papers' claims: {counts['supported']} supported, "
+            f"{counts['contradicted']} contradicted, {counts['open']} open."
         )
-    return sorted(groups, key=lambda group: (not group["used"], group["setting"], group["name"], group["anchor"]))
+    for claim in dict.fromkeys(v.claim for v in judged if v.claim.answer):
+        of = [v for v in judged if v.claim is claim and v.group]
+        fullest = min((v.group.budget for v in of if v.group), key=_fullness)
+        words = [
+            f"{v.state} on {v.group.dataset} ({v.estimate}{f'; paper {value}' if (value := printed(v)) else ''})"
+            for v in of
+            if v.group and v.group.budget == fullest
+        ]
+        said.append(f"{claim.answer}: {', '.join(words)}.")
+    return said
 
 
-def _line(run: Record) -> dict[str, Any]:
-    """What the page says of one run. A failed record has few of its keys."""
-    config, final, host, data = run["config"], run.get("final") or {}, run.get("host") or {}, run.get("data") or {}
-    kinds = [reached(final[kind]) if kind in final else "–" for kind in ("moving", "online", "precise")]
-    return {
-        "id": run["id"],
-        "seed": config["seed"],
-        "failed": str(run.get("reason") or "no reason recorded") if run["status"] == "failed" else "",
-        "numbers": [*kinds, host.get("images_per_s") or "–"],
-        "fidelity": data.get("fidelity") or "–",
-        "arithmetic": f"{config.get('precision')}{', compiled' if config.get('compile') else ''}",
-        "environment": _anchor("e", _environment(run)),
-    }
+def matrix(verdicts: Sequence[Verdict]) -> tuple[list[str], list[tuple[Claim, list[list[Verdict]]]]]:
+    """The claims of the papers that were tested, against data sets and budgets: columns, and the verdicts by column."""
+    judged = [v for v in verdicts if v.state in ("supported", "contradicted", "open")]
+    columns = sorted({_column(v) for v in judged}, key=lambda c: (c == "", _fullness(c.rpartition(", ")[2]), c))
+    rows = []
+    for claim in dict.fromkeys(v.claim for v in judged):
+        of = [v for v in judged if v.claim is claim]
+        rows.append((claim, [[v for v in of if _column(v) == column] for column in columns]))
+    return [column or "counted, timed" for column in columns], rows
 
 
-def _name(config: Mapping[str, Any]) -> str:
-    norm, options = config["norm"], config["norm"].get("options") or {}
-    shown = [f"{key}={options[key]}" for key in ("gain", "belief") if options.get(key) is not None]
-    preset = [f"preset {norm['preset']}"] if norm.get("preset") else []
-    return " ".join([norm["name"], caption.pair(caption.batches(config)), ", ".join([*preset, *shown])]).strip()
+def printed(verdict: Verdict) -> str:
+    """The paper's value on the verdict's data, as printed: "+1.5"; "" where there is none."""
+    value = verdict.claim.printed(verdict.group.dataset if verdict.group else "")
+    return "" if value is None or verdict.claim.than > 50 else f"{value:+g}".replace("-", "−")
 
 
-def _config_lines(config: Mapping[str, Any]) -> str:
-    """A config but for its seed, one part a line."""
-    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in sorted(config.items()) if key != "seed")
-
-
-def _environment(run: Record) -> str:
-    host = run.get("host") or {}
-    versions = ", ".join(f"{name} {version}" for name, version in sorted((host.get("versions") or {}).items()))
-    git = host.get("git") or {}
-    commit = f"commit {str(git.get('commit'))[:10]}{' with changes' if git.get('dirty') else ''}" if git else ""
-    threads = f"{host['threads']} threads" if host.get("threads") else ""
-    parts = (
-        str(host.get("hardware") or "hardware not recorded"),
-        str(host.get("device") or ""),
-        threads,
-        versions,
-        commit,
-    )
-    return "; ".join(part for part in parts if part)
-
-
-def _environments(records: Records) -> dict[str, str]:
-    texts = dict.fromkeys(_environment(run) for run in records.current)
-    return {_anchor("e", text): text for text in sorted(texts)}
-
-
-def _curve(runs: Sequence[Record]) -> "Markup | None":
-    """Accuracy against steps as inline SVG: moving solid, online dashed, of the first seeds."""
-    from markupsafe import Markup
-
-    lines: list[tuple[str, list[float], list[float]]] = []
-    done = [run for run in runs if run["status"] == "done"][:DRAWN]
-    for run in done:
-        curves = run.get("curves") or {}
-        for kind in ("online", "moving"):
-            values = curves.get(kind) or []
-            steps = curves.get("step") or list(range(1, len(values) + 1))
-            points = [(float(x), float(y)) for x, y in zip(steps, values, strict=False) if isinstance(y, int | float)]
-            thinned = points[:: max(1, len(points) // POINTS)] + points[-1:]
-            if len(points) > 1:
-                lines.append((kind, [x for x, _ in thinned], [y for _, y in thinned]))
-    if not lines:
+def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
+    """Measured effects in points with the intervals that decide, beside the paper's."""
+    colours = {"supported": style.GREEN, "contradicted": style.ORANGE, "open": style.GREY}
+    entries: list[tuple[str, plots.Entry]] = []
+    widest = 1.0
+    for v in verdicts:
+        if v.state in colours and v.effect and v.group and v.claim.measure.unit == "points" and math.isfinite(v.low):
+            value = v.claim.printed(v.group.dataset)
+            points = [(v.measured, v.low, v.high, colours[v.state], "o", True)]
+            widest = max(widest, *(min(abs(x), FOREST) for x in (v.measured, v.low, v.high)))
+            points += [(value, math.nan, math.nan, "#000000", "D", False)] if value is not None else []
+            where = f"{v.group.dataset}, {v.group.budget}"
+            entries.append((v.group.budget, plots.Entry(f"{v.claim.id.replace('_', ' ')} ({where})", points)))
+    if not entries:
         return None
-    right = max(max(xs) for _, xs, _ in lines)
-    low, high = (f(f(ys) for _, _, ys in lines) for f in (min, max))
-    span = (high - low) or 1.0
-    drawn = "".join(
-        f'<polyline class="{kind}" points="'
-        + " ".join(f"{30 + 250 * x / right:.0f},{92 - 84 * (y - low) / span:.0f}" for x, y in zip(xs, ys, strict=True))
-        + '"/>'
-        for kind, xs, ys in lines
-    )
-    return Markup(  # numbers alone: nothing of a record's text is in it
-        f'<svg class="curve" viewBox="0 0 290 108" role="img" aria-label="accuracy against steps">'
-        f'<path d="M30 4V92H282"/><text x="27" y="10" text-anchor="end">{high:.0f}</text>'
-        f'<text x="27" y="92" text-anchor="end">{low:.0f}</text>'
-        f'<text x="282" y="105" text-anchor="end">{right:,.0f} steps</text>{drawn}</svg>'
-    )
+    kept = sorted(entries, key=lambda pair: _fullness(pair[0]))
+    legend = {name: (colour, "o", True) for name, colour in colours.items()} | {"paper": ("#000000", "D", False)}
+    said = "Points of the first side over the second; intervals hold for all claims of a budget at once (95 %)."
+    return plots.forest([entry for _, entry in kept], said, "points", legend, around=widest)
 
 
-def _difference(found: Table, row: Row, cell: Cell) -> str:
-    """The difference to the baseline under a cell; "" where there is none."""
-    contrast = found.contrast(row, cell.column)
-    if contrast is None or contrast.difference is None:
-        return ""
-    half_width = contrast.difference.half_width
-    return remarks.signed(contrast.difference.mean) + ("" if half_width is None else f" ± {half_width:.2f}")
-
-
-def _image(content: bytes) -> str:
-    """A picture as a data URI, with few colours and no wider than the page: a tenth of the file's size."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as picture:
-        flat = picture.convert("RGB")
-    if flat.width > IMAGE_WIDTH:
-        flat = flat.resize((IMAGE_WIDTH, round(flat.height * IMAGE_WIDTH / flat.width)), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    flat.quantize(64).save(out, "png", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
-def _detections(results: Path, run: str) -> list[tuple[str, str]]:
-    """Of what images a detector's pictures are, and where they lie, seen from the page: links, since images of COCO
-    must not be in a file that is committed. None where the run was trained elsewhere."""
-    found = []
-    for split, name in (("validation", "detections.png"), ("training", "detections-training.png")):
-        picture = Path("runs") / run / name
-        if (results.absolute().parent / picture).exists():
-            found.append((split, picture.as_posix()))
-    return found
-
-
-def _some(ids: Sequence[str]) -> str:
-    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-    return ", ".join(ids[:NAMED]) + more
-
-
-@functools.cache
-def _anchor(kind: str, text: str) -> str:
-    return kind + hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def _printed(verdict: Verdict) -> str:
-    """The paper's value of a claim on the verdict's data, as printed: "+1.5"; "" where there is none."""
-    printed = verdict.claim.printed(verdict.dataset)
-    return "" if printed is None else f"{printed:+g}".replace("-", "−")
-
-
-def write_claims(verdicts: Iterable[Verdict]) -> str:
-    """results/claims.md: the verdicts as a table, with what each rests on below."""
-    lines = [
-        "# The papers' claims against the records",
-        "",
-        "One verdict for each claim, data set and budget that has runs. p-values are corrected by Holm's method over",
-        "all claims tested at one budget, of whatever schedule and width. A verdict at a reduced budget says nothing",
-        "about the papers' full length. How many seeds would decide is estimated from the observed spread, which two",
-        "or three seeds know badly.",
-        "",
-        "| verdict | claim | setting | difference | paper |",
-        "| :-- | :-- | :-- | :-- | :-: |",
+def claims_markdown(verdicts: Sequence[Verdict]) -> str:
+    """The tested claims as a Markdown table, then what was explored, then what was not run."""
+    lines = ["| | claim | data, budget | measured | paper |", "| :-: | :-- | :-- | :-- | :-: |"]
+    for v in verdicts:
+        if v.state in ("supported", "contradicted", "open"):
+            text = escape_markdown(f"{v.claim.text} ({v.claim.where})")
+            why = f"; {v.why}" if v.why else ""
+            measured = escape_markdown(f"{v.estimate}{why}".removeprefix("; "))
+            lines.append(f"| {v.state} | {text} | {_column(v)} | {measured} | {printed(v)} |")
+    explored = [v for v in verdicts if v.state == "explored" and v.effect and v.group]
+    lines += ["", "Explored (other settings, our readings): an interval for each alone, no verdict.", ""]
+    lines += ["| claim | data, budget | measured |", "| :-- | :-- | :-- |"]
+    lines += [
+        f"| {escape_markdown(v.claim.text)} | {v.group.label} | {escape_markdown(v.estimate)} |"
+        for v in explored
+        if v.group
     ]
-    escape = render.escape_markdown
-    details = []
-    for verdict in verdicts:
-        claim = verdict.claim
-        setting = " ".join(filter(None, (verdict.dataset, f"**{escape(verdict.reduced)}**" if verdict.reduced else "")))
-        shown = _printed(verdict) or "–"
-        said = "; ".join(filter(None, (verdict.estimate, verdict.test, verdict.why)))
-        places = (verdict.state, escape(f"{claim.text} ({claim.where})"), setting or "–", escape(said), shown)
-        lines.append(f"| {' | '.join(places)} |")
-        if verdict.state != "not run":
-            records = [f"records {_some(verdict.ids)}"] if verdict.ids else []
-            about = [*verdict.rests_on, *verdict.notes, *records]
-            details.append(f"- **{escape(claim.id)}**, {setting}: {escape('; '.join(about))}.")
-    conflicts = [f"- {escape(conflict)}" for conflict in claims.conflicts()]
-    lines += ["", "## What the verdicts rest on", "", *(details or ["Nothing is run."])]
-    return "\n".join([*lines, "", "## Where the sources contradict themselves", "", *conflicts, ""])
+    missing = dict.fromkeys(f"{v.claim.text} ({v.claim.where})" for v in verdicts if v.state == "not run")
+    lines += ["", f"Not run: {len(missing)} claims.", "", *(f"- {escape_markdown(text)}" for text in missing)]
+    return "\n".join(lines) + "\n"
+
+
+def claims_file(verdicts: Sequence[Verdict]) -> str:
+    """results/claims.md."""
+    head = (
+        "# The papers' claims against the records\n\nSupported: the whole interval lies on the claimed side of the "
+        "bound; contradicted: on the other; open: neither. The intervals of one budget hold for all its claims at "
+        "once, at 95 %. A verdict at a reduced budget says nothing about the papers' full length.\n\n"
+    )
+    conflicts = "\n".join(f"- {escape_markdown(said)}" for said in paper.conflicts())
+    return f"{head}{claims_markdown(verdicts)}\n## Where the sources contradict themselves\n\n{conflicts}\n"
+
+
+def results_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: Cells) -> str:
+    """What docs/results.md holds between its markers."""
+    parts = ["\n".join(f"- {escape_markdown(said)}" for said in answer(verdicts, cells))]
+    parts.append("## The claims\n\n" + claims_markdown(verdicts).partition("\nExplored")[0])
+    for one in made:
+        if one.main and (one.sheet or one.files):
+            names = [name for name in one.files if name.endswith(".png")]
+            pictures = "\n".join(f"![{one.card.title}](../results/{name})" for name in names)
+            of = f" ({one.group.label.lstrip(', ')})" if one.group else ""
+            table = tables.markdown(one.sheet).partition("\n\n")[2] if one.sheet else ""
+            caption = escape_markdown(one.sheet.caption) if one.sheet else ""
+            parts.append(f"## {escape_markdown(one.card.title)}{of}\n\n{caption}\n\n{table}\n{pictures}")
+    return re.sub(r"\n{3,}", "\n\n", "\n\n".join(parts)).strip() + "\n"
+
+
+def readme_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: Cells) -> str:
+    """What README holds between its markers: the answer and one picture."""
+    said = "\n".join(f"- {escape_markdown(one)}" for one in answer(verdicts, cells))
+    tables_ = [
+        name for one in made if one.main and one.card.name == "table8" for name in one.files if name.endswith(".png")
+    ]
+    picture = f"\n\n![Table 8: accuracies of all runs](results/{tables_[0]})" if tables_ else ""
+    return f"{said}{picture}\n"
+
+
+def between(text: str, name: str, generated: str) -> str:
+    """`text` with what stands between the markers of `name` replaced. ValueError: no such markers."""
+    start, end = GENERATED[0].format(name), GENERATED[1]
+    before, found, rest = text.partition(start)
+    if not found or end not in rest:
+        raise ValueError(f"no markers {start} ... {end}")
+    return f"{before}{start}\n\n{generated.strip()}\n\n{end}{rest.partition(end)[2]}"
+
+
+def _fullness(budget: str) -> tuple[int, str]:
+    """Sorts the fullest budget first."""
+    name = budget.split(" ")[0]
+    return (BUDGETS.index(name) if name in BUDGETS else len(BUDGETS), budget)
+
+
+def _column(verdict: Verdict) -> str:
+    return f"{verdict.group.dataset}, {verdict.group.budget}" if verdict.group else ""
+
+
+def _length(cells: Cells, budget: str) -> str:
+    """ "12 epochs at 16 px"."""
+    runs = cells.runs[cells.runs.budget == budget]
+    kinds = runs.groupby(["budget.epochs", "budget.size"]).size()
+    return " / ".join(f"{epochs} epochs at {size} px" for epochs, size in kinds.index)
+
+
+def _runs(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the page's table of runs shows, a dict for each run."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs.to_dict("records"):
+        config, kind = run["config"], run["statistics"]
+        one = found.setdefault(
+            str(run["id"]),
+            {
+                "id": run["id"],
+                "data": run["dataset"],
+                "network": run["network"] + (f" x{run['width']:g}" if run["width"] != 1 else ""),
+                "norm": run["normalizer"],
+                "batch": f"{run['grad_batch']}, {run['stat_batch'] or '–'}",
+                "budget": run["budget"],
+                "schedule": run["schedule"],
+                "seed": run["seed"],
+                "note": run["note"] if run["state"] in ("used", "failed") else f"{run['note']} ({run['state']})",
+                "parameters": _plain(run["parameters"]),
+                "minutes": _plain(run.get("host.seconds"), 1 / 60),
+                "rate": _plain(run.get("host.images_per_s")),
+                "where": ", ".join(filter(None, [str(run.get("host.hardware") or ""), run["arithmetic"]])),
+                "made": f"{str(run.get('host.started'))[:10]}, commit {str(run.get('host.git.commit'))[:10]}",
+                "command": _command(config),
+                "step": _thin(run["step"]),
+                "loss": _thin(run["train_loss"], 3),
+            },
+        )
+        one[kind] = _plain(run["accuracy"] if not _missing(run["accuracy"]) else run.get("box_ap"))
+        one[f"curve_{kind}"] = _thin(run["curve"], 1)
+    return [{key: value for key, value in one.items() if value not in (None, "")} for one in found.values()]
+
+
+def _command(config: Mapping[str, Any]) -> str:
+    """What runs it again."""
+    said = [f"{part}={config[part]['name']}" for part in ("dataset", "arch", "norm", "schedule", "budget")]
+    said += [f"batch.{key}={value}" for key, value in config["batch"].items() if value is not None]
+    said += [f"arch.width={config['arch']['width']}"] if config["arch"].get("width", 1) != 1 else []
+    if preset := config["norm"].get("preset"):
+        said.append(f"norm.preset={preset}")
+        given = frame.own_options(config["norm"], config["batch"].get("stat_batch"))
+        said += [f"norm.options.{key}={json.dumps(value).strip(chr(34))}" for key, value in given.items()]
+    return " ".join(["kalmannorm train", *said, f"seed={config['seed']}"])
+
+
+def _thin(values: Any, digits: int = 0) -> list[float | None] | None:
+    """A curve with few points and digits."""
+    if not isinstance(values, list) or not values:
+        return None
+    every = max(1, len(values) // POINTS)
+    kept = values[every - 1 :: every]
+    return [None if _missing(v) else round(v, digits) if digits else int(v) for v in kept]
+
+
+def _plain(value: Any, factor: float = 1) -> float | None:
+    return None if _missing(value) else round(float(value) * factor, 2)
+
+
+def _missing(value: Any) -> bool:
+    return not isinstance(value, int | float) or not math.isfinite(value)

@@ -2,77 +2,53 @@
 
 import functools
 import json
-from collections.abc import Mapping
 from typing import Any
 
-from kalmannorm.report import caption, paper
-from kalmannorm.report.read import Records
-from kalmannorm.report.render import Sheet, Text
-from kalmannorm.report.table import suffix
+from kalmannorm.experiments import card as cards
+from kalmannorm.experiments.card import Card, Settings
+from kalmannorm.experiments.config import compose
+from kalmannorm.report import paper
+from kalmannorm.report.tables import Place, Sheet
 
-Card = Mapping[str, Any]
 
-
-def sheet(card: Card, found: Records) -> Sheet:
-    """A row per network, a column per normalizer; a card as table.py has it, `columns` with overrides."""
-    header, rows, records, differing = ["network"], [], [], []
-    for column in card["columns"]:
-        header += [column["label"], f"{column['label']} (paper)"]
-    for row in card["rows"]:
-        line = [Text(row["label"])]
-        for column in card["columns"]:
-            config = row["configs"][column["key"]]
-            parameters = count(config)
-            printed = paper.value(f"{card['paper']}.{row['key']}.{column['key']}")
+def sheet(card: Card) -> Sheet:
+    """A row per network, a column per normalizer with runs of its own."""
+    header, rows, records, differing = [], [], [], []
+    for column in card.columns:
+        header += [column.label, f"{column.label}: paper"]
+    for row in card.rows:
+        line: list[Place] = []
+        for column in card.columns:
+            parameters = count(card.settings(row, column))
+            printed = paper.printed(f"{card.paper}.{row.key}.{column.key}")
             line += [
-                Text(f"{parameters / 1e6:.2f} ({parameters:,})"),
-                Text("–" if printed is None else f"{printed:.2f}"),
+                Place(f"{parameters / 1e6:.2f} ({parameters:,})"),
+                Place("–" if printed is None else f"{printed:.2f}"),
             ]
-            records.append(_record(config, parameters, printed))
+            records.append(
+                {"network": row.key, "normalizer": column.key, "parameters": parameters, "paper_millions": printed}
+            )
             if printed is not None and f"{parameters / 1e6:.2f}" != f"{printed:.2f}":
-                differing.append(f"{row['label']} with {column['label']}")
-        rows.append(line)
-
-    classes = caption.distinct([c for row in card["rows"] for c in row["configs"].values()], "dataset", "classes")
-    labelled = [
-        {"label": column["label"], "config": config}
-        for row in card["rows"]
-        for column in card["columns"]
-        if (config := row["configs"].get(column["key"]))
-    ]
-    said = (
-        f"Parameters in millions at {' / '.join(map(str, classes))} classes, in brackets exactly, counted from the "
-        "models. KN has, beside BN's gamma and beta, one gain q per normalizer and R, where its preset learns them, "
-        f"also in the normalizers without a prior. {caption.estimators(labelled)}"
+                differing.append(f"{row.label} with {column.label}")
+        rows.append(tuple(line))
+    said = "Millions, in brackets exactly, counted from the models. "
+    said += f"Not the printed digits: {', '.join(differing)}." if differing else "All equal the printed digits."
+    about = (
+        "KN has, beside BN's gamma and beta, one gain q per normalizer and R per channel, also where there is no "
+        "prior. Paper: the printed value, never a counted one.",
     )
-    verdict = (
-        f"Not the paper's printed digits: {', '.join(differing)}."
-        if differing
-        else "All counts equal the paper's to its printed digits."
-    )
-    below = ("Paper: the printed value, in millions, never a counted one.", verdict)
-    stem = "_".join([card["name"], *suffix(card)])
-    return Sheet(stem, card["title"], said, tuple(header), 1, rows, (), below, tuple(records))
+    index = tuple(("", row.label) for row in card.rows)
+    return Sheet(card.name, card.title, said, about, tuple(header), index, tuple(rows), (), tuple(records))
 
 
-def count(config: Mapping[str, Any]) -> int:
-    """Parameters of the network that a run of this config trains."""
-    return _count(json.dumps(config))
+def count(settings: Settings) -> int:
+    """Parameters of the network that runs of these settings train."""
+    return _count(json.dumps(compose(cards.overrides(settings), among_many=True)))
 
 
-@functools.cache  # a report makes the table for the terminal and for the files
+@functools.cache  # a report counts for the table and for the claims
 def _count(config: str) -> int:
-    from kalmannorm.train.model import parameter_count  # imports torch: this kind of card alone needs it
+    from kalmannorm.train.model import parameter_count  # imports torch: this alone needs it
 
-    return parameter_count(json.loads(config))
-
-
-def _record(config: Card, count: int, printed: float | None) -> dict[str, object]:
-    return {
-        "network": config["arch"]["name"],
-        "normalizer": config["norm"]["name"],
-        "preset": config["norm"].get("preset") or "",
-        "classes": config["dataset"]["classes"],
-        "parameters": count,
-        "paper_millions": "" if printed is None else printed,
-    }
+    tree: dict[str, Any] = json.loads(config)
+    return parameter_count(tree)

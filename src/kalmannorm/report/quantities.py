@@ -1,157 +1,152 @@
-"""What is read off one record: a final accuracy, the steps to an accuracy, gaps, counts, speed."""
+"""What is read off one run: a final value, one on the way, the steps to a level, gaps, errors, shares."""
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import cache
+from typing import Any, NamedTuple
 
-from kalmannorm.report.read import Record
+import numpy as np
 
-# Unit of a difference of two values, per quantity that claims may name.
-UNITS = {
-    "accuracy": "points",
-    "box_ap": "points",
-    "mask_ap": "points",
-    "gap": "points",
-    "mean_accuracy": "points",
-    "parameters": "parameters",
-    "speed": "%",
-    "variance_gap": "",
-    "relative_variance_gap": "",
-    "depth_trend": "",
-    "posterior_error_mean": "%",
-    "posterior_error_var": "%",
-    "first_error_mean": "%",
-    "first_error_var": "%",
-    "ln_share": "points",
-    "bn_share": "points",
+from kalmannorm.errors import UserError
+from kalmannorm.report import frame
+
+Run = Mapping[str, Any]
+
+
+class Quantity(NamedTuple):
+    """How a quantity is compared. Logarithms are compared by subtraction: an effect of d is 100 (e^d - 1) percent."""
+
+    unit: str
+    log: bool = False
+
+
+QUANTITIES = {
+    **dict.fromkeys(("accuracy", "box_ap", "mask_ap", "gap", "ln_share", "bn_share"), Quantity("points")),
+    **dict.fromkeys(("steps_to", "gap_measured", "gap_used"), Quantity("%", log=True)),
+    **dict.fromkeys(("relative_gap_measured", "relative_gap_used"), Quantity("%", log=True)),
+    "depth_growth": Quantity("", log=False),
+    **{
+        f"{what}_{moment}": Quantity("%", log=True)
+        for what in ("posterior_error", "first_error", "posterior_spread")
+        for moment in ("mean", "var")
+    },
 }
-# Quantities that say nothing of a network that has not learned: at chance there is no gap between statistics.
-OF_THE_LEARNED = frozenset(UNITS) - {"accuracy", "box_ap", "mask_ap", "mean_accuracy", "parameters", "speed"}
-CHANCE = 1.2  # times 100 % / classes: what a network that guesses is rarely above on thousands of images
 SHARES = {"ln_share": 1, "bn_share": 2}  # places in a Switchable Norm's weights: IN, LN, BN
+EPS = 1e-5  # torch's default for normalizers, which the models here keep: a channel that is always 0 divides by it
 
 
-def accuracy(run: Record, statistics: str, name: str = "accuracy") -> float | None:
-    """Percent after the last epoch; None where the record has none under these statistics. May be NaN.
+def value(run: Run, quantity: str = "accuracy", at: float | None = None, level: float | None = None) -> float | None:
+    """A quantity of QUANTITIES, its logarithm where it has `log`; None where the record does not have it.
 
-    `name`: another of the final values, such as a detector's box_ap.
+    `at`: of an accuracy, after this part of the run's steps instead of its end. `level`: of steps_to, in percent.
     """
-    value = (run["final"].get(statistics) or {}).get(name)
-    return None if value is None else float(value)
-
-
-def accuracy_at(run: Record, statistics: str, part: float) -> float | None:
-    """Percent after the epoch that ends nearest to this part of the run's steps; None where the record has no curve."""
-    curves = run.get("curves") or {}
-    steps, values = curves.get("step"), curves.get(statistics)
-    if not steps or not values:
-        return None
-    nearest = min(range(len(values)), key=lambda i: abs(steps[i] - part * steps[-1]))
-    return math.nan if values[nearest] is None else float(values[nearest])
-
-
-def steps_to(run: Record, statistics: str, target: float) -> float:
-    """Optimizer steps up to the first evaluation that reaches `target` percent; infinite when none does.
-
-    NaN where the record has no curve. Resolution: one evaluation, which is one epoch.
-    """
-    curves = run.get("curves") or {}
-    steps, values = curves.get("step"), curves.get(statistics)
-    if not steps or not values:
-        return math.nan
-    reached = (step for step, value in zip(steps, values, strict=False) if value is not None and value >= target)
-    return float(next(reached, math.inf))
-
-
-def at_chance(run: Record) -> bool:
-    """Whether a classifier is no better than chance, under none of its statistics: it has not learned."""
-    found = [values["accuracy"] for values in run["final"].values() if "accuracy" in values]
-    return bool(found) and max(found) <= CHANCE * 100 / run["config"]["dataset"]["classes"]
-
-
-def of_run(run: Record, quantity: str, statistics: str, folder: Path, at: float | None = None) -> float | None:
-    """A quantity of UNITS; None where the record, or the arrays beside it in `folder`, do not have it.
-
-    `at`: of an accuracy, after this part of the run's steps instead of its end.
-    """
-    if at is not None:
-        return _finite(accuracy_at(run, statistics, at))
-    if quantity in ("accuracy", "box_ap", "mask_ap"):
-        return _finite(accuracy(run, statistics, quantity))
-    if quantity == "gap":  # how far apart the same weights are under online and moving statistics
-        online, moving = accuracy(run, "online"), accuracy(run, "moving")
-        return None if online is None or moving is None else _finite(abs(online - moving))
-    if quantity == "mean_accuracy":  # over all epochs: who learns faster has more
-        curve = [value for value in (run.get("curves") or {}).get(statistics) or [] if value is not None]
-        return _finite(sum(curve) / len(curve)) if curve else None
+    if quantity == "accuracy" and at is not None:
+        return accuracy_at(run, at)
+    if quantity == "steps_to":
+        assert level is not None
+        steps = steps_to(run, level)
+        return math.log(steps) if steps is not None and math.isfinite(steps) else None
     if quantity in SHARES:
         return _share(run, SHARES[quantity])
-    if quantity in UNITS:
-        return _of_arrays(run, folder).get(quantity)
-    raise ValueError(f"unknown quantity {quantity!r}; valid: {', '.join(UNITS)}")
+    if quantity == "gap":  # how far apart the same weights are under online and moving statistics
+        return None if missing(run["gap"]) else abs(run["gap"])
+    if quantity in ("accuracy", "box_ap", "mask_ap"):
+        return None if missing(run.get(quantity)) else float(run[quantity])
+    if quantity not in QUANTITIES:
+        raise UserError(f"unknown quantity {quantity!r}; valid: {', '.join(QUANTITIES)}")
+    return _of_arrays(run).get(quantity)
 
 
-def machine_name(run: Record) -> str:
-    """What two speeds must have in common to be compared: "x86_64, Intel Xeon, 1 thread, fp32"."""
-    host, config = run.get("host") or {}, run["config"]
-    processes, threads = host.get("processes") or 1, host.get("threads")
-    shown = f", {processes} processes" if processes != 1 else ""
-    shown += f", {threads} thread{'s' if threads != 1 else ''}" if threads else ""
-    compiled = ", compiled" if config.get("compile") else ""
-    return f"{host.get('hardware') or 'unnamed hardware'}{shown}, {config.get('precision')}{compiled}"
+def accuracy_at(run: Run, part: float) -> float | None:
+    """Percent after the epoch that ends nearest to this part of the run's steps."""
+    steps, values = run.get("step"), run.get("curve")
+    if not isinstance(steps, list) or not isinstance(values, list):
+        return None
+    nearest = min(range(len(values)), key=lambda i: abs(steps[i] - part * steps[-1]))
+    return None if values[nearest] is None else float(values[nearest])
 
 
-def _share(run: Record, place: int) -> float | None:
+def steps_to(run: Run, level: float) -> float | None:
+    """Optimizer steps until the accuracy reaches `level` percent, straight between evaluations; infinite: never.
+
+    Training starts at chance. None where there is no curve.
+    """
+    if not isinstance(run.get("step"), list) or not isinstance(run.get("curve"), list):
+        return None
+    before = (0.0, 100 / run["dataset.classes"])
+    for step, reached in zip(run["step"], run["curve"], strict=False):
+        if reached is not None and reached >= level:
+            (start, low) = before
+            part = (level - low) / (reached - low) if reached > low else 1.0
+            return max(1.0, start + max(0.0, part) * (step - start))
+        if reached is not None:
+            before = (float(step), float(reached))
+    return math.inf
+
+
+def missing(found: Any) -> bool:
+    return found is None or not math.isfinite(found)
+
+
+def block(name: str) -> tuple[str, ...]:
+    """Branches of a block, such as an Inception's, are as deep as each other: "blocks.0.b3.1.bn" is in blocks.0."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return tuple(parts[: number + 1])
+
+
+def layers(run: Run, count: int) -> list[str]:
+    """The normalizers' names in network order; their numbers where the record does not have `count` of them."""
+    names = (run.get("norms") or {}).get("order") or []
+    return names if len(names) == count else [str(i + 1) for i in range(count)]
+
+
+def _share(run: Run, place: int) -> float | None:
     """A weight of Switchable Norm in percent: mean over layers, and over the weights of the means and the variances."""
     mixed = (run.get("norms") or {}).get("mixture") or {}
     weights = [layer[moment][place] for layer in mixed.values() for moment in ("mean", "var")]
-    return _finite(100 * math.fsum(weights) / len(weights)) if weights else None
+    return 100 * math.fsum(weights) / len(weights) if weights else None
 
 
-def _of_arrays(run: Record, folder: Path) -> Mapping[str, float]:
-    """Means of the variance gaps that Figure 5 shows, of the variance that normalizes (KN: the posterior); by how many
-    percent the posterior's error is larger than the measurement's, in the median of the layers that have a prior and in
-    the first normalizer, if it has one."""
-    import numpy as np
-    from scipy.stats import spearmanr
+def _of_arrays(run: Run) -> Mapping[str, float]:
+    return _read(str(run["id"]), str(run["results"]), tuple((run.get("norms") or {}).get("order") or ()))
 
-    from kalmannorm.errors import UserError
-    from kalmannorm.report import gaps
 
+@cache
+def _read(identity: str, results: str, order: tuple[str, ...]) -> dict[str, float]:
+    """Logarithms of the mean variance gaps (of the measurement; of what normalizes), how the relative gap grows with
+    depth, and by how much the posterior's errors are above the measurement's."""
     try:
-        found = gaps.load(run, folder / "records" / f"{run['id']}.npz")
+        found = frame.arrays(identity, results)
     except UserError:  # no arrays beside the record: nothing to compare
         return {}
-    gap = found.measured if found.used is None else found.used
-    layers = found.layer_measured if found.layer_used is None else found.layer_used
-    trend = spearmanr(_depths(found.layers), layers).statistic if len(layers) > 2 else math.nan
-    values = {
-        "variance_gap": float(np.nanmean(gap)),
-        "relative_variance_gap": float(np.nanmean(found.relative(gap))),
-        "depth_trend": float(trend),
-    }
+    if "gap_measured" not in found:
+        return {}
+    measured, used, below = found["gap_measured"], found.get("gap_used"), found["moving_var"][:, None] + EPS
+    values: dict[str, float] = {}
+    for name, gap in (("measured", measured), ("used", measured if used is None else used)):
+        values[f"gap_{name}"] = _log(np.nanmean(gap))
+        values[f"relative_gap_{name}"] = _log(np.nanmean(gap / below))
+    of_layers = found["layer_gap_measured"]
+    if len(of_layers) > 2:
+        values["depth_growth"] = _growth(layers({"norms": {"order": list(order)}}, len(of_layers)), of_layers)
     for moment in ("mean", "var"):
-        if found.errors is not None and np.isfinite((errors := found.errors[f"layer_error_{moment}"])[1]).any():
-            measurement, _, posterior = errors[:, np.isfinite(errors[1])]
-            values[f"posterior_error_{moment}"] = float(100 * (np.median(posterior / measurement) - 1))
-            # Of the first normalizer, which has a prior where the model's input has a belief only; else NaN.
-            first = errors[2, 0] / errors[0, 0] if np.isfinite(errors[1, 0]) else math.nan
-            values[f"first_error_{moment}"] = float(100 * (first - 1))
-    return {key: value for key, value in values.items() if math.isfinite(value)}
+        for what, key in (("error", f"layer_error_{moment}"), ("spread", f"layer_error_{moment}_spread")):
+            if key not in found or not np.isfinite(found[key][1]).any():
+                continue
+            measurement, _, posterior = found[key][:, np.isfinite(found[key][1])]  # layers that have a prior
+            values[f"posterior_{what}_{moment}"] = _log(np.median(posterior / measurement))
+            if what == "error" and np.isfinite(found[key][1, 0]):  # where the input has a belief
+                values[f"first_error_{moment}"] = _log(found[key][2, 0] / found[key][0, 0])
+    return {key: number for key, number in values.items() if math.isfinite(number)}
 
 
-def _depths(layers: Sequence[str]) -> list[int]:
-    """The number of each layer's block, in network order: branches of a block, such as an Inception's, are as deep as
-    each other."""
-
-    def block(name: str) -> tuple[str, ...]:  # "blocks.0.b3.1.bn" is in blocks.0, "stem.bn" stands alone
-        parts = name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-        return tuple(parts[: number + 1])
-
-    order = list(dict.fromkeys(map(block, layers)))
-    return [order.index(block(name)) for name in layers]
+def _growth(names: Sequence[str], gaps: np.ndarray) -> float:
+    """By how much ln(gap) grows from the first block to the last, by a straight line through the layers."""
+    order = list(dict.fromkeys(map(block, names)))
+    depth = np.array([order.index(block(name)) for name in names]) / max(1, len(order) - 1)
+    return float(np.polyfit(depth, np.log(gaps), 1)[0]) if (gaps > 0).all() and np.ptp(depth) else math.nan
 
 
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
+def _log(number: Any) -> float:
+    return math.log(number) if number > 0 else math.nan

@@ -5,7 +5,7 @@ colour-blind readers tell apart; every line has its own marker as well, for prin
 """
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kalmannorm",
 }
 ORANGE, BLUE, SKY, GREEN, GREY = "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#777777"
 OF_NORM = {
@@ -61,13 +63,12 @@ class Look:
         return self.line | {"linestyle": ""}
 
 
-def looks(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Look]:
-    """A look per name, of (name, config) in the order of the card; rows of the same name share one."""
+def looks(rows: Sequence[tuple[str, str]]) -> dict[str, Look]:
+    """A look per name, of (name, normalizer) in the order of the card; rows of the same name share one."""
     found: dict[str, Look] = {}
     variants: dict[str, int] = {}
-    for name, config in rows:
+    for name, norm in rows:
         if name not in found:
-            norm = config["norm"]["name"]
             variant = variants[norm] = variants.get(norm, -1) + 1
             marker = MARKERS[len(found) % len(MARKERS)]
             found[name] = Look(tint(OF_NORM.get(norm, "#000000"), variant), marker, DASHES[variant % len(DASHES)])
@@ -114,14 +115,6 @@ def logarithmic(axis: "Axes", floor: float) -> None:
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.yaxis.set_minor_locator(NullLocator())
-
-
-def band(axis: "Axes", runs: Any, label: str, look: Look) -> None:
-    """A line over the layers, the mean of runs [seeds, K], with a band from the lowest to the highest."""
-    layers = range(runs.shape[1])
-    axis.plot(layers, runs.mean(0), **look.line, label=label)
-    if len(runs) > 1:
-        axis.fill_between(layers, runs.min(0), runs.max(0), color=look.colour, alpha=0.2, linewidth=0)
 
 
 def name_layers(axis: "Axes", names: Sequence[str], most: int = 24) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kalmannorm import machine
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.card import Card
 from kalmannorm.experiments.cards import Experiment
 from kalmannorm.experiments.config import Config, batches
 from kalmannorm.experiments.measurement import FOLDER, measured_part, where
@@ -26,27 +27,27 @@ def measure(experiment: Experiment, dry_run: bool = False) -> int:
 
     card = experiment.card
     configs = dict(zip(experiment.keys, experiment.runs, strict=True))
-    if len(configs) != 2 or card["baseline"] not in configs:
-        raise UserError(f"{card['name']} compares two rows, {card['baseline']} and another: found {', '.join(configs)}")
-    baseline = configs[card["baseline"]]
+    if len(configs) != 2 or card.baseline is None or card.baseline not in configs:
+        raise UserError(f"{card.name} compares two rows, {card.baseline} and another: found {', '.join(configs)}")
+    baseline = configs[card.baseline]
     device = Ranks(baseline).device
     host = machine.host(str(device))
-    print(f"{card['name']}: {card['title']}", file=sys.stderr)
+    print(f"{card.name}: {card.title}", file=sys.stderr)
     for compiled in (False, True) if baseline["compile"] else (False,):
         parts = {key: measured_part(config, compiled) for key, config in configs.items()}
-        identity = _identity(card["name"], parts, host)
+        identity = _identity(card.name, parts, host)
         file = Path(baseline["results"]) / FOLDER / f"{identity}.json"
         words = f"{baseline['budget']['size']} px, {batches(baseline)}, {'compiled' if compiled else 'eager'}"
-        state = "done" if file.exists() else f"to measure, {card['seconds']} s and more"
+        state = "done" if file.exists() else f"to measure, {card.seconds} s and more"
         print(f"  {identity}  {words}, {where({'host': host})}  {state}", file=sys.stderr)
         if file.exists() or dry_run:
             continue
         try:
             seconds = _alternate(configs, card, device, compiled)
         except torch.OutOfMemoryError:
-            raise UserError(f"{card['name']}: {device} has too little memory for this: pass a smaller batch.grad_batch"
+            raise UserError(f"{card.name}: {device} has too little memory for this: pass a smaller batch.grad_batch"
                             " (a multiple of batch.stat_batch) or budget.size") from None  # fmt: skip
-        measurement = {"id": identity, "experiment": card["name"], "configs": parts, "seconds": seconds, "host": host}
+        measurement = {"id": identity, "experiment": card.name, "configs": parts, "seconds": seconds, "host": host}
         text = json.dumps(measurement, indent=1, sort_keys=True, allow_nan=False)
         write_atomically(file, f"{text}\n".encode())
     return 0
@@ -58,7 +59,7 @@ def _identity(name: str, parts: dict[str, Any], host: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _alternate(configs: dict[str, Config], card: dict[str, Any], device: Any, compiled: bool) -> dict[str, list[float]]:
+def _alternate(configs: dict[str, Config], card: Card, device: Any, compiled: bool) -> dict[str, list[float]]:
     """Seconds of each step, by row."""
     from kalmannorm.bench import alternate, synthetic_batch, training_step
     from kalmannorm.train.model import build
@@ -68,6 +69,7 @@ def _alternate(configs: dict[str, Config], card: dict[str, Any], device: Any, co
         batch = synthetic_batch(config["batch"]["grad_batch"], config["budget"]["size"], config["dataset"]["classes"])
         model, _ = build(config)
         steps[key] = training_step(model, device, batch, compiled=compiled, precision=config["precision"])
-    other = next(key for key in configs if key != card["baseline"])
-    pairs = alternate(steps[other], steps[card["baseline"]], card["seconds"], device)
-    return {other: [round(ours, 6) for ours, _ in pairs], card["baseline"]: [round(theirs, 6) for _, theirs in pairs]}
+    other = next(key for key in configs if key != card.baseline)
+    base = str(card.baseline)
+    pairs = alternate(steps[other], steps[base], card.seconds, device)
+    return {other: [round(ours, 6) for ours, _ in pairs], base: [round(theirs, 6) for _, theirs in pairs]}

@@ -48,7 +48,7 @@ def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
     """Runs what is missing and goes on past failures; 1 if a run failed. `arguments`: overrides and options.HELP."""
     options, arguments = split(arguments)
     experiment = load(name, arguments)
-    kind = experiment.card.get("kind", "table")
+    kind = experiment.card.kind
     if kind == "parameters":
         print(f"{name}: nothing to run; kalmannorm report {name} counts", file=sys.stderr)
         return 0
@@ -69,7 +69,7 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     device = experiment.runs[0]["device"]
     predict = predictor(on_device(found, device))
     on_gpu = device == "cuda"
-    asked = options.devices or (experiment.card.get("devices", 1) if on_gpu else 1)
+    asked = options.devices or (experiment.card.devices if on_gpu else 1)
     asked = min(asked, options.gpu_count or asked)
     jobs = []
     for key, config in zip(experiment.keys, experiment.runs, strict=True):
@@ -226,7 +226,7 @@ def _tail(file: Path) -> list[str]:
 
 def _announce(experiment: Experiment, jobs: list[Job], missing: list[Job], list_all: bool) -> None:
     """How much there is to do, and how long it should take by the speed of recorded runs like these."""
-    print(f"{experiment.card['name']}: {experiment.card['title']}", file=sys.stderr)
+    print(f"{experiment.card.name}: {experiment.card.title}", file=sys.stderr)
     todo = {job.identity for job in missing}
     for job in jobs if list_all else []:
         state = "to run" if job.identity in todo else "done"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from kalmannorm.conversion import Converted, convert
 from kalmannorm.errors import UserError, nearest
@@ -69,8 +70,17 @@ def parameter_count(config: Config) -> int:
 
     UserError: as of network.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         return sum(p.numel() for p in network({"seed": 0, **config}).parameters())
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new weights as they are: on the meta device filling them in does nothing, and takes seconds to do it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "trunc_normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _try_out(model: Converted, config: Config) -> None:

@@ -1,0 +1,175 @@
+"""Cards: conf/experiment/NAME.yaml names the runs of a table, figure or count. Sweeps and reports read the same ones.
+
+    name, title   "table7", what it reproduces
+    kind          "table" (the default), or one of the pictures' and counts' (report/__init__.py)
+    runs          {SETTING: VALUE} of every run
+    rows          - {key, label, runs: {SETTING: VALUE}}; of the papers unless `ours: true`. More: `block` (a heading),
+                  `columns` (the only ones that it has), `baseline` (a row's key), `paper` (a path into
+                  paper_values.yaml, {column} where the column's key goes), `paper_batch` ([grad, stat] of that value)
+    columns       kinds of statistics (moving, online), or {key, label, statistics, value, steps_to, at, runs}: `value`
+                  of the final ones (accuracy), or optimizer steps to `steps_to` percent, or the accuracy at the part
+                  `at` of the steps; `runs` where columns are data sets, networks or batches
+    baseline      the row that the others are compared with
+    paper, paper_dataset, paper_setting, paper_batches
+                  where the printed values stand, and what they are of; false where no batches are printed
+
+A setting is an override of the command line: {arch: resnet32, norm: bkn, batch: g128_s2, norm.options.gain: 0.1}.
+Sweeps compose them; a report looks them up in the records (report/frame.py), where what a row does not name is the
+default, but for data set, budget, schedule and width, in which tables are grouped.
+
+A row with `sweep: {SETTING: [VALUE, ...], ...}` stands for one row per combination of the values, which its key ends
+with.
+"""
+
+import functools
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from kalmannorm.errors import UserError, nearest
+from kalmannorm.experiments.config import conf_dir
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column shows of its runs."""
+
+    key: str
+    label: str = ""
+    statistics: str = "moving"
+    value: str = "accuracy"
+    steps_to: float | None = None
+    at: tuple[float, float] | None = None
+    runs: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in nothing but their seed, and in what a card leaves open."""
+
+    key: str
+    label: str
+    runs: Settings
+    block: str = ""
+    ours: bool = False
+    columns: tuple[str, ...] | None = None
+    baseline: str | None = None
+    paper: str | None = None
+    paper_batch: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The label, marked where the row is none of the papers'."""
+        return f"{self.label} (ours)" if self.ours else self.label
+
+
+@dataclass(frozen=True)
+class Card:
+    """One file of conf/experiment."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...] = (Column("moving", "moving"),)
+    kind: str = "table"
+    runs: Settings = field(default_factory=dict)
+    seeds: int = 1
+    devices: int = 1
+    seconds: float = 0
+    baseline: str | None = None
+    paper: str | None = None
+    paper_dataset: str = ""
+    paper_setting: str = ""
+    paper_batches: bool = True
+    paper_ratio: str = ""
+    note: str = ""
+    same_as: str = ""
+
+    @property
+    def fixes_dataset(self) -> bool:
+        """Whether its columns are data sets."""
+        return any("dataset" in column.runs for column in self.columns)
+
+    @property
+    def has_columns_of_runs(self) -> bool:
+        """Whether its columns have runs of their own."""
+        return any(column.runs for column in self.columns)
+
+    def row(self, key: str) -> Row:
+        """UserError: no such row."""
+        found = next((row for row in self.rows if row.key == key), None)
+        if found is None:
+            raise UserError(f"{self.name}: {nearest(key, [row.key for row in self.rows], 'row')}")
+        return found
+
+    def columns_of(self, row: Row) -> list[Column]:
+        return [column for column in self.columns if row.columns is None or column.key in row.columns]
+
+    def settings(self, row: Row, column: Column | None = None) -> dict[str, Any]:
+        """Those of a row's runs, in one column."""
+        return {**self.runs, **(column.runs if column else {}), **row.runs}
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+
+
+@functools.cache
+def read(name: str) -> Card:
+    """The card. UserError: no such card, or one that is no card, with the reason."""
+    if name not in names():
+        raise UserError(nearest(name, names(), "experiment"))
+    try:
+        return parse(yaml.safe_load((conf_dir() / "experiment" / f"{name}.yaml").read_text()))
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"conf/experiment/{name}.yaml is no card: {' '.join(str(error).split())}") from None
+
+
+def parse(tree: Mapping[str, Any]) -> Card:
+    """A card from what its file holds. TypeError: an unknown key, with its name; KeyError: one that is missing."""
+    rows = tuple(_row(one) for row in tree["rows"] for one in _swept(row))
+    columns = tuple(map(_column, tree.get("columns", ["moving"])))
+    return Card(**{**tree, "rows": rows, "columns": columns})
+
+
+def overrides(settings: Settings) -> list[str]:
+    """As the command line takes them."""
+    return [f"{key}={_literal(value)}" for key, value in settings.items()]
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_literal, value))}]"
+    return str(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _row(tree: Mapping[str, Any]) -> Row:
+    lists = {key: tuple(tree[key]) for key in ("columns", "paper_batch") if key in tree}
+    return Row(**{**tree, **lists})
+
+
+def _column(tree: str | Mapping[str, Any]) -> Column:
+    if isinstance(tree, str):
+        return Column(tree, tree, tree)
+    lists = {"at": tuple(tree["at"])} if "at" in tree else {}
+    return Column(**{"label": tree["key"], **tree, **lists})
+
+
+def _swept(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that a row stands for: itself, or one per combination of its swept values."""
+    swept = dict(row.get("sweep", {}))
+    plain = {key: value for key, value in row.items() if key != "sweep"}
+    return [
+        plain
+        | {
+            "key": "_".join(map(str, (row["key"], *values))),
+            "runs": {**row["runs"], **dict(zip(swept, values, strict=True))},
+        }
+        for values in itertools.product(*swept.values())
+    ]

@@ -1,0 +1,316 @@
+"""From the frame to cells and effects: runs of a row together, and what rows differ by.
+
+The one model: value = row + seed, by least squares, over the runs of the rows that are given (those of a card, of one
+network on one data set). Its residuals give one variance for all rows, so that rows of two seeds each have an interval
+between them; a test of equal variances stands beside it. Runs that failed or stayed at chance are no part of it: a mean
+over what learned and what did not says nothing of either. They are counted.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from kalmannorm.experiments import card as cards
+from kalmannorm.experiments.card import Card, Column, Row
+from kalmannorm.report import frame
+
+CONFIDENCE = 0.95
+SEEDS_SHOWN = 4  # with fewer, a cell shows the seeds' values and not their interval
+Run = Mapping[str, Any]  # a row of the frame
+Value = Callable[[Run], float | None]
+
+
+class Group(NamedTuple):
+    """What a card leaves open, and its runs have in common. `schedule` "": what each row, or else conf/, has."""
+
+    dataset: str
+    budget: str
+    schedule: str = ""
+    width: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """ "cifar10, budget lite, schedule released_warmup, width 0.25"."""
+        said = [self.dataset, f"budget {self.budget}", f"schedule {self.schedule}" if self.schedule else ""]
+        return ", ".join(filter(None, [*said, f"width {self.width:g}" if self.width != 1 else ""]))
+
+    @property
+    def stem(self) -> str:
+        """For the names of files: "cifar10-lite", "cifar10-lite-released_warmup-w0.25"."""
+        parts = [self.dataset, self.budget, self.schedule, f"w{self.width:g}" if self.width != 1 else ""]
+        return "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in part) for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one row in one group under one kind of statistics, in the order of their seeds."""
+
+    runs: tuple[Run, ...] = ()  # finished, one a seed
+    failed: tuple[Run, ...] = ()
+    left_out: tuple[Run, ...] = ()
+
+    @property
+    def learned(self) -> list[Run]:
+        return [run for run in self.runs if run["learned"]]
+
+    @property
+    def lost(self) -> int:
+        """How many failed or stayed at chance."""
+        return self.n - len(self.learned)
+
+    @property
+    def n(self) -> int:
+        return len(self.runs) + len(self.failed)
+
+    @property
+    def ids(self) -> list[str]:
+        return [str(run["id"]) for run in (*self.runs, *self.failed)]
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """Arithmetic and data; () without runs."""
+        return tuple(self.runs[0][column] for column in frame.KIND) if self.runs else ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be said: "seed 2: failed: ..."."""
+        said: dict[str, list[str]] = {}
+        for run in (*self.runs, *self.failed, *self.left_out):
+            if run["note"]:
+                said.setdefault(str(run["note"]), []).append(str(run["seed"]))
+        return [f"seed {', '.join(seeds)} {note}" for note, seeds in said.items()]
+
+
+class Cells:
+    """The frame grouped by row, group and kind of statistics; looked up by equality."""
+
+    def __init__(self, runs: pd.DataFrame) -> None:
+        self.runs = runs
+        together: dict[tuple[Any, ...], dict[str, list[Run]]] = {}
+        current = runs[runs.state != "stale"].sort_values("seed", kind="stable")
+        for run in current.to_dict("records"):
+            key = tuple(run[column] for column in (*frame.ROW, *frame.GROUP, "statistics"))
+            together.setdefault(key, {}).setdefault(run["state"], []).append({str(k): v for k, v in run.items()})
+        self._found = {
+            key: Cell(*(tuple(of.get(state, ())) for state in ("used", "failed", "left out")))
+            for key, of in together.items()
+        }
+        self.default_schedule = frame.default_schedule()
+
+    def cell(self, card: Card, row: Row, group: Group, column: Column | None = None, statistics: str = "") -> Cell:
+        """The runs of a row; an empty cell where there are none."""
+        return self.of(identity(card, row, column), group, statistics or (column.statistics if column else "moving"))
+
+    def of(self, row: Mapping[str, Any], group: Group, statistics: str) -> Cell:
+        """The same, of a row's identity (frame.identity)."""
+        whole = {
+            **row,
+            "width": row.get("width", group.width),
+            "dataset": row.get("dataset") or group.dataset,
+            "budget": group.budget,
+            "schedule": row.get("rates") or group.schedule or row.get("schedule", self.default_schedule),
+        }
+        return self._found.get((*(whole[key] for key in (*frame.ROW, *frame.GROUP)), statistics), Cell())
+
+    def groups(self, rows: Iterable[Mapping[str, Any]]) -> list[Group]:
+        """Those in which any of the rows has runs, the papers' length first; of a data set that a row fixes, "".
+
+        A width or a schedule that some row of a card names is that row's, and no group of others.
+        """
+        found = set()
+        for row in rows:
+            own = row.get("rates") or row.get("schedule", self.default_schedule)
+            for group in self._by_row.get(key(row)[:1] + key(row)[2:5], ()):
+                if (
+                    row.get("dataset", group.dataset) == group.dataset
+                    and (group.width == row["width"] if "width" in row else group.width not in named("width"))
+                    and (group.schedule == own or ("rates" not in row and group.schedule not in named("rates")))
+                ):
+                    dataset = "" if "dataset" in row else group.dataset
+                    width = 1.0 if "width" in row else group.width
+                    found.add(Group(dataset, group.budget, "" if group.schedule == own else group.schedule, width))
+        return sorted(found, key=lambda g: (g.budget != "paper", g.width != 1, g.schedule, g.dataset, g.budget))
+
+    @functools.cached_property
+    def _by_row(self) -> dict[tuple[Any, ...], set[Group]]:
+        found: dict[tuple[Any, ...], set[Group]] = {}
+        for network, width, normalizer, grad, stat, dataset, budget, schedule, _ in self._found:
+            found.setdefault((network, normalizer, grad, stat), set()).add(Group(dataset, budget, schedule, width))
+        return found
+
+
+class Fit(NamedTuple):
+    """The model of some rows: one spread (standard deviation of a run) for all of them."""
+
+    rows: tuple[Any, ...]
+    means: np.ndarray  # [R] least-squares level of each row
+    covariance: np.ndarray  # [R, R] of the levels, over the variance
+    null: np.ndarray  # [K, R + S] directions of rows and seeds that the runs do not tell
+    spread: float  # nan where nothing is left to estimate it from
+    df: int
+    counts: tuple[int, ...]  # runs of each row
+    equal: float  # p of Bartlett's test that all rows with two runs or more have one variance; nan: no test
+
+
+class Effect(NamedTuple):
+    """A weighted sum of rows with its standard error."""
+
+    mean: float
+    error: float  # nan without an interval
+    df: int
+    n: int  # runs of the row that has fewest
+    spread: float
+    weights: tuple[float, ...]
+    rows: int  # of the model
+
+    def half_width(self, family: int = 1) -> float:
+        """Of the interval that holds for all of `family` at once (Bonferroni) at 95 %; nan where there is none."""
+        if self.df < 1 or not math.isfinite(self.error):
+            return math.nan
+        return t_quantile(self.df, family) * self.error
+
+    def half_width_of(self, seeds: int, family: int = 1) -> float:
+        """What `seeds` of each row of the model would give if the spread stayed."""
+        df = (seeds - 1) * max(1, self.rows - 1)
+        error = self.spread * math.sqrt(sum(w**2 for w in self.weights) / seeds)
+        return t_quantile(df, family) * error if df else math.nan
+
+
+def t_quantile(df: float, family: int = 1) -> float:
+    """The Student-t quantile of a two-sided interval at 95 % for `family` intervals at once."""
+    from scipy.special import stdtrit  # without the second that importing scipy.stats takes
+
+    return float(stdtrit(df, 1 - (1 - CONFIDENCE) / (2 * family)))
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the 95 % Student-t interval of the mean of independent values; nan of one."""
+    return (
+        t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if values[1:] else math.nan
+    )
+
+
+def fit(values: Mapping[Any, Mapping[int, float]], seeds: bool = True) -> Fit:
+    """The model of `values`: row -> seed -> value. `seeds` False: value = row alone, for the level of a row."""
+    rows = tuple(row for row in values if values[row])
+    every = sorted({seed for row in rows for seed in values[row]})
+    points = [(i, every.index(seed), value) for i, row in enumerate(rows) for seed, value in values[row].items()]
+    design = np.zeros((len(points), len(rows) + len(every) * seeds))
+    for place, (i, j, _) in enumerate(points):
+        design[place, i] = 1
+        if seeds:
+            design[place, len(rows) + j] = 1
+    found = np.array([value for _, _, value in points])
+    inverse = np.linalg.pinv(design)
+    solved = inverse @ found
+    rank = int(np.linalg.matrix_rank(design)) if len(points) else 0
+    df = len(points) - rank
+    left = found - design @ solved
+    spread = math.sqrt(float(left @ left) / df) if df else math.nan
+    covariance = (inverse @ inverse.T)[: len(rows), : len(rows)]
+    null = np.linalg.svd(design)[2][rank:] if len(points) else np.zeros((0, 0))
+    counts = tuple(len(values[row]) for row in rows)
+    return Fit(rows, solved[: len(rows)], covariance, null, spread, df, counts, _bartlett(values))
+
+
+def effect(of: Fit, weights: Mapping[Any, float]) -> Effect | None:
+    """A contrast of rows. None where a row has no run, or no common seeds connect the rows."""
+    if not all(row in of.rows for row in weights):
+        return None
+    vector = np.array([weights.get(row, 0.0) for row in of.rows])
+    # What the runs cannot tell apart from seeds: the contrast must not have a part of it.
+    if of.null.size and np.abs(of.null[:, : len(vector)] @ vector).max() > 1e-9:
+        return None
+    error = of.spread * math.sqrt(max(0.0, float(vector @ of.covariance @ vector)))
+    n = min(of.counts[of.rows.index(row)] for row in weights)
+    return Effect(float(of.means @ vector), error, of.df, n, of.spread, tuple(weights.values()), len(of.rows))
+
+
+def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> tuple[Effect | None, Fit]:
+    """A contrast under row + seed; under the rows alone for a level, or where no common seeds connect the rows."""
+    model = fit(values, seeds=abs(sum(weights.values())) < 1e-9)
+    found = effect(model, weights)
+    if found is None and all(row in model.rows for row in weights):
+        model = fit(values, seeds=False)
+        found = effect(model, weights)
+    return found, model
+
+
+def pool(cells: Cells, own: Iterable[Card], group: Group, statistics: str, networks: Iterable[str]) -> dict[Any, Cell]:
+    """The rows whose spread is pooled: those of all tables and of the cards `own`, of these networks, by `key`.
+
+    So the same difference has the same interval in every table and in the claims.
+    """
+    tables = [card for card in map(cards.read, cards.names()) if card.kind == "table"]
+    found = {}
+    for card in {card.name: card for card in (*tables, *own)}.values():
+        for row in card.rows:
+            for column in card.columns_of(row) if card.has_columns_of_runs else [None]:
+                one = identity(card, row, column)
+                one.pop("dataset", "")
+                if one["network"] in networks and key(one) not in found:
+                    found[key(one)] = cells.of(one, group, statistics)
+    return found
+
+
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Of an identity: what tells a row from the others in one group."""
+    return tuple(row.get(name) for name in (*frame.ROW, "schedule", "rates"))
+
+
+def values_of(cell: Cell, value: Value) -> dict[int, float]:
+    """By seed, of the runs that learned and have the value."""
+    found = {int(run["seed"]): value(run) for run in cell.learned}
+    return {seed: of_run for seed, of_run in found.items() if of_run is not None and math.isfinite(of_run)}
+
+
+@functools.cache
+def named(what: str) -> frozenset[Any]:
+    """The widths, or `rates`, that rows of cards name."""
+    rows = (identity(card, row) for card in map(cards.read, cards.names()) for row in card.rows)
+    return frozenset(row[what] for row in rows if what in row)
+
+
+def identity(card: Card, row: Row, column: Column | None = None) -> dict[str, Any]:
+    """A row as the frame has it; with its data set where a column fixes it."""
+    settings = card.settings(row, column)
+    found = frame.identity(settings)
+    if column and "dataset" in column.runs:
+        found["dataset"] = settings["dataset"]
+    return found
+
+
+def signed(value: float) -> str:
+    """ "+1.23", "−0.4"."""
+    size = abs(value)
+    text = (
+        f"{size:,.0f}"
+        if size >= 1000
+        else f"{size:.1f}"
+        if size >= 100
+        else f"{size:.2f}"
+        if size >= 0.1
+        else f"{size:.2g}"
+    )
+    return f"{'−' if value < 0 else '+'}{text}"
+
+
+def _bartlett(values: Mapping[Any, Mapping[int, float]]) -> float:
+    """p of the test of equal variances over the rows with two values or more; nan where that is no test."""
+    from scipy.special import chdtrc
+
+    several = [list(of.values()) for of in values.values() if len(of) > 1]
+    variances = [float(np.var(of, ddof=1)) for of in several]
+    if len(several) < 2 or min(variances) <= 0:
+        return math.nan
+    dfs = np.array([len(of) - 1 for of in several])
+    total = dfs.sum()
+    pooled = float(dfs @ variances) / total
+    statistic = total * math.log(pooled) - float(dfs @ np.log(variances))
+    correction = 1 + (float((1 / dfs).sum()) - 1 / total) / (3 * (len(several) - 1))
+    return float(chdtrc(len(several) - 1, statistic / correction))

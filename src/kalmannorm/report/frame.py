@@ -1,0 +1,288 @@
+"""The one frame that everything is made from: a row for each run and kind of statistics, settings as dotted columns.
+
+Beside the record's own values stand the columns by which runs are found and grouped, in words that say only what is
+not the default of conf/:
+
+    network, width, normalizer,
+    grad_batch, stat_batch       what a card's row names ("bkn belief=output"; stat_batch 0: none)
+    dataset, budget, schedule    what a card leaves open ("lite epochs=30")
+    state, note                  "used", "failed", "left out" or "stale", and why (`check`)
+    learned                      better than chance under some statistics
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from kalmannorm.errors import UserError
+from kalmannorm.experiments.card import Settings
+from kalmannorm.experiments.config import conf_dir
+from kalmannorm.experiments.record import NUMERICS, read_all
+from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, preset_options
+
+ROW = ["network", "width", "normalizer", "grad_batch", "stat_batch"]
+GROUP = ["dataset", "budget", "schedule"]
+KIND = ["arithmetic", "data.sha256"]  # what runs must have in common, beside their row, to be averaged
+STATISTICS = ("moving", "online", "precise")
+CHANCE = 1.2  # times 100 % / classes: what a network that guesses is rarely above on thousands of images
+
+
+def load(results: str | Path = "results", numerics: int = NUMERICS) -> pd.DataFrame:
+    """All records of a results folder, checked. UserError: a file that is not a whole record, or not that of its
+    configuration: a table must not silently lose a run."""
+    rows = [row for record in read_all(results) for row in _rows(record, Path(results))]
+    columns = ["id", "numerics", "status", "statistics", "seed", "accuracy", "gap", "learned", *ROW, *GROUP, *KIND]
+    frame = pd.DataFrame(rows, columns=None if rows else columns)
+    return check(frame.reindex(columns=list(dict.fromkeys([*columns, *frame.columns]))), numerics)
+
+
+def check(runs: pd.DataFrame, numerics: int = NUMERICS) -> pd.DataFrame:
+    """The frame with the columns `state` and `note`: what must not be averaged, compared or overlooked.
+
+    Runs of another numerics are stale. Of runs that differ in arithmetic or data, the kind with the most seeds is used;
+    of two runs of one seed, the one that started first.
+    """
+    one = runs.drop_duplicates("id").set_index("id")
+    state = dict.fromkeys(one.index, "used")
+    notes: dict[str, list[str]] = {identity: [] for identity in one.index}
+    for identity in one.index[one.numerics != numerics]:
+        state[identity] = "stale"
+        notes[identity].append(f"stale: made by NUMERICS {one.numerics[identity]}, this is {numerics}")
+    current = one[one.numerics == numerics]
+    done = current[current.status == "done"]
+    common = done.groupby(KIND, dropna=False).size()
+    finished = set()
+    for key, same in done.groupby([*ROW, *GROUP], dropna=False):
+        seeds = same.groupby(KIND, dropna=False).seed.nunique()
+        chosen = max(seeds.index, key=lambda kind: (seeds[kind], common[kind], str(kind)))
+        first: dict[int, str] = {}
+        for identity, run in same.sort_values("host.started").iterrows():
+            finished.add((key, run.seed))
+            if tuple(run[KIND]) != tuple(chosen):
+                what = " and ".join(_differing(run, chosen))
+                state[identity] = "left out"
+                notes[str(identity)].append(f"left out: {what}")
+            elif run.seed in first:
+                state[identity] = "left out"
+                notes[str(identity)].append(f"left out: seed {run.seed} has two records, {first[run.seed]} is used")
+            else:
+                first[run.seed] = str(identity)
+    for identity, run in current[current.status == "failed"].iterrows():
+        again = (tuple(run[[*ROW, *GROUP]]), run.seed) in finished
+        state[identity] = "left out" if again else "failed"
+        notes[str(identity)].append(f"failed: {run.reason or 'no reason recorded'}")
+    for identity in done.index[~done.learned.astype(bool)]:
+        notes[identity].append("at chance under any statistics")
+    said = {identity: "; ".join(of_run) for identity, of_run in notes.items()}
+    return runs.assign(state=runs.id.map(state), note=runs.id.map(said))
+
+
+def curves(runs: pd.DataFrame) -> pd.DataFrame:
+    """The accuracies (percent) after every epoch, in long form: one row per run, kind of statistics and evaluation."""
+    whole = runs[runs.curve.map(lambda curve: isinstance(curve, list) and len(curve) > 0)]
+    settings = [column for column in runs if column not in ("curve", "step", "epoch", "train_loss", "accuracy")]
+    long = whole[[*settings, "epoch", "step", "curve"]].explode(["epoch", "step", "curve"], ignore_index=True)
+    return long.rename(columns={"curve": "accuracy"}).astype({"epoch": int, "step": int, "accuracy": float})
+
+
+def arrays(identity: str, results: str | Path = "results") -> dict[str, np.ndarray]:
+    """The small arrays beside one run's record (docs/records.md). UserError: no such file, or a broken one."""
+    path = Path(results) / "records" / f"{identity}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {key: np.asarray(stored[key], dtype=np.float64) for key in stored.files}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing beside its record: restore it, or run {identity} again") from None
+    except Exception as error:  # numpy and zipfile raise many kinds
+        raise UserError(f"{path} cannot be read ({error}): remove it and the record, and run again") from None
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """The columns of ROW that a card's settings stand for, and what else they name: the `width`, a `schedule` (that
+    another may take the place of), `rates` (a schedule of the row's own)."""
+    return dict(_identity(json.dumps(dict(settings))))
+
+
+@functools.cache
+def _identity(text: str) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(text)
+    chosen = {**_defaults(), **{key.lstrip("+"): value for key, value in settings.items()}}
+    batch = dict(zip(("grad_batch", "stat_batch"), _batch(chosen["batch"]), strict=True))
+    batch |= {key.partition(".")[2]: value for key, value in chosen.items() if key.startswith("batch.")}
+    norm: dict[str, Any] = {"name": norm_defaults(chosen["norm"])["name"], "options": {}}
+    for key, value in chosen.items():
+        if key.startswith("norm.options."):
+            norm["options"][key.removeprefix("norm.options.")] = value
+        elif key.startswith("norm."):
+            norm[key.removeprefix("norm.")] = value
+    stat_batch = batch["stat_batch"] if norm["name"] in BATCH_STATISTICS else None
+    arch = _own(_conf("arch", chosen["arch"]), _under("arch", chosen), ("width",))
+    found = {
+        "network": _words(chosen["arch"], arch),
+        "normalizer": _normalizer(norm, stat_batch),
+        "grad_batch": batch["grad_batch"],
+        "stat_batch": stat_batch or 0,
+    }
+    if "arch.width" in chosen:
+        found["width"] = float(chosen["arch.width"])
+    if own := _under("schedule", chosen):
+        found["rates"] = _words(chosen["schedule"], _own(_conf("schedule", chosen["schedule"]), own))
+    if "schedule" in settings:
+        found["schedule"] = chosen["schedule"]
+    return found
+
+
+def default_schedule() -> str:
+    """What runs have that name no other."""
+    return str(_defaults()["schedule"])
+
+
+def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
+    """One for each kind of statistics; a failed record, which knows none, has one for each that there is."""
+    config, final, curve = record["config"], record.get("final") or {}, record.get("curves") or {}
+    data, host, batch = record.get("data") or {}, record.get("host") or {}, config["batch"]
+    shared = {key: record.get(key) for key in ("id", "numerics", "status", "reason", "parameters", "norms", "weights")}
+    shared |= flat(config, "") | flat(data, "data.") | flat(host, "host.")
+    names = ("dataset", "budget", "schedule", "arch")
+    conf = resolved(*(config[part].get("name", "") for part in names))
+    dataset, budget, schedule, arch = (
+        _words(
+            config[part].get("name", ""),
+            _own(conf[part], {k: v for k, v in config[part].items() if k != "name"}, ("width",)),
+        )
+        for part in names
+    )
+    found = [values["accuracy"] for values in final.values() if "accuracy" in values]
+    shared |= {
+        "config": config,
+        "training": record.get("final_on_training_images"),
+        "results": str(results),
+        "network": arch,
+        "width": float(config["arch"].get("width") or 1),
+        "normalizer": _normalizer(config["norm"], batch.get("stat_batch")),
+        "grad_batch": batch["grad_batch"],
+        "stat_batch": batch.get("stat_batch") or 0,
+        "dataset": dataset,
+        "budget": budget,
+        "schedule": schedule,
+        "arithmetic": ", ".join(
+            [
+                str(config["precision"]),
+                *(word for word, on in (("compiled", "compile"), ("deterministic", "deterministic")) if config[on]),
+            ]
+        ),
+        "data.sha256": data.get("sha256") or data.get("fidelity") or "",
+        "learned": not found or max(found) > CHANCE * 100 / config["dataset"].get("classes", 1),
+        "gap": _difference(final, "online", "moving"),
+        **{key: curve.get(key) for key in ("epoch", "step", "train_loss", "lr")},
+    }
+    kinds = list(final) or list(STATISTICS)
+    return [shared | {"statistics": kind, "curve": curve.get(kind), **final.get(kind, {})} for kind in kinds]
+
+
+def _difference(final: Mapping[str, Any], one: str, other: str) -> float | None:
+    """Points between two kinds of statistics of the same weights."""
+    first, second = ((final.get(kind) or {}).get("accuracy") for kind in (one, other))
+    return None if first is None or second is None else first - second
+
+
+def _differing(run: pd.Series, chosen: Sequence[str]) -> list[str]:
+    said = [f"{run.arithmetic} where the others are {chosen[0]}"] if run.arithmetic != chosen[0] else []
+    return [*said, *(["other data than the others'"] if run["data.sha256"] != chosen[1] else [])]
+
+
+def own_options(norm: Mapping[str, Any], stat_batch: int | None) -> dict[str, Any]:
+    """The options of a normalizer that are not those of its preset and of conf/norm."""
+    known = norm_defaults(norm["name"])
+    defaults = {key: value for key, value in (known.get("options") or {}).items() if value is not None}
+    if norm["name"] in KALMAN:
+        preset = norm.get("preset") or known["preset"]
+        defaults = preset_options(preset, norm["name"], stat_batch, defaults) if preset in PRESETS else {}
+    given = {key: value for key, value in (norm.get("options") or {}).items() if value is not None}
+    return _own(defaults, given)
+
+
+def _normalizer(norm: Mapping[str, Any], stat_batch: int | None) -> str:
+    """ "bkn", "bkn released", "bkn belief=output": the name and what is not its default."""
+    words = [str(norm["name"])]
+    if norm["name"] in KALMAN:
+        known = norm_defaults(norm["name"])["preset"]
+        preset, predictor = norm.get("preset") or known, norm.get("predictor")
+        words += [preset] if preset != known else []
+        words += [str(predictor)] if predictor not in (None, PRESETS.get(preset, {}).get("predictor")) else []
+    return _words(" ".join(words), own_options(norm, stat_batch))
+
+
+def _own(known: Mapping[str, Any], found: Mapping[str, Any], but: Sequence[str] = ()) -> dict[str, Any]:
+    """What is not as conf/ has it; "auto" there stands for anything."""
+    return {
+        key: value
+        for key, value in sorted(found.items())
+        if key not in but and known.get(key) != "auto" and known.get(key, ...) != value and known
+    }
+
+
+def _words(name: str, own: Mapping[str, Any]) -> str:
+    said = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items()]
+    return " ".join([name, *said])
+
+
+def _under(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"{group}."
+    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+
+
+def _batch(name: str) -> tuple[int, int]:
+    """(128, 2) of g128_s2."""
+    grad, stat = name.removeprefix("g").split("_s")
+    return int(grad), int(stat)
+
+
+@functools.cache
+def _defaults() -> dict[str, str]:
+    listed = yaml.safe_load((conf_dir() / "config.yaml").read_text())["defaults"]
+    return {key: value for entry in listed if isinstance(entry, dict) for key, value in entry.items() if value}
+
+
+@functools.cache
+def _conf(group: str, name: str) -> dict[str, Any]:
+    """A file of conf/, as it stands there; {} where there is none."""
+    path = conf_dir() / group / f"{name}.yaml"
+    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+
+
+@functools.cache
+def norm_defaults(name: str) -> dict[str, Any]:
+    """conf/norm/NAME.yaml; another name's where it is one for it."""
+    tree = _conf("norm", name)
+    return norm_defaults(tree["defaults"][0]) if "defaults" in tree else {"name": name, "preset": "paper", **tree}
+
+
+@functools.cache
+def resolved(dataset: str, budget: str, schedule: str, arch: str) -> dict[str, Any]:
+    """The files of these groups with what they refer to in each other."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    parts = {"dataset": dataset, "budget": budget, "schedule": schedule, "arch": arch}
+    tree = {group: dict(_conf(group, name)) for group, name in parts.items()}
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException:  # a budget that this data set does not have
+        found = {group: {} for group in parts}
+    found["dataset"].pop("budgets", None)
+    return dict(found)
+
+
+def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A tree of dicts as one dict with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,201 @@
+"""The frame: what is read, what is found by a card's row, what is noted and left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from records import config, table7, write_record
+
+from kalmannorm import report
+from kalmannorm.errors import UserError
+from kalmannorm.experiments import card as cards
+from kalmannorm.experiments.record import NUMERICS
+from kalmannorm.report import effects, frame
+from kalmannorm.report.effects import Cells, Group
+
+LITE = Group("cifar10", "lite")
+
+
+def cell(
+    results: Path, row: str, statistics: str = "moving", card: str = "table7", group: Group = LITE
+) -> effects.Cell:
+    found = cards.read(card)
+    return Cells(report.load(results)).cell(found, found.row(row), group, statistics=statistics)
+
+
+def test_a_row_for_each_run_and_kind_of_statistics(tmp_path: Path) -> None:
+    assert report.load(tmp_path).empty
+    table7(tmp_path, seeds=2)
+    runs = report.load(tmp_path)
+    assert len(runs) == 2 * 3 * 3 and set(runs.statistics) == {"moving", "online", "precise"}
+    kn = runs[(runs.normalizer == "bkn") & (runs.statistics == "online") & (runs.seed == 2)].iloc[0]
+    assert kn.accuracy == 62.2 and kn["norm.options.gain"] == 0.5 and kn.stat_batch == 2 and kn.budget == "lite"
+    assert kn.gap == 0 and kn.state == "used" and kn.note == ""
+
+
+def test_every_run_of_a_card_is_found_by_the_row_that_asks_for_it(tmp_path: Path) -> None:
+    """Composed as a sweep composes it, looked up as a report does."""
+    from kalmannorm.experiments.cards import load
+    from kalmannorm.experiments.config import result_part
+
+    for name in ("table7", "v1-table3", "layer-errors"):
+        experiment = load(name, ["seeds=1", "device=cpu", "precision=fp32", "compile=false"])
+        for run in experiment.runs:
+            write_record(tmp_path, result_part(run), run["seed"], 50.0, 50.0)
+        cells = Cells(report.load(tmp_path))
+        for row in experiment.card.rows:
+            for column in experiment.card.columns_of(row):
+                found = cells.cell(experiment.card, row, Group(column.runs.get("dataset", "cifar10"), "lite"), column)
+                assert len(found.runs) == 1, (name, row.key, column.key)
+
+
+def test_other_runs_do_not_enter(tmp_path: Path) -> None:
+    write_record(tmp_path, config("bkn"), 1, 70.0)
+    for seed, other in enumerate(
+        (
+            config("bkn", gain=0.1),
+            config("bkn", belief="output"),
+            config("bkn", 4),
+            config("bkn", arch="resnet14"),
+            config("bkn", dataset="cifar100"),
+            config("bkn", budget="paper"),
+            {**config("bkn"), "arch": {**config()["arch"], "width": 0.25}},
+            {**config("bkn"), "schedule": {**config()["schedule"], "weight_decay": 0.1}},
+            {**config("bkn"), "budget": {**config()["budget"], "epochs": 77}},
+            {**config("bkn"), "dataset": {**config()["dataset"], "flip": False}},
+        ),
+        2,
+    ):
+        write_record(tmp_path, other, seed, 10.5)
+    assert [run["accuracy"] for run in cell(tmp_path, "kn_stat2").runs] == [70.0]
+    card = cards.read("table7")
+    labels = {
+        group.label for group in Cells(report.load(tmp_path)).groups([effects.identity(card, card.row("kn_stat2"))])
+    }
+    assert labels == {
+        "cifar10, budget lite",
+        "cifar10, budget paper",
+        "cifar100, budget lite",
+        "cifar10, budget lite, width 0.25",
+        "cifar10, budget lite, schedule released weight_decay=0.1",
+        "cifar10, budget lite epochs=77",
+        "cifar10 flip=false, budget lite",
+    }
+
+
+def test_a_width_that_a_row_names_is_no_setting_of_others(tmp_path: Path) -> None:
+    wide = {**config("bn", dataset="cifar100"), "arch": {**config()["arch"], "width": 1.031}}
+    write_record(tmp_path, wide, 1)
+    cells = Cells(report.load(tmp_path))
+    card = cards.read("v1-table3")
+    row, column = card.row("bn_stat2_widened"), card.columns[2]
+    assert cells.cell(card, row, Group("", "lite"), column).n == 1
+    assert not cells.groups([effects.identity(cards.read("table7"), cards.read("table7").row("bn_stat2"))])
+
+
+def test_an_option_at_its_default_is_the_same_row(tmp_path: Path) -> None:
+    assert frame.identity({"norm": "bkn", "norm.options.gain": 0.5}) == frame.identity({"norm": "bkn"})
+    assert (
+        frame.identity({"norm": "bkn", "+norm.options.input_belief": "data"})["normalizer"] == "bkn input_belief=data"
+    )
+    assert frame.identity({"norm": "gn", "batch": "g128_s2"}) == frame.identity({"norm": "gn", "batch": "g128_s128"})
+    assert frame.identity({"norm": "bkn", "norm.preset": "released"})["normalizer"] == "bkn released"
+
+
+# Checks
+
+
+def test_failed_runs_are_counted_and_never_averaged(tmp_path: Path) -> None:
+    write_record(tmp_path, config(), 1, 60.0)
+    write_record(tmp_path, config(), 2, failed="the loss is not finite")
+    found = cell(tmp_path, "bn_stat2")
+    assert (len(found.runs), len(found.failed), found.lost, found.n) == (1, 1, 1, 2)
+    assert found.notes == ["seed 2 failed: the loss is not finite"]
+
+
+def test_what_did_not_learn_is_noted(tmp_path: Path) -> None:
+    write_record(tmp_path, config(), 1, 60.0, 60.0)
+    write_record(tmp_path, config(), 2, 10.3, 11.9)
+    found = cell(tmp_path, "bn_stat2")
+    assert [run["seed"] for run in found.learned] == [1] and found.lost == 1
+    assert found.notes == ["seed 2 at chance under any statistics"]
+
+
+def test_a_duplicate_seed_is_left_out(tmp_path: Path) -> None:
+    """Two done records of one run cannot come from disk (their ids are checked), but a table does not rely on that."""
+    first = write_record(tmp_path, config(), 1, 60.0)
+    runs = report.load(tmp_path)
+    copy = runs.assign(id="planted", accuracy=99.0)
+    checked = report.check(__import__("pandas").concat([runs, copy], ignore_index=True))
+    planted = checked[checked.id == "planted"]
+    assert set(planted.state) == {"left out"} and f"seed 1 has two records, {first} is used" in planted.note.iloc[0]
+    assert set(checked[checked.id == first].state) == {"used"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"precision": "bf16", "compile": True}, "bf16, compiled where the others are fp32"),
+        ({"sha256": "e" * 64}, "other data"),
+    ],
+)
+def test_arithmetic_and_data_are_never_averaged(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    for seed in (1, 2):
+        write_record(tmp_path, config(), seed, 60.0)
+    other = write_record(tmp_path, config(), 3, 80.0, **changes)  # type: ignore[arg-type]
+    found = cell(tmp_path, "bn_stat2")
+    assert [run["accuracy"] for run in found.runs] == [60.0, 60.0]
+    assert [run["id"] for run in found.left_out] == [other] and words in found.notes[0]
+
+
+def test_stale_records_are_listed_only(tmp_path: Path) -> None:
+    write_record(tmp_path, config(), 1, numerics=NUMERICS + 1)
+    runs = report.load(tmp_path)
+    assert set(runs.state) == {"stale"} and f"this is {NUMERICS}" in runs.note.iloc[0]
+    assert cell(tmp_path, "bn_stat2").n == 0
+
+
+def test_planted_records(tmp_path: Path) -> None:
+    """A copy under another name, and a record whose config or result was edited, are found."""
+    good = write_record(tmp_path, config(), 1)
+    path = tmp_path / "records" / f"{write_record(tmp_path, config('bkn'), 2)}.json"
+    whole = path.read_text()
+    record = json.loads(whole)
+    record["config"]["norm"]["options"]["gain"] = 0.1
+    for planted, complaint in ((record, "its id is not that of its configuration"), (record["config"], "'id' is None")):
+        path.write_text(json.dumps(planted))
+        with pytest.raises(UserError, match=complaint):
+            report.load(tmp_path)
+    for part, key, value in (("final", "online", {"accuracy": 99.0}), ("data", "name", "mnist")):
+        record = json.loads(whole)
+        record[part][key] = value
+        path.write_text(json.dumps(record))
+        with pytest.raises(
+            UserError, match=r"its curve ends with 91.0|its data are mnist, its configuration's cifar10"
+        ):
+            report.load(tmp_path)
+    path.write_text(whole)
+    write_record(tmp_path, config(), 1, name="planted")
+    with pytest.raises(UserError, match=f"planted.json .* its id is not that of its configuration, {good}"):
+        report.load(tmp_path)
+
+
+# For notebooks
+
+
+def test_curves_in_long_form(tmp_path: Path) -> None:
+    write_record(tmp_path, config(), 1, 80.0, 90.0)
+    write_record(tmp_path, config(), 2, failed="x")
+    long = report.curves(report.load(tmp_path))
+    assert len(long) == 4 and set(long.seed) == {1}
+    assert long[long.statistics == "online"].accuracy.tolist() == [50.0, 90.0] and long.step.tolist() == [11, 22] * 2
+
+
+def test_arrays_of_one_run(tmp_path: Path) -> None:
+    run = write_record(tmp_path, config("bkn"), 1, arrays=True)
+    assert report.arrays(run, tmp_path)["gap_used"].shape == (40, 24)
+    with pytest.raises(UserError, match="restore it"):
+        report.arrays(write_record(tmp_path, config("bkn"), 2), tmp_path)
+    (tmp_path / "records" / f"{run}.npz").write_text("no")
+    with pytest.raises(UserError, match="cannot be read"):
+        report.arrays(run, tmp_path)

@@ -1,0 +1,115 @@
+"""Pictures: what they draw, and what they must not suggest."""
+
+from pathlib import Path
+
+import numpy as np
+from records import config, table7, write_record
+
+from kalmannorm import report
+from kalmannorm.experiments import card as cards
+from kalmannorm.report import plots, style
+from kalmannorm.report.effects import Cells, Group
+from kalmannorm.report.plots import Line, Panel
+
+LITE = Group("cifar10", "lite")
+LOOK = style.Look(style.BLUE, "o", "-")
+
+
+def drawn(results: Path, name: str, group: Group = LITE) -> plots.Figures:
+    card = cards.read(name)
+    return plots.DRAW[card.kind](card, group, Cells(report.load(results)))
+
+
+def marks(axis: object) -> list[object]:
+    return [line for line in axis.lines if line.get_marker() == "o"]  # type: ignore[attr-defined]
+
+
+def test_every_kind_of_card_is_drawn(tmp_path: Path) -> None:
+    table7(tmp_path)
+    for seed in (1, 2):
+        for norm in ("bn", "bkn", "gn", "gkn"):
+            write_record(tmp_path, config(norm, arch="resnet32"), seed, 50 + seed)
+        for batch in (1, 2, 128):
+            write_record(tmp_path, config("sn", batch, arch="resnet14"), seed, 50 + seed, mixture=(0.2, 0.3, 0.5))
+            write_record(tmp_path, config("bkn", batch, arch="resnet14", gain=0.1), seed, 40 + seed)
+            write_record(tmp_path, config("bn", batch, arch="resnet14"), seed, 40 + seed)
+    for name in (
+        "table7",
+        "table8",
+        "figure4",
+        "figure5",
+        "gains",
+        "layer-errors",
+        "mixture",
+        "stat-batch",
+        "initial-gain",
+    ):
+        group = Group("", "lite") if name == "table8" else LITE
+        found = drawn(tmp_path, name, group)
+        assert found, name
+        for figure in found.values():
+            first = plots.encode(figure, ("svg",))["svg"]
+            assert first.startswith(b"<?xml") and b"nan" not in first.lower()
+            picture = plots.inline(first, name)
+            assert (
+                picture.startswith("<svg") and "<metadata" not in picture and f'id="{name.replace("-", "")}-' in picture
+            )
+    assert not drawn(tmp_path / "nothing", "figure4")
+
+
+def test_files_are_reproducible(tmp_path: Path) -> None:
+    table7(tmp_path)
+    one, other = (plots.encode(drawn(tmp_path, "table7")[""], ("png", "pdf", "svg")) for _ in range(2))
+    assert one == other and one["png"].startswith(b"\x89PNG") and one["pdf"].startswith(b"%PDF")
+
+
+def test_a_horizontal_line_has_no_marks() -> None:
+    figure = plots.lines([[Panel("", [Line("GN", LOOK, [None], [[50.0, 60.0]])])]], "")
+    (axis,) = figure.axes
+    assert not marks(axis) and [line.get_ydata()[0] for line in axis.lines] == [55.0]
+
+
+def test_branches_are_not_joined_and_a_single_seed_is_hollow() -> None:
+    line = Line("KN", LOOK, [0.0, 1.0, 2.0], [[1.0, 3.0], [2.0], [5.0, 5.0]], apart=frozenset({2}))
+    figure = plots.lines([[Panel("", [line], names=["a", "b", "c"])]], "")
+    (axis,) = figure.axes
+    joined = next(found for found in axis.lines if found.get_linestyle() == "-")
+    assert np.isnan(joined.get_ydata()[2]) and list(joined.get_ydata()[[0, 1, 3]]) == [2.0, 2.0, 5.0]
+    assert {found.get_markerfacecolor() for found in marks(axis)} == {style.BLUE, "white"}
+    names = ["stem.bn", "blocks.0.b1.bn", "blocks.0.b3.0.bn", "blocks.0.b3.1.bn", "blocks.1.b1.bn"]
+    of = plots._over_layers("", LOOK, [np.arange(5.0)], {"norms": {"order": names}})
+    assert of.apart == {1, 2, 4}  # b3.0 and b3.1 follow each other
+    straight = [f"layers.{i}.bn{j}" for i in range(3) for j in (1, 2)]
+    assert not plots._over_layers("", LOOK, [np.arange(6.0)], {"norms": {"order": straight}}).apart
+
+
+def test_a_mean_is_not_drawn_through_what_learned_and_what_did_not(tmp_path: Path) -> None:
+    write_record(tmp_path, config("bn", arch="resnet32"), 1, 60.0, 60.0)
+    write_record(tmp_path, config("bn", arch="resnet32"), 2, 10.0, 10.0)
+    (figure,) = drawn(tmp_path, "figure4").values()
+    last = sorted(
+        float(line.get_ydata()[-1])
+        for line in figure.axes[0].lines
+        if len(line.get_ydata()) == 2 and line.get_linestyle() != "None"
+    )
+    assert last == [10.0, 60.0]
+    write_record(tmp_path, config("bn", arch="resnet14"), 1, 60.0, 60.0)
+    write_record(tmp_path, config("bn", arch="resnet14"), 2, 10.0, 10.0)
+    (figure,) = drawn(tmp_path, "stat-batch").values()
+    of = [line for line in figure.axes[0].lines if line.get_marker() not in ("None", "", None)]
+    assert {(line.get_marker(), round(float(line.get_ydata()[0]), 2)) for line in of} == {("s", 60.0), ("x", 0.03)}
+
+
+def test_lines_differ_without_colour_and_kn_is_not_gkn() -> None:
+    for name in ("table7", "figure4", "stat-batch"):
+        card = cards.read(name)
+        looks = plots._looks(card)
+        assert len({(look.marker, str(look.dashes)) for look in looks.values()}) == len(looks)
+    assert style.OF_NORM["bkn"] != style.OF_NORM["gkn"] and style.tint(style.BLUE, 2) != style.SKY
+
+
+def test_a_table_is_not_stretched_to_the_papers_values(tmp_path: Path) -> None:
+    table7(tmp_path)
+    (figure,) = drawn(tmp_path, "table7").values()
+    low, high = figure.axes[0].get_xlim()
+    assert low > 55 and high < 70  # the paper's are near 90
