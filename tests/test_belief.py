@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import error, leaves, random_belief
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from kalmannorm import Belief
 from kalmannorm.norm import moments as belief
@@ -22,6 +22,17 @@ def seed() -> None:
 
 
 # --- linear operations ---
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_derivatives_of_a_convolutions_rule(groups: int) -> None:
+    """They are written by hand, since the sums of taps are not kept."""
+    mean, var, weight = leaves(*random_belief(3, 4, D), torch.randn(8, 4 // groups, 3, 3, dtype=D))
+
+    def rule(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(belief.conv(Belief(*inputs[:2]), inputs[2], groups=groups))
+
+    assert gradcheck(rule, (mean, var, weight)) and gradgradcheck(rule, (mean, var, weight))
 
 
 @pytest.mark.parametrize("bias", [False, True])

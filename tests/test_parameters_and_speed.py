@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from kalmannorm import bench
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import cards
@@ -143,6 +145,12 @@ def test_a_damaged_measurement_is_named(tmp_path: Path, timed: list[bool], conte
 def test_a_comparison_needs_both_rows(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="compares two rows"):
         measure_speed.measure(load(tmp_path, "rows=kn"))
+
+
+@pytest.mark.parametrize("images", [8, 128])
+def test_kn_keeps_no_more_for_backward_than_bn(images: int) -> None:
+    kept = [bench.saved_bytes(bench._resnet18(norm), torch.device("cpu"), images) for norm in ("bkn", "bn")]
+    assert 1 < kept[0] / kept[1] <= 1.05
 
 
 def test_too_little_memory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

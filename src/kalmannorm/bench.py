@@ -4,13 +4,14 @@ Machines are shared and noisy: a ratio is the median over repetitions of the rat
 interval that holds the middle half of them; single times are printed for orientation only.
 """
 
+import json
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kalmannorm import machine
 from kalmannorm.conversion import convert
 from kalmannorm.errors import UserError, nearest
+from kalmannorm.files import write_atomically
 from kalmannorm.models import ARCHS
 from kalmannorm.report.speed import quartiles
+from kalmannorm.train.loop import memory_format
 from kalmannorm.train.model import optimizer
 
 GRAD_BATCH = 128
@@ -47,11 +51,12 @@ class Comparison:
 
 # ResNet-32 training steps of 128 images of 32 x 32 pixels, but for the detector's.
 COMPARISONS = {
-    "grouped-bn": Comparison("BN at stat 2", "torch's BatchNorm at 128", 1.05),
-    "kn": Comparison("KN (closed) at stat 2, eager", "BN at stat 2, eager", 1.15),
-    "kn-compiled": Comparison("KN (closed) at stat 2, compiled", "BN at stat 2, compiled", 1.02),
+    "grouped-bn": Comparison("BN at stat 2", "torch's BatchNorm at 128", 1.03),
+    "kn": Comparison("KN (closed) at stat 2, eager", "BN at stat 2, eager", 1.12),
+    "kn-compiled": Comparison("KN (closed) at stat 2, compiled", "BN at stat 2, compiled", 1.03),
+    "auto": Comparison("images/s of KN at stat 2 as auto trains it", "images/s in fp32, eager", 1.0, at_least=True),
     "sampling": Comparison("KN (sampling) at stat 2", "KN (closed) at stat 2", None),
-    "memory": Comparison("bytes KN at stat 2 saves for backward", "bytes BN at stat 2 saves", 1.10),
+    "memory": Comparison("bytes KN at stat 2 saves for backward, ResNet-18", "bytes BN at stat 2 saves", 1.05),
     "loop": Comparison("images/s of kalmannorm train", "images/s of the bare step", 0.95, at_least=True),
     "checkpoints": Comparison("5 % of a lite run and its checkpoint", "those steps alone", 1.02),
     "processes": Comparison("images/s of 2 processes", "images/s of 1 process with 2 threads", 0.8, at_least=True),
@@ -59,8 +64,11 @@ COMPARISONS = {
 }
 
 
-def bench(names: list[str], seconds: float) -> int:
-    """Runs the named comparisons (none: all), about `seconds` each, and prints a line for each. 0 if goals are met."""
+def bench(names: list[str], seconds: float, results: Path | None = None) -> int:
+    """Run the named comparisons (none: all), about `seconds` each, and print a line for each. 0 if goals are met.
+
+    `results`: folder in which bench/NAME.json gets the ratios, with machine and commit.
+    """
     for name in names:
         if name not in COMPARISONS:
             raise UserError(nearest(name, list(COMPARISONS), "comparison"))
@@ -71,6 +79,11 @@ def bench(names: list[str], seconds: float) -> int:
     for name in names or COMPARISONS:
         comparison = COMPARISONS[name]
         ratios, note = _MEASURE[name](device, seconds)
+        if results is not None:
+            host = machine.host(str(device))
+            measured = {"comparison": asdict(comparison), "ratios": ratios, "note": note, "host": host}
+            text = json.dumps(measured, indent=1, sort_keys=True, allow_nan=False)
+            write_atomically(results / "bench" / f"{name}.json", f"{text}\n".encode())
         middle = statistics.median(ratios)
         verdict = ""
         if comparison.goal is not None:
@@ -174,13 +187,40 @@ def _sampling(device: torch.device, seconds: float) -> tuple[list[float], str]:
     return _compare(this, against, seconds, device)
 
 
+def _auto(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    """Training steps at budget lite's 16 pixels: in the precision, memory format and form that `auto` stands for."""
+    from kalmannorm.experiments.config import compose
+
+    config = compose(["dataset=cifar10", "budget=lite", "norm=bkn", f"device={device.type}"])
+    chosen = {"compiled": config["compile"], "precision": config["precision"]}
+    x, labels = synthetic_batch(size=16)
+    batch = x.to(memory_format=memory_format(config, device)), labels
+    this = training_step(_model("bkn"), device, batch, **chosen)
+    against = training_step(_model("bkn"), device, (x, labels))
+    pairs = alternate(this, against, seconds, device)
+    ours, theirs = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
+    form = "compiled" if config["compile"] else "eager"
+    return [b / a for a, b in pairs], f"{config['precision']}, {form}: {ours:.1f} ms a step against {theirs:.1f} ms"
+
+
 def _memory(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    ours, theirs = (_saved_bytes(_model(norm), device) for norm in ("bkn", "bn"))
-    return [ours / theirs], f"{ours / 2**20:.1f} MiB against {theirs / 2**20:.1f} MiB"
+    """At 8 and at 128 images of 32 pixels; the larger ratio counts."""
+    ratios, said = [], []
+    for images in (8, GRAD_BATCH):
+        ours, theirs = (saved_bytes(_resnet18(norm), device, images) for norm in ("bkn", "bn"))
+        ratios.append(ours / theirs)
+        said.append(f"{images} images {ours / 1e6:.1f} MB against {theirs / 1e6:.1f} MB")
+    return [max(ratios)], ", ".join(said)
 
 
-def _saved_bytes(model: nn.Module, device: torch.device) -> int:
-    """Bytes of the distinct storages that autograd keeps between forward and backward, parameters aside."""
+def _resnet18(norm: str) -> nn.Module:
+    from torchvision.models import resnet18
+
+    return convert(resnet18(num_classes=10), norm, stat_batch=2)
+
+
+def saved_bytes(model: nn.Module, device: torch.device, images: int) -> int:
+    """Count the bytes of the distinct storages that autograd keeps between forward and backward, parameters aside."""
     model.to(device).train()
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -191,7 +231,7 @@ def _saved_bytes(model: nn.Module, device: torch.device) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x, labels = (part.to(device) for part in synthetic_batch())
+    x, labels = (part.to(device) for part in synthetic_batch(images))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = F.cross_entropy(model(x), labels)
     loss.backward()
@@ -268,7 +308,6 @@ def _checkpoints(device: torch.device, seconds: float) -> tuple[list[float], str
 
 def _processes(device: torch.device, seconds: float) -> tuple[list[float], str]:
     """Two processes of one thread, 64 images each, and in turn one of two threads with all 128; on CPU."""
-    import json
     import socket
     import tempfile
 
@@ -284,8 +323,6 @@ def _processes(device: torch.device, seconds: float) -> tuple[list[float], str]:
 
 
 def _alternate_processes(rank: int, port: int, seconds: float, folder: str) -> None:
-    import json
-
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -378,6 +415,7 @@ _MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = 
     "kn": _kn,
     "kn-compiled": _kn_compiled,
     "sampling": _sampling,
+    "auto": _auto,
     "memory": _memory,
     "loop": _loop,
     "checkpoints": _checkpoints,

@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", _bench, "measure speed and memory as ratios, both sides alternating")
     bench.add_argument("names", nargs="*", metavar="NAME", help="which comparisons; none: all")
     bench.add_argument("--seconds", type=float, default=20, help="per comparison (default 20)")
+    bench.add_argument("--results", type=Path, help="folder that keeps the ratios, in bench/NAME.json (default: none)")
     data = add("data", _data, "bring a data set into the form that the harness reads")
     data.add_argument("action", choices=["prepare", "ffcv"], help="ffcv: an image folder as FFCV's .beton files")
     data.add_argument("dataset")
@@ -239,7 +240,7 @@ def _records(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from kalmannorm.bench import bench
 
-    return bench(options.names, options.seconds)
+    return bench(options.names, options.seconds, options.results)
 
 
 def _data(options: argparse.Namespace) -> int:

@@ -136,8 +136,9 @@ class _Native(torch.autograd.Function):
         weights = None if weight is None else weight.to(mean.dtype).repeat(len(mean))
         biases = None if bias is None else bias.to(mean.dtype).repeat(len(mean))
         y = torch.native_batch_norm(rows, weights, biases, mean.flatten(), var.flatten(), False, 0.0, eps)[0]
-        ctx.save_for_backward(x, mean, var, weight, q, deviation, prior_var, measured_mean, measured_var)
-        ctx.size, ctx.eps, ctx.mixture = size, eps, mixture
+        # The prior is not kept: backward finds it from posterior, measurement and gain. The next ReLU keeps the posterior.
+        ctx.save_for_backward(x, mean, var, weight, q, measured_mean, measured_var)
+        ctx.size, ctx.eps, ctx.mixture, ctx.predicts_mean = size, eps, mixture, prior_mean is not None
         # Handed out for probes only. Clones: without a prior the posterior is the same tensor, and is differentiable.
         measurement = measured_mean.clone(), measured_var.clone()
         ctx.mark_non_differentiable(*measurement)
@@ -147,7 +148,7 @@ class _Native(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy, dmean, dvar = grads[:3]
-        x, mean, var, weight, q, deviation, prior_var, measured_mean, measured_var = ctx.saved_tensors
+        x, mean, var, weight, q, measured_mean, measured_var = ctx.saved_tensors
         rows = _rows(x, ctx.size)
         dy = dy.contiguous().view(rows.shape)
         ones = torch.ones_like(mean).flatten()
@@ -164,17 +165,22 @@ class _Native(torch.autograd.Function):
         dprior_mean = dprior_var = dgain = None
         dmeasured_mean, dmeasured_var = dmean, dvar
         if q is not None:
+            p = torch.where(q == 1, 1, 1 - q)  # where the measurement is all, what follows is multiplied by 0
             dmeasured_var = q * dvar
             dprior_var = dvar - dmeasured_var
-            slope = dvar * (measured_var - prior_var)
-            if deviation is not None:
+            from_prior = var - q * measured_var
+            slope = dmeasured_var.new_zeros(())
+            if ctx.predicts_mean:
+                deviation = (measured_mean - mean) / p
                 dmeasured_mean = q * dmean
                 dprior_mean = dmean - dmeasured_mean
                 slope = slope + dmean * deviation
                 if ctx.mixture:
+                    from_prior = from_prior - p * q * deviation.square()
                     spread = 2 * q * (1 - q) * deviation * dvar
                     dmeasured_mean, dprior_mean = dmeasured_mean + spread, dprior_mean - spread
                     slope = slope + dvar * deviation.square() * (1 - 2 * q)
+            slope = slope + dvar * (measured_var - from_prior / p)
             # Where the guard holds, q is the constant 1.
             dgain = torch.where(q == 1, 0.0, slope.sum()).view_as(q) if ctx.needs_input_grad[4] else None
 

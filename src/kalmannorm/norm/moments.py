@@ -41,11 +41,32 @@ def conv(belief: Belief, weight: Tensor, bias: Tensor | None = None, groups: int
     mean' = (sum of the taps of W) mean + bias and var' = (sum of the taps of W^2) var. Exact for independent pixels in
     the interior of the map, for any stride and dilation; the border's zero padding is ignored.
     """
-    weight = weight.to(belief.mean.dtype)
-    taps = weight.flatten(2)
-    mean = _mix(belief.mean, taps.sum(2), groups)
-    var = _mix(belief.var, taps.square().sum(2), groups)
+    mean, var = _ThroughTaps.apply(*belief, weight, groups)
     return Belief(mean if bias is None else mean + bias.to(mean.dtype), var)
+
+
+class _ThroughTaps(torch.autograd.Function):
+    """Sums of the taps and of their squares, made again from the weight in backward: kept, they would be most of what
+    Kalman Normalization holds in memory beyond BatchNorm. Differentiable twice."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(mean, var, weight)
+        ctx.groups = groups
+        taps = weight.to(mean.dtype).flatten(2)
+        return _mix(mean, taps.sum(2), groups), _mix(var, taps.square().sum(2), groups)
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
+        mean, var, weight = ctx.saved_tensors
+        taps, groups = weight.to(mean.dtype).flatten(2), ctx.groups
+        dtaps = _mixed_rows(dmean, mean, groups)[:, :, None] + 2 * taps * _mixed_rows(dvar, var, groups)[:, :, None]
+        return (
+            _mix(dmean, _transposed(taps.sum(2), groups), groups),
+            _mix(dvar, _transposed(taps.square().sum(2), groups), groups),
+            dtaps.view(weight.shape).to(weight.dtype),
+            None,
+        )
 
 
 @full_precision
@@ -62,6 +83,19 @@ def _mix(rows: Tensor, matrix: Tensor, groups: int) -> Tensor:
         return F.linear(rows, matrix)
     blocks = matrix.view(groups, -1, matrix.shape[1])  # [groups, C_out / groups, C_in / groups]
     return torch.einsum("rgi,goi->rgo", rows.view(rows.shape[0], groups, -1), blocks).flatten(1)
+
+
+def _transposed(matrix: Tensor, groups: int) -> Tensor:
+    """Each block of a block-diagonal matrix [C_out, C_in / groups] transposed: [C_in, C_out / groups]."""
+    return matrix.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _mixed_rows(out: Tensor, rows: Tensor, groups: int) -> Tensor:
+    """The derivative by `matrix` of the sum of out * _mix(rows, matrix): [C_out, C_in / groups]."""
+    if groups == 1:
+        return out.T @ rows
+    blocks = (t.unflatten(1, (groups, -1)) for t in (out, rows))
+    return torch.einsum("rgo,rgi->goi", *blocks).flatten(0, 1)
 
 
 class Transition(nn.Module):
@@ -172,29 +206,36 @@ class _RectifiedMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        positive = var > 0
-        sd = torch.where(positive, var, 1).sqrt()
-        # Beyond 30 deviations every term is 0 or exact in float64 too; unclamped, a^2 overflows for tiny variances.
-        # At zero variance the distribution is a point: a of +-30 selects it.
-        a = torch.where(positive, mean / sd, torch.where(mean > 0, 30.0, -30.0)).clamp(-30, 30)
-        density = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
-        below, above = torch.special.ndtr(-a), torch.special.ndtr(a)
-        rectified = torch.where(positive, mean * above + sd * density, mean.clamp_min(0)).clamp_min(0)
+        ctx.save_for_backward(mean, var)  # all else is made again: the posterior is kept by its normalizer too
+        a, above, below, density, rectified = _rectified(mean, var)
         # E2 - E^2, written so that it does not cancel.
         share = above + a * a * above * below + a * density * (below - above) - density * density
-        slope = torch.where(positive, density / sd, 0)
-        ctx.save_for_backward(above, below, slope, rectified)
         return rectified, var * share.clamp_min(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        above, below, slope, rectified = ctx.saved_tensors
+        mean, var = ctx.saved_tensors
+        _, above, below, density, rectified = _rectified(mean, var)
+        slope = torch.where(var > 0, density * torch.where(var > 0, var, 1).rsqrt(), 0)
         dmean, dvar = grads
         return (
             dmean * above + 2 * dvar * rectified * below,
             0.5 * dmean * slope + dvar * (above - rectified * slope),
         )
+
+
+def _rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+    """a = mean / sd, Phi(a), Phi(-a), phi(a) and the mean of the rectified Gaussian."""
+    positive = var > 0
+    sd = torch.where(positive, var, 1).sqrt()
+    # Beyond 30 deviations every term is 0 or exact in float64 too; unclamped, a^2 overflows for tiny variances.
+    # At zero variance the distribution is a point: a of +-30 selects it.
+    a = torch.where(positive, mean / sd, torch.where(mean > 0, 30.0, -30.0)).clamp(-30, 30)
+    density = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+    below, above = torch.special.ndtr(-a), torch.special.ndtr(a)
+    rectified = torch.where(positive, mean * above + sd * density, mean.clamp_min(0)).clamp_min(0)
+    return a, above, below, density, rectified
 
 
 @full_precision

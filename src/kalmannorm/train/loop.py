@@ -139,6 +139,11 @@ def _evaluate_both(
     return under_both(model, one)
 
 
+def memory_format(config: Config, device: torch.device) -> torch.memory_format:
+    """Choose that of the training images. What a CPU's compiler makes of channels_last takes 3/4 of the time."""
+    return torch.channels_last if config["compile"] and device.type == "cpu" else torch.preserve_format
+
+
 def train_epoch(
     config: Config, session: Session, forward: nn.Module, train: Batches, progress: Progress, stop: StopRequest
 ) -> dict[str, float]:
@@ -147,8 +152,7 @@ def train_epoch(
     total = steps * budget["epochs"]
     save_every = max(1, round(config["checkpoint_every"] * total))
     autocast = arithmetic(config, train.device)
-    # What the CPU's compiler makes of channels_last maps takes three quarters of the time.
-    layout = torch.channels_last if config["compile"] and train.device.type == "cpu" else torch.preserve_format
+    layout = memory_format(config, train.device)
     part_of_run = None if budget["warmup"] is None else budget["warmup"] / budget["epochs"]
     session.model.train()
     began, before = time.perf_counter(), session.seconds
