@@ -244,7 +244,9 @@ def inline(picture: bytes, stem: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' (d|x|y|points|transform)="[^"]*"', lambda of: re.sub(r"\.(\d)\d+", r".\1", of[0]), text)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text).replace("font-family: 'DejaVu Sans'; ", "").replace("\nL", " L")
+    text = (
+        re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", text).replace("font-family: 'DejaVu Sans'; ", "").replace("\nL", " L")
+    )
     own = hashlib.sha256(stem.encode()).hexdigest()[:4]
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{own}-", text)
     text = re.sub(r'<g( clip-path="[^"]*")>\s*((?:<use [^>]*?style="([^"]*)"/>\s*)+)</g>', _looks_once, text)
