@@ -60,6 +60,7 @@ NORMS = {
     "pn": ["norm=pn", "norm.options.gamma_decay=[images,8]"],
     "pn-memory": ["norm=pn", "norm.options.estimator=memory"],
     "bn-mean": ["norm=bn", "+norm.options.var_batch=whole"],
+    "bn-wnn": ["norm=bn", "+norm.options.weights={kind: wnn, every: 2, samples: 48, momentum: transform}"],
     "frozen": ["norm=frozen"],
     "none": ["norm=none"],
 }
@@ -73,6 +74,7 @@ SLOW = (
     "itern",
     "pn-memory",
     "bn-mean",
+    "bn-wnn",
     "frozen",
     "none",
     "bkn-talk",

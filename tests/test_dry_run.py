@@ -68,6 +68,6 @@ def test_gpus_mean_cuda_and_are_missed_before_anything_starts(tmp_path, capsys, 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     arguments = [argument for argument in TABLE7 if argument != "device=cpu"]
     assert main(["sweep", *arguments, *place(tmp_path), "gpus=4"]) == 2
-    assert "4 GPUs asked for: this machine shows 2;" in capsys.readouterr().err.splitlines()[-1]
+    assert "gpus=4: this machine shows 2;" in capsys.readouterr().err.splitlines()[-1]
     assert placement.split(["gpus=4", "device=cpu"])[1] == ["device=cpu"]
     assert not (tmp_path / "runs").exists()

@@ -38,7 +38,7 @@ def test_every_run_of_a_card_is_found_by_the_row_that_asks_for_it(tmp_path: Path
     from kalmannorm.experiments.cards import load
     from kalmannorm.experiments.config import result_part
 
-    for name in ("table7", "v1-table3", "layer-errors"):
+    for name in ("table7", "learning-rate", "v1-table3", "layer-errors", "variants"):
         experiment = load(name, ["seeds=1", "device=cpu", "precision=fp32", "compile=false"])
         for run in experiment.runs:
             write_record(tmp_path, result_part(run), run["seed"], 50.0, 50.0)

@@ -62,7 +62,7 @@ def test_page_without_records(tmp_path: Path) -> None:
     assert command.write_all(tmp_path)
     check_links(tmp_path)
     text = (tmp_path / "report.html").read_text()
-    assert "No claim of the papers has been tested yet." in text and "experiments without runs" in text
+    assert "No claim of the papers has been tested in their setting yet." in text and "experiments without runs" in text
 
 
 def test_the_answer_comes_first_and_numbers_open_their_runs(tmp_path: Path) -> None:

@@ -51,9 +51,7 @@ def test_every_kind_of_card_is_drawn(tmp_path: Path) -> None:
             first = plots.encode(figure, ("svg",))["svg"]
             assert first.startswith(b"<?xml") and b"nan" not in first.lower()
             picture = plots.inline(first, name)
-            assert (
-                picture.startswith("<svg") and "<metadata" not in picture and f'id="{name.replace("-", "")}-' in picture
-            )
+            assert picture.startswith("<svg") and "<metadata" not in picture and "<g id=" not in picture
     assert not drawn(tmp_path / "nothing", "figure4")
 
 

@@ -181,7 +181,9 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"], ["norm=brn"], ["norm=wn"],
+    [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"], ["norm=brn"], ["norm=wn"], ["norm=ssn"],
+     ["norm=pn", "norm.options.gamma_decay=[images,8]"],
+     ["norm=eigennet", "norm.options.weights.every=2", "norm.options.weights.samples=64"],
      ["norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"]],
 )  # fmt: skip
 def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, extra):

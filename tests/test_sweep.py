@@ -291,7 +291,8 @@ def test_the_live_table_shows_what_runs_and_what_failed(tmp_path, monkeypatch):
     ],
 )
 def test_bad_options(tmp_path, capsys, arguments, words):
-    assert main(["sweep", *TABLE7, *place(tmp_path), *arguments]) == 2
+    table7 = [override for override in TABLE7 if not override.startswith("device=") or "device=cuda" not in arguments]
+    assert main(["sweep", *table7, *place(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error.splitlines()[-1] and "Traceback" not in error
 
@@ -308,14 +309,15 @@ def test_multirun_has_hydra_s_grammar():
 def test_seeds_of_a_row_have_the_ids_of_runs_composed_one_by_one():
     experiment = load("table7", [*SMALL, "seeds=3"])
     for row in experiment.card.rows:
-        overrides = [*card.overrides(experiment.card.settings(row)), *SMALL]
+        of_row = [o for o in card.overrides(experiment.card.settings(row)) if not o.startswith(("dataset=", "budget="))]
+        overrides = [*of_row, *SMALL]
         ids = {records.run_id(compose([*overrides, f"seed={seed}"])) for seed in (1, 2, 3)}
         runs = zip(experiment.keys, experiment.runs, strict=True)
         assert ids == {records.run_id(config) for key, config in runs if key == row.key}
 
 
 def test_a_thousand_finished_runs_are_skipped_within_five_seconds(tmp_path):
-    arguments = ["table7", *SMALL, "seeds=200", *place(tmp_path)]
+    arguments = ["table7", *SMALL, "seeds=143", *place(tmp_path)]
     runs = load("table7", arguments[1:]).runs
     curves = {key: [0.123456789] * 100 for key in ("epoch", "lr", "train_loss", "wall_s", "images_per_s")}
     folder = tmp_path / "results" / "records"
@@ -323,7 +325,7 @@ def test_a_thousand_finished_runs_are_skipped_within_five_seconds(tmp_path):
     for config in runs:
         record = faulty.record_of(config) | {"curves": curves}
         (folder / f"{record['id']}.json").write_text(json.dumps(record))
-    assert len(runs) == 1000
+    assert len(runs) == 1001
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "kalmannorm", "sweep", *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("--results", default="results", metavar="FOLDER", help="(default: results)")
     bench = add("bench", _bench, "measure speed and memory as ratios, both sides alternating")
     bench.add_argument("names", nargs="*", metavar="NAME", help="which comparisons; none: all")
-    bench.add_argument("--seconds", type=float, default=20, help="per comparison (default 20)")
+    bench.add_argument("--seconds", type=_seconds, default=20, help="per comparison (default 20)")
     bench.add_argument("--results", type=Path, help="folder that keeps the ratios, in bench/NAME.json (default: none)")
     data = add("data", _data, "bring a data set into the form that the harness reads")
     data.add_argument("action", choices=["prepare", "ffcv"], help="ffcv: an image folder as FFCV's .beton files")
@@ -152,10 +152,23 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--mode", default="jpg", help="ffcv: jpg or raw (default jpg)")
     data.add_argument("--quality", type=int, default=90, help="ffcv: of the JPEGs (default 90)")
     data.add_argument("--max-resolution", type=int, default=500, help="ffcv: longest side in pixels (default 500)")
-    data.add_argument("--workers", default="auto", help="ffcv: processes (default: one a core)")
+    data.add_argument("--workers", type=_workers, default="auto", help="ffcv: processes (default: one a core)")
     data.add_argument("--skip-unreadable", action="store_true", help="ffcv: leave out images that cannot be read")
-    data.add_argument("--timeout", type=float, default=600, help="ffcv: seconds without a single image (default 600)")
+    data.add_argument("--timeout", type=_seconds, default=600, help="ffcv: seconds without an image (default 600)")
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text}: expected seconds above 0, at most a million")
+    return seconds
+
+
+def _workers(text: str) -> int | str:
+    if text != "auto" and not (text.isascii() and text.isdecimal() and int(text) <= 1024):
+        raise argparse.ArgumentTypeError(f"{text}: expected auto or a number of processes up to 1024")
+    return text if text == "auto" else int(text)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -229,9 +242,13 @@ def _records(options: argparse.Namespace) -> int:
     from kalmannorm.experiments import records_command
 
     if options.action == "list":
-        named = [override for override in options.overrides if override.startswith("results=")]
-        results = named[-1].partition("=")[2] if named else options.results
-        return records_command.show(results, [override for override in options.overrides if override not in named])
+        from kalmannorm.experiments.composition import refuse_repeated, split_paths
+
+        refuse_repeated(options.overrides)
+        paths, rest = split_paths(options.overrides)
+        for key in paths.keys() - {"results"}:
+            raise UserError(f"{key}= means nothing here: expected results=, and settings of the records to list")
+        return records_command.show(paths.get("results") or options.results, rest)
     if options.action == "merge":
         return records_command.merge(options.results, options.folders)
     return records_command.prune(options.results, failed=options.failed, yes=options.yes)

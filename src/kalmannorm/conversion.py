@@ -26,6 +26,7 @@ from kalmannorm.layers import (
 from kalmannorm.norm import NORMS, Estimator, normalize_weights
 from kalmannorm.norm.moments import Transition
 from kalmannorm.norm.sampling import Noise
+from kalmannorm.norm.whitened import fold_weights
 from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 from kalmannorm.thread import Threader
 from kalmannorm.tracing import has_forward_of_its_own, trace
@@ -166,6 +167,7 @@ def fold(model: nn.Module) -> nn.Module:
     for name, module in list(plain.named_modules()):
         if isinstance(module, Noise | Transition):
             delete(plain, name)
+    fold_weights(plain)
     for name in INPUT_BELIEF:
         plain._buffers.pop(name, None)
         plain._non_persistent_buffers_set.discard(name)

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Column, Row
+from kalmannorm.experiments.composition import PATHS, refuse_repeated
 from kalmannorm.experiments.config import Config, compose
 from kalmannorm.experiments.record import run_id
 
@@ -62,6 +63,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
 
 def chosen(name: str, arguments: Sequence[str]) -> tuple[Card, dict[str, str], list[str]]:
     """The card with the rows and columns that the arguments choose; its own arguments; the overrides of every run."""
+    refuse_repeated(arguments)
     card = cards.read(name)
     own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows", "columns")}
     overrides = [a for a in arguments if a.partition("=")[0] not in own]
@@ -116,6 +118,9 @@ def multirun(overrides: list[str]) -> Experiment:
 
     choices = []
     for override in overrides:
+        if override.partition("=")[0] in PATHS:
+            choices.append([override])
+            continue
         try:
             parsed = OverridesParser.create().parse_override(override)
             if not parsed.is_sweep_override():

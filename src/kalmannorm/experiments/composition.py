@@ -7,6 +7,7 @@ wrong, is left to Hydra as a whole.
 
 import copy
 import functools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,18 +19,60 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 Values = dict[str, Any]
+# Settings that are places of files. Their values are no part of Hydra's grammar, in which 2024 is a number and "=", "("
+# and a blank mean something: what stands behind the first "=" is the path, "~" is home.
+PATHS = ("data", "results", "runs", "weights")
+OPTIONAL = ("data", "weights")  # of them, those that null leaves to their default
 
 
 def compose(conf: Path, overrides: Sequence[str], among_many: bool = False) -> Values:
     """The configuration of conf/config.yaml under the overrides, interpolations resolved.
 
     `among_many`: it is one of many, which have most of their groups in common. For a single one that would take longer.
-    UserError: what Hydra refuses, in one line; a choice that does not exist, with the nearest that does.
+    UserError: what Hydra refuses, in one line; a choice that does not exist, with the nearest that does; a setting that
+    is given twice.
     """
-    for override in overrides:
+    refuse_repeated(overrides)
+    paths, rest = split_paths(overrides)
+    for override in rest:
         _check_choice(conf, override)
-    composed = _of_parts(conf, overrides) if among_many else None
-    return _by_hydra(conf, overrides) if composed is None else composed
+    composed = _of_parts(conf, rest) if among_many else None
+    return (_by_hydra(conf, rest) if composed is None else composed) | paths
+
+
+def refuse_repeated(overrides: Sequence[str]) -> None:
+    """Raise UserError for a key that is given twice: which of the two is meant?"""
+    known: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in known and "=" in override:
+            raise UserError(f"{key} is given twice, {known[key]!r} and {override!r}: expected it once")
+        known[key] = override
+
+
+def split_paths(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
+    """Return the values of PATHS that are given, and the other overrides. UserError: no path."""
+    paths: dict[str, str | None] = {}
+    rest = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if key in PATHS and equals:
+            paths[key] = _path(key, text)
+        else:
+            rest.append(override)
+    return paths, rest
+
+
+def _path(key: str, text: str) -> str | None:
+    """The path as it is, without quotes around the whole of it."""
+    if text == "null" and key in OPTIONAL:
+        return None
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    path = text[1:-1] if quoted else text
+    if not path or (path == "null" and not quoted):
+        expected = f"""a path; one that is called null in quotes: {key}='"null"'"""
+        raise UserError(f"{key} = {text or 'nothing'}: expected {expected}")
+    return os.path.expanduser(path)  # noqa: PTH111, which raises where nobody has such a home
 
 
 def _of_parts(conf: Path, overrides: Sequence[str]) -> Values | None:
@@ -95,6 +138,8 @@ def _check_choice(conf: Path, override: str) -> None:
     group, equals, name = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r}: expected key=value, for example seed=2 or norm=bn")
+    if group.lstrip("+~").split(".")[0].split("/")[0] == "hydra":
+        raise UserError(f"override {override!r}: Hydra composes here and runs nothing; results= and runs= say where to")
     if (conf / group).is_dir() and not (conf / group / f"{name}.yaml").exists():
         raise UserError(nearest(name, sorted(p.stem for p in (conf / group).glob("*.yaml")), group))
 

@@ -19,6 +19,7 @@ HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "de
 def show(results: str, overrides: list[str]) -> int:
     """Prints the records whose configuration fits `overrides`, a row each, stale ones marked; of detectors box / mask
     AP."""
+    _expect_folder(results)
     every = read_all(results)
     tests = [_test(override, every) for override in overrides]
     chosen = [r for r in every if all(test(r) for test in tests)]
@@ -79,6 +80,7 @@ def merge(results: str, folders: list[str]) -> int:
 def prune(results: str, failed: bool = False, yes: bool = False) -> int:
     """Lists records of another NUMERICS and files that are none (`failed`: and failed runs); `yes`: deletes them."""
     doomed: list[tuple[Path, str]] = []
+    _expect_folder(results)
     for file in files(results):
         try:
             record = read_file(file)
@@ -157,6 +159,11 @@ def _setting(config: dict[str, Any], path: list[str], override: str) -> Any:
         if found is None:
             return None
     return found["name"] if isinstance(found, dict) and "name" in found else found
+
+
+def _expect_folder(results: str) -> None:
+    if not Path(results).is_dir():
+        raise UserError(f"results={results} is no folder: there are no records; name another by results=")
 
 
 def _files(folder: str) -> list[Path]:

@@ -136,7 +136,7 @@ class _Native(torch.autograd.Function):
         weights = None if weight is None else weight.to(mean.dtype).repeat(len(mean))
         biases = None if bias is None else bias.to(mean.dtype).repeat(len(mean))
         y = torch.native_batch_norm(rows, weights, biases, mean.flatten(), var.flatten(), False, 0.0, eps)[0]
-        # The prior is not kept: backward finds it from posterior, measurement and gain. The next ReLU keeps the posterior.
+        # Backward finds the prior from posterior, measurement and gain. The posterior is kept by the next ReLU too.
         ctx.save_for_backward(x, mean, var, weight, q, measured_mean, measured_var)
         ctx.size, ctx.eps, ctx.mixture, ctx.predicts_mean = size, eps, mixture, prior_mean is not None
         # Handed out for probes only. Clones: without a prior the posterior is the same tensor, and is differentiable.

@@ -21,6 +21,7 @@ from kalmannorm.norm import (
 from kalmannorm.norm.batch import Probe
 from kalmannorm.norm.population import GammaDecay
 from kalmannorm.norm.sampling import Noise
+from kalmannorm.norm.whitened import whitened_parameters
 
 STATISTICS = ("moving", "online")
 SCHEDULED = (BatchRenorm, SparseSwitchableNorm, PopulationNorm)  # normalizers that change with the training's progress
@@ -119,8 +120,9 @@ def flush_moving(model: nn.Module) -> None:
 
 @torch.no_grad()
 def finish_gradients(model: nn.Module) -> None:
-    """What normalizers do to gradients before the optimizer's step: gamma decay's penalty is added, the gradients of
-    all of SSN's logits together are clipped to norm 1 (public code). Where a batch is spread, after all of it."""
+    """What normalizers do to gradients before the optimizer's step: gamma decay's penalty is added, and the weight
+    decay of whitened weights; the gradients of all of SSN's logits together are clipped to norm 1 (public code). Where
+    a batch is spread, after all of it."""
     decays = [(m, m.decay) for m in model.modules() if isinstance(m, PopulationNorm) and m.decay is not None]
     measured = [decay for _, decay in decays if decay.sums is not None]
     if measured and dist.is_initialized():
@@ -131,6 +133,9 @@ def finish_gradients(model: nn.Module) -> None:
             decay.sums = total
     for layer, decay in decays:
         decay.penalize(layer.weight)
+    for whitening, v in whitened_parameters(model):
+        if v.grad is not None and whitening.weight_decay:
+            v.grad += whitening.weight_decay * whitening.decay(v)
     logits = [p for m in model.modules() if isinstance(m, SparseSwitchableNorm) for p in (m.mean_weight, m.var_weight)]
     if logits:
         nn.utils.clip_grad_norm_(logits, 1.0)

@@ -135,6 +135,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
     count: float = math.nan  # of parameters, of speed: there is no effect
+    lost: bool = False  # runs of the favoured side failed or stayed at chance: `why` says how many
 
     @property
     def measured(self) -> float:
@@ -331,7 +332,9 @@ def _decide(verdict: Verdict, family: int) -> Verdict:
             why = f"half the interval would be {widths_} seeds of these rows" if widths_ else ""
     if judged and verdict.why.startswith("!"):
         state = "contradicted"
-    return replace(verdict, state=state, why=why, low=low, high=high, family=family if judged else 1)
+    return replace(
+        verdict, state=state, why=why, low=low, high=high, family=family if judged else 1, lost=bool(verdict.why)
+    )
 
 
 def _half(claim: Claim, found: Effect, seeds: int, family: int) -> str:

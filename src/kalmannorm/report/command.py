@@ -10,6 +10,7 @@ from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card
 from kalmannorm.experiments.cards import chosen
+from kalmannorm.experiments.composition import refuse_repeated, split_paths
 from kalmannorm.files import write_atomically
 from kalmannorm.report import claims, effects, frame, page, parameters, plots, speed, tables
 from kalmannorm.report.compare import compare as beside
@@ -27,10 +28,10 @@ def report(name: str, arguments: list[str]) -> int:
     `arguments`: as for experiments.cards.load. What a card leaves open chooses among the groups of runs, other settings
     are of every row. UserError: no run of them.
     """
-    card, own, overrides = chosen(
-        name, [a for a in arguments if not a.startswith(("results=", "device=", "data=", "runs="))]
-    )
-    results = Path(next((a.partition("=")[2] for a in reversed(arguments) if a.startswith("results=")), "results"))
+    refuse_repeated(arguments)
+    paths, rest = split_paths(arguments)
+    card, own, overrides = chosen(name, [argument for argument in rest if not argument.startswith("device=")])
+    results = Path(paths.get("results") or "results")
     named = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     others = {key: _value(value) for key, value in named.items() if key not in (*GROUPED, "arch.width")}
     apart = [f"{key}-{value}" for key, value in {**own, **others}.items() if key != "seeds" and value != "paper"]
@@ -104,10 +105,9 @@ def place_of_results(arguments: list[str]) -> Path:
     for argument in arguments:
         if not argument.startswith("results="):
             raise UserError(f"{argument!r}: expected results=FOLDER and nothing else; settings are in the records")
-    named = next((a.partition("=")[2] for a in reversed(arguments)), "results")
-    if not named:
-        raise UserError("results=: expected a folder")
-    return Path(named)
+    refuse_repeated(arguments)
+    paths, _ = split_paths(arguments)
+    return Path(paths.get("results") or "results")
 
 
 def _make(card: Card, cells: Cells, results: Path, wanted: Any) -> Iterator[Made]:

@@ -82,9 +82,7 @@ def render(cells: Cells, made: Sequence[Made], verdicts: Sequence[Verdict], abse
 def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
     """The answer in sentences: what holds at the fullest budget, then the claims that it rests on, each in one line."""
     judged = [v for v in verdicts if v.group and v.state in ("supported", "contradicted", "open") and v.effect]
-    if not judged:
-        return ["No claim of the papers has been tested yet."]
-    said = []
+    said = [] if judged else ["No claim of the papers has been tested in their setting yet."]
     for budget in sorted({v.group.budget for v in judged if v.group}, key=_fullness):
         counts = tally(v for v in judged if v.group and v.group.budget == budget)
         total = sum(counts.values())
@@ -93,8 +91,11 @@ def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
             f"At budget {budget}{reduced}, {total} tests of the papers' claims: {counts['supported']} supported, "
             f"{counts['contradicted']} contradicted, {counts['open']} open."
         )
-    for claim in dict.fromkeys(v.claim for v in judged if v.claim.answer):
-        of = [v for v in judged if v.claim is claim and v.group]
+    ours = [
+        v for v in verdicts if v.state == "explored" and v.claim.ours and v.effect and v.group and v.group.width == 1
+    ]
+    for claim in dict.fromkeys(v.claim for v in (*judged, *ours) if v.claim.answer):
+        of = [v for v in (*judged, *ours) if v.claim is claim and v.group]
         fullest = min((v.group.budget for v in of if v.group), key=_fullness)
         words = [
             f"{v.state} on {v.group.dataset} ({v.estimate}{f'; paper {value}' if (value := printed(v)) else ''})"

@@ -1,6 +1,7 @@
 """The pictures, by three functions: `lines` (values against a setting, steps or layers), `forest` (values with their
 intervals, one below the other) and `maps`. Each card's kind says what it shows of the frame (`DRAW`)."""
 
+import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -242,8 +243,11 @@ def inline(picture: bytes, stem: str) -> str:
     text = picture.decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r"(?<=[\d])\.(\d)\d+", r".\1", text)
-    own = re.sub("[^a-z0-9]", "", stem.lower())
+    text = re.sub(r' (d|x|y|points|transform)="[^"]*"', lambda of: re.sub(r"\.(\d)\d+", r".\1", of[0]), text)
+    text = (
+        re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", text).replace("font-family: 'DejaVu Sans'; ", "").replace("\nL", " L")
+    )
+    own = hashlib.sha256(stem.encode()).hexdigest()[:4]
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{own}-", text)
     text = re.sub(r'<g( clip-path="[^"]*")>\s*((?:<use [^>]*?style="([^"]*)"/>\s*)+)</g>', _looks_once, text)
     return re.sub(r"\s*\n\s*", "\n", re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2))

@@ -194,7 +194,7 @@ def trained(card: Card, group: Group, cells: Cells) -> list[str]:
 
 
 def latex(sheet: Sheet) -> str:
-    """A table environment for booktabs, multirow and graphicx, which shrinks it to the text's width."""
+    """A table environment for booktabs and graphicx, which shrinks it to the text's width."""
     frame = _frame(sheet, _in_latex, _latex)
     styler = frame.style
     blocks = any(block for block, _ in sheet.index)
@@ -202,7 +202,7 @@ def latex(sheet: Sheet) -> str:
         hrules=True,
         clines="skip-last;data" if blocks else None,
         column_format=("ll" if blocks else "l") + "r" * len(sheet.header),
-        multirow_align="t",
+        multirow_align="naive",
     )
     title = sheet.title.partition(": ")[2] or sheet.title
     title = title[0].upper() + title[1:]
@@ -211,7 +211,7 @@ def latex(sheet: Sheet) -> str:
     label = re.sub("[^A-Za-z0-9-]", "-", sheet.stem)
     return "\n".join(
         [
-            "% \\usepackage{booktabs,multirow,graphicx}",
+            "% \\usepackage{booktabs,graphicx}",
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_latex(title)}.}}\label{{tab:{label}}}",

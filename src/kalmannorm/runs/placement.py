@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kalmannorm.errors import UserError, nearest
+from kalmannorm.experiments.composition import refuse_repeated
 
 LAUNCHERS = ("local", "ray", "slurm")
 HELP = """where the runs execute, beside overrides:
@@ -40,6 +41,7 @@ def split(arguments: list[str]) -> tuple[Options, list[str]]:
 
     Who asks for GPUs means device=cuda, though the machine that composes the runs, as a cluster's login node, has none.
     """
+    refuse_repeated(arguments)
     own: dict[str, Any] = {"slurm": {}}
     rest = []
     for argument in arguments:

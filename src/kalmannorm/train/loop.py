@@ -24,6 +24,7 @@ from kalmannorm.train.loaders import loaders, open_data
 from kalmannorm.train.model import build, learning_rate, optimizer
 from kalmannorm.train.progress import Progress
 from kalmannorm.train.ranks import Ranks
+from kalmannorm.train.refresh_weights import refresh_weights
 from kalmannorm.train.state import Session, StopRequest
 
 NEAR_CHANCE = 1.2  # times the accuracy of guessing
@@ -162,6 +163,7 @@ def train_epoch(
             rate = learning_rate(done, total, schedule, part_of_run, config["batch"]["grad_batch"])
             group["lr"] = rate * group.get("part_of_rate", 1)
         set_progress(session.model, done / total)
+        refresh_weights(config, session, train, done)
         session.optimizer.zero_grad(set_to_none=True)
         x = x.to(memory_format=layout)
         _forward_backward(session, forward, autocast, x, labels, config["accumulate"], done)

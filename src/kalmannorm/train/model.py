@@ -15,12 +15,15 @@ from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.norm import SparseSwitchableNorm
 from kalmannorm.norm.modes import normalizers, seed_noise, set_statistics
 from kalmannorm.norm.weight import is_weight_normalized
+from kalmannorm.norm.whitened import parametrization_of, whiten_weights, whitened
 
 # What is left of the rate after a part of the run.
 DECAY: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
+# Of norm.options.weights: how refreshes go (refresh_weights.py); the rest is whiten_weights's.
+REFRESH = ("every", "samples", "momentum")
 # Stands for norm.options.input_belief = data until start.measure_input has seen them.
 UNMEASURED = (torch.zeros(3), torch.ones(3))
 
@@ -55,6 +58,11 @@ def network(config: Config) -> Converted:
     except TypeError as error:
         raise UserError(f"arch {name}: {error}") from None
     chosen = {key: norm[key] for key in ("preset", "predictor") if norm[key]} | norm["options"]
+    if weights := chosen.pop("weights", None):
+        try:
+            whiten_weights(plain, **{key: value for key, value in weights.items() if key not in REFRESH})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"norm.options.weights: {error}") from None
     if "input_belief" in chosen:
         chosen["input_belief"] = UNMEASURED
     try:
@@ -104,7 +112,11 @@ def optimizer(model: nn.Module, schedule: dict[str, Any]) -> torch.optim.SGD:
     So never on biases, gamma, beta, or a Kalman normalizer's q, R and transition. The rate is set before every step:
     each group's is the `part_of_rate` of it, where it has one (SSN's logits a tenth, public code).
     """
-    decayed = [_decayed(m) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    whitened_weights = whitened(model).values()
+    for layer in whitened_weights:  # the decay is of W, not of the V that is learned
+        parametrization_of(layer).weight_decay = schedule["weight_decay"]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m not in set(whitened_weights)]
+    decayed = [_decayed(m) for m in layers]
     logits = [p for m in model.modules() if isinstance(m, SparseSwitchableNorm) for p in (m.mean_weight, m.var_weight)]
     chosen = {id(p) for p in [*decayed, *logits]}
     rest = [p for p in model.parameters() if id(p) not in chosen]

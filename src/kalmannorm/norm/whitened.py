@@ -1,0 +1,353 @@
+"""Whitened weights: a layer's weight is W = Q V P, where V is learned and P and Q are constants between refreshes that
+whiten what comes into the layer and what comes back to it (the talk, part 1; Desjardins et al. 2015; Luo 2017).
+
+It is a parametrization of the weights and no layer: h = V P (o - c) + d is the layer's own convolution of o by V P,
+with the bias d - (sum of the taps of V P) c, and so exact at zero-padded borders too. The graph, beliefs and
+normalizers know nothing of it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kalmannorm.norm.batch import GroupedStatistics
+from kalmannorm.norm.whitening import inverse_sqrt
+
+KINDS = ("wnn", "pre_gwnn", "post_gwnn", "eigennet")
+MOMENTA = ("transform", "zero")
+
+
+class WhitenedWeight(nn.Module):
+    """V -> Q V P, for every tap and group of channels of a convolution or linear layer; see whiten_weights."""
+
+    inner: Tensor  # P [groups, C_in / groups, C_in / groups]
+    outer: Tensor  # Q [groups, C_out / groups, C_out / groups]
+    center: Tensor  # c [C_in]
+    refreshes: Tensor  # so far
+    jump: Tensor  # change of the outputs at the last one: root mean square, over that of the outputs around their mean
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, kind: str, eps: float, outer_eps: float, share: float) -> None:
+        super().__init__()
+        self.groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        self.kind, self.eps, self.outer_eps, self.share = kind, eps, outer_eps, share
+        self.weight_decay = 0.0  # of W, by finish_gradients: an optimizer's own would be of V
+        c_out, c_in = (size // self.groups for size in (layer.weight.shape[0], layer.weight.shape[1] * self.groups))
+        for name, size in (("inner", c_in), ("outer", c_out)):
+            self.register_buffer(name, torch.eye(size).expand(self.groups, -1, -1).to(layer.weight).clone())
+        self.register_buffer("center", layer.weight.new_zeros(c_in * self.groups))
+        self.register_buffer("refreshes", torch.tensor(0))
+        self.register_buffer("jump", torch.zeros(()))
+
+    def forward(self, v: Tensor) -> Tensor:
+        return self._between(self.outer, v, self.inner)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return self._between(torch.linalg.pinv(self.outer), weight, torch.linalg.pinv(self.inner)).detach()
+
+    def decay(self, v: Tensor) -> Tensor:
+        """The gradient of |W|^2 / 2 at V."""
+        return self._between(self.outer.mT, self(v), self.inner.mT)
+
+    def pull_back(self, weight: Tensor) -> Tensor:
+        """V's gradient where `weight` is W's."""
+        return self._between(self.outer.mT, weight, self.inner.mT)
+
+    def push_forward(self, gradient: Tensor) -> Tensor:
+        """W's gradient where `gradient` is V's."""
+        return self._between(torch.linalg.pinv(self.outer).mT, gradient, torch.linalg.pinv(self.inner).mT)
+
+    def of_center(self, weight: Tensor) -> Tensor:
+        """(sum of the taps of W) c, [C_out]."""
+        taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+        return torch.einsum(
+            "goi,gi->go", taps.unflatten(0, (self.groups, -1)), self.center.view(self.groups, -1)
+        ).flatten()
+
+    def _between(self, left: Tensor, weight: Tensor, right: Tensor) -> Tensor:
+        parts = weight.unflatten(0, (self.groups, -1)).reshape(self.groups, -1, weight.shape[1], weight[0, 0].numel())
+        return torch.einsum("gab,gbit,gij->gajt", left, parts, right).reshape(weight.shape)
+
+
+class WhitenedBias(nn.Module):
+    """d -> d - (sum of the taps of W) c."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = (layer,)  # a tuple, since a module in an attribute would be registered
+
+    def _of_center(self) -> Tensor:
+        (layer,) = self.__dict__["layer"]
+        parametrization = parametrization_of(layer)
+        return parametrization.of_center(layer.weight)
+
+    def forward(self, d: Tensor) -> Tensor:
+        return d - self._of_center()
+
+    def right_inverse(self, bias: Tensor) -> Tensor:
+        return (bias + self._of_center()).detach()
+
+
+def whiten_weights(
+    model: nn.Module, kind: str, *, eps: float = 0.01, outer_eps: float = 1.0, share: float = 0.99
+) -> None:
+    """Parametrize every Conv2d and Linear of `model`; until the first refresh P and Q are the identity, c is 0.
+
+    kind:
+        `wnn`: P = (S + eps)^(-1/2) of the covariance S of the layer's input over images and pixels (ZCA; PRONG).
+        `pre_gwnn`: P of the leading eigenvectors alone, as many as have `share` of the trace; the others' part of V
+            gets no gradient. A refresh changes the function where it drops some: `jump`.
+        `post_gwnn`: Q whitens the layer's output (no P), and a refresh changes the function. Without truncation: the
+            channels that Batch Norm gets are as many as before (ours).
+        `eigennet`: P as in `wnn`, and Q = (D + outer_eps)^(-1/2) of the covariance D of the loss's gradient at the
+            output, scaled to mean diagonal 1, with labels drawn from the model's own output. No channel is dropped: the
+            source's rule is unknown.
+
+    eps 0.01 and the share are ours, among what the sources searched; so is outer_eps: whitening what comes back needs
+    far more damping. Layers without a bias, which Batch Norm follows, have no c and d: neither changes its output.
+    ValueError: another kind; a layer that is parametrized already.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"whitened weights are of kind {', '.join(KINDS)}, not {kind!r}")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            if parametrize.is_parametrized(layer):
+                raise ValueError(f"{name}: its weight is parametrized already")
+            weight = WhitenedWeight(layer, kind, eps, outer_eps, share)
+            parametrize.register_parametrization(layer, "weight", weight)
+            if layer.bias is not None and kind != "post_gwnn":
+                parametrize.register_parametrization(layer, "bias", WhitenedBias(layer))
+
+
+def parametrization_of(layer: nn.Module) -> WhitenedWeight:
+    """ValueError: a layer whose weight is not whitened."""
+    found = layer.parametrizations.weight[0] if parametrize.is_parametrized(layer, "weight") else None  # type: ignore[index, union-attr]
+    if not isinstance(found, WhitenedWeight):
+        raise ValueError(f"{type(layer).__name__} has no whitened weight")
+    return found
+
+
+def whitened(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """The layers with whitened weights, by name."""
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+        and parametrize.is_parametrized(m, "weight")
+        and isinstance(m.parametrizations.weight[0], WhitenedWeight)  # type: ignore[index, union-attr]
+    }
+
+
+def whitened_parameters(model: nn.Module) -> list[tuple[WhitenedWeight, nn.Parameter]]:
+    """The parametrizations and their V."""
+    layers = whitened(model).values()
+    return [(parametrization_of(layer), layer.parametrizations.weight.original) for layer in layers]  # type: ignore[union-attr, misc]
+
+
+def fold_weights(model: nn.Module) -> None:
+    """Write W (and the bias) back in the place of V (and d), for good."""
+    for layer in whitened(model).values():
+        for key in ("bias", "weight"):
+            if parametrize.is_parametrized(layer, key):
+                parametrize.remove_parametrizations(layer, key)
+
+
+@dataclass
+class _Moments:
+    """Sums over samples of rows [groups, C, samples]: in float64, where E[x x^T] - E[x] E[x]^T does not cancel."""
+
+    count: float = 0.0
+    first: Tensor = field(default_factory=lambda: torch.zeros(()))
+    second: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, x: Tensor, groups: int) -> None:
+        rows = x.detach().transpose(0, 1).flatten(1).unflatten(0, (groups, -1)).double()
+        self.count += rows.shape[-1]
+        self.first, self.second = self.first.to(rows) + rows.sum(-1), self.second.to(rows) + rows @ rows.mT
+
+    def over_ranks(self) -> None:
+        if dist.is_initialized():
+            together = torch.cat([self.first.flatten(), self.second.flatten(), self.first.new_tensor([self.count])])
+            dist.all_reduce(together)
+            first, second, count = together.split([self.first.numel(), self.second.numel(), 1])
+            self.first, self.second = first.view_as(self.first), second.view_as(self.second)
+            self.count = float(count)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.first / self.count
+
+    def moment(self) -> Tensor:
+        return self.second / self.count
+
+    def covariance(self) -> Tensor:
+        mean = self.mean.unsqueeze(-1)
+        return self.moment() - mean @ mean.mT
+
+
+def refresh(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    momentum: str = "transform",
+    generator: torch.Generator | None = None,
+) -> None:
+    """New P, Q and c of all whitened layers, from one pass over `batches` [N, C, H, W]; V and d such that the model
+    computes what it did (but for `pre_gwnn` and `post_gwnn`, see whiten_weights).
+
+    Statistics are those of the samples in groups, as in training, in evaluation mode: nothing else of the model
+    changes. The optimizer's momentum is that of the same gradients of W, through the new P and Q; or with "zero"
+    forgotten. In a distributed run every process calls it with its part of the samples. `generator` draws EigenNet's
+    labels. ValueError: no batch, or another `momentum`.
+    """
+    if momentum not in MOMENTA:
+        raise ValueError(f"momentum must be 'transform' or 'zero', not {momentum!r}")
+    layers = whitened(model)
+    moments = _measure(model, layers, batches, generator)
+    for layer in layers.values():
+        for each in moments[layer]:
+            each.over_ranks()
+        _renew(layer, *moments[layer], optimizer, momentum)
+
+
+def _measure(
+    model: nn.Module,
+    layers: dict[str, nn.Conv2d | nn.Linear],
+    batches: Iterable[Tensor],
+    generator: torch.Generator | None,
+) -> dict[nn.Module, tuple[_Moments, _Moments]]:
+    """Of every layer's input, and of its output or its gradient."""
+    moments: dict[nn.Module, tuple[_Moments, _Moments]] = {m: (_Moments(), _Moments()) for m in layers.values()}
+    kinds: dict[nn.Module, str] = {layer: parametrization_of(layer).kind for layer in layers.values()}
+    backwards = "eigennet" in kinds.values()
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+
+    def see(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        groups = parametrization_of(layer).groups
+        moments[layer][0].add(args[0], groups)
+        if kinds[layer] == "eigennet":
+            out.register_hook(lambda gradient: moments[layer][1].add(gradient, groups))
+        elif kinds[layer] == "post_gwnn":
+            moments[layer][1].add(out, groups)
+
+    modes = {module: module.training for module in model.modules()}
+    statistics = {m: m.statistics for m in model.modules() if isinstance(m, GroupedStatistics)}
+    hooks = [layer.register_forward_hook(see) for layer in moments]
+    model.eval()
+    for norm in statistics:
+        norm.statistics = "online"
+    try:
+        seen = False
+        for batch in batches:
+            seen = True
+            with torch.set_grad_enabled(backwards):
+                logits = model(batch)
+            if backwards:
+                drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0]
+                loss = F.cross_entropy(logits.float(), drawn.to(logits.device), reduction="sum")
+                # For the hooks: gradients of the parameters themselves must not be touched.
+                torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        if not seen:
+            raise ValueError("whitened weights need at least one batch of samples")
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, kind in statistics.items():
+            norm.statistics = kind
+        for module, training in modes.items():
+            module.training = training
+    return moments
+
+
+@torch.no_grad()
+def _renew(
+    layer: nn.Conv2d | nn.Linear,
+    inner: _Moments,
+    outer: _Moments,
+    optimizer: torch.optim.Optimizer | None,
+    momentum: str,
+) -> None:
+    whitening = parametrization_of(layer)
+    v: nn.Parameter = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+    weight = layer.weight.double()
+    center = whitening.center.double()
+    has_center = parametrize.is_parametrized(layer, "bias")
+    shift = whitening.of_center(layer.weight) if has_center else None
+    state = {} if optimizer is None else optimizer.state.get(v, {})
+    buffer = state.get("momentum_buffer")
+    double = whitening.double()  # the matrices are inverted below
+    gradient = None if buffer is None else double.push_forward(buffer.double())
+
+    identity = double.inner, double.outer
+    covariance = inner.covariance()
+    new_inner, new_outer = identity
+    if whitening.kind in ("wnn", "eigennet"):
+        new_inner = _root(covariance, whitening.eps)
+    elif whitening.kind == "pre_gwnn":
+        new_inner = _leading(covariance, whitening.eps, whitening.share)
+    if whitening.kind == "eigennet":
+        scaled = outer.moment() / outer.moment().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
+        new_outer = _root(scaled, whitening.outer_eps)
+    elif whitening.kind == "post_gwnn":  # of the output before Q
+        undo = torch.linalg.inv(double.outer)
+        new_outer = _root(undo @ outer.covariance() @ undo.mT, whitening.eps)
+    double.inner.copy_(new_inner)
+    double.outer.copy_(new_outer)
+    new_center = inner.mean.flatten()
+    if has_center:
+        double.center.copy_(new_center)
+    new_v = v.double() if whitening.kind == "post_gwnn" else double.right_inverse(weight)
+    changed = double(new_v)
+    if buffer is not None and gradient is not None:
+        if has_center and isinstance(of_d := _momentum(optimizer, layer), Tensor):
+            # W's gradient has a part through the bias, whose c has changed.
+            moved = of_d.double()[:, None] * _per_group(center - new_center, whitening, weight)
+            gradient = gradient + (moved if weight.dim() == 2 else moved[..., None, None])
+        buffer.copy_(double.pull_back(gradient) if momentum == "transform" else torch.zeros_like(gradient))
+    v.copy_(new_v)
+    whitening.to(v.dtype)
+    whitening.refreshes += 1
+    whitening.jump.copy_(_difference(changed, weight, covariance, whitening.groups))
+    if shift is not None:
+        d: nn.Parameter = layer.parametrizations.bias.original  # type: ignore[union-attr, assignment]
+        d.copy_(d - shift + whitening.of_center(layer.weight))
+
+
+def _momentum(optimizer: torch.optim.Optimizer | None, layer: nn.Module) -> Tensor | None:
+    assert optimizer is not None
+    return optimizer.state.get(layer.parametrizations.bias.original, {}).get("momentum_buffer")  # type: ignore[union-attr, arg-type]
+
+
+def _per_group(center: Tensor, whitening: WhitenedWeight, weight: Tensor) -> Tensor:
+    """[C_in] as the weight has it, [C_out, C_in / groups]."""
+    rows = center.view(whitening.groups, 1, -1)
+    return rows.expand(-1, weight.shape[0] // whitening.groups, -1).flatten(0, 1)
+
+
+def _root(covariance: Tensor, eps: float) -> Tensor:
+    return inverse_sqrt(covariance + eps * torch.eye(covariance.shape[-1]).to(covariance))
+
+
+def _leading(covariance: Tensor, eps: float, share: float) -> Tensor:
+    """[..., d, d]: the eigenvectors in rows, scaled to variance 1; zeros for those beyond `share` of the trace."""
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    before = values.cumsum(-1) - values
+    kept = before < share * values.sum(-1, keepdim=True)
+    return (kept * (values + eps).rsqrt()).unsqueeze(-1) * vectors.mT
+
+
+def _difference(new: Tensor, old: Tensor, covariance: Tensor, groups: int) -> Tensor:
+    """Root mean square of the outputs' change over that of the outputs, taps as if independent."""
+
+    def size(weight: Tensor) -> Tensor:
+        parts = weight.unflatten(0, (groups, -1)).reshape(groups, -1, weight.shape[1], weight[0, 0].numel())
+        return torch.einsum("goit,gij,gojt->", parts, covariance, parts).clamp(min=0)
+
+    return (size(new - old) / size(old).clamp(min=1e-30)).sqrt()

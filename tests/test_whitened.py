@@ -1,0 +1,196 @@
+"""Whitened weights: golden files, refreshes that keep the function and the momentum, what is white afterwards."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import error
+from test_talk_golden import load
+from torch import nn
+
+from kalmannorm import convert, set_statistics
+from kalmannorm.models import ARCHS
+from kalmannorm.norm.modes import finish_gradients
+from kalmannorm.norm.whitened import fold_weights, parametrization_of, refresh, whiten_weights, whitened
+from kalmannorm.train.model import optimizer
+
+D = torch.float64
+
+
+@pytest.mark.parametrize("name", ["wnn_linear", "wnn_conv"])
+def test_golden(name):
+    data = load(name)
+    size = data["V"].shape[-1]
+    layer = nn.Conv2d(5, 3, size, padding=size // 2)
+    whiten_weights(layer, "wnn", eps=data["eps"].item())
+    whitening = parametrization_of(layer)
+    v, d = layer.parametrizations.weight.original, layer.parametrizations.bias.original
+    with torch.no_grad():
+        whitening.inner[0] = data["P"]
+        whitening.center.copy_(data["c"])
+        v.copy_(data["V"])
+        d.copy_(data["d"])
+    optim = torch.optim.SGD(layer.parameters(), lr=0.0, momentum=0.9)
+    for prefix in ("", "new_"):
+        optim.zero_grad()
+        y = layer(data["x"])
+        y.backward(data["dy"])
+        assert error(y.detach(), data["y"]) <= 1e-5
+        assert error(whitening.inner[0], data[f"{prefix}P"]) <= 1e-5
+        assert error(whitening.center, data[f"{prefix}c"]) <= 1e-5
+        assert error(v.detach(), data[f"{prefix}V"]) <= 1e-5 and error(d.detach(), data[f"{prefix}d"]) <= 1e-5
+        assert error(v.grad, data[f"{prefix}dV"]) <= 1e-5 and error(d.grad, data[f"{prefix}dd"]) <= 1e-5
+        if not prefix:
+            optim.step()
+            refresh(layer, [data["x"]], optim)
+            # The momentum is the gradient: through the new P and c it is the new gradient.
+            assert error(optim.state[v]["momentum_buffer"], data["new_dV"]) <= 1e-5
+    assert whitening.jump < 1e-5
+
+
+def network(kind, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    plain = ARCHS["resnet14"]()
+    whiten_weights(plain, kind, **options)
+    return convert(plain, "bn", stat_batch=4).to(dtype)
+
+
+def samples(dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(32, 3, 16, 16, generator=generator).to(dtype)
+
+
+def train(model, steps=3):
+    optim = optimizer(model, {"momentum": 0.9, "weight_decay": 1e-3})
+    for group in optim.param_groups:
+        group["lr"] = 0.01
+    for step in range(steps):
+        x = samples(next(model.parameters()).dtype, seed=step)
+        optim.zero_grad()
+        F.cross_entropy(model(x), torch.arange(32) % 10).backward()
+        finish_gradients(model)
+        optim.step()
+    return optim
+
+
+def outputs(model, x):
+    set_statistics(model, "online")
+    y = model.eval()(x).detach()
+    set_statistics(model, "moving")
+    model.train()
+    return y
+
+
+@pytest.mark.parametrize("kind", ["wnn", "eigennet"])
+def test_a_refresh_keeps_the_function(kind):
+    """ResNet-14, zero padding and all; float64 by rounding alone, float32 to 1e-5."""
+    for dtype, tolerance in ((D, 1e-9), (torch.float32, 1e-4)):
+        model = network(kind, dtype)
+        optim = train(model)
+        x = samples(dtype, seed=9)
+        before, state = outputs(model, x), [t.clone() for t in model.buffers()]
+        refresh(model, [samples(dtype, seed=5)], optim)
+        assert error(outputs(model, x), before) < tolerance
+        running = [t for name, t in model.named_buffers() if "running" in name]
+        kept = [t for (name, _), t in zip(model.named_buffers(), state, strict=True) if "running" in name]
+        assert all(torch.equal(a, b) for a, b in zip(running, kept, strict=True))
+        assert all(parametrization_of(layer).jump < 1e-5 for layer in whitened(model).values())
+        assert all(layer.inner.dtype == dtype for layer in map(parametrization_of, whitened(model).values()))
+
+
+def test_inputs_are_white_after_a_refresh():
+    model = network("wnn", D, eps=1e-9)
+    x = samples(D)
+    refresh(model, [x])
+    seen = {}
+    layers = whitened(model)
+    for name in ("blocks.0.conv2", "blocks.4.conv1"):
+        layers[name].register_forward_hook(lambda layer, args, out, name=name: seen.update({name: args[0].detach()}))
+    outputs(model, x)
+    for name, o in seen.items():
+        rows = parametrization_of(layers[name]).inner[0] @ o.transpose(0, 1).flatten(1)
+        assert error(torch.cov(rows, correction=0), torch.eye(len(rows), dtype=D)) < 1e-3, name
+
+
+def test_gwnn_drops_directions_and_says_how_much_changed():
+    model = network("pre_gwnn", D, share=0.9)
+    x = samples(D)
+    before = outputs(model, x)
+    refresh(model, [x])
+    layers = [parametrization_of(layer) for layer in whitened(model).values()]
+    kept = [(layer.inner.abs().sum(-1) > 0).sum().item() for layer in layers]
+    assert all(0 < k <= layer.inner.shape[-1] for k, layer in zip(kept, layers, strict=True))
+    assert sum(kept) < sum(layer.inner.shape[-1] for layer in layers)
+    assert max(layer.jump for layer in layers) > 0.01
+    assert not torch.allclose(outputs(model, x), before)
+    # What was dropped learns nothing.
+    F.cross_entropy(model(x), torch.arange(32) % 10).backward()
+    for layer, whitening, k in zip(whitened(model).values(), layers, kept, strict=True):
+        gradient = layer.parametrizations.weight.original.grad
+        assert not gradient[:, k:].any() and gradient[:, :k].any()
+        assert whitening.kind == "pre_gwnn"
+
+
+def test_post_gwnn_whitens_outputs():
+    model = network("post_gwnn", D, eps=1e-9)
+    x = samples(D)
+    refresh(model, [x])
+    layer = whitened(model)["conv"]
+    out = F.conv2d(x, layer.weight, None, 1, 1).transpose(0, 1).flatten(1).detach()
+    assert error(torch.cov(out, correction=0), torch.eye(16, dtype=D)) < 1e-6
+
+
+def test_weight_decay_is_of_the_weight_itself():
+    model, plain = network("wnn", D), None
+    refresh(model, [samples(D)])
+    plain = copy.deepcopy(model)
+    fold_weights(plain)
+    for one in (model, plain):
+        optim = optimizer(one, {"momentum": 0.0, "weight_decay": 0.5})
+        assert {g["weight_decay"] for g in optim.param_groups} == {0.5, 0.0}
+        for p in one.parameters():
+            p.grad = torch.zeros_like(p)
+    finish_gradients(model)
+    for name, layer in whitened(model).items():
+        of_w = plain.get_submodule(name).weight.detach()
+        expected = 0.5 * parametrization_of(layer).pull_back(of_w)
+        assert error(layer.parametrizations.weight.original.grad, expected) < 1e-10
+
+
+def test_folds_back_to_plain_layers():
+    model = network("wnn")
+    refresh(model, [samples()])
+    x = samples(seed=3)
+    before = outputs(model, x)
+    names = set(ARCHS["resnet14"]().state_dict())
+    fold_weights(model)
+    assert not whitened(model) and names <= set(model.state_dict())
+    assert error(outputs(model, x), before) < 1e-5
+
+
+def test_grouped_convolutions_are_whitened_by_group():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 4, 3, padding=1, groups=2, bias=True).double()
+    x = torch.randn(8, 6, 5, 5, dtype=D) + 2
+    before = layer(x).detach()
+    whiten_weights(layer, "wnn")
+    refresh(layer, [x[:4], x[4:]])
+    whitening = parametrization_of(layer)
+    assert whitening.inner.shape == (2, 3, 3) and error(layer(x).detach(), before) < 1e-10
+    rows = x[:, 3:].transpose(0, 1).flatten(1)
+    covariance = torch.cov(rows, correction=0) + 0.01 * torch.eye(3, dtype=D)
+    assert error(whitening.inner[1] @ covariance @ whitening.inner[1], torch.eye(3, dtype=D)) < 1e-10
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="kind wnn, pre_gwnn"):
+        whiten_weights(nn.Conv2d(3, 4, 3), "gwnn")
+    layer = nn.Sequential(nn.Conv2d(3, 4, 3))
+    whiten_weights(layer, "wnn")
+    with pytest.raises(ValueError, match="0: its weight is parametrized already"):
+        whiten_weights(layer, "wnn")
+    with pytest.raises(ValueError, match="at least one batch"):
+        refresh(layer, [])
+    with pytest.raises(ValueError, match="momentum must be"):
+        refresh(layer, [torch.randn(2, 3, 4, 4)], momentum="keep")
