@@ -36,7 +36,7 @@ FLAGS = ("learn_gain", "mixture", "relu", "first_unbiased")  # options that are 
 GROUPS = {
     "norm": {"name", "preset", "predictor", "options"},
     "batch": {"grad_batch", "stat_batch"},
-    "budget": {"name", "epochs", "warmup", "subset", "size", "stop_at_chance"},
+    "budget": {"name", "epochs", "warmup", "subset", "size", "stop_at_chance", "stop_after"},
 }
 UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has files that cannot be read
 
@@ -160,7 +160,7 @@ def _steps(config: Config) -> float:
     """About how many steps the run has; of a data set whose size the configuration does not know, many."""
     budget, published = config["budget"], config["dataset"].get("published")
     images = budget["subset"] or (published[0] if published else math.inf)
-    return float(budget["epochs"] * images / config["batch"]["grad_batch"])
+    return min(float(budget["epochs"] * images / config["batch"]["grad_batch"]), budget.get("stop_after", math.inf))
 
 
 def _device(asked: str) -> str:
@@ -192,6 +192,8 @@ def _check(config: Config) -> None:
             f"null or epochs from 0, below budget.epochs = {budget['epochs']}")  # fmt: skip
     _expect(patience is None or _is_count(patience, 1), "budget.stop_at_chance", patience,
             "null or a number of epochs")  # fmt: skip
+    _expect(_is_count(budget.get("stop_after", 1), 1), "budget.stop_after", budget.get("stop_after"),
+            "a number of steps of the first epoch")  # fmt: skip
     subset = budget["subset"]
     _expect(subset is None or _is_count(subset, grad), "budget.subset", subset,
             f"null or at least one step's {grad} images")  # fmt: skip

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kalmannorm.files import check_room
 from kalmannorm.norm import Estimator, PopulationNorm, SparseSwitchableNorm, SwitchableNorm
 from kalmannorm.norm.modes import finish_gradients, flush_moving, normalizers, place_batch, set_progress, spread_batches
 from kalmannorm.train.evaluate import arithmetic, evaluate, precise, under_both, variance_gaps
+from kalmannorm.train.first_steps import FirstSteps
 from kalmannorm.train.initialize import initialize, measure_input
 from kalmannorm.train.loaders import loaders, open_data
 from kalmannorm.train.model import build, learning_rate, optimizer
@@ -58,12 +60,18 @@ def run(config: Config) -> records.Record:
     session = Session(identity, folder, model, optimizer(model, config["schedule"]), ranks)
     record["curves"] = session.curves
     figures: dict[str, np.ndarray] = {}
+    only_first = "stop_after" in config["budget"]
     with Progress(identity, config, quiet=not ranks.main) as progress, StopRequest(ranks) as stop:
         try:
-            last_evaluation = _fit(config, session, train, test, progress, stop)
+            if only_first:
+                with FirstSteps(model) as watched:
+                    last_evaluation = _fit(config, session, train, test, progress, stop)
+                figures = watched.arrays()
+            else:
+                last_evaluation = _fit(config, session, train, test, progress, stop)
             stat_batch, epochs = config["batch"]["stat_batch"], config["budget"]["epochs"]
             patience = config["budget"]["stop_at_chance"]
-            if session.epoch < epochs:
+            if session.epoch < epochs and not only_first:
                 record["reason"] = f"at chance for {patience} epochs: ended after {session.epoch} of {epochs}"
             with arithmetic(config, ranks.device):
                 record["final"] = last_evaluation or _evaluate_both(model, test, stat_batch, ranks, stop)
@@ -72,7 +80,7 @@ def run(config: Config) -> records.Record:
                     if ranks.world > 1:
                         train, test = loaders(config, source, ranks, whole=True)
                     record["final"]["precise"] = precise(model, train, test, stat_batch, epochs)
-                    if normalizers(model):
+                    if normalizers(model) and not only_first:
                         grad_batch, part = config["batch"]["grad_batch"], config["dataset"].get("gap_images")
                         figures, raw = variance_gaps(model, train, last, grad_batch, stat_batch, part)
                         np.savez(folder / "gaps.npz", **raw)  # type: ignore[arg-type]
@@ -105,7 +113,7 @@ def _fit(
     spread_batches(session.model, ranks.world * config["accumulate"] > 1)
 
     found = None
-    while session.epoch < epochs and not _at_chance(session.curves["train_accuracy"], config):
+    while session.epoch < epochs and not _is_over(session.curves["train_accuracy"], config):
         trained = train_epoch(config, session, forward, train, progress, stop)
         session.save()
         set_progress(session.model, (session.epoch + 1) / epochs)
@@ -120,9 +128,12 @@ def _fit(
     return found
 
 
-def _at_chance(train_accuracy: list[float], config: Config) -> bool:
-    """Whether the last `stop_at_chance` epochs after the warm-up have learned next to nothing (budget)."""
+def _is_over(train_accuracy: list[float], config: Config) -> bool:
+    """Say whether a run ends early: the budget's first steps are done, or its last `stop_at_chance` epochs after the
+    warm-up have learned next to nothing."""
     budget = config["budget"]
+    if "stop_after" in budget:
+        return bool(train_accuracy)
     warm = math.ceil(budget["warmup"] or 0)
     last = train_accuracy[warm:][-budget["stop_at_chance"] :] if budget["stop_at_chance"] else []
     chance = 100 / config["dataset"]["classes"]
@@ -157,7 +168,8 @@ def train_epoch(
     part_of_run = None if budget["warmup"] is None else budget["warmup"] / budget["epochs"]
     session.model.train()
     began, before = time.perf_counter(), session.seconds
-    for x, labels in train.epoch(session.epoch, session.step):
+    end = min(steps, budget.get("stop_after", steps))
+    for x, labels in islice(train.epoch(session.epoch, session.step), end - session.step):
         done = session.epoch * steps + session.step
         for group in session.optimizer.param_groups:
             rate = learning_rate(done, total, schedule, part_of_run, config["batch"]["grad_batch"])
@@ -171,7 +183,7 @@ def train_epoch(
         session.optimizer.step()
         session.step += 1
         session.seconds = before + time.perf_counter() - began
-        if session.step % CHECK_EVERY == 0 or session.step == steps:
+        if session.step % CHECK_EVERY == 0 or session.step == end:
             loss_so_far, accuracy = session.means(train.batch)
             if not math.isfinite(loss_so_far):
                 raise Diverged(f"the loss is not finite in epoch {session.epoch + 1}, step {session.step} of {steps}")

@@ -1,0 +1,78 @@
+"""What becomes of a network in its first steps, layer by layer: why Kalman Normalization dies where it does."""
+
+from collections.abc import Callable
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.norm.batch import GroupedStatistics, Probe
+from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.modes import normalizers
+
+# Per normalizer: how far the predicted mean is from the measured one, in measured standard deviations; predicted over
+# measured variance, as a geometric mean; and the mean square of what the normalizer puts out before gamma and beta.
+QUANTITIES = ("offsets", "variance_ratios", "scales")
+
+
+class FirstSteps:
+    """Watch a training's steps: a context around them, then `arrays`. Eager steps alone can be watched."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = normalizers(model)
+        self.weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+        self.seen: dict[str, list[Tensor]] = {name: [] for name in self.layers}  # per step [QUANTITIES]
+        self.gradients: list[list[Tensor]] = [[] for _ in self.weights]  # per step, its norm over the weight's
+
+    def __enter__(self) -> "FirstSteps":
+        for name, layer in self.layers.items():
+            layer.probe = self._probe(name, layer)
+        self.hooks = [
+            weight.register_post_accumulate_grad_hook(self._gradient(seen))
+            for weight, seen in zip(self.weights, self.gradients, strict=True)
+            if weight.requires_grad
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for layer in self.layers.values():
+            layer.probe = None
+        for hook in self.hooks:
+            hook.remove()
+
+    def _probe(self, name: str, layer: GroupedStatistics) -> Probe:
+        def probe(*, measured: Belief, used: Belief, prior: Belief | None) -> None:
+            if not layer.training:
+                return
+            var = measured.var + layer.eps
+            offset = ratio = torch.full((), torch.nan)
+            if prior is not None:
+                offset = ((prior.mean - measured.mean).abs() / var.sqrt()).mean()
+                ratio = ((prior.var + layer.eps) / var).log().mean().exp()
+            scale = ((measured.var + (measured.mean - used.mean).square()) / (used.var + layer.eps)).mean()
+            self.seen[name].append(torch.stack([value.float().cpu() for value in (offset, ratio, scale)]))
+
+        return probe
+
+    @staticmethod
+    def _gradient(seen: list[Tensor]) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            assert weight.grad is not None
+            seen.append((weight.grad.norm() / weight.detach().norm()).float().cpu())
+
+        return hook
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return `steps` [T], QUANTITIES [T, normalizers] each (NaN: no prior), and `gradients` [T, convolutions]."""
+        steps = min((len(values) for values in self.seen.values()), default=0)
+        if not steps:
+            return {}
+        found = torch.stack([torch.stack(values[:steps]) for values in self.seen.values()], 1)
+        arrays = {key: found[..., i].numpy() for i, key in enumerate(QUANTITIES)}
+        gradients = [torch.stack(values[:steps]) for values in self.gradients if len(values) >= steps]
+        if gradients:
+            arrays["gradients"] = torch.stack(gradients, 1).numpy()
+        return {"steps": np.arange(1, steps + 1), **arrays}

@@ -1,0 +1,55 @@
+"""A training's first steps, watched layer by layer (budget start)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from helpers import Residual
+from torch import nn
+
+from kalmannorm import Belief, KalmanBatchNorm2d, convert
+from kalmannorm.cli import main
+from kalmannorm.train.first_steps import FirstSteps
+
+
+def test_what_is_seen_is_what_the_layer_computed():
+    torch.manual_seed(0)
+    layer = KalmanBatchNorm2d(3, stat_batch=2, gain=0.25, learn_gain=False, noise=False, mixture=False, eps=1e-3)
+    prior = Belief(torch.full((2, 3), 5.0), torch.full((2, 3), 4.0))
+    with FirstSteps(nn.ModuleDict({"bn": layer})) as watched:
+        layer.probe(measured=Belief(torch.zeros(2, 3), torch.ones(2, 3)), used=prior, prior=prior)
+        layer.eval()
+        layer.probe(measured=Belief(torch.zeros(2, 3), torch.ones(2, 3)), used=prior, prior=None)  # evaluation
+    assert layer.probe is None
+    seen = watched.arrays()
+    assert seen["steps"].tolist() == [1] and seen["offsets"].shape == (1, 1)
+    np.testing.assert_allclose(seen["offsets"], 5 / 1.001**0.5, rtol=1e-6)
+    np.testing.assert_allclose(seen["variance_ratios"], 4.001 / 1.001, rtol=1e-6)
+    np.testing.assert_allclose(seen["scales"], (1 + 25) / 4.001, rtol=1e-6)
+
+
+def test_gradients_are_relative_to_the_weights():
+    torch.manual_seed(0)
+    model = convert(Residual(), "bkn", stat_batch=2).train()
+    with FirstSteps(model) as watched:
+        for _ in range(2):
+            model.zero_grad()
+            model(torch.randn(4, 3, 6, 6)).square().sum().backward()
+    seen = watched.arrays()
+    convolutions = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert seen["gradients"].shape == (2, len(convolutions))
+    expected = [(w.grad.norm() / w.norm()).item() for w in convolutions]
+    np.testing.assert_allclose(seen["gradients"][1], expected, rtol=1e-5)
+
+
+def test_a_run_of_the_first_steps_alone(tmp_path: Path):
+    small = ["dataset=digits", "budget=start", "budget.stop_after=3", "arch.width=0.125", "device=cpu"]
+    assert main(["train", *small, f"results={tmp_path}", f"runs={tmp_path / 'runs'}"]) == 0
+    (file,) = (tmp_path / "records").glob("*.json")
+    record = json.loads(file.read_text())
+    assert record["status"] == "done" and record["reason"] is None and record["curves"]["epoch"] == [1]
+    arrays = np.load(file.with_suffix(".npz"))
+    layers = len(record["norms"]["order"])
+    assert arrays["scales"].shape == (3, layers) and np.isfinite(arrays["scales"]).all()
+    assert np.isnan(arrays["offsets"][:, 0]).all() and np.isfinite(arrays["offsets"][:, -1]).all()
