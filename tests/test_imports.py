@@ -24,7 +24,7 @@ ARROWS = {
 # Modules that stand at the top, by the wing that they belong to. The package itself names the public API.
 TOP = {"presets": "norm", "conversion": "convert", "tracing": "convert", "thread": "convert", "rules": "convert",
        "layout": "convert", "operations": "convert", "axes": "convert", "pixelwise": "convert", "layers": "convert",
-       "graphs": "convert", "__main__": "cli"}  # fmt: skip
+       "graphs": "convert", "mapping": "convert", "placement": "models", "__main__": "cli"}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Chain, Middle, Moody, Perceptron, Residual, Spy, conv3x3, error
+from helpers import TABLE_2, Chain, Middle, Moody, Perceptron, Residual, Spy, conv3x3, error
 from helpers import same_belief as same
 from torch import Tensor, nn
 
@@ -267,7 +267,7 @@ def test_report_per_normalizer() -> None:
 
 
 @pytest.mark.parametrize("norm", ["bkn", "gkn"])
-@pytest.mark.parametrize("name", ARCHS)
+@pytest.mark.parametrize("name", [name for name in ARCHS if name not in TABLE_2])
 def test_all_normalizers_of_the_architectures_but_the_first_have_a_prior(name: str, norm: str) -> None:
     report = belief_report(convert(ARCHS[name](), norm))
     others = {"inception_cifar": "stem.bn", "inception_v2": "conv1.bn", "resnet50": "bn1", "resnet101": "bn1"}

@@ -23,6 +23,7 @@ from kalmannorm.layers import (
     share_noise,
     thaw_frozen,
 )
+from kalmannorm.mapping import Mapped, assign
 from kalmannorm.norm import NORMS, Estimator, normalize_weights
 from kalmannorm.norm.moments import Transition
 from kalmannorm.norm.sampling import Noise
@@ -36,7 +37,7 @@ INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a convert
 
 def convert(
     model: nn.Module,
-    norm: str,
+    norm: str | Mapped,
     *,
     stat_batch: int | None = None,
     preset: str | None = None,
@@ -50,7 +51,8 @@ def convert(
     Args:
         model: a network with BatchNorm2d layers (BatchNorm1d where inputs are [N, C]) that torch.fx can trace; or one
             that was converted before.
-        norm: a name of NORMS.
+        norm: a name of NORMS; or a normalizer for each layer, {pattern of layer names: name, or (name, options)}
+            (mapping.assign), `*` for what is left.
         stat_batch: images that share statistics; None is the whole batch.
         preset: variant of Kalman Normalization (presets.py): `paper`, which None stands for, `eq7`, `released`, `talk`,
             `v1`, and `robust`, ours.
@@ -71,11 +73,17 @@ def convert(
     Raises ValueError: an unknown norm, preset or option; a preset, predictor or input_belief for a normalizer that has
     no belief; a model without BatchNorm; one that cannot be traced.
     """
-    if norm not in NORMS:
-        raise ValueError(f"unknown normalizer {norm!r}; valid: {', '.join(NORMS)}")
     relu, learned = True, False
     leaves, thaw = tuple(options.pop("leaves", ())), options.pop("thaw", False)
-    if norm in KALMAN:
+    if not isinstance(norm, str):
+        if options:
+            raise ValueError(f"{next(iter(options))}: options of normalizers stand in the mapping, (name, options)")
+        for entry in norm.values():
+            if (name := entry if isinstance(entry, str) else entry[0]) in NEED_BIAS:
+                raise ValueError(f"{name} is for all layers of a network: give it alone, not in a mapping")
+    elif norm not in NORMS:
+        raise ValueError(f"unknown normalizer {norm!r}; valid: {', '.join(NORMS)}")
+    elif norm in KALMAN:
         preset = preset or "paper"
         options = preset_options(preset, norm, stat_batch, options)
         predictor = predictor or PRESETS[preset]["predictor"]
@@ -91,10 +99,16 @@ def convert(
         thaw_frozen(source)
     layers = {name: m for name, m in source.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
     _check(source, layers, leaves)
+    chosen = assign({"*": (norm, options)} if isinstance(norm, str) else norm, layers)
     built: dict[nn.Module, nn.Module] = {}  # a layer can have several names
     for name, layer in layers.items():
         if layer not in built:
-            built[layer] = build_normalizer(norm, name, layer, stat_batch, options)
+            kind, own = chosen[name]
+            if kind not in NORMS:
+                raise ValueError(f"{name}: unknown normalizer {kind!r}; valid: {', '.join(NORMS)}")
+            if kind in KALMAN and not isinstance(norm, str):
+                own = preset_options(preset or "paper", kind, stat_batch, own)
+            built[layer] = build_normalizer(kind, name, layer, stat_batch, own)
             keep_more(layer, built[layer], name)
         replace(source, name, built[layer])
     if norm in NEED_BIAS:

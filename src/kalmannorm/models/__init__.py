@@ -23,6 +23,14 @@ def _torchvision(name: str, classes: int = 1000, **options: Any) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
 
 
+def _of_table_2(name: str, **options: Any) -> nn.Module:
+    """A network of the talk's Table 2 that torchvision has no name for."""
+    from kalmannorm.models import se_resnet  # imports torchvision, as above
+
+    build: Callable[..., nn.Module] = getattr(se_resnet, name)
+    return build(**options)
+
+
 ARCHS: dict[str, Callable[..., nn.Module]] = {
     "inception_cifar": InceptionCifar,
     "inception_v2": InceptionV2,
@@ -34,6 +42,10 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
     "resnet110_preact": partial(ResNet, 18, preact=True),
     "resnet50": partial(_torchvision, "resnet50"),
     "resnet101": partial(_torchvision, "resnet101"),
+    "densenet121": partial(_torchvision, "densenet121"),
+    "densenet169": partial(_torchvision, "densenet169"),
+    "resnext101_32x4d": partial(_of_table_2, "resnext101_32x4d"),
+    "se_resnet101": partial(_of_table_2, "se_resnet101"),
 }
 
 LAST_NORMALIZERS: dict[str, tuple[str, ...]] = {
@@ -47,4 +59,8 @@ LAST_NORMALIZERS: dict[str, tuple[str, ...]] = {
     "resnet110_preact": ("bn_last",),
     "resnet50": ("layer4.2.bn3",),
     "resnet101": ("layer4.2.bn3",),
+    "densenet121": ("features.norm5",),
+    "densenet169": ("features.norm5",),
+    "resnext101_32x4d": ("layer4.2.bn3",),
+    "se_resnet101": ("layer4.2.bn3",),
 }

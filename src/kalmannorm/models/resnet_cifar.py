@@ -32,9 +32,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.extra:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
-        return F.relu(out + x)
+        return F.relu(out + self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        if not self.extra:
+            return x
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
 
 
 class PreactBlock(nn.Module):

@@ -11,11 +11,13 @@ from torch.overrides import TorchFunctionMode
 from kalmannorm.conversion import Converted, convert
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
+from kalmannorm.mapping import Mapped
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.norm import SparseSwitchableNorm
 from kalmannorm.norm.modes import normalizers, seed_noise, set_statistics
 from kalmannorm.norm.weight import is_weight_normalized
 from kalmannorm.norm.whitened import parametrization_of, whiten_weights, whitened
+from kalmannorm.placement import PLACEMENTS
 
 # What is left of the rate after a part of the run.
 DECAY: dict[str, Callable[[float], float]] = {
@@ -66,7 +68,12 @@ def network(config: Config) -> Converted:
     if "input_belief" in chosen:
         chosen["input_belief"] = UNMEASURED
     try:
-        model = convert(plain, norm["name"], stat_batch=batch["stat_batch"], **chosen)
+        named: str | Mapped = norm["name"]
+        if placement := chosen.pop("placement", None):
+            if placement not in PLACEMENTS:
+                raise UserError(nearest(placement, list(PLACEMENTS), "norm.options.placement"))
+            named = PLACEMENTS[placement](plain)
+        model = convert(plain, named, stat_batch=batch["stat_batch"], **chosen)
     except ValueError as error:
         raise UserError(f"norm {norm['name']} on {name}: {error}") from None
     seed_noise(model, config["seed"])

@@ -1,0 +1,44 @@
+"""SE-ResNet (Hu et al. 2018) in torchvision's ResNet, as the talk's Table 2 has it."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+
+class SqueezeExcitation(nn.Module):
+    """x * sigmoid(W2 relu(W1 mean of x over its pixels)), linear layers without bias, reduction 16."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(
+            nn.Linear(channels, channels // reduction, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels // reduction, channels, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc(x.mean((2, 3))))[:, :, None, None]
+
+
+class SEBottleneck(Bottleneck):
+    """torchvision's bottleneck with the excitation of its last normalizer's output, before the addition."""
+
+    def __init__(self, inplanes: int, planes: int, *args: object, **options: object) -> None:
+        super().__init__(inplanes, planes, *args, **options)  # type: ignore[arg-type]
+        self.se = SqueezeExcitation(planes * self.expansion)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        out = self.se(self.bn3(self.conv3(out)))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(out + shortcut)
+
+
+def se_resnet101(classes: int = 1000) -> ResNet:
+    """49,292,328 parameters at 1000 classes."""
+    return ResNet(SEBottleneck, [3, 4, 23, 3], num_classes=classes)
+
+
+def resnext101_32x4d(classes: int = 1000) -> ResNet:
+    """ResNeXt-101 32x4d (Xie et al. 2017), which torchvision has no name for; 44,177,704 parameters."""
+    return ResNet(Bottleneck, [3, 4, 23, 3], num_classes=classes, groups=32, width_per_group=4)
