@@ -162,7 +162,7 @@ def test_generated_documents_are_those_of_the_committed_records(tmp_path: Path) 
             assert (committed / name).read_text() == (results / name).read_text(), (
                 f"results/{name} is stale: make report"
             )
-    assert (results / "report.html").stat().st_size < 1_300_000
+    assert (results / "report.html").stat().st_size < 1_000_000
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -25,6 +25,7 @@ STATES = ("supported", "contradicted", "open", "explored", "not run")
 MARKS = {"supported": "✓", "contradicted": "✗", "open": "?", "explored": "·", "not run": "–"}
 BUDGETS = ("paper", "short", "lite")  # the fullest first
 POINTS = 40  # of a curve
+ROOM = 650_000  # characters of pictures: with runs and claims, the page is under 1 MB
 FOREST = 25.0  # points to either side that the claims' picture shows
 GENERATED = ("<!-- {} -->", "<!-- end -->")
 
@@ -45,7 +46,7 @@ class Made:
 
     @property
     def main(self) -> bool:
-        """Whether it is of the papers' setting, whatever the budget: shown, where others are folded."""
+        """Whether it is of the papers' setting, whatever the budget."""
         return self.group is None or (self.group.width == 1 and not self.group.schedule)
 
 
@@ -58,8 +59,12 @@ def render(cells: Cells, made: Sequence[Made], verdicts: Sequence[Verdict], abse
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     of_card: dict[str, list[Made]] = {}
-    for one in made:
-        of_card.setdefault(one.card.name, []).append(one)
+    left = ROOM - len(forest)
+    for one in made:  # the first group of each card is shown, others on demand, without pictures: these are linked
+        size = sum(map(len, one.pictures.values()))
+        first = one.card.name not in of_card and size <= left
+        left -= size if first else 0
+        of_card.setdefault(one.card.name, []).append(one if first else replace(one, pictures={}))
     one_each = cells.runs.drop_duplicates("id")
     view = {
         "answer": answer(verdicts, cells),
