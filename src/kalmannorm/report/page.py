@@ -45,6 +45,11 @@ class Made:
         return f"{self.card.name}_{self.group.stem}" if self.group else self.card.name
 
     @property
+    def wide(self) -> bool:
+        """Whether it takes the page's width."""
+        return self.sheet is not None and len(self.sheet.header) > 4
+
+    @property
     def main(self) -> bool:
         """Whether it is of the papers' setting, whatever the budget."""
         return self.group is None or (self.group.width == 1 and not self.group.schedule)
