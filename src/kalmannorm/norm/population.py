@@ -183,7 +183,9 @@ class PopulationNorm(SyncBatchNorm):
         if remembers:
             y = self._normalize_by_memory(x, mean[member], var[member])
         else:
-            y = self._normalize_watched(x, mean[member], var[member])
+            # Not as a decorator: that imports the whole compiler.
+            apart = torch.compiler.disable if torch.compiler.is_compiling() else lambda function: function
+            y = apart(self._normalize_watched)(x, mean[member], var[member])
         self.record(mean.detach(), var.detach(), groups.values(x, size))
         return y, None
 
@@ -199,7 +201,6 @@ class PopulationNorm(SyncBatchNorm):
         weight, bias = (r * self.weight, self.bias + d * self.weight) if self.affine else (r, d)
         return groups.normalize(x, 1, mean, var, weight, bias, self.eps)
 
-    @torch.compiler.disable
     def _normalize_watched(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         assert self.decay is not None
         weight: Tensor = self.weight

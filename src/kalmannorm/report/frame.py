@@ -30,6 +30,7 @@ ROW = ["network", "width", "normalizer", "grad_batch", "stat_batch"]
 GROUP = ["dataset", "budget", "schedule"]
 KIND = ["arithmetic", "data.sha256"]  # what runs must have in common, beside their row, to be averaged
 STATISTICS = ("moving", "online", "precise")
+APART = ("width", "pretrained", "frozen_stages")  # of a network: a group's, and what given weights decide
 CHANCE = 1.2  # times 100 % / classes: what a network that guesses is rarely above on thousands of images
 
 
@@ -122,7 +123,7 @@ def _identity(text: str) -> dict[str, Any]:
         elif key.startswith("norm."):
             norm[key.removeprefix("norm.")] = value
     stat_batch = batch["stat_batch"] if norm["name"] in BATCH_STATISTICS else None
-    arch = _own(_conf("arch", chosen["arch"]), _under("arch", chosen), ("width",))
+    arch = _own(_conf("arch", chosen["arch"]), _under("arch", chosen), APART)
     found = {
         "network": _words(chosen["arch"], arch),
         "normalizer": _normalizer(norm, stat_batch),
@@ -154,17 +155,18 @@ def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
     dataset, budget, schedule, arch = (
         _words(
             config[part].get("name", ""),
-            _own(conf[part], {k: v for k, v in config[part].items() if k != "name"}, ("width",)),
+            _own(conf[part], {k: v for k, v in config[part].items() if k != "name"}, APART),
         )
         for part in names
     )
+    width = config["arch"].get("width")
     found = [values["accuracy"] for values in final.values() if "accuracy" in values]
     shared |= {
         "config": config,
         "training": record.get("final_on_training_images"),
         "results": str(results),
         "network": arch,
-        "width": float(config["arch"].get("width") or 1),
+        "width": 1.0 if width in (None, conf["arch"].get("width")) else float(width),
         "normalizer": _normalizer(config["norm"], batch.get("stat_batch")),
         "grad_batch": batch["grad_batch"],
         "stat_batch": batch.get("stat_batch") or 0,
@@ -177,7 +179,7 @@ def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
                 *(word for word, on in (("compiled", "compile"), ("deterministic", "deterministic")) if config[on]),
             ]
         ),
-        "data.sha256": data.get("sha256") or data.get("fidelity") or "",
+        "data.sha256": f"{data.get('sha256') or data.get('fidelity') or ''}{config['arch'].get('pretrained') or ''}",
         "learned": not found or max(found) > CHANCE * 100 / config["dataset"].get("classes", 1),
         "gap": _difference(final, "online", "moving"),
         **{key: curve.get(key) for key in ("epoch", "step", "train_loss", "lr")},
