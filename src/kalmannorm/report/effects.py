@@ -7,7 +7,9 @@ over what learned and what did not says nothing of either. They are counted.
 """
 
 import functools
+import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from kalmannorm.experiments.card import Card, Column, Row
 from kalmannorm.report import frame
 
 CONFIDENCE = 0.95
+LONGEST = 60  # characters of a group in a file's name
 SEEDS_SHOWN = 4  # with fewer, a cell shows the seeds' values and not their interval
 Run = Mapping[str, Any]  # a row of the frame
 Value = Callable[[Run], float | None]
@@ -43,7 +46,8 @@ class Group(NamedTuple):
     def stem(self) -> str:
         """For the names of files: "cifar10-lite", "cifar10-lite-released_warmup-w0.25"."""
         parts = [self.dataset, self.budget, self.schedule, f"w{self.width:g}" if self.width != 1 else ""]
-        return "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in part) for part in parts if part)
+        stem = re.sub(r"[^\w.]+", "-", "-".join(filter(None, parts))).strip("-")
+        return stem if len(stem) < LONGEST else f"{stem[:LONGEST]}-{hashlib.sha256(stem.encode()).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True)
