@@ -37,10 +37,14 @@ Source = Arrays | Images | Betons
 DATASETS: dict[str, Callable[[Path], Arrays]] = {
     "digits": digits.load,
     "cifar10": cifar.load_cifar10,
+    "cifar10_few": cifar.load_few,
+    "cifar10_recoloured": cifar.load_recoloured,
     "cifar100": cifar.load_cifar100,
     "svhn": svhn.load,
     "svhn_extra": svhn.load_extra,
 }
+
+VARIANTS = {"cifar10_few": "cifar10", "cifar10_recoloured": "cifar10"}  # of other sets, from whose folder they are read
 
 PREPARE: dict[str, Callable[[str, Path, Path | None, bool], Path]] = {  # digits needs no preparing
     "cifar10": cifar.prepare,
@@ -93,6 +97,8 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
     if name in folder.READ_AS_IT_IS:
         how = folder.HOW_TO_GET.get(name, folder.LAYOUT)
         raise UserError(f"dataset {name!r} is read as it is, from {root / name}: {how}")
+    if name in VARIANTS:
+        raise UserError(f"dataset {name!r} is read from that of {VARIANTS[name]}: prepare {VARIANTS[name]}")
     if name not in PREPARE:
         raise UserError(nearest(name, PREPARE, "dataset"))
     return PREPARE[name](name, root, archive, download)

@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 in 10 or 100 (fine) classes."""
 
+import dataclasses
 import io
 import pickle
 import tarfile
@@ -22,6 +23,20 @@ ARCHIVE_BYTES = 171_000_000  # both archives are 169 to 170.5 MB
 def load_cifar10(root: Path) -> Arrays:
     """CIFAR-10 from `root/cifar10`, as `prepare` (or a copy of it in the same layout) has it there."""
     return read_folder(root, "cifar10", classes=CLASSES["cifar10"], official=OFFICIAL)
+
+
+def load_few(root: Path) -> Arrays:
+    """CIFAR-10 by a name of its own, for few images and no crops (conf/dataset/cifar10_few.yaml)."""
+    return _named(load_cifar10(root), "cifar10_few")
+
+
+def load_recoloured(root: Path) -> Arrays:
+    """CIFAR-10 by a name of its own, for test images in other colours too (conf/dataset/cifar10_recoloured.yaml)."""
+    return _named(load_cifar10(root), "cifar10_recoloured")
+
+
+def _named(arrays: Arrays, name: str) -> Arrays:
+    return dataclasses.replace(arrays, provenance=arrays.provenance | {"name": name})
 
 
 def load_cifar100(root: Path) -> Arrays:

@@ -117,7 +117,8 @@ def _identity(text: str) -> dict[str, Any]:
     chosen = {**_defaults(), **{key.lstrip("+"): value for key, value in settings.items()}}
     batch = dict(zip(("grad_batch", "stat_batch"), _batch(chosen["batch"]), strict=True))
     batch |= {key.partition(".")[2]: value for key, value in chosen.items() if key.startswith("batch.")}
-    norm: dict[str, Any] = {"name": norm_defaults(chosen["norm"])["name"], "options": {}}
+    known = norm_defaults(chosen["norm"])
+    norm: dict[str, Any] = {"name": known["name"], "options": dict(known.get("options") or {})}
     for key, value in chosen.items():
         if key.startswith("norm.options."):
             norm["options"][key.removeprefix("norm.options.")] = value
@@ -208,7 +209,8 @@ def own_options(norm: Mapping[str, Any], stat_batch: int | None) -> dict[str, An
         preset = norm.get("preset") or known["preset"]
         defaults = preset_options(preset, norm["name"], stat_batch, defaults) if preset in PRESETS else {}
     given = {key: value for key, value in (norm.get("options") or {}).items() if value is not None}
-    return _own(defaults, given)
+    # Some normalizers have no options by default: then every one is of the run's own.
+    return {key: value for key, value in sorted(given.items()) if key not in defaults or defaults[key] != value}
 
 
 def _normalizer(norm: Mapping[str, Any], stat_batch: int | None) -> str:

@@ -22,7 +22,7 @@ from kalmannorm.norm.modes import finish_gradients, flush_moving, normalizers, p
 from kalmannorm.train.evaluate import arithmetic, evaluate, precise, under_both, variance_gaps
 from kalmannorm.train.first_steps import FirstSteps
 from kalmannorm.train.initialize import initialize, measure_input
-from kalmannorm.train.loaders import loaders, open_data
+from kalmannorm.train.loaders import loaders, open_data, recoloured
 from kalmannorm.train.model import build, learning_rate, optimizer
 from kalmannorm.train.progress import Progress
 from kalmannorm.train.ranks import Ranks
@@ -80,6 +80,8 @@ def run(config: Config) -> records.Record:
                     if ranks.world > 1:
                         train, test = loaders(config, source, ranks, whole=True)
                     record["final"]["precise"] = precise(model, train, test, stat_batch, epochs)
+                    for name, changed in recoloured(config, source, train, ranks.device).items():
+                        record["final"][name] = evaluate(model, changed, "moving", stat_batch)
                     if normalizers(model) and not only_first:
                         grad_batch, part = config["batch"]["grad_batch"], config["dataset"].get("gap_images")
                         figures, raw = variance_gaps(model, train, last, grad_batch, stat_batch, part)
