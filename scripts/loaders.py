@@ -37,7 +37,7 @@ Epochs = Callable[[int], Iterator[Any]]
 
 def reference(files: Path, chosen: np.ndarray, config: dict[str, Any], device: torch.device) -> Epochs:
     """torchvision's loader over the same images."""
-    dataset, size = config["dataset"], config["budget"]["size"]
+    dataset, size = config.dataset, config.budget.size
     preset = v2.Compose(
         [
             v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True),
@@ -48,7 +48,7 @@ def reference(files: Path, chosen: np.ndarray, config: dict[str, Any], device: t
             v2.ToPureTensor(),
         ]
     )
-    workers = data.workers_of(config["workers"], 1)
+    workers = data.workers_of(config.workers, 1)
     loader = DataLoader(
         Subset(ImageFolder(str(files), preset), chosen.tolist()),
         batch_size=BATCH,
@@ -72,12 +72,12 @@ def main(arguments: list[str]) -> None:
     }
     images, turns = int(own.get("images", 1280)), int(own.get("turns", 9))
     config = compose([a for a in arguments if a.partition("=")[0] not in own])
-    dataset, root = config["dataset"], data.root(config["data"])
-    device = torch.device(config["device"])
+    dataset, root = config.dataset, data.root(config.data)
+    device = torch.device(config.device)
     files = folder.load(root, dataset)
     chosen = np.random.default_rng(0).permutation(len(files.train))[:images]
-    common = {"size": config["budget"]["size"], "flip": True, "mean": dataset["mean"], "std": dataset["std"]}
-    common |= {"batch": BATCH, "device": device, "workers": data.workers_of(config["workers"], 1)}
+    common = {"size": config.budget.size, "flip": True, "mean": dataset["mean"], "std": dataset["std"]}
+    common |= {"batch": BATCH, "device": device, "workers": data.workers_of(config.workers, 1)}
     sides = {
         "torchvision's reference": reference(files.train.root, chosen, config, device),
         "dataset.loader=torchvision": FolderLoader(files.train.take(chosen), **common).epoch,

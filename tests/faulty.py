@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kalmannorm.errors import Stopped, UserError
 from kalmannorm.experiments import record as records
-from kalmannorm.experiments.config import result_part
+from kalmannorm.experiments.config import Config
 
 HERE = Path(__file__).resolve()
 MACHINE = {
@@ -64,18 +64,18 @@ def misbehave(action: str) -> None:
         time.sleep(float(action.removeprefix("sleep")))
 
 
-def record_of(config: dict) -> dict:
+def record_of(config: Config) -> dict:
     """A record without a training."""
     final = {kind: {"accuracy": 50.0, "loss": 1.0, "images": 10} for kind in ("moving", "online", "precise")}
     host = {"started": "2026-01-01", "device": "cpu", "seconds": 2.0, "train_seconds": 1.0, "images_per_s": 100.0}
     record = {"id": records.run_id(config), "numerics": records.NUMERICS, "status": "done", "reason": None}
-    return record | {"config": result_part(config), "final": final, "host": host, "data": {"train_images": 256}}
+    return record | {"config": config.result(), "final": final, "host": host, "data": {"train_images": 256}}
 
 
 def worker(plan: Path, real: bool) -> None:
     from kalmannorm.runs import worker
 
-    def execute(config: dict) -> dict:
+    def execute(config: Config) -> dict:
         action = next_action(plan, records.run_id(config))
         misbehave(action)
         if real:
@@ -83,7 +83,7 @@ def worker(plan: Path, real: bool) -> None:
         record = record_of(config)
         if action == "diverge":
             record |= {"status": "failed", "reason": "the loss is not finite"}
-        records.write(config["results"], record)
+        records.write(config.results, record)
         return record
 
     if real:

@@ -283,7 +283,7 @@ def test_a_run_on_betons(betons: Path, tmp_path: Path) -> None:
     from test_run import only_record, place
 
     overrides = [*SMALL, "dataset.loader=ffcv", "dataset.classes=3", f"data={betons}"]
-    assert compose(overrides)["dataset"]["loader"] == "ffcv"
+    assert compose(overrides).dataset.loader == "ffcv"
     assert main(["train", *overrides, *place(tmp_path)]) == 0
     record = only_record(tmp_path)
     assert record["data"]["beton"]["max_resolution"] == 500 and record["final"]["precise"]["images"] == 12

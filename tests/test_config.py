@@ -1,42 +1,43 @@
 """Composition of a run's configuration, its id, and what is refused before any data is touched."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 
 from kalmannorm import machine
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import card, cards, composition
-from kalmannorm.experiments.config import RESULT_KEYS, compose, conf_dir, result_part
+from kalmannorm.experiments.config import RESULT_KEYS, compose, conf_dir
 from kalmannorm.experiments.record import run_id
 from kalmannorm.presets import BATCH_STATISTICS
 from kalmannorm.train.model import learning_rate
 
 
 def test_presets_are_resolved_into_the_configuration():
-    paper = compose(["norm=kn"])["norm"]
-    assert paper["name"] == "bkn" and paper["predictor"] == "closed"
-    assert paper["options"]["gain"] == 0.5 and paper["options"]["learn_gain"] and paper["options"]["guard"] is None
-    released = compose(["norm=bkn", "norm.preset=released"])["norm"]
-    assert released["predictor"] == "sampling"
-    assert released["options"]["gain"] == 0.1 and released["options"]["guard"] == 100
-    assert released["options"]["moving_groups"] == "first" and not released["options"]["noise"]
-    at128 = compose(["norm=bkn", "norm.preset=released", "batch=g128_s128"])["norm"]
-    assert at128["options"]["gain"] == 0.95
+    paper = compose(["norm=kn"]).norm
+    assert paper.name == "bkn" and paper.predictor == "closed"
+    assert paper.options.gain == 0.5 and paper.options.learn_gain and paper.options.guard is None
+    released = compose(["norm=bkn", "norm.preset=released"]).norm
+    assert released.predictor == "sampling"
+    assert released.options.gain == 0.1 and released.options.guard == 100
+    assert released.options.moving_groups == "first" and not released.options.noise
+    at128 = compose(["norm=bkn", "norm.preset=released", "batch=g128_s128"]).norm
+    assert at128.options.gain == 0.95
 
 
 def test_the_presets_of_the_talk_and_v1_say_what_is_theirs_and_the_others_nothing_new():
-    talk, v1 = (compose(["norm=bkn", f"norm.preset={preset}"])["norm"] for preset in ("talk", "v1"))
-    assert talk["predictor"] == v1["predictor"] == "closed" and talk["options"]["mixture"] and v1["options"]["mixture"]
-    assert talk["options"]["transition"] == v1["options"]["transition"] == "learned"
-    assert talk["options"]["noise"] is True and v1["options"]["noise"] == "shared"
-    robust = compose(["norm=bkn", "norm.preset=robust"])["norm"]["options"]
+    talk, v1 = (compose(["norm=bkn", f"norm.preset={preset}"]).norm for preset in ("talk", "v1"))
+    assert talk.predictor == v1.predictor == "closed" and talk.options.mixture and v1.options.mixture
+    assert talk.options.transition == v1.options.transition == "learned"
+    assert talk.options.noise is True and v1.options.noise == "shared"
+    robust = compose(["norm=bkn", "norm.preset=robust"]).norm.options
     assert robust["belief"] == "output" and robust["input_belief"] == "data" and robust["prior_values"] == 2048
     for preset in ("paper", "eq7", "released"):
-        options = compose(["norm=bkn", f"norm.preset={preset}"])["norm"]["options"]
+        options = compose(["norm=bkn", f"norm.preset={preset}"]).norm.options
         assert not {"transition", "input_belief"} & set(options)
     given = compose(["norm=gkn", "+norm.options.transition=learned", "+norm.options.input_belief=data"])
-    assert given["norm"]["options"]["transition"] == "learned" and given["norm"]["options"]["input_belief"] == "data"
+    assert given.norm.options["transition"] == "learned" and given.norm.options["input_belief"] == "data"
 
 
 GROUPS = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "experiment"]
@@ -63,8 +64,8 @@ def test_what_parts_do_not_tell_is_left_to_hydra(overrides):
 
 def test_auto_is_resolved_by_device():
     cpu, gpu = compose(["device=cpu"]), compose(["device=cuda"])
-    assert (cpu["precision"], cpu["compile"]) == ("fp32", False)
-    assert (gpu["precision"], gpu["compile"]) == ("bf16", True)
+    assert (cpu.precision, cpu.compile) == ("fp32", False)
+    assert (gpu.precision, gpu.compile) == ("bf16", True)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +81,11 @@ def test_a_cpu_that_multiplies_bfloat16_uses_it_and_compiles_what_runs_long(over
     monkeypatch.setattr("kalmannorm.machine.multiplies_bfloat16", lambda: True)
     monkeypatch.setattr("kalmannorm.experiments.config.shutil.which", lambda name: f"/usr/bin/{name}")
     config = compose(["device=cpu", *overrides])
-    assert (config["precision"], config["compile"]) == ("bf16", compiled)
+    assert (config.precision, config.compile) == ("bf16", compiled)
     monkeypatch.setattr("kalmannorm.experiments.config.shutil.which", lambda name: None)
-    assert compose(["device=cpu", *overrides])["compile"] is False
+    assert compose(["device=cpu", *overrides]).compile is False
     given = compose(["device=cpu", *overrides, "precision=fp32", "compile=true"])
-    assert (given["precision"], given["compile"]) == ("fp32", True)
+    assert (given.precision, given.compile) == ("fp32", True)
 
 
 @pytest.mark.parametrize("flags", ["fma avx512_bf16", "amx_bf16 amx_tile", "fma avx512f", None])
@@ -117,12 +118,14 @@ def test_id_changes_with_numerics(monkeypatch):
 
 def test_a_normalizer_without_batch_statistics_has_no_statistics_batch():
     assert run_id(compose(["norm=gn", "batch=g128_s2"])) == run_id(compose(["norm=gn", "batch=g128_s128"]))
-    assert compose(["norm=bn", "batch.stat_batch=null"])["batch"]["stat_batch"] == 128
+    assert compose(["norm=bn", "batch.stat_batch=null"]).batch.stat_batch == 128
 
 
 def test_budgets():
     whole = {"subset": None, "size": 32}
-    budgets = {name: compose(["dataset=cifar10", f"budget={name}"])["budget"] for name in ("paper", "short", "lite")}
+    budgets = {
+        name: compose(["dataset=cifar10", f"budget={name}"]).budget.values() for name in ("paper", "short", "lite")
+    }
     assert budgets == {
         "paper": {"name": "paper", "epochs": 400, "warmup": None, **whole, "stop_at_chance": None},
         "short": {"name": "short", "epochs": 30, "warmup": 5, **whole, "stop_at_chance": 2},
@@ -131,14 +134,15 @@ def test_budgets():
 
 
 def test_a_reduced_budget_warms_up_to_the_schedules_highest_rate_and_decays_to_0():
-    schedule = compose([])["schedule"]
+    schedule = compose([]).schedule
     rates = [learning_rate(step, 120, schedule, 1 / 6) for step in range(120)]
     assert rates[0] == pytest.approx(0.1 / 20) and rates[19] == pytest.approx(0.1) == max(rates)
     assert rates[20] == 0.1 and rates[70] == pytest.approx(0.05) and rates[119] == pytest.approx(0.001)
     assert learning_rate(0, 120, schedule, 0) == 0.1  # without a warm-up
     # Without: the recipe's milestones, of 400 epochs.
     assert [learning_rate(step, 400, schedule, None) for step in (0, 1, 82, 123, 399)] == [0.01, 0.1, 0.01, 0.001, 2e-4]
-    assert learning_rate(19, 120, {"lr": 0.3, "decay": "linear", "lr_batch": 256}, 1 / 6, 128) == pytest.approx(0.15)
+    scaled = replace(schedule, lr=0.3, decay="linear", lr_batch=256)
+    assert learning_rate(19, 120, scaled, 1 / 6, 128) == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +208,7 @@ def test_every_choice_composes(group):
         needed = ["dataset.classes=2"] if file.stem == "image_folder" else []  # counts the classes, where not given
         needed += ["batch=g8_s2", "batch.grad_batch=2"] if file.stem.startswith("coco") else []
         config = compose([f"{group}={file.stem}", *needed])
-        assert set(RESULT_KEYS) <= set(config)
+        assert set(RESULT_KEYS) == set(config.result())
 
 
 def test_every_norm_is_known_to_the_library():
@@ -213,7 +217,7 @@ def test_every_norm_is_known_to_the_library():
     from kalmannorm.norm import GroupedStatistics
     from kalmannorm.train.detector import DETECTORS
 
-    names = {compose([f"norm={file.stem}"])["norm"]["name"] for file in (conf_dir() / "norm").glob("*.yaml")}
+    names = {compose([f"norm={file.stem}"]).norm.name for file in (conf_dir() / "norm").glob("*.yaml")}
     assert names == set(NORMS)
     grouped = {
         name for name, build in NORMS.items() if any(isinstance(m, GroupedStatistics) for m in build(8).modules())
@@ -227,11 +231,11 @@ def test_experiments_expand_to_distinct_runs(name):
     expanded = cards.load(name, ["dataset=digits", "seeds=2"])
     ids = [run_id(config) for config in expanded.runs]
     assert len(set(ids)) == len(ids) and ids
-    seedless = [result_part(c) | {"seed": None} for c in expanded.runs]
+    seedless = [c.result() | {"seed": None} for c in expanded.runs]
     for row in expanded.card.rows:
         for column in expanded.card.columns_of(row) if expanded.card.has_columns_of_runs else [None]:
             settings = {**expanded.card.settings(row, column), "dataset": "digits", "seed": 1}
-            assert result_part(compose(card.overrides(settings))) | {"seed": None} in seedless
+            assert compose(card.overrides(settings)).result() | {"seed": None} in seedless
 
 
 def test_columns_that_are_data_sets():
@@ -240,14 +244,14 @@ def test_columns_that_are_data_sets():
     loaded = cards.load("table8", ["seeds=1", some, "budget=smoke"])
     columns = {row.key: [column.key for column in loaded.card.columns_of(row)] for row in loaded.card.rows}
     assert columns == {"inception_kn_stat2": ["cifar10", "cifar100", "svhn"], "resnet32_kn_stat2": ["cifar10"]}
-    assert [c["dataset"]["name"] for c in loaded.runs] == ["cifar10", "cifar100", "svhn", "cifar10"]
+    assert [c.dataset.name for c in loaded.runs] == ["cifar10", "cifar100", "svhn", "cifar10"]
     chosen = cards.load("table8", ["seeds=1", some, "dataset=cifar100"])
     assert [row.key for row in chosen.card.rows] == ["inception_kn_stat2"] and len(chosen.runs) == 1
     digits = cards.load("table8", ["seeds=1", "rows=resnet110_gn,resnet32_gn", "dataset=digits"])
-    assert [c["dataset"]["name"] for c in digits.runs] == ["digits"] * 2
+    assert [c.dataset.name for c in digits.runs] == ["digits"] * 2
     assert [column.key for column in digits.card.columns] == ["digits"]
     of_two = cards.load("table8", ["rows=inception_ln", "columns=svhn,cifar10", "seeds=1"])
-    assert {c["dataset"]["name"] for c in of_two.runs} == {"svhn", "cifar10"}
+    assert {c.dataset.name for c in of_two.runs} == {"svhn", "cifar10"}
     for name, bad, word in (("table8", "columns=cifar1", "cifar10"), ("table7", "columns=moving", "no choice")):
         with pytest.raises(UserError, match=word):
             cards.load(name, [bad])
@@ -255,7 +259,7 @@ def test_columns_that_are_data_sets():
 
 def test_sweep_arguments():
     for text, expected in (("2", {1, 2}), ("4,7", {4, 7}), ("5,", {5})):
-        assert {c["seed"] for c in cards.load("table7", [f"seeds={text}"]).runs} == expected
+        assert {c.seed for c in cards.load("table7", [f"seeds={text}"]).runs} == expected
     assert set(cards.load("table7", ["rows=paper"]).keys) == {"bn_stat2", "bn_stat128", "kn_stat2"}
     for bad, word in (("rows=bn_stat3", "bn_stat2"), ("seeds=x", "seeds=x"), ("seeds=0", "seeds=0")):
         with pytest.raises(UserError, match=word):

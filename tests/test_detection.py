@@ -145,7 +145,7 @@ def test_a_run_may_end_within_an_epoch(root, tmp_path, monkeypatch):
     overrides = [*once([*TINY, *changes]), *place(root, tmp_path)]
     assert main(["train", *overrides]) == 0
     record, state = outcome(tmp_path)
-    assert record["curves"]["step"] == [2, 3] and (state["epoch"], state["step"]) == (1, 1)
+    assert record["curves"]["step"] == [2, 3] and (state["epoch"], state["step"]) == (2, 0)
     assert record["final"]["moving"] == record["final"]["online"]
     assert json.loads((tmp_path / record["id"] / progress.FILE).read_text())["part"] == 1
 
@@ -276,10 +276,13 @@ def test_every_image_is_counted_once(size):
 
 def test_the_recipe_is_280k_steps():
     config = compose(["dataset=coco", "arch=mask_rcnn_c4", "schedule=c4_280k", "batch=g8_s2", "budget=paper"])
-    schedule, arch = config["schedule"], config["arch"]
-    assert (config["budget"]["size"], arch["max_size"], arch["boxes"]) == (800, 1333, 256)
-    assert arch["proposals"] == [2000, 1000] and arch["roi_size"] == 14 and config["compile"] is False
-    steps = task_detection.total_steps(config, SimpleNamespace(steps_per_epoch=117_266 // 8))
+    schedule, arch = config.schedule, config.arch.options
+    assert (config.budget.size, arch["max_size"], arch["boxes"]) == (800, 1333, 256)
+    assert arch["proposals"] == [2000, 1000] and arch["roi_size"] == 14 and config.compile is False
+    task = object.__new__(task_detection.Detection)
+    task.config, task.dataset = config, config.dataset
+    task.train = SimpleNamespace(steps_per_epoch=117_266 // 8)
+    steps = task.total
     assert steps == 280_000
 
     def rate(step):
@@ -300,8 +303,8 @@ def test_the_card_of_table_6():
     card = cards.load("table6", ["seeds=1"])
     norms = {row.key: row.runs["norm"] for row in card.card.rows}
     assert norms == {"frozen_bn": "frozen", "gn": "gn", "kn": "bkn", "kn_stat1": "bkn", "kn_carried": "bkn"}
-    assert [run["batch"]["stat_batch"] for run in card.runs] == [None, None, 2, 1, 2]
-    assert all(run["dataset"]["task"] == "detection" for run in card.runs)
+    assert [run.batch.stat_batch for run in card.runs] == [None, None, 2, 1, 2]
+    assert all(run.detects for run in card.runs)
 
 
 def test_table_6_shows_ap(root, done, tmp_path, capsys):

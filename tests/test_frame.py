@@ -36,12 +36,11 @@ def test_a_row_for_each_run_and_kind_of_statistics(tmp_path: Path) -> None:
 def test_every_run_of_a_card_is_found_by_the_row_that_asks_for_it(tmp_path: Path) -> None:
     """Composed as a sweep composes it, looked up as a report does."""
     from kalmannorm.experiments.cards import load
-    from kalmannorm.experiments.config import result_part
 
     for name in ("table7", "learning-rate", "v1-table3", "layer-errors", "variants"):
         experiment = load(name, ["seeds=1", "device=cpu", "precision=fp32", "compile=false"])
         for run in experiment.runs:
-            write_record(tmp_path, result_part(run), run["seed"], 50.0, 50.0)
+            write_record(tmp_path, run.result(), run.seed, 50.0, 50.0)
         cells = Cells(report.load(tmp_path))
         for row in experiment.card.rows:
             for column in experiment.card.columns_of(row):

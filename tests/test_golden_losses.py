@@ -57,7 +57,7 @@ def losses(case: str, dtype: torch.dtype = torch.float64) -> list[float]:
     norm, options = CASES[case]
     torch.manual_seed(0)
     model = convert(ResNet(1), norm, stat_batch=2, **options).to(dtype)
-    optim = optimizer(model, {"momentum": 0.9, "weight_decay": 2e-4})
+    optim = optimizer(model, momentum=0.9, weight_decay=2e-4)
     for group in optim.param_groups:
         group["lr"] = RATES.get(case, 0.05)
     generator = torch.Generator().manual_seed(1)

@@ -121,13 +121,13 @@ def test_wrong_values_are_named(override, words):
 def rates(schedule: str, batch: str, at: list[float]) -> list[float]:
     """The learning rate at these parts of a run at the paper's budget."""
     config = compose(["dataset=imagenet", "budget=paper", f"schedule={schedule}", f"batch={batch}"])
-    grad = config["batch"]["grad_batch"]
-    total = 1_281_167 // grad * config["budget"]["epochs"]
-    return [learning_rate(round(p * total), total, config["schedule"], config["budget"]["warmup"], grad) for p in at]
+    grad = config.batch.grad_batch
+    total = 1_281_167 // grad * config.budget.epochs
+    return [learning_rate(round(p * total), total, config.schedule, config.budget.warmup, grad) for p in at]
 
 
 def test_the_step_recipe_is_90_epochs_and_scales_with_the_gradient_batch():
-    assert compose(["dataset=imagenet", "budget=paper", "schedule=imagenet_step"])["budget"]["epochs"] == 90
+    assert compose(["dataset=imagenet", "budget=paper", "schedule=imagenet_step"]).budget.epochs == 90
     parts = [0, 0.33, 0.34, 0.66, 0.67, 0.88, 0.89, 0.999]
     assert rates("imagenet_step", "g256_s32", parts) == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
     assert rates("imagenet_step", "g32_s4", [0, 0.5]) == pytest.approx([0.1 / 8, 0.01 / 8])
@@ -135,19 +135,19 @@ def test_the_step_recipe_is_90_epochs_and_scales_with_the_gradient_batch():
 
 def test_inception_s_recipes_take_170k_steps_to_zero():
     config = compose(["dataset=imagenet", "budget=paper", "schedule=imagenet_linear", "batch=g256_s32"])
-    assert round(config["budget"]["epochs"] * (1_281_167 // 256), -3) == 170_000
+    assert round(config.budget.epochs * (1_281_167 // 256), -3) == 170_000
     assert rates("imagenet_linear", "g256_s32", [0, 0.5, 0.9]) == pytest.approx([0.1, 0.05, 0.01], rel=1e-4)
     assert rates("imagenet_cosine", "g256_s32", [0, 0.5, 1]) == pytest.approx([0.1, 0.05, 0], abs=1e-6)
     assert rates("imagenet_linear", "g64_s8", [0.5]) == pytest.approx([0.05 / 4])
 
 
 def test_released_recipe_has_no_new_keys():
-    assert set(compose([])["schedule"]) == {"name", "lr", "momentum", "weight_decay"}
+    assert set(compose([]).schedule) == {"name", "lr", "momentum", "weight_decay"}
 
 
 def test_batches_are_what_their_names_say():
     for file in (conf_dir() / "batch").glob("*.yaml"):
-        batch = compose([f"batch={file.stem}"])["batch"]
+        batch = compose([f"batch={file.stem}"]).batch
         assert file.stem == f"g{batch['grad_batch']}_s{batch['stat_batch']}"
 
 
@@ -169,14 +169,14 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_cards_have_the_papers_batches_and_recipes(name):
     loaded = cards.load(name, ["budget=paper", "seeds=1"])
-    assert {(c["batch"]["grad_batch"], c["batch"]["stat_batch"]) for c in loaded.runs} == PAIRS[name]
+    assert {(c.batch.grad_batch, c.batch.stat_batch) for c in loaded.runs} == PAIRS[name]
     assert loaded.card.devices == 8
     for config in loaded.runs:
-        inception = config["arch"]["name"] == "inception_v2"
-        assert config["dataset"]["name"] == "imagenet" and config["budget"]["size"] == 224
-        assert config["schedule"]["name"] == ("imagenet_linear" if inception else "imagenet_step")
-        assert config["budget"]["epochs"] == (34 if inception else 90)
-        assert config["norm"]["options"].get("max_groups", 32) == 32
+        inception = config.arch.name == "inception_v2"
+        assert config.dataset.name == "imagenet" and config.budget.size == 224
+        assert config.schedule.name == ("imagenet_linear" if inception else "imagenet_step")
+        assert config.budget.epochs == (34 if inception else 90)
+        assert config.norm.options.get("max_groups", 32) == 32
 
 
 def test_cards_share_runs():

@@ -110,7 +110,7 @@ def test_v1_shares_one_scalar() -> None:
     for network in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double()):
         assert shared(network)
         assert F.softplus(network.get_submodule("bn1").noise_raw).item() == pytest.approx(0.02)
-    groups = optimizer(model, {"momentum": 0.9, "weight_decay": 1e-4}).param_groups
+    groups = optimizer(model, momentum=0.9, weight_decay=1e-4).param_groups
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     assert convert(Residual(), "gkn", noise="shared").get_submodule("bn").noise_raw.shape == (1,)
     with pytest.raises(ValueError, match="noise must be True, False, 'shared' or 'relative', not 'all'"):

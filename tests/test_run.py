@@ -24,12 +24,13 @@ from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import compose
 from kalmannorm.runs import worker
-from kalmannorm.train import checkpoint, loop
+from kalmannorm.train import checkpoint, loop, task_classification
 from kalmannorm.train.evaluate import evaluate
+from kalmannorm.train.loaders import loaders
 from kalmannorm.train.model import build, learning_rate, optimizer
 from kalmannorm.train.ranks import Ranks
 
-SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]
+SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "precision=fp32"]
 
 
 def place(folder: Path) -> list[str]:
@@ -61,7 +62,7 @@ def test_record_is_whole(done):
     _, overrides, record = done
     config = compose(overrides)
     assert record["id"] == records.run_id(config) and record["status"] == "done"
-    assert record["config"] == json.loads(json.dumps({k: config[k] for k in record["config"]}))
+    assert record["config"] == json.loads(json.dumps(config.result()))
     assert len(record["curves"]["moving"]) == 2 and record["curves"]["step"] == [2, 4]
     for kind in ("moving", "online", "precise"):
         assert record["final"][kind]["images"] == 360
@@ -191,7 +192,7 @@ def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, e
     overrides = [*SMALL, *extra, "budget.epochs=3", "budget.subset=512"]
     assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
     steps = []
-    stepped, evaluated = torch.optim.SGD.step, loop.evaluate
+    stepped, evaluated = torch.optim.SGD.step, task_classification.evaluate
 
     def step(self, *args):
         steps.append(1)
@@ -206,7 +207,7 @@ def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, e
         return evaluated(*args)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    monkeypatch.setattr(loop, "evaluate", evaluate_once)
+    monkeypatch.setattr(task_classification, "evaluate", evaluate_once)
     assert main(["train", *overrides, *place(tmp_path / "cut")]) == 128 + signal.SIGUSR1
     assert len(steps) == 6 and not (tmp_path / "cut" / "results").exists()
     assert main(["train", *overrides, *place(tmp_path / "cut")]) == 128 + signal.SIGTERM
@@ -338,21 +339,22 @@ def test_a_kill_between_the_renames_leaves_the_previous_checkpoint(tmp_path):
 def test_released_learning_rates_at_the_paper_s_budget():
     config = compose(["dataset=cifar10", "budget=paper"])
     steps = 390
-    rates = {epoch: learning_rate((epoch - 1) * steps, 400 * steps, config["schedule"], 400) for epoch in range(1, 401)}
+    rates = {epoch: learning_rate((epoch - 1) * steps, 400 * steps, config.schedule, None) for epoch in range(1, 401)}
     expected = {1: 0.01, 2: 0.1, 82: 0.1, 83: 0.01, 123: 0.01, 124: 0.001, 300: 0.001, 301: 0.0002, 400: 0.0002}
     assert {epoch: rates[epoch] for epoch in expected} == expected
-    assert learning_rate(steps - 1, 400 * steps, config["schedule"], 400) == 0.01
+    assert learning_rate(steps - 1, 400 * steps, config.schedule, None) == 0.01
 
 
 def test_scaled_milestones():
-    schedule = compose([])["schedule"]
-    rates = [learning_rate(step, 164, schedule, 164) for step in range(164)]
-    assert [rates.count(rate) for rate in (0.01, 0.1, 0.001)] == [1 + 41, 81, 41]
+    schedule = compose([]).schedule
+    rates = [learning_rate(step, 200, schedule, None) for step in range(200)]
+    expected = {0.01: 1 + 20, 0.1: 40, 0.001: 89, 0.0002: 50}
+    assert {rate: rates.count(rate) for rate in expected} == expected
 
 
 def test_weight_decay_is_by_module_type():
     model, _ = build(compose([*SMALL, "norm=bkn"]))
-    decayed, rest = optimizer(model, compose([])["schedule"]).param_groups
+    decayed, rest = optimizer(model, momentum=0.9, weight_decay=2e-4).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 2e-4 and rest["weight_decay"] == 0
     decayed_names = {names[id(p)] for p in decayed["params"]}
@@ -416,7 +418,7 @@ def test_every_image_is_counted_once_and_the_order_of_the_test_set_does_not_matt
     config = compose([*SMALL, "norm=bn", "batch.stat_batch=128"])
     model, _ = build(config)
     arrays = data.load("digits", Path("data"))
-    _, test = loop.loaders(config, arrays, Ranks(config))
+    _, test = loaders(config, arrays, Ranks(config))
     found = {kind: evaluate(model, test, kind, 128) for kind in ("moving", "online")}
     assert [values["images"] for values in found.values()] == [360, 360]  # 360 is no multiple of 128
     monkeypatch.setattr(test, "fixed_order", lambda: torch.arange(360))
@@ -438,10 +440,10 @@ def test_what_is_known_is_not_evaluated_again(tmp_path, monkeypatch, norm, kinds
     def interrupted(*args):
         raise RuntimeError("after the training")
 
-    monkeypatch.setattr(loop, "evaluate", kept)
+    monkeypatch.setattr(task_classification, "evaluate", kept)
     config = compose([*SMALL, *place(tmp_path), f"norm={norm}", "budget.epochs=1"])
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="after the training"):
-        patch.setattr(loop, "precise", interrupted)
+        patch.setattr(task_classification, "precise", interrupted)
         loop.run(config)
     assert [kind for kind, _ in made] == kinds
     record = loop.run(config)  # goes on behind the last epoch, whose evaluation's losses are lost

@@ -16,6 +16,7 @@ from kalmannorm.experiments.config import compose
 from kalmannorm.norm import BatchRenorm
 from kalmannorm.train import loop
 from kalmannorm.train.initialize import initialize, measure_input
+from kalmannorm.train.loaders import loaders
 from kalmannorm.train.model import build
 from kalmannorm.train.ranks import Ranks
 
@@ -32,10 +33,10 @@ def test_input_belief_is_that_of_the_preprocessed_training_set() -> None:
     arrays = data.load("digits", data.root())
     ranks = Ranks(config)
     model, _ = build(config)
-    loader, _ = loop.loaders(config, arrays, ranks)
+    loader, _ = loaders(config, arrays, ranks)
     measure_input(model, loader, ranks)
-    chosen = data.class_balanced_subset(arrays.train_labels, config["budget"]["subset"])
-    images = data.resize(arrays.train_images[chosen], config["budget"]["size"]).astype(np.float64)
+    chosen = data.class_balanced_subset(arrays.train_labels, config.budget.subset)
+    images = data.resize(arrays.train_images[chosen], config.budget.size).astype(np.float64)
     images = (images - images.mean(0)) / 128
     for name, expected in zip(INPUT_BELIEF, (images.mean((0, 1, 2)), images.var((0, 1, 2))), strict=True):
         found = model.get_buffer(name)
@@ -62,7 +63,7 @@ def test_a_run_with_an_input_belief_is_evaluated_and_exported(tmp_path: Path, ca
 def test_weight_norm_starts_from_the_first_batch_of_the_run() -> None:
     config = compose([*SMALL, "norm=wn"])
     arrays = data.load("digits", data.root())
-    loader, _ = loop.loaders(config, arrays, Ranks(config))
+    loader, _ = loaders(config, arrays, Ranks(config))
     model, _ = build(config)
     initialize(model, loader)
     x, _ = next(loader.epoch(0))

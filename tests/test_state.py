@@ -23,7 +23,8 @@ def draw() -> list[float]:
 def test_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
     """A run that goes on after a kill draws what it would have drawn."""
     model = nn.Linear(2, 2)
-    session = Session("run", tmp_path, model, torch.optim.SGD(model.parameters(), 0.1), Ranks(compose(["device=cpu"])))
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    session = Session("run", tmp_path, model, sgd, Ranks(compose(["device=cpu"])), dict, {})
     draw()
     session.save()
     expected = draw()

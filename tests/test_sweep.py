@@ -29,7 +29,7 @@ from kalmannorm.experiments.config import compose
 from kalmannorm.runs import display, lock, placement, sweep, worker
 from kalmannorm.runs.display import Board, Job
 
-SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]
+SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "precision=fp32"]
 TABLE7 = ["table7", *SMALL, "rows=bn_stat2,kn_stat2"]
 
 
@@ -299,7 +299,7 @@ def test_bad_options(tmp_path, capsys, arguments, words):
 
 def test_multirun_has_hydra_s_grammar():
     runs = multirun([*SMALL, "norm=bn,bkn", "seed=range(1,4)", "schedule.lr=[[400,0.1]]"]).runs
-    assert [(run["norm"]["name"], run["seed"]) for run in runs] == [(n, s) for n in ("bn", "bkn") for s in (1, 2, 3)]
+    assert [(run.norm.name, run.seed) for run in runs] == [(n, s) for n in ("bn", "bkn") for s in (1, 2, 3)]
     assert records.run_id(runs[0]) == records.run_id(compose([*SMALL, "norm=bn", "seed=1", "schedule.lr=[[400,0.1]]"]))
     for wrong in ("seed=range(", "norm=glob(*)", "norm=bn,bm"):
         with pytest.raises(UserError):
@@ -342,7 +342,7 @@ def test_paths_mean_the_same_elsewhere(tmp_path, monkeypatch):
     overrides = ["dataset=coco", "arch=mask_rcnn_c4", "schedule=c4_280k", "batch=g8_s2", "budget=smoke"]
     config = compose([*overrides, "weights=w.pth", "data=d", "results=r", "runs=s"])
     sweep._make_paths_absolute([job := Job(config, "key", 1, None)])
-    found = {key: job.config[key] for key in ("data", "results", "runs", "weights")}
+    found = {key: getattr(job.config, key) for key in ("data", "results", "runs", "weights")}
     assert found == {k: str(tmp_path / v) for k, v in zip(found, ("d", "r", "s", "w.pth"), strict=True)}
     assert job.folder.parent == tmp_path / "s"
 

@@ -22,7 +22,7 @@ def matching_width(config: dict[str, Any], parameters: float) -> float:
     """The width, in thousandths, at which the network of `config` comes closest to a number of parameters."""
 
     def count(thousandths: int) -> int:
-        return parameter_count({**config, "arch": {**config["arch"], "width": thousandths / 1000}})
+        return parameter_count({**config, "arch": {**config.arch, "width": thousandths / 1000}})
 
     above = bisect_left(range(4000), parameters, lo=1, key=count)
     return min((above - 1, above), key=lambda width: abs(count(width) - parameters)) / 1000
@@ -38,7 +38,7 @@ def targets() -> dict[str, float]:
 def test_widths_match_parameters(key: str) -> None:
     config = compose([*BASE, *overrides(ROWS[key].runs)])
     target, found = targets()[key], parameter_count(config)
-    assert config["arch"]["width"] == matching_width(config, target)
+    assert config.arch.options["width"] == matching_width(config, target)
     assert abs(found / target - 1) < 0.005
     ratio = found / parameter_count(compose([*BASE, "norm=bn"]))
     said = re.search(r"parameters x ([\d.]+)", ROWS[key].label)

@@ -111,7 +111,7 @@ def test_initialization_leaves_nothing_behind_when_it_fails() -> None:
 def test_weight_decay_takes_g() -> None:
     """|W|^2 = sum of g^2: the recipe's penalty, and the length of v, which changes nothing, is left alone."""
     model = convert(Residual(), "wn")
-    decayed, rest = optimizer(model, {"momentum": 0.9, "weight_decay": 0.1}).param_groups
+    decayed, rest = optimizer(model, momentum=0.9, weight_decay=0.1).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == {"fc.weight"} | {
         f"{name}.parametrizations.weight.original0" for name in convolutions(model)

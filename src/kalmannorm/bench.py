@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,11 @@ from kalmannorm.errors import UserError, nearest
 from kalmannorm.files import write_atomically
 from kalmannorm.models import ARCHS
 from kalmannorm.report.speed import quartiles
-from kalmannorm.train.loop import memory_format
 from kalmannorm.train.model import optimizer
+from kalmannorm.train.task_classification import memory_format
 
 GRAD_BATCH = 128
-SCHEDULE = {"momentum": 0.9, "weight_decay": 2e-4}
+RECIPE = {"momentum": 0.9, "weight_decay": 2e-4}
 WARM_UP = 3  # steps; compilation, allocation and caches
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def training_step(
     """Forward, backward and optimizer step as the harness trains, on one fixed batch; None: noise of CIFAR's size."""
     model.to(device).train()
     x, labels = (part.to(device) for part in batch or synthetic_batch())
-    optim = optimizer(model, SCHEDULE)
+    optim = optimizer(model, **RECIPE)
     for group in optim.param_groups:
         group["lr"] = 1e-3
     run = torch.compile(model, dynamic=False) if compiled else model
@@ -192,15 +192,15 @@ def _auto(device: torch.device, seconds: float) -> tuple[list[float], str]:
     from kalmannorm.experiments.config import compose
 
     config = compose(["dataset=cifar10", "budget=lite", "norm=bkn", f"device={device.type}"])
-    chosen = {"compiled": config["compile"], "precision": config["precision"]}
+    chosen: dict[str, Any] = {"compiled": config.compile, "precision": config.precision}
     x, labels = synthetic_batch(size=16)
     batch = x.to(memory_format=memory_format(config, device)), labels
     this = training_step(_model("bkn"), device, batch, **chosen)
     against = training_step(_model("bkn"), device, (x, labels))
     pairs = alternate(this, against, seconds, device)
     ours, theirs = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
-    form = "compiled" if config["compile"] else "eager"
-    return [b / a for a, b in pairs], f"{config['precision']}, {form}: {ours:.1f} ms a step against {theirs:.1f} ms"
+    form = "compiled" if config.compile else "eager"
+    return [b / a for a, b in pairs], f"{config.precision}, {form}: {ours:.1f} ms a step against {theirs:.1f} ms"
 
 
 def _memory(device: torch.device, seconds: float) -> tuple[list[float], str]:
@@ -246,27 +246,27 @@ def _training(device: torch.device, steps: int) -> "Iterator[tuple[Session, Step
 
     import numpy as np
 
-    from kalmannorm.data.loader import Loader
+    from kalmannorm.data import Arrays
     from kalmannorm.experiments.config import compose
-    from kalmannorm.train.loop import train_epoch
+    from kalmannorm.train.loop import open_session, train_epoch
     from kalmannorm.train.progress import Progress
     from kalmannorm.train.ranks import Ranks
-    from kalmannorm.train.state import Session, StopRequest
+    from kalmannorm.train.state import StopRequest
+    from kalmannorm.train.task_classification import Classification
 
     config = compose(["dataset=cifar10", "arch=resnet32", "norm=bkn", "budget=smoke", "budget.size=32"])
-    config["precision"], config["compile"] = "fp32", False
-    config["budget"]["epochs"] = 10**6
+    config = replace(config, precision="fp32", compile=False, budget=replace(config.budget, epochs=10**6, subset=None))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (steps * GRAD_BATCH, 32, 32, 3), dtype=np.uint8)
-    loader = Loader(images, rng.integers(0, 10, len(images)), batch=GRAD_BATCH, device=device, pad=4, flip=True)
-    model = convert(ARCHS["resnet32"](), "bkn", stat_batch=2).to(device)
-    ranks = Ranks(config)
+    labels = rng.integers(0, 10, len(images))
+    task = Classification(config, ranks := Ranks(config), Arrays(images, labels, images, labels, 10, {}))
+    task.load()
     with tempfile.TemporaryDirectory() as folder, Progress("bench", config) as progress, StopRequest(ranks) as stop:
-        session = Session("bench", Path(folder), model, optimizer(model, config["schedule"]), ranks)
+        session = open_session("bench", Path(folder), task)
         progress.begin(0, steps, GRAD_BATCH, Path(folder))
 
         def epoch() -> None:
-            train_epoch(config, session, model, loader, progress, stop)
+            train_epoch(task, session, task.model, progress, stop)
             session.begin_epoch(session.epoch + 1)
 
         yield session, epoch

@@ -188,12 +188,12 @@ def _train(options: argparse.Namespace) -> int:
     process = launch()
     config = compose(options.overrides)
     identity = run_id(config)
-    if is_done(config["results"], identity):
-        print(f"{identity}: done already, {path(config['results'], identity)}")
+    if is_done(config.results, identity):
+        print(f"{identity}: done already, {path(config.results, identity)}")
         return 0
-    check_writable(path(config["results"], identity).parent)
+    check_writable(path(config.results, identity).parent)
     # The first process of a distributed run holds the lock for all of them.
-    with hold(config["runs"], identity) if process.rank == 0 else nullcontext():
+    with hold(config.runs, identity) if process.rank == 0 else nullcontext():
         from kalmannorm.train.run import execute
 
         code = 0 if execute(config)["status"] == "done" else 1
@@ -276,15 +276,16 @@ def _ffcv(options: argparse.Namespace, root: Path) -> int:
     from kalmannorm import data
     from kalmannorm.data.beton_write import Form, write
     from kalmannorm.experiments.config import compose
+    from kalmannorm.experiments.settings import FolderDataset
 
-    dataset = compose([f"dataset={options.dataset}", f"data={root}"])["dataset"]
-    if "loader" not in dataset:
+    dataset = compose([f"dataset={options.dataset}", f"data={root}"]).dataset
+    if not isinstance(dataset, FolderDataset):
         raise UserError(f"dataset {options.dataset!r} fits into memory: FFCV's files are for image folders")
     form = Form(options.mode, options.quality, options.max_resolution)
     workers = data.workers_of(options.workers, 1)
     out = Path(options.out) if options.out else None
     folder = write(
-        dataset, root, out, form=form, workers=workers, skip=options.skip_unreadable, timeout=options.timeout
+        dataset.values(), root, out, form=form, workers=workers, skip=options.skip_unreadable, timeout=options.timeout
     )
     print(f"{options.dataset}: {folder}; train on it with dataset={options.dataset} dataset.loader=ffcv data={folder}")
     return 0

@@ -1,6 +1,5 @@
 """Experiments: the runs that a card asks for (experiments/card.py), composed."""
 
-import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -49,13 +48,13 @@ def load(name: str, arguments: list[str]) -> Experiment:
             of_row = cards.overrides(card.settings(row, column))
             config = compose(_last_of_each(of_row, overrides, ["seed=0"]), among_many=True)
             for seed in seeds:
-                run = copy.deepcopy(config) | {"seed": seed}
+                run = replace(config, seed=seed)
                 if run_id(run) not in known:
                     known.add(run_id(run))
                     experiment.runs.append(run)
                     experiment.keys.append(f"{row.key} {column.key}" if column else row.key)
     # Seed by seed, so that a sweep that is cut short has whole comparisons.
-    order = sorted(range(len(experiment.runs)), key=lambda i: experiment.runs[i]["seed"])
+    order = sorted(range(len(experiment.runs)), key=lambda i: experiment.runs[i].seed)
     experiment.runs = [experiment.runs[i] for i in order]
     experiment.keys = [experiment.keys[i] for i in order]
     return experiment

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from kalmannorm.experiments.config import Config
-
 Run = Mapping[str, Any]  # a record
-Kind = Callable[[Config], tuple[Any, ...]]
+Result = Mapping[str, Any]  # what determines a run's result: a record's `config`
+Kind = Callable[[Result], tuple[Any, ...]]
 
 
-def predictor(runs: Iterable[Run]) -> Callable[[Config], float | None]:
+def predictor(runs: Iterable[Run]) -> Callable[[Result], float | None]:
     """A function from a run's configuration to its device-seconds: training and evaluation, on a device as the recorded
     runs' (the caller chooses them). None where none of them is of the same network, normalizer, resolution and data."""
     done = [r for r in runs if r["status"] == "done" and (r.get("host") or {}).get("seconds")]
@@ -17,7 +16,7 @@ def predictor(runs: Iterable[Run]) -> Callable[[Config], float | None]:
     whole = [r for r in done if r["config"]["budget"]["subset"] is None and "data" in r]
     sizes = {r["config"]["dataset"]["name"]: _images(r) for r in whole}
 
-    def predict(config: Config) -> float | None:
+    def predict(config: Result) -> float | None:
         budget, dataset = config["budget"], config["dataset"]
         images = budget["subset"] or sizes.get(dataset["name"]) or (dataset.get("published") or [None])[0]
         for kind, rates in kinds:
@@ -39,12 +38,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _same_network(config: Config) -> tuple[Any, ...]:
+def _same_network(config: Result) -> tuple[Any, ...]:
     arch, norm = sorted(config["arch"].items()), config["norm"]
     return str(arch), norm["name"], norm.get("predictor"), config["budget"]["size"], config["dataset"]["name"]
 
 
-def _same_batch(config: Config) -> tuple[Any, ...]:
+def _same_batch(config: Result) -> tuple[Any, ...]:
     return *_same_network(config), config["batch"]["grad_batch"], config["batch"]["stat_batch"]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, get_args
 
 from kalmannorm import machine
 from kalmannorm.errors import UserError
-from kalmannorm.experiments.config import RESULT_KEYS, Config, result_part
+from kalmannorm.experiments.config import RESULT_KEYS, Config
 from kalmannorm.files import write_atomically
 
 if TYPE_CHECKING:
@@ -46,9 +46,14 @@ class Record(TypedDict):
     final_on_training_images: NotRequired[dict[str, Any]]  # a detector's
 
 
-def run_id(config: Config, numerics: int | None = None) -> str:
-    """Hash what determines the result: 12 hexadecimal digits. `numerics`: another version's than this."""
-    text = json.dumps({"numerics": NUMERICS if numerics is None else numerics, **result_part(config)}, sort_keys=True)
+def run_id(config: Config) -> str:
+    """Hash what determines the result: 12 hexadecimal digits."""
+    return _hash(config.result(), NUMERICS)
+
+
+def _hash(result: Mapping[str, Any], numerics: int) -> str:
+    """Hash the configuration of a record made under `numerics`, which may be another version's."""
+    text = json.dumps({"numerics": numerics, **{key: result[key] for key in RESULT_KEYS}}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -59,7 +64,7 @@ def begin(config: Config, parameters: int, data: dict[str, Any], device: str, pr
         "numerics": NUMERICS,
         "status": "done",
         "reason": None,
-        "config": result_part(config),
+        "config": config.result(),
         "parameters": parameters,
         "data": data,
         "host": machine.host(device) | {"processes": processes},
@@ -173,7 +178,7 @@ def _problem(record: Any, stem: str) -> str | None:
         return problem
     if missing := [key for key in RESULT_KEYS if key not in record["config"]]:
         return f"its config has no {', '.join(missing)}"
-    if record["id"] != (expected := run_id(record["config"], record["numerics"])):
+    if record["id"] != (expected := _hash(record["config"], record["numerics"])):
         return f"its id is not that of its configuration, {expected} (edited after the run, or made up)"
     return None
 

@@ -135,7 +135,7 @@ def _test(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
         from kalmannorm.experiments.config import compose
 
         # What every composition of the choice has in common: its name, or where it has none its settings.
-        composed: dict[str, Any] = compose([override])[key]
+        composed = compose([override]).values()[key]
         wanted = {"name": composed["name"]} if "name" in composed else composed
         return lambda record: all(record["config"][key].get(name) == value for name, value in wanted.items())
     if key in CHOICES:

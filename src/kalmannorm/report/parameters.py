@@ -43,7 +43,7 @@ def sheet(card: Card) -> Sheet:
 
 def count(settings: Settings) -> int:
     """Parameters of the network that runs of these settings train."""
-    return _count(json.dumps(compose(cards.overrides(settings), among_many=True)))
+    return _count(json.dumps(compose(cards.overrides(settings), among_many=True).result()))
 
 
 @functools.cache  # a report counts for the table and for the claims

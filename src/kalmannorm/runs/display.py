@@ -27,7 +27,7 @@ class Job:
         self.config, self.key, self.devices = config, key, devices
         self.device_seconds = device_seconds  # predicted, None where nothing like it was measured
         self.identity = run_id(config)
-        self.folder = Path(config["runs"]) / self.identity
+        self.folder = Path(config.runs) / self.identity
         self.state = WAITING
         self.reason = ""  # why it failed, or who has it
         self.attempts = 0
@@ -84,7 +84,7 @@ class Board:
     def say(self, job: Job, text: str) -> None:
         """One event of a run."""
         ended = self.total - sum(j.state in (WAITING, RUNNING, ELSEWHERE) for j in self.jobs)
-        line = f"[{ended}/{self.total}] {job.identity} {describe(job.config)}: {text}"
+        line = f"[{ended}/{self.total}] {job.identity} {describe(job.config.result())}: {text}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def counts(self) -> str:
@@ -113,7 +113,7 @@ class Board:
         for job in rows[: max(3, self._console.height - 4)]:
             state = Text(job.state, COLOURS.get(job.state, "dim"))
             table.add_row(
-                job.identity, job.key, describe(job.config), state, Text(self._note(job), overflow="ellipsis")
+                job.identity, job.key, describe(job.config.result()), state, Text(self._note(job), overflow="ellipsis")
             )
         return Group(table, Text(self.counts(), "bold"))
 

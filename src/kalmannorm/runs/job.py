@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kalmannorm.errors import Stopped, UserError
 from kalmannorm.experiments import record as records
-from kalmannorm.experiments.config import Config, result_part
+from kalmannorm.experiments.config import Config
 from kalmannorm.files import write_atomically
 from kalmannorm.runs.lock import Busy, hold
 
@@ -43,10 +43,10 @@ def attempt(config: Config, devices: int = 1, gpus: str | None = None) -> Outcom
     """
     identity = records.run_id(config)
     try:
-        with hold(config["runs"], identity) as lock:
-            if records.is_done(config["results"], identity):  # by another process, since the sweep looked
+        with hold(config.runs, identity) as lock:
+            if records.is_done(config.results, identity):  # by another process, since the sweep looked
                 return Outcome("done")
-            _log_to(Path(config["runs"]) / identity / LOG)
+            _log_to(Path(config.runs) / identity / LOG)
             return perform(config) if devices == 1 else _with_torchrun(config, devices, gpus, lock)
     except Busy as error:
         return Outcome("busy", str(error))
@@ -93,17 +93,17 @@ def _of_the_machine(error: BaseException) -> bool:
 def write_failed(config: Config, reason: str) -> None:
     """The record of a run that failed for good: tables say so in its place."""
     identity = records.run_id(config)
-    if records.is_done(config["results"], identity):
+    if records.is_done(config.results, identity):
         return
     record: records.Record = {
         "id": identity,
         "numerics": records.NUMERICS,
         "status": "failed",
         "reason": reason,
-        "config": result_part(config),
-        "host": {"started": datetime.now(UTC).isoformat(timespec="seconds"), "device": config["device"]},
+        "config": config.result(),
+        "host": {"started": datetime.now(UTC).isoformat(timespec="seconds"), "device": config.device},
     }
-    records.write(config["results"], record)
+    records.write(config.results, record)
 
 
 def _log_to(file: Path) -> None:
@@ -120,7 +120,7 @@ def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) ->
     """The run on several processes of this machine. torchrun holds the lock too, as it may outlive this one."""
     with tempfile.TemporaryDirectory(prefix="kalmannorm-") as folder:
         order, answer = Path(folder) / "config.json", Path(folder) / "outcome.json"
-        order.write_text(json.dumps(config))
+        order.write_text(json.dumps(config.values()))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
         command += ["-m", "kalmannorm.runs.job", str(order), str(answer)]
         environment = os.environ if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
@@ -149,7 +149,7 @@ def main(order: str, answer: str) -> None:
     from kalmannorm.train.ranks import end_process, leave_with_parent
 
     leave_with_parent()
-    outcome = perform(json.loads(Path(order).read_text()))
+    outcome = perform(Config.read(json.loads(Path(order).read_text())))
     if int(os.environ["RANK"]) == 0:
         write_atomically(Path(answer), json.dumps(asdict(outcome)).encode())
     well = outcome.status in ("done", "diverged")

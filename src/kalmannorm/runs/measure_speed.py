@@ -33,11 +33,11 @@ def measure(experiment: Experiment, dry_run: bool = False) -> int:
     device = Ranks(baseline).device
     host = machine.host(str(device))
     print(f"{card.name}: {card.title}", file=sys.stderr)
-    for compiled in (False, True) if baseline["compile"] else (False,):
-        parts = {key: measured_part(config, compiled) for key, config in configs.items()}
+    for compiled in (False, True) if baseline.compile else (False,):
+        parts = {key: measured_part(config.result(), compiled) for key, config in configs.items()}
         identity = _identity(card.name, parts, host)
-        file = Path(baseline["results"]) / FOLDER / f"{identity}.json"
-        words = f"{baseline['budget']['size']} px, {batches(baseline)}, {'compiled' if compiled else 'eager'}"
+        file = Path(baseline.results) / FOLDER / f"{identity}.json"
+        words = f"{baseline.budget.size} px, {batches(baseline.result())}, {'compiled' if compiled else 'eager'}"
         state = "done" if file.exists() else f"to measure, {card.seconds} s and more"
         print(f"  {identity}  {words}, {where({'host': host})}  {state}", file=sys.stderr)
         if file.exists() or dry_run:
@@ -66,9 +66,9 @@ def _alternate(configs: dict[str, Config], card: Card, device: Any, compiled: bo
 
     steps = {}
     for key, config in configs.items():
-        batch = synthetic_batch(config["batch"]["grad_batch"], config["budget"]["size"], config["dataset"]["classes"])
+        batch = synthetic_batch(config.batch.grad_batch, config.budget.size, config.dataset.classes)
         model, _ = build(config)
-        steps[key] = training_step(model, device, batch, compiled=compiled, precision=config["precision"])
+        steps[key] = training_step(model, device, batch, compiled=compiled, precision=config.precision)
     other = next(key for key in configs if key != card.baseline)
     base = str(card.baseline)
     pairs = alternate(steps[other], steps[base], card.seconds, device)

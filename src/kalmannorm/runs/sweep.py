@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from kalmannorm.experiments import record as records
 from kalmannorm.experiments.cards import Experiment, load
 from kalmannorm.experiments.config import Config, batches, check_batches
 from kalmannorm.experiments.predict import duration, on_device, predictor
+from kalmannorm.experiments.settings import CocoDataset, FolderDataset
 from kalmannorm.files import check_writable
 from kalmannorm.runs.display import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, WAITING, Board, Job
 from kalmannorm.runs.job import LOG, Outcome, write_failed
@@ -64,21 +66,21 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     after which the same command goes on."""
     if (world := machine.launch().world) > 1:
         raise UserError(f"a sweep starts processes itself: without torchrun, pass devices={world}")
-    found = records.read_all(experiment.runs[0]["results"])
+    found = records.read_all(experiment.runs[0].results)
     done = {record["id"] for record in records.current(found) if record["status"] == "done"}
-    device = experiment.runs[0]["device"]
+    device = experiment.runs[0].device
     predict = predictor(on_device(found, device))
     on_gpu = device == "cuda"
     asked = options.devices or (experiment.card.devices if on_gpu else 1)
     asked = min(asked, options.gpu_count or asked)
     jobs = []
     for key, config in zip(experiment.keys, experiment.runs, strict=True):
-        jobs.append(Job(config, key, _devices(config, asked), predict(config)))
+        jobs.append(Job(config, key, _devices(config, asked), predict(config.result())))
     missing = [job for job in jobs if job.identity not in done]
     _announce(experiment, jobs, missing, list_all=dry_run)
     if dry_run or not missing:
         return 0
-    check_writable(records.path(missing[0].config["results"], "").parent)
+    check_writable(records.path(missing[0].config.results, "").parent)
     _check_data(missing)
     if options.launcher != "local":
         _make_paths_absolute(missing)
@@ -103,7 +105,7 @@ def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> N
         while waiting or running or elsewhere:
             while waiting and launcher.room(waiting[0].devices) and not asked:
                 job = waiting.popleft()
-                if (who := holder(job.config["runs"], job.identity)) is not None:
+                if (who := holder(job.config.runs, job.identity)) is not None:
                     elsewhere.append(_moved(job, who, board))
                     continue
                 job.state, job.began, job.attempts = RUNNING, time.time(), job.attempts + 1
@@ -119,9 +121,9 @@ def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> N
                     waiting.append(job)
             if time.time() - looked > LOOK_EVERY:
                 looked = time.time()
-                for job in [job for job in elsewhere if holder(job.config["runs"], job.identity) is None]:
+                for job in [job for job in elsewhere if holder(job.config.runs, job.identity) is None]:
                     elsewhere.remove(job)
-                    if records.is_done(job.config["results"], job.identity):
+                    if records.is_done(job.config.results, job.identity):
                         job.state, job.reason = DONE, "by another process"
                         board.say(job, "done by another process")
                     else:
@@ -138,7 +140,7 @@ def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
     job.seconds, job.reason = time.time() - job.began, outcome.reason
     if outcome.status == "done":
         job.state = DONE
-        record = records.read(job.config["results"], job.identity)
+        record = records.read(job.config.results, job.identity)
         assert record is not None
         for other in board.jobs:  # what was not predicted takes as long as its like
             if other.key == job.key and other.device_seconds is None:
@@ -146,7 +148,7 @@ def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
         shown = "  ".join(f"{kind} {records.headline(values)}" for kind, values in record["final"].items())
         board.say(job, f"done in {duration(job.seconds)}, {shown}")
     elif outcome.status == "busy":
-        _moved(job, holder(job.config["runs"], job.identity) or "it has just left", board)
+        _moved(job, holder(job.config.runs, job.identity) or "it has just left", board)
     elif outcome.status == "refused":
         job.state = REFUSED
         board.say(job, f"refused: {outcome.reason}")
@@ -203,7 +205,7 @@ def _conclude(jobs: list[Job]) -> int:
     refused = [job for job in jobs if job.state == REFUSED]
     failed = [job for job in jobs if job.state == FAILED]
     for job in failed:
-        print(f"{job.identity} {job.key} seed {job.config['seed']}: {job.reason}", file=sys.stderr)
+        print(f"{job.identity} {job.key} seed {job.config.seed}: {job.reason}", file=sys.stderr)
         print(*(f"    {line}" for line in _tail(job.folder / LOG)), sep="\n", file=sys.stderr)
         print(f"    ({job.folder / LOG}, {job.attempts} attempts)", file=sys.stderr)
     if failed:
@@ -234,7 +236,7 @@ def _announce(experiment: Experiment, jobs: list[Job], missing: list[Job], list_
             state += "" if job.predicted is None else f", about {duration(job.predicted)}"
             state += f" on {job.devices} devices" if job.devices > 1 else ""
             state += ", time not measured" if job.predicted is None else ""
-        where = f"{job.key:18} {batches(job.config):9} seed {job.config['seed']}"
+        where = f"{job.key:18} {batches(job.config.result()):9} seed {job.config.seed}"
         print(f"  {job.identity}  {where}  {state}", file=sys.stderr)
     seconds = sum(job.device_seconds for job in missing if job.device_seconds is not None)
     unknown = sum(job.device_seconds is None for job in missing)
@@ -262,17 +264,18 @@ def _check_data(jobs: list[Job]) -> None:
     """UserError where data are missing, before a worker starts or Slurm queues a job that would say so days later."""
     from kalmannorm import data
 
-    folders = {(job.config["data"], job.config["dataset"]["name"]): job.config for job in jobs}
+    folders = {(job.config.data, job.config.dataset.name): job.config for job in jobs}
     for config in folders.values():
-        root, dataset = data.root(config["data"]), config["dataset"]
-        if dataset.get("task") == "detection":
+        root, dataset = data.root(config.data), config.dataset
+        if isinstance(dataset, CocoDataset):
             from kalmannorm.data import coco
 
-            coco.find(dataset["name"], root)
-        elif dataset.get("loader") == "torchvision":
-            data.folder.find(root, dataset)
-        elif dataset["name"] in data.PREPARE and not (root / dataset["name"]).exists():
-            data.load(dataset["name"], root)  # which says what to do
+            coco.find(dataset.name, root)
+        elif isinstance(dataset, FolderDataset):
+            if dataset.loader == "torchvision":
+                data.folder.find(root, dataset.values())
+        elif dataset.name in data.PREPARE and not (root / dataset.name).exists():
+            data.load(dataset.name, root)  # which says what to do
 
 
 def _make_paths_absolute(jobs: list[Job]) -> None:
@@ -281,22 +284,22 @@ def _make_paths_absolute(jobs: list[Job]) -> None:
 
     for job in jobs:
         config = job.config
-        config["data"] = str(data.root(config["data"]).absolute())
-        config |= {key: str(Path(config[key]).absolute()) for key in ("results", "runs")}
-        if config["weights"] is not None:
-            config["weights"] = str(Path(config["weights"]).expanduser().absolute())
-        job.folder = Path(config["runs"]) / job.identity
+        weights = config.weights and str(Path(config.weights).expanduser().absolute())
+        results, runs = (str(Path(place).absolute()) for place in (config.results, config.runs))
+        root = str(data.root(config.data).absolute())
+        job.config = replace(config, data=root, results=results, runs=runs, weights=weights)
+        job.folder = Path(runs) / job.identity
 
 
 def _launcher(options: Options, config: Config, runs: int) -> Launcher:
     if options.launcher == "ray":
         from kalmannorm.runs.ray import OnRay
 
-        return OnRay(options, config["device"])
+        return OnRay(options, config.device)
     if options.launcher == "slurm":
         from kalmannorm.runs.slurm import OnSlurm
 
-        return OnSlurm(options, config["device"], config["runs"])
+        return OnSlurm(options, config.device, config.runs)
     from kalmannorm.runs.pool import Local
 
-    return Local(options, config["device"], runs)
+    return Local(options, config.device, runs)

@@ -46,7 +46,7 @@ class Worker:
         if self.process is None:
             self._spawn(config)
         assert self.process is not None and self.process.stdin is not None
-        order = {"config": config, "devices": devices, "gpus": gpus}
+        order = {"config": config.values(), "devices": devices, "gpus": gpus}
         try:
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
         except BrokenPipeError:  # it died since; `outcome` says so
@@ -97,7 +97,7 @@ class Worker:
         self.process = None
 
     def _spawn(self, first: Config) -> None:
-        log = Path(first["runs"]) / run_id(first) / LOG
+        log = Path(first.runs) / run_id(first) / LOG
         check_writable(log.parent)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
@@ -130,7 +130,7 @@ def main() -> None:
     while line := orders.get():
         order = json.loads(line)
         busy.set()
-        outcome = attempt(order["config"], order["devices"], order["gpus"])
+        outcome = attempt(Config.read(order["config"]), order["devices"], order["gpus"])
         busy.clear()
         answers.write(json.dumps(asdict(outcome)) + "\n")
         if outcome.status == "stopped":

@@ -1,7 +1,7 @@
 """A detection run's model: Mask R-CNN with its normalizers converted part by part, its weights, its constants."""
 
-import copy
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from kalmannorm.data.batches import mix
 from kalmannorm.data.coco import TrainingBatches
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.settings import DetectionSchedule, Norm
 from kalmannorm.models.detection.c4 import MaskRCNNC4
 from kalmannorm.models.detection.fpn import MaskRCNNFPN
 from kalmannorm.norm import Estimator
@@ -33,8 +34,8 @@ CONSTANTS_BATCHES = 10
 
 def build(config: Config) -> nn.Module:
     """The converted detector, with fresh weights from the run's seed. UserError: an unknown architecture or option."""
-    arch, norm = dict(config["arch"]), config["norm"]
-    name, frozen_stages, roi_belief = arch.pop("name"), arch.pop("frozen_stages", None), arch.pop("roi_belief", "end")
+    name, arch, norm = config.arch.name, dict(config.arch.options), config.norm
+    frozen_stages, roi_belief = arch.pop("frozen_stages", None), arch.pop("roi_belief", "end")
     arch.pop("pretrained", None)
     if name not in DETECTORS:
         raise UserError(nearest(name, list(DETECTORS), "detector"))
@@ -42,29 +43,29 @@ def build(config: Config) -> nn.Module:
         raise UserError(f"arch.roi_belief = {roi_belief}: expected end or carry")
     if not isinstance(frozen_stages, int) or not 0 <= frozen_stages <= 4:
         raise UserError(f"arch.frozen_stages = {frozen_stages}: expected 0 to 4 (2: the stem and layer1)")
-    if "of_steps" not in config["schedule"]:
-        raise UserError(f"schedule {config['schedule']['name']} is a classifier's: pass schedule=c4_280k")
-    if norm["name"] in NEEDS_MORE:
-        raise UserError(f"norm {norm['name']} {NEEDS_MORE[norm['name']]}, which detection does not have")
-    torch.manual_seed(config["seed"])
+    if not isinstance(config.schedule, DetectionSchedule):
+        raise UserError(f"schedule {config.schedule.name} is a classifier's: pass schedule=c4_280k")
+    if norm.name in NEEDS_MORE:
+        raise UserError(f"norm {norm.name} {NEEDS_MORE[norm.name]}, which detection does not have")
+    torch.manual_seed(config.seed)
     try:
-        model = DETECTORS[name](classes=config["dataset"]["classes"], size=config["budget"]["size"], **arch)
+        model = DETECTORS[name](classes=config.dataset.classes, size=config.budget.size, **arch)
     except TypeError as error:
         raise UserError(f"arch {name}: {error}") from None
-    kalman = {"preset": norm["preset"], "predictor": norm["predictor"]} if norm["preset"] else {}
+    kalman = {"preset": norm.preset, "predictor": norm.predictor} if norm.preset else {}
     try:
         convert_parts(
             model,
-            norm["name"],
-            stat_batch=config["batch"]["stat_batch"],
+            norm.name,
+            stat_batch=config.batch.stat_batch,
             carry=roi_belief == "carry",
             **kalman,
-            **norm["options"],
+            **norm.options,
         )
     except ValueError as error:
-        raise UserError(f"norm {norm['name']} on {name}: {error}") from None
+        raise UserError(f"norm {norm.name} on {name}: {error}") from None
     for number, part in enumerate(converted_parts(model).values()):
-        seed_noise(part, mix(config["seed"], number))
+        seed_noise(part, mix(config.seed, number))
     for stage in STAGES[: frozen_stages + 1] if frozen_stages else ():
         body(model).get_submodule(stage).requires_grad_(False)
     return model
@@ -185,9 +186,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches) -> int:
     """Gives frozen normalizers constants where no pretrained weights did: means and variances under the weights as they
     are, over CONSTANTS_BATCHES training batches (mean over the batches). Returns the number of images seen."""
-    plain: Config = copy.deepcopy(config)
-    plain["norm"] = {"name": "bn", "preset": None, "predictor": None, "options": {}}
-    plain["batch"]["stat_batch"] = None
+    norm = Norm(name="bn", preset=None, predictor=None, options={})
+    plain = replace(config, norm=norm, batch=replace(config.batch, stat_batch=None))
     twin = build(plain).to(batches.device)
     constants = ("running_mean", "running_var")
     state = {key: value for key, value in model.state_dict().items() if not key.endswith(constants)}

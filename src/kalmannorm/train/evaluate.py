@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm.data.batches import Batches
-from kalmannorm.experiments.config import Config
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.modes import normalizers, precise_statistics, probing, set_statistics, shard_noise, spread_batches
@@ -26,11 +25,6 @@ PRECISE_BATCHES = 200
 GAP_BINS = 64
 # Two variances of every group: the one measured, and the one that normalizes (KN: the posterior).
 KINDS = ("measured", "used")
-
-
-def arithmetic(config: Config, device: torch.device) -> torch.autocast:
-    """The precision in which a run is trained and evaluated, as a context."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
 
 
 @torch.no_grad()

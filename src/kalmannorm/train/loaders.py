@@ -17,30 +17,31 @@ from kalmannorm.data.folder import find_unreadable
 from kalmannorm.data.loader import Loader
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.settings import ArrayDataset, FolderDataset
 from kalmannorm.files import write_atomically
 from kalmannorm.train.ranks import Ranks
 
 
 def open_data(config: Config, ranks: Ranks) -> data.Source:
     """The data set, checked. UserError: it is missing or damaged, or has another number of classes than configured."""
-    dataset = config["dataset"]
-    source = data.source(dataset, data.root(config["data"]))
-    if source.classes != dataset["classes"]:
-        raise UserError(f"{dataset['name']} has {source.classes} classes, not dataset.classes = {dataset['classes']}")
+    dataset = config.dataset
+    source = data.source(dataset.values(), data.root(config.data))
+    if source.classes != dataset.classes:
+        raise UserError(f"{dataset.name} has {source.classes} classes, not dataset.classes = {dataset.classes}")
     if isinstance(source, data.Images):
         if source.provenance["sha256"] != ranks.from_main(source.provenance["sha256"]):
             raise UserError(f"the processes see different files in {source.train.root.parent}: one folder for all")
-        if dataset["unreadable"] == "skip":
+        if isinstance(dataset, FolderDataset) and dataset.unreadable == "skip":
             source = source.without(ranks.from_main(_unreadable(config, source) if ranks.main else None))
     return source
 
 
 def _unreadable(config: Config, images: data.Images) -> dict[str, list[list[Any]]]:
     """What cannot be read, found once for these files and kept: to read all of ImageNet takes minutes to an hour."""
-    kept = Path(config["runs"]) / f"unreadable-{images.provenance['sha256'][:16]}.json"
+    kept = Path(config.runs) / f"unreadable-{images.provenance['sha256'][:16]}.json"
     if kept.exists():
         return dict(json.loads(kept.read_text()))
-    found = find_unreadable(images, data.workers_of(config["workers"], 1))
+    found = find_unreadable(images, data.workers_of(config.workers, 1))
     write_atomically(kept, json.dumps(found).encode())
     return found
 
@@ -48,10 +49,10 @@ def _unreadable(config: Config, images: data.Images) -> dict[str, list[list[Any]
 def loaders(config: Config, source: data.Source, ranks: Ranks, whole: bool = False) -> tuple[Batches, Batches]:
     """Training and test images at the budget's resolution, on the device. Dealt out to the ranks; `whole`: all of them
     for this one."""
-    norm = config["norm"]
+    norm = config.norm
     shard = (0, 1) if whole else ranks.shard
     # The sampling predictor's draws and the guard know a whole batch of groups: each rank evaluates all the images.
-    together = norm["predictor"] == "sampling" or norm["options"].get("guard") is not None
+    together = norm.predictor == "sampling" or norm.options.get("guard") is not None
     test_shard = (0, 1) if together else shard
     if isinstance(source, data.Arrays):
         return _in_memory(config, source, ranks, shard, test_shard)
@@ -62,21 +63,22 @@ def _in_memory(
     config: Config, arrays: data.Arrays, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
 ) -> tuple[Batches, Batches]:
     """Both under the training images' mean."""
-    budget, dataset = config["budget"], config["dataset"]
+    budget, dataset = config.budget, config.dataset
+    assert isinstance(dataset, ArrayDataset)
     images, labels = arrays.train_images, arrays.train_labels
-    if budget["subset"] is not None:
-        chosen = data.class_balanced_subset(labels, budget["subset"])
+    if budget.subset is not None:
+        chosen = data.class_balanced_subset(labels, budget.subset)
         images, labels = images[chosen], labels[chosen]
-    size = budget["size"]
+    size = budget.size
     train = Loader(
         data.resize(images, size),
         labels,
-        batch=config["batch"]["grad_batch"],
+        batch=config.batch.grad_batch,
         device=ranks.device,
         # The released 4 is for 32 pixels; none stays none.
-        pad=max(1, round(dataset["pad"] * size / 32)) if dataset["pad"] else 0,
-        flip=dataset["flip"],
-        seed=config["seed"],
+        pad=max(1, round(dataset.pad * size / 32)) if dataset.pad else 0,
+        flip=dataset.flip,
+        seed=config.seed,
         shard=shard,
     )
     test = Loader(
@@ -93,11 +95,11 @@ def _in_memory(
 def recoloured(config: Config, source: data.Source, train: Batches, device: torch.device) -> dict[str, Batches]:
     """The test images in other colours, by what was done to them, all of them for this process; none where
     `dataset.recolour` is not set. Appearance changes and content does not: IBN-Net's question. The numbers are ours."""
-    if not config["dataset"].get("recolour"):
+    if not isinstance(config.dataset, ArrayDataset) or not config.dataset.recolour:
         return {}
     if not isinstance(source, data.Arrays) or not isinstance(train, Loader):
         raise UserError("dataset.recolour is for data sets in memory")
-    images = data.resize(source.test_images, config["budget"]["size"]).astype(np.float32)
+    images = data.resize(source.test_images, config.budget.size).astype(np.float32)
     mean = images.mean((1, 2), keepdims=True)
     changed = {
         "rgb_50": images + 50,
@@ -118,21 +120,22 @@ def _streamed(
     from kalmannorm.data.beton_loader import BetonLoader  # here, as torchvision's transforms take a second to import
     from kalmannorm.data.stream import FolderLoader
 
-    dataset, subset = config["dataset"], config["budget"]["subset"]
+    dataset, subset = config.dataset, config.budget.subset
+    assert isinstance(dataset, FolderDataset)
     common: dict[str, Any] = {
-        "size": config["budget"]["size"],
-        "flip": dataset["flip"],
-        "mean": dataset["mean"],
-        "std": dataset["std"],
+        "size": config.budget.size,
+        "flip": dataset.flip,
+        "mean": dataset.mean,
+        "std": dataset.std,
         "device": ranks.device,
-        "seed": config["seed"],
-        "workers": data.workers_of(config["workers"], ranks.world),
+        "seed": config.seed,
+        "workers": data.workers_of(config.workers, ranks.world),
     }
     kind: Any = BetonLoader if isinstance(source, data.Betons) else FolderLoader
     train = source.train
     if subset is not None:
         train = train.take(data.class_balanced_subset(train.labels, subset))
     return (
-        kind(train, batch=config["batch"]["grad_batch"], shard=shard, **common),
+        kind(train, batch=config.batch.grad_batch, shard=shard, **common),
         kind(source.test, batch=test_shard[1], shard=test_shard, **common),
     )

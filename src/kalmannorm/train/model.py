@@ -1,7 +1,7 @@
 """A run's model and optimizer, from its configuration. What can be wrong is found before any data is read."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from kalmannorm.conversion import Converted, convert
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.settings import DetectionSchedule, Schedule
 from kalmannorm.mapping import Mapped
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.norm import SparseSwitchableNorm
@@ -37,7 +38,7 @@ def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
     """
     model = network(config)
     _try_out(model, config)
-    last = LAST_NORMALIZERS[config["arch"]["name"]]
+    last = LAST_NORMALIZERS[config.arch.name]
     # What is made of several parts has its averages in one of them.
     inner = {name.rpartition(".")[0]: name for name in normalizers(model)}
     return model, tuple(inner.get(name, name) for name in last)
@@ -48,18 +49,18 @@ def network(config: Config) -> Converted:
 
     UserError: an unknown architecture or option; a normalizer that does not fit a layer, named.
     """
-    arch, norm, batch = dict(config["arch"]), config["norm"], config["batch"]
-    name = arch.pop("name")
+    arch, norm, name = config.arch, config.norm, config.arch.name
     if name not in ARCHS:
         raise UserError(nearest(name, list(ARCHS), "arch"))
-    if "of_steps" in config["schedule"]:
-        raise UserError(f"schedule {config['schedule']['name']} is a detector's, in steps: pass schedule=released")
-    torch.manual_seed(config["seed"])
+    if isinstance(config.schedule, DetectionSchedule):
+        raise UserError(f"schedule {config.schedule.name} is a detector's, in steps: pass schedule=released")
+    torch.manual_seed(config.seed)
     try:
-        plain = ARCHS[name](classes=config["dataset"]["classes"], **arch)
+        plain = ARCHS[name](classes=config.dataset.classes, **arch.options)
     except TypeError as error:
         raise UserError(f"arch {name}: {error}") from None
-    chosen = {key: norm[key] for key in ("preset", "predictor") if norm[key]} | norm["options"]
+    given = {"preset": norm.preset, "predictor": norm.predictor}
+    chosen = {key: value for key, value in given.items() if value} | norm.options
     if weights := chosen.pop("weights", None):
         try:
             whiten_weights(plain, **{key: value for key, value in weights.items() if key not in REFRESH})
@@ -68,25 +69,27 @@ def network(config: Config) -> Converted:
     if "input_belief" in chosen:
         chosen["input_belief"] = UNMEASURED
     try:
-        named: str | Mapped = norm["name"]
+        named: str | Mapped = norm.name
         if placement := chosen.pop("placement", None):
             if placement not in PLACEMENTS:
                 raise UserError(nearest(placement, list(PLACEMENTS), "norm.options.placement"))
             named = PLACEMENTS[placement](plain)
-        model = convert(plain, named, stat_batch=batch["stat_batch"], **chosen)
+        model = convert(plain, named, stat_batch=config.batch.stat_batch, **chosen)
     except ValueError as error:
-        raise UserError(f"norm {norm['name']} on {name}: {error}") from None
-    seed_noise(model, config["seed"])
+        raise UserError(f"norm {norm.name} on {name}: {error}") from None
+    seed_noise(model, config.seed)
     return model
 
 
-def parameter_count(config: Config) -> int:
-    """How many numbers the network of a configuration learns, shared ones once. Its weights are not filled in.
+def parameter_count(result: Mapping[str, Any]) -> int:
+    """Count the numbers that a network learns, shared ones once; its weights are not filled in.
+
+    `result`: what determines a run's result, as a record has it, or a card's row without a seed.
 
     UserError: as of network.
     """
     with torch.device("meta"), _Unfilled():
-        return sum(p.numel() for p in network({"seed": 0, **config}).parameters())
+        return sum(p.numel() for p in network(Config.read({"seed": 0, **result})).parameters())
 
 
 class _Unfilled(TorchFunctionMode):
@@ -100,20 +103,20 @@ class _Unfilled(TorchFunctionMode):
 
 def _try_out(model: Converted, config: Config) -> None:
     """One statistics group of blank images: statistics of a single value, or a map that vanishes, show at start."""
-    size = config["budget"]["size"]
+    size = config.budget.size
     set_statistics(model, "online")
     model.eval()
     try:
         with torch.no_grad():
-            model(torch.zeros(config["batch"]["stat_batch"] or 1, 3, size, size))
+            model(torch.zeros(config.batch.stat_batch or 1, 3, size, size))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{config['arch']['name']} at {size} x {size} pixels: {error}") from None
+        raise UserError(f"{config.arch.name} at {size} x {size} pixels: {error}") from None
     finally:
         set_statistics(model, "moving")
         model.train()
 
 
-def optimizer(model: nn.Module, schedule: dict[str, Any]) -> torch.optim.SGD:
+def optimizer(model: nn.Module, *, momentum: float, weight_decay: float) -> torch.optim.SGD:
     """SGD with momentum; weight decay on the weights of convolutions and the classifier only (released code).
 
     So never on biases, gamma, beta, or a Kalman normalizer's q, R and transition. The rate is set before every step:
@@ -121,16 +124,16 @@ def optimizer(model: nn.Module, schedule: dict[str, Any]) -> torch.optim.SGD:
     """
     whitened_weights = whitened(model).values()
     for layer in whitened_weights:  # the decay is of W, not of the V that is learned
-        parametrization_of(layer).weight_decay = schedule["weight_decay"]
+        parametrization_of(layer).weight_decay = weight_decay
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m not in set(whitened_weights)]
     decayed = [_decayed(m) for m in layers]
     logits = [p for m in model.modules() if isinstance(m, SparseSwitchableNorm) for p in (m.mean_weight, m.var_weight)]
     chosen = {id(p) for p in [*decayed, *logits]}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    groups = [{"params": decayed, "weight_decay": schedule["weight_decay"]}, {"params": rest, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if logits:
         groups.append({"params": logits, "weight_decay": 0.0, "part_of_rate": 0.1})
-    return torch.optim.SGD(groups, lr=0.0, momentum=schedule["momentum"])
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
 
 
 def _decayed(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
@@ -142,7 +145,7 @@ def _decayed(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
 
 
 def learning_rate(
-    step: int, total_steps: int, schedule: dict[str, Any], warmup: float | None, grad_batch: int | None = None
+    step: int, total_steps: int, schedule: Schedule, warmup: float | None, grad_batch: int | None = None
 ) -> float:
     """Rate of a step (from 0) of a run of `total_steps`.
 
@@ -151,17 +154,15 @@ def learning_rate(
     schedule's highest rate is reached linearly over it and then falls linearly to 0. With `lr_batch` rates are meant
     for steps of that many images, and scale with `grad_batch`.
     """
-    scale = grad_batch / schedule["lr_batch"] if grad_batch and "lr_batch" in schedule else 1
-    rates = schedule["lr"]
+    scale = grad_batch / schedule.lr_batch if grad_batch and schedule.lr_batch else 1
     if warmup is not None:
-        peak = max(rate for _, rate in rates) if isinstance(rates, list) else rates
         rising = warmup * total_steps
         share = (step + 1) / rising if step + 1 < rising else (total_steps - step) / (total_steps - rising)
-        return scale * float(peak) * min(1.0, share)
-    if "decay" in schedule:
-        return scale * rates * DECAY[schedule["decay"]](step / total_steps)
-    of_epochs = rates[-1][0]
-    for last_epoch, rate in schedule["lr"]:
+        return scale * schedule.peak * min(1.0, share)
+    if schedule.decay is not None:
+        return scale * schedule.peak * DECAY[schedule.decay](step / total_steps)
+    of_epochs = schedule.milestones[-1][0]
+    for last_epoch, rate in schedule.milestones:
         if step * of_epochs < last_epoch * total_steps:
             return scale * float(rate)
-    return scale * float(schedule["lr"][-1][1])
+    return scale * float(schedule.milestones[-1][1])

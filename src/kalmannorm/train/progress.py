@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from kalmannorm.experiments.config import Config
+
 FILE = "progress.json"  # in the run's folder, for who watches from another process
 FILE_EVERY = 2.0  # seconds
 
@@ -18,11 +20,11 @@ FILE_EVERY = 2.0  # seconds
 class Progress:
     """Seconds and images of this process, and how the run goes. A context: it leaves the terminal clean."""
 
-    def __init__(self, identity: str, config: dict[str, Any], quiet: bool = False) -> None:
-        norm, batch = config["norm"], config["batch"]
-        statistics = "" if batch["stat_batch"] is None else f" ({batch['grad_batch']},{batch['stat_batch']})"
-        self.title = f"{identity} {norm['name']}{statistics} seed {config['seed']}"
-        self.epochs = config["budget"]["epochs"]
+    def __init__(self, identity: str, config: Config, quiet: bool = False) -> None:
+        norm, batch = config.norm, config.batch
+        statistics = "" if batch.stat_batch is None else f" ({batch.grad_batch},{batch.stat_batch})"
+        self.title = f"{identity} {norm.name}{statistics} seed {config.seed}"
+        self.epochs = config.budget.epochs
         self.quiet = quiet  # one process of a distributed run speaks
         self.images = 0
         self._began = time.perf_counter()

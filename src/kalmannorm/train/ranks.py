@@ -32,13 +32,13 @@ class Ranks:
 
     def __init__(self, config: Config) -> None:
         """UserError: a device that is not there; batches that do not divide among the processes."""
-        if config["deterministic"]:
+        if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; before CUDA starts
             torch.use_deterministic_algorithms(True)
         self._launch = machine.launch()
         self.rank, self.world = self._launch.rank, self._launch.world
         check_batches(config, self.world)
-        self.device = self._device(config["device"])
+        self.device = self._device(config.device)
         self._control: Any = None
         self._began = self.world > 1 and not dist.is_initialized()
         if self._began:

@@ -1,32 +1,28 @@
 """When a training's whitened weights are refreshed, and by which samples."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from kalmannorm.data.batches import Batches, mix
 from kalmannorm.experiments.config import Config
 from kalmannorm.norm.whitened import refresh
-
-if TYPE_CHECKING:
-    from kalmannorm.train.state import Session
+from kalmannorm.train.state import Session
 
 BATCH = 500  # images at a time, over all processes
 
 
-def refresh_weights(config: Config, session: "Session", train: Batches, step: int) -> None:
+def refresh_weights(config: Config, session: Session, train: Batches, step: int) -> None:
     """Before step number `step` (from 0) of the training, every `every` steps: a refresh by `samples` training images
     without augmentation, other ones each time; norm.options.weights has both numbers.
 
     What is drawn depends on the run's seed and the step alone, so that a resumed training goes on exactly; EigenNet's
     labels on the process as well, so that only the others compute the same on any number of processes.
     """
-    weights = config["norm"]["options"].get("weights")
+    weights = config.norm.options.get("weights")
     if not weights or step % weights["every"]:
         return
-    seed = mix(config["seed"], step)
+    seed = mix(config.seed, step)
     images = torch.randperm(train.count, generator=torch.Generator().manual_seed(seed))[: weights["samples"]]
-    size = config["batch"]["stat_batch"] or 1
+    size = config.batch.stat_batch or 1
     at_a_time = max(1, BATCH // size) * size
     refresh(
         session.model,

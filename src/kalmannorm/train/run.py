@@ -1,4 +1,4 @@
-"""One run in this process, and the evaluation of one that is done."""
+"""`kalmannorm train`, `evaluate` and `export`: one run in this process, and what is done with its weights later."""
 
 import json
 import sys
@@ -11,23 +11,20 @@ from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config, compose
 from kalmannorm.files import write_atomically
 from kalmannorm.train import checkpoint, loop
-from kalmannorm.train.evaluate import arithmetic, precise
-from kalmannorm.train.evaluate import evaluate as evaluate_once
-from kalmannorm.train.initialize import measure_input
-from kalmannorm.train.loaders import loaders, open_data
-from kalmannorm.train.model import build
 from kalmannorm.train.ranks import Ranks
+from kalmannorm.train.state import StopRequest
+from kalmannorm.train.task import arithmetic
 
 METADATA: tuple[Literal["id", "config", "final", "data"], ...] = ("id", "config", "final", "data")
 PLACE = ("data", "runs", "results", "device", "workers")
 
 
 def execute(config: Config) -> records.Record:
-    """Trains a run, says in one line how it ended, and returns its record."""
-    record = _run(config)
+    """Train a run, say in one line how it ended, and return its record."""
+    record = loop.run(config)
     if machine.launch().rank:
         return record
-    file = records.path(config["results"], record["id"])
+    file = records.path(config.results, record["id"])
     if record["status"] == "failed":
         print(f"{record['id']}: failed, {record['reason']}; {file}", file=sys.stderr)
     else:
@@ -39,65 +36,27 @@ def execute(config: Config) -> records.Record:
     return record
 
 
-def _detects(config: Config) -> bool:
-    return config["dataset"].get("task") == "detection"
-
-
-def _run(config: Config) -> records.Record:
-    if _detects(config):
-        from kalmannorm.train import task_detection
-
-        return task_detection.run(config)
-    return loop.run(config)
-
-
 def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
-    """Evaluates the weights of a finished run again, under all kinds of statistics, and prints the result.
+    """Evaluate the weights of a finished run again, under all kinds of statistics, and print the result.
 
     `run` is an id or its beginning; `overrides` say where things are (data=, runs=, results=, device=). UserError: no
     such run, several of them, no weights, or an override that would make it another run.
     """
     record, config, weights = _finished(run, overrides)
-    if _detects(config):
-        return _evaluate_detector(record, config, weights)
-    model, _ = build(config)
-    model.load_state_dict(weights)
     ranks = Ranks(config)
-    model.to(ranks.device)
-    source = open_data(config, ranks)
-    train_set, test_set = loaders(config, source, ranks)
-    measure_input(model, train_set, ranks)
-    stat_batch = config["batch"]["stat_batch"]
-    with arithmetic(config, ranks.device):
-        final = {kind: evaluate_once(model, test_set, kind, stat_batch) for kind in ("moving", "online")}
-        final["precise"] = precise(model, train_set, test_set, stat_batch, config["budget"]["epochs"])
-    print(f"run {record['id']}: {source.provenance['name']}, {source.provenance['fidelity']}")
-    for kind, values in final.items():
-        recorded = record["final"][kind]["accuracy"]
-        print(f"  {kind:8} accuracy {values['accuracy']:6.2f} %  loss {values['loss']:.4f}  (record {recorded:.2f} %)")
-    return final
-
-
-def _evaluate_detector(record: records.Record, config: Config, weights: dict[str, Any]) -> dict[str, Any]:
-    from kalmannorm import data
-    from kalmannorm.data import coco
-    from kalmannorm.train import detector, task_detection
-
-    model = detector.build(config)
-    model.load_state_dict(weights)
-    ranks = Ranks(config)
-    model.to(ranks.device)
-    dataset = config["dataset"]
-    images = coco.load(dataset["name"], data.root(config["data"]), dataset["classes"])
-    final = task_detection.evaluate_all(config, model, images, ranks)
-    print(f"run {record['id']}: {images.provenance['name']}, {images.provenance['fidelity']}")
+    task = loop.open_task(config, ranks)
+    task.model.load_state_dict(weights)
+    task.load()
+    with arithmetic(config, ranks.device), StopRequest(ranks) as stop:
+        final = task.evaluate_all(stop)
+    print(f"run {record['id']}: {task.provenance['name']}, {task.provenance['fidelity']}")
     for kind, values in final.items():
         print(f"  {kind:8} {records.headline(values)}  (record {records.headline(record['final'][kind])})")
     return final
 
 
 def export(run: str, file: str, overrides: list[str]) -> Path:
-    """Writes the weights of a finished run as safetensors, its id, configuration and final accuracies as metadata.
+    """Write the weights of a finished run as safetensors, its id, configuration and final accuracies as metadata.
 
     Load them into `convert(ARCHS[...](...), norm, ...)` of the same configuration. UserError as for evaluate; no
     permission, no space.
@@ -113,15 +72,15 @@ def export(run: str, file: str, overrides: list[str]) -> Path:
 
 
 def _finished(run: str, overrides: list[str]) -> tuple[records.Record, Config, dict[str, Any]]:
-    """Record, configuration (with the place that the overrides name) and weights of a finished run."""
+    """Return record, configuration (with the place that the overrides name) and weights of a finished run."""
     if any(o.partition("=")[0] not in PLACE for o in overrides):
         raise UserError(
             f"expected only {', '.join(f'{key}=' for key in PLACE)} here: a run's settings are in its record"
         )
     place = compose(overrides)
-    record = _find(place["results"], run)
-    config: Config = {**place, **record["config"]}
-    folder = Path(config["runs"]) / record["id"]
+    record = _find(place.results, run)
+    config = Config.read(place.values() | record["config"])
+    folder = Path(config.runs) / record["id"]
     state = checkpoint.load(folder, record["id"])
     if state is None:
         raise UserError(f"no weights of run {record['id']} in {folder}: pass runs=FOLDER, or train it")

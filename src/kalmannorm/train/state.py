@@ -3,6 +3,7 @@
 import random
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -16,45 +17,54 @@ from kalmannorm.errors import Stopped
 from kalmannorm.train import checkpoint
 from kalmannorm.train.ranks import Ranks
 
-# One value an epoch each; accuracies in percent, of training (augmented) and of the test set under two statistics.
-CURVES = ("epoch", "step", "lr", "train_loss", "train_accuracy", "moving", "online")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send ahead of taking the machine away
 
 
 @dataclass
 class Session:
-    """A training under way. The next step is number `step` of epoch `epoch`, both from 0; sums are of that epoch."""
+    """A training under way. The next step is number `step` of epoch `epoch`, both from 0.
+
+    curves: one value an epoch each. sums: of this epoch's steps, this process's share; `zero_sums` makes them.
+    """
 
     identity: str
     folder: Path
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ranks: Ranks
+    zero_sums: Callable[[], dict[str, Tensor]]
+    curves: dict[str, list[Any]]
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation, over all processes that worked on the run
-    loss_sum: Tensor = field(init=False)
-    correct: Tensor = field(init=False)
-    curves: dict[str, list[Any]] = field(default_factory=lambda: {key: [] for key in CURVES})
+    sums: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.begin_epoch(0)
 
-    def begin_epoch(self, epoch: int) -> None:
-        self.epoch, self.step = epoch, 0
-        self.loss_sum = torch.zeros((), device=self.ranks.device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=self.ranks.device)
+    @property
+    def fresh(self) -> bool:
+        """Whether no step was done."""
+        return self.epoch == self.step == 0
 
-    def means(self, batch: int) -> tuple[float, float]:
-        """Loss and training accuracy (percent) over the epoch's steps of `batch` images so far, over all ranks."""
-        loss_sum, correct = self.ranks.sum(self.loss_sum, self.correct)
-        return loss_sum.item() / (self.step * self.ranks.world), 100 * correct.item() / (self.step * batch)
+    def begin_epoch(self, epoch: int) -> None:
+        """Stand before the first step of an epoch."""
+        self.epoch, self.step, self.sums = epoch, 0, self.zero_sums()
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Add a micro-batch to the sums."""
+        for key, value in sums.items():
+            self.sums[key] += value
+
+    def totals(self) -> dict[str, Tensor]:
+        """Return the sums over all processes."""
+        return dict(zip(self.sums, self.ranks.sum(*self.sums.values()), strict=True))
 
     def save(self) -> None:
         """Rank 0 writes; each rank's sums and random generators go with it."""
         # On the CPU: rank 0 must not open every other rank's GPU to unpack what it sends.
-        sums = {"loss_sum": self.loss_sum.cpu(), "correct": self.correct.cpu()}
-        own = {"random": _random_state(self.ranks.device), **sums}
+        sums = {key: value.cpu() for key, value in self.sums.items()}
+        own = {"random": _random_state(self.ranks.device), "sums": sums}
         of_ranks = self.ranks.gather(own)
         if not self.ranks.main:
             return
@@ -85,12 +95,10 @@ class Session:
         if len(saved) == self.ranks.world:
             own = saved[self.ranks.rank]
             _set_random_state(own["random"], device)
-            self.loss_sum, self.correct = own["loss_sum"].to(device), own["correct"].to(device)
-        else:
-            # As many sums as there were ranks: their mean loss on every rank, all that was correct on the first.
-            self.loss_sum = torch.stack([own["loss_sum"].cpu() for own in saved]).mean(0).to(device)
-            correct = torch.stack([own["correct"].cpu() for own in saved]).sum()
-            self.correct = (correct if self.ranks.main else torch.zeros_like(correct)).to(device)
+            self.sums = {key: value.to(device) for key, value in own["sums"].items()}
+        elif self.ranks.main:  # of another number of processes: the first has all that there was
+            for own in saved:
+                self.add({key: value.to(device) for key, value in own["sums"].items()})
         self.curves.update(state["curves"])
 
     def _check(self, state: dict[str, Any]) -> None:

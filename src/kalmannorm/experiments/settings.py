@@ -1,0 +1,332 @@
+"""The settings of one run by group, each with its type, and the words for what is expected of it.
+
+A group is a frozen dataclass that checks itself: a UserError names the setting, its value and what was expected. Values
+are brought to their type, so that 1 and 1.0 of a setting are one value and one id. What a run's id is made of is
+`values()`; a setting that is optional is not in it where it is not set.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
+
+from kalmannorm.errors import UserError, nearest
+
+Number = int | float  # a whole number is an int here, however it was written
+LOADERS = ("torchvision", "ffcv")  # of data sets that are folders of images; the others are arrays in memory
+UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has files that cannot be read
+DECAYS = ("linear", "cosine")
+# Options of normalizers that are on or off, and those that are numbers; the normalizer itself refuses unknown ones.
+FLAGS = ("learn_gain", "mixture", "relu", "first_unbiased")
+NUMBERS = ("gain", "prior_values")  # `guard` has ids of both forms
+
+
+def expect(condition: bool, key: str, value: object, expected: str) -> None:
+    """Raise UserError unless the condition holds."""
+    if not condition:
+        raise UserError(f"{key} = {value}: expected {expected}")
+
+
+def setting(expected: str, check: Callable[[Any], bool] = lambda value: True, optional: bool = False) -> Any:
+    """Declare a setting: the words for what is expected, what its value, if not null, has to fulfil beside its type."""
+    metadata = {"expected": expected, "check": check, "optional": optional}
+    return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
+
+
+def positive(value: float) -> bool:
+    return value > 0
+
+
+def not_negative(value: float) -> bool:
+    return value >= 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What all groups of settings have in common."""
+
+    GROUP: ClassVar[str] = ""  # its name in conf/
+
+    def __post_init__(self) -> None:
+        """Bring the values to their types and check them. UserError."""
+        hints = _hints(type(self))  # type: ignore[arg-type]
+        for one in fields(self):
+            if "expected" in one.metadata:
+                given, key, words = getattr(self, one.name), f"{self.GROUP}.{one.name}", one.metadata["expected"]
+                try:
+                    value = typed(given, hints[one.name])
+                except TypeError:
+                    raise UserError(f"{key} = {given}: expected {words}") from None
+                expect(value is None or one.metadata["check"](value), key, given, words)
+                object.__setattr__(self, one.name, value)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Self:
+        """Make the group from plain values. UserError: an unknown setting, a missing one, a value that cannot be."""
+        known = {one.name: one for one in fields(cls)}
+        refuse_unknown(values, known, cls.GROUP)
+        for name, one in known.items():
+            if name not in values and not one.metadata.get("optional"):
+                raise UserError(f"{cls.GROUP}.{name} is missing")
+        return cls(**values)
+
+    def values(self) -> dict[str, Any]:
+        """Return plain values, as they stand in conf/ and in records."""
+        return {
+            one.name: getattr(self, one.name)
+            for one in fields(self)
+            if getattr(self, one.name) is not None or not one.metadata.get("optional")
+        }
+
+
+def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], group: str = "") -> None:
+    """Raise UserError for a setting that nothing reads, with the nearest that there is."""
+    prefix = f"{group}." if group else ""
+    for key in values:
+        if key not in known:
+            raise UserError(nearest(f"{prefix}{key}", sorted(f"{prefix}{name}" for name in known), "setting"))
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """Return the value in the type: whole numbers as floats where floats are wanted. TypeError: it is of another."""
+    if get_origin(hint) is UnionType:
+        arms = get_args(hint)
+        if value is None and type(None) in arms:
+            return None
+        if type(value) is float and value.is_integer() and {int, float} <= set(arms):
+            return int(value)
+        for arm in arms:
+            try:
+                return typed(value, arm)
+            except TypeError:
+                continue
+        raise TypeError
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    kind = get_origin(hint) or hint
+    if type(value) is not kind or kind is float:
+        raise TypeError
+    if kind is list:
+        return [typed(part, get_args(hint)[0]) for part in value]
+    return value
+
+
+@functools.cache
+def _hints(group: type[Any]) -> dict[str, Any]:
+    return get_type_hints(group)
+
+
+# The groups ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Group):
+    """What is common to all data sets."""
+
+    GROUP = "dataset"
+    name: str = setting("a name", bool)
+    classes: int = setting("a number of classes", positive)
+    published: list[int] | None = setting("null or [training images, test images]", lambda two: len(two) == 2, True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayDataset(Dataset):
+    """Small images, in memory as arrays."""
+
+    pad: int = setting("a number of pixels", not_negative)
+    flip: bool = setting("true or false")
+    recolour: bool | None = setting("true or false", optional=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderDataset(Dataset):
+    """A folder of images."""
+
+    published: list[int] | None = setting("null or [training images, test images]", lambda two: len(two) == 2)
+    folder: str = setting("a folder under the data root", bool)
+    loader: str = setting(" or ".join(LOADERS), LOADERS.__contains__)
+    unreadable: str = setting(" or ".join(UNREADABLE), UNREADABLE.__contains__)
+    flip: bool = setting("true or false")
+    mean: list[float] = setting("three numbers, of the channels", lambda three: len(three) == 3)
+    std: list[float] = setting("three numbers above 0, of the channels", lambda s: len(s) == 3 and min(s) > 0)
+    gap_images: int = setting("a number of images", positive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoDataset(Dataset):
+    """Images with boxes and masks of objects, as COCO has them."""
+
+    task: str = setting("detection", lambda task: task == "detection")
+    steps: int | None = setting("null or a number of steps", positive)
+    train_images_evaluated: int = setting("a number of images from 0", not_negative)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch(Group):
+    """A network, with the options of its builder, which refuses unknown ones."""
+
+    GROUP = "arch"
+    name: str = setting("a name", bool)
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        width = self.options.get("width", 1.0)
+        try:
+            width = typed(width, float)
+        except TypeError:
+            width = 0.0
+        expect(width > 0, "arch.width", self.options.get("width"), "a factor above 0")
+        if "width" in self.options:
+            object.__setattr__(self, "options", self.options | {"width": width})
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Self:
+        return cls(name=values.get("name"), options={key: value for key, value in values.items() if key != "name"})  # type: ignore[arg-type]
+
+    def values(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Group):
+    """A normalizer, and what its builder takes; a Kalman one's preset and predictor."""
+
+    GROUP = "norm"
+    name: str = setting("a name", bool)
+    preset: str | None = setting("the name of a preset, or null")
+    predictor: str | None = setting("closed, sampling or null")
+    options: dict[str, Any] = setting("settings of its own, such as norm.options.gain=0.5")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options = dict(self.options)
+        for key in FLAGS:
+            value = options.get(key)
+            expect(value is None or isinstance(value, bool), f"norm.options.{key}", value, "true or false")
+        for key in NUMBERS:
+            try:
+                if key in options:
+                    options[key] = typed(options[key], float | None)
+            except TypeError:
+                raise UserError(f"norm.options.{key} = {options[key]}: expected a number, or null") from None
+        noise = options.get("noise")
+        expect(noise is None or isinstance(noise, bool) or noise in ("shared", "relative"), "norm.options.noise", noise,
+               "true, false, shared or relative")  # fmt: skip
+        belief = options.get("input_belief")
+        expect(belief in (None, "data"), "norm.options.input_belief", belief,
+               "data, measured from the training set, or nothing at all")  # fmt: skip
+        if options.get("gain") == 1 and options.get("learn_gain"):
+            raise UserError(
+                "norm.options.gain = 1 cannot be learned: pass norm.options.learn_gain=false, or a gain below 1"
+            )
+        object.__setattr__(self, "options", options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Group):
+    """Images of an optimizer step, and images that share statistics (null: all of the step)."""
+
+    GROUP = "batch"
+    grad_batch: int = setting("a positive number of images", positive)
+    stat_batch: int | None = setting("a positive number of images, or null", positive)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        grad, stat = self.grad_batch, self.stat_batch
+        if stat is not None:
+            expect(stat <= grad, "batch.stat_batch", stat, f"at most batch.grad_batch = {grad}")
+            expect(grad % stat == 0, "batch.grad_batch", grad, f"a multiple of batch.stat_batch = {stat}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(Group):
+    """Learning rates of a classifier.
+
+    `lr` is [[last epoch, rate], ...] of a run whose length is the last of these epochs, or with `decay` one rate, that
+    is taken to 0. With `lr_batch` rates are meant for steps of that many images.
+    """
+
+    GROUP = "schedule"
+    name: str = setting("a name", bool)
+    epochs: int | None = setting("a positive number of epochs", positive, optional=True)
+    lr: list[list[Number]] | float = setting("a rate above 0, or [[last epoch, rate], ...]")
+    decay: str | None = setting(" or ".join(DECAYS), DECAYS.__contains__, optional=True)
+    lr_batch: int | None = setting("a positive number of images", positive, optional=True)
+    momentum: float = setting("a number from 0, below 1", lambda value: 0 <= value < 1)
+    weight_decay: float = setting("a number from 0", not_negative)
+
+    def __post_init__(self) -> None:
+        given, pairs = self.lr, "[[last epoch, rate], ...], for example [[30,0.1],[60,0.01]]"
+        if self.decay is None:
+            expect(isinstance(given, list), "schedule.lr", given, pairs)
+        try:
+            super().__post_init__()
+        except UserError as error:
+            raise error if self.decay or "schedule.lr" not in str(error) else UserError(
+                f"schedule.lr = {given}: expected {pairs}"
+            ) from None  # fmt: skip
+        if self.decay is None:
+            rates = self.milestones
+            expect(bool(rates) and all(len(pair) == 2 and min(pair) > 0 for pair in rates), "schedule.lr", given, pairs)
+            object.__setattr__(self, "lr", [[epoch, float(rate)] for epoch, rate in rates])
+        else:
+            expect(isinstance(self.lr, float) and self.lr > 0, "schedule.lr", given, "a rate above 0")
+
+    @property
+    def milestones(self) -> list[list[Number]]:
+        """`lr` of a schedule without `decay`."""
+        assert isinstance(self.lr, list)
+        return self.lr
+
+    @property
+    def peak(self) -> float:
+        """The highest rate."""
+        return float(max(rate for _, rate in self.milestones)) if isinstance(self.lr, list) else self.lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionSchedule(Group):
+    """Learning rates of a detector, in steps of a run of `of_steps`, for `of_batch` images a step."""
+
+    GROUP = "schedule"
+    name: str = setting("a name", bool)
+    of_steps: int = setting("a positive number of steps", positive)
+    lr: float = setting("a rate above 0", positive)
+    of_batch: int = setting("a positive number of images", positive)
+    warmup: int = setting("a number of steps from 0", not_negative)
+    drops: list[int] = setting("steps after which the rate is a tenth")
+    momentum: float = setting("a number from 0, below 1", lambda value: 0 <= value < 1)
+    weight_decay: float = setting("a number from 0", not_negative)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Group):
+    """How much of the experiment is run: its length, images and resolution."""
+
+    GROUP = "budget"
+    name: str = setting("a name", bool)
+    epochs: int = setting("a positive integer", positive)
+    warmup: Number | None = setting("null or a number of epochs from 0", not_negative)
+    subset: int | None = setting("null or a positive number of images", positive)
+    size: int = setting("a positive integer", positive)
+    stop_at_chance: int | None = setting("null or a number of epochs", positive)
+    stop_after: int | None = setting("a number of steps of the first epoch", positive, optional=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self.warmup is None or self.warmup < self.epochs, "budget.warmup", self.warmup,
+               f"null or epochs from 0, below budget.epochs = {self.epochs}")  # fmt: skip
+
+
+def read_dataset(values: Mapping[str, Any]) -> Dataset:
+    """Return the data set of the kind that the settings are of."""
+    kind = CocoDataset if "task" in values else FolderDataset if "loader" in values else ArrayDataset
+    return kind.read(values)
+
+
+def read_schedule(values: Mapping[str, Any]) -> Schedule | DetectionSchedule:
+    """Return the schedule of the kind that the settings are of."""
+    return DetectionSchedule.read(values) if "of_steps" in values else Schedule.read(values)

@@ -1,0 +1,173 @@
+"""Classification: a label for an image, cross-entropy, accuracy under moving, online and precise statistics."""
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmannorm import data
+from kalmannorm.conversion import Converted, belief_report
+from kalmannorm.data.batches import Batches
+from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import Record
+from kalmannorm.experiments.settings import FolderDataset, Schedule
+from kalmannorm.norm import Estimator, PopulationNorm, SparseSwitchableNorm, SwitchableNorm
+from kalmannorm.norm.modes import normalizers
+from kalmannorm.train.evaluate import evaluate, precise, under_both, variance_gaps
+from kalmannorm.train.first_steps import FirstSteps
+from kalmannorm.train.initialize import initialize, measure_input
+from kalmannorm.train.loaders import loaders, open_data, recoloured
+from kalmannorm.train.model import build, learning_rate
+from kalmannorm.train.ranks import Ranks
+from kalmannorm.train.refresh_weights import refresh_weights
+from kalmannorm.train.state import Session, StopRequest
+from kalmannorm.train.task import Arrays, Curves, Task
+
+NEAR_CHANCE = 1.2  # times the accuracy of guessing
+
+
+class Classification(Task):
+    """A classifier's run. Accuracies in percent: of training (augmented), and of the test set under two statistics."""
+
+    curves = ("train_loss", "train_accuracy", "moving", "online")
+    evaluates_epochs = True
+    metric = "accuracy"
+    model: Converted
+    train: Batches
+    test: Batches
+
+    def __init__(self, config: Config, ranks: Ranks, source: data.Source | None = None) -> None:
+        """Build the model, then open the data, or take them from `source`."""
+        self.config, self.ranks = config, ranks
+        self.model, self.last = build(config)
+        self.source = source or open_data(config, ranks)
+        self.first_steps = None if config.budget.stop_after is None else FirstSteps(self.model)
+        self.layout = memory_format(config, ranks.device)
+
+    def load(self) -> None:
+        self.train, self.test = loaders(self.config, self.source, self.ranks)
+        sizes = {"train_images": self.train.count, "test_images": self.test.count}
+        self.provenance = self.source.provenance | sizes
+        self.model.to(self.ranks.device)
+        measure_input(self.model, self.train, self.ranks)
+
+    @property
+    def end(self) -> int:
+        """The budget's first steps alone, or all of them."""
+        return min(self.config.budget.stop_after or self.total, self.total)
+
+    def watching(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.first_steps is None else self.first_steps
+
+    def zero_sums(self) -> dict[str, Tensor]:
+        device = self.ranks.device
+        return {
+            "loss": torch.zeros((), device=device),
+            "correct": torch.zeros((), dtype=torch.int64, device=device),
+        }
+
+    def begin(self, session: Session, record: Record) -> None:
+        if session.fresh:
+            initialize(self.model, self.train)
+
+    def rate(self, step: int) -> float:
+        budget, schedule = self.config.budget, self.config.schedule
+        assert isinstance(schedule, Schedule)
+        warmup = None if budget.warmup is None else budget.warmup / budget.epochs
+        return learning_rate(step, self.total, schedule, warmup, self.config.batch.grad_batch)
+
+    def before_step(self, session: Session, step: int) -> None:
+        refresh_weights(self.config, session, self.train, step)
+
+    def loss(
+        self, forward: nn.Module, batch: tuple[Tensor, Tensor], part: int, parts: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        x, labels = batch[0].to(memory_format=self.layout)[part::parts], batch[1][part::parts]
+        logits = forward(x)
+        loss = F.cross_entropy(logits.float(), labels) / parts
+        return loss, {
+            "loss": loss.detach() / self.ranks.world,
+            "correct": (logits.detach().argmax(1) == labels).sum(),
+        }
+
+    def means(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
+        correct = 100 * sums["correct"].item() / (steps * self.train.batch)
+        return {"train_loss": sums["loss"].item() / steps, "train_accuracy": correct}
+
+    def evaluate(self, stop: StopRequest) -> dict[str, dict[str, Any]]:
+        def one(statistics: str) -> dict[str, Any]:
+            found = evaluate(self.model, self.test, statistics, self.config.batch.stat_batch, self.ranks)
+            stop.check()
+            return found
+
+        return under_both(self.model, one)
+
+    def ends_early(self, curves: Curves) -> bool:
+        """Say whether the last `budget.stop_at_chance` epochs after the warm-up have learned next to nothing."""
+        budget = self.config.budget
+        if budget.stop_at_chance is None:
+            return False
+        last = curves["train_accuracy"][math.ceil(budget.warmup or 0) :][-budget.stop_at_chance :]
+        return len(last) == budget.stop_at_chance and max(last) < NEAR_CHANCE * 100 / self.config.dataset.classes
+
+    def finish(self, record: Record, session: Session, stop: StopRequest) -> Arrays:
+        config, epochs = self.config, self.config.budget.epochs
+        if session.epoch < epochs and self.first_steps is None:
+            patience = config.budget.stop_at_chance
+            record["reason"] = f"at chance for {patience} epochs: ended after {session.epoch} of {epochs}"
+        record["norms"] = _describe(self.model, self.last)
+        if not self.ranks.main:
+            return {}
+        if self.ranks.world > 1:
+            self.train, self.test = loaders(config, self.source, self.ranks, whole=True)
+        record["final"]["precise"] = self.precise()
+        for name, changed in recoloured(config, self.source, self.train, self.ranks.device).items():
+            record["final"][name] = evaluate(self.model, changed, "moving", config.batch.stat_batch)
+        if self.first_steps is not None:
+            return self.first_steps.arrays()
+        if not normalizers(self.model):
+            return {}
+        stat_batch, dataset = config.batch.stat_batch, config.dataset
+        assert stat_batch is not None
+        images = dataset.gap_images if isinstance(dataset, FolderDataset) else None
+        arrays, raw = variance_gaps(self.model, self.train, self.last, config.batch.grad_batch, stat_batch, images)
+        np.savez(session.folder / "gaps.npz", **raw)  # type: ignore[arg-type]
+        return arrays
+
+    def evaluate_all(self, stop: StopRequest) -> dict[str, dict[str, Any]]:
+        return self.evaluate(stop) | {"precise": self.precise()}
+
+    def precise(self) -> dict[str, Any]:
+        """Evaluate by precise statistics, in this process alone."""
+        return precise(self.model, self.train, self.test, self.config.batch.stat_batch, self.config.budget.epochs)
+
+
+def memory_format(config: Config, device: torch.device) -> torch.memory_format:
+    """Choose that of the training images. What a CPU's compiler makes of channels_last takes 3/4 of the time."""
+    return torch.channels_last if config.compile and device.type == "cpu" else torch.preserve_format
+
+
+def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
+    """Describe the normalizers after training: order, gains, which had a prior.
+
+    And where there are any, the weights of SN, the choices of SSN with the part of the training after which each was
+    made, and gamma decay's mean coefficient with the number of steps at which it was held at the cap.
+    """
+    gains = {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)}
+    mixture = {name: m.weights for name, m in model.named_modules() if isinstance(m, SwitchableNorm)}
+    sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseSwitchableNorm)}
+    choices = {name: {"chosen": m.chosen, "at": m.chosen_at.tolist()} for name, m in sparse.items()}
+    decays = {name: m.decay for name, m in model.named_modules() if isinstance(m, PopulationNorm) and m.decay}
+    decay = {name: {"zeta": d.zeta.mean().item(), "capped": int(d.capped)} for name, d in decays.items()}
+    some = {"mixture": mixture, "choices": choices, "gamma_decay": decay}
+    return {
+        "order": list(normalizers(model)) or list(gains),  # GKN's have no batch statistics
+        "last": list(last),
+        "gains": gains,
+        "beliefs": belief_report(model),
+    } | {key: values for key, values in some.items() if values}
