@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import torchvision
+
+import kalmannorm as kn
+
 
 def test_public_names_are_what_they_say_whatever_was_imported_before():
     """A module of the name of a public function would take its place on import."""
@@ -26,3 +30,10 @@ def test_the_command_line_and_records_do_not_wait_for_torch():
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_kn_is_a_name_in_python_too() -> None:
+    """As on the command line, alone and in a mapping of layers."""
+    model = torchvision.models.resnet18()
+    for norm in ("kn", {"*": "kn"}):
+        assert any(isinstance(m, kn.KalmanBatchNorm2d) for m in kn.convert(model, norm).modules())

@@ -17,20 +17,20 @@ from kalmannorm.train.model import learning_rate
 def test_presets_are_resolved_into_the_configuration():
     paper = compose(["norm=kn"]).norm
     assert paper.name == "bkn" and paper.predictor == "closed"
-    assert paper.options.gain == 0.5 and paper.options.learn_gain and paper.options.guard is None
+    assert paper.options["gain"] == 0.5 and paper.options["learn_gain"] and paper.options["guard"] is None
     released = compose(["norm=bkn", "norm.preset=released"]).norm
     assert released.predictor == "sampling"
-    assert released.options.gain == 0.1 and released.options.guard == 100
-    assert released.options.moving_groups == "first" and not released.options.noise
+    assert released.options["gain"] == 0.1 and released.options["guard"] == 100
+    assert released.options["moving_groups"] == "first" and not released.options["noise"]
     at128 = compose(["norm=bkn", "norm.preset=released", "batch=g128_s128"]).norm
-    assert at128.options.gain == 0.95
+    assert at128.options["gain"] == 0.95
 
 
 def test_the_presets_of_the_talk_and_v1_say_what_is_theirs_and_the_others_nothing_new():
     talk, v1 = (compose(["norm=bkn", f"norm.preset={preset}"]).norm for preset in ("talk", "v1"))
-    assert talk.predictor == v1.predictor == "closed" and talk.options.mixture and v1.options.mixture
-    assert talk.options.transition == v1.options.transition == "learned"
-    assert talk.options.noise is True and v1.options.noise == "shared"
+    assert talk.predictor == v1.predictor == "closed" and talk.options["mixture"] and v1.options["mixture"]
+    assert talk.options["transition"] == v1.options["transition"] == "learned"
+    assert talk.options["noise"] is True and v1.options["noise"] == "shared"
     robust = compose(["norm=bkn", "norm.preset=robust"]).norm.options
     assert robust["belief"] == "output" and robust["input_belief"] == "data" and robust["prior_values"] == 2048
     for preset in ("paper", "eq7", "released"):

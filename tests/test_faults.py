@@ -35,7 +35,7 @@ def job(folder: str, extra: list[str]) -> None:
 def processes() -> multiprocessing.context.ForkServerContext:
     """Processes that do not each wait for torch: forked off a server that has imported it, and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kalmannorm.train.run", "torch.utils.tensorboard", "sklearn.datasets"])
+    context.set_forkserver_preload(["kalmannorm.train.run", "tensorboard.compat.proto.event_pb2", "sklearn.datasets"])
     return context
 
 

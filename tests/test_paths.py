@@ -31,7 +31,7 @@ def test_paths_reach_every_way_of_naming_runs(path: str) -> None:
     composed = compose(conf_dir(), given)
     assert composed["results"] == composed["runs"] == path
     runs = [*multirun([*given, "seed=1,2", "device=cpu"]).runs, *load("table7", [*given, "device=cpu"]).runs]
-    assert len(runs) > 2 and {run["results"] for run in runs} == {run["runs"] for run in runs} == {path}
+    assert len(runs) > 2 and {run.results for run in runs} == {run.runs for run in runs} == {path}
 
 
 @pytest.mark.parametrize(

@@ -20,22 +20,21 @@ def draw() -> list[float]:
     return [torch.rand(1).item(), random.random(), np.random.rand()]  # noqa: NPY002
 
 
+def session(folder: Path, model: nn.Module) -> Session:
+    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    return Session("run", folder, model, sgd, Ranks(compose(["device=cpu"])), dict, {"epoch": []})
+
+
 def test_random_generators_go_on_where_they_were(tmp_path: Path) -> None:
     """A run that goes on after a kill draws what it would have drawn."""
     model = nn.Linear(2, 2)
-    sgd = torch.optim.SGD(model.parameters(), 0.1)
-    session = Session("run", tmp_path, model, sgd, Ranks(compose(["device=cpu"])), dict, {})
+    one = session(tmp_path, model)
     draw()
-    session.save()
+    one.save()
     expected = draw()
     draw()
-    session.restore()
+    one.restore()
     assert draw() == expected
-
-
-def session(folder: Path, model: nn.Module) -> Session:
-    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    return Session("run", folder, model, sgd, Ranks(compose(["device=cpu"])))
 
 
 def trained(folder: Path, model: nn.Module) -> Session:

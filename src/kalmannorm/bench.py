@@ -261,9 +261,9 @@ def _training(device: torch.device, steps: int) -> "Iterator[tuple[Session, Step
     labels = rng.integers(0, 10, len(images))
     task = Classification(config, ranks := Ranks(config), Arrays(images, labels, images, labels, 10, {}))
     task.load()
-    with tempfile.TemporaryDirectory() as folder, Progress("bench", config) as progress, StopRequest(ranks) as stop:
-        session = open_session("bench", Path(folder), task)
-        progress.begin(0, steps, GRAD_BATCH, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, Progress("bench", config) as progress:
+        session, stop = open_session("bench", Path(folder), task), StopRequest(ranks)
+        progress.begin(0, steps, GRAD_BATCH, Path(folder), session.curves)
 
         def epoch() -> None:
             train_epoch(task, session, task.model, progress, stop)

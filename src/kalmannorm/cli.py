@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kalmannorm.errors import Stopped, UserError
 from kalmannorm.runs.placement import HELP
+from kalmannorm.stopping import listening
 
 EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule budget) or key=value, for example
   kalmannorm train dataset=cifar10 arch=resnet32 norm=bkn batch=g128_s2 budget=lite seed=2
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parse(_parser(), arguments)
     command: Callable[[argparse.Namespace], int] = options.command
-    return command(options)
+    with listening():
+        return command(options)
 
 
 def _say(text: str, code: int) -> int:

@@ -28,7 +28,7 @@ from kalmannorm.norm import NORMS, Estimator, normalize_weights
 from kalmannorm.norm.moments import Transition
 from kalmannorm.norm.sampling import Noise
 from kalmannorm.norm.whitened import fold_weights
-from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
+from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, SYNONYMS, preset_options
 from kalmannorm.thread import Threader
 from kalmannorm.tracing import has_forward_of_its_own, trace
 
@@ -74,6 +74,7 @@ def convert(
     no belief; a model without BatchNorm; one that cannot be traced.
     """
     relu, learned = True, False
+    norm = _plainly_named(norm)
     leaves, thaw = tuple(options.pop("leaves", ())), options.pop("thaw", False)
     if not isinstance(norm, str):
         if options:
@@ -138,6 +139,16 @@ def convert(
         known = input_belief if isinstance(input_belief, str) else buffers
         report = _thread(graph, source, layers, predictor or "closed", relu, learned, known, returns_belief)
     return Converted(source, graphs, report, type(model).__name__, list(layers))
+
+
+def _plainly_named(norm: str | Mapped) -> str | Mapped:
+    """The same without synonyms: KN is BKN."""
+    if isinstance(norm, str):
+        return SYNONYMS.get(norm, norm)
+    return {
+        pattern: SYNONYMS.get(entry, entry) if isinstance(entry, str) else (SYNONYMS.get(entry[0], entry[0]), entry[1])
+        for pattern, entry in norm.items()
+    }
 
 
 def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:

@@ -13,8 +13,11 @@ class UserError(Exception):
     """
 
 
-class Stopped(Exception):
-    """A signal asked a run to leave; what it had is saved."""
+class Stopped(BaseException):
+    """A signal asked a run to leave; what it had is saved.
+
+    No Exception, so that nothing that expects a library to raise anything at all takes it for that.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on")

@@ -4,6 +4,7 @@ heavy."""
 from typing import Any
 
 KALMAN = ("bkn", "gkn")
+SYNONYMS = {"kn": "bkn"}  # names of the papers, as conf/norm has them too
 # Normalizers whose statistics are shared by a group of images: `stat_batch` means something for them.
 BATCH_STATISTICS = ("bn", "brn", "sn", "bkn", "syncbn", "ibn", "ssn", "zca", "itern", "pn")
 # Those whose groups may span devices.

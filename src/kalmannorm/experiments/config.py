@@ -1,8 +1,10 @@
 """From overrides to one run's configuration: composed by Hydra, resolved, checked before any data is touched."""
 
+import functools
 import hashlib
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kalmannorm import machine
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments import composition
 from kalmannorm.experiments.settings import (
     Arch,
@@ -57,6 +59,7 @@ OF_BUDGET = (
     *("steps", "train_images_evaluated", "width", "max_size", "boxes", "proposals", "candidates", "roi_size"),
 )
 LOOK_AT_ALL = ("guard", "mean_batch", "var_batch")  # options by which a layer looks at the whole batch at once
+MOST_WORKERS = 1024
 COMPILE_FROM = 1000  # steps that pay for the compiler on a CPU
 
 
@@ -87,18 +90,19 @@ class Config:
     def __post_init__(self) -> None:
         """Check what is of no group, and groups against each other. UserError."""
         count = "a positive number of micro-batches"
+        some_workers = f"auto or a number of processes up to {MOST_WORKERS}"
         for key, kind, check, expected in (
             ("seed", int, lambda seed: 0 <= seed < 2**63, "an integer from 0"),
             ("precision", str, ("fp32", "bf16").__contains__, "fp32, bf16 or auto"),
             ("compile", bool, None, "true, false or auto"),
             ("deterministic", bool, None, "true or false"),
-            ("device", str, bool, "cpu, cuda or auto"),
+            ("device", str, re.compile(r"cpu|mps|cuda(:\d{1,3})?").fullmatch, "cpu, cuda, cuda:N or auto"),
             ("data", str | None, None, "a folder; one that reads as a number in quotes, data='\"2024\"'"),
             ("results", str, bool, "a folder; one that reads as a number in quotes, results='\"2024\"'"),
             ("runs", str, bool, "a folder; one that reads as a number in quotes, runs='\"2024\"'"),
             ("weights", str | None, None, "a file, or null"),
             ("accumulate", int, positive, count),
-            ("workers", int | str, lambda n: n == "auto" or (n != str(n) and n >= 0), "auto or a number of processes"),
+            ("workers", int | str, lambda n: n == "auto" or (n != str(n) and 0 <= n <= MOST_WORKERS), some_workers),
             ("checkpoint_every", float, lambda part: 0 < part <= 1, "a part of the run, above 0, at most 1"),
         ):
             given = getattr(self, key)
@@ -106,7 +110,7 @@ class Config:
                 value = typed(given, kind)
             except TypeError:
                 raise UserError(f"{key} = {given}: expected {expected}") from None
-            expect(value is None or check is None or check(value), key, given, expected)  # type: ignore[operator]
+            expect(value is None or check is None or bool(check(value)), key, given, expected)  # type: ignore[operator]
             object.__setattr__(self, key, value)
         subset, grad = self.budget.subset, self.batch.grad_batch
         expect(subset is None or subset >= grad, "budget.subset", subset, f"null or at least one step's {grad} images")
@@ -156,7 +160,26 @@ def compose(overrides: list[str], among_many: bool = False) -> Config:
     values = composition.compose(conf_dir(), overrides, among_many)
     for budget, own in values["dataset"].pop("budgets").items():  # the chosen one stands under `budget`
         refuse_unknown(own, dict.fromkeys(OF_BUDGET), f"dataset.budgets.{budget}")
+    _check_names(values)
     return _resolve(values)
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    """Raise UserError for a name that no file of conf/ has, of what is known by it. A folder of images may have any."""
+    for group in ("arch", "norm", "schedule", "budget"):
+        known = _names(conf_dir() / group)
+        if values[group].get("name") not in known:
+            raise UserError(nearest(str(values[group].get("name")), known, f"{group}.name"))
+
+
+@functools.cache
+def _names(folder: Path) -> tuple[str, ...]:
+    """The names that stand in the files of a group."""
+    named = (
+        re.search(r"^name: *([\w-]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        for file in sorted(folder.glob("*.yaml"))
+    )
+    return tuple(dict.fromkeys(match[1] for match in named if match))
 
 
 def describe(result: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ are brought to their type, so that 1 and 1.0 of a setting are one value and one 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,7 +21,30 @@ UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has fi
 DECAYS = ("linear", "cosine")
 # Options of normalizers that are on or off, and those that are numbers; the normalizer itself refuses unknown ones.
 FLAGS = ("learn_gain", "mixture", "relu", "first_unbiased")
-NUMBERS = ("gain", "prior_values")  # `guard` has ids of both forms
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "gain": (lambda value: 0 < value <= 1, "a number above 0, at most 1, or null"),
+    "prior_values": (lambda value: value > 0, "a number above 0, or null"),
+    "guard": (lambda value: value > 0, "a number above 0, or null"),
+    "eps": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+    "momentum": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+}
+COUNTS = ("num_groups", "max_groups")  # and those that are whole numbers from 1
+# Options of networks: their types and ranges.
+OF_ARCH: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "width": (float, lambda value: 0 < value <= 64, "a factor above 0, at most 64"),
+    "hidden": (int, lambda value: 0 <= value <= 10**5, "a number of channels from 0 to 100000"),
+    "layers": (list[int], lambda four: len(four) == 4 and 1 <= min(four) <= max(four) <= 100, "four numbers of blocks"),
+    "frozen_stages": (int | None, lambda value: 0 <= value <= 5, "a number of stages from 0 to 5, or null"),
+    "max_size": (int, lambda value: 8 <= value <= 10**4, "a number of pixels from 8 to 10000"),
+    "boxes": (int, lambda value: 1 <= value <= 10**4, "a number from 1 to 10000"),
+    "roi_size": (int, lambda value: 1 <= value <= 64, "a number from 1 to 64"),
+    "proposals": (list[int] | None, lambda two: len(two) == 2 and min(two) > 0, "null or [in training, in evaluation]"),
+    "candidates": (
+        list[int] | None,
+        lambda two: len(two) == 2 and min(two) > 0,
+        "null or [in training, in evaluation]",
+    ),
+}
 
 
 def expect(condition: bool, key: str, value: object, expected: str) -> None:
@@ -37,6 +61,18 @@ def setting(expected: str, check: Callable[[Any], bool] = lambda value: True, op
 
 def positive(value: float) -> bool:
     return value > 0
+
+
+def pair_of_counts(two: list[int]) -> bool:
+    return len(two) == 2 and min(two) > 0
+
+
+def of_channels(three: list[float]) -> bool:
+    return len(three) == 3 and 0 <= min(three) <= max(three) <= 1
+
+
+def ascending(values: list[Number]) -> bool:
+    return all(a < b for a, b in itertools.pairwise(values))
 
 
 def not_negative(value: float) -> bool:
@@ -104,7 +140,7 @@ def typed(value: Any, hint: Any) -> Any:
                 continue
         raise TypeError
     if hint is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
+        return float(value) + 0.0  # -0.0 is 0.0
     kind = get_origin(hint) or hint
     if type(value) is not kind or kind is float:
         raise TypeError
@@ -128,14 +164,14 @@ class Dataset(Group):
     GROUP = "dataset"
     name: str = setting("a name", bool)
     classes: int = setting("a number of classes", positive)
-    published: list[int] | None = setting("null or [training images, test images]", lambda two: len(two) == 2, True)
+    published: list[int] | None = setting("null or [training images, test images]", pair_of_counts, True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayDataset(Dataset):
     """Small images, in memory as arrays."""
 
-    pad: int = setting("a number of pixels", not_negative)
+    pad: int = setting("a number of pixels from 0, below 32", lambda value: 0 <= value < 32)
     flip: bool = setting("true or false")
     recolour: bool | None = setting("true or false", optional=True)
 
@@ -144,12 +180,14 @@ class ArrayDataset(Dataset):
 class FolderDataset(Dataset):
     """A folder of images."""
 
-    published: list[int] | None = setting("null or [training images, test images]", lambda two: len(two) == 2)
+    published: list[int] | None = setting("null or [training images, test images]", pair_of_counts)
     folder: str = setting("a folder under the data root", bool)
     loader: str = setting(" or ".join(LOADERS), LOADERS.__contains__)
     unreadable: str = setting(" or ".join(UNREADABLE), UNREADABLE.__contains__)
     flip: bool = setting("true or false")
-    mean: list[float] = setting("three numbers, of the channels", lambda three: len(three) == 3)
+    mean: list[float] = setting(
+        "three numbers from 0 to 1, of the channels", lambda m: len(m) == 3 and min(m) >= 0 and max(m) <= 1
+    )
     std: list[float] = setting("three numbers above 0, of the channels", lambda s: len(s) == 3 and min(s) > 0)
     gap_images: int = setting("a number of images", positive)
 
@@ -173,14 +211,15 @@ class Arch(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        width = self.options.get("width", 1.0)
-        try:
-            width = typed(width, float)
-        except TypeError:
-            width = 0.0
-        expect(width > 0, "arch.width", self.options.get("width"), "a factor above 0")
-        if "width" in self.options:
-            object.__setattr__(self, "options", self.options | {"width": width})
+        options = dict(self.options)
+        for key in options.keys() & OF_ARCH.keys():
+            kind, check, words = OF_ARCH[key]
+            try:
+                options[key] = typed(options[key], kind)
+            except TypeError:
+                raise UserError(f"arch.{key} = {options[key]}: expected {words}") from None
+            expect(options[key] is None or check(options[key]), f"arch.{key}", options[key], words)
+        object.__setattr__(self, "options", options)
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
@@ -206,12 +245,19 @@ class Norm(Group):
         for key in FLAGS:
             value = options.get(key)
             expect(value is None or isinstance(value, bool), f"norm.options.{key}", value, "true or false")
-        for key in NUMBERS:
+        for key, (check, words) in NUMBERS.items():
             try:
                 if key in options:
-                    options[key] = typed(options[key], float | None)
+                    number = typed(options[key], float | None)
+                    options[key] = options[key] if key == "guard" else number  # it has ids of both forms
             except TypeError:
-                raise UserError(f"norm.options.{key} = {options[key]}: expected a number, or null") from None
+                raise UserError(f"norm.options.{key} = {options[key]}: expected {words}") from None
+            value = options.get(key)
+            expect(value is None or check(value), f"norm.options.{key}", value, words)
+        for key in COUNTS:
+            value = options.get(key)
+            expect(value is None or (type(value) is int and value > 0), f"norm.options.{key}", value,
+                   "a whole number from 1")  # fmt: skip
         noise = options.get("noise")
         expect(noise is None or isinstance(noise, bool) or noise in ("shared", "relative"), "norm.options.noise", noise,
                "true, false, shared or relative")  # fmt: skip
@@ -256,7 +302,7 @@ class Schedule(Group):
     decay: str | None = setting(" or ".join(DECAYS), DECAYS.__contains__, optional=True)
     lr_batch: int | None = setting("a positive number of images", positive, optional=True)
     momentum: float = setting("a number from 0, below 1", lambda value: 0 <= value < 1)
-    weight_decay: float = setting("a number from 0", not_negative)
+    weight_decay: float = setting("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
     def __post_init__(self) -> None:
         given, pairs = self.lr, "[[last epoch, rate], ...], for example [[30,0.1],[60,0.01]]"
@@ -271,6 +317,9 @@ class Schedule(Group):
         if self.decay is None:
             rates = self.milestones
             expect(bool(rates) and all(len(pair) == 2 and min(pair) > 0 for pair in rates), "schedule.lr", given, pairs)
+            expect(
+                ascending([epoch for epoch, _ in rates]), "schedule.lr", given, f"{pairs}, epochs in ascending order"
+            )
             object.__setattr__(self, "lr", [[epoch, float(rate)] for epoch, rate in rates])
         else:
             expect(isinstance(self.lr, float) and self.lr > 0, "schedule.lr", given, "a rate above 0")
@@ -297,9 +346,12 @@ class DetectionSchedule(Group):
     lr: float = setting("a rate above 0", positive)
     of_batch: int = setting("a positive number of images", positive)
     warmup: int = setting("a number of steps from 0", not_negative)
-    drops: list[int] = setting("steps after which the rate is a tenth")
+    drops: list[int] = setting(
+        "steps in ascending order after which the rate is a tenth",
+        lambda drops: ascending(drops) and min(drops, default=1) > 0,
+    )
     momentum: float = setting("a number from 0, below 1", lambda value: 0 <= value < 1)
-    weight_decay: float = setting("a number from 0", not_negative)
+    weight_decay: float = setting("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +363,7 @@ class Budget(Group):
     epochs: int = setting("a positive integer", positive)
     warmup: Number | None = setting("null or a number of epochs from 0", not_negative)
     subset: int | None = setting("null or a positive number of images", positive)
-    size: int = setting("a positive integer", positive)
+    size: int = setting("a number of pixels from 2 to 4096", lambda value: 2 <= value <= 4096)
     stop_at_chance: int | None = setting("null or a number of epochs", positive)
     stop_after: int | None = setting("a number of steps of the first epoch", positive, optional=True)
 

@@ -18,6 +18,7 @@ from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
 from kalmannorm.files import write_atomically
 from kalmannorm.runs.lock import Busy, hold
+from kalmannorm.stopping import listening
 
 LOG = "log.txt"
 
@@ -149,7 +150,8 @@ def main(order: str, answer: str) -> None:
     from kalmannorm.train.ranks import end_process, leave_with_parent
 
     leave_with_parent()
-    outcome = perform(Config.read(json.loads(Path(order).read_text())))
+    with listening():
+        outcome = perform(Config.read(json.loads(Path(order).read_text())))
     if int(os.environ["RANK"]) == 0:
         write_atomically(Path(answer), json.dumps(asdict(outcome)).encode())
     well = outcome.status in ("done", "diverged")

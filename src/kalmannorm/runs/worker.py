@@ -15,10 +15,12 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
+from kalmannorm.errors import Stopped
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import run_id
 from kalmannorm.files import check_writable
 from kalmannorm.runs.job import LOG, Outcome, attempt
+from kalmannorm.stopping import listening
 
 COMMAND = [sys.executable, "-m", "kalmannorm.runs.worker"]
 
@@ -74,7 +76,7 @@ class Worker:
         return self.outcome()
 
     def ask_to_stop(self) -> None:
-        """The run under way saves a checkpoint and ends with the outcome "stopped" ("died" where it had not begun)."""
+        """The run under way saves a checkpoint, if there is anything to save, and ends with the outcome "stopped"."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
@@ -130,7 +132,11 @@ def main() -> None:
     while line := orders.get():
         order = json.loads(line)
         busy.set()
-        outcome = attempt(Config.read(order["config"]), order["devices"], order["gpus"])
+        try:
+            with listening():
+                outcome = attempt(Config.read(order["config"]), order["devices"], order["gpus"])
+        except Stopped as stopped:  # ahead of the run itself
+            outcome = Outcome("stopped", str(stopped))
         busy.clear()
         answers.write(json.dumps(asdict(outcome)) + "\n")
         if outcome.status == "stopped":

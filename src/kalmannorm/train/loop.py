@@ -12,8 +12,9 @@ from torch import nn
 
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
-from kalmannorm.files import check_room
+from kalmannorm.files import check_room, clear_unfinished
 from kalmannorm.norm.modes import finish_gradients, flush_moving, place_batch, set_progress, spread_batches
+from kalmannorm.stopping import finishing, listening
 from kalmannorm.train.model import optimizer
 from kalmannorm.train.progress import Progress
 from kalmannorm.train.ranks import Ranks
@@ -39,13 +40,19 @@ def run(config: Config) -> records.Record:
     task = open_task(config, ranks)
     if ranks.main:
         check_room(folder, checkpoint_bytes(task.model))
+        for file in (
+            records.path(config.results, identity),
+            records.path(config.results, identity).with_suffix(".npz"),
+        ):
+            clear_unfinished(file)
     task.load()
     parameters = sum(p.numel() for p in task.model.parameters())
     record = records.begin(config, parameters, task.provenance, str(ranks.device), ranks.world)
     session = open_session(identity, folder, task)
     record["curves"] = session.curves
     arrays: Arrays = {}
-    with Progress(identity, config, quiet=not ranks.main) as progress, StopRequest(ranks) as stop:
+    stop = StopRequest(ranks)
+    with listening(), Progress(identity, config, quiet=not ranks.main) as progress:
         try:
             session.restore()
             task.begin(session, record)
@@ -59,7 +66,8 @@ def run(config: Config) -> records.Record:
         steps = min(task.end, session.epoch * task.train.steps_per_epoch + session.step)
         records.add_speed(record, steps * task.train.batch, session.seconds, progress.seconds)
     if ranks.main:
-        records.write(config.results, record, arrays)
+        with finishing():
+            records.write(config.results, record, arrays)
     record = ranks.from_main(record)
     ranks.leave()
     return record
@@ -88,7 +96,8 @@ def _fit(task: Task, session: Session, progress: Progress, stop: StopRequest) ->
     """Train from where the last checkpoint left it. Returns the evaluation after the last epoch; None where that was
     over already, or there is none. Raises Diverged and Stopped."""
     config, ranks, steps = task.config, task.ranks, task.train.steps_per_epoch
-    progress.begin(session.epoch * steps + session.step, task.end, task.train.batch, session.folder)
+    first = session.epoch * steps + session.step
+    progress.begin(first, task.end, task.train.batch, session.folder, session.curves)
     forward = ranks.wrap(session.model)
     if config.compile:
         torch.compiler.reset()  # a worker lives on from run to run, and the compiler gives up after a few models
@@ -97,19 +106,22 @@ def _fit(task: Task, session: Session, progress: Progress, stop: StopRequest) ->
 
     evaluated = None
     while session.epoch * steps < task.end and not task.ends_early(session.curves):
-        values: dict[str, Any] = train_epoch(task, session, forward, progress, stop)
+        with finishing():
+            values: dict[str, Any] = train_epoch(task, session, forward, progress, stop)
+            if task.evaluates_epochs or stop.asked():
+                session.save()
         if task.evaluates_epochs:
-            session.save()
             set_progress(session.model, values["step"] / task.total)
             with arithmetic(config, ranks.device):
                 evaluated = task.evaluate(stop)
             values |= {kind: found[task.metric] for kind, found in evaluated.items()}
-        for key, value in values.items():
-            session.curves[key].append(value)
-        session.begin_epoch(session.epoch + 1)
-        if task.evaluates_epochs or _due(config, values["step"], task.total):
-            session.save()
-        progress.epoch(session.curves)
+        with finishing():
+            for key, value in values.items():
+                session.curves[key].append(value)
+            session.begin_epoch(session.epoch + 1)
+            if task.evaluates_epochs or _due(config, values["step"], task.total) or stop.asked():
+                session.save()
+            progress.epoch(session.curves)
     return evaluated
 
 

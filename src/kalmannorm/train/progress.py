@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from kalmannorm.experiments.config import Config
+from kalmannorm.train import events
 
 FILE = "progress.json"  # in the run's folder, for who watches from another process
 FILE_EVERY = 2.0  # seconds
@@ -39,7 +41,6 @@ class Progress:
             transient=True,
             disable=quiet or not self._console.is_terminal,
         )
-        self._writer: Any = None
 
     @property
     def seconds(self) -> float:
@@ -51,21 +52,19 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
 
-    def begin(self, first: int, total: int, batch: int, folder: Path) -> None:
-        """Training starts, or goes on, after `first` of `total` steps of `batch` images."""
+    def begin(self, first: int, total: int, batch: int, folder: Path, curves: dict[str, list[Any]]) -> None:
+        """Start, or go on, after `first` of `total` steps of `batch` images; `curves`: of the epochs before."""
         self._first, self._total, self._batch = first, total, batch
         self._task = self._bar.add_task(self.title, total=total, completed=first, status="")
         self._training = time.perf_counter()
         if self.quiet:
             return
-        self._file, self._written = folder / FILE, 0.0
-        from torch.utils.tensorboard import SummaryWriter
-
-        # What a killed run logged after its last checkpoint is logged again.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first + 1)
+        self._folder, self._written = folder, 0.0
+        self._times = [time.time()] * len(curves["epoch"])
+        events.clear(folder)
+        if self._times:
+            events.write(folder, curves, self._times)
 
     def step(self, done: int, loss: float, accuracy: float | None = None) -> None:
         """`done` steps of the run are done; over the epoch's, mean loss and, of a classifier, accuracy (percent)."""
@@ -78,16 +77,16 @@ class Progress:
             self._written = time.perf_counter()
             left = self.seconds / (done - self._first) * (self._total - done)
             now = {"part": done / self._total, "status": status, "seconds_left": round(left, 1)}
-            self._file.write_text(json.dumps(now))
+            with suppress(OSError):  # a full disk is found out by who needs it
+                (self._folder / FILE).write_text(json.dumps(now))
 
     def epoch(self, curves: dict[str, list[Any]]) -> None:
         """An epoch is done and evaluated."""
         if self.quiet:
             return
+        self._times.append(time.time())
+        events.write(self._folder, curves, self._times)
         now = {key: values[-1] for key, values in curves.items()}
-        for key in now.keys() - {"epoch", "step"}:
-            self._writer.add_scalar(key, now[key], now["step"])
-        self._writer.flush()
         if self._bar.disable:
             done = max(1, now["step"] - self._first)  # 0 where only the evaluation of an epoch was left to do
             left = self.seconds / done * (self._total - now["step"])

@@ -47,8 +47,8 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
     task = loop.open_task(config, ranks)
     task.model.load_state_dict(weights)
     task.load()
-    with arithmetic(config, ranks.device), StopRequest(ranks) as stop:
-        final = task.evaluate_all(stop)
+    with arithmetic(config, ranks.device):
+        final = task.evaluate_all(StopRequest(ranks))
     print(f"run {record['id']}: {task.provenance['name']}, {task.provenance['fidelity']}")
     for kind, values in final.items():
         print(f"  {kind:8} {records.headline(values)}  (record {records.headline(record['final'][kind])})")

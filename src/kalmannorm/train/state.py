@@ -1,23 +1,19 @@
 """All that training changes, in one place: what a checkpoint holds, and the signals that ask for one."""
 
 import random
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kalmannorm import stopping
 from kalmannorm.errors import Stopped
 from kalmannorm.train import checkpoint
 from kalmannorm.train.ranks import Ranks
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send ahead of taking the machine away
 
 
 @dataclass
@@ -142,31 +138,16 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 class StopRequest:
-    """While it lasts, SIGTERM and SIGUSR1 are noted and do not end the process; `check` raises Stopped after a step."""
+    """A signal to stop, as all processes of a run hear of it: at the same step."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.number: int | None = None
-        self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-
-    def asked(self) -> bool:
-        """Whether any rank was asked to stop; they all hear the same, at the same step."""
-        self.number = self.ranks.any(self.number)
-        return self.number is not None
+    def asked(self) -> int | None:
+        """Return the number of the signal that any process got."""
+        return self.ranks.any(stopping.asked())
 
     def check(self) -> None:
-        if self.asked():
-            assert self.number is not None
-            raise Stopped(self.number)
+        """Raise Stopped where any process was asked to stop."""
+        if (number := self.asked()) is not None:
+            raise Stopped(number)

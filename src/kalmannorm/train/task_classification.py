@@ -1,5 +1,6 @@
 """Classification: a label for an image, cross-entropy, accuracy under moving, online and precise statistics."""
 
+import io
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,7 @@ from kalmannorm.data.batches import Batches
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Record
 from kalmannorm.experiments.settings import FolderDataset, Schedule
+from kalmannorm.files import write_atomically
 from kalmannorm.norm import Estimator, PopulationNorm, SparseSwitchableNorm, SwitchableNorm
 from kalmannorm.norm.modes import normalizers
 from kalmannorm.train.evaluate import evaluate, precise, under_both, variance_gaps
@@ -136,7 +138,9 @@ class Classification(Task):
         assert stat_batch is not None
         images = dataset.gap_images if isinstance(dataset, FolderDataset) else None
         arrays, raw = variance_gaps(self.model, self.train, self.last, config.batch.grad_batch, stat_batch, images)
-        np.savez(session.folder / "gaps.npz", **raw)  # type: ignore[arg-type]
+        content = io.BytesIO()
+        np.savez(content, **raw)  # type: ignore[arg-type]
+        write_atomically(session.folder / "gaps.npz", content.getvalue())
         return arrays
 
     def evaluate_all(self, stop: StopRequest) -> dict[str, dict[str, Any]]:
