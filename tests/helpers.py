@@ -11,8 +11,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from kalmannorm import Belief, belief_report
+from kalmannorm import Belief
 from kalmannorm.models import ARCHS
+from kalmannorm.norm import Estimator
+from kalmannorm.norm.belief import pick
+from kalmannorm.norm.moments import plain
 from kalmannorm.norm.sampling import Noise
 
 D = torch.float64
@@ -58,6 +61,13 @@ def same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
         assert error(a, b) <= tolerance
 
 
+def estimated(layer: nn.Module, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, Belief | None]:
+    """What a normalizer returns where beliefs are given: y and its belief; None of one that takes none."""
+    if not isinstance(layer, Estimator):
+        return layer(x), None
+    return layer(x, beliefs=() if prior is None else prior)
+
+
 class Spy:
     """What the normalizers of a converted model got and handed on, and what was drawn, in the last forward."""
 
@@ -67,15 +77,17 @@ class Spy:
         self.noise: dict[str, Tensor] = {}
         self.input: dict[str, Tensor] = {}
         for name, layer in model.named_modules():
-            if name in belief_report(model):
-                layer.register_forward_hook(self.see(name))
+            if isinstance(layer, Estimator):
+                nn.Module.register_forward_hook(layer, self.see(name), with_kwargs=True)  # which sees beliefs
             elif isinstance(layer, Noise):
                 layer.register_forward_hook(lambda _, __, out, name=name: self.noise.update({name: out}))
 
     def see(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Belief]) -> None:
-            self.prior[name] = args[1] if len(args) > 1 else None
-            self.handed_on[name], self.input[name] = out[1], args[0].detach()
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Tensor, Any]) -> None:
+            self.prior[name] = plain(pick(kwargs["beliefs"], 0, "x"))
+            handed_on = out[1]
+            self.handed_on[name] = handed_on if isinstance(handed_on, Belief) else handed_on.belief
+            self.input[name] = args[0].detach()
 
         return hook
 

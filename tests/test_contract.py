@@ -24,16 +24,14 @@ def results(layer: nn.Module, steps: int = 3) -> list[list[Tensor]]:
     found = []
     for step in range(steps):
         x = (images(dtype=D) * (step + 1)).requires_grad_()
-        out = layer(x)
-        y = out[0] if isinstance(out, tuple) else out
+        y = layer(x)
         gradients = torch.autograd.grad(y.cos().sum(), [x, layer.weight, layer.bias])  # type: ignore[list-item]
         averages = moving(layer) if getattr(layer, "running_mean", None) is not None else []
         found.append([y.detach(), *gradients, *(t.clone() for t in averages)])
     layer.eval()
     for statistics in ("moving", "online"):
         set_statistics(layer, statistics)
-        out = layer(images(dtype=D))
-        found.append([(out[0] if isinstance(out, tuple) else out).detach()])
+        found.append([layer(images(dtype=D)).detach()])
     return found
 
 
@@ -67,7 +65,7 @@ def test_ln_and_in_are_torchs_and_gn_s() -> None:
     x = images(dtype=D)
     for norm, groups, torchs in (("ln", 1, torchs_ln), ("in", CHANNELS, torchs_in)):
         layer = NORMS[norm](CHANNELS, stat_batch=2, momentum=0.1).double()
-        assert error(layer(x)[0].detach(), torchs(x).detach()) < 1e-12
+        assert error(layer(x).detach(), torchs(x).detach()) < 1e-12
         layer, gn = build(norm, D), build("gn", D, num_groups=groups)
         assert_same(layer, gn, 0)
     affine(torchs_in, CHANNELS)
@@ -96,7 +94,7 @@ def test_sn_weighs_means_and_variances_apart() -> None:
     w, v = torch.softmax(sn.mean_weight, 0), torch.softmax(sn.var_weight, 0)
     for statistics in ("online", "moving"):
         set_statistics(sn.eval(), statistics)
-        y = sn(x)[0]
+        y = sn(x)
         for i in range(IMAGES):
             pixels, values = x[i].flatten(1), of_group[i % groups]
             bn = (values.mean(1), values.var(1, correction=0)) if statistics == "online" else moving(sn)
@@ -112,5 +110,5 @@ def test_frozen_bn_is_bn_s_affine() -> None:
     frozen.load_state_dict(bn.state_dict())
     x = images(dtype=D)
     for training in (True, False):
-        assert torch.equal(frozen.train(training)(x)[0], bn(x)[0])
+        assert torch.equal(frozen.train(training)(x), bn(x))
     assert not list(frozen.parameters())

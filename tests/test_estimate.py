@@ -161,12 +161,12 @@ def test_gradients_through_the_prior(kind: str, channels_last: bool, sampling: b
         then = dict(zip(names[len(names) // 2 :], values[len(names) // 2 :], strict=True))
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        y, b = torch.func.functional_call(first, given, (x,))
+        y, b = torch.func.functional_call(first, given, (x,), {"beliefs": ()})
         if sampling:
             prior = sampled_conv(b, noise, weight, padding=(1, 1), relu=True)
         else:
             prior = belief.conv(belief.relu(b), weight)
-        y, b = torch.func.functional_call(second, then, (F.conv2d(F.relu(y), weight, padding=1), prior))
+        y, b = torch.func.functional_call(second, then, (F.conv2d(F.relu(y), weight, padding=1),), {"beliefs": prior})
         return y, *b
 
     assert gradcheck(network, (x, weight, *parameters), fast_mode=True)
@@ -176,8 +176,8 @@ def test_gradients_through_the_prior(kind: str, channels_last: bool, sampling: b
 def test_idle_parameters_get_zero_gradients(norm: str) -> None:
     """DDP waits for the gradients of every parameter, and an optimizer must not move those that have no part."""
     layer = NORMS[norm](6)
-    layer(torch.randn(4, 6, 3, 3))[0].sum().backward()
+    layer(torch.randn(4, 6, 3, 3)).sum().backward()
     assert layer.gain_logit.grad is not None and layer.gain_logit.grad == 0
     assert layer.noise_raw.grad is not None and not layer.noise_raw.grad.any()
-    layer(torch.randn(4, 6, 3, 3), random_belief(1, 6))[0].square().sum().backward()
+    layer(torch.randn(4, 6, 3, 3), beliefs=random_belief(1, 6))[0].square().sum().backward()
     assert layer.gain_logit.grad != 0 and layer.noise_raw.grad.any()

@@ -55,7 +55,7 @@ def test_layer(name: str, memory_format: torch.memory_format) -> None:
     x, mean, var = leaves(
         data["x"][order].contiguous(memory_format=memory_format), data["prior_mean"], data["prior_var"]
     )
-    out, posterior = layer(x, Belief(mean, var))
+    out, posterior = layer(x, beliefs=Belief(mean, var))
     out.backward(data["dy"][order].contiguous(memory_format=memory_format))
     found = {"out": out, "mean": posterior.mean, "var": posterior.var, "dx": x.grad}
     found |= {"dprior_mean": mean.grad, "dprior_var": var.grad, "dgamma": layer.weight.grad, "dbeta": layer.bias.grad}
@@ -80,7 +80,7 @@ def test_network(memory_format: torch.memory_format) -> None:
     noises = iter(data[f"noise:{i}"] for i in range(4))
 
     def norm(name: str, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, Belief]:
-        return kalman_norm(data, data[f"gamma:{name}"], data[f"beta:{name}"])(x, prior)
+        return kalman_norm(data, data[f"gamma:{name}"], data[f"beta:{name}"])(x, beliefs=prior or ())
 
     def conv(name: str, x: Tensor, prior: Belief, stride: int = 1) -> tuple[Tensor, Belief]:
         weight = data[f"w:{name}"]

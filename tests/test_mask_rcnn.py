@@ -13,7 +13,7 @@ from torchvision.models import resnet50
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from kalmannorm import Belief, convert
+from kalmannorm import Belief, belief_report, convert
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import compose
 from kalmannorm.models.detection.c4 import MaskRCNNC4
@@ -238,7 +238,7 @@ def test_parts_take_and_return_beliefs():
     features, belief = ahead(x)
     assert isinstance(belief, Belief) and belief.mean.shape == (2, 4)
     assert torch.equal(behind(features, belief), whole(x))
-    assert behind.report == {"1": None}
+    assert belief_report(behind) == {"1": None}
     assert convert(first, "gn", returns_belief=True)(x)[1] is None
     with pytest.raises(ValueError, match="argument"):
         convert(second, "bkn", input_belief="parameter")

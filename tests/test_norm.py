@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, FORMATS, D, affine, error, leaves, moving, random_belief, same
+from helpers import DTYPES, FORMATS, D, affine, error, estimated, leaves, moving, random_belief, same
 from torch import Tensor, nn
 
 from kalmannorm import NORMS, Belief, KalmanBatchNorm2d, KalmanGroupNorm, convert, precise_statistics, set_statistics
@@ -25,12 +25,11 @@ def measurement_only(channels: int, **options: Any) -> KalmanBatchNorm2d:
     return KalmanBatchNorm2d(channels, **options)
 
 
-def step(layer: nn.Module, x: Tensor, dy: Tensor, *args: Any) -> list[Tensor]:
+def step(layer: nn.Module, x: Tensor, dy: Tensor, prior: Belief | None = None) -> list[Tensor]:
     """Output and gradients of one forward and backward."""
     (x,) = leaves(x)
     layer.zero_grad()
-    out = layer(x, *args)
-    y = out[0] if isinstance(out, tuple) else out
+    y = layer(x) if prior is None else estimated(layer, x, prior)[0]
     y.backward(dy)
     return [y.detach(), x.grad, layer.weight.grad.clone(), layer.bias.grad.clone()]  # type: ignore[union-attr, list-item]
 
@@ -55,7 +54,7 @@ def test_gain_1_is_batch_norm(
     same(moving(ours), moving(torchs), tolerance)
     assert ours.num_batches_tracked == torchs.num_batches_tracked
     ours.eval(), torchs.eval()
-    assert error(ours(x)[0].detach(), torchs(x).detach()) <= tolerance
+    assert error(ours(x).detach(), torchs(x).detach()) <= tolerance
 
 
 @FORMATS
@@ -117,8 +116,8 @@ def test_gkn_at_gain_1_is_group_norm(
 def test_gn_is_torchs() -> None:
     x = torch.randn(4, 12, 3, 3)
     for options, groups in (({}, 12), ({"max_groups": 5}, 4), ({"num_groups": 3}, 3)):
-        y, none = NORMS["gn"](12, stat_batch=2, **options)(x)
-        assert none is None and torch.equal(y, F.group_norm(x, groups, torch.ones(12), torch.zeros(12)))
+        y = NORMS["gn"](12, stat_batch=2, **options)(x)
+        assert torch.equal(y, F.group_norm(x, groups, torch.ones(12), torch.zeros(12)))
     assert [NORMS["gn"](c).num_groups for c in (16, 48, 64, 40, 7)] == [16, 24, 32, 20, 7]
     assert [NORMS["gkn"](c).num_groups for c in (16, 48, 64, 40, 7)] == [16, 24, 32, 20, 7]
 
@@ -138,7 +137,7 @@ def test_update_is_equation_7(mixture: bool, rows: str, memory_format: torch.mem
     noise = torch.linspace(-3, 1, 5, dtype=D).exp().log1p()
     prior = random_belief(1 if rows == "one for all" else groups, 5, D)
     x = (2 * torch.randn(6, 5, 4, 3, dtype=D) + 1).contiguous(memory_format=memory_format)
-    y, posterior = layer(x, prior)
+    y, posterior = layer(x, beliefs=prior)
     for g in range(groups):
         images, row = x[g::groups].transpose(0, 1).flatten(1), 0 if rows == "one for all" else g
         measured_mean, measured_var = images.mean(1), images.var(1, correction=0)
@@ -230,7 +229,7 @@ def test_gkn_prior_is_the_mixture_of_the_channels_of_a_group(with_prior: bool) -
     layer = KalmanGroupNorm(2, 6, gain=0.3, mixture=True, eps=1e-3).double()
     affine(layer, 6)
     x, prior = torch.randn(4, 6, 3, 3, dtype=D), random_belief(4, 6, D)
-    y, posterior = layer(x, prior if with_prior else None)
+    y, posterior = layer(x, beliefs=prior if with_prior else ())
     for n in range(4):
         for g in range(2):
             channels = slice(3 * g, 3 * g + 3)
@@ -250,17 +249,18 @@ def test_belief_handed_on() -> None:
     x, prior = torch.randn(4, 6, 3, 3), random_belief(2, 6)
     for layer in (KalmanBatchNorm2d(6, stat_batch=2, belief="output"), KalmanGroupNorm(2, 6, belief="output")):
         affine(layer, 6)
-        b = layer(x, Belief(*(t.repeat(2, 1) for t in prior)) if isinstance(layer, KalmanGroupNorm) else prior)[1]
+        given = Belief(*(t.repeat(2, 1) for t in prior)) if isinstance(layer, KalmanGroupNorm) else prior
+        b = layer(x, beliefs=given)[1]
         assert torch.equal(b.mean, layer.bias.expand_as(b.mean))
         assert torch.equal(b.var, layer.weight.square().expand_as(b.var))
         assert b.mean.requires_grad and b.var.requires_grad
     values = 2 * 9
     unbiased = KalmanBatchNorm2d(6, stat_batch=2, first_unbiased=True)
     biased = KalmanBatchNorm2d(6, stat_batch=2)
-    first = unbiased(x)[1], biased(x)[1]
+    first = unbiased(x, beliefs=())[1], biased(x, beliefs=())[1]
     assert error(first[0].var, first[1].var * values / (values - 1)) < 1e-6
-    assert torch.equal(unbiased(x)[0], biased(x)[0]) and error(unbiased.running_var, biased.running_var) < 1e-6
-    assert torch.equal(unbiased(x, prior)[1].var, biased(x, prior)[1].var)  # only without a prior
+    assert torch.equal(unbiased(x), biased(x)) and error(unbiased.running_var, biased.running_var) < 1e-6
+    assert torch.equal(unbiased(x, beliefs=prior)[1].var, biased(x, beliefs=prior)[1].var)  # only without a prior
 
 
 # --- groups, memory formats, types ---
@@ -276,7 +276,7 @@ def test_groups_do_not_leak(norm: str, memory_format: torch.memory_format) -> No
     changed, other_prior = x.clone(memory_format=torch.preserve_format), Belief(*(t.clone() for t in prior))
     changed[5] *= 3
     other_prior.mean[5 % groups] += 1
-    (y, b), (z, c) = layer(x, prior), layer(changed, other_prior)
+    (y, b), (z, c) = estimated(layer, x, prior), estimated(layer, changed, other_prior)
     for image in range(8):
         assert torch.equal(y[image], z[image]) is (image % groups != 5 % groups), image
     for row in range(groups if b is not None else 0):
@@ -312,7 +312,7 @@ def test_two_dimensional_inputs(norm: str) -> None:
     same(found[2:], expected[2:], 1e-6)
     if norm == "bn":
         reference = nn.BatchNorm1d(6)
-        assert error(flat(x)[0][1::2].detach(), reference(x[1::2]).detach()) < 1e-6
+        assert error(flat(x)[1::2].detach(), reference(x[1::2]).detach()) < 1e-6
 
 
 @FORMATS
@@ -325,9 +325,9 @@ def test_statistics_are_float32_under_autocast(norm: str, memory_format: torch.m
     image = torch.randn(4, 3, 10, 10).contiguous(memory_format=memory_format)
     with torch.autocast("cpu", torch.bfloat16):
         x = conv(image) + 5
-        y, b = cast(x, prior)
+        y, b = estimated(cast, x, prior)
         assert x.dtype == torch.bfloat16 and y.dtype == torchs(x).dtype
-    expected, c = exact(x.detach().float(), prior)
+    expected, c = estimated(exact, x.detach().float(), prior)
     assert error(y.detach().float(), expected.detach()) < 1e-2
     if b is not None:
         assert b.mean.dtype == b.var.dtype == torch.float32

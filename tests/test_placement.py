@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from kalmannorm import convert, fold, set_progress
-from kalmannorm.mapping import assign
+from kalmannorm.conversion.mapping import assign
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.norm import BatchNorm, GroupNorm, InstanceBatchNorm, KalmanBatchNorm2d, SparseSwitchableNorm
 from kalmannorm.placement import PLACEMENTS, choices, ibn_a, ibn_b, itern_first

@@ -48,7 +48,7 @@ def test_images_is_fisher_on_maps_of_one_pixel():
     for variant in ("images", "fisher"):
         torch.manual_seed(0)
         layer = PopulationNorm(5, gamma_decay=(variant, 8), gamma_cap=None, eps=0.0).double()
-        layer(torch.randn(64, 5, 1, 1, dtype=D))[0].cos().mean().backward()
+        layer(torch.randn(64, 5, 1, 1, dtype=D)).cos().mean().backward()
         finish_gradients(layer)
         found.append(layer.decay.zeta)
     assert error(*found) < 1e-10
@@ -59,7 +59,7 @@ def test_gamma_decay_is_one_over_the_batch():
     for batch in (8, 16):
         torch.manual_seed(0)
         layer = PopulationNorm(5, gamma_decay=("images", batch), gamma_cap=None)
-        layer(torch.randn(64, 5, 4, 4))[0].cos().mean().backward()
+        layer(torch.randn(64, 5, 4, 4)).cos().mean().backward()
         finish_gradients(layer)
         found.append(layer.decay.zeta)
     assert error(found[0], 2 * found[1]) < 1e-6
@@ -73,7 +73,7 @@ def test_coefficients_are_averaged_and_kept_in_the_state_dict():
     for x in batches:
         for one in (layer, single):
             one.zero_grad()
-            one(x)[0].cos().mean().backward()
+            one(x).cos().mean().backward()
         single.decay.steps.zero_()  # each of its steps is the first
         finish_gradients(layer)
         finish_gradients(single)
@@ -94,7 +94,7 @@ def test_micro_batches_of_statistics_groups_measure_one_coefficient():
         layer = PopulationNorm(5, stat_batch=4, gamma_decay=("images", 8)).double()
         layer.decay.micro_batches = parts
         for part in range(parts):
-            (layer(x[part::parts])[0].cos().mean() / parts).backward()
+            (layer(x[part::parts]).cos().mean() / parts).backward()
         finish_gradients(layer)
         found.append((layer.decay.zeta, layer.weight.grad))
     for one, two in zip(*found, strict=True):
@@ -106,7 +106,7 @@ def test_constant_decay_is_plain_weight_decay_of_gamma():
     plain = PopulationNorm(5)
     x = torch.randn(16, 5, 4, 4)
     for one in (layer, plain):
-        one(x)[0].cos().mean().backward()
+        one(x).cos().mean().backward()
         finish_gradients(one)
     assert error(layer.weight.grad - plain.weight.grad, 0.02 * layer.weight.detach()) < 1e-5
     assert error(layer.bias.grad, plain.bias.grad) < 1e-5
@@ -114,7 +114,7 @@ def test_constant_decay_is_plain_weight_decay_of_gamma():
 
 def test_pn_without_options_is_bn_of_the_whole_batch():
     x = torch.randn(8, 5, 4, 4)
-    assert torch.equal(NORMS["pn"](5)(x)[0], BatchNorm(5)(x)[0])
+    assert torch.equal(NORMS["pn"](5)(x), BatchNorm(5)(x))
 
 
 def test_memory_normalizes_by_the_averages_with_bn_s_gradient():
@@ -126,22 +126,22 @@ def test_memory_normalizes_by_the_averages_with_bn_s_gradient():
     column = (1, -1, 1, 1)
     past = (x - layer.running_mean.view(column)) / (layer.running_var + layer.eps).sqrt().view(column)
     scale = ((x.var((0, 2, 3), correction=0) + layer.eps) / (layer.running_var + layer.eps)).sqrt().detach()
-    y = layer(x)[0]
+    y = layer(x)
     assert error(y.detach(), past.detach()) < 1e-12
     (gradient,) = torch.autograd.grad(y.cos().sum(), x)
     # BN's, of an output that is r times as large.
     bn = BatchNorm(5).double()
-    z = bn(x)[0] * scale.view(column)
+    z = bn(x) * scale.view(column)
     (expected,) = torch.autograd.grad((z * -past.detach().sin()).sum(), x)
     assert error(gradient, expected) < 1e-10
     set_progress(layer, 0.01)  # the warm-up
-    assert error(layer(x)[0].detach(), BatchNorm(5).double()(x)[0].detach()) < 1e-12
+    assert error(layer(x).detach(), BatchNorm(5).double()(x).detach()) < 1e-12
 
 
 def test_frozen_has_constants():
     x = torch.randn(8, 5, 4, 4, requires_grad=True)
     layer = PopulationNorm(5, estimator="frozen")
-    y = layer(x)[0]
+    y = layer(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert error(y.detach(), x.detach() / (1 + layer.eps) ** 0.5) < 1e-6
     assert error(gradient, torch.full_like(x, (1 + layer.eps) ** -0.5)) < 1e-6
@@ -154,7 +154,7 @@ def test_mean_and_deviation_of_different_groups(part):
     x = torch.randn(8, 5, 4, 4, dtype=D)
     layer = NORMS["bn"](5, stat_batch=2, **{part: "whole"}).double()
     assert isinstance(layer, SplitBatchNorm)
-    y = layer(x)[0].detach()
+    y = layer(x).detach()
     for group in range(4):
         own = x[group::4]
         of_mean, of_var = (x, own) if part == "mean_batch" else (own, x)
@@ -186,7 +186,7 @@ def test_the_jacobian_of_bn():
     layer = BatchNorm(1, eps=1e-15).double()
     nn.init.constant_(layer.weight, gamma)
     h = torch.randn(m, 1, dtype=D)
-    found = torch.autograd.functional.jacobian(lambda h: layer(h)[0], h)[:, 0, :, 0]
+    found = torch.autograd.functional.jacobian(lambda h: layer(h), h)[:, 0, :, 0]
     sigma = h.var(correction=0).sqrt()
     normalized = (h - h.mean()) / sigma
     expected = gamma / sigma * (torch.eye(m, dtype=D) - (normalized @ normalized.T + 1) / m)
@@ -198,10 +198,10 @@ def test_sums_and_squares_of_what_bn_returns():
     m, gamma, beta = 9, 0.7, -0.4
     layer = BatchNorm(1, eps=1e-15).double()
     h = torch.randn(m, 1, dtype=D)
-    assert layer(h)[0].sum().abs() < 1e-12
+    assert layer(h).sum().abs() < 1e-12
     nn.init.constant_(layer.weight, gamma)
     nn.init.constant_(layer.bias, beta)
-    assert error(layer(h)[0].detach().square().sum(), torch.tensor(m * (gamma**2 + beta**2), dtype=D)) < 1e-12
+    assert error(layer(h).detach().square().sum(), torch.tensor(m * (gamma**2 + beta**2), dtype=D)) < 1e-12
 
 
 def test_a_converted_network_decays_every_gamma():

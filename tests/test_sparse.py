@@ -77,7 +77,7 @@ def test_a_choice_is_for_good():
     with torch.no_grad():  # an optimizer's momentum moves the logits on
         layer.mean_weight.copy_(torch.tensor([5.0, 0.0, 0.0]))
     set_progress(layer, 0.0)
-    y = layer(x)[0]
+    y = layer(x)
     y.cos().sum().backward()
     assert layer.chosen == ("ln", "in") and layer.weights == {"mean": [0, 1, 0], "var": [1, 0, 0]}
     assert layer.mean_weight.tolist() == [0, 1, 0]
@@ -90,7 +90,7 @@ def test_state_dict_keeps_choices_and_radius():
     fresh = SparseSwitchableNorm(4, stat_batch=2)
     fresh.load_state_dict(copy.deepcopy(layer.state_dict()))
     assert fresh.chosen == layer.chosen == ("ln", "in") and fresh.radius == layer.radius
-    assert torch.equal(fresh.eval()(x)[0], layer.eval()(x)[0])
+    assert torch.equal(fresh.eval()(x), layer.eval()(x))
 
 
 def test_mean_and_variance_choose_apart():
@@ -113,7 +113,7 @@ def test_every_layer_has_chosen_where_the_circle_holds_the_simplex():
         set_progress(model, step / steps)
         y = x
         for layer in model:
-            y = layer(y)[0]
+            y = layer(y)
         chosen = all(None not in layer.chosen for layer in model)
         assert chosen or step <= math.ceil(steps * ALL_CORNERS)
     assert chosen

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Perceptron, affine, error, moving, random_belief, same
+from helpers import Perceptron, affine, error, estimated, moving, random_belief, same
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -27,7 +27,7 @@ def test_moving_averages_are_of_what_normalizes(which: str, unbiased: bool, norm
     expected = [torch.zeros(5), torch.ones(5)]
     for _ in range(3):
         x = torch.randn(6, 5, 4, 3) + 1
-        b = layer(x, random_belief(3, 5))[1]
+        b = estimated(layer, x, random_belief(3, 5))[1]
         if b is None:
             groups = torch.stack([x[g::3].transpose(0, 1).flatten(1) for g in range(3)])
             b = Belief(groups.mean(2), groups.var(2, correction=0))
@@ -59,7 +59,7 @@ def test_moving_statistics_in_evaluation(norm: str) -> None:
     layer.eval()
     before = copy.deepcopy(layer.state_dict())
     x = torch.randn(3, 5, 4, 3)
-    y, b = layer(x, random_belief(1, 5))
+    y, b = estimated(layer, x, random_belief(1, 5))
     assert torch.equal(y, F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias))
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
     if norm == "bkn":
@@ -72,15 +72,15 @@ def test_online_statistics_in_evaluation(norm: str, stat_batch: int | None) -> N
     """The same groups and estimator as in training, prior included; nothing moves."""
     layer = NORMS[norm](5, stat_batch=stat_batch)
     x, prior = torch.randn(6, 5, 4, 3) + 1, random_belief(1, 5)
-    trained = layer(x, prior)[0]
+    trained = estimated(layer, x, prior)[0]
     before = copy.deepcopy(layer.state_dict())
     layer.eval()
-    assert not torch.equal(layer(x, prior)[0], trained)
+    assert not torch.equal(estimated(layer, x, prior)[0], trained)
     set_statistics(layer, "online")
-    assert torch.equal(layer(x, prior)[0], trained)
+    assert torch.equal(estimated(layer, x, prior)[0], trained)
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
     set_statistics(layer, "moving")
-    assert not torch.equal(layer(x, prior)[0], trained)
+    assert not torch.equal(estimated(layer, x, prior)[0], trained)
     with pytest.raises(ValueError, match=r"'moving' or 'online', not 'Option A'"):
         set_statistics(layer, "Option A")
 
@@ -128,11 +128,11 @@ def test_probes_see_every_group(stat_batch: int | None) -> None:
     )
     seen: dict[str, list[dict[str, Belief | None]]] = {"bn": [], "kn": []}
     x, prior = torch.randn(6, 5, 4, 3) + 1, random_belief(1, 5)
-    unseen = [layer(x, prior)[0] for layer in model.values()]
+    unseen = [estimated(layer, x, prior)[0] for layer in model.values()]
     with probing(model, {name: lambda calls=calls, **what: calls.append(what) for name, calls in seen.items()}):
         for layer, y in zip(model.values(), unseen, strict=True):
-            same([layer(x, prior)[0].detach()], [y.detach()], 1e-6)
-    posterior = model["kn"](x, prior)[1]  # no probe any more
+            same([estimated(layer, x, prior)[0].detach()], [y.detach()], 1e-6)
+    posterior = model["kn"](x, beliefs=prior)[1]  # no probe any more
     number = 1 if stat_batch is None else 3
     groups = torch.stack([x[g::number].transpose(0, 1).flatten(1) for g in range(number)])
     for name in ("bn", "kn"):

@@ -70,5 +70,5 @@ def check(model: nn.Module, x: Tensor, tolerance: float = 1e-6) -> tuple[int, in
         assert list(folded.state_dict()) == list(original.state_dict())
         for a, b in zip(run(folded, x), run(model.eval(), x), strict=True):
             assert error(a, b) < tolerance
-    report = belief_report(model)
+    report = belief_report(model, batch)
     return sum(why is None for why in report.values()), len(report)

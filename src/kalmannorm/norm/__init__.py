@@ -1,6 +1,7 @@
 """The normalizers: a statistics set (paper Eq. 8) times an estimator. They need torch alone.
 
-Contract: module(x, prior: Belief | None = None) -> (y, Belief | None). Those without a belief return None.
+Contract: module(input) -> y. Those with beliefs also module(input, beliefs=a Belief of it, or ()) -> (y, Belief):
+belief.py.
 NORMS[name](num_features, *, stat_batch=None, **options) builds one.
 """
 

@@ -155,16 +155,16 @@ class GroupedStatistics(_BatchNorm):
 class BatchNorm(GroupedStatistics):
     """Batch Normalization (Ioffe & Szegedy 2015) of groups of `stat_batch` images ("ghost" batches).
 
-    x [N, C, H, W] or [N, C] -> (y, None). With `stat_batch` None it computes torch's BatchNorm bit for bit.
+    x [N, C, H, W] or [N, C] -> y. With `stat_batch` None it computes torch's BatchNorm bit for bit.
     """
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+    def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving:
-            return self.normalize_by_moving(x, self.weight), None
-        size = self.group_size(x)
-        if size == x.shape[0] and self.probe is None and self.pending is None and self.moving_unbiased:
-            return self._normalize_whole_batch(x), None
-        return self._normalize_groups(x, size, self.weight, self.bias), None
+            return self.normalize_by_moving(input, self.weight)
+        size = self.group_size(input)
+        if size == input.shape[0] and self.probe is None and self.pending is None and self.moving_unbiased:
+            return self._normalize_whole_batch(input)
+        return self._normalize_groups(input, size, self.weight, self.bias)
 
     def _normalize_groups(self, x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Every group by its own statistics; weight, bias [C], or [G, C] of each group's own."""

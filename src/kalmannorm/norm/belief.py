@@ -1,6 +1,10 @@
-"""What a normalizer knows of a feature map before it is measured."""
+"""What a normalizer knows of a feature map before it is measured, and how modules hand that to each other.
 
-from typing import NamedTuple
+One contract for everything that takes beliefs: `module(*args, **kwargs)` returns what it always returns;
+`module(*args, beliefs=..., **kwargs)` returns that together with its belief (Estimated, or Returned).
+"""
+
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,3 +18,51 @@ class Belief(NamedTuple):
 
     mean: Tensor
     var: Tensor
+
+
+class Carried(NamedTuple):
+    """A belief with what the operations behind it must know of it; a Belief alone stands for Carried(belief).
+
+    Attributes:
+        belief: of the channels, in the order of the value's axes.
+        axes: a letter for each axis of the value, n images, c channels (divided into several), p pixels; empty where
+            the channels are axis 1, as usual.
+        relu: what a ReLU does to it: `closed`, it is rectified; `ignored`, nothing (convert's relu=False); `sampled`,
+            it waits for the next convolution, which rectifies its sample, and is then `pending`.
+    """
+
+    belief: Belief
+    axes: str = ""
+    relu: str = "closed"
+
+
+class Estimated(NamedTuple):
+    """What a normalizer returns where beliefs were given: y and the belief of what it normalized."""
+
+    y: Any
+    belief: Any
+
+
+class Returned(NamedTuple):
+    """What a converted module returns where beliefs were given.
+
+    Attributes:
+        y: what it returns without.
+        belief: a structure parallel to y, None where there is none.
+        changed: beliefs of arguments that it changed in place, by position; or None.
+    """
+
+    y: Any
+    belief: Any
+    changed: dict[int, Any] | None = None
+
+
+def pick(beliefs: Any, position: int, name: str) -> Any:
+    """The belief of one argument. `beliefs`: (a tuple of those of the positional arguments, a dict of the others'), or
+    the first argument's alone, or nothing."""
+    if not beliefs:
+        return None
+    if isinstance(beliefs, Belief | Carried):
+        return beliefs if position == 0 else None
+    of_args, of_kwargs = beliefs
+    return of_args[position] if position < len(of_args) else of_kwargs.get(name)

@@ -5,8 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.norm.belief import Belief
-
 
 class FrozenBatchNorm(nn.Module):
     """Frozen BN ("BN*" in the paper's Table 6): an affine of constants, in training and evaluation.
@@ -15,7 +13,7 @@ class FrozenBatchNorm(nn.Module):
     carries a model's over. As built it is the identity (but for eps). torchvision's FrozenBatchNorm2d is the same for
     images alone; this one takes [N, C] too, and norm/ needs torch only.
 
-    x [N, C, ...] -> (y, None).
+    x [N, C, ...] -> y.
     """
 
     folds = True
@@ -32,17 +30,16 @@ class FrozenBatchNorm(nn.Module):
             self.register_buffer(name, torch.full((num_features,), value))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
-        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return y, None
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
 
 
 class NoNorm(nn.Module):
-    """No normalizer: x -> (x, None). The convolutions' biases, which convert adds, are in beta's place."""
+    """No normalizer: x -> x. The convolutions' biases, which convert adds, are in beta's place."""
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+    def forward(self, input: Tensor) -> Tensor:
         # A copy, as of every normalizer: an in-place ReLU behind it must not reach x, which a shortcut may use too.
-        return x.clone(), None
+        return input.clone()

@@ -5,8 +5,6 @@ One group is Layer Normalization over (C, H, W), a group for every channel Insta
 
 from torch import Tensor, nn
 
-from kalmannorm.norm.belief import Belief
-
 
 def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -> int:
     """`num_groups`, which must divide the channels, or else their largest divisor that is not above `max_groups`."""
@@ -36,7 +34,7 @@ def refuse_single_pixels(where: str, x: Tensor) -> None:
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's GroupNorm under the normalizers' contract: x [N, C, ...] -> (y, None).
+    """torch's GroupNorm with errors that name the layer: x [N, C, ...] -> y.
 
     32 groups as in its paper; the released code takes 4 on CIFAR (`max_groups=4`).
     """
@@ -48,6 +46,6 @@ class GroupNorm(nn.GroupNorm):
     ) -> None:
         super().__init__(channel_groups(num_features, num_groups, max_groups), num_features, eps)
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:  # type: ignore[override]
-        refuse_single_values(self.layer_name or type(self).__name__, x, self.num_groups)
-        return super().forward(x), None
+    def forward(self, input: Tensor) -> Tensor:
+        refuse_single_values(self.layer_name or type(self).__name__, input, self.num_groups)
+        return super().forward(input)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import BatchNorm
-from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.group import refuse_single_pixels
 
 
@@ -75,22 +74,22 @@ class InstanceBatchNorm(nn.Module):
         present = [(part, channels) for part, channels in both if part is not None]
         return sorted(present, key=lambda part: part[1].start)
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+    def forward(self, input: Tensor) -> Tensor:
         if self.IN is not None:
-            refuse_single_pixels(self.layer_name or type(self).__name__, x)
+            refuse_single_pixels(self.layer_name or type(self).__name__, input)
         # One affine for every channel of every image: neither split nor put together, the map is read twice.
         if self.BN is not None and self.BN.uses_moving:
-            mean, var = groups.image_moments(x[:, self.instance])
+            mean, var = groups.image_moments(input[:, self.instance])
             assert self.BN.running_mean is not None and self.BN.running_var is not None
-            batch = [t.expand(len(x), -1) for t in (self.BN.running_mean, self.BN.running_var)]
+            batch = [t.expand(len(input), -1) for t in (self.BN.running_mean, self.BN.running_var)]
         else:
-            mean, var = groups.image_moments(x)
-            batch = self._batch_part(x, mean[:, self.batch], var[:, self.batch])
+            mean, var = groups.image_moments(input)
+            batch = self._batch_part(input, mean[:, self.batch], var[:, self.batch])
             mean, var = mean[:, self.instance], var[:, self.instance]
         mean, var = (self._in_order(a, b) for a, b in zip((mean, var), batch, strict=True))
         affine = [[getattr(part, key) for part, _ in self.parts] for key in ("weight", "bias")]
         weight, bias = (None if values[0] is None else torch.cat(values) for values in affine)
-        return groups.normalize(x, 1, mean, var, weight, bias, self.eps), None
+        return groups.normalize(input, 1, mean, var, weight, bias, self.eps)
 
     def _batch_part(self, x: Tensor, mean: Tensor, var: Tensor) -> list[Tensor]:
         """Mean and variance of every image's group, from those of the images; [N, BN's channels]."""

@@ -1,6 +1,7 @@
 """Kalman Normalization: the update step (paper Eq. 7 lines 2 and 4) over the statistics sets of BN and GN (Eq. 8)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +9,16 @@ from torch import Tensor, nn
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics
-from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.belief import Belief, Carried, Estimated, pick
+from kalmannorm.norm.contract import TakesBeliefs
 from kalmannorm.norm.estimate import normalize_by_posterior
 from kalmannorm.norm.group import refuse_single_values
+from kalmannorm.norm.moments import plain
 
 INITIAL_NOISE = 0.02  # R's start, per channel: no source gives it
 
 
-class Estimator(nn.Module):
+class Estimator(TakesBeliefs):
     """The learned part of the update: gain q in (0, 1), one per layer; noise R >= 0, one per channel or one for all.
 
     posterior mean = p prior + q measured, posterior var = p (prior + R) + q measured [+ p q (difference of means)^2],
@@ -23,7 +26,7 @@ class Estimator(nn.Module):
     """
 
     values = 1  # of which each statistic was measured last: with prior_values the gain depends on it
-
+    on_relu = "closed"  # what a ReLU does to the belief that is handed on (belief.Carried): set by convert
     spread = False  # whether a batch is spread over processes (statistics.spread_batches)
     gain_logit: Tensor | None
     noise_raw: Tensor | None
@@ -66,6 +69,17 @@ class Estimator(nn.Module):
         if noise:
             size = 1 if noise == "shared" else channels
             self.noise_raw = nn.Parameter(torch.full((size,), math.log(math.expm1(INITIAL_NOISE))))
+
+    def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
+        """x normalized, and the belief to hand on."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, beliefs: Any = None) -> Any:
+        """y like the input; with `beliefs`, its own (or none: an empty tuple), Estimated(y, belief)."""
+        y, belief = self.estimate(input, plain(pick(beliefs, 0, "input")))
+        if beliefs is None:
+            return y
+        return Estimated(y, belief if self.on_relu == "closed" else Carried(belief, "", self.on_relu))
 
     @property
     def gain(self) -> Tensor | float:
@@ -120,7 +134,7 @@ class Estimator(nn.Module):
         return f"{gain} ({learned}), noise={self.noise}, belief={self.belief}, predict={self.predict}"
 
 
-class KalmanBatchNorm2d(GroupedStatistics, Estimator):
+class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
     """(Batch) Kalman Normalization, KN or BKN: BN's statistics, corrected by the belief of the layers before.
 
     Args:
@@ -143,8 +157,9 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         moving_unbiased: Bessel's correction on the moving variance, as torch's BatchNorm has it.
         first_unbiased: without a prior, hand on the unbiased variance (the released code's fused first layer).
 
-    (x [N, C, H, W] or [N, C], prior: Belief [rows, C] | None) -> (y like x, Belief [rows, C]). Rows: one per group, or
-    a single one for all. ValueError: a batch that does not divide; statistics of a single value.
+    x [N, C, H, W] or [N, C] -> y like x; with `beliefs`, a Belief [rows, C] or an empty tuple, -> (y, Belief [rows,
+    C]), with a row per group or a single one for all. ValueError: a batch that does not divide; statistics of a single
+    value.
     Source: paper Eq. 7; rows are groups, interleaved (norm/groups.py).
     """
 
@@ -178,7 +193,7 @@ class KalmanBatchNorm2d(GroupedStatistics, Estimator):
         self.first_unbiased = first_unbiased
         self._init_estimator(num_features, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict)
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, Belief]:
+    def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         if self.uses_moving:
             assert self.running_mean is not None and self.running_var is not None
             moving = Belief(self.running_mean[None], self.running_var[None])
@@ -213,8 +228,8 @@ class KalmanGroupNorm(Estimator):
     the variance of that mixture: mean of variances + variance of means. Options as in KalmanBatchNorm2d. There are no
     moving statistics: training and evaluation compute the same.
 
-    (x [N, C, ...], prior: Belief [N or 1, C] | None) -> (y like x, Belief [N or 1, C]). ValueError: statistics of a
-    single value.
+    x [N, C, ...] -> y like x; with `beliefs`, a Belief [N or 1, C] or an empty tuple, -> (y, Belief [N or 1, C]).
+    ValueError: statistics of a single value.
     """
 
     layer_name = ""  # set by convert: errors name the layer
@@ -242,7 +257,7 @@ class KalmanGroupNorm(Estimator):
         self.bias = nn.Parameter(torch.zeros(num_channels))
         self._init_estimator(num_channels, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict)
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, Belief]:
+    def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         refuse_single_values(self.layer_name or type(self).__name__, x, self.num_groups)
         images, channels = x.shape[:2]
         per_group = channels // self.num_groups

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.belief import Belief, Carried
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -98,7 +98,12 @@ def _mixed_rows(out: Tensor, rows: Tensor, groups: int) -> Tensor:
     return torch.einsum("rgo,rgi->goi", *blocks).flatten(0, 1)
 
 
-class Transition(nn.Module):
+class Predictor(nn.Module):
+    """What a convolution predicts with beside its weight: it stands next to it in the model, and is not called by it
+    when the model is run plainly."""
+
+
+class Transition(Predictor):
     """A convolution's transition matrix of its own, in place of its weight (`transition="learned"`: the talk, v1).
 
     mean' = A mean + bias and var' = A^2 var (the diagonal of A Sigma A^T): [rows, C_in] -> [rows, C_out]. A, learned,
@@ -246,3 +251,17 @@ def relu(belief: Belief) -> Belief:
     rectifies a sample instead.
     """
     return Belief(*_RectifiedMoments.apply(*belief))
+
+
+def settled(carried: Carried) -> Carried:
+    """With a pending ReLU done, in closed form."""
+    if carried.relu != "pending":
+        return carried
+    return Carried(relu(carried.belief), carried.axes, "sampled")
+
+
+def plain(carried: Belief | Carried | None) -> Belief | None:
+    """The belief of a value whose channels are axis 1, settled; None if they are not."""
+    if carried is None or isinstance(carried, Belief):
+        return carried
+    return None if carried.axes else settled(carried).belief

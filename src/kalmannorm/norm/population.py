@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.norm import groups
-from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.renorm import WARM_UP
 from kalmannorm.norm.sync import SyncBatchNorm
 
@@ -136,7 +135,7 @@ class GammaDecay(nn.Module):
 class PopulationNorm(SyncBatchNorm):
     """Population Normalization: h normalized by the statistics of the training distribution under the present weights.
 
-    x [N, C, ...] -> (y, None). The source's estimator could not be read; `estimator` names three:
+    x [N, C, ...] -> y. The source's estimator could not be read; `estimator` names three:
 
     - `whole`: groups of `stat_batch` images, over all processes; None, the whole gradient batch, makes PN of it. So BN
       of small groups against it, at one gradient batch, differs in the statistics' noise alone.
@@ -173,21 +172,21 @@ class PopulationNorm(SyncBatchNorm):
         """`fraction` of the training is done: whether `memory` is past its warm-up, which is BRN's."""
         self.corrects = fraction > WARM_UP
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+    def forward(self, input: Tensor) -> Tensor:
         remembers = self.estimator == "frozen" or (self.estimator == "memory" and self.corrects)
         if self.uses_moving or not (remembers or (self.decay is not None and self.training)):
-            return super().forward(x, prior)
+            return super().forward(input)
         if not self.spans:
-            self.group_size(x)  # refuses what says nothing
-        size, member, mean, var = self.moments(x, self.stat_batch)
+            self.group_size(input)  # refuses what says nothing
+        size, member, mean, var = self.moments(input, self.stat_batch)
         if remembers:
-            y = self._normalize_by_memory(x, mean[member], var[member])
+            y = self._normalize_by_memory(input, mean[member], var[member])
         else:
             # Not as a decorator: that imports the whole compiler.
             apart = torch.compiler.disable if torch.compiler.is_compiling() else lambda function: function
-            y = apart(self._normalize_watched)(x, mean[member], var[member])
-        self.record(mean.detach(), var.detach(), groups.values(x, size))
-        return y, None
+            y = apart(self._normalize_watched)(input, mean[member], var[member])
+        self.record(mean.detach(), var.detach(), groups.values(input, size))
+        return y
 
     def _normalize_by_memory(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
@@ -217,7 +216,7 @@ class PopulationNorm(SyncBatchNorm):
 class SplitBatchNorm(SyncBatchNorm):
     """BN whose mean and deviation are of different groups, so that only one of them carries the noise of small batches.
 
-    x [N, C, ...] -> (y, None). `mean_batch`, `var_batch`: None, groups of `stat_batch` images; or "whole", the whole
+    x [N, C, ...] -> y. `mean_batch`, `var_batch`: None, groups of `stat_batch` images; or "whole", the whole
     batch, over all processes. NORMS["bn"] builds it where one is given. The variance is around its own group's mean.
     """
 
@@ -230,20 +229,20 @@ class SplitBatchNorm(SyncBatchNorm):
                 raise ValueError(f"{name} must be None or 'whole', not {value!r}")
         self.mean_batch, self.var_batch = mean_batch, var_batch
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+    def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving:
-            return super().forward(x, prior)
+            return super().forward(input)
         if not self.spans:
-            self.group_size(x)  # refuses what says nothing
-        size, member, *of_groups = self.moments(x, self.stat_batch)
-        _, _, *of_whole = self.moments(x, None)
+            self.group_size(input)  # refuses what says nothing
+        size, member, *of_groups = self.moments(input, self.stat_batch)
+        _, _, *of_whole = self.moments(input, None)
         mean, var = (
             (whole.expand_as(group) if chosen else group)
             for group, whole, chosen in zip(of_groups, of_whole, (self.mean_batch, self.var_batch), strict=True)
         )
-        y = groups.normalize(x, 1, mean[member], var[member], self.weight, self.bias, self.eps)
-        self.record(mean.detach(), var.detach(), groups.values(x, size))
-        return y, None
+        y = groups.normalize(input, 1, mean[member], var[member], self.weight, self.bias, self.eps)
+        self.record(mean.detach(), var.detach(), groups.values(input, size))
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mean_batch={self.mean_batch}, var_batch={self.var_batch}"

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import BatchNorm
-from kalmannorm.norm.belief import Belief
 
 # The original's schedule in steps: plain BN for 5k, then relaxed linearly, d to its limit at 25k and r at 40k. As
 # fractions of a run it needs a total, taken to be the 130k steps after which the paper compares BN and BRN: that
@@ -61,14 +60,14 @@ class BatchRenorm(BatchNorm):
         d = ((mean - self.running_mean) / sigma).clamp(-dmax, dmax)
         return r, d
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+    def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving or not self.corrects:
-            return super().forward(x)
-        size = self.group_size(x)
+            return super().forward(input)
+        size = self.group_size(input)
         # Constants for the gradient, so it is BN with a gamma and beta of each group's own.
-        r, d = self.correction(*groups.moments(*groups.image_moments(x.detach()), size))
+        r, d = self.correction(*groups.moments(*groups.image_moments(input.detach()), size))
         weight, bias = (r * self.weight, self.bias + d * self.weight) if self.affine else (r, d)
-        return self._normalize_groups(x, size, weight, bias), None
+        return self._normalize_groups(input, size, weight, bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rmax={self.rmax}, dmax={self.dmax}"

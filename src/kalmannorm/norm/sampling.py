@@ -4,13 +4,13 @@ import hashlib
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kalmannorm.norm.belief import Belief
-from kalmannorm.norm.moments import full_precision
+from kalmannorm.norm.moments import Predictor, full_precision
 
 
-class Noise(nn.Module):
+class Noise(Predictor):
     """Standard normal draws for one convolution's pseudo-images, one image per row of the belief.
 
     Keyed by (seed, layer, step), with row g always the g-th part of the draw: the same for any number of devices, of

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics
-from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.group import refuse_single_pixels
 
 MIXED = ("in", "ln", "bn")  # the order of the weights
@@ -20,7 +19,7 @@ class SwitchableNorm(GroupedStatistics):
     mixes deviations; variances, as here, are the cited paper's. BN's part is of groups of `stat_batch` images and has
     the moving averages: under moving statistics they take that part's place, the other two are the image's own.
 
-    x [N, C, H, W, ...] -> (y, None). ValueError: an input without more than one pixel, which IN cannot measure. A
+    x [N, C, H, W, ...] -> y. ValueError: an input without more than one pixel, which IN cannot measure. A
     probe sees BN's part, the one that moving averages stand for. It cannot be folded into a BatchNorm.
     """
 
@@ -42,17 +41,17 @@ class SwitchableNorm(GroupedStatistics):
         """The weights of MIXED in the mean and in the variance, [3] each."""
         return torch.softmax(self.mean_weight, 0), torch.softmax(self.var_weight, 0)
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
-        self._check_input_dim(x)
-        refuse_single_pixels(self.where, x)
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        refuse_single_pixels(self.where, input)
         # Everything follows from the moments of one channel of one image, [N, C].
-        in_mean, in_var = groups.image_moments(x)
+        in_mean, in_var = groups.image_moments(input)
         ln_mean, ln_var = groups.pooled(in_mean, in_var, 1)
-        bn_mean, bn_var = self._batch_part(x, in_mean, in_var)
+        bn_mean, bn_var = self._batch_part(input, in_mean, in_var)
         of_mean, of_var = self.ratios()
         mean = _mixture(of_mean, in_mean, ln_mean, bn_mean)
         var = _mixture(of_var, in_var, ln_var, bn_var)
-        return groups.normalize(x, 1, mean, var, self.weight, self.bias, self.eps), None
+        return groups.normalize(input, 1, mean, var, self.weight, self.bias, self.eps)
 
     def _batch_part(self, x: Tensor, in_mean: Tensor, in_var: Tensor) -> tuple[Tensor, Tensor]:
         """BN's mean and variance for every image, [N, C]."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import BatchNorm
-from kalmannorm.norm.belief import Belief
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -31,7 +30,7 @@ class _SumOverRanks(torch.autograd.Function):
 class SyncBatchNorm(BatchNorm):
     """BN whose groups of `stat_batch` images (None: the whole batch) are of the batch over all processes.
 
-    x [N, C, ...], rank r holding the images r, r + k, ... of k N, -> (y, None). Where batches are not spread over
+    x [N, C, ...], rank r holding the images r, r + k, ... of k N, -> y. Where batches are not spread over
     processes (statistics.spread_batches; always in evaluation) it is BatchNorm. torch's own refuses CPU tensors and
     knows no groups.
     """
@@ -43,13 +42,13 @@ class SyncBatchNorm(BatchNorm):
         """Whether groups are of the batch over all processes."""
         return self.spread and self.training and dist.is_initialized()
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
+    def forward(self, input: Tensor) -> Tensor:
         if not self.spans:
-            return super().forward(x, prior)
-        size, member, mean, var = self.moments(x, self.stat_batch)
-        y = groups.normalize(x, 1, mean[member], var[member], self.weight, self.bias, self.eps)
-        self.record(mean.detach(), var.detach(), groups.values(x, size))
-        return y, None
+            return super().forward(input)
+        size, member, mean, var = self.moments(input, self.stat_batch)
+        y = groups.normalize(input, 1, mean[member], var[member], self.weight, self.bias, self.eps)
+        self.record(mean.detach(), var.detach(), groups.values(input, size))
+        return y
 
     def moments(self, x: Tensor, stat_batch: int | None) -> tuple[int, Tensor, Tensor, Tensor]:
         """Images of each group of `stat_batch`, which group [N] each of this process's is in, and the groups' mean and

@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics
-from kalmannorm.norm.belief import Belief
 
 AVERAGES = ("whitening", "cov")
 
@@ -48,7 +47,7 @@ def inverse_sqrt(matrix: Tensor) -> Tensor:
 class Whitening(GroupedStatistics):
     """y = gamma (W (x - mean)) + beta, mean and W of every group of `stat_batch` images: what `zca` and `itern` share.
 
-    x [N, C, ...] -> (y, None). The channels are cut into groups of `group` neighbours, the last one shorter where they
+    x [N, C, ...] -> y. The channels are cut into groups of `group` neighbours, the last one shorter where they
     do not divide; W [d, d] of each whitens its covariance + eps. Moving statistics are the averages of the mean and of
     W itself (`running_whitening`, as published), or with average="cov" of the covariance (`running_cov`).
     `running_var` is the channels' variance, by which nothing is normalized: the other normalizers have it, and figures.
@@ -100,9 +99,9 @@ class Whitening(GroupedStatistics):
             )
         return size
 
-    def forward(self, x: Tensor, prior: Belief | None = None) -> tuple[Tensor, None]:
-        with torch.autocast(x.device.type, enabled=False):  # matrix products in float32 as well
-            return self._normalize(x).to(x.dtype), None
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):  # matrix products in float32 as well
+            return self._normalize(input).to(input.dtype)
 
     def _normalize(self, x: Tensor) -> Tensor:
         wide = x.to(groups.moments_dtype(x)).flatten(2) if x.dim() > 2 else x.to(groups.moments_dtype(x))[..., None]
@@ -206,7 +205,7 @@ class Whitening(GroupedStatistics):
 class ZCANorm(Whitening):
     """Decorrelated Batch Normalization: W = S^(-1/2), the whitening that moves the features least (ZCA).
 
-    x [N, C, ...] -> (y, None); see Whitening. 16 channels a group, as in the authors' networks for CIFAR-10; their eps
+    x [N, C, ...] -> y; see Whitening. 16 channels a group, as in the authors' networks for CIFAR-10; their eps
     is 1e-7, the default here the other normalizers' 1e-5 (ours).
     """
 
@@ -222,7 +221,7 @@ class ZCANorm(Whitening):
 class IterNorm(Whitening):
     """Iterative Normalization: W by `iterations` of Newton's method towards S^(-1/2), from S / trace(S).
 
-    x [N, C, ...] -> (y, None); see Whitening. 64 channels a group and 5 iterations, as in the public code. Where S is
+    x [N, C, ...] -> y; see Whitening. 64 channels a group and 5 iterations, as in the public code. Where S is
     badly conditioned it whitens in part: less noise in the statistics is the point.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.conversion import Converted, convert
+from kalmannorm.conversion import belief_report, convert, is_converted
 from kalmannorm.data.batches import mix
 from kalmannorm.data.coco import TrainingBatches
 from kalmannorm.errors import UserError, nearest
@@ -118,15 +118,15 @@ def _has_batch_norm(part: nn.Module | None) -> bool:
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
 
 
-def converted_parts(model: nn.Module) -> dict[str, Converted]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, Converted)}
+def converted_parts(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if is_converted(m)}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The normalizers after training: order, gains, which had a prior and what took it from the others."""
     beliefs: dict[str, str | None] = {}
     for part, converted in converted_parts(model).items():
-        for name, lost in converted.report.items():
+        for name, lost in belief_report(converted).items():
             behind_roi_align = part == HEAD and lost is not None and lost.startswith("nothing")
             beliefs[f"{part}.{name}"] = BELIEF_ENDS if behind_roi_align else lost
     return {

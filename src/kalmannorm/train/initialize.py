@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from kalmannorm.conversion import INPUT_BELIEF, Converted
+from kalmannorm.conversion import INPUT_BELIEF
 from kalmannorm.data.batches import Batches
 from kalmannorm.norm.weight import initialize_weight_norm, is_weight_normalized
 from kalmannorm.train.ranks import Ranks
@@ -12,7 +12,7 @@ BATCH = 500  # images at a time, over all processes
 
 
 @torch.no_grad()
-def measure_input(model: Converted, train: Batches, ranks: Ranks) -> None:
+def measure_input(model: nn.Module, train: Batches, ranks: Ranks) -> None:
     """Fills the model's input belief, if it has one (norm.options.input_belief = data).
 
     Mean and variance of each channel over all pixels of the training images, preprocessed as for evaluation (no crops,

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from kalmannorm.conversion import Converted, convert
+from kalmannorm.conversion import convert
+from kalmannorm.conversion.mapping import Mapped
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.settings import DetectionSchedule, Schedule
-from kalmannorm.mapping import Mapped
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.norm import SparseSwitchableNorm
 from kalmannorm.norm.modes import normalizers, seed_noise, set_statistics
@@ -31,7 +31,7 @@ REFRESH = ("every", "samples", "momentum")
 UNMEASURED = (torch.zeros(3), torch.ones(3))
 
 
-def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
+def build(config: Config) -> tuple[nn.Module, tuple[str, ...]]:
     """The converted model, with fresh weights from the run's seed, and the names of its last normalizers (Figure 5).
 
     UserError: as of network; statistics of a single value at the budget's resolution, the layer named.
@@ -44,7 +44,7 @@ def build(config: Config) -> tuple[Converted, tuple[str, ...]]:
     return model, tuple(inner.get(name, name) for name in last)
 
 
-def network(config: Config) -> Converted:
+def network(config: Config) -> nn.Module:
     """The converted model, with fresh weights from the run's seed, not tried out yet.
 
     UserError: an unknown architecture or option; a normalizer that does not fit a layer, named.
@@ -101,7 +101,7 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _try_out(model: Converted, config: Config) -> None:
+def _try_out(model: nn.Module, config: Config) -> None:
     """One statistics group of blank images: statistics of a single value, or a map that vanishes, show at start."""
     size = config.budget.size
     set_statistics(model, "online")

@@ -124,9 +124,11 @@ def share_noise(layers: list[nn.Module]) -> None:
         layer.noise_raw = first.noise_raw
 
 
-def replace(root: nn.Module, name: str, new: nn.Module) -> None:
+def replace(root: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """A part of `root` by another. Returns `root`."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, new)
+    return root
 
 
 def delete(root: nn.Module, name: str) -> None:

@@ -1,0 +1,432 @@
+"""One line for any CNN: `convert` swaps the normalizers and hands beliefs from one to the next; `fold` goes back.
+
+The converted model is the model that it was: the same modules under the same names, of generated subclasses of their
+own classes (classes.py). A container's forward is its own, with beliefs beside its operations (trace.py, write.py), or
+as it is where it cannot be traced (flow.py).
+"""
+
+import copy
+import functools
+import inspect
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map_only
+
+from kalmannorm.conversion import classes
+from kalmannorm.conversion.attach import Search
+from kalmannorm.conversion.layers import (
+    add_biases,
+    build_normalizer,
+    delete,
+    is_frozen,
+    keep_more,
+    plain_batch_norm,
+    replace,
+    share_noise,
+    thaw_frozen,
+)
+from kalmannorm.conversion.mapping import Mapped, assign
+from kalmannorm.conversion.operations import MODULES_BY_NAME
+from kalmannorm.conversion.report import observe
+from kalmannorm.conversion.trace import Passed, Trace, Untraceable, has_forward_of_its_own, trace, trace_layer
+from kalmannorm.conversion.write import Summary
+from kalmannorm.norm import NORMS, Estimator, contract, normalize_weights
+from kalmannorm.norm.moments import Transition
+from kalmannorm.norm.sampling import Noise
+from kalmannorm.norm.whitened import fold_weights
+from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
+
+INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a converted model
+INPUT_COUNT = "input_belief_batches"  # of a model that sees them itself: how many batches they are of
+_MARK = contract.MARK
+
+
+def convert(
+    model: nn.Module,
+    norm: str | Mapped,
+    *,
+    stat_batch: int | None = None,
+    preset: str | None = None,
+    predictor: str | None = None,
+    input_belief: tuple[Tensor, Tensor] | str | None = None,
+    returns_belief: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """A copy of `model` with every BatchNorm layer replaced by normalizer `norm`, beliefs handed from one to the next.
+
+    Args:
+        model: a network with BatchNorm layers; or one that was converted before.
+        norm: a name of NORMS; or a normalizer for each layer, {pattern of layer names: name, or (name, options)}
+            (mapping.assign), `*` for what is left.
+        stat_batch: images that share statistics; None is the whole batch.
+        preset: variant of Kalman Normalization (presets.py): `paper`, which None stands for, `eq7`, `released`, `talk`,
+            `v1`, and `robust`, ours.
+        predictor: `closed` or `sampling`; None is the preset's.
+        input_belief: (mean [C], var [C]) of the model's input, a prior for the first normalizer too (paper 3.3). Or
+            "argument": the model is a part behind another one, and is called as model(x, belief of x). Or "data": of
+            the inputs that are seen in training, kept in buffers as moving averages are.
+        returns_belief: the model is a part ahead of another one: it returns (y, belief of y, None if there is none).
+        options: the normalizer's own, over the preset's. For Kalman normalizers also `relu` (whether ReLUs change
+            beliefs) and `transition`: the convolution's `weight`, or a `learned` matrix (moments.Transition).
+            Of convert itself: `leaves`, classes of modules that are called as they are, not looked into (they lose the
+            belief); `thaw`, whether FrozenBatchNorm2d layers are replaced too, by normalizers that train. Else they
+            stay constants, which a belief passes.
+
+    The model stays what it was: its class, methods and hooks, parts that can be called, replaced and removed.
+    State-dict keys, eps, momentum, affine parameters and moving statistics of the original are kept, where the new
+    normalizer has them; `wn` and `none` have none, and give every Conv2d a bias in their place (`wn` also weight
+    normalization: see norm.initialize_weight_norm). A forward that torch.fx cannot trace runs as it is, with beliefs
+    followed by tensor (and not compiled). `belief_report` says which normalizers had no prior, and why.
+    Raises ValueError: an unknown norm, preset or option; a preset, predictor or input_belief for a normalizer that has
+    no belief; a model without BatchNorm.
+    """
+    relu, learned = True, False
+    leaves, thaw = tuple(options.pop("leaves", ())), options.pop("thaw", False)
+    if not isinstance(norm, str):
+        if options:
+            raise ValueError(f"{next(iter(options))}: options of normalizers stand in the mapping, (name, options)")
+        for entry in norm.values():
+            if (name := entry if isinstance(entry, str) else entry[0]) in NEED_BIAS:
+                raise ValueError(f"{name} is for all layers of a network: give it alone, not in a mapping")
+        predictor = predictor or PRESETS[preset or "paper"]["predictor"]
+    elif norm not in NORMS:
+        raise ValueError(f"unknown normalizer {norm!r}; valid: {', '.join(NORMS)}")
+    elif norm in KALMAN:
+        preset = preset or "paper"
+        options = preset_options(preset, norm, stat_batch, options)
+        predictor = predictor or PRESETS[preset]["predictor"]
+        relu, learned = options.pop("relu", True), _is_learned(options.pop("transition", "weight"), predictor)
+        of_preset = options.pop("input_belief", None)  # never given twice: it is an argument of this function
+        input_belief = of_preset if input_belief is None else input_belief
+    else:
+        for name, given in (("preset", preset), ("predictor", predictor), ("input_belief", input_belief)):
+            if given is not None:
+                raise ValueError(f"{name} is an option of {' and '.join(KALMAN)}: normalizer {norm!r} has no belief")
+    source = fold(model) if _MARK in model.__dict__ else copy.deepcopy(model)
+    if thaw:
+        thaw_frozen(source)
+    layers: dict[str, _BatchNorm] = {
+        name: m
+        for name, m in source.named_modules(remove_duplicate=False)
+        if isinstance(m, _BatchNorm) and not type(m).__module__.startswith("kalmannorm.norm")
+    }
+    _check(source, layers, leaves)
+    chosen = assign({"*": (norm, options)} if isinstance(norm, str) else norm, layers)
+    built: dict[_BatchNorm, nn.Module] = {}  # a layer can have several names
+    for name, layer in layers.items():
+        if layer not in built:
+            kind, own = chosen[name]
+            if kind not in NORMS:
+                raise ValueError(f"{name}: unknown normalizer {kind!r}; valid: {', '.join(NORMS)}")
+            if kind in KALMAN and not isinstance(norm, str):
+                own = preset_options(preset or "paper", kind, stat_batch, own)
+                relu, learned = own.pop("relu", True), _is_learned(own.pop("transition", "weight"), str(predictor))
+                of_preset = own.pop("input_belief", None)
+                input_belief = of_preset if input_belief is None else input_belief
+            built[layer] = build_normalizer(kind, name, layer, stat_batch, own)
+            keep_more(layer, built[layer], name)
+        source = built[layer] if name == "" else replace(source, name, built[layer])
+    if norm in NEED_BIAS:
+        add_biases(source)
+    if norm == "wn":
+        normalize_weights(source)
+    if options.get("noise") == "shared":
+        share_noise(list(built.values()))
+    known = _keep_input_belief(source, input_belief)
+    mark = ("closed" if predictor == "closed" else "sampled") if relu else "ignored"
+    for new in built.values():
+        if isinstance(new, Estimator):
+            new.on_relu = mark
+    as_they_are: dict[str, str] = {}
+    _generate_layers(layers, built)
+    if any(isinstance(m, Estimator) for m in source.modules()):
+        predictors = "noise" if predictor == "sampling" else "transition" if learned else ""
+        as_they_are = _generate(source, leaves, predictors, known)
+        if known or returns_belief:
+            classes.become(source, *classes.root_code(type(source), known, mark, returns_belief))
+    else:
+        for module in list(source.modules()):
+            if any(child in built.values() for child in module.children()) and _is_container(module, leaves):
+                classes.become(module, classes.REFUSING)
+        if returns_belief:
+            classes.become(source, classes.WITHOUT_BELIEF)
+    source.__dict__[_MARK] = {"normalizers": list(layers), "as_they_are": as_they_are}
+    return source
+
+
+def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
+    kind = type(source).__name__
+    if not layers:
+        frozen = sum(is_frozen(module) for module in source.modules())
+        advice = f"; its {frozen} FrozenBatchNorm2d layers are constants: thaw=True converts them" if frozen else ""
+        raise ValueError(f"{kind} has no BatchNorm layer to convert{advice}")
+    for path, module in source.named_modules():
+        held = [name for name in layers if name.startswith(f"{path}.")] if isinstance(module, leaves) else []
+        if held:
+            raise ValueError(f"{path} ({type(module).__name__}) cannot be a leaf: it holds the normalizer {held[0]}")
+
+
+def _is_learned(transition: str, predictor: str) -> bool:
+    if predictor not in ("closed", "sampling"):
+        raise ValueError(f"predictor must be 'closed' or 'sampling', not {predictor!r}")
+    if transition not in ("weight", "learned"):
+        raise ValueError(f"transition must be 'weight' or 'learned', not {transition!r}")
+    if transition == "learned" and predictor == "sampling":
+        raise ValueError("predictor='sampling' convolves with the layer's weight: take transition='weight' with it")
+    return transition == "learned"
+
+
+def _keep_input_belief(source: nn.Module, input_belief: tuple[Tensor, Tensor] | str | None) -> str | None:
+    """Buffers for a belief that is given. What root_code is told."""
+    if input_belief is None:
+        return None
+    if input_belief == "argument":
+        return "argument"
+    # In float32, as statistics are, or wider, where the model is.
+    like = next((p for p in source.parameters() if p.is_floating_point()), torch.zeros(()))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if input_belief == "data":
+        first = next((m for m in source.modules() if isinstance(m, _ConvNd | nn.Linear)), None)
+        channels = first.in_channels if isinstance(first, _ConvNd) else first.in_features if first is not None else 3
+        for name, start in zip(INPUT_BELIEF, (0.0, 1.0), strict=True):
+            source.register_buffer(name, torch.full((1, channels), start, dtype=dtype, device=like.device))
+        source.register_buffer(INPUT_COUNT, torch.zeros((), dtype=dtype, device=like.device))
+        return "data"
+    if isinstance(input_belief, str):
+        raise ValueError(f"input_belief must be (mean [C], var [C]), 'argument' or 'data', not {input_belief!r}")
+    values = [torch.as_tensor(value, dtype=dtype, device=like.device).view(1, -1) for value in input_belief]
+    if len(values) != 2 or values[0].shape != values[1].shape:
+        shapes = [tuple(value.shape[1:]) for value in values]
+        raise ValueError(f"input_belief must be (mean [C], var [C]), not of shapes {shapes}")
+    for name, value in zip(INPUT_BELIEF, values, strict=True):
+        source.register_buffer(name, value, persistent=False)
+    return "buffers"
+
+
+# --- generated forwards -----------------------------------------------------------------------------------------------
+
+
+def _is_container(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module has a forward to write beliefs into: not one of torch's own, nor what has a rule as a whole."""
+    if isinstance(module, (Estimator, torch.jit.ScriptModule, *leaves)) or type(module).__name__ in MODULES_BY_NAME:
+        return False
+    if "forward" in module.__dict__ or classes.generated(type(module)) is not None:
+        return False
+    if type(module).forward in (nn.Module.forward, nn.ModuleList.forward):
+        return False
+    own = ("torch.nn.", "kalmannorm.norm.")
+    return isinstance(module, nn.Sequential) or not type(module).__module__.startswith(own)
+
+
+def _generate_layers(layers: dict[str, _BatchNorm], built: dict[_BatchNorm, nn.Module]) -> None:
+    """Forwards of BatchNorm layers that do more than normalize: their own, around the new normalizer."""
+    names = {layer: name for name, layer in reversed(layers.items())}
+    for layer, new in built.items():
+        if has_forward_of_its_own(layer):
+            traces = {mode: trace_layer(layer, names[layer], mode == "train") for mode in ("train", "eval")}
+            classes.become(new, *classes.container_code(new, traces, {}))
+
+
+def _generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, known: str | None) -> dict[str, str]:
+    """Forwards with beliefs for a model with Kalman normalizers. Names of the containers that run as they are, and why.
+
+    `own`: the predictors that its convolutions have of their own, `noise`, `transition` or none.
+    """
+    containers = [(name, module) for name, module in source.named_modules() if _is_container(module, leaves)]
+    traces, as_they_are = _trace(containers)
+    predictors = _attach(source, traces, own, known) if own else {}
+    summaries: dict[nn.Module, Summary] = {}
+    for module in source.modules():
+        made = classes.generated(type(module))
+        if made is not None:
+            summaries[module] = made.summary
+        elif isinstance(module, _ConvNd | nn.Linear):
+            _generate_layer(module, predictors, own)
+    for _, module in reversed(containers):
+        if type(module).forward is nn.Sequential.forward:
+            summaries[module] = classes.sequential_summary(module, summaries)  # type: ignore[arg-type]
+            classes.become(module, classes.SEQUENTIAL, {}, summaries[module])
+            continue
+        if module not in traces:
+            if any(isinstance(part, Estimator) for part in module.modules()):
+                summaries[module] = Summary()
+                classes.become(module, classes.AS_IT_IS)
+            continue
+        code, names, summaries[module] = classes.container_code(module, traces[module], summaries)
+        classes.become(module, code, names, summaries[module])
+    return as_they_are
+
+
+def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dict[str, Trace]], dict[str, str]]:
+    """Parents before children: what they pass decides how these are traced."""
+    traces: dict[nn.Module, dict[str, Trace]] = {}
+    as_they_are: dict[str, str] = {}
+    passed: dict[nn.Module, Passed] = {}
+    for name, module in containers:
+        if type(module).forward is nn.Sequential.forward:
+            continue
+        try:
+            known = passed.get(module, Passed(set(), {}, set()))
+            both = trace(module, known)
+        except Untraceable as error:
+            as_they_are[name] = f"{type(module).__name__}: {error}"
+            continue
+        traces[module] = both
+        _note_passed(module, both["train"], passed)
+    return traces, as_they_are
+
+
+def _note_passed(module: nn.Module, traced: Trace, passed: dict[nn.Module, Passed]) -> None:
+    """What the calls of a forward say of the arguments of the modules that it calls."""
+    for node in traced.graph.nodes:
+        if node.op != "call_module":
+            continue
+        child = module.get_submodule(str(node.target))
+        parameters = list(inspect.signature(type(child).forward).parameters)[1:]
+        known = passed.setdefault(child, Passed(set(), {}, set()))
+        for name, value in (dict(zip(parameters, node.args, strict=False)) | node.kwargs).items():
+            if isinstance(value, list | tuple):
+                known.lists.add(name)
+            plain = isinstance(value, bool | int | float | str | None)
+            if plain and name not in known.given and known.fixed.setdefault(name, value) == value:  # type: ignore[arg-type]
+                continue
+            known.fixed.pop(name, None)
+            known.given.add(name)
+
+
+def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str) -> None:
+    kind: Any = type(layer)
+    parametrized = parametrize.is_parametrized(layer)
+    base = kind.__bases__[0] if parametrized else kind
+    if base.forward is nn.Linear.forward:
+        code = classes.LINEAR
+    elif base.__name__ == "Conv2dSame":
+        code = classes.OTHER_CONVOLUTION
+    elif base.forward is not nn.Conv2d.forward or "forward" in layer.__dict__:
+        return
+    elif not own:
+        code = classes.CONVOLUTION
+    elif layer in predictors:
+        code = classes.SAMPLED if own == "noise" else classes.LEARNED
+        layer.__dict__["predictor"] = (
+            predictors[layer],
+        )  # a tuple, since a module in an attribute would be registered
+    else:
+        return
+    if not parametrized:
+        classes.become(layer, code)
+        return
+    # Beneath the class of the parametrization, which is taken off again as the uppermost.
+    layer.__class__ = base
+    classes.become(layer, code)
+    body = {key: value for key, value in kind.__dict__.items() if key not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(kind.__name__, (type(layer),), body)
+
+
+def _attach(
+    source: nn.Module, traces: dict[nn.Module, dict[str, Trace]], own: str, known: str | None
+) -> dict[nn.Module, nn.Module]:
+    """The predictors of convolutions that have one of their own, beside them."""
+    predictors: dict[nn.Module, nn.Module] = {}
+
+    def found(name: str, layer: _ConvNd, single: bool) -> None:
+        if layer in predictors or not isinstance(layer, nn.Conv2d):
+            return
+        number = sum(isinstance(module, Noise) for module in source.modules())
+        predictors[layer] = Noise(number, shared=single) if own == "noise" else Transition(layer)
+        replace(source, f"{name}_{own}", predictors[layer])
+
+    for mode in ("eval", "train"):
+        search = Search(traces, mode, found)
+        search.run(source, "", {}, search.given(known))
+    return predictors
+
+
+# --- back, and what happened -----------------------------------------------------------------------------------------
+
+
+def is_converted(model: nn.Module) -> bool:
+    return _MARK in model.__dict__
+
+
+def _conversion(model: nn.Module, otherwise: str) -> dict[str, Any]:
+    if not is_converted(model):
+        raise ValueError(f"{type(model).__name__} is not a converted model: {otherwise}")
+    return model.__dict__[_MARK]
+
+
+def untraced(model: nn.Module) -> dict[str, str]:
+    """The parts of a converted model whose forward runs as it is, beliefs followed by tensor, and why: not compiled."""
+    return dict(_conversion(model, "call kalmannorm.convert first")["as_they_are"])
+
+
+def belief_report(model: nn.Module, *example: Any, **named: Any) -> dict[str, str | None]:
+    """Per normalizer, in network order: None if a prior reaches it, else what lost it.
+
+    `example`: arguments of the model, a copy of which is run on them in training; without, random numbers of the shapes
+    with which the model was called first. ValueError: not a converted model; nothing to run it on.
+    """
+    known = _conversion(model, "call kalmannorm.convert first")
+    if not any(isinstance(module, Estimator) for module in model.modules()):
+        return {}
+    if not (example or named):
+        if contract.SEEN not in known:
+            raise ValueError("a model that was not called yet: pass what it is called with, belief_report(model, x)")
+        example, named = tree_map_only(Tensor, functools.partial(_random_like, model), known[contract.SEEN])
+    return observe(model, example, named)
+
+
+def _random_like(model: nn.Module, value: Tensor) -> Tensor:
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    kind = torch.randn if value.is_floating_point() else torch.zeros
+    return kind(value.shape, dtype=value.dtype, device=device)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """The original module back, with plain BatchNorm layers that hold the moving statistics: for inference and ONNX.
+
+    Same keys, same outputs in eval mode with moving statistics; needs no kalmannorm. A copy. ValueError: a normalizer
+    without moving statistics.
+    """
+    names = _conversion(model, "there is nothing to fold")["normalizers"]
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        _restore(module)
+    folded: dict[nn.Module, nn.Module] = {}
+    for name in names:
+        layer = plain.get_submodule(name)
+        if not getattr(layer, "folds", False):
+            raise ValueError(
+                f"{name} ({type(layer).__name__}) has no moving statistics to fold into a BatchNorm, or not those alone"
+            )
+        if layer not in folded:
+            folded[layer] = plain_batch_norm(layer)
+        plain = folded[layer] if name == "" else replace(plain, name, folded[layer])
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, Noise | Transition):
+            delete(plain, name)
+        module.__dict__.pop("predictor", None)
+    fold_weights(plain)
+    for name in INPUT_BELIEF:
+        if name in plain._non_persistent_buffers_set or INPUT_COUNT in plain._buffers:
+            delattr(plain, name)
+    plain._buffers.pop(INPUT_COUNT, None)
+    plain.__dict__.pop(_MARK, None)
+    return plain
+
+
+def _restore(module: nn.Module) -> None:
+    if not parametrize.is_parametrized(module):
+        classes.restore(module)
+        return
+    kind: Any = type(module)
+    made = classes.generated(kind.__bases__[0])
+    if made is not None:
+        body = {key: value for key, value in kind.__dict__.items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, (made.original,), body)

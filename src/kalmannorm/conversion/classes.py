@@ -1,0 +1,292 @@
+"""Classes of converted modules: generated subclasses of their own, whose forward takes beliefs.
+
+They have the name, the module and the signature of the class that they are derived from. Equal code of one class is one
+class: blocks share a forward, and a compiled graph.
+"""
+
+import inspect
+import itertools
+import linecache
+import math
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmannorm.conversion import runtime
+from kalmannorm.conversion.flow import follow
+from kalmannorm.conversion.trace import Trace
+from kalmannorm.conversion.write import Summary, Writer, summary_of_class
+from kalmannorm.norm import contract
+from kalmannorm.norm.belief import Belief, Carried, Estimated, Returned, pick
+from kalmannorm.norm.moments import Predictor, plain
+
+_serial = itertools.count()
+_classes: dict[Any, type[nn.Module]] = {}
+
+# What generated code may call.
+_HELPERS: dict[str, Any] = {
+    **{function.__name__: function for function in (runtime.call, runtime.belief_of, runtime.changed, runtime.lost)},
+    **{function.__name__: function for function in (runtime.checkpointed, runtime.normalized, follow, pick, plain)},
+    **{function.__name__: function for function in (runtime.of_convolution, runtime.of_linear)},
+    **{function.__name__: function for function in (runtime.of_transition, runtime.of_sample)},
+    **{function.__name__: function for function in (runtime.refuse_torch_sync, runtime.seen_input)},
+    **{cls.__name__: cls for cls in (Belief, Carried, Estimated, Returned, Tensor)},
+    "linear": F.linear,
+    "Predictor": Predictor,
+}
+
+
+class Generated:
+    """What a class was made of; pickled in its place."""
+
+    def __init__(self, base: "type[nn.Module] | Generated", code: str, names: dict[str, Any], summary: Summary) -> None:
+        self.base, self.code, self.names, self.summary = base, code, names, summary
+
+    def __reduce__(self) -> Any:
+        return Generated, (self.base, self.code, self.names, self.summary)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Generated":
+        return self
+
+    @property
+    def original(self) -> type[nn.Module]:
+        """The class that is derived from: the original's."""
+        return self.base.original if isinstance(self.base, Generated) else self.base
+
+    def make(self) -> type[nn.Module]:
+        base = self.base.make() if isinstance(self.base, Generated) else self.base
+        names = tuple(sorted((name, _identity(value)) for name, value in self.names.items()))
+        key = base, self.code, names
+        if key not in _classes:
+            scope = {k: sys.modules[v[1]] if _is_module_name(v) else v for k, v in self.names.items()}
+            scope |= _HELPERS | {"_base": base}
+            filename = f"<converted {base.__name__} {next(_serial)}>"
+            lines = self.code.splitlines(keepends=True)
+            linecache.cache[filename] = (len(self.code), None, lines, filename)  # for tracebacks
+            exec(compile(self.code, filename, "exec"), scope)
+            forward: Any = scope["forward"]
+            forward.__doc__, forward.__signature__ = base.forward.__doc__, inspect.signature(base.forward)
+            body = {"forward": forward, "converted": self, "__reduce_ex__": _reduce}
+            body |= contract.methods(base) if "beliefs" in self.code else {}
+            body |= {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+            _classes[key] = type(base)(base.__name__, (base,), body)  # type: ignore[misc]
+        return _classes[key]
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    return _rebuild, (type(self).converted,), self.__getstate__()  # type: ignore[attr-defined, misc]
+
+
+def _rebuild(generated: Generated) -> nn.Module:
+    cls = generated.make()
+    return cls.__new__(cls)  # type: ignore[misc]
+
+
+def _identity(value: Any) -> Any:
+    plain = isinstance(value, str | int | float | bool | None) or _is_module_name(value)
+    return f"{type(value).__name__} {value}" if plain else f"object {id(value)}"
+
+
+def _is_module_name(value: Any) -> bool:
+    return isinstance(value, tuple) and value[:1] == ("module",)
+
+
+def generated(cls: type) -> Generated | None:
+    """What a class was made of, if it is a generated one."""
+    return cls.__dict__.get("converted")
+
+
+def become(module: nn.Module, code: str, names: dict[str, Any] | None = None, summary: Summary | None = None) -> None:
+    """The module gets a class of this code, derived from its own."""
+    base = generated(type(module)) or type(module)
+    made = Generated(base, code, names or {}, summary or Summary())
+    if generated(type(module)) is None:
+        contract.wrap_hooks(module)
+    module.__class__ = made.make()
+
+
+def restore(module: nn.Module) -> None:
+    """The module has its own class again."""
+    made = generated(type(module))
+    if made is not None:
+        module.__class__ = made.original
+        contract.unwrap_hooks(module)
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def _layer_code(y: str, predictor: str) -> str:
+    return f"""\
+def forward(self, input, beliefs=None):
+    if beliefs is None:
+        return _base.forward(self, input)
+    weight, bias = self.weight, self.bias
+    y = {y}
+    return Returned(y, {predictor}(self, input, y, weight, bias, pick(beliefs, 0, "input")))
+"""
+
+
+# The weight is read once: it may be computed, and change with every reading (a spectral norm).
+_CONVOLUTION = "self._conv_forward(input, weight, bias)"
+CONVOLUTION = _layer_code(_CONVOLUTION, "of_convolution")
+SAMPLED = _layer_code(_CONVOLUTION, "of_sample")
+LEARNED = _layer_code(_CONVOLUTION, "of_transition")
+LINEAR = _layer_code("linear(input, weight, bias)", "of_linear")
+# With code of its own (timm's Conv2dSame pads as it goes).
+OTHER_CONVOLUTION = _layer_code("_base.forward(self, input)", "of_convolution")
+
+# One loop for all of them: slices and appended modules go on working.
+SEQUENTIAL = """\
+def forward(self, input, beliefs=None):
+    given, belief, changed = input, pick(beliefs, 0, "input"), None
+    for module in self:
+        if isinstance(module, Predictor):
+            continue
+        input, belief, *_ = call(module, (input,), {}, (belief,), {})
+        if input is given:
+            changed = {0: belief}
+    return input if beliefs is None else Returned(input, belief, changed)
+"""
+
+# Where there are no beliefs.
+REFUSING = """\
+def forward(self, *args, **kwargs):
+    refuse_torch_sync(self)
+    return _base.forward(self, *args, **kwargs)
+"""
+
+# A part that is to return a belief, and has none.
+WITHOUT_BELIEF = """\
+def forward(self, *args, **kwargs):
+    return Estimated(_base.forward(self, *args, **kwargs), None)
+"""
+
+# A forward that cannot be traced.
+AS_IT_IS = """\
+def forward(self, *args, beliefs=None, **kwargs):
+    return follow(_base.forward, self, args, kwargs, beliefs)
+"""
+
+
+def container_code(
+    module: nn.Module, traces: dict[str, Trace], summaries: dict[nn.Module, Summary]
+) -> tuple[str, dict[str, Any], Summary]:
+    """Code, the names that it uses, and the summary of a module with these traces."""
+    parts: dict[str, str] = {}
+    names: dict[str, Any] = {}
+    summary, guards = Summary(), dict[str, None]()
+    for mode, traced in traces.items():
+        writer = Writer(module, traced.graph, summaries)
+        code = traced.graph.python_code("self")
+        source = code.src.replace("def forward(", "def _run(", 1).lstrip()
+        used = {k: ("module", v.__name__) if isinstance(v, ModuleType) else v for k, v in code.globals.items()}
+        for name, function in code.globals.items():
+            known = getattr(function, "__name__", "")
+            if _HELPERS.get(known) is function:
+                source = source.replace(name, known)
+                del used[name]
+        parts[mode] = source.replace("normalized('self', ", "normalized(_base, self, ")
+        names |= used
+        summary = Summary(
+            writer.summary.curve,
+            summary.mutates | writer.summary.mutates,
+            summary.aliases | writer.summary.aliases,
+        )
+        guards |= dict.fromkeys(_guards(traced))
+    head, arguments = _head(type(module), names)
+    frozen = next(iter(traces.values())).frozen
+    same = len(set(parts.values())) == 1
+    sources = [parts["train"]] if same else [parts[mode].replace("def _run(", f"def _{mode}(", 1) for mode in parts]
+    run = "_run" if same else "(_train if self.training else _eval)"
+    lines = [f"def forward({head}):"]
+    if guards:
+        packed = "(" + "".join(f"{a}, " for n, a in arguments.items() if "=" not in a and not a.startswith("**")) + ")"
+        named = "".join(f'"{n}": {n}, ' for n, a in arguments.items() if "=" in a)
+        rest = "".join(a for a in arguments.values() if a.startswith("**"))
+        lines += [f"    if not ({' and '.join(guards)}):"]
+        lines += [f"        return follow(_base.forward, self, {packed}, {{{named}{rest}}}, beliefs)"]
+    handed = [a.partition("=")[0] for n, a in arguments.items() if n not in frozen]
+    starred = [a for a in handed if a.startswith("**")]
+    given = ", ".join(["self", *(a for a in handed if a not in starred), "beliefs=beliefs", *starred])
+    lines += [f"    y, belief, changed = {run}({given})"]
+    lines += ["    return y if beliefs is None else Returned(y, belief, changed)"]
+    return "\n".join([*sources, *lines]) + "\n", names, summary
+
+
+def sequential_summary(module: nn.Sequential, summaries: dict[nn.Module, Summary]) -> Summary:
+    """Of a loop over modules: the formulas in each other, as far as each has one."""
+    curve, whole, aliases, mutates = "{}", True, True, False
+    for child in module:
+        one = summaries.get(child) or summary_of_class(child)
+        mutates |= aliases and 0 in one.mutates
+        aliases &= 0 in one.aliases
+        whole &= bool(one.curve)
+        curve = one.curve.replace("{}", curve) if whole else ""
+    return Summary(curve, frozenset({0} if mutates else ()), frozenset({0} if aliases else ()))
+
+
+def _guards(traced: Trace) -> list[str]:
+    asked = {"tensor": "Tensor", "list": "(list, tuple)"}
+    return [
+        *(f"isinstance({name}, {asked[kind]})" for name, kind in traced.asked.items()),
+        *(_equals(name, value) for name, value in traced.read.items()),
+        *(_equals(name, value) for name, value in traced.frozen.items()),
+    ]
+
+
+def _equals(expression: str, value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return f"{expression} is {value}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{expression} == float({str(value)!r})"
+    return f"{expression} == {value!r}"
+
+
+def _head(cls: type[nn.Module], names: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """The parameters of a forward, `beliefs` among them, and how each is handed on, by name."""
+    head, arguments = ["self"], {}
+    for name, parameter in list(inspect.signature(cls.forward).parameters.items())[1:]:
+        if name == "beliefs":  # a normalizer's own
+            continue
+        star = "*" * (parameter.kind is parameter.VAR_POSITIONAL) + "**" * (parameter.kind is parameter.VAR_KEYWORD)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            head.append("beliefs=None")
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(one.startswith("*") for one in head):
+            head.append("*")
+        default = ""
+        if parameter.default is not parameter.empty:
+            names[f"_default_{name}"], default = parameter.default, f"=_default_{name}"
+        head.append(f"{star}{name}{default}")
+        arguments[name] = f"{name}={name}" if parameter.kind is parameter.KEYWORD_ONLY else f"{star}{name}"
+    if "beliefs=None" not in head:
+        head.append("beliefs=None")
+    return ", ".join(head), arguments
+
+
+# Around the forward of a model as a whole: what is known of its input, and what it returns.
+def root_code(
+    cls: type[nn.Module], input_belief: str | None, relu: str, returns_belief: bool
+) -> tuple[str, dict[str, Any]]:
+    """`input_belief`: `buffers`, `argument`, `data`, or None: nothing is known."""
+    names: dict[str, Any] = {"_RELU": relu}
+    head, arguments = _head(cls, names)
+    first = next(iter(arguments))
+    buffers = "Belief(self.input_belief_mean, self.input_belief_var)"
+    given = {"buffers": buffers, "argument": f"{first}_belief", "data": f"seen_input(self, {first})"}
+    lines, known = [], given.get(input_belief or "", "")
+    if input_belief == "argument":
+        head = head.replace(first, f"{first}, {first}_belief=None", 1)
+    if known:
+        lines += [f"    given = pick(beliefs, 0, {first!r})", f"    given = {known} if given is None else given"]
+    else:
+        lines += [f"    given = pick(beliefs, 0, {first!r})"]
+    lines += ["    if isinstance(given, Belief) and _RELU != 'closed':", "        given = Carried(given, '', _RELU)"]
+    others = "".join(f", {a}" for n, a in arguments.items() if n != first)
+    lines += [f"    out = _base.forward(self, {first}{others}, beliefs=((given,), {{}}))"]
+    plain = "Estimated(out[0], plain(out[1]))" if returns_belief else "out[0]"
+    lines += [f"    return {plain} if beliefs is None else out"]
+    return "\n".join([f"def forward({head}):", *lines]) + "\n", names

@@ -1,0 +1,146 @@
+"""Beliefs followed by tensor, as a forward runs: one that torch.fx cannot trace, or that differs from what was traced.
+
+The rules are the same, applied as functions are called; modules that take beliefs find those of their arguments here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from kalmannorm.conversion.operations import SIGNS, rule_of
+from kalmannorm.conversion.rules import Operation
+from kalmannorm.conversion.runtime import apply
+from kalmannorm.norm import contract
+from kalmannorm.norm.belief import Belief, Carried, Returned
+
+# Operators by the names of the methods that have their rules.
+_METHODS = {f"__{name}__": name for name in ("add", "sub", "mul", "neg")}
+_METHODS |= {f"__i{name}__": f"{name}_" for name in ("add", "sub", "mul")}
+_METHODS |= {"__radd__": "add", "__rmul__": "mul", "__truediv__": "div", "__itruediv__": "div_"}
+_CONSTANT = object()  # stands for the belief of what is made of parameters alone
+
+
+class Flow(TorchFunctionMode):
+    """Beliefs by tensor, while one forward runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: dict[int, tuple[Tensor, int, Any]] = {}
+        self._place = _place()
+
+    def __enter__(self) -> "Flow":
+        self._outer, contract.flow = contract.flow, self
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        contract.flow = self._outer
+        super().__exit__(*args)
+
+    def is_here(self) -> bool:
+        """Whether what runs is this forward itself: inside of a checkpoint it is another one, since what was found here
+        would be missing when it is computed again."""
+        return _place() == self._place
+
+    def get(self, value: Any) -> Any:
+        """The belief of a tensor as it is now, or those of a structure of tensors."""
+        if isinstance(value, list | tuple):
+            return tuple(map(self.get, value))
+        if isinstance(value, dict):
+            return {key: self.get(one) for key, one in value.items()}
+        tensor, version, belief = self._known.get(id(value), (None, 0, None))
+        return belief if tensor is not None and tensor is value and tensor._version == version else None
+
+    def put(self, value: Any, belief: Any) -> None:
+        if isinstance(value, Tensor) and belief is not None and not isinstance(belief, dict):
+            self._known[id(value)] = (value, value._version, belief)
+        elif isinstance(value, dict) and isinstance(belief, dict):
+            for key, one in belief.items():
+                self.put(value.get(key), one)
+        elif isinstance(value, list | tuple) and isinstance(belief, list | tuple):
+            for one, its in zip(value, belief, strict=False):
+                self.put(one, its)
+
+    def through(self, module: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of a module that takes beliefs."""
+        contract.flow = None
+        try:
+            out = module(*args, beliefs=(self.get(args), self.get(kwargs)), **kwargs)
+        finally:
+            contract.flow = self
+        y, belief = out[:2]
+        self.put(y, belief)
+        for position, its in (out.changed or {}).items() if isinstance(out, Returned) else ():
+            self.put(args[position], its)
+        return y
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if contract.flow is not self or not self.is_here():
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        rule = rule_of(func) or rule_of(_METHODS.get(name, name))
+        beliefs = tuple(map(self._get_or_constant, args))  # before an operation in place changes what they are of
+        keyword_beliefs = {key: self._get_or_constant(value) for key, value in kwargs.items()}
+        y = func(*args, **kwargs)
+        if isinstance(y, Tensor) and _only_constants(beliefs) and _only_constants(keyword_beliefs.values()):
+            self.put(y, _CONSTANT)
+        elif any(map(_is_belief, (*beliefs, *keyword_beliefs.values()))):
+            operation = Operation(y, args, kwargs, tuple(map(_no_constant, beliefs)), {
+                key: _no_constant(value) for key, value in keyword_beliefs.items()
+            })  # fmt: skip
+            self.put(y, apply(rule, operation._replace(kind=_kind(func, name, args, beliefs)), name))
+        return y
+
+    def _get_or_constant(self, value: Any) -> Any:
+        return _CONSTANT if isinstance(value, nn.Parameter) else self.get(value)
+
+
+def _place() -> Any:
+    """Differs inside of a checkpoint."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), id(hooks[0]) if hooks else None
+
+
+def _is_belief(value: Any) -> bool:
+    if isinstance(value, Belief | Carried):
+        return True
+    return isinstance(value, tuple) and any(map(_is_belief, value))
+
+
+def _only_constants(values: Any) -> bool:
+    found = list(values)
+    return any(value is _CONSTANT for value in found) and all(value is _CONSTANT or value is None for value in found)
+
+
+def _no_constant(belief: Any) -> Any:
+    return None if belief is _CONSTANT else belief
+
+
+def _kind(func: Any, name: str, args: Any, beliefs: tuple[Any, ...]) -> str:
+    if name in ("conv2d", "linear"):
+        return "" if beliefs[1] is _CONSTANT else "computed"
+    if len(args) > 1 and (func in SIGNS or name in _METHODS or name.rstrip("_") in ("add", "sub", "mul", "div")):
+        if beliefs[1] is _CONSTANT:
+            return "constant second"
+        if beliefs[0] is _CONSTANT:
+            return "constant first"
+    return ""
+
+
+@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+def follow(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, beliefs: Any) -> Any:
+    """A forward as it is, with beliefs: what it returns, or Returned where beliefs were given."""
+    with Flow() as flow:
+        if isinstance(beliefs, Belief | Carried):
+            beliefs = ((beliefs,), {})
+        if beliefs:
+            flow.put(args, beliefs[0])
+            flow.put(kwargs, beliefs[1])
+        y = forward(module, *args, **kwargs)
+        if beliefs is None:
+            return y
+        found = {i: flow.get(value) for i, value in enumerate(args) if isinstance(value, Tensor)}
+        return Returned(y, flow.get(y), {i: its for i, its in found.items() if its is not None} or None)

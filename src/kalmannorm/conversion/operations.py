@@ -1,0 +1,194 @@
+"""The table in which it stands what an operation does to a belief: a new one is a line here, and its rule."""
+
+import operator
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kalmannorm.conversion.axes import (
+    adaptive_maximum,
+    attribute,
+    channel_shuffle,
+    concatenation,
+    division,
+    expansion,
+    interpolation,
+    item,
+    mean,
+    narrow,
+    padding,
+    permute,
+    pooling,
+    reshape,
+    transpose,
+)
+from kalmannorm.conversion.pixelwise import activation, arithmetic, convolution, fixed, linear, prelu, relu
+from kalmannorm.conversion.rules import Rule, as_it_is, unchanged
+from kalmannorm.norm import activations, moments
+
+Key = Any  # a function, or the name of a method
+
+
+def _table(*entries: tuple[Rule, list[Key]]) -> dict[Key, Rule]:
+    return {key: rule for rule, keys in entries for key in keys}
+
+
+FUNCTIONS: dict[Key, Rule] = _table(
+    (unchanged, [F.dropout, F.dropout2d, F.alpha_dropout, torch.clone]),
+    (unchanged, ["contiguous", "clone", "float", "double", "to", "type_as"]),
+    (relu, [F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"]),
+    (activation(activations.leaky_relu, negative_slope=0.01), [F.leaky_relu, F.leaky_relu_]),
+    (prelu, [F.prelu, torch.prelu]),
+    (fixed(activations.clamp, 0.0, 6.0), [F.relu6]),
+    (activation(activations.clamp, min_val=-1.0, max_val=1.0), [F.hardtanh, F.hardtanh_]),
+    (activation(activations.clamp, min=None, max=None), [torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"]),
+    (fixed(activations.hardsigmoid), [F.hardsigmoid]),
+    (fixed(activations.hardswish), [F.hardswish]),
+    (fixed(activations.sigmoid), [F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"]),
+    (fixed(activations.tanh), [F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"]),
+    (fixed(activations.silu), [F.silu]),
+    (fixed(activations.gelu), [F.gelu]),
+    (fixed(activations.mish), [F.mish]),
+    (activation(activations.softplus, beta=1.0), [F.softplus]),
+    (activation(activations.elu, alpha=1.0), [F.elu, F.elu_]),
+    (fixed(activations.selu), [F.selu, F.selu_]),
+    (arithmetic("+"), [operator.add, operator.iadd, torch.add, "add", "add_"]),
+    (arithmetic("-"), [operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"]),
+    (arithmetic("*"), [operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"]),
+    (arithmetic("/"), [operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"]),
+    (fixed(moments.scale, -1.0), [operator.neg, torch.neg, "neg", "neg_"]),
+    (pooling, [F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d]),
+    (adaptive_maximum, [F.adaptive_max_pool2d]),
+    (mean, [torch.mean, "mean"]),
+    (interpolation, [F.interpolate]),
+    (padding, [F.pad]),
+    (reshape, ["view", "reshape", torch.reshape, torch.flatten, "flatten", torch.unflatten, "unflatten"]),
+    (reshape, [torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze"]),
+    (permute, [torch.permute, "permute"]),
+    (transpose, [torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"]),
+    (expansion, ["expand", "expand_as"]),
+    (concatenation, [torch.cat, torch.concat, torch.concatenate]),
+    (division(moments.chunk, "chunks"), [torch.chunk, "chunk"]),
+    (division(moments.split, "split_size_or_sections"), [torch.split]),
+    (division(moments.split, "split_size"), ["split"]),
+    (item, [operator.getitem]),
+    (attribute, [getattr]),
+    (narrow, [torch.narrow, "narrow"]),
+    (channel_shuffle, [F.channel_shuffle]),
+    (convolution, [F.conv2d]),
+    (linear, [F.linear]),
+)
+
+# Functions of other libraries, known by their names. Skipping a branch at random is a dropout of images: unchanged, as
+# dropout is.
+BY_NAME: dict[str, Rule] = {"stochastic_depth": unchanged, "drop_path": unchanged}
+
+
+def _of(function: Key, *attributes: str) -> tuple[Rule, tuple[str, ...]]:
+    return FUNCTIONS[function], attributes
+
+
+# A module's rule is that of its function, with these of its attributes as the arguments behind the first.
+MODULES: dict[type[nn.Module], tuple[Rule, tuple[str, ...]]] = {
+    nn.Identity: (as_it_is, ()),
+    **dict.fromkeys((nn.Dropout, nn.Dropout2d, nn.AlphaDropout), (unchanged, ())),
+    nn.ReLU: _of(F.relu),
+    nn.LeakyReLU: _of(F.leaky_relu, "negative_slope"),
+    nn.PReLU: _of(F.prelu, "weight"),
+    nn.ReLU6: _of(F.relu6),
+    nn.Hardtanh: _of(F.hardtanh, "min_val", "max_val"),
+    nn.Hardsigmoid: _of(F.hardsigmoid),
+    nn.Hardswish: _of(F.hardswish),
+    nn.Sigmoid: _of(F.sigmoid),
+    nn.SiLU: _of(F.silu),
+    nn.GELU: _of(F.gelu),
+    nn.Tanh: _of(F.tanh),
+    nn.ELU: _of(F.elu, "alpha"),
+    nn.SELU: _of(F.selu),
+    nn.Mish: _of(F.mish),
+    nn.Softplus: _of(F.softplus, "beta"),
+    nn.MaxPool2d: _of(F.max_pool2d),
+    nn.AvgPool2d: _of(F.avg_pool2d),
+    nn.AdaptiveAvgPool2d: _of(F.adaptive_avg_pool2d),
+    nn.AdaptiveMaxPool2d: _of(F.adaptive_max_pool2d),
+    nn.Upsample: (lambda o: interpolation(o._replace(args=(o.x, None, None, o.args[1]), kwargs={})), ("mode",)),
+    nn.UpsamplingNearest2d: (pooling, ()),
+    nn.ZeroPad2d: _of(F.pad, "padding"),
+    nn.ConstantPad2d: (
+        lambda o: padding(o._replace(args=(o.x, o.args[1], "constant", o.args[2]), kwargs={})),
+        ("padding", "value"),
+    ),
+    **dict.fromkeys((nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d), (pooling, ())),
+    nn.Flatten: _of("flatten"),
+    nn.Unflatten: _of("unflatten"),
+    nn.ChannelShuffle: _of(F.channel_shuffle, "groups"),
+}
+MODULES_BY_NAME: dict[str, Rule] = {
+    **dict.fromkeys(("DropPath", "StochasticDepth"), unchanged),
+    **dict.fromkeys(("MaxPool2dSame", "AvgPool2dSame"), pooling),
+}
+
+
+def rule_of(target: Key) -> Rule | None:
+    """Of a function, or of the method of a name."""
+    try:
+        found = FUNCTIONS.get(target)
+    except TypeError:  # not hashable
+        return None
+    if found is None and not isinstance(target, str):
+        found = BY_NAME.get(getattr(target, "__name__", ""))
+    return found
+
+
+def rule_of_class(cls: type[nn.Module]) -> tuple[Rule | None, tuple[str, ...]]:
+    """Of the modules of a class, and the attributes that are its arguments. Of one that is derived from a class with a
+    rule, if it computes the same."""
+    for base in cls.__mro__:
+        if base in MODULES and cls.forward is base.forward:
+            return MODULES[base]
+    return MODULES_BY_NAME.get(cls.__name__), ()
+
+
+# Their results may share memory with their input: what is changed in place under one name changes under the other.
+VIEWS: set[Key] = {
+    *(key for key, rule in FUNCTIONS.items() if rule is unchanged and key not in ("clone", torch.clone)),
+    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Flatten),
+    *("view", "view_as", "reshape", "reshape_as", torch.reshape, torch.flatten, "flatten", "unflatten"),
+    *(torch.unflatten, torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze", torch.permute, "permute"),
+    *(torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims", torch.movedim, "movedim"),
+    *("expand", "expand_as", torch.chunk, "chunk", torch.split, "split", torch.unbind, "unbind", operator.getitem),
+    *(torch.narrow, "narrow", torch.select, "select", "unfold", "detach", getattr),
+    *("DropPath", "StochasticDepth", "stochastic_depth", "drop_path"),
+}
+
+# What acts pixel by pixel, by its formula, as the rule of a product with a function of itself needs it.
+CURVES: dict[Key, str] = {
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_", nn.Sigmoid), "sigmoid({})"),
+    **dict.fromkeys((F.hardsigmoid, nn.Hardsigmoid), "hardsigmoid({})"),
+    **dict.fromkeys((F.softplus, nn.Softplus), "softplus({})"),
+    **dict.fromkeys((F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_", nn.Tanh), "tanh({})"),
+    **dict.fromkeys((F.relu6, nn.ReLU6), "relu6({})"),
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", nn.ReLU), "relu({})"),
+    **dict.fromkeys((nn.Identity, nn.Dropout, F.dropout), "{}"),
+    **{
+        key: f"other{i}({{}})"
+        for i, key in enumerate(
+            (nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Hardswish, nn.ELU, nn.SELU, nn.Mish, nn.Hardtanh, nn.PReLU)
+            + (F.silu, F.gelu, F.leaky_relu, F.hardswish, F.elu, F.selu, F.mish, F.hardtanh)
+        )
+    },
+}
+SIGNS: dict[Key, str] = {key: rule.sign for key, rule in FUNCTIONS.items() if hasattr(rule, "sign")}
+
+
+def make_dict(keys: tuple[Any, ...], values: tuple[Any, ...]) -> "OrderedDict[Any, Any]":
+    """An OrderedDict that a forward returns: fx would make a plain dict of it."""
+    return OrderedDict(zip(keys, values, strict=True))
+
+
+def same_items(keys: tuple[Any, ...], beliefs: tuple[Any, ...]) -> dict[Any, Any]:
+    """The beliefs of what a dictionary holds."""
+    return dict(zip(keys, beliefs, strict=True))

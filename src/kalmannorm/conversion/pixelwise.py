@@ -1,0 +1,151 @@
+"""Rules of what acts on every pixel by itself, or on two values, and of linear layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from kalmannorm.conversion.rules import Operation, Rule, joined, lift, located, on_channels
+from kalmannorm.norm import activations, moments
+from kalmannorm.norm.belief import Belief, Carried
+
+# --- one operand ------------------------------------------------------------------------------------------------------
+
+
+def relu(o: Operation) -> Any:
+    belief = o.belief
+    if not isinstance(belief, Carried) or belief.relu == "closed":
+        return lift(moments.relu, belief)
+    if belief.relu == "ignored":
+        return belief
+    return moments.settled(belief)._replace(relu="pending")
+
+
+def activation(function: Callable[..., Belief], **parameters: Any) -> Rule:
+    """`function`, with what the operation was given for these parameters (in this order), or their defaults."""
+
+    def rule(o: Operation) -> Any:
+        given = [o.argument(i, name, default) for i, (name, default) in enumerate(parameters.items(), 1)]
+        if any(isinstance(value, Tensor) for value in given):
+            return "its parameters are computed"
+        return lift(function, o.belief, *given)
+
+    return rule
+
+
+def fixed(function: Callable[..., Belief], *given: float) -> Rule:
+    return lambda o: lift(function, o.belief, *given)
+
+
+def prelu(o: Operation) -> Any:
+    return on_channels(activations.leaky_relu, o.belief, o.argument(1, "weight"))
+
+
+# --- two operands -----------------------------------------------------------------------------------------------------
+
+# x f(x), of one and the same x: the product of independent factors would be something else. By the formula of f.
+PRODUCTS: dict[str, Callable[..., Belief]] = {
+    "sigmoid(x)": activations.silu,
+    "hardsigmoid(x)": activations.hardswish,
+    "/(relu6(+(x,3)),6)": activations.hardswish,
+    "*(relu6(+(x,3)),0.166667)": activations.hardswish,
+    "tanh(softplus(x))": activations.mish,
+}
+_OF_TWO = {"+": moments.add, "-": moments.subtract, "*": moments.multiply}
+
+
+def arithmetic(sign: str) -> Rule:
+    def rule(o: Operation) -> Any:
+        a, b = o.argument(0, "input"), o.argument(1, "other")
+        of_a, of_b = o.belief_of(0, "input"), o.belief_of(1, "other")
+        if set(o.kwargs) - {"input", "other"}:
+            return "with weights"
+        if o.kind == "constant second" or isinstance(b, int | float):
+            return _with_constant(sign, a, of_a, b, False)
+        if o.kind == "constant first" or isinstance(a, int | float):
+            return _with_constant(sign, b, of_b, a, True)
+        if o.kind.startswith("product"):
+            _, formula, first = o.kind.split(" ")
+            return lift(PRODUCTS[formula], of_a if first == "0" else of_b)
+        return _of_two(o, sign, a, b, of_a, of_b)
+
+    rule.sign = sign  # type: ignore[attr-defined]
+    return rule
+
+
+def _with_constant(sign: str, x: Any, belief: Any, constant: Any, first: bool) -> Any:
+    if belief is None or not isinstance(x, Tensor):
+        return ""
+    if sign == "/" and first:
+        return "divides a constant by a feature"
+    carried = located(belief, x.dim())
+    if not _is_per_channel(constant, carried.axes):
+        return "with a constant that is not one number per channel"
+    if sign == "+":
+        return joined(lift(moments.shift, carried, constant))
+    if sign == "*":
+        return joined(lift(moments.scale, carried, constant))
+    if sign == "-" and first:
+        return joined(lift(moments.shift, lift(moments.scale, carried, -1.0), constant))
+    if sign == "-":
+        return joined(lift(moments.shift, carried, -constant))
+    if not isinstance(constant, Tensor) and constant == 0:
+        return "divides by zero"
+    return joined(lift(moments.scale, carried, 1 / constant))
+
+
+def _is_per_channel(constant: Any, axes: str) -> bool:
+    """Whether it is one number, or one for each channel of a value with these axes."""
+    if not isinstance(constant, Tensor):
+        return isinstance(constant, int | float)
+    wide = [i for i, size in enumerate(reversed(constant.shape), 1) if size != 1]
+    return all(i <= len(axes) and axes[-i] == "c" for i in wide)
+
+
+def _of_two(o: Operation, sign: str, a: Any, b: Any, of_a: Any, of_b: Any) -> Any:
+    if of_a is None or of_b is None or not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return ""
+    if sign == "/":
+        return "divides by a feature"
+    if o.kind == "dependent":
+        return "of a feature with a function of itself, which is not independent of it"
+    first, second = located(of_a, a.dim()), located(of_b, b.dim())
+    if first.axes != second.axes:
+        return "of values whose axes differ"
+    return joined(first._replace(belief=_OF_TWO[sign](first.belief, second.belief)))
+
+
+# --- convolutions and linear layers -----------------------------------------------------------------------------------
+
+
+def convolution(o: Operation) -> Any:
+    """As a function, of a weight that is made of parameters; in closed form under either predictor."""
+    if o.kind == "computed":
+        return "its weight is computed from features"
+    weight, bias, groups = o.argument(1, "weight"), o.argument(2, "bias"), o.argument(6, "groups", 1)
+    return of_map(moments.conv, o.belief, o.y, weight, bias, groups)
+
+
+def of_map(function: Callable[..., Belief], belief: Any, y: Tensor, weight: Tensor, *rest: Any) -> Any:
+    """`function` of a map that a kernel was moved over; not of one without an axis of images."""
+    if belief is None:
+        return ""
+    if y.dim() != weight.dim() or (isinstance(belief, Carried) and belief.axes):
+        return "of something that is not a map"
+    return lift(function, belief, weight, *rest)
+
+
+def linear(o: Operation) -> Any:
+    """Over the last axis: of [N, C], or of [N, H, W, C] as a convolution with a kernel of one."""
+    if o.kind == "computed":
+        return "its weight is computed from features"
+    return of_last_axis(o.belief, o.x, o.argument(1, "weight"), o.argument(2, "bias"))
+
+
+def of_last_axis(belief: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    if belief is None:
+        return ""
+    carried = located(belief, x.dim())
+    if carried.axes[-1] != "c" or carried.axes.count("c") > 1:
+        return "over an axis that is not the channels"
+    return joined(lift(moments.linear, carried, weight, bias))

@@ -1,0 +1,97 @@
+"""Which normalizers had a prior in a forward, and what lost the belief of the others."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.conversion import runtime
+from kalmannorm.conversion.rules import Operation
+from kalmannorm.norm import Estimator
+from kalmannorm.norm.belief import Carried, pick
+
+NOTHING = "nothing: no normalizer before it, and the input's distribution is not given"
+
+
+def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str | None]:
+    """Run a copy of the model in training: per normalizer, in its order, None or what lost the belief."""
+    twin = copy.deepcopy(model).train()
+    found: dict[str, str | None] = {}
+    names = {module: name for name, module in twin.named_modules()}
+    reasons: dict[int, str] = {}
+    kept: list[Any] = []  # so that no other tensor gets the place of one of these
+
+    def see(operation: Operation, what: Any, belief: Any) -> None:
+        y, given = operation.y, (*operation.beliefs, *operation.keyword_beliefs.values())
+        if belief == "in place":
+            kept.append(y)
+            reasons.setdefault(id(y), str(what))
+            return
+        if belief is not None and not isinstance(belief, str):
+            for tensor in _tensors(y):
+                reasons.pop(id(tensor), None)
+            return
+        before = [reasons[id(t)] for t in _tensors((operation.args, operation.kwargs)) if id(t) in reasons]
+        if isinstance(what, nn.Module):
+            name, kind = names.get(what, ""), type(what).__name__
+        else:
+            name = kind = str(what).rpartition(".")[2]
+        own = f"{name} ({kind}{f': {belief}' if belief else ''})"
+        had = any(_has_belief(one) for one in given)
+        for tensor in _tensors(y):
+            kept.append(tensor)
+            if had and (belief or not before):
+                reasons[id(tensor)] = own
+            elif before:
+                reasons[id(tensor)] = before[0]
+
+    def normalizing(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        name = names[layer]
+        x = args[0] if args else next(iter(kwargs.values()))
+        prior = pick(kwargs.get("beliefs"), 0, "input")
+        why = None if prior is not None else reasons.get(id(x), NOTHING)
+        if isinstance(prior, Carried) and prior.axes:
+            why = "its axis 1 is not that of the channels"
+        found[name] = found.get(name) or why
+
+    handles = [
+        nn.Module.register_forward_pre_hook(layer, normalizing, with_kwargs=True)
+        for layer in twin.modules()
+        if isinstance(layer, Estimator)
+    ]
+    with _observing(see):
+        twin(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@contextmanager
+def _observing(see: Any) -> Iterator[None]:
+    outer, runtime.observer = runtime.observer, see
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        runtime.observer = outer
+
+
+def _has_belief(structure: Any) -> bool:
+    if isinstance(structure, dict):
+        return any(map(_has_belief, structure.values()))
+    if isinstance(structure, list | tuple) and not hasattr(structure, "_fields"):
+        return any(map(_has_belief, structure))
+    return structure is not None
+
+
+def _tensors(structure: Any) -> list[Tensor]:
+    if isinstance(structure, Tensor):
+        return [structure]
+    if isinstance(structure, dict):
+        structure = list(structure.values())
+    if isinstance(structure, list | tuple):
+        return [tensor for item in structure for tensor in _tensors(item)]
+    return []

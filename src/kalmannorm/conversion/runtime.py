@@ -1,0 +1,158 @@
+"""What generated forwards call: modules with the beliefs of their arguments, and the rules of operations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from kalmannorm.conversion.operations import BY_NAME, FUNCTIONS, rule_of_class
+from kalmannorm.conversion.pixelwise import of_last_axis, of_map
+from kalmannorm.conversion.rules import Operation, Rule
+from kalmannorm.conversion.trace import CHECKPOINT
+from kalmannorm.norm import moments
+from kalmannorm.norm.belief import Belief, Carried
+from kalmannorm.norm.sampling import sampled_conv
+
+# While a report is made: observer(operation, what ran, its belief or why there is none).
+observer: Callable[[Operation, Any, Any], None] | None = None
+
+
+def key_of(target: Any) -> str:
+    """A name for a function, or for the method of a name, as generated code has it."""
+    if isinstance(target, str):
+        return f".{target}"
+    return f"{getattr(target, '__module__', None) or 'torch'}.{getattr(target, '__name__', target)}"
+
+
+_RULES: dict[str, Rule] = {key_of(target): rule for target, rule in FUNCTIONS.items()}
+
+
+def call(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
+    """(y, belief of y, ...) of any module: one that takes beliefs is handed them, another's class has a rule."""
+    if getattr(module, "takes_beliefs", False):
+        return module(*args, **kwargs, beliefs=(beliefs, keyword_beliefs))
+    if type(module) is nn.SyncBatchNorm:
+        raise ValueError(_TORCH_SYNC.format("a layer"))
+    y = module(*args, **kwargs)
+    rule, attributes = rule_of_class(type(module))
+    operation = Operation(y, args, kwargs, beliefs, keyword_beliefs)
+    if attributes:
+        operation = operation._replace(args=(operation.x, *(getattr(module, name) for name in attributes)), kwargs={})
+    return y, apply(rule, operation, module)
+
+
+def refuse_torch_sync(container: nn.Module) -> None:
+    """ValueError: torch's SyncBatchNorm in the place of a normalizer of ours, whose groups it does not know."""
+    for name, child in container._modules.items():
+        if type(child) is nn.SyncBatchNorm:
+            raise ValueError(_TORCH_SYNC.format(name))
+
+
+_TORCH_SYNC = (
+    "{} is a torch.nn.SyncBatchNorm in a converted model, whose statistics would be of the whole batch: convert with "
+    "kalmannorm.convert(model, 'syncbn', stat_batch=...) in place of convert_sync_batchnorm"
+)
+
+
+def belief_of(key: str, y: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any, kind: str = "") -> Any:
+    """The belief of a function's or a method's value, by the name that key_of gives it."""
+    rule = _RULES.get(key) or BY_NAME.get(key.rpartition(".")[2])
+    return apply(rule, Operation(y, args, kwargs, beliefs, keyword_beliefs, kind), key)
+
+
+def apply(rule: Rule | None, operation: Operation, what: Any) -> Any:
+    """What the rule of `what` (a module, or a name) says of an operation."""
+    found = "" if rule is None or not (operation.beliefs or operation.keyword_beliefs) else rule(operation)
+    if observer is not None:
+        observer(operation, what, found)
+    return None if isinstance(found, str) else found
+
+
+def lost(value: Any, why: str) -> None:
+    """No belief, of a value that was changed in place under another name."""
+    if observer is not None:
+        observer(Operation(value, (), {}, (), {}), why, "in place")
+
+
+def changed(pair: Any, position: int) -> Any:
+    """The belief of an argument that a module changed in place."""
+    changes = pair[2] if len(pair) > 2 else None
+    return None if changes is None else changes.get(position)
+
+
+def normalized(base: type[nn.Module], layer: nn.Module, x: Tensor, belief: Any) -> Any:
+    """(y, belief) of the normalizer that a layer which does more is derived from."""
+    if getattr(base, "takes_beliefs", False):
+        return base.forward(layer, x, beliefs=((belief,), {}))
+    return base.forward(layer, x), None
+
+
+def checkpointed(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
+    """checkpoint(module, *args, **kwargs) with beliefs through it, as plain tensors: reentrant checkpoints see no
+    tensors inside of other things."""
+    names = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
+    own = {key: value for key, value in kwargs.items() if key in names}
+    rest = {key: value for key, value in kwargs.items() if key not in names}
+    tensors, spec = tree_flatten((args, rest, beliefs, {k: v for k, v in keyword_beliefs.items() if k not in names}))
+    form: list[Any] = []
+
+    def run(*tensors: Any) -> Any:
+        out, *form[:] = tree_flatten(call(module, *tree_unflatten(tensors, spec))[:2])
+        return tuple(out)
+
+    return tree_unflatten(list(CHECKPOINT(run, *tensors, **own)), form[0])
+
+
+@torch.no_grad()
+def seen_input(model: Any, x: Tensor) -> Belief:
+    """The belief of the model's input: mean and variance of what it saw in training, this batch included."""
+    mean, var = model.input_belief_mean, model.input_belief_var
+    if model.training and x.numel():
+        model.input_belief_batches += 1
+        rate = (1 / model.input_belief_batches).clamp_min(0.1)
+        of_batch = torch.var_mean(x.to(mean.dtype), [i for i in range(x.dim()) if i != 1], correction=0)
+        var.lerp_(of_batch[0][None], rate)
+        mean.lerp_(of_batch[1][None], rate)
+    return Belief(mean.clone(), var.clone())
+
+
+# --- convolutions and linear layers: their belief is computed inside of them, where FSDP has their weight ------------
+
+
+def of_convolution(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
+    """In closed form."""
+    return _told(layer, x, y, belief, of_map(moments.conv, belief, y, weight, bias, layer.groups))
+
+
+def of_linear(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
+    return _told(layer, x, y, belief, of_last_axis(belief, x, weight, bias))
+
+
+def of_transition(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
+    """By the transition matrix of the layer's own."""
+    (transition,) = layer.__dict__["predictor"]
+    return _told(layer, x, y, belief, of_map(lambda b, _: transition(b, bias), belief, y, weight))
+
+
+def of_sample(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
+    """By a sample; a ReLU directly before the convolution acts on it."""
+    found: Any = ""
+    if layer.padding_mode != "zeros":
+        found = f"padding_mode={layer.padding_mode!r}, which the sampling predictor does not draw"
+    elif isinstance(belief, Carried) and belief.axes:
+        found = "of something that is not a map"
+    elif belief is not None:
+        carried = belief if isinstance(belief, Carried) else Carried(belief, "", "sampled")
+        (noise,) = layer.__dict__["predictor"]
+        how = (layer.stride, layer.padding, layer.dilation, layer.groups, carried.relu == "pending")
+        drawn = sampled_conv(carried.belief, noise(carried.belief, x), weight, bias, *how)
+        found = Carried(drawn, "", "ignored" if carried.relu == "ignored" else "sampled")
+    return _told(layer, x, y, belief, found)
+
+
+def _told(layer: nn.Module, x: Any, y: Any, belief: Any, found: Any) -> Any:
+    if observer is not None:
+        observer(Operation(y, (x,), {}, (belief,), {}), layer, found)
+    return None if isinstance(found, str) else found

@@ -1,0 +1,357 @@
+"""The torch.fx graph of one module's own forward: every module that it calls is a leaf.
+
+What tracing freezes (plain attributes that the forward read, options, whether an argument is a tensor) is noted, and
+becomes a condition under which the generated forward holds.
+"""
+
+import inspect
+import math
+import operator
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partialmethod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.conversion.operations import make_dict
+
+CHECKPOINT = torch.utils.checkpoint.checkpoint
+
+# Augmented assignments, x += y, by their names in `operator`: tensors do them in place.
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod")
+
+# Libraries whose objects are left alone.
+_NOT_READ = ("builtins", "torch", "collections", "functools", "types")
+
+Plain = bool | int | float | str | None
+_batch_norm = inspect.signature(F.batch_norm)
+
+
+class Passed(NamedTuple):
+    """What is known of a module's arguments from the calls in its parents, by name.
+
+    `lists`: those that are lists or tuples; `fixed`: those that are the same plain value in every call; `given`: those
+    that are tensors, or something computed, in some call.
+    """
+
+    lists: set[str]
+    fixed: dict[str, Plain]
+    given: set[str]
+
+
+class Trace(NamedTuple):
+    """A graph and the conditions under which it is what the forward does."""
+
+    graph: fx.Graph
+    asked: dict[str, str]  # arguments that were asked whether they are a `tensor` or a `list`, and said yes
+    read: dict[str, Plain]  # plain attributes, by the expression that reads them
+    frozen: dict[str, Plain]  # arguments that the graph takes for these values
+    of_both: bool = False  # whether the forward did not ask which mode it is in
+
+
+class Untraceable(ValueError):
+    """The forward as it is written cannot become a graph."""
+
+
+def trace(module: nn.Module, passed: Passed) -> dict[str, Trace]:
+    """Trace a forward in the modes `train` and, if that differs, `eval`. Raises Untraceable: as of trace_mode."""
+    found = {"train": trace_mode(module, passed, True)}
+    return found if found["train"].of_both else {**found, "eval": trace_mode(module, passed, False)}
+
+
+def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
+    """Trace a forward in one mode of the module. Whatever that leaves behind is taken back.
+
+    Raises Untraceable: with fx's reason, or because the graph would not do what the forward does (it sets attributes,
+    draws random numbers).
+    """
+    frozen = _frozen(module, passed)
+    tracer = _Tracer(passed)
+    before, modes, drawn = dict(module.__dict__), {m: m.training for m in module.modules()}, _random_state()
+    try:
+        for each in modes:
+            each.training = training
+        reading = _Reading(module)
+        with reading as read:
+            graph = tracer.trace(module, concrete_args=frozen or None)
+        if _random_state() != drawn:
+            raise Untraceable("it draws random numbers, which would stay the same ever after")
+        left = {key: value for key, value in module.__dict__.items() if before.get(key, before) is not value}
+        if any(not key.startswith("_tensor_constant") and key != "training" for key in left):
+            raise Untraceable("its forward sets attributes")
+        before |= left
+    except Untraceable:
+        raise
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise Untraceable(first) from error
+    finally:
+        _restore_random_state(drawn)
+        module.__dict__.clear()
+        module.__dict__.update(before)
+        for each, mode in modes.items():
+            each.training = mode
+    _erase_frozen(graph, frozen)
+    return Trace(graph, tracer.asked, read, frozen, not reading.asked_mode)
+
+
+def _frozen(module: nn.Module, passed: Passed) -> dict[str, Plain]:
+    """Options, which decide what there is to trace: as all parents pass them, or their defaults."""
+    frozen: dict[str, Plain] = {}
+    for name, parameter in inspect.signature(type(module).forward).parameters.items():
+        if name in passed.given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if name in passed.fixed:
+            frozen[name] = passed.fixed[name]
+        elif any(parameter.default is default for default in (None, True, False)):
+            frozen[name] = parameter.default
+    return frozen
+
+
+def _erase_frozen(graph: fx.Graph, frozen: dict[str, Plain]) -> None:
+    """Their placeholders, and the assertions of their values that fx wrote."""
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and str(node.target).removesuffix("_1") in frozen:
+            for user in list(node.users):
+                for assertion in list(user.users):
+                    graph.erase_node(assertion)
+                graph.erase_node(user)
+            graph.erase_node(node)
+
+
+# --- proxies ----------------------------------------------------------------------------------------------------------
+
+
+class _Proxy(fx.Proxy):
+    """fx traces `x += y` as x = x + y, a new tensor, which other names of x do not see: here it stays in place."""
+
+    def _operate(self, name: str, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", partialmethod(_Proxy._operate, _name))
+
+
+class _TensorArgument(_Proxy):
+    """An argument that says it is a tensor when it is asked."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        self.tracer.asked[str(self.node.target)] = "tensor"  # type: ignore[attr-defined]
+        return Tensor
+
+
+class _ListArgument(_Proxy):
+    """One that says it is a list."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        self.tracer.asked[str(self.node.target)] = "list"  # type: ignore[attr-defined]
+        return list
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # what is made of a buffer is made of it in every forward, not once
+
+    def __init__(self, passed: Passed) -> None:
+        super().__init__(autowrap_modules=(math,), autowrap_functions=(CHECKPOINT,))
+        self._autowrap_search.append(torch.utils.checkpoint)
+        self.passed = passed
+        self.asked: dict[str, str] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if node.op != "placeholder":
+            return _Proxy(node, self)
+        return (_ListArgument if str(node.target) in self.passed.lists else _TensorArgument)(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):  # isinstance would ask what it says it is
+            return a.node
+        if isinstance(a, dict) and type(a) is not dict:  # fx would make a plain dict of it
+            items = {key: self.create_arg(value) for key, value in a.items()}
+            if type(a) is OrderedDict:
+                return self.create_node("call_function", make_dict, (tuple(items), tuple(items.values())), {})
+            return self.create_node("call_function", type(a), (), items)
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self.path_of_module(a), (), {})
+        return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        try:
+            self.path_of_module(m)
+        except NameError:  # made where it is used, nn.ReLU()(x)
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+
+# --- attributes that are read -----------------------------------------------------------------------------------------
+
+
+class _Reading:
+    """While it lasts, plain attributes that the code reads are noted: of the module, of modules in it, and of plain
+    objects that these hold (a configuration)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.read: dict[str, Plain] = {}
+        self.classes: list[tuple[Any, type]] = []
+        self.objects: dict[int, tuple[str, Any]] = {}
+        self.made: dict[type, type] = {}
+        self.asked_mode = False
+        for path, each in module.named_modules():
+            self.objects[id(each)] = _expression(path), each
+        for expression, each in list(self.objects.values()):
+            for key, value in each.__dict__.items():
+                kind = type(value)
+                own = kind.__module__.partition(".")[0] not in (
+                    "builtins",
+                    "torch",
+                    "collections",
+                    "functools",
+                    "types",
+                )
+                if not key.startswith("_") and own and hasattr(value, "__dict__") and not isinstance(value, type):
+                    self.objects.setdefault(id(value), (f"{expression}.{key}", value))
+
+    def __enter__(self) -> dict[str, Plain]:
+        for _, each in self.objects.values():
+            cls = type(each)
+            try:
+                each.__class__ = self._reading_class(cls)
+            except TypeError:  # slots, an extension's own layout
+                continue
+            self.classes.append((each, cls))
+        return self.read
+
+    def __exit__(self, *_: object) -> None:
+        for each, cls in self.classes:
+            each.__class__ = cls
+
+    def _reading_class(self, cls: type) -> type:
+        if cls in self.made:
+            return self.made[cls]
+        reading, read, objects = self, self.read, self.objects
+
+        def getter(self: Any, name: str) -> Any:
+            value = cls.__getattribute__(self, name)  # type: ignore[call-arg]
+            if name == "training":
+                reading.asked_mode = True
+            if name.startswith("_") or name == "training":
+                return value
+            if isinstance(value, Plain) or (type(value) in (tuple, list) and all(isinstance(v, Plain) for v in value)):
+                found = objects.get(id(self))
+                if found is not None and name in object.__getattribute__(self, "__dict__"):
+                    read[f"{found[0]}.{name}"] = value
+            return value
+
+        body = {"__getattribute__": getter, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        self.made[cls] = type(cls)(cls.__name__, (cls,), body)
+        return self.made[cls]
+
+
+def _expression(path: str) -> str:
+    """self.layers[0].bn as code: getattr(self.layers, "0").bn."""
+    written = "self"
+    for part in path.split(".") if path else ():
+        written = f"{written}.{part}" if part.isidentifier() else f'getattr({written}, "{part}")'
+    return written
+
+
+# --- BatchNorm layers that do more than normalize ---------------------------------------------------------------------
+
+
+def has_forward_of_its_own(layer: nn.Module) -> bool:
+    """Whether a BatchNorm layer's class computes more than torch's, or something else (timm's BatchNormAct2d)."""
+    return type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or "forward" in layer.__dict__
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Stands in the graph of such a layer where it normalizes."""
+    raise NotImplementedError
+
+
+def trace_layer(layer: _BatchNorm, name: str, training: bool) -> Trace:
+    """The graph of such a layer, with `normalize` where it normalizes, by F.batch_norm or by its base class.
+
+    Raises ValueError: it normalizes by code of its own.
+    """
+    tracer = _LayerTracer(layer, name)
+    mode = layer.training
+    try:
+        layer.train(training)
+        with tracer.reading_base_class():
+            graph = tracer.trace(layer)
+    finally:
+        layer.train(mode)
+    if not tracer.found:
+        raise ValueError(
+            f"{name} ({type(layer).__name__}) is a BatchNorm layer that normalizes by code of its own, neither by "
+            "F.batch_norm nor by its base class"
+        )
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and node.target == "num_batches_tracked":  # the new normalizer counts for itself
+            for user in [*node.users, node]:
+                graph.erase_node(user)
+    return Trace(graph, {}, {}, {})
+
+
+class _LayerTracer(_Tracer):
+    def __init__(self, layer: _BatchNorm, name: str) -> None:
+        super().__init__(Passed(set(), {}, set()))
+        self.layer, self.name, self.found = layer, name, False
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
+        if kind == "call_function" and target is F.batch_norm:
+            return self._normalization(_batch_norm.bind(*args, **kwargs).arguments)
+        return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+
+    def _normalization(self, given: dict[str, Any]) -> fx.Proxy:
+        layer = self.layer
+        names = [key if layer.affine else None for key in ("weight", "bias")]
+        found = [getattr(getattr(given.get(key), "node", None), "target", None) for key in ("weight", "bias")]
+        training = layer.training or layer.running_mean is None
+        if found != names or given.get("training") is not training or given.get("eps") != layer.eps:
+            raise ValueError(
+                f"{self.name} ({type(layer).__name__}) does not normalize as its base class, BatchNorm, does"
+            )
+        return self._call(given["input"])
+
+    def _call(self, x: Any) -> fx.Proxy:
+        self.found = True
+        return super().create_proxy("call_function", normalize, (x,), {})
+
+    @contextmanager
+    def reading_base_class(self) -> Iterator[None]:
+        """While it lasts, super().forward(x) stands for the normalization."""
+        tracer = self
+        classes: tuple[Any, ...] = (_BatchNorm, nn.SyncBatchNorm)
+        originals = [cls.forward for cls in classes]
+        try:
+            for cls in classes:
+                cls.forward = lambda self, input: tracer._call(input)
+            yield
+        finally:
+            for cls, original in zip(classes, originals, strict=True):
+                cls.forward = original
+
+
+# --- the generators of torch and python ------------------------------------------------------------------------------
+
+
+def _random_state() -> tuple[bytes, Any]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+
+
+def _restore_random_state(state: tuple[bytes, Any]) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(state[0]), dtype=torch.uint8))
+    random.setstate(state[1])

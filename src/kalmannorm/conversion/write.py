@@ -1,0 +1,293 @@
+"""Beliefs written beside the operations of a traced forward: every value gets the belief of it, as a variable.
+
+What can be told only from the code is told here: which operand is a constant, which value is a function of which, and
+which tensors are changed in place under another name. The rest is left to the rules, which see the tensors.
+"""
+
+import operator
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+from kalmannorm.conversion.operations import CURVES, MODULES, SIGNS, VIEWS, make_dict, same_items
+from kalmannorm.conversion.pixelwise import PRODUCTS
+from kalmannorm.conversion.runtime import belief_of, call, changed, checkpointed, key_of, lost, normalized
+from kalmannorm.conversion.trace import CHECKPOINT, IN_PLACE, normalize
+from kalmannorm.norm.belief import pick
+
+
+class Summary(NamedTuple):
+    """What a parent must know of a module: a formula of its first argument, if it acts pixel by pixel; which of its
+    arguments it changes in place; which its result may share memory with."""
+
+    curve: str = ""
+    mutates: frozenset[int] = frozenset()
+    aliases: frozenset[int] = frozenset()
+
+
+def summary_of_class(module: nn.Module) -> Summary:
+    """Of a module that is not converted, by its class."""
+    key = type(module)
+    curve = _with_parameters(CURVES.get(key, ""), [getattr(module, name) for name in MODULES.get(key, ("", ()))[1]])
+    in_place, view = getattr(module, "inplace", False) is True, key in VIEWS or key.__name__ in VIEWS
+    return Summary(curve, frozenset({0} if in_place else ()), frozenset({0} if in_place or view else ()))
+
+
+def _with_parameters(curve: str, given: Any) -> str:
+    """A formula with what its function was given beside the feature, where that is not one."""
+    extra = "".join(f",{value:g}" for value in given if type(value) in (int, float) and value != 1)
+    return curve.replace("({})", f"({{}}{extra})") if extra else curve
+
+
+class Writer:
+    """Writes one graph: `summary` is what its parents must know then."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, summaries: dict[nn.Module, Summary]) -> None:
+        self.module, self.graph, self.summaries = module, graph, summaries
+        self.summary = Summary()
+        self._belief: dict[fx.Node, fx.Node | None] = {}
+        self._constant: set[fx.Node] = set()  # made of parameters and buffers alone
+        self._curve: dict[fx.Node, tuple[fx.Node, str]] = {}
+        self._latest: dict[fx.Node, fx.Node] = {}  # a tensor changed in place -> the operation that changed it last
+        self._memory: dict[fx.Node, set[fx.Node]] = {}  # the values that may share memory with this one
+        self._stale: dict[fx.Node, str] = {}  # changed in place through another of those: how
+        self._own: list[fx.Node] = []
+        self._inputs: list[fx.Node] = []
+        self._mutated: set[fx.Node] = set()
+        nodes = list(graph.nodes)
+        self._start = next(node for node in nodes if node.op != "placeholder")
+        first = next(node for node in nodes if node.op != "placeholder" or str(node.target).startswith("**"))
+        with graph.inserting_before(first):
+            self._beliefs = graph.placeholder("beliefs", default_value=None)
+        for node in nodes:
+            self._visit(node)
+        for node in reversed(self._own):
+            if not node.users:
+                graph.erase_node(node)
+
+    # --- beliefs ---
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        while node in self._latest:
+            node = self._latest[node]
+        return node
+
+    def _beliefs_of(self, value: Any) -> Any:
+        """The structure of beliefs beside a structure of values."""
+
+        def one(item: Any) -> Any:
+            if not isinstance(item, fx.Node):
+                return None
+            item = self._now(item)
+            if item in self._stale:
+                return self._add(lost, item, self._stale[item], name=f"{item.name}_lost")
+            return self._belief.get(item)
+
+        return map_aggregate(value, one)
+
+    def _add(self, function: Any, *args: Any, name: str) -> fx.Node:
+        node = self.graph.create_node("call_function", function, args, name=name)
+        self._own.append(node)
+        return node
+
+    def _visit(self, node: fx.Node) -> None:
+        first = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+        x = self._now(first) if isinstance(first, fx.Node) else None
+        child: nn.Module | None = None
+        key: Any = node.target
+        if node.op == "placeholder":
+            with self.graph.inserting_before(self._start):
+                name = f"{node.name}_belief"
+                self._belief[node] = self._add(pick, self._beliefs, len(self._inputs), str(node.target), name=name)
+            self._inputs.append(node)
+        elif node.op == "get_attr":
+            self._constant.add(node)
+        elif node.op == "output":
+            return self._output(node)
+        elif node.op == "call_module":
+            child = self.module.get_submodule(str(node.target))
+            key = type(child)
+            node = self._call(node)
+        elif node.target is CHECKPOINT:
+            node = self._pair(node, checkpointed, node.args[0], node.args[1:], dict(node.kwargs))
+        elif node.target is normalize:
+            node = self._normalization(node)
+        elif set(node.all_input_nodes) <= self._constant:
+            self._constant.add(node)
+        else:
+            self._function(node)
+        self._note_memory(node, x, child, key)
+        self._note_curve(node, x, child, key)
+
+    def _call(self, node: fx.Node) -> fx.Node:
+        with self.graph.inserting_before(node):
+            child = self.graph.create_node("get_attr", str(node.target), name=f"{node.name}_module")
+        value = self._pair(node, call, child, node.args, dict(node.kwargs))
+        for i in self.summaries.get(self.module.get_submodule(str(node.target)), Summary()).mutates:
+            given = node.args[i] if i < len(node.args) else None
+            if isinstance(given, fx.Node):  # what it has become, wherever it is used
+                pair = value.args[0]
+                with self.graph.inserting_before(value):
+                    self._belief[self._now(given)] = self._add(changed, pair, i, name=f"{given.name}_changed")
+        return value
+
+    def _pair(self, node: fx.Node, function: Any, called: Any, args: Any, kwargs: dict[str, Any]) -> fx.Node:
+        """A call that returns a value and its belief, in the place of one that returns the value."""
+        with self.graph.inserting_before(node):
+            beliefs = self._beliefs_of(args), self._beliefs_of(kwargs)
+            given = (called, args, kwargs, *beliefs)
+            pair = self.graph.create_node("call_function", function, given, name=f"{node.name}_and_belief")
+            value = self.graph.create_node("call_function", operator.getitem, (pair, 0), name=f"{node.name}_y")
+            self._belief[value] = self._add(operator.getitem, pair, 1, name=f"{node.name}_belief")
+        node.replace_all_uses_with(value)
+        self.graph.erase_node(node)
+        return value
+
+    def _normalization(self, node: fx.Node) -> fx.Node:
+        """Of a layer that does more: its base class does it."""
+        (x,) = node.args
+        with self.graph.inserting_before(node):
+            # classes.py puts the base class and the layer itself in the string's place.
+            given = ("self", x, self._beliefs_of(x))
+            pair = self.graph.create_node("call_function", normalized, given, name=f"{node.name}_and_belief")
+            value = self.graph.create_node("call_function", operator.getitem, (pair, 0), name=f"{node.name}_y")
+            self._belief[value] = self._add(operator.getitem, pair, 1, name=f"{node.name}_belief")
+        node.replace_all_uses_with(value)
+        self.graph.erase_node(node)
+        return value
+
+    def _function(self, node: fx.Node) -> None:
+        target, name = node.target, f"{node.name}_belief"
+        if target is make_dict or (isinstance(target, type) and issubclass(target, dict)):
+            keys, values = node.args if target is make_dict else (tuple(node.kwargs), tuple(node.kwargs.values()))
+            with self.graph.inserting_after(node):
+                self._belief[node] = self._add(same_items, keys, self._beliefs_of(values), name=name)
+            return
+        before = self._beliefs_of(node.args), self._beliefs_of(dict(node.kwargs))
+        if not any(_nodes(before)):
+            return
+        with self.graph.inserting_after(node):
+            given = (key_of(target), node, node.args, dict(node.kwargs), *before, self._kind(node))
+            self._belief[node] = self._add(belief_of, *given, name=name)
+
+    def _kind(self, node: fx.Node) -> str:
+        """Operation.kind."""
+        if node.target in (F.conv2d, F.linear):
+            weights = [*node.args[1:3], node.kwargs.get("weight"), node.kwargs.get("bias")]
+            return "" if {w for w in weights if isinstance(w, fx.Node)} <= self._constant else "computed"
+        if node.target not in SIGNS:
+            return ""
+        a, b = (
+            node.args[i] if len(node.args) > i else node.kwargs.get(name) for i, name in enumerate(("input", "other"))
+        )
+        for operand, said in ((b, "constant second"), (a, "constant first")):
+            if not isinstance(operand, fx.Node) or operand in self._constant:
+                return said
+        first, second = self._now(a), self._now(b)  # type: ignore[arg-type]
+        if SIGNS[node.target] == "*":
+            for i, (one, other) in enumerate(((first, second), (second, first))):
+                root, formula = self._formula(other, one)
+                if root is one and formula in PRODUCTS:
+                    return f"product {formula} {i}"
+        return "dependent" if self._formula(first)[0] is self._formula(second)[0] else ""
+
+    # --- formulas ---
+
+    def _formula(self, node: fx.Node, end: fx.Node | None = None) -> tuple[fx.Node, str]:
+        """The value (`end`, or the earliest) that `node` is a function of, pixel by pixel, and that function of "x"."""
+        if node is end or node not in self._curve:
+            return node, "x"
+        x, curve = self._curve[node]
+        root, inner = self._formula(x, end)
+        return root, curve.replace("{}", inner)
+
+    def _note_curve(self, node: fx.Node, x: fx.Node | None, child: nn.Module | None, key: Any) -> None:
+        if x is None:
+            return
+        if child is not None and child in self.summaries:
+            curve = self.summaries[child].curve
+        elif child is not None:
+            curve = summary_of_class(child).curve
+        elif key in SIGNS:
+            curve = self._curve_with_constant(node, SIGNS[key])
+            if len(node.args) > 1 and not isinstance(node.args[0], fx.Node):
+                return
+        else:
+            curve = CURVES.get(key, "") if isinstance(key, str | type) or callable(key) else ""
+            curve = _with_parameters(curve, node.args[1:])
+        if curve:
+            self._curve[node] = (x, curve)
+
+    def _curve_with_constant(self, node: fx.Node, sign: str) -> str:
+        others = node.args[1:]
+        if len(others) != 1:
+            return ""
+        (other,) = others
+        if isinstance(other, int | float):
+            return f"{sign}({{}},{other:g})"
+        return f"{sign}({{}},{other})" if isinstance(other, fx.Node) and other in self._constant else ""
+
+    # --- memory: what is changed in place ---
+
+    def _note_memory(self, node: fx.Node, x: fx.Node | None, child: nn.Module | None, key: Any) -> None:
+        self._memory[node] = {node}
+        if x is None or x not in self._memory:
+            return
+        summary = self.summaries.get(child) if child is not None else None
+        name = key if isinstance(key, str) else getattr(key, "__name__", "")
+        view = key in VIEWS or name in VIEWS if isinstance(key, str | type) or callable(key) else False
+        if summary is not None:
+            view, in_place = 0 in summary.aliases, False
+            if 0 in summary.mutates:
+                self._mutated |= self._memory[x]
+                in_place = bool(summary.curve) and view
+                if not in_place:
+                    self._overwrite(node, x)
+        elif child is not None:
+            in_place = getattr(child, "inplace", False) is True
+        else:
+            in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+            in_place = in_place or node.kwargs.get("inplace") is True or self._is_in_place_by_position(node)
+        if in_place:
+            self._overwrite(node, x)
+            self._mutated |= self._memory[x]
+            self._latest[x] = node
+        if in_place or view:
+            self._memory[node] = self._memory[x]
+            self._memory[node].add(node)
+            if key is nn.Identity or (summary is not None and summary.curve == "{}" and not in_place):
+                self._latest[node] = x  # another name of the same tensor
+
+    def _overwrite(self, node: fx.Node, x: fx.Node) -> None:
+        for other in self._memory[x]:
+            if self._now(other) is not x:
+                self._stale[other] = f"{node.name.removesuffix('_y')} changes {other.name} in place under another name"
+
+    @staticmethod
+    def _is_in_place_by_position(node: fx.Node) -> bool:
+        return node.target in (F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.mish) and True in node.args[1:2]
+
+    def _output(self, node: fx.Node) -> None:
+        (value,) = node.args
+        positions = {given: i for i, given in enumerate(self._inputs)}
+        mutates = {positions[given] for given in self._mutated if given in positions}
+        with self.graph.inserting_before(node):
+            changes = {i: self._beliefs_of(self._inputs[i]) for i in sorted(mutates)}
+            node.args = ((value, self._beliefs_of(value), changes or None),)  # type: ignore[assignment]
+        returned = [
+            item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, fx.Node)
+        ]
+        aliases = {positions[m] for item in returned for m in self._memory.get(item, ()) if m in positions}
+        curve = ""
+        if isinstance(value, fx.Node) and self._inputs:
+            root, formula = self._formula(self._now(value))
+            curve = formula.replace("x", "{}") if root is self._inputs[0] else ""
+        self.summary = Summary(curve, frozenset(mutates), frozenset(aliases))
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_aggregate(value, lambda item: found.append(item) if isinstance(item, fx.Node) else None)
+    return found

@@ -1,0 +1,122 @@
+"""What makes a module one that takes beliefs (belief.py): hooks see what it returns without them, and a plain call in a
+forward whose beliefs are followed by tensor (conversion/flow.py) finds those of its arguments."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from kalmannorm.norm.belief import Estimated, Returned, pick
+
+# Where a converted model keeps what is known of the conversion, and in that the shapes that it was called with first.
+MARK, SEEN = "_conversion", "seen"
+
+# The flow.Flow that follows beliefs through the forward that is running, or None.
+flow: Any = None
+
+
+def methods(base: type[nn.Module]) -> dict[str, Any]:
+    """The methods of such a module, whose class is derived from `base`."""
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if "beliefs" in kwargs:
+            return base.__call__(self, *args, **kwargs)
+        if MARK in self.__dict__ and SEEN not in self.__dict__[MARK] and not torch.compiler.is_compiling():
+            self.__dict__[MARK][SEEN] = tree_map_only(Tensor, lambda value: value.detach().to("meta"), (args, kwargs))
+        if flow is None or not flow.is_here():
+            return base.__call__(self, *args, **kwargs)
+        return flow.through(functools.partial(base.__call__, self), args, kwargs)
+
+    def register_forward_hook(self: nn.Module, hook: Callable[..., Any], **options: Any) -> Any:
+        hook = hook if _is_of_torch(hook) else PlainHook(hook, options.get("with_kwargs", False))
+        return base.register_forward_hook(self, hook, **options)
+
+    def register_forward_pre_hook(self: nn.Module, hook: Callable[..., Any], **options: Any) -> Any:
+        if not _is_of_torch(hook):
+            hook, options = PlainPreHook(hook, options.get("with_kwargs", False)), {**options, "with_kwargs": True}
+        return base.register_forward_pre_hook(self, hook, **options)
+
+    own = (__call__, register_forward_hook, register_forward_pre_hook)
+    return {"takes_beliefs": True, **{method.__name__: method for method in own}}
+
+
+class TakesBeliefs(nn.Module):
+    """Base of the normalizers that do."""
+
+    takes_beliefs: bool
+
+
+for _name, _method in methods(nn.Module).items():
+    setattr(TakesBeliefs, _name, _method)
+
+
+def wrap_hooks(module: nn.Module) -> None:
+    """Those that were registered before the module took beliefs."""
+    for key, hook in module._forward_hooks.items():
+        if not isinstance(hook, PlainHook) and not _is_of_torch(hook):
+            module._forward_hooks[key] = PlainHook(hook, key in module._forward_hooks_with_kwargs)
+    for key, hook in module._forward_pre_hooks.items():
+        if not isinstance(hook, PlainPreHook) and not _is_of_torch(hook):
+            module._forward_pre_hooks[key] = PlainPreHook(hook, key in module._forward_pre_hooks_with_kwargs)
+            module._forward_pre_hooks_with_kwargs[key] = True
+
+
+def unwrap_hooks(module: nn.Module) -> None:
+    """The hooks as they were registered."""
+    for key, hook in module._forward_hooks.items():
+        module._forward_hooks[key] = hook.hook if isinstance(hook, PlainHook) else hook
+    for key, hook in module._forward_pre_hooks.items():
+        if isinstance(hook, PlainPreHook):
+            module._forward_pre_hooks[key] = hook.hook
+            if not hook.with_kwargs:
+                del module._forward_pre_hooks_with_kwargs[key]
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """torch's own (FSDP's, of weights that are computed) must see beliefs, or do not look at what is passed."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    where = getattr(hook, "__module__", None) or type(hook).__module__
+    return where.startswith("torch.") or type(hook).__module__.startswith("torch.")
+
+
+class PlainHook:
+    """A user's forward hook: it sees what the module returns without beliefs, and may replace that."""
+
+    def __init__(self, hook: Callable[..., Any], with_kwargs: bool) -> None:
+        self.hook, self.with_kwargs = hook, with_kwargs
+
+    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+        *kwargs, out = rest
+        if self.with_kwargs:
+            kwargs = [{key: value for key, value in kwargs[0].items() if key != "beliefs"}]
+        if not isinstance(out, Estimated | Returned):
+            return self.hook(module, args, *kwargs, out)
+        new = self.hook(module, args, *kwargs, out.y)
+        return None if new is None else Returned(new, None)
+
+
+class PlainPreHook:
+    """A user's forward pre-hook: it sees the arguments without beliefs. What it replaces has none."""
+
+    def __init__(self, hook: Callable[..., Any], with_kwargs: bool) -> None:
+        self.hook, self.with_kwargs = hook, with_kwargs
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        beliefs = kwargs.get("beliefs")
+        given = {key: value for key, value in kwargs.items() if key != "beliefs"}
+        new = self.hook(module, args, given) if self.with_kwargs else self.hook(module, args)
+        if new is None:
+            return None
+        if self.with_kwargs:
+            new_args, new_kwargs = new
+        else:
+            new_args, new_kwargs = new if isinstance(new, tuple) else (new,), given
+        if "beliefs" not in kwargs:
+            return new_args, new_kwargs
+        both = enumerate(zip(args, new_args, strict=False))
+        kept = tuple(pick(beliefs, i, "") if old is one else None for i, (old, one) in both)
+        return new_args, {**new_kwargs, "beliefs": (kept, {})}
