@@ -9,6 +9,7 @@ import copy
 import functools
 import inspect
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -383,9 +384,12 @@ def belief_report(model: nn.Module, *example: Any, **named: Any) -> dict[str, st
 
 
 def _random_like(model: nn.Module, value: Tensor) -> Tensor:
+    """Of that shape, with as many images more as make whole groups."""
     device = next(itertools.chain(model.parameters(), model.buffers())).device
-    kind = torch.randn if value.is_floating_point() else torch.zeros
-    return kind(value.shape, dtype=value.dtype, device=device)
+    group = math.lcm(*(getattr(module, "stat_batch", None) or 1 for module in model.modules()))
+    images, *rest = value.shape if value.dim() else (1,)
+    shape = (-(-images // group) * group, *rest) if value.dim() else ()
+    return (torch.randn if value.is_floating_point() else torch.zeros)(shape, dtype=value.dtype, device=device)
 
 
 def fold(model: nn.Module) -> nn.Module:
