@@ -174,7 +174,7 @@ def test_frozen_constants_are_measured_once(root, tmp_path):
         assert torch.equal(model.state_dict()[key], value)
     (batch,) = batches.epoch(0)
     seen = []
-    model.body.get_submodule("layer3.0.bn2").register_forward_hook(lambda *call: seen.append(call[-1][0].clone()))
+    model.body.get_submodule("layer3.0.bn2").register_forward_hook(lambda *call: seen.append(call[-1].clone()))
     model.train()(batch.images, batch.targets, batch.canvas)
     assert seen[0].mean().abs() < 0.1 and 0.8 < seen[0].var() < 1.2
 

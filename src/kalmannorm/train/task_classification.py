@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm import data
-from kalmannorm.conversion import Converted, belief_report
+from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Record
@@ -39,7 +39,7 @@ class Classification(Task):
     curves = ("train_loss", "train_accuracy", "moving", "online")
     evaluates_epochs = True
     metric = "accuracy"
-    model: Converted
+    model: nn.Module
     train: Batches
     test: Batches
 
