@@ -184,6 +184,18 @@ def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[
             raise ValueError(f"{path} ({type(module).__name__}) cannot be a leaf: it holds the normalizer {held[0]}")
 
 
+def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
+    kind = type(source).__name__
+    if not layers:
+        frozen = sum(is_frozen(module) for module in source.modules())
+        advice = f"; its {frozen} FrozenBatchNorm2d layers are constants: thaw=True converts them" if frozen else ""
+        raise ValueError(f"{kind} has no BatchNorm layer to convert{advice}")
+    for path, module in source.named_modules():
+        held = [name for name in layers if name.startswith(f"{path}.")] if isinstance(module, leaves) else []
+        if held:
+            raise ValueError(f"{path} ({type(module).__name__}) cannot be a leaf: it holds the normalizer {held[0]}")
+
+
 def belief_report(model: nn.Module) -> dict[str, str | None]:
     """Per normalizer, in network order: None if a prior reaches it, else what lost it."""
     if not isinstance(model, Converted):
