@@ -23,7 +23,7 @@ def test_colours_are_changed_and_clipped():
     train, _ = loaders(config, source, Ranks(config))
     found = recoloured(config, source, train, torch.device("cpu"))
     assert list(found) == ["rgb_50", "red_50", "contrast"]
-    plain = data.resize(pixels, config["budget"]["size"]).astype(np.float64)
+    plain = data.resize(pixels, config.budget.size).astype(np.float64)
     red = plain + np.array([50, 0, 0])
     mean = plain.mean((1, 2), keepdims=True)
     for name, expected in (("rgb_50", plain + 50), ("red_50", red), ("contrast", (plain - mean) * 1.5 + mean)):

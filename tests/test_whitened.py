@@ -62,7 +62,7 @@ def samples(dtype=torch.float32, seed=1):
 
 
 def train(model, steps=3):
-    optim = optimizer(model, {"momentum": 0.9, "weight_decay": 1e-3})
+    optim = optimizer(model, momentum=0.9, weight_decay=1e-3)
     for group in optim.param_groups:
         group["lr"] = 0.01
     for step in range(steps):
@@ -147,7 +147,7 @@ def test_weight_decay_is_of_the_weight_itself():
     plain = copy.deepcopy(model)
     fold_weights(plain)
     for one in (model, plain):
-        optim = optimizer(one, {"momentum": 0.0, "weight_decay": 0.5})
+        optim = optimizer(one, momentum=0.0, weight_decay=0.5)
         assert {g["weight_decay"] for g in optim.param_groups} == {0.5, 0.0}
         for p in one.parameters():
             p.grad = torch.zeros_like(p)
