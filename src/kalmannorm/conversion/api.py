@@ -184,67 +184,6 @@ def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[
             raise ValueError(f"{path} ({type(module).__name__}) cannot be a leaf: it holds the normalizer {held[0]}")
 
 
-def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
-    kind = type(source).__name__
-    if not layers:
-        frozen = sum(is_frozen(module) for module in source.modules())
-        advice = f"; its {frozen} FrozenBatchNorm2d layers are constants: thaw=True converts them" if frozen else ""
-        raise ValueError(f"{kind} has no BatchNorm layer to convert{advice}")
-    for path, module in source.named_modules():
-        held = [name for name in layers if name.startswith(f"{path}.")] if isinstance(module, leaves) else []
-        if held:
-            raise ValueError(f"{path} ({type(module).__name__}) cannot be a leaf: it holds the normalizer {held[0]}")
-
-
-def belief_report(model: nn.Module) -> dict[str, str | None]:
-    """Per normalizer, in network order: None if a prior reaches it, else what lost it."""
-    if not isinstance(model, Converted):
-        raise ValueError(f"{type(model).__name__} is not a converted model: call kalmannorm.convert first")
-    return dict(model.report)
-
-
-def fold(model: nn.Module) -> nn.Module:
-    """The original module back, with plain BatchNorm layers that hold the moving statistics: for inference and ONNX.
-
-    Same keys, same outputs in eval mode with moving statistics; needs no kalmannorm. A copy. ValueError: a normalizer
-    without moving statistics.
-    """
-    if not isinstance(model, Converted):
-        raise ValueError(f"{type(model).__name__} is not a converted model: there is nothing to fold")
-    plain = copy.deepcopy(model.source)
-    layers = {name: plain.get_submodule(name) for name in model.normalizers}
-    folded: dict[nn.Module, nn.Module] = {}
-    for name, layer in layers.items():
-        if not getattr(layer, "folds", False):
-            raise ValueError(
-                f"{name} ({type(layer).__name__}) has no moving statistics to fold into a BatchNorm, or not those alone"
-            )
-        if layer not in folded:
-            folded[layer] = plain_batch_norm(layer)
-        replace(plain, name, folded[layer])
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, Noise | Transition):
-            delete(plain, name)
-    fold_weights(plain)
-    for name in INPUT_BELIEF:
-        plain._buffers.pop(name, None)
-        plain._non_persistent_buffers_set.discard(name)
-    plain.training = model.training  # submodules keep their own mode
-    return plain
-
-
-def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
-    kind = type(source).__name__
-    if not layers:
-        frozen = sum(is_frozen(module) for module in source.modules())
-        advice = f"; its {frozen} FrozenBatchNorm2d layers are constants: thaw=True converts them" if frozen else ""
-        raise ValueError(f"{kind} has no BatchNorm layer to convert{advice}")
-    for path, module in source.named_modules():
-        held = [name for name in layers if name.startswith(f"{path}.")] if isinstance(module, leaves) else []
-        if held:
-            raise ValueError(f"{path} ({type(module).__name__}) cannot be a leaf: it holds the normalizer {held[0]}")
-
-
 def _is_learned(transition: str, predictor: str) -> bool:
     if predictor not in ("closed", "sampling"):
         raise ValueError(f"predictor must be 'closed' or 'sampling', not {predictor!r}")
