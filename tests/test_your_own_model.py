@@ -20,5 +20,5 @@ def test_your_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     exec(compile(code_of("your-own-model.md"), "your-own-model.md", "exec"), names)
     assert names["difference"] < 1e-4
     printed = capsys.readouterr().out
-    for line in ("19 of 20 normalizers have a prior", "softmax (softmax)", "a part that it can trace (backbone)"):
+    for line in ("19 of 20 normalizers have a prior", "softmax (softmax)", "\nNone\n", "ResNet (4, 4)"):
         assert line in printed
