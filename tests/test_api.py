@@ -1,7 +1,10 @@
 """The public names, and what importing them costs."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import torchvision
 
@@ -37,3 +40,26 @@ def test_kn_is_a_name_in_python_too() -> None:
     model = torchvision.models.resnet18()
     for norm in ("kn", {"*": "kn"}):
         assert any(isinstance(m, kn.KalmanBatchNorm2d) for m in kn.convert(model, norm).modules())
+
+
+def test_the_library_needs_torch_and_numpy_alone():
+    """What `pip install kalmannorm` brings: the harness's packages stand in extras (pyproject.toml)."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    project = tomllib.loads(text)["project"]
+    assert {re.split("[><=]", one)[0] for one in project["dependencies"]} == {"torch", "numpy"}
+    names = [re.split(r"[><=\[]", one)[0] for extra in ("harness", "detection") for one in project[
+        "optional-dependencies"][extra]]  # fmt: skip
+    imported = {"hydra-core": "hydra", "scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
+    code = (
+        f"import sys; sys.modules |= dict.fromkeys({[imported.get(n, n) for n in names if n != 'kalmannorm']!r})\n"
+        "import torch, kalmannorm as kn\n"
+        "from torch import nn\n"
+        "layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]\n"
+        "model = kn.convert(nn.Sequential(*layers), 'bkn', stat_batch=2)\n"
+        "model(torch.randn(4, 3, 8, 8))\n"
+        "assert kn.belief_report(model)['4'] is None\n"
+        "kn.set_statistics(model, 'online')\n"
+        "kn.precise_statistics(model, [torch.randn(4, 3, 8, 8)])\n"
+        "kn.fold(model.eval())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
