@@ -63,3 +63,13 @@ def test_the_library_needs_torch_and_numpy_alone():
         "kn.fold(model.eval())\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_command_without_the_harness_says_what_to_install():
+    code = (
+        "import sys; sys.modules['hydra'] = None\n"
+        "from kalmannorm.cli import main\n"
+        "sys.exit(main(['train', 'norm=bn']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "kalmannorm[detection]" in done.stderr and done.stderr.count("\n") == 1

@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads has seen enough; nor is there anybody to flush to at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("kalmannorm"):
+            raise
+        return _say(f"{error.name} is not installed: pip install 'kalmannorm[detection]' has all that commands need", 2)
     except MemoryError:
         return _say("out of memory: pass a smaller batch.grad_batch, or accumulate=2 for half as much at once", 2)
     except OSError as error:
