@@ -325,14 +325,14 @@ def test_a_thousand_finished_runs_are_skipped_within_five_seconds(tmp_path):
     for config in runs:
         record = faulty.record_of(config) | {"curves": curves}
         (folder / f"{record['id']}.json").write_text(json.dumps(record))
-    assert len(runs) == 1001
+    assert len(runs) >= 1000
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "kalmannorm", "sweep", *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(f"{seconds:.2f} s of processor time")
-    assert "0 of 1001 runs to do" in done.stderr and seconds < 5
+    assert f"0 of {len(runs)} runs to do" in done.stderr and seconds < 5
 
 
 def test_paths_mean_the_same_elsewhere(tmp_path, monkeypatch):
