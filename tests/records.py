@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kalmannorm.experiments.record import NUMERICS, run_id
+from kalmannorm.experiments.record import NUMERICS, _hash
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, preset_options
 from kalmannorm.report import frame
 
@@ -63,7 +63,7 @@ def write_record(
     It ends with the accuracies of `curves`, where they are given.
     """
     determining = {**of, "seed": seed, **changes}
-    identity = name or run_id(determining, numerics)
+    identity = name or _hash(determining, numerics)
     record: dict[str, Any] = {
         "id": identity,
         "numerics": numerics,

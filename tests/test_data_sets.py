@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from kalmannorm import data
 from kalmannorm.errors import UserError
-from kalmannorm.experiments.config import compose, conf_dir
+from kalmannorm.experiments.config import Config, compose, conf_dir
 
 # Those of classification; COCO, the only one of detection, has tests of its own (test_coco.py).
 NAMES = sorted(
@@ -16,14 +16,14 @@ NAMES = sorted(
 )
 
 
-def composed(name: str, budget: str = "lite") -> dict:
+def composed(name: str, budget: str = "lite") -> Config:
     classes = ["dataset.classes=2"] if name == "image_folder" else []  # it counts them where it is
     return compose([f"dataset={name}", f"budget={budget}", "device=cpu", "batch.grad_batch=8", *classes])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_configuration(name: str) -> None:
-    dataset = composed(name)["dataset"]
+    dataset = composed(name).result()["dataset"]
     assert dataset["name"] == name and isinstance(dataset["flip"], bool) and dataset["classes"] > 1
     if "loader" in dataset:
         assert len(dataset["mean"]) == len(dataset["std"]) == 3 and dataset["gap_images"] > 0
@@ -32,14 +32,14 @@ def test_configuration(name: str) -> None:
     budgets = OmegaConf.load(conf_dir() / "dataset" / f"{name}.yaml")["budgets"]
     assert set(budgets) - {"short"} == {"paper", "lite", "smoke"}
     for budget in budgets:
-        found = composed(name, budget)["budget"]
+        found = composed(name, budget).result()["budget"]
         assert 1 <= found["epochs"] <= 400 and found["size"] >= 8 and (found["warmup"] or 0) < found["epochs"]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "digits"])
 def test_what_is_missing_is_said(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        data.source(composed(name)["dataset"], tmp_path)
+        data.source(composed(name).dataset, tmp_path)
     said = str(error.value)
     folder = data.VARIANTS.get(name, name)
     assert "\n" not in said and f"{folder!r} is not there" in said and str(tmp_path) in said
@@ -47,7 +47,7 @@ def test_what_is_missing_is_said(name: str, tmp_path: Path) -> None:
 
 
 def test_lists_agree() -> None:
-    in_memory = {name for name in NAMES if "loader" not in composed(name)["dataset"]}
+    in_memory = {name for name in NAMES if "loader" not in composed(name).result()["dataset"]}
     assert in_memory == set(data.DATASETS) and set(data.PREPARE) == set(data.DATASETS) - {"digits", *data.VARIANTS}
     makefile = (conf_dir().parent / "Makefile").read_text()
     listed = re.search(r"^DATASETS := (.*)$", makefile, re.MULTILINE)

@@ -349,7 +349,7 @@ def test_released_learning_rates_at_the_paper_s_budget():
 def test_scaled_milestones():
     schedule = compose([]).schedule
     rates = [learning_rate(step, 200, schedule, None) for step in range(200)]
-    expected = {0.01: 1 + 20, 0.1: 40, 0.001: 89, 0.0002: 50}
+    expected = {0.01: 1 + 21, 0.1: 40, 0.001: 88, 0.0002: 50}
     assert {rate: rates.count(rate) for rate in expected} == expected
 
 

@@ -121,7 +121,7 @@ def test_every_layer_has_chosen_where_the_circle_holds_the_simplex():
 
 def test_logits_have_a_tenth_of_the_rate_and_clipped_gradients():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), NORMS["ssn"](4))
-    optim = optimizer(model, {"momentum": 0.9, "weight_decay": 0.1})
+    optim = optimizer(model, momentum=0.9, weight_decay=0.1)
     (group,) = (g for g in optim.param_groups if "part_of_rate" in g)
     assert group["part_of_rate"] == 0.1 and group["weight_decay"] == 0
     assert [id(p) for p in group["params"]] == [id(model[1].mean_weight), id(model[1].var_weight)]
