@@ -39,7 +39,7 @@ def test_configuration(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "digits"])
 def test_what_is_missing_is_said(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        data.source(composed(name).dataset, tmp_path)
+        data.source(composed(name).result()["dataset"], tmp_path)
     said = str(error.value)
     folder = data.VARIANTS.get(name, name)
     assert "\n" not in said and f"{folder!r} is not there" in said and str(tmp_path) in said
