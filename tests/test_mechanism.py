@@ -12,8 +12,8 @@ from kalmannorm import Belief, convert
 from kalmannorm.experiments.config import compose
 from kalmannorm.norm.modes import normalizers, probing, set_statistics
 from kalmannorm.train.layer_errors import ESTIMATES, Errors, Population, layer_errors
-from kalmannorm.train.task_classification import _describe
 from kalmannorm.train.model import build
+from kalmannorm.train.task_classification import _describe
 
 
 def online(norm: str, **options: object) -> nn.Module:
