@@ -38,6 +38,7 @@ from kalmannorm.conversion.report import observe
 from kalmannorm.conversion.trace import Passed, Trace, Untraceable, has_forward_of_its_own, trace, trace_layer
 from kalmannorm.conversion.write import Summary
 from kalmannorm.norm import NORMS, Estimator, contract, normalize_weights
+from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.moments import Transition
 from kalmannorm.norm.sampling import Noise
 from kalmannorm.norm.whitened import fold_weights
@@ -390,13 +391,20 @@ def belief_report(model: nn.Module, *example: Any, **named: Any) -> dict[str, st
     if not (example or named):
         if contract.SEEN not in known:
             raise ValueError("a model that was not called yet: pass what it is called with, belief_report(model, x)")
-        example, named = tree_map_only(Tensor, functools.partial(_random_like, model), known[contract.SEEN])
+        example, named = tree_map_only(
+            (Tensor, Belief),
+            functools.partial(_random_like, model),
+            known[contract.SEEN],
+            lambda v: isinstance(v, Belief),
+        )
     return observe(model, example, named)
 
 
-def _random_like(model: nn.Module, value: Tensor) -> Tensor:
+def _random_like(model: nn.Module, value: Any) -> Any:
     """Of that shape, with as many images more as make whole groups."""
     device = next(itertools.chain(model.parameters(), model.buffers())).device
+    if isinstance(value, Belief):  # one row stands for all groups
+        return Belief(*(torch.ones(1, of.shape[1], device=device) for of in value))
     group = math.lcm(*(getattr(module, "stat_batch", None) or 1 for module in model.modules()))
     images, *rest = value.shape if value.dim() else (1,)
     shape = (-(-images // group) * group, *rest) if value.dim() else ()
