@@ -476,8 +476,8 @@ def test_a_sweep_goes_on_past_a_failure_skips_what_is_done_and_says_so(tmp_path,
     assert "1 of 3 runs to do" in error
     assert main(["report", *overrides]) == 0
     printed = capsys.readouterr().out
-    assert "table7_digits_smoke_width=0.125_rows=paper.md" in printed and "BN" in printed
-    table = (tmp_path / "results" / "table7_digits_smoke_width=0.125_rows=paper.md").read_text()
+    assert "table7-precision-fp32_digits-smoke-w0.125.md" in printed and "BN" in printed
+    table = (tmp_path / "results" / "table7-precision-fp32_digits-smoke-w0.125.md").read_text()
     for file in (tmp_path / "results" / "records").glob("*.json"):
         record = json.loads(file.read_text())
         for kind in ("moving", "online"):
