@@ -13,6 +13,8 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 @pytest.fixture
 def ipython(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that see this checkout, and leave the user's folders alone."""
+    for name in ("MPLBACKEND", "MATPLOTLIBRC"):  # which commands set for their own process, in which tests call them
+        monkeypatch.delenv(name, raising=False)
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

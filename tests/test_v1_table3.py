@@ -5,12 +5,11 @@
 
 import re
 from bisect import bisect_left
-from typing import Any
 
 import pytest
 
 from kalmannorm.experiments.card import overrides, read
-from kalmannorm.experiments.config import compose
+from kalmannorm.experiments.config import Config, compose
 from kalmannorm.report import paper
 from kalmannorm.train.model import parameter_count
 
@@ -18,11 +17,12 @@ BASE = ["dataset=cifar100", "arch=inception_cifar", "device=cpu"]
 ROWS = {row.key: row for row in read("v1-table3").rows}
 
 
-def matching_width(config: dict[str, Any], parameters: float) -> float:
+def matching_width(config: Config, parameters: float) -> float:
     """The width, in thousandths, at which the network of `config` comes closest to a number of parameters."""
+    result = config.result()
 
     def count(thousandths: int) -> int:
-        return parameter_count({**config, "arch": {**config.arch, "width": thousandths / 1000}})
+        return parameter_count({**result, "arch": {**result["arch"], "width": thousandths / 1000}})
 
     above = bisect_left(range(4000), parameters, lo=1, key=count)
     return min((above - 1, above), key=lambda width: abs(count(width) - parameters)) / 1000
@@ -30,17 +30,19 @@ def matching_width(config: dict[str, Any], parameters: float) -> float:
 
 def targets() -> dict[str, float]:
     """Parameters that the rows are widened to."""
-    bn, kn = (parameter_count(compose([*BASE, *norm])) for norm in (["norm=bn"], ["norm=bkn", "norm.preset=v1"]))
+    bn, kn = (
+        parameter_count(compose([*BASE, *norm]).result()) for norm in (["norm=bn"], ["norm=bkn", "norm.preset=v1"])
+    )
     return {"bn_stat2_widened": bn * 52 / 49, "bn_stat2_widened_as_here": kn, "bn_stat128_widened": bn * 52 / 49}
 
 
 @pytest.mark.parametrize("key", ["bn_stat2_widened", "bn_stat2_widened_as_here"])
 def test_widths_match_parameters(key: str) -> None:
     config = compose([*BASE, *overrides(ROWS[key].runs)])
-    target, found = targets()[key], parameter_count(config)
+    target, found = targets()[key], parameter_count(config.result())
     assert config.arch.options["width"] == matching_width(config, target)
     assert abs(found / target - 1) < 0.005
-    ratio = found / parameter_count(compose([*BASE, "norm=bn"]))
+    ratio = found / parameter_count(compose([*BASE, "norm=bn"]).result())
     said = re.search(r"parameters x ([\d.]+)", ROWS[key].label)
     assert said and float(said[1]) == round(ratio, 3)
 
