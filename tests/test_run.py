@@ -480,7 +480,6 @@ def test_a_sweep_goes_on_past_a_failure_skips_what_is_done_and_says_so(tmp_path,
     table = (tmp_path / "results" / "table7-precision-fp32_digits-smoke-w0.125.md").read_text()
     # Two steps teach a network nothing, and no number of such a one is shown as a result.
     assert table.count("0 of 1 learned") == 3 * 2
-    assert (
-        main(["report", "figure5", *overrides[1:3], "arch.width=0.125", "device=cpu", "seeds=1", *place(tmp_path)]) == 0
-    )
-    assert (tmp_path / "results" / "figure5_digits-smoke-w0.125.png").stat().st_size > 10_000
+    # Nor a picture of what it does.
+    elsewhere = [*overrides[1:3], "arch.width=0.125", "device=cpu", "seeds=1", *place(tmp_path)]
+    assert main(["report", "figure5", *elsewhere]) == 2 and "whose network learned" in capsys.readouterr().err

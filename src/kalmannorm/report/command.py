@@ -42,7 +42,8 @@ def report(name: str, arguments: list[str]) -> int:
     made = list(_make(card, cells, results, lambda group: _fits(group, named)))
     if not made:
         raise UserError(
-            f"{name}: no run of it in {results / 'records'}; to run it: kalmannorm sweep {' '.join([name, *arguments])}"
+            f"{name}: no run of it in {results / 'records'} whose network learned; to run it: kalmannorm sweep "
+            f"{' '.join([name, *arguments])}"
         )
     for one in made:
         if one.sheet:
