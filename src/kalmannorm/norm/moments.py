@@ -25,7 +25,10 @@ def full_precision(rule: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(rule)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         belief: Any = args[0]
-        with torch.autocast(belief.mean.device.type, enabled=False):
+        device = belief.mean.device.type
+        if not torch.amp.is_autocast_available(device):  # "meta": shapes alone
+            return rule(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return rule(*args, **kwargs)
 
     return wrapped
