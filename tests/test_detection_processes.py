@@ -12,7 +12,7 @@ from coco_files import TINY, TINY_FPN
 from test_detection import outcome
 
 from kalmannorm.experiments.config import compose
-from kalmannorm.train import task_detection
+from kalmannorm.train import loop, task_detection
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ NORMS = {
 
 def run_all(folder, runs):
     for name, overrides in runs.items():
-        task_detection.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
+        loop.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
 
 
 def worker(rank, port, folder, runs):

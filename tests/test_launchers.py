@@ -162,7 +162,8 @@ def test_ray_deals_out_shares_of_gpus(tmp_path, plan, everywhere, ray):
     file = plan({"*": ["sleep1"]})
     everywhere()
     ray(num_gpus=2)
-    arguments = [*TABLE7, "seeds=3", *place(tmp_path), "device=cuda", "launcher=ray", "per_gpu=2"]
+    table = ["device=cuda" if argument == "device=cpu" else argument for argument in TABLE7]
+    arguments = [*table, "seeds=3", *place(tmp_path), "launcher=ray", "per_gpu=2"]
     assert main(["sweep", *arguments]) == 0
     assert len(statuses(tmp_path)) == 6 and len({process for _, process, _ in faulty.attempts(file)}) == 4
 

@@ -35,7 +35,14 @@ def test_colours_are_changed_and_clipped():
 
 
 def test_records_have_an_accuracy_for_each(tmp_path):
-    where = [f"results={tmp_path}", f"runs={tmp_path}", "norm=ibn_b", "arch=resnet14", "batch.stat_batch=8"]
+    where = [
+        f"results={tmp_path}",
+        f"runs={tmp_path}",
+        "norm=ibn_b",
+        "arch=resnet14",
+        "batch.stat_batch=8",
+        "budget.epochs=1",
+    ]
     small = [one for one in SMALL if not one.startswith("arch.")]
     record = loop.run(compose([*small, *where, "+dataset.recolour=true"]))
     assert list(record["final"]) == ["moving", "online", "precise", "rgb_50", "red_50", "contrast"]

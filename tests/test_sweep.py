@@ -1,6 +1,7 @@
 """Sweeps with real processes: failures, locks, signals, many devices. Trainings are stood in for (faulty.py) but where
 they are the point."""
 
+import dataclasses
 import fcntl
 import io
 import itertools
@@ -374,7 +375,7 @@ def test_twelve_real_runs_two_failures_and_a_kill(tmp_path, monkeypatch):
         and all(tried.count(run) == 1 for run in done if run != ids[2])
     )
     monkeypatch.delenv("FAULTY_REAL")
-    alone = runs[7] | {"results": str(tmp_path / "alone"), "runs": str(tmp_path / "alone")}
+    alone = dataclasses.replace(runs[7], results=str(tmp_path / "alone"), runs=str(tmp_path / "alone"))
     assert worker.Worker(threads=1).run(alone).status == "done"
     one, two = (records.read(tmp_path / name, ids[7]) for name in ("alone", "results"))
     assert one is not None and two is not None and one | {"host": 0} == two | {"host": 0}

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ def run(config: Config) -> records.Record:
     with a record of status "failed". UserError: impossible configuration or data. Stopped: a signal.
     """
     ranks = Ranks(config)
+    # One of several processes that stopped by itself would leave the others waiting: they stop where they ask each other.
+    with finishing() if ranks.world > 1 else nullcontext():
+        return _run(config, ranks)
+
+
+def _run(config: Config, ranks: Ranks) -> records.Record:
     identity = records.run_id(config)
     folder = Path(config.runs) / identity
     task = open_task(config, ranks)
