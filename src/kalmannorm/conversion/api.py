@@ -370,6 +370,9 @@ def is_converted(model: nn.Module) -> bool:
 
 def _conversion(model: nn.Module, otherwise: str) -> dict[str, Any]:
     if not is_converted(model):
+        for name in ("_orig_mod", "module"):  # compiled; averaged, distributed
+            if isinstance(inner := getattr(model, name, None), nn.Module) and is_converted(inner):
+                raise ValueError(f"{type(model).__name__} holds a converted model: pass its .{name}")
         raise ValueError(f"{type(model).__name__} is not a converted model: {otherwise}")
     return model.__dict__[_MARK]
 

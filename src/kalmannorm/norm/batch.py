@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.checkpoints import is_run_again
 
 Probe = Callable[..., None]
 
@@ -61,6 +62,8 @@ class GroupedStatistics(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"{self.where}: expected an input [N, C, ...], got {tuple(input.shape)}")
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"{self.where}: expected {self.num_features} channels, got {tuple(input.shape)}")
 
     @property
     def where(self) -> str:
@@ -69,7 +72,7 @@ class GroupedStatistics(_BatchNorm):
 
     @property
     def uses_moving(self) -> bool:
-        return not self.training and self.statistics == "moving"
+        return not self.training and self.statistics == "moving" and self.running_mean is not None
 
     def group_size(self, x: Tensor) -> int:
         """Images of each statistics group in x [N, C, ...]; ValueError where statistics would be of a single value."""
@@ -95,6 +98,8 @@ class GroupedStatistics(_BatchNorm):
         mean, var [groups, C] (population variance) of `values` values each; `more` for the other buffers of `averaged`.
         `momentum=None` is the cumulative average, as in torch.
         """
+        if self.running_mean is None or is_run_again():
+            return
         if self.moving_unbiased:
             var = var * (values / (values - 1))
         parts = [mean, var, *more]
@@ -188,7 +193,7 @@ class BatchNorm(GroupedStatistics):
         return groups.merge(y, x.shape)
 
     def _normalize_whole_batch(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or self.running_mean is None or is_run_again():
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)

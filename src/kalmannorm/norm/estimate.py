@@ -145,8 +145,12 @@ class _Native(torch.autograd.Function):
         return groups.merge(y, x.shape), mean, var, *measurement
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; what follows would be taken for constants
+            raise RuntimeError(
+                "second derivatives of Kalman Normalization on the CPU are of inputs in channels_last alone: pass "
+                "x.contiguous(memory_format=torch.channels_last)"
+            )
         dy, dmean, dvar = grads[:3]
         x, mean, var, weight, q, measured_mean, measured_var = ctx.saved_tensors
         rows = _rows(x, ctx.size)

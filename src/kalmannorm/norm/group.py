@@ -17,7 +17,7 @@ def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -
 
 def refuse_single_values(where: str, x: Tensor, num_groups: int) -> None:
     """ValueError where a group of channels of x [N, C, ...] has one value, whose variance says nothing."""
-    if x.shape[1:].numel() == num_groups:
+    if x.shape[0] and x.shape[1:].numel() == num_groups:
         raise ValueError(
             f"{where}: statistics of a single value ({num_groups} groups of {x.shape[1]} channels on a feature map of "
             f"{'x'.join(map(str, x.shape[2:])) or '1'}); take fewer groups or keep a larger map there"

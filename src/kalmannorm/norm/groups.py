@@ -13,6 +13,8 @@ from torch import Tensor
 
 def size(batch: int, stat_batch: int | None) -> int:
     """Images of each group of a batch. `stat_batch` None means the whole batch is one group."""
+    if batch == 0:
+        raise ValueError("a batch of no images has no statistics: leave it out")
     if stat_batch is None:
         return batch
     if batch % stat_batch:

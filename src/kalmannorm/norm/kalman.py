@@ -260,6 +260,8 @@ class KalmanGroupNorm(Estimator):
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         refuse_single_values(self.layer_name or type(self).__name__, x, self.num_groups)
         images, channels = x.shape[:2]
+        if images == 0:
+            raise ValueError(f"{self.layer_name or type(self).__name__}: a batch of no images has no statistics")
         per_group = channels // self.num_groups
         predicted = None
         if prior is not None:

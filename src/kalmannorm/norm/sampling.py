@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.checkpoints import is_run_again
 from kalmannorm.norm.moments import Predictor, full_precision
 
 
@@ -40,8 +41,9 @@ class Noise(Predictor):
         return self._draw(belief, x)
 
     def _draw(self, belief: Belief, x: Tensor) -> Tensor:
-        key = ("train", self.step) if self.training else ("eval", 0)
-        if self.training:
+        again = is_run_again()
+        key = ("train", self.step - again) if self.training else ("eval", 0)
+        if self.training and not again:
             self.step += 1
         digest = hashlib.blake2b(repr((self.seed, self.layer, *key)).encode(), digest_size=8).digest()
         generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,0 +1,159 @@
+"""Converted models whose forward runs twice, or on nothing, and what others do to them after the conversion."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import replace_all_batch_norm_modules_
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from kalmannorm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm, belief_report, convert, fold
+
+
+def net(width: int = 8) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 4),
+    )
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def gradients(model: nn.Module, x: Tensor, how: bool | None) -> tuple[list[Tensor], list[Tensor]]:
+    model = copy.deepcopy(model).train()
+    for warm in range(3):  # moving averages that are not the first batch's
+        model(x * (warm + 1))
+    given = x.clone().requires_grad_()
+    y = model(given) if how is None else checkpoint(model, given, use_reentrant=how)
+    y.square().sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None], list(model.buffers())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "options"),
+    [
+        ("bkn", {}),
+        ("bkn", {"predictor": "sampling"}),
+        ("bkn", {"preset": "released"}),
+        ("brn", {}),
+        ("sn", {}),
+        ("gkn", {}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_has_the_gradients_of_what_runs_once(norm: str, options: dict[str, Any], reentrant: bool) -> None:
+    """Moving averages take one step, not two as torch's."""
+    model, x = convert(net(), norm, stat_batch=2, **options), torch.randn(8, 3, 8, 8)
+    once, again = gradients(model, x, None), gradients(model, x, reentrant)
+    for first, second in zip(once, again, strict=True):
+        for a, b in zip(first, second, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_batch_of_no_images(norm: str) -> None:
+    """Nothing comes of it, or it is refused in words; moving statistics stay as they are."""
+    model = convert(net(), norm, stat_batch=2)
+    for training in (True, False):
+        before = copy.deepcopy(model.state_dict())
+        try:
+            assert model.train(training)(torch.empty(0, 3, 8, 8)).shape == (0, 4)
+        except ValueError as error:
+            assert (training or norm == "gkn") and "no images" in str(error)
+        finite = [torch.isfinite(value).all() for key, value in model.state_dict().items() if "running" in key]
+        assert all(finite) and list(before) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "brn", "syncbn"])
+def test_torchs_sync_batch_norm_afterwards_is_refused(norm: str) -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(convert(net(), norm, stat_batch=2))
+    with pytest.raises(ValueError, match=r"SyncBatchNorm.*kalmannorm\.convert\(model, 'syncbn'"):
+        model.eval()(torch.randn(4, 3, 8, 8))
+
+
+def test_without_moving_statistics_afterwards() -> None:
+    model = convert(net(), "bkn", stat_batch=2)
+    replace_all_batch_norm_modules_(model)
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(model.eval()(x), model.train()(x))
+
+
+class Keeper(nn.Module):
+    """Keeps its BatchNorm frozen, by a train() of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def train(self, mode: bool = True) -> "Keeper":
+        super().train(mode)
+        for layer in self.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.eval()
+        return self
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body[:6](x)
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_a_models_own_methods_are_kept(norm: str) -> None:
+    for model in (converted := convert(Keeper(), norm, stat_batch=2), fold(converted)):
+        before = [value.clone() for value in model.buffers()]
+        model.train()
+        model(torch.randn(4, 3, 8, 8) * 3 + 5)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+        assert model.features(torch.randn(4, 3, 8, 8)).shape == (4, 8, 8, 8)
+
+
+def test_hooks_see_what_a_module_returns() -> None:
+    model, seen = convert(net(), "bkn", stat_batch=2), []
+    for layer in model:
+        layer.register_forward_hook(lambda _, args, out: seen.append((type(args[0]), type(out))))
+    model(torch.randn(4, 3, 8, 8))
+    assert seen == [(Tensor, Tensor)] * len(model)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.optim.swa_utils.AveragedModel])
+@pytest.mark.parametrize("function", [fold, belief_report])
+def test_wrappers_say_what_to_pass(wrap: Any, function: Any) -> None:
+    with pytest.raises(ValueError, match=r"holds a converted model: pass its \.(_orig_mod|module)$"):
+        function(wrap(convert(net(), "bkn", stat_batch=2)))
+
+
+def test_a_replica_computes_with_its_own_layers() -> None:
+    model = convert(net(), "bkn", stat_batch=2).eval()
+    replica = model._replicate_for_data_parallel()
+    replica._modules["8"] = copy.deepcopy(replica._modules["8"])
+    for parameter in replica._modules["8"].parameters():
+        parameter.data.zero_()
+    assert not replica(torch.randn(2, 3, 8, 8)).any()
+
+
+@pytest.mark.parametrize("layer", [KalmanBatchNorm2d(4), KalmanGroupNorm(2, 4)], ids=["bkn", "gkn"])
+def test_second_derivatives_are_right_or_refused(layer: nn.Module) -> None:
+    x = torch.randn(4, 4, 5, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="channels_last"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
+def test_a_wrong_number_of_channels_is_named() -> None:
+    with pytest.raises(ValueError, match=r"expected 4 channels, got \(4, 1, 5, 5\)"):
+        KalmanBatchNorm2d(4)(torch.randn(4, 1, 5, 5))
