@@ -95,7 +95,7 @@ class InstanceBatchNorm(nn.Module):
         """Mean and variance of every image's group, from those of the images; [N, BN's channels]."""
         if self.BN is None:
             return [mean, var]  # of no channel
-        size = self.BN.group_size(x)
+        size = self.BN.group_size(x[:, self.batch])
         mean, var = groups.moments(mean, var, size)
         self.BN.record(mean.detach(), var.detach(), groups.values(x, size))
         return [mean.repeat(size, 1), var.repeat(size, 1)]
