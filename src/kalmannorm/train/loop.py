@@ -36,7 +36,8 @@ def run(config: Config) -> records.Record:
     with a record of status "failed". UserError: impossible configuration or data. Stopped: a signal.
     """
     ranks = Ranks(config)
-    # One of several processes that stopped by itself would leave the others waiting: they stop where they ask each other.
+    # One of several processes that stopped by itself would leave the others waiting: they stop where they ask each
+    # other.
     with finishing() if ranks.world > 1 else nullcontext():
         return _run(config, ranks)
 
