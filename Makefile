@@ -87,7 +87,7 @@ lint: $(READY) ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 bench: $(READY) ## speed and memory, as ratios
-	@$(KN) bench --results results
+	@$(VENV)/bin/python benchmarks/bench.py --results results
 
 clean: ## remove the environment, runs/ and the demo's results; records stay
 	@rm -rf $(VENV) runs results/demo

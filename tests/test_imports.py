@@ -17,9 +17,8 @@ ARROWS = {
     "experiments": {"conversion", "data", "models", "norm"},
     "train": {"experiments", "conversion", "data", "models", "norm"},
     "report": {"train", "experiments", "conversion", "data", "models", "norm"},
-    "runs": {"train", "experiments", "conversion", "data", "models", "norm", "bench"},
-    "bench": {"report", "train", "experiments", "conversion", "data", "models", "norm"},
-    "cli": {"bench", "runs", "report", "train", "experiments", "conversion", "data", "models", "norm"},
+    "runs": {"train", "experiments", "conversion", "data", "models", "norm"},
+    "cli": {"runs", "report", "train", "experiments", "conversion", "data", "models", "norm"},
 }
 # Modules that stand at the top, by the wing that they belong to. The package itself names the public API.
 TOP = {"presets": "norm", "placement": "models", "config": "experiments", "record": "experiments", "__main__": "cli"}

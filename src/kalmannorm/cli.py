@@ -1,4 +1,4 @@
-"""`kalmannorm`: train, evaluate, export, sweep, report, records, bench, data. A command imports what it needs."""
+"""`kalmannorm`: train, evaluate, export, sweep, report, records, data. A command imports what it needs."""
 
 import argparse
 import codecs
@@ -144,10 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--yes", action="store_true", help="delete what is listed")
     for action in (listed, merge, prune):
         action.add_argument("--results", default="results", metavar="FOLDER", help="(default: results)")
-    bench = add("bench", _bench, "measure speed and memory as ratios, both sides alternating")
-    bench.add_argument("names", nargs="*", metavar="NAME", help="which comparisons; none: all")
-    bench.add_argument("--seconds", type=_seconds, default=20, help="per comparison (default 20)")
-    bench.add_argument("--results", type=Path, help="folder that keeps the ratios, in bench/NAME.json (default: none)")
     data = add("data", _data, "bring a data set into the form that the harness reads")
     data.add_argument("action", choices=["prepare", "ffcv"], help="ffcv: an image folder as FFCV's .beton files")
     data.add_argument("dataset")
@@ -258,12 +254,6 @@ def _records(options: argparse.Namespace) -> int:
     if options.action == "merge":
         return records_command.merge(options.results, options.folders)
     return records_command.prune(options.results, failed=options.failed, yes=options.yes)
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from kalmannorm.bench import bench
-
-    return bench(options.names, options.seconds, options.results)
 
 
 def _data(options: argparse.Namespace) -> int:

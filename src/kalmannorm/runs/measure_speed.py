@@ -61,8 +61,8 @@ def _identity(name: str, parts: dict[str, Any], host: dict[str, Any]) -> str:
 
 def _alternate(configs: dict[str, Config], card: Card, device: Any, compiled: bool) -> dict[str, list[float]]:
     """Seconds of each step, by row."""
-    from kalmannorm.bench import alternate, synthetic_batch, training_step
     from kalmannorm.train.model import build
+    from kalmannorm.train.timed_steps import alternate, synthetic_batch, training_step
 
     steps = {}
     for key, config in configs.items():

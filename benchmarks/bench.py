@@ -1,15 +1,17 @@
-"""`kalmannorm bench`: speed and memory as ratios, both sides alternating step by step in one process.
+"""Speed and memory as ratios, both sides alternating step by step in one process: python benchmarks/bench.py [NAME ...]
 
 Machines are shared and noisy: a ratio is the median over repetitions of the ratio of two neighbouring steps, with the
 interval that holds the middle half of them; single times are printed for orientation only.
 """
 
+import argparse
 import json
+import os
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,18 +27,11 @@ from kalmannorm.errors import UserError, nearest
 from kalmannorm.files import write_atomically
 from kalmannorm.models import ARCHS
 from kalmannorm.report.speed import quartiles
-from kalmannorm.train.model import optimizer
 from kalmannorm.train.task_classification import memory_format
-
-GRAD_BATCH = 128
-RECIPE = {"momentum": 0.9, "weight_decay": 2e-4}
-WARM_UP = 3  # steps; compilation, allocation and caches
+from kalmannorm.train.timed_steps import GRAD_BATCH, WARM_UP, Pairs, Step, alternate, synthetic_batch, training_step
 
 if TYPE_CHECKING:
     from kalmannorm.train.state import Session
-
-Step = Callable[[], Any]
-Pairs = list[tuple[float, float]]  # seconds of neighbouring steps: this, against
 
 
 @dataclass(frozen=True)
@@ -98,68 +93,11 @@ def bench(names: list[str], seconds: float, results: Path | None = None) -> int:
     return 1 if missed else 0
 
 
-def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> Pairs:
-    """Times of neighbouring steps, the order within each pair alternating, for about `seconds` and at least 5 pairs."""
-
-    def timed(step: Step) -> float:
-        began = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    for _ in range(WARM_UP):
-        timed(this), timed(against)
-    pairs: Pairs = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(pairs) < 5:
-        if len(pairs) % 2:
-            second = timed(against)
-            pairs.append((timed(this), second))
-        else:
-            pairs.append((timed(this), timed(against)))
-    return pairs
-
-
 def _compare(this: Step, against: Step, seconds: float, device: torch.device) -> tuple[list[float], str]:
     """The ratios of neighbouring steps' times, and the median times in ms."""
     pairs = alternate(this, against, seconds, device)
     ours, theirs = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
     return [a / b for a, b in pairs], f"{ours:.1f} ms against {theirs:.1f} ms"
-
-
-def training_step(
-    model: nn.Module,
-    device: torch.device,
-    batch: tuple[Tensor, Tensor] | None = None,
-    *,
-    compiled: bool = False,
-    precision: str = "fp32",
-) -> Step:
-    """Forward, backward and optimizer step as the harness trains, on one fixed batch; None: noise of CIFAR's size."""
-    model.to(device).train()
-    x, labels = (part.to(device) for part in batch or synthetic_batch())
-    optim = optimizer(model, **RECIPE)
-    for group in optim.param_groups:
-        group["lr"] = 1e-3
-    run = torch.compile(model, dynamic=False) if compiled else model
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    def step() -> None:
-        optim.zero_grad(set_to_none=True)
-        with autocast:
-            loss = F.cross_entropy(run(x).float(), labels)
-        loss.backward()
-        optim.step()
-
-    return step
-
-
-def synthetic_batch(images: int = GRAD_BATCH, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Noise [images, 3, size, size] and labels [images], the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(images, 3, size, size, generator=generator)
-    return x, torch.randint(classes, (images,), generator=generator)
 
 
 def _model(norm: str | None, **options: Any) -> nn.Module:
@@ -289,7 +227,7 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
 def _checkpoints(device: torch.device, seconds: float) -> tuple[list[float], str]:
     """The 31 steps that are 5 % of CIFAR-10's lite run, the shortest one that is more than a demonstration, then a
     checkpoint, over and over. The same steps are both sides: the steps' own noise would hide a checkpoint."""
-    pairs: list[tuple[float, float]] = []
+    pairs: Pairs = []
     with _training(device, steps=31) as (session, epoch):
         epoch()
         session.save()
@@ -334,7 +272,7 @@ def _alternate_processes(rank: int, port: int, seconds: float, folder: str) -> N
         spread = DistributedDataParallel(_model("bkn"), broadcast_buffers=False)
     together = training_step(spread, cpu, synthetic_batch(GRAD_BATCH // 2))
     alone = training_step(_model("bkn"), cpu) if rank == 0 else None
-    pairs: list[tuple[float, float]] = []
+    pairs: Pairs = []
     end = time.perf_counter() + seconds
     going = torch.ones(1)
     while going.item():
@@ -422,3 +360,28 @@ _MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = 
     "processes": _processes,
     "detector": _detector,
 }
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text}: expected seconds above 0, at most a million")
+    return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure speed and memory as ratios, both sides alternating.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(COMPARISONS)}; none: all")
+    parser.add_argument("--seconds", type=_seconds, default=20, help="per comparison (default 20)")
+    parser.add_argument("--results", type=Path, help="folder that keeps the ratios, in bench/NAME.json (default: none)")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it, for the processes that are begun
+    try:
+        return bench(options.names, options.seconds, options.results)
+    except UserError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Training steps on one fixed batch, and two of them in turn: what speed is measured by (Table 3, benchmarks/)."""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmannorm.train.model import optimizer
+
+GRAD_BATCH = 128
+RECIPE = {"momentum": 0.9, "weight_decay": 2e-4}
+WARM_UP = 3  # steps; compilation, allocation and caches
+
+Step = Callable[[], None]
+Pairs = list[tuple[float, float]]  # seconds of neighbouring steps: this, against
+
+
+def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> Pairs:
+    """Times of neighbouring steps, the order within each pair alternating, for about `seconds` and at least 5 pairs."""
+
+    def timed(step: Step) -> float:
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    for _ in range(WARM_UP):
+        timed(this), timed(against)
+    pairs: Pairs = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(pairs) < 5:
+        if len(pairs) % 2:
+            second = timed(against)
+            pairs.append((timed(this), second))
+        else:
+            pairs.append((timed(this), timed(against)))
+    return pairs
+
+
+def training_step(
+    model: nn.Module,
+    device: torch.device,
+    batch: tuple[Tensor, Tensor] | None = None,
+    *,
+    compiled: bool = False,
+    precision: str = "fp32",
+) -> Step:
+    """Forward, backward and optimizer step as the harness trains, on one fixed batch; None: noise of CIFAR's size."""
+    model.to(device).train()
+    x, labels = (part.to(device) for part in batch or synthetic_batch())
+    optim = optimizer(model, **RECIPE)
+    for group in optim.param_groups:
+        group["lr"] = 1e-3
+    run = torch.compile(model, dynamic=False) if compiled else model
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    def step() -> None:
+        optim.zero_grad(set_to_none=True)
+        with autocast:
+            loss = F.cross_entropy(run(x).float(), labels)
+        loss.backward()
+        optim.step()
+
+    return step
+
+
+def synthetic_batch(images: int = GRAD_BATCH, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
+    """Noise [images, 3, size, size] and labels [images], the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images, 3, size, size, generator=generator)
+    return x, torch.randint(classes, (images,), generator=generator)
