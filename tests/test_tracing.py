@@ -162,6 +162,22 @@ def test_parts_of_what_cannot_be_traced_are() -> None:
         assert equal(convert(model, "bn")(x), model(x))
 
 
+class Attending(nn.Module):
+    """Cannot be traced, and loses the belief two operations before a normalizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.softmax(self.bn1(x), 1)
+        return self.bn2(x.transpose(2, 3).contiguous() if x.mean() > 0 else x)
+
+
+def test_what_lost_a_belief_where_nothing_is_traced() -> None:
+    assert belief_report(convert(Attending(), "bkn"), images())["bn2"] == "softmax (softmax)"
+
+
 @torch.fx.wrap
 def doubled_where_positive(x: Tensor) -> Tensor:
     return 2 * x if x.sum() > 0 else x

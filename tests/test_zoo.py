@@ -13,6 +13,7 @@ from torchvision.models import MaxVit
 from zoo import check
 
 import kalmannorm
+from kalmannorm.conversion import untraced
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,10 +136,15 @@ def test_timm(name: str) -> None:
 
 @slow
 def test_timm_that_cannot_be_traced() -> None:
-    """Control flow on sizes, in blocks that hold normalizers: the error names the line, and parts to convert."""
+    """Control flow on sizes, in blocks that hold normalizers: these run as they are, and what lost a belief is named."""
     timm = pytest.importorskip("timm")
     model = timm.create_model("mobilevit_xxs", num_classes=5)
-    with pytest.raises(ValueError, match=r"mobilevit\.py:\d+: if .*convert a part that it can trace \(stem, "):
-        kalmannorm.convert(model, "bkn")
-    model.stem = kalmannorm.convert(model.stem, "bkn", stat_batch=2)
-    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    converted = kalmannorm.convert(model, "bkn", stat_batch=2)
+    blocks = ["stages.2.1", "stages.3.1", "stages.4.1"]
+    assert list(untraced(converted)) == blocks
+    assert all("control flow" in why for why in untraced(converted).values())
+    report = kalmannorm.belief_report(converted, torch.randn(2, 3, 64, 64))
+    without = {name: why for name, why in report.items() if why is not None}
+    assert list(without) == ["stem.bn", *(f"{block}.conv_proj.bn" for block in blocks)]
+    assert all("reshape" in without[f"{block}.conv_proj.bn"] for block in blocks)
+    assert check(model.double(), torch.randn(2, 3, 64, 64)) == (28, 32)

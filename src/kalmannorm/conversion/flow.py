@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from kalmannorm.conversion import runtime
 from kalmannorm.conversion.operations import SIGNS, rule_of
 from kalmannorm.conversion.rules import Operation
 from kalmannorm.conversion.runtime import apply
@@ -87,7 +88,7 @@ class Flow(TorchFunctionMode):
         y = func(*args, **kwargs)
         if isinstance(y, Tensor) and _only_constants(beliefs) and _only_constants(keyword_beliefs.values()):
             self.put(y, _CONSTANT)
-        elif any(map(_is_belief, (*beliefs, *keyword_beliefs.values()))):
+        elif runtime.observer is not None or any(map(_is_belief, (*beliefs, *keyword_beliefs.values()))):
             operation = Operation(y, args, kwargs, tuple(map(_no_constant, beliefs)), {
                 key: _no_constant(value) for key, value in keyword_beliefs.items()
             })  # fmt: skip
