@@ -136,7 +136,7 @@ def test_timm(name: str) -> None:
 
 @slow
 def test_timm_that_cannot_be_traced() -> None:
-    """Control flow on sizes, in blocks that hold normalizers: these run as they are, and what lost a belief is named."""
+    """Control flow on sizes, in blocks that hold normalizers: they run as they are; what lost a belief is named."""
     timm = pytest.importorskip("timm")
     model = timm.create_model("mobilevit_xxs", num_classes=5)
     converted = kalmannorm.convert(model, "bkn", stat_batch=2)
