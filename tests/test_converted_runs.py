@@ -64,6 +64,81 @@ def test_a_checkpoint_has_the_gradients_of_what_runs_once(norm: str, options: di
             torch.testing.assert_close(a, b)
 
 
+CHANGING: list[tuple[str, dict[str, Any]]] = [
+    ("bkn", {"predictor": "sampling"}),
+    ("bkn", {"predictor": "sampling", "belief": "output", "input_belief": "data"}),
+    ("bkn", {"input_belief": "data"}),
+    ("brn", {}),
+    ("pn", {"estimator": "memory"}),
+]
+
+
+class Checkpointed(nn.Module):
+    """The first convolution is behind a checkpoint of its own, and the layers after it run twice in one checkpoint."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.stem, self.body = how, net()[:3], net()[3:6]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.stem, x, use_reentrant=False) if self.how == "nested" else self.stem(x)
+        return self.body(self.body(x))
+
+
+def of_several(model: nn.Module, batches: list[Tensor], run: Any, apart: bool) -> list[Tensor]:
+    """Gradients where every forward runs before the first backward, in this order or that."""
+    model = copy.deepcopy(model).train()
+    for warm in range(3):
+        model(batches[0] * (warm + 1))
+    batches = [x.clone().requires_grad_() for x in batches]
+    losses = [run(model, x).square().sum() for x in batches]
+    for loss in losses if apart else [sum(losses)]:
+        loss.backward()
+    return [*(p.grad for p in model.parameters() if p.grad is not None), *(x.grad for x in batches), *model.buffers()]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("how", ["reentrant", "not", "nested"])
+@pytest.mark.parametrize(("norm", "options"), CHANGING, ids=str)
+def test_several_checkpoints_wait_for_one_backward(norm: str, options: dict[str, Any], how: str, apart: bool) -> None:
+    """The same batch twice among them: what each drew cannot be told from what it was given."""
+    networks, x = (Checkpointed(how), Checkpointed("plain")), torch.randn(4, 3, 8, 8).double()
+    model, plain = (convert(one.double(), norm, stat_batch=2, **options) for one in networks)
+    plain.load_state_dict(model.state_dict())
+    batches = [x, 2 * x + 1, x]
+    expected = of_several(plain, batches, lambda net, x: net(x), apart)
+    found = of_several(model, batches, lambda net, x: checkpoint(net, x, use_reentrant=how == "reentrant"), apart)
+    assert len(expected) == len(found) > 10
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class OtherCheckpoint(torch.autograd.Function):
+    """One that is not torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, model: nn.Module, x: Tensor) -> Tensor:
+        ctx.model, ctx.x = model, x
+        return model(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            ctx.model(x).backward(dy)
+        return None, x.grad
+
+
+@pytest.mark.parametrize(("norm", "options"), CHANGING, ids=str)
+def test_other_checkpoints_are_right_or_refused(norm: str, options: dict[str, Any]) -> None:
+    model, x = convert(net().double(), norm, stat_batch=2, **options), torch.randn(4, 3, 8, 8).double()
+    expected = of_several(model, [x], lambda net, x: net(x), False)
+    for a, b in zip(expected, of_several(model, [x], OtherCheckpoint.apply, False), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError, match=r"2 forwards wait .* or torch's checkpoint"):
+        of_several(model, [x, 2 * x], OtherCheckpoint.apply, False)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_batch_of_no_images(norm: str) -> None:
     """Nothing comes of it, or it is refused in words; moving statistics stay as they are."""

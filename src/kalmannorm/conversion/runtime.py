@@ -1,5 +1,6 @@
 """What generated forwards call: modules with the beliefs of their arguments, and the rules of operations."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from kalmannorm.conversion.rules import Operation, Rule
 from kalmannorm.conversion.trace import CHECKPOINT
 from kalmannorm.norm import moments
 from kalmannorm.norm.belief import Belief, Carried
+from kalmannorm.norm.checkpoints import once
 from kalmannorm.norm.sampling import sampled_conv
 
 # While a report is made: observer(operation, what ran, its belief or why there is none).
@@ -105,9 +107,13 @@ def checkpointed(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beli
     return tree_unflatten(list(CHECKPOINT(run, *tensors, **own)), form[0])
 
 
-@torch.no_grad()
 def seen_input(model: Any, x: Tensor) -> Belief:
     """The belief of the model's input: mean and variance of what it saw in training, this batch included."""
+    return once(model, functools.partial(_see_input, model, x))
+
+
+@torch.no_grad()
+def _see_input(model: Any, x: Tensor) -> Belief:
     mean, var = model.input_belief_mean, model.input_belief_var
     if model.training and x.numel():
         model.input_belief_batches += 1

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.norm import groups
+from kalmannorm.norm.checkpoints import once
 from kalmannorm.norm.renorm import WARM_UP
 from kalmannorm.norm.sync import SyncBatchNorm
 
@@ -190,7 +191,8 @@ class PopulationNorm(SyncBatchNorm):
 
     def _normalize_by_memory(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
-        past_mean, past_var = self.running_mean.clone().expand_as(mean), self.running_var.clone().expand_as(var)
+        averages = self.running_mean, self.running_var
+        past_mean, past_var = (t.expand_as(mean) for t in once(self, lambda: [t.clone() for t in averages]))
         if self.estimator == "frozen":
             return groups.normalize(x, 1, past_mean, past_var, self.weight, self.bias, self.eps)
         # BRN's r and d, constants for the gradient, without their limits.

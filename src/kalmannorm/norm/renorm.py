@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import BatchNorm
-from kalmannorm.norm.checkpoints import is_run_again
+from kalmannorm.norm.checkpoints import once
 
 # The original's schedule in steps: plain BN for 5k, then relaxed linearly, d to its limit at 25k and r at 40k. As
 # fractions of a run it needs a total, taken to be the 130k steps after which the paper compares BN and BRN: that
@@ -33,7 +33,6 @@ class BatchRenorm(BatchNorm):
 
     limits: Tensor  # rmax and dmax as they are now
     corrects: bool  # whether they differ from those of plain BN
-    _last: tuple[Tensor, Tensor] | None = None  # r and d of the last forward in training
 
     def __init__(self, num_features: int, *, rmax: float = 3.0, dmax: float = 5.0, **options: Any) -> None:
         super().__init__(num_features, **options)
@@ -67,12 +66,7 @@ class BatchRenorm(BatchNorm):
             return super().forward(input)
         size = self.group_size(input)
         # Constants for the gradient, so it is BN with a gamma and beta of each group's own.
-        if self._last is not None and is_run_again():  # the moving averages have moved on since
-            r, d = self._last
-        else:
-            r, d = self.correction(*groups.moments(*groups.image_moments(input.detach()), size))
-            if self.training and not torch.compiler.is_compiling():
-                self._last = r, d
+        r, d = once(self, lambda: self.correction(*groups.moments(*groups.image_moments(input.detach()), size)))
         weight, bias = (r * self.weight, self.bias + d * self.weight) if self.affine else (r, d)
         return self._normalize_groups(input, size, weight, bias)
 

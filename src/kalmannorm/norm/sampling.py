@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.norm.belief import Belief
-from kalmannorm.norm.checkpoints import is_run_again
+from kalmannorm.norm.checkpoints import once
 from kalmannorm.norm.moments import Predictor, full_precision
 
 
@@ -41,16 +41,17 @@ class Noise(Predictor):
         return self._draw(belief, x)
 
     def _draw(self, belief: Belief, x: Tensor) -> Tensor:
-        again = is_run_again()
-        key = ("train", self.step - again) if self.training else ("eval", 0)
-        if self.training and not again:
-            self.step += 1
+        key = ("train", once(self, self._next_step)) if self.training else ("eval", 0)
         digest = hashlib.blake2b(repr((self.seed, self.layer, *key)).encode(), digest_size=8).digest()
         generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big") >> 1)
         rank, world = (0, 1) if self.shared else self.shard
         rows, channels = belief.mean.shape
         shape = (rows * world, channels, *x.shape[2:])
         return torch.randn(shape, generator=generator, device=x.device, dtype=belief.mean.dtype)[rank::world]
+
+    def _next_step(self) -> int:
+        self.step += 1
+        return self.step - 1
 
 
 @full_precision
