@@ -21,6 +21,7 @@ from kalmannorm.experiments.settings import (
     CocoDataset,
     Dataset,
     DetectionSchedule,
+    Group,
     Norm,
     Schedule,
     expect,
@@ -28,7 +29,7 @@ from kalmannorm.experiments.settings import (
     read_dataset,
     read_schedule,
     refuse_unknown,
-    typed,
+    setting,
 )
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, WHOLE_BATCH, preset_options
 
@@ -60,11 +61,13 @@ OF_BUDGET = (
 )
 LOOK_AT_ALL = ("guard", "mean_batch", "var_batch")  # options by which a layer looks at the whole batch at once
 MOST_WORKERS = 1024
+DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
+NUMBER_LIKE = "a folder; one that reads as a number in quotes, {}='\"2024\"'"
 COMPILE_FROM = 1000  # steps that pay for the compiler on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Group):
     """One run: what determines its result, and where it runs."""
 
     dataset: Dataset
@@ -73,45 +76,29 @@ class Config:
     batch: Batch
     schedule: Schedule | DetectionSchedule
     budget: Budget
-    seed: int
-    precision: str  # fp32, bf16
-    compile: bool
-    deterministic: bool
+    seed: int = setting("an integer from 0", lambda seed: 0 <= seed < 2**63)
+    precision: str = setting("fp32, bf16 or auto", ("fp32", "bf16").__contains__)
+    compile: bool = setting("true, false or auto")
+    deterministic: bool = setting("true or false")
     # Where it runs.
-    device: str = "cpu"
-    data: str | None = None  # root of the data sets; None: $KALMANNORM_DATA, else ./data
-    results: str = "results"
-    runs: str = "runs"
-    weights: str | None = None
-    accumulate: int = 1
-    workers: int | str = "auto"
-    checkpoint_every: float = 0.05  # of the run's steps
+    device: str = setting("cpu, cuda, cuda:N or auto", lambda name: bool(DEVICE.fullmatch(name)), default="cpu")
+    # Root of the data sets; None: $KALMANNORM_DATA, else ./data
+    data: str | None = setting(NUMBER_LIKE.format("data"), default=None)
+    results: str = setting(NUMBER_LIKE.format("results"), bool, default="results")
+    runs: str = setting(NUMBER_LIKE.format("runs"), bool, default="runs")
+    weights: str | None = setting("a file, or null", default=None)
+    accumulate: int = setting("a positive number of micro-batches", positive, default=1)
+    workers: int | str = setting(
+        f"auto or a number of processes up to {MOST_WORKERS}",
+        lambda n: n == "auto" or (n != str(n) and 0 <= n <= MOST_WORKERS),
+        default="auto",
+    )
+    # Of the run's steps
+    checkpoint_every: float = setting("a part of the run, above 0, at most 1", lambda part: 0 < part <= 1, default=0.05)
 
     def __post_init__(self) -> None:
         """Check what is of no group, and groups against each other. UserError."""
-        count = "a positive number of micro-batches"
-        some_workers = f"auto or a number of processes up to {MOST_WORKERS}"
-        for key, kind, check, expected in (
-            ("seed", int, lambda seed: 0 <= seed < 2**63, "an integer from 0"),
-            ("precision", str, ("fp32", "bf16").__contains__, "fp32, bf16 or auto"),
-            ("compile", bool, None, "true, false or auto"),
-            ("deterministic", bool, None, "true or false"),
-            ("device", str, re.compile(r"cpu|mps|cuda(:\d{1,3})?").fullmatch, "cpu, cuda, cuda:N or auto"),
-            ("data", str | None, None, "a folder; one that reads as a number in quotes, data='\"2024\"'"),
-            ("results", str, bool, "a folder; one that reads as a number in quotes, results='\"2024\"'"),
-            ("runs", str, bool, "a folder; one that reads as a number in quotes, runs='\"2024\"'"),
-            ("weights", str | None, None, "a file, or null"),
-            ("accumulate", int, positive, count),
-            ("workers", int | str, lambda n: n == "auto" or (n != str(n) and 0 <= n <= MOST_WORKERS), some_workers),
-            ("checkpoint_every", float, lambda part: 0 < part <= 1, "a part of the run, above 0, at most 1"),
-        ):
-            given = getattr(self, key)
-            try:
-                value = typed(given, kind)
-            except TypeError:
-                raise UserError(f"{key} = {given}: expected {expected}") from None
-            expect(value is None or check is None or bool(check(value)), key, given, expected)  # type: ignore[operator]
-            object.__setattr__(self, key, value)
+        super().__post_init__()
         subset, grad = self.budget.subset, self.batch.grad_batch
         expect(subset is None or subset >= grad, "budget.subset", subset, f"null or at least one step's {grad} images")
 

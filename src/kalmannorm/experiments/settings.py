@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
@@ -19,18 +19,13 @@ Number = int | float  # a whole number is an int here, however it was written
 LOADERS = ("torchvision", "ffcv")  # of data sets that are folders of images; the others are arrays in memory
 UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has files that cannot be read
 DECAYS = ("linear", "cosine")
-# Options of normalizers that are on or off, and those that are numbers; the normalizer itself refuses unknown ones.
-FLAGS = ("learn_gain", "mixture", "relu", "first_unbiased")
-NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "gain": (lambda value: 0 < value <= 1, "a number above 0, at most 1, or null"),
-    "prior_values": (lambda value: value > 0, "a number above 0, or null"),
-    "guard": (lambda value: value > 0, "a number above 0, or null"),
-    "eps": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
-    "momentum": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-}
-COUNTS = ("num_groups", "max_groups")  # and those that are whole numbers from 1
-# Options of networks: their types and ranges.
-OF_ARCH: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+TWO_COUNTS = "null or [in training, in evaluation]"
+
+Check = Callable[[Any], bool]
+Options = Mapping[str, tuple[Any, Check, str]]  # by name: the type, what the value has to fulfil, the words for both
+
+# Options of networks and of normalizers, whose builders refuse unknown ones.
+OF_ARCH: Options = {
     "width": (float, lambda value: 0 < value <= 64, "a factor above 0, at most 64"),
     "hidden": (int, lambda value: 0 <= value <= 10**5, "a number of channels from 0 to 100000"),
     "layers": (list[int], lambda four: len(four) == 4 and 1 <= min(four) <= max(four) <= 100, "four numbers of blocks"),
@@ -38,13 +33,30 @@ OF_ARCH: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "max_size": (int, lambda value: 8 <= value <= 10**4, "a number of pixels from 8 to 10000"),
     "boxes": (int, lambda value: 1 <= value <= 10**4, "a number from 1 to 10000"),
     "roi_size": (int, lambda value: 1 <= value <= 64, "a number from 1 to 64"),
-    "proposals": (list[int] | None, lambda two: len(two) == 2 and min(two) > 0, "null or [in training, in evaluation]"),
-    "candidates": (
-        list[int] | None,
-        lambda two: len(two) == 2 and min(two) > 0,
-        "null or [in training, in evaluation]",
+    "proposals": (list[int] | None, lambda two: pair_of_counts(two), TWO_COUNTS),
+    "candidates": (list[int] | None, lambda two: pair_of_counts(two), TWO_COUNTS),
+}
+OF_NORM: Options = {
+    **dict.fromkeys(
+        ("learn_gain", "mixture", "relu", "first_unbiased"), (bool | None, lambda value: True, "true or false")
+    ),
+    "gain": (float | None, lambda value: 0 < value <= 1, "a number above 0, at most 1, or null"),
+    **dict.fromkeys(("prior_values", "guard"), (float | None, lambda value: value > 0, "a number above 0, or null")),
+    "eps": (float | None, lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+    "momentum": (float | None, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    **dict.fromkeys(("num_groups", "max_groups"), (int | None, lambda value: value > 0, "a whole number from 1")),
+    "noise": (
+        bool | str | None,
+        lambda value: value in (True, False, "shared", "relative"),
+        "true, false, shared or relative",
+    ),
+    "input_belief": (
+        str | None,
+        lambda value: value == "data",
+        "data, measured from the training set, or nothing at all",
     ),
 }
+AS_GIVEN = ("guard",)  # recorded ids have whole numbers of it in both forms
 
 
 def expect(condition: bool, key: str, value: object, expected: str) -> None:
@@ -53,10 +65,33 @@ def expect(condition: bool, key: str, value: object, expected: str) -> None:
         raise UserError(f"{key} = {value}: expected {expected}")
 
 
-def setting(expected: str, check: Callable[[Any], bool] = lambda value: True, optional: bool = False) -> Any:
-    """Declare a setting: the words for what is expected, what its value, if not null, has to fulfil beside its type."""
+def checked(given: Any, kind: Any, check: Check, key: str, expected: str) -> Any:
+    """Return the value in its type. UserError: it is of another, or `check` refuses it; null is for the type to say."""
+    try:
+        value = typed(given, kind)
+    except TypeError:
+        raise UserError(f"{key} = {given}: expected {expected}") from None
+    expect(value is None or bool(check(value)), key, given, expected)
+    return value
+
+
+def checked_options(given: Mapping[str, Any], known: Options, group: str) -> dict[str, Any]:
+    """Return the options in their types; those that are not in `known` as they are. UserError."""
+    found = dict(given)
+    for key, (kind, check, expected) in known.items():
+        if key in given:
+            value = checked(given[key], kind, check, f"{group}.{key}", expected)
+            found[key] = given[key] if key in AS_GIVEN else value
+    return found
+
+
+def setting(expected: str, check: Check = lambda value: True, optional: bool = False, default: Any = MISSING) -> Any:
+    """Declare a setting: the words for what is expected, what its value, if not null, has to fulfil beside its type.
+
+    `optional`: where it is not set, it is null, and not among the group's `values`.
+    """
     metadata = {"expected": expected, "check": check, "optional": optional}
-    return field(default=None, metadata=metadata) if optional else field(metadata=metadata)
+    return field(default=None if optional else default, metadata=metadata)
 
 
 def positive(value: float) -> bool:
@@ -67,8 +102,8 @@ def pair_of_counts(two: list[int]) -> bool:
     return len(two) == 2 and min(two) > 0
 
 
-def of_channels(three: list[float]) -> bool:
-    return len(three) == 3 and 0 <= min(three) <= max(three) <= 1
+def are_milestones(pairs: list[list[Number]]) -> bool:
+    return bool(pairs) and all(len(pair) == 2 and min(pair) > 0 for pair in pairs)
 
 
 def ascending(values: list[Number]) -> bool:
@@ -90,12 +125,9 @@ class Group:
         hints = _hints(type(self))  # type: ignore[arg-type]
         for one in fields(self):
             if "expected" in one.metadata:
-                given, key, words = getattr(self, one.name), f"{self.GROUP}.{one.name}", one.metadata["expected"]
-                try:
-                    value = typed(given, hints[one.name])
-                except TypeError:
-                    raise UserError(f"{key} = {given}: expected {words}") from None
-                expect(value is None or one.metadata["check"](value), key, given, words)
+                key = f"{self.GROUP}.{one.name}".lstrip(".")
+                check, expected = one.metadata["check"], one.metadata["expected"]
+                value = checked(getattr(self, one.name), hints[one.name], check, key, expected)
                 object.__setattr__(self, one.name, value)
 
     @classmethod
@@ -211,15 +243,7 @@ class Arch(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options = dict(self.options)
-        for key in options.keys() & OF_ARCH.keys():
-            kind, check, words = OF_ARCH[key]
-            try:
-                options[key] = typed(options[key], kind)
-            except TypeError:
-                raise UserError(f"arch.{key} = {options[key]}: expected {words}") from None
-            expect(options[key] is None or check(options[key]), f"arch.{key}", options[key], words)
-        object.__setattr__(self, "options", options)
+        object.__setattr__(self, "options", checked_options(self.options, OF_ARCH, "arch"))
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
@@ -241,29 +265,7 @@ class Norm(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options = dict(self.options)
-        for key in FLAGS:
-            value = options.get(key)
-            expect(value is None or isinstance(value, bool), f"norm.options.{key}", value, "true or false")
-        for key, (check, words) in NUMBERS.items():
-            try:
-                if key in options:
-                    number = typed(options[key], float | None)
-                    options[key] = options[key] if key == "guard" else number  # it has ids of both forms
-            except TypeError:
-                raise UserError(f"norm.options.{key} = {options[key]}: expected {words}") from None
-            value = options.get(key)
-            expect(value is None or check(value), f"norm.options.{key}", value, words)
-        for key in COUNTS:
-            value = options.get(key)
-            expect(value is None or (type(value) is int and value > 0), f"norm.options.{key}", value,
-                   "a whole number from 1")  # fmt: skip
-        noise = options.get("noise")
-        expect(noise is None or isinstance(noise, bool) or noise in ("shared", "relative"), "norm.options.noise", noise,
-               "true, false, shared or relative")  # fmt: skip
-        belief = options.get("input_belief")
-        expect(belief in (None, "data"), "norm.options.input_belief", belief,
-               "data, measured from the training set, or nothing at all")  # fmt: skip
+        options = checked_options(self.options, OF_NORM, "norm.options")
         if options.get("gain") == 1 and options.get("learn_gain"):
             raise UserError(
                 "norm.options.gain = 1 cannot be learned: pass norm.options.learn_gain=false, or a gain below 1"
@@ -305,24 +307,15 @@ class Schedule(Group):
     weight_decay: float = setting("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
     def __post_init__(self) -> None:
-        given, pairs = self.lr, "[[last epoch, rate], ...], for example [[30,0.1],[60,0.01]]"
-        if self.decay is None:
-            expect(isinstance(given, list), "schedule.lr", given, pairs)
-        try:
-            super().__post_init__()
-        except UserError as error:
-            raise error if self.decay or "schedule.lr" not in str(error) else UserError(
-                f"schedule.lr = {given}: expected {pairs}"
-            ) from None  # fmt: skip
-        if self.decay is None:
-            rates = self.milestones
-            expect(bool(rates) and all(len(pair) == 2 and min(pair) > 0 for pair in rates), "schedule.lr", given, pairs)
-            expect(
-                ascending([epoch for epoch, _ in rates]), "schedule.lr", given, f"{pairs}, epochs in ascending order"
-            )
-            object.__setattr__(self, "lr", [[epoch, float(rate)] for epoch, rate in rates])
+        pairs = "[[last epoch, rate], ...], for example [[30,0.1],[60,0.01]]"
+        if self.decay is not None:
+            checked(self.lr, float, positive, "schedule.lr", "a rate above 0")
         else:
-            expect(isinstance(self.lr, float) and self.lr > 0, "schedule.lr", given, "a rate above 0")
+            rates = checked(self.lr, list[list[Number]], are_milestones, "schedule.lr", pairs)
+            in_order = ascending([epoch for epoch, _ in rates])
+            expect(in_order, "schedule.lr", self.lr, f"{pairs}, epochs in ascending order")
+            object.__setattr__(self, "lr", [[epoch, float(rate)] for epoch, rate in rates])
+        super().__post_init__()
 
     @property
     def milestones(self) -> list[list[Number]]:
