@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from helpers import Spy, error, same_belief
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
-from kalmannorm import Belief, belief_report, convert
+from kalmannorm import Belief, belief_report, convert, initialize_weight_norm
 from kalmannorm.norm import activations
 from kalmannorm.norm import moments as rules
 
@@ -44,6 +45,8 @@ class Independent(nn.Module):
         self.scale = nn.Parameter(torch.rand(C) + 0.5)
         self.upsample, self.shuffle = nn.Upsample(scale_factor=2), nn.ChannelShuffle(2)
         self.padding = nn.ReflectionPad2d(3)
+        self.taps = nn.Parameter(torch.randn(C, 3, 3, 3))
+        self.up = nn.ConvTranspose2d(C, 6, 4, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn2(self.conv2(self.between(self, self.bn1(x))))
@@ -159,6 +162,16 @@ CASES: dict[str, tuple[Between, int]] = {
     "channels last": (channels_last, 3),
     "grouped convolution as a function": (lambda self, x: F.conv2d(x, self.deep.weight, None, groups=2), 2 * C),
     "weight standardization": (standardized, 2 * C),
+    "transposed convolution": (lambda self, x: F.conv_transpose2d(x, self.taps, None, 1, 1, 0, 2), 6),
+    "transposed, stride 2": (lambda self, x: F.conv_transpose2d(x, self.taps, None, stride=2, groups=2), 6),
+    "transposed, some pixels without taps": (lambda self, x: F.conv_transpose2d(x, self.taps, None, 4, groups=2), 6),
+    "transposed, dilated": (
+        lambda self, x: F.conv_transpose2d(x, self.taps, None, (3, 2), 2, 0, 2, (2, 1)),
+        6,
+    ),
+    "transposed convolution module": (lambda self, x: self.up(x, [256, 256]), 6),
+    "pixel shuffle": (lambda self, x: F.pixel_shuffle(x, 2), 2),
+    "pixel unshuffle": (lambda self, x: F.pixel_unshuffle(x, 2), 4 * C),
     "nearest": (lambda self, x: F.interpolate(x, scale_factor=2), C),
     "upsampling module": (lambda self, x: self.upsample(x), C),
     "reflected border": (lambda self, x: self.padding(x), C),
@@ -181,6 +194,82 @@ def test_the_prior_is_what_a_large_sample_shows(case: str) -> None:
     assert prior is not None
     assert ((prior.mean[0] - measured.mean).abs() <= 0.05 * measured.var.sqrt()).all()
     assert ((prior.var[0] / measured.var).log().abs() <= 0.08).all()
+
+
+DIMENSIONS = {
+    1: (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d, (4096,)),
+    3: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d, (32, 32, 32)),
+}
+
+
+def of_dimension(dimension: int) -> tuple[nn.Sequential, Tensor]:
+    """A network on pixels along one axis, or three; its first normalizer's output is what its belief says."""
+    convolution, transposed, batch_norm, maximum, average, size = DIMENSIONS[dimension]
+    layers = [
+        batch_norm(C),
+        convolution(C, 6, 3, stride=2, dilation=2, groups=2),
+        batch_norm(6),
+        nn.ReLU(),
+        transposed(6, 4, 3, stride=2),
+        batch_norm(4),
+        maximum(2),
+        convolution(4, 4, 1),
+        batch_norm(4),
+        average(1),
+        nn.Flatten(),
+    ]
+    return nn.Sequential(*layers), torch.randn(4, C, *size)
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_pixels_along_one_axis_or_three(dimension: int) -> None:
+    net, x = of_dimension(dimension)
+    assert error(convert(net, "bn")(x), net(x)) < 1e-6
+    for options in ({"stat_batch": 2}, {"stat_batch": 2, "predictor": "sampling"}):
+        model = convert(net, "bkn", belief="output", **options)
+        report = belief_report(model, x)
+        assert [name for name, why in report.items() if why is not None] == ["0"], report
+        spy = Spy(model)
+        model(x).square().sum().backward()
+        prior, measured = spy.prior["2"], spy.input["2"]
+        pixels = (0, *range(2, measured.dim()))
+        mean, var = measured.mean(pixels), measured.var(pixels)
+        assert prior is not None and ((prior.mean.mean(0) - mean).abs() <= 0.1 * var.sqrt()).all()
+        assert ((prior.var.mean(0) / var).log().abs() <= 0.15).all()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("norm", ["wn", "none"])
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_weight_norm_along_one_axis_or_three(dimension: int, norm: str) -> None:
+    """Nothing that had a normalizer is left without a bias, or a norm of its weight."""
+    net, x = of_dimension(dimension)
+    for layer in (net[1], net[4]):
+        layer.bias = None
+    model = convert(net, norm)
+    initialize_weight_norm(model, x)
+    assert model[1].bias is not None and model[4].bias is not None
+    if norm == "wn":
+        y = model[:5](x)
+        pixels = (0, *range(2, y.dim()))
+        assert y.mean(pixels).abs().max() < 1e-4 and (y.var(pixels) - 1).abs().max() < 1e-3
+    with pytest.raises(ValueError, match="transposed convolution with 2 groups"):
+        convert(nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.BatchNorm2d(4)), "wn")
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_spectral_norm_advances_once_a_step(kind: type[nn.Conv2d]) -> None:
+    """The weight is read once, for the map and for its belief."""
+    layer = spectral_norm(kind(C, C, 3))
+    net = nn.Sequential(nn.BatchNorm2d(C), layer, nn.BatchNorm2d(C)).train()
+    models = [net, convert(net, "bkn")]
+    x = torch.randn(4, C, 8, 8)
+    for model in models:
+        model(x)
+    vectors = [list(model[1].parametrizations.weight.buffers()) for model in models]
+    assert len(vectors[0]) == 2
+    for a, b in zip(*vectors, strict=True):
+        assert torch.equal(a, b)
 
 
 # --- gates and heads, whose pooled values have the belief of their map: by hand ---

@@ -47,6 +47,9 @@ from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, SYNONYMS, preset_opti
 INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a converted model
 INPUT_COUNT = "input_belief_batches"  # of a model that sees them itself: how many batches they are of
 _MARK = contract.MARK
+# Forwards of layers whose beliefs are computed inside of them.
+CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+TRANSPOSED = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
 
 
 def convert(
@@ -82,7 +85,7 @@ def convert(
 
     The model stays what it was: its class, methods and hooks, parts that can be called, replaced and removed.
     State-dict keys, eps, momentum, affine parameters and moving statistics of the original are kept, where the new
-    normalizer has them; `wn` and `none` have none, and give every Conv2d a bias in their place (`wn` also weight
+    normalizer has them; `wn` and `none` have none, and give every convolution a bias in their place (`wn` also weight
     normalization: see norm.initialize_weight_norm). A forward that torch.fx cannot trace runs as it is, with beliefs
     followed by tensor (and not compiled). `belief_report` says which normalizers had no prior, and why.
     Raises ValueError: an unknown norm, preset or option; a preset, predictor or input_belief for a normalizer that has
@@ -321,7 +324,9 @@ def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str
         code = classes.LINEAR
     elif base.__name__ == "Conv2dSame":
         code = classes.OTHER_CONVOLUTION
-    elif base.forward is not nn.Conv2d.forward or "forward" in layer.__dict__:
+    elif base.forward in TRANSPOSED:
+        code = classes.TRANSPOSED
+    elif base.forward not in CONVOLUTIONS or "forward" in layer.__dict__:
         return
     elif not own:
         code = classes.CONVOLUTION
@@ -349,7 +354,7 @@ def _attach(
     predictors: dict[nn.Module, nn.Module] = {}
 
     def found(name: str, layer: _ConvNd, single: bool) -> None:
-        if layer in predictors or not isinstance(layer, nn.Conv2d):
+        if layer in predictors or type(layer).forward not in CONVOLUTIONS:
             return
         number = sum(isinstance(module, Noise) for module in source.modules())
         predictors[layer] = Noise(number, shared=single) if own == "noise" else Transition(layer)

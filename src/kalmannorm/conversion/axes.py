@@ -234,5 +234,15 @@ def narrow(o: Operation) -> Any:
     return on_channels(moments.channels, o.belief, slice(start, start + length))
 
 
+def pixel_shuffle(o: Operation) -> Any:
+    """Channels into pixels."""
+    return on_channels(moments.interleave, o.belief, o.argument(1, "upscale_factor") ** 2)
+
+
+def pixel_unshuffle(o: Operation) -> Any:
+    """Pixels into channels."""
+    return on_channels(moments.deal, o.belief, o.argument(1, "downscale_factor") ** 2)
+
+
 def channel_shuffle(o: Operation) -> Any:
     return on_channels(moments.shuffle, o.belief, o.argument(1, "groups"), -1)

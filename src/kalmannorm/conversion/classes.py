@@ -32,6 +32,7 @@ _HELPERS: dict[str, Any] = {
     **{function.__name__: function for function in (runtime.checkpointed, runtime.normalized, follow, pick, plain)},
     **{function.__name__: function for function in (runtime.of_convolution, runtime.of_linear)},
     **{function.__name__: function for function in (runtime.of_transition, runtime.of_sample)},
+    **{function.__name__: function for function in (runtime.of_transposed, runtime.transposed)},
     **{function.__name__: function for function in (runtime.refuse_torch_sync, runtime.seen_input)},
     **{cls.__name__: cls for cls in (Belief, Carried, Estimated, Returned, Tensor)},
     "linear": F.linear,
@@ -119,11 +120,11 @@ def restore(module: nn.Module) -> None:
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
-def _layer_code(y: str, predictor: str) -> str:
+def _layer_code(y: str, predictor: str, arguments: str = "input") -> str:
     return f"""\
-def forward(self, input, beliefs=None):
+def forward(self, {arguments}, beliefs=None):
     if beliefs is None:
-        return _base.forward(self, input)
+        return _base.forward(self, {arguments.replace("=None", "")})
     weight, bias = self.weight, self.bias
     y = {y}
     return Returned(y, {predictor}(self, input, y, weight, bias, pick(beliefs, 0, "input")))
@@ -137,6 +138,9 @@ SAMPLED = _layer_code(_CONVOLUTION, "of_sample")
 LEARNED = _layer_code(_CONVOLUTION, "of_transition")
 LINEAR = _layer_code("linear(input, weight, bias)", "of_linear")
 # With code of its own (timm's Conv2dSame pads as it goes).
+TRANSPOSED = _layer_code(
+    "transposed(self, input, weight, bias, output_size)", "of_transposed", "input, output_size=None"
+)
 OTHER_CONVOLUTION = _layer_code("_base.forward(self, input)", "of_convolution")
 
 # One loop for all of them: slices and appended modules go on working.

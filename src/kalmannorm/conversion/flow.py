@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kalmannorm.conversion import runtime
-from kalmannorm.conversion.operations import SIGNS, rule_of
+from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
 from kalmannorm.conversion.rules import Operation
 from kalmannorm.conversion.runtime import apply
 from kalmannorm.norm import contract
@@ -121,7 +121,7 @@ def _no_constant(belief: Any) -> Any:
 
 
 def _kind(func: Any, name: str, args: Any, beliefs: tuple[Any, ...]) -> str:
-    if name in ("conv2d", "linear"):
+    if func in WEIGHTED:
         return "" if beliefs[1] is _CONSTANT else "computed"
     if len(args) > 1 and (func in SIGNS or name in _METHODS or name.rstrip("_") in ("add", "sub", "mul", "div")):
         if beliefs[1] is _CONSTANT:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from kalmannorm.errors import nearest
 from kalmannorm.norm import NORMS, Estimator, GroupedStatistics, Whitening
@@ -111,9 +112,9 @@ def plain_batch_norm(layer: Any) -> nn.Module:
 
 
 def add_biases(root: nn.Module) -> None:
-    """A bias of zeros for every Conv2d without one."""
+    """A bias of zeros for every convolution without one."""
     for layer in root.modules():
-        if isinstance(layer, nn.Conv2d) and layer.bias is None:
+        if isinstance(layer, _ConvNd) and layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels))
 
 

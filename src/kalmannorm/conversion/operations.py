@@ -21,11 +21,22 @@ from kalmannorm.conversion.axes import (
     narrow,
     padding,
     permute,
+    pixel_shuffle,
+    pixel_unshuffle,
     pooling,
     reshape,
     transpose,
 )
-from kalmannorm.conversion.pixelwise import activation, arithmetic, convolution, fixed, linear, prelu, relu
+from kalmannorm.conversion.pixelwise import (
+    activation,
+    arithmetic,
+    convolution,
+    fixed,
+    linear,
+    prelu,
+    relu,
+    transposed_convolution,
+)
 from kalmannorm.conversion.rules import Rule, as_it_is, unchanged
 from kalmannorm.norm import activations, moments
 
@@ -37,7 +48,7 @@ def _table(*entries: tuple[Rule, list[Key]]) -> dict[Key, Rule]:
 
 
 FUNCTIONS: dict[Key, Rule] = _table(
-    (unchanged, [F.dropout, F.dropout2d, F.alpha_dropout, torch.clone]),
+    (unchanged, [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.clone]),
     (unchanged, ["contiguous", "clone", "float", "double", "to", "type_as"]),
     (relu, [F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"]),
     (activation(activations.leaky_relu, negative_slope=0.01), [F.leaky_relu, F.leaky_relu_]),
@@ -60,8 +71,10 @@ FUNCTIONS: dict[Key, Rule] = _table(
     (arithmetic("*"), [operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"]),
     (arithmetic("/"), [operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"]),
     (fixed(moments.scale, -1.0), [operator.neg, torch.neg, "neg", "neg_"]),
-    (pooling, [F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d]),
-    (adaptive_maximum, [F.adaptive_max_pool2d]),
+    (pooling, [F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d]),
+    (pooling, [F.avg_pool1d, F.avg_pool2d, F.avg_pool3d]),
+    (pooling, [F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d]),
+    (adaptive_maximum, [F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d]),
     (mean, [torch.mean, "mean"]),
     (interpolation, [F.interpolate]),
     (padding, [F.pad]),
@@ -78,7 +91,10 @@ FUNCTIONS: dict[Key, Rule] = _table(
     (attribute, [getattr]),
     (narrow, [torch.narrow, "narrow"]),
     (channel_shuffle, [F.channel_shuffle]),
-    (convolution, [F.conv2d]),
+    (pixel_shuffle, [F.pixel_shuffle]),
+    (pixel_unshuffle, [F.pixel_unshuffle]),
+    (convolution, [F.conv1d, F.conv2d, F.conv3d]),
+    (transposed_convolution, [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d]),
     (linear, [F.linear]),
 )
 
@@ -94,7 +110,7 @@ def _of(function: Key, *attributes: str) -> tuple[Rule, tuple[str, ...]]:
 # A module's rule is that of its function, with these of its attributes as the arguments behind the first.
 MODULES: dict[type[nn.Module], tuple[Rule, tuple[str, ...]]] = {
     nn.Identity: (as_it_is, ()),
-    **dict.fromkeys((nn.Dropout, nn.Dropout2d, nn.AlphaDropout), (unchanged, ())),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), (unchanged, ())),
     nn.ReLU: _of(F.relu),
     nn.LeakyReLU: _of(F.leaky_relu, "negative_slope"),
     nn.PReLU: _of(F.prelu, "weight"),
@@ -110,26 +126,37 @@ MODULES: dict[type[nn.Module], tuple[Rule, tuple[str, ...]]] = {
     nn.SELU: _of(F.selu),
     nn.Mish: _of(F.mish),
     nn.Softplus: _of(F.softplus, "beta"),
-    nn.MaxPool2d: _of(F.max_pool2d),
-    nn.AvgPool2d: _of(F.avg_pool2d),
-    nn.AdaptiveAvgPool2d: _of(F.adaptive_avg_pool2d),
-    nn.AdaptiveMaxPool2d: _of(F.adaptive_max_pool2d),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), (pooling, ())),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), (pooling, ())),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), (pooling, ())),
+    **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), (adaptive_maximum, ())),
     nn.Upsample: (lambda o: interpolation(o._replace(args=(o.x, None, None, o.args[1]), kwargs={})), ("mode",)),
     nn.UpsamplingNearest2d: (pooling, ()),
-    nn.ZeroPad2d: _of(F.pad, "padding"),
-    nn.ConstantPad2d: (
-        lambda o: padding(o._replace(args=(o.x, o.args[1], "constant", o.args[2]), kwargs={})),
-        ("padding", "value"),
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), _of(F.pad, "padding")),
+    **dict.fromkeys(
+        (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+        (
+            lambda o: padding(o._replace(args=(o.x, o.args[1], "constant", o.args[2]), kwargs={})),
+            ("padding", "value"),
+        ),
     ),
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReplicationPad1d, nn.CircularPad1d), (pooling, ())),
     **dict.fromkeys((nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d), (pooling, ())),
+    **dict.fromkeys((nn.ReflectionPad3d, nn.ReplicationPad3d, nn.CircularPad3d), (pooling, ())),
     nn.Flatten: _of("flatten"),
     nn.Unflatten: _of("unflatten"),
+    nn.PixelShuffle: _of(F.pixel_shuffle, "upscale_factor"),
+    nn.PixelUnshuffle: _of(F.pixel_unshuffle, "downscale_factor"),
     nn.ChannelShuffle: _of(F.channel_shuffle, "groups"),
 }
 MODULES_BY_NAME: dict[str, Rule] = {
     **dict.fromkeys(("DropPath", "StochasticDepth"), unchanged),
     **dict.fromkeys(("MaxPool2dSame", "AvgPool2dSame"), pooling),
 }
+
+
+# Of a map and a weight, which a rule must know to be made of parameters alone.
+WEIGHTED: set[Key] = {key for key, rule in FUNCTIONS.items() if rule in (convolution, transposed_convolution, linear)}
 
 
 def rule_of(target: Key) -> Rule | None:
@@ -155,7 +182,7 @@ def rule_of_class(cls: type[nn.Module]) -> tuple[Rule | None, tuple[str, ...]]:
 # Their results may share memory with their input: what is changed in place under one name changes under the other.
 VIEWS: set[Key] = {
     *(key for key, rule in FUNCTIONS.items() if rule is unchanged and key not in ("clone", torch.clone)),
-    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.Flatten),
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Flatten),
     *("view", "view_as", "reshape", "reshape_as", torch.reshape, torch.flatten, "flatten", "unflatten"),
     *(torch.unflatten, torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze", torch.permute, "permute"),
     *(torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims", torch.movedim, "movedim"),

@@ -126,6 +126,17 @@ def convolution(o: Operation) -> Any:
     return of_map(moments.conv, o.belief, o.y, weight, bias, groups)
 
 
+def transposed_convolution(o: Operation) -> Any:
+    """As a function; in closed form under either predictor."""
+    if o.kind == "computed":
+        return "its weight is computed from features"
+    weight, bias, pixels = o.argument(1, "weight"), o.argument(2, "bias"), o.y.dim() - 2
+    stride, dilation = (o.argument(i, name, 1) for i, name in ((3, "stride"), (7, "dilation")))
+    stride, dilation = (value if isinstance(value, tuple | list) else (value,) * pixels for value in (stride, dilation))
+    groups = o.argument(6, "groups", 1)
+    return of_map(moments.conv_transpose, o.belief, o.y, weight, bias, tuple(stride), groups, tuple(dilation))
+
+
 def of_map(function: Callable[..., Belief], belief: Any, y: Tensor, weight: Tensor, *rest: Any) -> Any:
     """`function` of a map that a kernel was moved over; not of one without an axis of images."""
     if belief is None:

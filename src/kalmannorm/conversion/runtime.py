@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -130,6 +131,25 @@ def _see_input(model: Any, x: Tensor) -> Belief:
 def of_convolution(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
     """In closed form."""
     return _told(layer, x, y, belief, of_map(moments.conv, belief, y, weight, bias, layer.groups))
+
+
+_TRANSPOSED: Any = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
+
+
+def transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Any) -> Tensor:
+    """A transposed convolution, as its class computes it, with a weight that was read once."""
+    pixels = len(layer.kernel_size)
+    padding = layer._output_padding(
+        x, output_size, layer.stride, layer.padding, layer.kernel_size, pixels, layer.dilation
+    )
+    how = layer.stride, layer.padding, padding, layer.groups, layer.dilation
+    return _TRANSPOSED[pixels - 1](x, weight, bias, *how)  # type: ignore[no-any-return]
+
+
+def of_transposed(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
+    """In closed form."""
+    how = bias, layer.stride, layer.groups, layer.dilation
+    return _told(layer, x, y, belief, of_map(moments.conv_transpose, belief, y, weight, *how))
 
 
 def of_linear(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from kalmannorm.conversion.operations import CURVES, MODULES, SIGNS, VIEWS, make_dict, same_items
+from kalmannorm.conversion.operations import CURVES, MODULES, SIGNS, VIEWS, WEIGHTED, make_dict, same_items
 from kalmannorm.conversion.pixelwise import PRODUCTS
 from kalmannorm.conversion.runtime import belief_of, call, changed, checkpointed, key_of, lost, normalized
 from kalmannorm.conversion.trace import CHECKPOINT, IN_PLACE, normalize
@@ -174,7 +174,7 @@ class Writer:
 
     def _kind(self, node: fx.Node) -> str:
         """Operation.kind."""
-        if node.target in (F.conv2d, F.linear):
+        if node.target in WEIGHTED:
             weights = [*node.args[1:3], node.kwargs.get("weight"), node.kwargs.get("bias")]
             return "" if {w for w in weights if isinstance(w, fx.Node)} <= self._constant else "computed"
         if node.target not in SIGNS:

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from kalmannorm.norm.belief import Belief, Carried
 
@@ -73,6 +74,34 @@ class _ThroughTaps(torch.autograd.Function):
 
 
 @full_precision
+def conv_transpose(
+    belief: Belief,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, ...] = (1, 1),
+    groups: int = 1,
+    dilation: tuple[int, ...] = (1, 1),
+) -> Belief:
+    """Through a transposed convolution, weight [C_in, C_out / groups, taps...]: [rows, C_in] -> [rows, C_out].
+
+    With a stride, every output pixel sees only some of the taps, those of its phase, of which there are as many as the
+    stride's product, equally often (in the interior; a phase without taps is the bias alone). The map is their mixture:
+    mean of means, mean of variances + variance of means. A convolution's formulas where the stride is 1.
+    """
+    mean, var = belief
+    taps = weight.to(mean.dtype).unflatten(0, (groups, -1)).flatten(3)  # [groups, C_in / groups, C_out / groups, taps]
+    phase = torch.zeros((), dtype=torch.long, device=mean.device)
+    for size, step, gap in zip(weight.shape[2:], stride, dilation, strict=True):
+        phase = phase[..., None] * step + torch.arange(size, device=mean.device) * gap % step
+    of_phases = taps @ F.one_hot(phase.flatten(), math.prod(stride)).to(taps.dtype)
+    means = torch.einsum("rgi,giop->rgop", mean.unflatten(1, (groups, -1)), of_phases).flatten(1, 2)
+    spread, mean = torch.var_mean(means, 2, correction=0)
+    squares = taps.square().sum(3) / math.prod(stride)
+    var = torch.einsum("rgi,gio->rgo", var.unflatten(1, (groups, -1)), squares).flatten(1) + spread
+    return Belief(mean if bias is None else mean + bias.to(mean.dtype), var)
+
+
+@full_precision
 def linear(belief: Belief, weight: Tensor, bias: Tensor | None = None) -> Belief:
     """Through a fully connected layer: [rows, C_in] -> [rows, C_out], exact for independent inputs."""
     weight = weight.to(belief.mean.dtype)
@@ -113,7 +142,7 @@ class Transition(Predictor):
     is [C_out, C_in / groups] and starts at the sum of the taps of the convolution's weight as it is then: ours.
     """
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    def __init__(self, convolution: _ConvNd) -> None:
         super().__init__()
         self.matrix = nn.Parameter(convolution.weight.detach().flatten(2).sum(2))
         self.groups = convolution.groups
@@ -195,6 +224,18 @@ def shuffle(belief: Belief, first: int, second: int) -> Belief:
     """Channels that stand in `first` rows of `second` (either may be -1), column by column instead (ShuffleNet)."""
     mean, var = (t.unflatten(1, (first, second)).transpose(1, 2).flatten(1) for t in belief)
     return Belief(mean, var)
+
+
+def interleave(belief: Belief, number: int) -> Belief:
+    """Each channel's pixels taken in turn from `number` channels that stand together: their mixture (pixel shuffle)."""
+    mean, var = (t.unflatten(1, (-1, number)) for t in belief)
+    spread, mean = torch.var_mean(mean, 2, correction=0)
+    return Belief(mean, var.mean(2) + spread)
+
+
+def deal(belief: Belief, number: int) -> Belief:
+    """Each channel's pixels dealt out to `number` channels that stand together (the inverse)."""
+    return Belief(*(t.repeat_interleave(number, 1) for t in belief))
 
 
 def expand(belief: Belief, to: Tensor) -> Belief:

@@ -1,6 +1,7 @@
 """The sampling predictor (paper 3.2, released code): a belief's moments from one drawn image per row."""
 
 import hashlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,26 +61,28 @@ def sampled_conv(
     noise: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] | str = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
+    stride: tuple[int, ...] | int = 1,
+    padding: tuple[int, ...] | str | int = 0,
+    dilation: tuple[int, ...] | int = 1,
     groups: int = 1,
     relu: bool = False,
 ) -> Belief:
     """Through a convolution by sampling (paper 3.2): one image per row, drawn, rectified where `relu`, convolved.
 
-    belief [rows, C_in], noise [rows, C_in, H, W] standard normal -> mean and population variance over the pixels of the
-    convolved image, [rows, C_out]. The layer's own zero padding applies.
+    belief [rows, C_in], noise [rows, C_in, pixels...] standard normal -> mean and population variance over the pixels
+    of the convolved image, [rows, C_out]. The layer's own zero padding applies.
     """
     mean, var = belief
     # No eps under the root: a channel of variance 0 is a constant, and its gradient 0.
     sd = torch.where(var > 0, var, 1).sqrt() * (var > 0)
-    image = mean[:, :, None, None] + sd[:, :, None, None] * noise
+    pixels = noise.dim() - 2
+    column = (*mean.shape, *(1,) * pixels)
+    image = mean.view(column) + sd.view(column) * noise
     if relu:
         image = F.relu(image)
     dtype = mean.dtype
-    image = F.conv2d(
-        image, weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding, dilation, groups
-    )
-    sampled_var, sampled_mean = torch.var_mean(image, (2, 3), correction=0)
+    convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[pixels - 1]
+    biases = None if bias is None else bias.to(dtype)
+    image = convolve(image, weight.to(dtype), biases, stride, padding, dilation, groups)
+    sampled_var, sampled_mean = torch.var_mean(image, tuple(range(2, image.dim())), correction=0)
     return Belief(sampled_mean, sampled_var)

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -16,11 +17,17 @@ class WeightNorm(NoNorm):
 
 
 def normalize_weights(model: nn.Module) -> None:
-    """Every Conv2d of `model` gets W = g v / |v| (torch's parametrization: g is `original0`, v `original1`), started at
-    the W that it has. A copy of such a model is made by deepcopy or state_dict: torch refuses to pickle it."""
+    """Every convolution of `model` gets W = g v / |v| (torch's parametrization: g is `original0`, v `original1`),
+    started at the W that it has. A copy of such a model is made by deepcopy or state_dict: torch refuses to pickle it.
+    """
     for layer in list(model.modules()):
-        if isinstance(layer, nn.Conv2d) and not is_parametrized(layer, "weight"):
-            weight_norm(layer)
+        if isinstance(layer, _ConvNd) and not is_parametrized(layer, "weight"):
+            if layer.transposed and layer.groups > 1:
+                raise ValueError(
+                    f"a transposed convolution with {layer.groups} groups has no axis of output channels, which weight "
+                    "normalization needs"
+                )
+            weight_norm(layer, dim=1 if layer.transposed else 0)
 
 
 def is_weight_normalized(layer: nn.Module) -> bool:
@@ -35,7 +42,7 @@ def initialize_weight_norm(model: nn.Module, batch: Tensor) -> None:
     Once, before training starts. In a distributed run every process calls it with its part of the batch, equally large
     on all; all end with the same parameters. A model without weight normalization is left as it is.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d) and is_weight_normalized(m)]
+    layers = [m for m in model.modules() if isinstance(m, _ConvNd) and is_weight_normalized(m)]
     done: set[nn.Module] = set()
 
     def initialize(layer: nn.Module, _: object, out: Tensor) -> Tensor | None:
@@ -43,14 +50,14 @@ def initialize_weight_norm(model: nn.Module, batch: Tensor) -> None:
             return None
         done.add(layer)
         wide = out.double()
-        var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(wide, (0, *range(2, wide.dim())), correction=0)
         whole = _mean_over_ranks(mean)
         scale = torch.rsqrt(_mean_over_ranks(var + (mean - whole).square()) + EPS)
         g, bias = layer.parametrizations.weight.original0, layer.bias  # type: ignore[union-attr]
         assert isinstance(g, Tensor) and isinstance(bias, Tensor)
         g.mul_(scale.view_as(g))
         bias.copy_((bias - whole) * scale)
-        column = (1, -1, 1, 1)
+        column = (1, -1, *(1,) * (wide.dim() - 2))
         return ((wide - whole.view(column)) * scale.view(column)).to(out.dtype)
 
     hooks = [layer.register_forward_hook(initialize) for layer in layers]
