@@ -179,3 +179,8 @@ def _recomputed(
     solved, *_ = np.linalg.lstsq(design, np.array([value for *_, value in points]), rcond=None)
     places = list(rows.columns)
     return float(solved[places.index(str(effects.key(ours)))] - solved[places.index(str(effects.key(base)))])
+
+
+def test_first_steps_are_of_the_card_that_draws_them_alone():
+    assert effects.Group("cifar10", "start").watched and effects.Group("cifar10", "start epochs=3").watched
+    assert not any(effects.Group("cifar10", budget).watched for budget in ("lite", "short"))

@@ -201,7 +201,9 @@ def _of_claim(claim: Claim, cells: Cells, results: Path) -> list[Verdict]:
     groups = [
         group
         for group in cells.groups(rows)
-        if not group.budget.startswith(NO_JUDGE) and (not claim.budgets or group.budget in claim.budgets)
+        if not group.watched
+        and not group.budget.startswith(NO_JUDGE)
+        and (not claim.budgets or group.budget in claim.budgets)
     ]
     judge = _stability if claim.quantity == "lost" else _measure
     found = [judge(claim, group, rows, cells) for group in groups]

@@ -142,7 +142,7 @@ def groups(card: Card, cells: Cells) -> list[Group]:
         for column in columns
         if column is None or row.columns is None or column.key in row.columns
     ]
-    return cells.groups(rows)
+    return [group for group in cells.groups(rows) if group.watched == (card.kind == "death")]
 
 
 def _fits(group: Group, named: dict[str, str]) -> bool:

@@ -49,6 +49,11 @@ class Group(NamedTuple):
         stem = re.sub(r"[^\w.]+", "-", "-".join(filter(None, parts))).strip("-")
         return stem if len(stem) < LONGEST else f"{stem[:LONGEST]}-{hashlib.sha256(stem.encode()).hexdigest()[:6]}"
 
+    @property
+    def watched(self) -> bool:
+        """Whether the runs are the first steps of a training alone, which no accuracy is read from."""
+        return self.budget.split(" ")[0] == "start"
+
 
 @dataclass(frozen=True)
 class Cell:
