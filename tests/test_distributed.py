@@ -366,7 +366,7 @@ def test_a_scheduler_s_signal_to_torchrun_saves_and_leaves(tmp_path, number):
         if "epoch 1/200" in line:
             process.send_signal(number)
     assert process.wait() != 0
-    assert sum("stopped by SIGTERM; the same command goes on" in line for line in lines) == 2
+    assert "".join(lines).count("stopped by SIGTERM; the same command goes on") == 2  # on one line, it may be
     assert not any("epoch 20/200" in line for line in lines)
     (folder,) = (file.parent for file in tmp_path.glob(f"*/{checkpoint.NAME}"))
     assert checkpoint.load(folder, folder.name)["epoch"] >= 1
