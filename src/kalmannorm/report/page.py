@@ -90,9 +90,17 @@ def render(cells: Cells, made: Sequence[Made], verdicts: Sequence[Verdict], abse
 
 
 def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
-    """The answer in sentences: what holds at the fullest budget, then the claims that it rests on, each in one line."""
+    """The answer in sentences: the claims that it rests on, each at its fullest budget, then how many hold."""
     judged = [v for v in verdicts if v.group and v.state in ("supported", "contradicted", "open") and v.effect]
+    ours = [
+        v for v in verdicts if v.state == "explored" and v.claim.ours and v.effect and v.group and v.group.width == 1
+    ]
     said = [] if judged else ["No claim of the papers has been tested in their setting yet."]
+    for claim in dict.fromkeys(v.claim for v in (*judged, *ours) if v.claim.answer):
+        of = [v for v in (*judged, *ours) if v.claim is claim and v.group]
+        fullest = min((v.group.budget for v in of if v.group), key=_fullness)
+        words = [_in_words(v, v.group) for v in of if v.group and v.group.budget == fullest]
+        said.append(f"{claim.answer}: {', '.join(words)}.")
     for budget in sorted({v.group.budget for v in judged if v.group}, key=_fullness):
         counts = tally(v for v in judged if v.group and v.group.budget == budget)
         total = sum(counts.values())
@@ -101,19 +109,14 @@ def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
             f"At budget {budget}{reduced}, {total} tests of the papers' claims: {counts['supported']} supported, "
             f"{counts['contradicted']} contradicted, {counts['open']} open."
         )
-    ours = [
-        v for v in verdicts if v.state == "explored" and v.claim.ours and v.effect and v.group and v.group.width == 1
-    ]
-    for claim in dict.fromkeys(v.claim for v in (*judged, *ours) if v.claim.answer):
-        of = [v for v in (*judged, *ours) if v.claim is claim and v.group]
-        fullest = min((v.group.budget for v in of if v.group), key=_fullness)
-        words = [
-            f"{v.state} on {v.group.dataset} ({v.estimate}{f'; paper {value}' if (value := printed(v)) else ''})"
-            for v in of
-            if v.group and v.group.budget == fullest
-        ]
-        said.append(f"{claim.answer}: {', '.join(words)}.")
     return said
+
+
+def _in_words(verdict: Verdict, group: Group) -> str:
+    if verdict.state == "explored":
+        return f"{verdict.estimate} on {group.dataset}, budget {group.budget}"
+    paper = f"; paper {value}" if (value := printed(verdict)) else ""
+    return f"{verdict.state} on {group.dataset}, budget {group.budget} ({verdict.estimate}{paper})"
 
 
 def matrix(verdicts: Sequence[Verdict]) -> tuple[list[str], list[tuple[Claim, list[list[Verdict]]]]]:
@@ -205,10 +208,9 @@ def results_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: C
 def readme_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: Cells) -> str:
     """What README holds between its markers: the answer and one picture."""
     said = "\n".join(f"- {escape_markdown(one)}" for one in answer(verdicts, cells))
-    tables_ = [
-        name for one in made if one.main and one.card.name == "table8" for name in one.files if name.endswith(".png")
-    ]
-    picture = f"\n\n![Table 8: accuracies of all runs](results/{tables_[0]})" if tables_ else ""
+    drawn = [(one.card.title, name) for one in made if one.main and one.card.name == "variants" for name in one.files]
+    pictures = [f"![{title}](results/{name})" for title, name in drawn if name.endswith(".png")]
+    picture = f"\n\n{pictures[0]}" if pictures else ""
     return f"{said}{picture}\n"
 
 
