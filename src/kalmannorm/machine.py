@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from kalmannorm.errors import UserError
 
@@ -94,8 +94,30 @@ def launch() -> Launch:
     return Launch(numbers["RANK"], world, numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"] or world)
 
 
-def host(device: str) -> dict[str, Any]:
-    """Return time and place of a run: all that may differ between two records of it."""
+class Commit(TypedDict):
+    """The commit of the source, and whether tracked files differ from it; nulls outside a checkout."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+class Host(TypedDict, total=False):
+    """Time and place of a run: all that may differ between two records of it."""
+
+    started: str  # ISO 8601, UTC
+    device: str
+    hardware: str
+    threads: int
+    git: Commit
+    versions: dict[str, str | None]
+    processes: int
+    images_per_s: float | None
+    seconds: float  # of the last process
+    train_seconds: float  # of all processes that worked on the run
+
+
+def host(device: str) -> Host:
+    """Return what is known of it before the run."""
     import torch
 
     on_gpu = device.startswith("cuda")
@@ -126,8 +148,7 @@ def _version(package: str) -> str | None:
 
 
 @functools.cache  # what this process imported, not what the checkout holds when a long sweep ends
-def _git() -> dict[str, Any]:
-    """Commit of the source, and whether tracked files differ from it; nulls outside a checkout."""
+def _git() -> Commit:
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)

@@ -12,11 +12,11 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +76,7 @@ def read(file: Path, root: Path) -> Split:
     return Split(root, coco, sorted(images))
 
 
-def _parse(file: Path) -> dict[str, list[Any]]:
+def _parse(file: Path) -> dict[str, list[object]]:
     try:
         content = json.loads(file.read_bytes())
         if not isinstance(content, dict):
@@ -93,7 +93,9 @@ def _parse(file: Path) -> dict[str, list[Any]]:
 # Images and categories ------------------------------------------------------------------------------------------------
 
 
-def _checked(content: dict[str, list[Any]], kind: str, check: Any, problems: list[str]) -> Iterator[Values]:
+def _checked(
+    content: dict[str, list[object]], kind: str, check: Callable[[Values], Values], problems: list[str]
+) -> Iterator[Values]:
     """The entries of a list that are right, with integers for ids."""
     known = set()
     for number, entry in enumerate(content[kind]):
@@ -165,7 +167,7 @@ def _with_headers(images: dict[int, Values], root: Path, problems: list[str]) ->
 
 
 def _annotations(
-    entries: list[Any],
+    entries: list[object],
     images: dict[int, Known],
     categories: dict[int, Values],
     problems: list[str],
@@ -218,7 +220,7 @@ def _object(entry: Values, image: Values, header: Header, turned: bool) -> Value
     return {"bbox": list(box), "segmentation": mask, "iscrowd": int(crowd or 0), "area": area}
 
 
-def _box(box: Any, width: int, height: int, name: str) -> tuple[float, float, float, float]:
+def _box(box: object, width: int, height: int, name: str) -> tuple[float, float, float, float]:
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise _Wrong(f"has the box {_short(box)}, expected the numbers [left, top, width, height]")
     x, y, w, h = box
@@ -228,8 +230,8 @@ def _box(box: Any, width: int, height: int, name: str) -> tuple[float, float, fl
     return x, y, w, h
 
 
-def _mask(segmentation: Any, height: int, width: int) -> Values:
-    """Any form of COCO's masks as a compressed run-length code."""
+def _mask(segmentation: object, height: int, width: int) -> Values:
+    """Every form of COCO's masks as a compressed run-length code."""
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if _is_polygon(polygon, height, width)]
         if not polygons:
@@ -256,7 +258,7 @@ def _mask(segmentation: Any, height: int, width: int) -> Values:
     return dict(run_length.frPyObjects(segmentation, height, width))
 
 
-def _is_polygon(polygon: Any, height: int, width: int) -> bool:
+def _is_polygon(polygon: object, height: int, width: int) -> bool:
     """Whether it has an area; points and lines, which some tools write beside polygons, have none."""
     if not isinstance(polygon, list):
         hint = "; a single polygon stands in a list of its own: [[x, y, ...]]" if _is_number(polygon) else ""
@@ -294,17 +296,17 @@ def _runs(text: str) -> NDArray[np.int64] | None:
     return values
 
 
-def _integer(value: Any) -> int | None:
+def _integer(value: object) -> int | None:
     """The integer that a number is, as some tools write 7.0; None for what is none."""
-    if type(value) is int:
-        return value
-    return int(value) if type(value) is float and value.is_integer() else None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ class Arrays:
     provenance: dict[str, str]
 
 
-def digest(*arrays: NDArray[Any]) -> str:
+def digest(*arrays: NDArray[np.generic]) -> str:
     """sha256 over the arrays' bytes, one after the other, in C order and little endian."""
     total = hashlib.sha256()
     for array in arrays:
@@ -174,7 +174,7 @@ def write_folder(folder: Path, arrays: dict[str, NDArray[Any]], source: dict[str
             (temporary / name).replace(folder / name)
 
 
-def _flush(file: Any) -> None:
+def _flush(file: IO[bytes] | IO[str]) -> None:
     file.flush()
     os.fsync(file.fileno())
 

@@ -7,8 +7,8 @@ through torchvision (`stream`), or FFCV's file (`beton_loader`).
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -73,7 +73,7 @@ class Batches(ABC):
         return self._epoch(epoch, start_step)
 
     def plain(
-        self, batch: int, order: Tensor | NDArray[Any] | Sequence[int] | None = None, fill: int = 1
+        self, batch: int, order: Tensor | NDArray[np.int64] | Sequence[int] | None = None, fill: int = 1
     ) -> Iterator[Counted]:
         """Batches without augmentation: (images, labels, counted). Every image is counted exactly once.
 

@@ -28,7 +28,7 @@ class Beton:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def take(self, chosen: NDArray[Any]) -> "Beton":
+    def take(self, chosen: NDArray[np.int64]) -> "Beton":
         return replace(self, indices=self.indices[chosen], labels=self.labels[chosen])
 
 

@@ -100,7 +100,9 @@ def _members(file: BinaryIO, path: Path) -> dict[str, bytes]:
     return members
 
 
-def _batch(members: dict[str, bytes], member: str, path: Path, classes: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def _batch(
+    members: dict[str, bytes], member: str, path: Path, classes: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """One pickled batch: images uint8 [n, 32, 32, 3] and labels int64 [n]."""
     if member not in members:
         raise UserError(f"{path} does not hold {member}; expected the official archive")

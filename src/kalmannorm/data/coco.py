@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from kalmannorm.data.annotations import Split, read
+from kalmannorm.data.annotations import Split, Values, read
 from kalmannorm.data.batches import mix
 from kalmannorm.data.pixels import Unreadable, read_rgb
 from kalmannorm.data.workers import begin_worker
@@ -69,7 +69,7 @@ def load(name: str, root: Path, classes: int) -> Coco:
     return Coco(train, test, usable, {category: i + 1 for i, category in enumerate(categories)}, provenance)
 
 
-def trainable(annotation: dict[str, Any]) -> bool:
+def trainable(annotation: Values) -> bool:
     """Whether an annotation is an object to train on: no crowd region, not thinner than a pixel, with a mask."""
     thin = min(annotation["bbox"][2:]) < SMALLEST
     return not annotation["iscrowd"] and not thin and run_length.area(annotation["segmentation"]) > 0
@@ -107,7 +107,8 @@ def _digest(folder: Path, *splits: Split) -> str:
 
 # Batches -------------------------------------------------------------------------------------------------------------
 
-Item = tuple[Tensor, dict[str, Any]]
+Target = dict[str, Any]  # torchvision's, with the image's id and key
+Item = tuple[Tensor, Target]
 
 
 class Images(Dataset[Item]):
@@ -162,7 +163,7 @@ class Batch:
     """This process's part of a step's images, on the device; `canvas`: what the whole step's images are padded to."""
 
     images: list[Tensor]  # float [3, H, W] in [0, 1]
-    targets: list[dict[str, Any]]
+    targets: list[Target]
     canvas: tuple[int, int]
 
 
@@ -257,5 +258,5 @@ def choose(positions: list[int], count: int | None) -> list[int]:
     return sorted(np.random.RandomState(0).permutation(positions)[:count].tolist())
 
 
-def _to(target: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _to(target: Target, device: torch.device) -> Target:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}

@@ -31,6 +31,7 @@ READ_AS_IT_IS = ("imagenet", "tiny_imagenet_20", "image_folder")
 LAYOUT = "expected torchvision's ImageFolder layout, train/CLASS/*.jpg and val/CLASS/*.jpg"
 PIPELINE = "torchvision; crops and flips keyed by (seed, epoch, position)"
 ELSE = "`dataset=digits` runs without any download"
+Unreadables = dict[str, list[tuple[int, str]]]  # of each split: the images' numbers, and the reasons
 JUNK = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # hidden by their makers
 
 
@@ -49,7 +50,7 @@ class Files:
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.names[index])
 
-    def take(self, indices: NDArray[Any]) -> "Files":
+    def take(self, indices: NDArray[np.int64]) -> "Files":
         return replace(self, names=self.names[indices], labels=self.labels[indices])
 
 
@@ -62,7 +63,7 @@ class Images:
     classes: int
     provenance: dict[str, Any]
 
-    def without(self, unreadable: Mapping[str, list[list[Any]]]) -> "Images":
+    def without(self, unreadable: Unreadables) -> "Images":
         """Less the images that `find_unreadable` found, which the provenance then names with the reasons."""
         left = {}
         named = []
@@ -150,7 +151,7 @@ def _ignored(name: str) -> bool:
     return name.startswith(".") or name in JUNK
 
 
-def _files(folder: Path, classes: list[str], total: Any) -> Files:
+def _files(folder: Path, classes: list[str], total: "hashlib._Hash") -> Files:
     """The images of a split, in torchvision's order; their names and sizes go into the hash `total`."""
     names: list[bytes] = []
     labels: list[int] = []
@@ -216,18 +217,18 @@ def _fidelity(counts: tuple[int, int], published: list[int] | None) -> str:
 # Damaged files -----------------------------------------------------------------------------------------------------
 
 
-def find_unreadable(images: Images, workers: int) -> dict[str, list[list[Any]]]:
-    """Reads every image once, in `workers` threads: {split: [[index, reason], ...]}."""
+def find_unreadable(images: Images, workers: int) -> Unreadables:
+    """Reads every image once, in `workers` threads: {split: [(index, reason), ...]}."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    found = {}
+    found: Unreadables = {}
     with ThreadPool(max(1, workers)) as pool:  # Pillow decodes without holding the interpreter
         for split, files in (("train", images.train), ("val", images.test)):
             reasons: Iterable[str] = pool.imap(_reason, _paths(files), chunksize=16)
             reasons = track(reasons, f"reading {files.root}", len(files), console=console, transient=True)
-            found[split] = [[index, reason] for index, reason in enumerate(reasons) if reason]
+            found[split] = [(index, reason) for index, reason in enumerate(reasons) if reason]
     return found
 
 

@@ -52,14 +52,14 @@ def read_rgb(path: Path) -> "Image":
     Unreadable: damaged or no image; another format than FORMATS; 32-bit integers and floats, whose black and white no
     file tells; too many pixels.
     """
-    from PIL import Image
+    from PIL.Image import fromarray
 
-    def read(image: Any, header: Header) -> Any:
+    def read(image: "Image", header: Header) -> "Image":
         upright = image.format == "TIFF"  # Pillow turns these itself while it loads them
         rgb = _wide(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
         if header.orientation == 1 or upright:
             return rgb
-        return Image.fromarray(turn(np.asarray(rgb), header.orientation))
+        return fromarray(turn(np.asarray(rgb), header.orientation))
 
     return _open(path, read)
 
@@ -69,7 +69,7 @@ def look(path: Path) -> Header:
     return _open(path, lambda _, header: header)
 
 
-def turn(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """[H, W, ...] as stored -> as EXIF's `orientation` says it is to be seen (EXIF 2.32, 4.6.4)."""
     mirrored = pixels[:, ::-1] if orientation in (2, 4, 5, 7) else pixels
     quarters = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: -1, 7: -1, 8: 1}[orientation]  # counterclockwise, after the mirror
@@ -100,7 +100,7 @@ def _pillow() -> Any:
     return Image
 
 
-def _open(path: Path, use: Callable[[Any, Header], T]) -> T:
+def _open(path: Path, use: Callable[["Image", Header], T]) -> T:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for somebody to write to it
             raise ValueError("no plain file")
@@ -123,14 +123,16 @@ def _reason(error: Exception, path: Path) -> str:
     return " ".join(str(error).split()).replace(str(path), "it") or type(error).__name__
 
 
-def _header(image: Any, path: Path) -> Header:
+def _header(image: "Image", path: Path) -> Header:
+    from PIL.TiffImagePlugin import TiffImageFile
+
     width, height = image.size
-    if image.format == "TIFF":  # Pillow's size may be the upright one
+    if isinstance(image, TiffImageFile):  # Pillow's size may be the upright one
         width, height = image.tag_v2[256], image.tag_v2[257]
     return Header(width, height, _orientation(image, path))
 
 
-def _orientation(image: Any, path: Path) -> int:
+def _orientation(image: "Image", path: Path) -> int:
     """1 where EXIF data are missing, damaged or mean nothing: as every viewer has it."""
     from PIL import Image
 
@@ -160,11 +162,12 @@ def _png_exif(path: Path) -> bytes:
     return b""
 
 
-def _wide(image: Any) -> "Image":
+def _wide(image: "Image") -> "Image":
     """Grey of more than 8 bits; Pillow's own conversion saturates."""
-    from PIL import Image
+    from PIL.Image import fromarray
+    from PIL.TiffImagePlugin import TiffImageFile
 
-    tags = image.tag_v2 if image.format == "TIFF" else {}
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     # Pillow opens 16-bit PNG and PGM files in the mode of 32 bits in some of its versions.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floats" if image.mode == "F" else "integers"
@@ -173,4 +176,4 @@ def _wide(image: Any) -> "Image":
     grey = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
     if tags.get(262) == 0:  # white is zero
         grey = 255 - grey
-    return Image.fromarray(grey).convert("RGB")
+    return fromarray(grey).convert("RGB")

@@ -47,7 +47,7 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
     paths = {split: find(entry[1], places) for split, entry in official.items()}
     array_bytes = sum(OFFICIAL[name]) * (32 * 32 * 3 + 8)
     check_room(root, array_bytes + sum(FILE_BYTES[split] for split, path in paths.items() if path is None))
-    parts: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+    parts: dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
     for split, (url, filename, md5) in official.items():
         path = paths[split]
         if path is None:
@@ -55,7 +55,7 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
                 raise absent(filename, md5, places)
             path = fetch(url, filename, root, md5)
         parts[split] = _mat(path, md5)
-    arrays = {"test_images": parts["test"][0], "test_labels": parts["test"][1]}
+    arrays: dict[str, NDArray[Any]] = {"test_images": parts["test"][0], "test_labels": parts["test"][1]}
     training = [parts[split] for split in SPLITS[name] if split != "test"]
     for kind, pieces in zip(("images", "labels"), zip(*training, strict=True), strict=True):
         arrays[f"train_{kind}"] = np.concatenate(pieces)
@@ -69,7 +69,7 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
     return folder
 
 
-def _mat(path: Path, md5: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def _mat(path: Path, md5: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """One .mat file: X uint8 [32, 32, 3, n], y [n, 1] with 10 for the digit 0 -> images [n, 32, 32, 3], labels [n]."""
     import scipy.io
 

@@ -1,13 +1,24 @@
 """A measurement of training speed: one JSON file in results/speed, as runs/measure_speed.py writes it."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
-Measurement = dict[str, Any]
+from kalmannorm.experiments.record import Tree
+from kalmannorm.machine import Host
+
 FOLDER = "speed"  # in the results folder
 
 
-def measured_part(config: Mapping[str, Any], compiled: bool) -> dict[str, Any]:
+class Measurement(TypedDict):
+    """The steps of two rows of a card, which took turns."""
+
+    id: str
+    experiment: str  # the card's name
+    configs: dict[str, Tree]  # by row: `measured_part`
+    seconds: dict[str, list[float]]  # by row, of each step
+    host: Host
+
+
+def measured_part(config: Tree, compiled: bool) -> Tree:
     """Return what of a run's configuration its speed depends on."""
     return {
         **{key: config[key] for key in ("arch", "norm", "batch", "precision")},
@@ -17,8 +28,7 @@ def measured_part(config: Mapping[str, Any], compiled: bool) -> dict[str, Any]:
     }
 
 
-def where(measurement: Measurement) -> str:
+def where(host: Host) -> str:
     """Say the device in words."""
-    host = measurement["host"]
     threads = f", {host['threads']} thread{'s' if host['threads'] != 1 else ''}"
     return str(host["hardware"]) + ("" if host["device"].startswith("cuda") else threads)

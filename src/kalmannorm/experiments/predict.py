@@ -1,14 +1,13 @@
 """How long a run will take: from the time that recorded runs like it took, or not at all."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
 
-Run = Mapping[str, Any]  # a record
-Result = Mapping[str, Any]  # what determines a run's result: a record's `config`
-Kind = Callable[[Result], tuple[Any, ...]]
+from kalmannorm.experiments.record import Record, Tree
+
+Kind = Callable[[Tree], Hashable]
 
 
-def predictor(runs: Iterable[Run]) -> Callable[[Result], float | None]:
+def predictor(runs: Iterable[Record]) -> Callable[[Tree], float | None]:
     """A function from a run's configuration to its device-seconds: training and evaluation, on a device as the recorded
     runs' (the caller chooses them). None where none of them is of the same network, normalizer, resolution and data."""
     done = [r for r in runs if r["status"] == "done" and (r.get("host") or {}).get("seconds")]
@@ -16,7 +15,7 @@ def predictor(runs: Iterable[Run]) -> Callable[[Result], float | None]:
     whole = [r for r in done if r["config"]["budget"]["subset"] is None and "data" in r]
     sizes = {r["config"]["dataset"]["name"]: _images(r) for r in whole}
 
-    def predict(config: Result) -> float | None:
+    def predict(config: Tree) -> float | None:
         budget, dataset = config["budget"], config["dataset"]
         images = budget["subset"] or sizes.get(dataset["name"]) or (dataset.get("published") or [None])[0]
         for kind, rates in kinds:
@@ -27,7 +26,7 @@ def predictor(runs: Iterable[Run]) -> Callable[[Result], float | None]:
     return predict
 
 
-def on_device(runs: Iterable[Run], device: str) -> list[Run]:
+def on_device(runs: Iterable[Record], device: str) -> list[Record]:
     """Those that ran on such a device: "cpu", "cuda"."""
     return [run for run in runs if str((run.get("host") or {}).get("device")).split(":")[0] == device.split(":")[0]]
 
@@ -38,18 +37,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _same_network(config: Result) -> tuple[Any, ...]:
+def _same_network(config: Tree) -> tuple[Hashable, ...]:
     arch, norm = sorted(config["arch"].items()), config["norm"]
     return str(arch), norm["name"], norm.get("predictor"), config["budget"]["size"], config["dataset"]["name"]
 
 
-def _same_batch(config: Result) -> tuple[Any, ...]:
+def _same_batch(config: Tree) -> tuple[Hashable, ...]:
     return *_same_network(config), config["batch"]["grad_batch"], config["batch"]["stat_batch"]
 
 
-def _rates(done: list[Run], kind: Kind) -> dict[tuple[Any, ...], list[float]]:
+def _rates(done: list[Record], kind: Kind) -> dict[Hashable, list[float]]:
     """Device-seconds an image, of all the runs of each kind."""
-    rates: dict[tuple[Any, ...], list[float]] = {}
+    rates: dict[Hashable, list[float]] = {}
     for record in done:
         config, host = record["config"], record["host"]
         images = config["budget"]["epochs"] * _images(record)
@@ -59,6 +58,6 @@ def _rates(done: list[Run], kind: Kind) -> dict[tuple[Any, ...], list[float]]:
     return rates
 
 
-def _images(record: Run) -> int:
+def _images(record: Record) -> int:
     """Of its training set."""
     return int(record["data"]["train_images"])

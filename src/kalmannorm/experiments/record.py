@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 NUMERICS = 2
 
 Status = Literal["done", "failed"]
+Curves = dict[str, list[float]]  # one value an epoch each
+Evaluation = dict[str, float | str | None]  # accuracy and loss, or a detector's AP, and of how many images
+Tree = Mapping[str, Any]  # plain values in groups: what determines a result, as a record has it
 
 
 class Record(TypedDict):
@@ -35,15 +38,17 @@ class Record(TypedDict):
     numerics: int
     status: Status
     reason: str | None  # why it failed
-    config: dict[str, Any]  # what determines the result (config.RESULT_KEYS)
-    host: dict[str, Any]  # time and place (machine.host), seconds, images per second
+    config: Tree  # what determines the result (config.RESULT_KEYS)
+    host: machine.Host  # time and place (machine.host), seconds, images per second
     parameters: NotRequired[int]
-    data: NotRequired[dict[str, Any]]  # name, fidelity and sha256 of the data set, and how many images of it were used
-    curves: NotRequired[dict[str, list[Any]]]  # one value an epoch each
-    final: NotRequired[dict[str, dict[str, Any]]]  # by kind of statistics: accuracy and loss, or a detector's AP
-    norms: NotRequired[dict[str, Any]]  # the normalizers after training: order, gains, what has a belief
-    weights: NotRequired[dict[str, Any]]  # where a detector's come from
-    final_on_training_images: NotRequired[dict[str, Any]]  # a detector's
+    data: NotRequired[
+        Mapping[str, Any]
+    ]  # name, fidelity and sha256 of the data set, and how many images of it were used
+    curves: NotRequired[Curves]
+    final: NotRequired[dict[str, Evaluation]]  # by kind of statistics
+    norms: NotRequired[Tree]  # the normalizers after training: order, gains, what has a belief
+    weights: NotRequired[dict[str, str | None]]  # where a detector's come from
+    final_on_training_images: NotRequired[Evaluation]  # a detector's
 
 
 def run_id(config: Config) -> str:
@@ -51,13 +56,13 @@ def run_id(config: Config) -> str:
     return _hash(config.result(), NUMERICS)
 
 
-def _hash(result: Mapping[str, Any], numerics: int) -> str:
+def _hash(result: Tree, numerics: int) -> str:
     """Hash the configuration of a record made under `numerics`, which may be another version's."""
     text = json.dumps({"numerics": numerics, **{key: result[key] for key in RESULT_KEYS}}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def begin(config: Config, parameters: int, data: dict[str, Any], device: str, processes: int) -> Record:
+def begin(config: Config, parameters: int, data: Tree, device: str, processes: int) -> Record:
     """Return what is known of a run before it trains. `parameters`: how many; `data`: provenance and sizes."""
     return {
         "id": run_id(config),
@@ -161,7 +166,7 @@ def _broken(path: Path, problem: str) -> str:
     return f"{path} is not a usable record: {problem}. Move it out of {path.parent} (or delete it) and run it again"
 
 
-def _problem(record: Any, stem: str) -> str | None:
+def _problem(record: object, stem: str) -> str | None:
     """Say what keeps a parsed file from being a record; None when nothing does."""
     if not isinstance(record, dict):
         return f"expected a JSON object, found {type(record).__name__}"
@@ -203,12 +208,12 @@ def _problem_of_results(record: dict[str, Any]) -> str | None:
     return None
 
 
-def headline(values: Mapping[str, Any]) -> str:
+def headline(values: Evaluation) -> str:
     """Say what a run reached under one kind of statistics, with its unit."""
     return f"{reached(values)} %" if "accuracy" in values else f"box / mask AP {reached(values)}"
 
 
-def reached(values: Mapping[str, Any]) -> str:
+def reached(values: Evaluation) -> str:
     """Say its number: accuracy in percent, a detector's "box / mask" AP; "-" for one that pycocotools does not give."""
     if "accuracy" in values:
         return f"{values['accuracy']:.2f}"

@@ -8,7 +8,7 @@ from typing import Any
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import conf_dir, describe
 from kalmannorm.experiments.predict import duration
-from kalmannorm.experiments.record import NUMERICS, Record, files, reached, read_all, read_file
+from kalmannorm.experiments.record import NUMERICS, Record, Tree, files, reached, read_all, read_file
 from kalmannorm.files import write_atomically
 
 STATES = ("done", "failed")
@@ -150,7 +150,7 @@ def _test(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
     return lambda record: _setting(record["config"], path, override) == value
 
 
-def _setting(config: dict[str, Any], path: list[str], override: str) -> Any:
+def _setting(config: Tree, path: list[str], override: str) -> Any:
     found: Any = config
     for name in path:
         if not isinstance(found, dict):

@@ -73,7 +73,7 @@ def _differing(trees: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _number(value: Any, form: str = "{:.4g}") -> str:
+def _number(value: object, form: str = "{:.4g}") -> str:
     return form.format(value) if isinstance(value, int | float) else "–"
 
 

@@ -5,7 +5,7 @@ alternating steps, and the host. Measurements of different devices, resolutions 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.card import Card
 from kalmannorm.experiments.measurement import FOLDER, Measurement, where
+from kalmannorm.experiments.record import Tree
 from kalmannorm.report import paper
 from kalmannorm.report.tables import Place, Sheet
 
@@ -89,10 +90,10 @@ def sheet(card: Card, results: Path) -> Sheet:
 
 def describe(measurement: Measurement, row: str) -> str:
     """Device, resolution, batches and arithmetic: "AMD EPYC, 2 threads; 64x64 px, (32, 32), fp32, eager"."""
-    return f"{where(measurement)}; {setting(measurement['configs'][row])}"
+    return f"{where(measurement['host'])}; {setting(measurement['configs'][row])}"
 
 
-def setting(config: Mapping[str, Any]) -> str:
+def setting(config: Tree) -> str:
     """Resolution, batches and arithmetic."""
     width, batch = config["arch"].get("width", 1), config["batch"]
     narrow = f", width {width:g}" if width != 1 else ""
@@ -114,5 +115,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _order(measurement: Measurement, card: Card) -> tuple[Any, ...]:
-    config = measurement["configs"][card.baseline]
-    return config["size"], config["batch"]["grad_batch"], where(measurement), config["compile"], measurement["id"]
+    config = measurement["configs"][str(card.baseline)]
+    return (
+        config["size"],
+        config["batch"]["grad_batch"],
+        where(measurement["host"]),
+        config["compile"],
+        measurement["id"],
+    )

@@ -4,15 +4,19 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kalmannorm import machine
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.card import Card
 from kalmannorm.experiments.cards import Experiment
 from kalmannorm.experiments.config import Config, batches
-from kalmannorm.experiments.measurement import FOLDER, measured_part, where
+from kalmannorm.experiments.measurement import FOLDER, Measurement, measured_part, where
+from kalmannorm.experiments.record import Tree
 from kalmannorm.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
 
 
 def measure(experiment: Experiment, dry_run: bool = False) -> int:
@@ -39,7 +43,7 @@ def measure(experiment: Experiment, dry_run: bool = False) -> int:
         file = Path(baseline.results) / FOLDER / f"{identity}.json"
         words = f"{baseline.budget.size} px, {batches(baseline.result())}, {'compiled' if compiled else 'eager'}"
         state = "done" if file.exists() else f"to measure, {card.seconds} s and more"
-        print(f"  {identity}  {words}, {where({'host': host})}  {state}", file=sys.stderr)
+        print(f"  {identity}  {words}, {where(host)}  {state}", file=sys.stderr)
         if file.exists() or dry_run:
             continue
         try:
@@ -47,19 +51,27 @@ def measure(experiment: Experiment, dry_run: bool = False) -> int:
         except torch.OutOfMemoryError:
             raise UserError(f"{card.name}: {device} has too little memory for this: pass a smaller batch.grad_batch"
                             " (a multiple of batch.stat_batch) or budget.size") from None  # fmt: skip
-        measurement = {"id": identity, "experiment": card.name, "configs": parts, "seconds": seconds, "host": host}
+        measurement: Measurement = {
+            "id": identity,
+            "experiment": card.name,
+            "configs": parts,
+            "seconds": seconds,
+            "host": host,
+        }
         text = json.dumps(measurement, indent=1, sort_keys=True, allow_nan=False)
         write_atomically(file, f"{text}\n".encode())
     return 0
 
 
-def _identity(name: str, parts: dict[str, Any], host: dict[str, Any]) -> str:
+def _identity(name: str, parts: dict[str, Tree], host: machine.Host) -> str:
     """12 hexadecimal digits of the setting and the hardware."""
-    of = {"experiment": name, "configs": parts, "where": where({"host": host})}
+    of = {"experiment": name, "configs": parts, "where": where(host)}
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _alternate(configs: dict[str, Config], card: Card, device: Any, compiled: bool) -> dict[str, list[float]]:
+def _alternate(
+    configs: dict[str, Config], card: Card, device: "torch.device", compiled: bool
+) -> dict[str, list[float]]:
     """Seconds of each step, by row."""
     from kalmannorm.train.model import build
     from kalmannorm.train.timed_steps import alternate, synthetic_batch, training_step

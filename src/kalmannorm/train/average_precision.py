@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kalmannorm.data.annotations import Split
 from kalmannorm.data.batches import fixed_order
 from kalmannorm.data.coco import Images
+from kalmannorm.experiments.record import Evaluation
 from kalmannorm.norm.modes import set_statistics, shard_noise
 from kalmannorm.train.detector import body
 from kalmannorm.train.ranks import Ranks
@@ -34,7 +35,7 @@ def evaluate(
     statistics: str,
     stat_batch: int | None,
     ranks: Ranks,
-) -> dict[str, Any]:
+) -> Evaluation:
     """AP in percent (box_ap, mask_ap50, ...; None where no object is of that size) over the images at `positions`.
 
     `moving`: images one by one. `online`: the backbone measures the images of each group of `stat_batch`; the head
@@ -59,7 +60,9 @@ def evaluate(
     gathered = ranks.gather(found)
     together = [detection for part in gathered for detection in part]
     ids = [split.ids[position] for position in positions]
-    return ranks.from_main(average_precision(split, ids, together) if ranks.main else None)
+    values = ranks.from_main(average_precision(split, ids, together) if ranks.main else None)
+    assert values is not None
+    return values
 
 
 def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, bool]]]:
@@ -90,9 +93,9 @@ def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, i
     return results
 
 
-def average_precision(split: Split, ids: list[int], detections: Detections) -> dict[str, Any]:
+def average_precision(split: Split, ids: list[int], detections: Detections) -> Evaluation:
     """pycocotools' box and mask AP of `detections` on the images `ids`, in percent, and how many of both there were."""
-    values: dict[str, Any] = {"images": len(ids), "detections": len(detections)}
+    values: Evaluation = {"images": len(ids), "detections": len(detections)}
     for name, kind in KINDS.items():
         with contextlib.redirect_stdout(io.StringIO()):
             results = split.coco.loadRes(_of_kind(detections, kind)) if detections else None

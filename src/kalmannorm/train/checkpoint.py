@@ -21,10 +21,11 @@ from kalmannorm.files import clear_unfinished, write_atomically
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 CHECKSUM = "sha256"
+State = dict[str, Any]  # with PARTS; plain values and tensors
 PARTS = {"id", "model", "optimizer", "ranks", "epoch", "step", "seconds", "curves"}
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
+def save(folder: Path, state: State) -> None:
     """Write the state; at every moment one of the two files is whole: the last one becomes the previous by a rename."""
     clear_unfinished(folder / NAME)
     buffer = io.BytesIO()
@@ -34,9 +35,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     write_atomically(folder / NAME, buffer.getvalue())
 
 
-def load(
-    folder: Path, identity: str, check: Callable[[dict[str, Any]], None] = lambda state: None
-) -> dict[str, Any] | None:
+def load(folder: Path, identity: str, check: Callable[[State], None] = lambda state: None) -> State | None:
     """Return the state last saved, on the CPU; None if there is none.
 
     A damaged or foreign file, or one that `check` raises ValueError for, is named; the previous one is used in its
@@ -61,7 +60,7 @@ def load(
     return None
 
 
-def _read(file: Path, identity: str) -> dict[str, Any]:
+def _read(file: Path, identity: str) -> State:
     with zipfile.ZipFile(file) as archive:
         if sum(member.file_size for member in archive.infolist()) > file.stat().st_size:
             raise ValueError("its members claim more than it has")
@@ -83,14 +82,14 @@ def _read(file: Path, identity: str) -> dict[str, Any]:
     return state
 
 
-def checksum(value: Any) -> str:
+def checksum(value: object) -> str:
     """Hash tensors (type, shape and bytes), numbers, text, and lists and dictionaries of them: 64 digits of sha256."""
     total = hashlib.sha256()
     _add(total, value)
     return total.hexdigest()
 
 
-def _add(total: Any, value: Any) -> None:
+def _add(total: "hashlib._Hash", value: object) -> None:
     if isinstance(value, torch.Tensor):
         total.update(f"tensor {value.dtype} {list(value.shape)};".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -14,6 +14,7 @@ from kalmannorm.data.batches import mix
 from kalmannorm.data.coco import TrainingBatches
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import Tree
 from kalmannorm.experiments.settings import DetectionSchedule, Norm
 from kalmannorm.models.detection.c4 import MaskRCNNC4
 from kalmannorm.models.detection.fpn import MaskRCNNFPN
@@ -122,7 +123,7 @@ def converted_parts(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if is_converted(m)}
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module) -> Tree:
     """The normalizers after training: order, gains, which had a prior and what took it from the others."""
     beliefs: dict[str, str | None] = {}
     for part, converted in converted_parts(model).items():
@@ -171,7 +172,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            found: Any = load_file(file)
+            found: object = load_file(file)
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:

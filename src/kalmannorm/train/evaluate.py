@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm.data.batches import Batches
+from kalmannorm.experiments.record import Evaluation
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.modes import normalizers, precise_statistics, probing, set_statistics, shard_noise, spread_batches
@@ -30,7 +30,7 @@ KINDS = ("measured", "used")
 @torch.no_grad()
 def evaluate(
     model: nn.Module, loader: Batches, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
-) -> dict[str, Any]:
+) -> Evaluation:
     """Accuracy in percent and mean cross-entropy over every image of the split, each counted once.
 
     A loader that deals the images out needs the `ranks`, all of which return the same.
@@ -61,13 +61,13 @@ def evaluate(
     }
 
 
-def under_both(model: nn.Module, one: Callable[[str], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def under_both(model: nn.Module, one: Callable[[str], Evaluation]) -> dict[str, Evaluation]:
     """`one` evaluation each under moving and online statistics; without batch statistics both are one, made once."""
     moving = one("moving")
     return {"moving": moving, "online": one("online") if normalizers(model) else moving}
 
 
-def precise(model: nn.Module, train: Batches, test: Batches, stat_batch: int | None, epoch: int) -> dict[str, Any]:
+def precise(model: nn.Module, train: Batches, test: Batches, stat_batch: int | None, epoch: int) -> Evaluation:
     """Evaluation by precise statistics (mean of variances), in this process alone.
 
     From PRECISE_BATCHES training batches with the augmentation of epoch `epoch`. The model stays as it is.

@@ -4,10 +4,10 @@ So a run that was killed and went on has every point once. TensorBoard reads on 
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from kalmannorm.experiments.record import Curves
 from kalmannorm.files import write_atomically
 
 FOLDER = "tensorboard"  # in the run's folder
@@ -15,13 +15,13 @@ NAME = "events.out.tfevents.kalmannorm"  # TensorBoard looks for "tfevents"
 PLACE = ("epoch", "step")  # curves that say where a point lies
 
 
-def write(folder: Path, curves: Mapping[str, Sequence[Any]], times: Sequence[float]) -> None:
+def write(folder: Path, curves: Curves, times: Sequence[float]) -> None:
     """Write the curves of a run, one value an epoch each, which ended at `times` (seconds since 1970). UserError: no
     space, no permission."""
     write_atomically(folder / FOLDER / NAME, encode(curves, times))
 
 
-def encode(curves: Mapping[str, Sequence[Any]], times: Sequence[float]) -> bytes:
+def encode(curves: Curves, times: Sequence[float]) -> bytes:
     """Return the content of an event file: scalars by curve, at the curves' steps."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary

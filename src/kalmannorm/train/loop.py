@@ -94,13 +94,13 @@ def open_task(config: Config, ranks: Ranks) -> Task:
 
 def open_session(identity: str, folder: Path, task: Task) -> Session:
     """Return the state of a training that has not begun."""
-    curves: dict[str, list[Any]] = {key: [] for key in ("epoch", "step", "lr", *task.curves)}
+    curves: records.Curves = {key: [] for key in ("epoch", "step", "lr", *task.curves)}
     schedule = task.config.schedule
     sgd = optimizer(task.model, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
     return Session(identity, folder, task.model, sgd, task.ranks, task.zero_sums, curves)
 
 
-def _fit(task: Task, session: Session, progress: Progress, stop: StopRequest) -> dict[str, dict[str, Any]] | None:
+def _fit(task: Task, session: Session, progress: Progress, stop: StopRequest) -> dict[str, records.Evaluation] | None:
     """Train from where the last checkpoint left it. Returns the evaluation after the last epoch; None where that was
     over already, or there is none. Raises Diverged and Stopped."""
     config, ranks, steps = task.config, task.ranks, task.train.steps_per_epoch
@@ -115,14 +115,17 @@ def _fit(task: Task, session: Session, progress: Progress, stop: StopRequest) ->
     evaluated = None
     while session.epoch * steps < task.end and not task.ends_early(session.curves):
         with finishing():
-            values: dict[str, Any] = train_epoch(task, session, forward, progress, stop)
+            values = train_epoch(task, session, forward, progress, stop)
             if task.evaluates_epochs or stop.asked():
                 session.save()
         if task.evaluates_epochs:
             set_progress(session.model, values["step"] / task.total)
             with arithmetic(config, ranks.device):
                 evaluated = task.evaluate(stop)
-            values |= {kind: found[task.metric] for kind, found in evaluated.items()}
+            for kind, found in evaluated.items():
+                reached = found[task.metric]
+                assert isinstance(reached, float)
+                values[kind] = reached
         with finishing():
             for key, value in values.items():
                 session.curves[key].append(value)
@@ -195,7 +198,7 @@ def micro_batches(session: Session, forward: nn.Module, parts: int, step: int) -
         flush_moving(session.model)
 
 
-def _due(config: Config, done: int, total: int) -> bool:
+def _due(config: Config, done: float, total: int) -> bool:
     """Say whether a checkpoint is due after `done` steps."""
     return done % max(1, round(config.checkpoint_every * total)) == 0 or done == total
 

@@ -1,7 +1,7 @@
 """A run's model and optimizer, from its configuration. What can be wrong is found before any data is read."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from kalmannorm.conversion import convert
 from kalmannorm.conversion.mapping import Mapped
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import Tree
 from kalmannorm.experiments.settings import DetectionSchedule, Schedule
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.norm import SparseSwitchableNorm
@@ -81,7 +82,7 @@ def network(config: Config) -> nn.Module:
     return model
 
 
-def parameter_count(result: Mapping[str, Any]) -> int:
+def parameter_count(result: Tree) -> int:
     """Count the numbers that a network learns, shared ones once; its weights are not filled in.
 
     `result`: what determines a run's result, as a record has it, or a card's row without a seed.

@@ -6,13 +6,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import Curves
 from kalmannorm.train import events
 
 FILE = "progress.json"  # in the run's folder, for who watches from another process
@@ -53,7 +53,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._bar.stop()
 
-    def begin(self, first: int, total: int, batch: int, folder: Path, curves: dict[str, list[Any]]) -> None:
+    def begin(self, first: int, total: int, batch: int, folder: Path, curves: Curves) -> None:
         """Start, or go on, after `first` of `total` steps of `batch` images; `curves`: of the epochs before."""
         self._first, self._total, self._batch = first, total, batch
         self._task = self._bar.add_task(self.title, total=total, completed=first, status="")
@@ -80,7 +80,7 @@ class Progress:
             with suppress(OSError):  # a full disk is found out by who needs it
                 (self._folder / FILE).write_text(json.dumps(now))
 
-    def epoch(self, curves: dict[str, list[Any]]) -> None:
+    def epoch(self, curves: Curves) -> None:
         """An epoch is done and evaluated."""
         if self.quiet:
             return

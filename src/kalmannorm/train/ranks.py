@@ -10,7 +10,7 @@ import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from kalmannorm.experiments.config import Config, check_batches
 
 # Rank 0 alone re-estimates precise statistics and measures gaps while the others wait.
 PATIENCE = timedelta(hours=2)
+T = TypeVar("T")
 MEETING = timedelta(minutes=2)  # that processes get to find each other where torchrun has not brought them together
 
 
@@ -39,14 +40,16 @@ class Ranks:
         self.rank, self.world = self._launch.rank, self._launch.world
         check_batches(config, self.world)
         self.device = self._device(config.device)
-        self._control: Any = None
+        self._control: dist.ProcessGroup | None = None
         self._began = self.world > 1 and not dist.is_initialized()
         if self._began:
             leave_with_parent()
             _meet("nccl" if self.device.type == "cuda" else "gloo", self.rank, self.world)
         if self.world > 1:
             # For decisions: does not wait for a GPU. The others wait for rank 0 on it; its default is half an hour.
-            self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+            control = dist.new_group(backend="gloo", timeout=PATIENCE)
+            assert isinstance(control, dist.ProcessGroup)
+            self._control = control
 
     def _device(self, asked: str) -> torch.device:
         if asked == "cuda" and self.world > 1:
@@ -99,15 +102,15 @@ class Ranks:
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
         return int(flag) or None
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's value, on rank 0; an empty list elsewhere."""
         if self.world == 1:
             return [value]
-        values: list[Any] = [None] * self.world if self.main else []
+        values: list[T] = [value] * self.world if self.main else []
         dist.gather_object(value, values if self.main else None, group=self._control)
         return values
 
-    def from_main(self, value: Any) -> Any:
+    def from_main(self, value: T) -> T:
         """Rank 0's value, everywhere."""
         if self.world == 1:
             return value

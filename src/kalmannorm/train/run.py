@@ -36,7 +36,7 @@ def execute(config: Config) -> records.Record:
     return record
 
 
-def evaluate(run: str, overrides: list[str]) -> dict[str, Any]:
+def evaluate(run: str, overrides: list[str]) -> dict[str, records.Evaluation]:
     """Evaluate the weights of a finished run again, under all kinds of statistics, and print the result.
 
     `run` is an id or its beginning; `overrides` say where things are (data=, runs=, results=, device=). UserError: no
@@ -79,7 +79,7 @@ def _finished(run: str, overrides: list[str]) -> tuple[records.Record, Config, d
         )
     place = compose(overrides)
     record = _find(place.results, run)
-    config = Config.read(place.values() | record["config"])
+    config = Config.read({**place.values(), **record["config"]})
     folder = Path(config.runs) / record["id"]
     state = checkpoint.load(folder, record["id"])
     if state is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kalmannorm import stopping
 from kalmannorm.errors import Stopped
+from kalmannorm.experiments.record import Curves
 from kalmannorm.train import checkpoint
 from kalmannorm.train.ranks import Ranks
 
@@ -29,7 +30,7 @@ class Session:
     optimizer: torch.optim.Optimizer
     ranks: Ranks
     zero_sums: Callable[[], dict[str, Tensor]]
-    curves: dict[str, list[Any]]
+    curves: Curves
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation, over all processes that worked on the run
@@ -97,7 +98,7 @@ class Session:
                 self.add({key: value.to(device) for key, value in own["sums"].items()})
         self.curves.update(state["curves"])
 
-    def _check(self, state: dict[str, Any]) -> None:
+    def _check(self, state: checkpoint.State) -> None:
         """Raise ValueError unless a checkpoint is of this network and optimizer; before anything of it is taken."""
         model, own = state["model"], self.model.state_dict()
         if odd := sorted(model.keys() ^ own.keys()):

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.record import Record
+from kalmannorm.experiments.record import Curves, Evaluation, Record, Tree
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.state import Session, StopRequest
 
 Arrays = dict[str, np.ndarray]
-Curves = Mapping[str, list[Any]]
 
 
 class TrainingData(Protocol):
@@ -50,7 +49,7 @@ class Task(ABC):
     ranks: Ranks
     model: nn.Module
     train: TrainingData
-    provenance: dict[str, Any]
+    provenance: Tree
 
     @abstractmethod
     def load(self) -> None:
@@ -66,7 +65,7 @@ class Task(ABC):
         """Steps after which the run ends, where it does not last as long as its schedule."""
         return self.total
 
-    def watching(self) -> AbstractContextManager[Any]:
+    def watching(self) -> AbstractContextManager[object]:
         """Return a context around the training, for what is to be seen of it."""
         return nullcontext()
 
@@ -98,14 +97,14 @@ class Task(ABC):
         """Return the curves' values of training from the sums over `steps` steps and all processes."""
 
     @abstractmethod
-    def evaluate(self, stop: StopRequest) -> dict[str, dict[str, Any]]:
+    def evaluate(self, stop: StopRequest) -> dict[str, Evaluation]:
         """Return the metric under moving and online statistics, on all images of the test set. Stopped: a signal."""
 
     def ends_early(self, curves: Curves) -> bool:
         """Say whether the run ends after this epoch, whatever its budget."""
         return False
 
-    def evaluate_all(self, stop: StopRequest) -> dict[str, dict[str, Any]]:
+    def evaluate_all(self, stop: StopRequest) -> dict[str, Evaluation]:
         """Return the metric under every kind of statistics that the task offers, in one process."""
         return self.evaluate(stop)
 

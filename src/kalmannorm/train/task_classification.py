@@ -4,7 +4,6 @@ import io
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from kalmannorm import data
 from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.record import Record
+from kalmannorm.experiments.record import Curves, Evaluation, Record, Tree
 from kalmannorm.experiments.settings import FolderDataset, Schedule
 from kalmannorm.files import write_atomically
 from kalmannorm.norm import Estimator, PopulationNorm, SparseSwitchableNorm, SwitchableNorm
@@ -28,7 +27,7 @@ from kalmannorm.train.model import build, learning_rate
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.refresh_weights import refresh_weights
 from kalmannorm.train.state import Session, StopRequest
-from kalmannorm.train.task import Arrays, Curves, Task
+from kalmannorm.train.task import Arrays, Task
 
 NEAR_CHANCE = 1.2  # times the accuracy of guessing
 
@@ -63,7 +62,7 @@ class Classification(Task):
         """The budget's first steps alone, or all of them."""
         return min(self.config.budget.stop_after or self.total, self.total)
 
-    def watching(self) -> AbstractContextManager[Any]:
+    def watching(self) -> AbstractContextManager[object]:
         return nullcontext() if self.first_steps is None else self.first_steps
 
     def zero_sums(self) -> dict[str, Tensor]:
@@ -101,8 +100,8 @@ class Classification(Task):
         correct = 100 * sums["correct"].item() / (steps * self.train.batch)
         return {"train_loss": sums["loss"].item() / steps, "train_accuracy": correct}
 
-    def evaluate(self, stop: StopRequest) -> dict[str, dict[str, Any]]:
-        def one(statistics: str) -> dict[str, Any]:
+    def evaluate(self, stop: StopRequest) -> dict[str, Evaluation]:
+        def one(statistics: str) -> Evaluation:
             found = evaluate(self.model, self.test, statistics, self.config.batch.stat_batch, self.ranks)
             stop.check()
             return found
@@ -143,10 +142,10 @@ class Classification(Task):
         write_atomically(session.folder / "gaps.npz", content.getvalue())
         return arrays
 
-    def evaluate_all(self, stop: StopRequest) -> dict[str, dict[str, Any]]:
+    def evaluate_all(self, stop: StopRequest) -> dict[str, Evaluation]:
         return self.evaluate(stop) | {"precise": self.precise()}
 
-    def precise(self) -> dict[str, Any]:
+    def precise(self) -> Evaluation:
         """Evaluate by precise statistics, in this process alone."""
         return precise(self.model, self.train, self.test, self.config.batch.stat_batch, self.config.budget.epochs)
 
@@ -156,7 +155,7 @@ def memory_format(config: Config, device: torch.device) -> torch.memory_format:
     return torch.channels_last if config.compile and device.type == "cpu" else torch.preserve_format
 
 
-def _describe(model: nn.Module, last: tuple[str, ...]) -> dict[str, Any]:
+def _describe(model: nn.Module, last: tuple[str, ...]) -> Tree:
     """Describe the normalizers after training: order, gains, which had a prior.
 
     And where there are any, the weights of SN, the choices of SSN with the part of the training after which each was

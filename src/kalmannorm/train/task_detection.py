@@ -6,7 +6,6 @@ the end.
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from kalmannorm.data import coco
 from kalmannorm.data.batches import fixed_order
 from kalmannorm.data.coco import Batch, Coco, TrainingBatches
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.record import Record
+from kalmannorm.experiments.record import Evaluation, Record
 from kalmannorm.experiments.settings import CocoDataset, DetectionSchedule
 from kalmannorm.models.detection.parts import LOSSES
 from kalmannorm.norm.modes import spread_batches
@@ -99,8 +98,8 @@ class Detection(Task):
         values = (sums["losses"] / steps).tolist()
         return {"train_loss": sum(values), **dict(zip(LOSSES, values, strict=True))}
 
-    def evaluate(self, stop: StopRequest) -> dict[str, dict[str, Any]]:
-        def one(statistics: str) -> dict[str, Any]:
+    def evaluate(self, stop: StopRequest) -> dict[str, Evaluation]:
+        def one(statistics: str) -> Evaluation:
             everything, stat_batch = list(range(len(self.images.test.ids))), self.config.batch.stat_batch
             found = evaluate(
                 self.model, self.images.test, self.images.labels, everything, statistics, stat_batch, self.ranks
