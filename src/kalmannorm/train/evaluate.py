@@ -1,4 +1,4 @@
-"""Evaluation of one set of weights under moving, online and precise statistics; the variance gaps."""
+"""Evaluation of one set of weights under moving, online and precise statistics."""
 
 import copy
 from collections.abc import Callable
@@ -7,24 +7,17 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from kalmannorm.data.batches import Batches
 from kalmannorm.experiments.record import Evaluation
-from kalmannorm.norm import Estimator
-from kalmannorm.norm.belief import Belief
-from kalmannorm.norm.modes import normalizers, precise_statistics, probing, set_statistics, shard_noise, spread_batches
-from kalmannorm.train.layer_errors import ERROR_BATCHES, Population, layer_errors
+from kalmannorm.norm.modes import normalizers, precise_statistics, set_statistics, shard_noise, spread_batches
 from kalmannorm.train.ranks import Ranks
 
 # Images per evaluation batch, about; online statistics depend on who shares a batch, so it is part of NUMERICS.
 EVALUATION_BATCH = 500
 # Training batches from which precise statistics are re-estimated.
 PRECISE_BATCHES = 200
-# Bins of consecutive statistics groups, along Figure 5's horizontal axis.
-GAP_BINS = 64
-# Two variances of every group: the one measured, and the one that normalizes (KN: the posterior).
-KINDS = ("measured", "used")
 
 
 @torch.no_grad()
@@ -79,90 +72,3 @@ def precise(model: nn.Module, train: Batches, test: Batches, stat_batch: int | N
         precise_statistics(model, (x for x, _ in islice(train.epoch(epoch), PRECISE_BATCHES)))
     found = evaluate(model, test, "moving", stat_batch)
     return found | {"batches": min(PRECISE_BATCHES, train.steps_per_epoch), "definition": "mean of variances"}
-
-
-class _Gaps:
-    """Sums |variance - moving variance| of one normalizer's groups, per channel and bin of consecutive groups.
-
-    And its population's statistics, from the same pass.
-    """
-
-    def __init__(self, moving: Tensor, groups: int, keep: bool) -> None:
-        self.moving, self.groups = moving, groups
-        bins = min(GAP_BINS, groups)
-        self.sums = {key: torch.zeros(len(moving), bins, dtype=torch.float64) for key in KINDS}
-        self.counts = torch.zeros(bins, dtype=torch.float64)
-        self.raw: dict[str, list[Tensor]] = {"measured": [], "used": []}
-        self.seen, self.keep = 0, keep
-        self.population = Population()
-
-    def __call__(self, *, measured: Belief, used: Belief, prior: Belief | None) -> None:
-        count = measured.var.shape[0]
-        bins = (torch.arange(self.seen, self.seen + count) * len(self.counts)) // self.groups
-        self.seen += count
-        self.population.add(measured)
-        self.counts.index_add_(0, bins, torch.ones(count, dtype=torch.float64))
-        for key, belief in (("measured", measured), ("used", used)):
-            gap = (belief.var - self.moving).abs().cpu()
-            self.sums[key].index_add_(1, bins, gap.T.double())
-            if self.keep:
-                self.raw[key].append(gap.half())
-
-    def binned(self, key: str) -> Tensor:
-        return (self.sums[key] / self.counts).float()
-
-    def relative(self, key: str, eps: float) -> float:
-        """Mean over channels and groups of the gap over the moving variance (+ the normalizer's eps)."""
-        per_channel = self.sums[key].sum(1) / self.counts.sum()
-        return (per_channel / (self.moving.cpu() + eps)).mean().item()
-
-
-@torch.no_grad()
-def variance_gaps(
-    model: nn.Module,
-    train: Batches,
-    last: tuple[str, ...],
-    grad_batch: int,
-    stat_batch: int,
-    images: int | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Figure 5: gaps between every group's variance and the moving variance, over the training set as it is, or over
-    the first `images` of it in the fixed order.
-
-    And the errors of every layer's estimates (mechanism.py), on its first batches.
-
-    Returns the small arrays that stand beside the record (`gap_measured`, `gap_used` [C, bins] and `moving_var` [C] of
-    the last normalizers, whose channels stand side by side, `last_channels` of each; `layer_gap_measured`,
-    `layer_gap_used` and `layer_error_...` per normalizer), and the raw gaps of the last normalizers [groups, C] in half
-    precision.
-    """
-    layers = normalizers(model)
-    order = train.fixed_order()[:images]
-    groups = -(-len(order) // stat_batch)
-    probes = {}
-    for name, layer in layers.items():
-        assert layer.running_var is not None
-        probes[name] = _Gaps(layer.running_var.clone(), groups, keep=name in last)
-    shard_noise(model, (0, 1))
-    set_statistics(model, "online")
-    model.eval()
-    with probing(model, dict(probes)):
-        for x, _, _ in train.plain(grad_batch, order, fill=stat_batch):
-            model(x)
-    first = islice(train.plain(grad_batch, order, fill=stat_batch), ERROR_BATCHES)
-    errors = layer_errors(model, {name: probe.population for name, probe in probes.items()}, (x for x, _, _ in first))
-    set_statistics(model, "moving")
-    arrays = {
-        "last_channels": np.array([len(probes[name].moving) for name in last]),
-        "moving_var": torch.cat([probes[name].moving for name in last]).float().cpu().numpy(),
-    }
-    raw = {}
-    # Where the measurement itself normalizes there is nothing else to draw.
-    for key in KINDS if any(isinstance(layer, Estimator) for layer in layers.values()) else KINDS[:1]:
-        relative = [probe.relative(key, layers[name].eps) for name, probe in probes.items()]
-        arrays[f"layer_gap_{key}"] = np.array(relative, dtype=np.float32)
-        arrays[f"gap_{key}"] = torch.cat([probes[name].binned(key) for name in last]).numpy()
-        raw[key] = np.concatenate(
-            [np.concatenate([part.numpy() for part in probes[name].raw[key]]) for name in last], 1
-        )
-    return arrays | errors, raw

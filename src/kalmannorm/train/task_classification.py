@@ -19,8 +19,9 @@ from kalmannorm.experiments.settings import FolderDataset, Schedule
 from kalmannorm.files import write_atomically
 from kalmannorm.norm import Estimator, PopulationNorm, SparseSwitchableNorm, SwitchableNorm
 from kalmannorm.norm.modes import normalizers
-from kalmannorm.train.evaluate import evaluate, precise, under_both, variance_gaps
+from kalmannorm.train.evaluate import evaluate, precise, under_both
 from kalmannorm.train.first_steps import FirstSteps
+from kalmannorm.train.gaps import variance_gaps
 from kalmannorm.train.initialize import initialize, measure_input
 from kalmannorm.train.loaders import loaders, open_data, recoloured
 from kalmannorm.train.model import build, learning_rate
