@@ -90,8 +90,8 @@ def _plainly(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """As parse_args, and overrides may stand behind options too (`sweep table1 --dry-run budget=paper`), which argparse
-    takes for unknown ones."""
+    """Parse as parse_args does, and overrides may stand behind options too (`sweep table1 --dry-run budget=paper`),
+    which argparse takes for unknown ones."""
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any("=" not in r or r.startswith("-") for r in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

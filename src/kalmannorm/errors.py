@@ -25,7 +25,7 @@ class Stopped(BaseException):
 
 
 def nearest(name: str, valid: Iterable[str], kind: str = "name") -> str:
-    """The message for a name that is not among the valid ones, with the closest of them if there is a close one.
+    """Return the message for a name that is not among the valid ones, with the closest of them if there is a close one.
 
     >>> nearest("cifar11", ["digits", "cifar10"], "dataset")
     "unknown dataset 'cifar11'; did you mean 'cifar10'? valid: digits, cifar10"

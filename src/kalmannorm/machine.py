@@ -20,17 +20,17 @@ LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_gpu() -> bool:
-    """Whether there is a driver, and CUDA_VISIBLE_DEVICES does not hide all its GPUs."""
+    """Say whether there is a driver, and CUDA_VISIBLE_DEVICES does not hide all its GPUs."""
     return DRIVER.exists() and allotted_gpus() != ()
 
 
 def allotted_gpus() -> tuple[str, ...] | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, by number or UUID, as CUDA reads it; None where it is not set.
+    """Return the GPUs that CUDA_VISIBLE_DEVICES names, by number or UUID, as CUDA reads it; None where it is not set.
 
     A cluster sets it to what it allots to a job. What follows a number below 0 or a word like "none" is not seen.
     """
@@ -44,7 +44,7 @@ def allotted_gpus() -> tuple[str, ...] | None:
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16 matrices."""
+    """Say whether the CPU has instructions for products of bfloat16 matrices."""
     try:
         flags = next(line for line in CPUS.read_text().splitlines() if line.startswith("flags")).split()
     except (OSError, StopIteration):
@@ -53,7 +53,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Ids of this machine's GPUs, those of CUDA_VISIBLE_DEVICES if it is set."""
+    """Return the ids of this machine's GPUs, those of CUDA_VISIBLE_DEVICES if it is set."""
     if (chosen := allotted_gpus()) is not None:
         return chosen
     try:

@@ -60,7 +60,7 @@ def ibn_b(model: nn.Module) -> Placed:
 
 
 def itern_first(model: nn.Module) -> Placed:
-    """The first normalizer whitened by IterNorm, as in its ResNets for ImageNet; all else is Batch Norm."""
+    """Place IterNorm at the first normalizer, as in its ResNets for ImageNet; all else is Batch Norm."""
     first = next((name for name, m in model.named_modules() if isinstance(m, _BatchNorm)), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no BatchNorm layer")
@@ -77,8 +77,8 @@ _KNOWN = "ResNets with torchvision's names, DenseNets of torchvision's and this 
 
 
 def choices(model: nn.Module) -> Placed:
-    """What every SSN layer of a trained model has chosen, as a mapping for `convert` of the plain model: bn, in or ln
-    where mean and variance chose the same, else `ssn`, as it is.
+    """Return what every SSN layer of a trained model has chosen, as a mapping for `convert` of the plain model: bn, in
+    or ln where mean and variance chose the same, else `ssn`, as it is.
 
     ValueError: a model without SSN, or with a layer that has not chosen yet.
     """

@@ -55,7 +55,8 @@ PREPARE: dict[str, Callable[[str, Path, Path | None, bool], Path]] = {  # digits
 
 
 def root(option: str | None = None) -> Path:
-    """The folder that holds the data sets: the option, else the environment variable KALMANNORM_DATA, else ./data."""
+    """Return the folder that holds the data sets: the option, else the environment variable KALMANNORM_DATA, else
+    ./data."""
     chosen = option or os.environ.get("KALMANNORM_DATA") or "data"
     try:
         return Path(chosen).expanduser()
@@ -64,7 +65,7 @@ def root(option: str | None = None) -> Path:
 
 
 def source(dataset: Mapping[str, Any], root: Path) -> Source:
-    """The data set of a run's configuration (conf/dataset). UserError as for `load`."""
+    """Return the data set of a run's configuration (conf/dataset). UserError as for `load`."""
     if dataset.get("loader") is None:
         return load(dataset["name"], root)
     if dataset["loader"] == "ffcv":
@@ -73,14 +74,15 @@ def source(dataset: Mapping[str, Any], root: Path) -> Source:
 
 
 def workers_of(asked: int | str, world: int) -> int:
-    """Workers of one of `world` processes: those asked for; "auto": its share of this machine's cores, up to 16."""
+    """Return the workers of one of `world` processes: those asked for; "auto": its share of this machine's cores, up to
+    16."""
     if asked != "auto":
         return int(asked)
     return max(1, min(16, machine.cores() // (machine.launch().local_world if world > 1 else 1)))
 
 
 def load(name: str, root: Path) -> Arrays:
-    """The data set `name`, checked. UserError if there is none of that name, or it is missing or damaged."""
+    """Return the data set `name`, checked. UserError if there is none of that name, or it is missing or damaged."""
     if name not in DATASETS:
         raise UserError(nearest(name, DATASETS, "dataset"))
     return DATASETS[name](root)

@@ -54,8 +54,8 @@ class _Wrong(ValueError):
 
 
 def read(file: Path, root: Path) -> Split:
-    """The split that an instances file describes, whose images are in `root`. UserError: the first things wrong with
-    it, each with its annotation's id, and how many more there are."""
+    """Read the split that an instances file describes, whose images are in `root`. UserError: the first things wrong
+    with it, each with its annotation's id, and how many more there are."""
     content = _parse(file)
     problems: list[str] = []
     categories = {one["id"]: one for one in _checked(content, "categories", _category, problems)}
@@ -96,7 +96,7 @@ def _parse(file: Path) -> dict[str, list[object]]:
 def _checked(
     content: dict[str, list[object]], kind: str, check: Callable[[Values], Values], problems: list[str]
 ) -> Iterator[Values]:
-    """The entries of a list that are right, with integers for ids."""
+    """Yield the entries of a list that are right, with integers for ids."""
     known = set()
     for number, entry in enumerate(content[kind]):
         what = f"{kind} entry {number + 1}"
@@ -134,7 +134,7 @@ Known = tuple[Values, Header, bool]  # an image, its file's header, and whether 
 
 
 def _with_headers(images: dict[int, Values], root: Path, problems: list[str]) -> dict[int, Known]:
-    """The images whose files are there and of the listed size, which becomes that of the upright picture."""
+    """Return the images whose files are there and of the listed size, which becomes that of the upright picture."""
 
     def header(image: Values) -> Header | Unreadable:
         try:
@@ -231,7 +231,7 @@ def _box(box: object, width: int, height: int, name: str) -> tuple[float, float,
 
 
 def _mask(segmentation: object, height: int, width: int) -> Values:
-    """Every form of COCO's masks as a compressed run-length code."""
+    """Bring every form of COCO's masks to a compressed run-length code."""
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if _is_polygon(polygon, height, width)]
         if not polygons:
@@ -259,7 +259,7 @@ def _mask(segmentation: object, height: int, width: int) -> Values:
 
 
 def _is_polygon(polygon: object, height: int, width: int) -> bool:
-    """Whether it has an area; points and lines, which some tools write beside polygons, have none."""
+    """Say whether it has an area; points and lines, which some tools write beside polygons, have none."""
     if not isinstance(polygon, list):
         hint = "; a single polygon stands in a list of its own: [[x, y, ...]]" if _is_number(polygon) else ""
         raise _Wrong(f"has {_short(polygon)} among its polygons, expected lists [x, y, x, y, ...]{hint}")
@@ -275,7 +275,7 @@ def _is_polygon(polygon: object, height: int, width: int) -> bool:
 
 
 def _runs(text: str) -> NDArray[np.int64] | None:
-    """The runs of a compressed code, None if it is none: pycocotools itself decodes any string to something.
+    """Return the runs of a compressed code, None if it is none: pycocotools itself decodes any string to something.
 
     Six bits a character from "0" on, five of them digits of a number (the lowest first, in two's complement) and one
     that says that there are more; from the fourth run on, what is written is the difference to the last but one.
@@ -297,7 +297,7 @@ def _runs(text: str) -> NDArray[np.int64] | None:
 
 
 def _integer(value: object) -> int | None:
-    """The integer that a number is, as some tools write 7.0; None for what is none."""
+    """Return the integer that a number is, as some tools write 7.0; None for what is none."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

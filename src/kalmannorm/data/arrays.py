@@ -44,7 +44,7 @@ class Arrays:
 
 
 def digest(*arrays: NDArray[np.generic]) -> str:
-    """sha256 over the arrays' bytes, one after the other, in C order and little endian."""
+    """Hash by sha256 the arrays' bytes, one after the other, in C order and little endian."""
     total = hashlib.sha256()
     for array in arrays:
         total.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
@@ -55,12 +55,12 @@ def digest(*arrays: NDArray[np.generic]) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all four arrays are there (source.json may be missing: the provenance is then unknown)."""
+    """Say whether all four arrays are there (source.json may be missing: the provenance is then unknown)."""
     return all((folder / f"{name}.npy").is_file() for name in ARRAYS)
 
 
 def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int]) -> Arrays:
-    """The set `name` from its folder under `root`, checked.
+    """Read the set `name` from its folder under `root`, checked.
 
     official: number of training and test images of the published set. Another number is accepted and said in the
     fidelity. Raises UserError for whatever is missing, unreadable, of the wrong type or shape, or inconsistent.
@@ -122,7 +122,7 @@ def _check(folder: Path, split: str, images: NDArray[Any], labels: NDArray[Any],
 
 
 def _fidelity(folder: Path, name: str, counts: tuple[int, int], sha256: str) -> str:
-    """What source.json says about the pixels, in one line."""
+    """Return what source.json says about the pixels, in one line."""
     path = folder / SOURCE
     if not path.exists():
         return f"unknown (no {SOURCE})"
@@ -181,7 +181,8 @@ def _flush(file: IO[bytes] | IO[str]) -> None:
 
 @contextmanager
 def partial(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`, for what is not finished yet; removed at the end, OSErrors become UserErrors.
+    """Make a hidden folder beside `folder`, for what is not finished yet; removed at the end, OSErrors become
+    UserErrors.
 
     Those of killed processes of this machine are removed too.
     """
@@ -216,7 +217,7 @@ def _lives(process: int) -> bool:
 
 
 def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Square images brought to another size: uint8 [N, H, H, C] -> uint8 [N, size, size, C].
+    """Bring square images to another size: uint8 [N, H, H, C] -> uint8 [N, size, size, C].
 
     Down by an integer factor: the mean over each block of pixels. Up: bilinear, pixel centres aligned as torch's
     `interpolate(align_corners=False)` has them. Halves round up. Raises UserError for any other size.

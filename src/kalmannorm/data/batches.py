@@ -22,7 +22,8 @@ Counted = tuple[Tensor, Tensor, int]  # and how many of them count
 
 
 def mix(*numbers: int) -> int:
-    """One seed of 63 bits from several integers: the head of the sha256 of their decimal digits joined by commas.
+    """Make one seed of 63 bits from several integers: the head of the sha256 of their decimal digits joined by
+    commas.
 
     The same on every platform and version; no structure of the arguments survives (seed 1, epoch 2 is as far from
     seed 2, epoch 1 as from any other), even in the low 32 bits, which are all that torch's CPU generator uses.
@@ -32,8 +33,8 @@ def mix(*numbers: int) -> int:
 
 
 def fixed_order(count: int) -> Tensor:
-    """`count` images in a random order that is the same for every run: int64 [count]. Test sets may be sorted by class,
-    and who shares a statistics group matters."""
+    """Return `count` images in a random order that is the same for every run: int64 [count]. Test sets may be sorted by
+    class, and who shares a statistics group matters."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(EVALUATION_SEED)))
 
 
@@ -62,7 +63,7 @@ class Batches(ABC):
         return self.count // self.batch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Augmented batches of one epoch, from `start_step` on: float32 [batch / world, 3, H, W] and labels.
+        """Yield augmented batches of one epoch, from `start_step` on: float32 [batch / world, 3, H, W] and labels.
 
         What a step yields depends on (seed, epoch, step) and the shard alone.
         """
@@ -75,7 +76,7 @@ class Batches(ABC):
     def plain(
         self, batch: int, order: Tensor | NDArray[np.int64] | Sequence[int] | None = None, fill: int = 1
     ) -> Iterator[Counted]:
-        """Batches without augmentation: (images, labels, counted). Every image is counted exactly once.
+        """Yield batches without augmentation: (images, labels, counted). Every image is counted exactly once.
 
         batch: images per step over all devices, a multiple of `fill`.
         order: indices of the images; None: all of them, in `fixed_order`.

@@ -43,13 +43,13 @@ class Betons:
 
 
 def require_ffcv() -> None:
-    """UserError where FFCV is not installed."""
+    """Raise UserError where FFCV is not installed."""
     if importlib.util.find_spec("ffcv") is None:
         raise UserError("ffcv is not installed: `make setup-ffcv`, or dataset.loader=torchvision, which needs no extra")
 
 
 def load(root: Path, dataset: Mapping[str, Any]) -> Betons:
-    """The .beton files in `root/FOLDER`, or in `root` itself. UserError: missing, or damaged."""
+    """Open the .beton files in `root/FOLDER`, or in `root` itself. UserError: missing, or damaged."""
     require_ffcv()
     name = dataset["name"]
     places = (root / dataset["folder"], root)

@@ -22,7 +22,8 @@ Box = tuple[int, int, int, int]  # row, column, height, width
 
 
 def set_threads(count: int) -> None:
-    """FFCV's own way also sets torch's number of threads, and with it the results of a training on the CPU."""
+    """Set FFCV's threads without FFCV's own way, which also sets torch's number of threads, and with it the results of
+    a training on the CPU."""
 
     def threads(n: int) -> None:
         Compiler.num_threads = min(n, numba.config.NUMBA_NUM_THREADS)
@@ -44,7 +45,7 @@ def uniform(key: int, number: int) -> float:
 
 @numba.njit
 def random_box(height: int, width: int, key: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
-    """The random-resized crop as torchvision draws it: area and aspect uniform (log-uniform) in their ranges."""
+    """Return the random-resized crop as torchvision draws it: area and aspect uniform (log-uniform) in their ranges."""
     low, high = np.log(ratio[0]), np.log(ratio[1])
     for n in range(TRIES):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform(key, 4 * n))

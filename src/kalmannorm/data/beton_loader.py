@@ -75,8 +75,8 @@ class BetonLoader(Stream):
 
 
 def _take(decoding: Any) -> Any:
-    """The next batch and its place in FFCV's buffers, None after the last; FFCV itself waits forever for a thread that
-    has died."""
+    """Return the next batch and its place in FFCV's buffers, None after the last; FFCV itself waits forever for a
+    thread that has died."""
     while True:
         try:
             return decoding.output_queue.get(timeout=5)

@@ -60,7 +60,7 @@ def write(
     skip: bool = False,
     timeout: float = 600,
 ) -> Path:
-    """Writes train.beton, val.beton and beton.json to `out` (None: beside train/ and val/); returns that folder.
+    """Write train.beton, val.beton and beton.json to `out` (None: beside train/ and val/); return that folder.
 
     skip: leave out images that cannot be read, after looking at all of them; else the first one ends it. UserError: no
     such data set; an unreadable image; a worker that died; nothing done for `timeout` seconds. Nothing is left behind.
@@ -135,13 +135,13 @@ def _read(stream: IO[str], lines: "queue.SimpleQueue[str | None]") -> None:
 
 
 def _last_line(log: Path) -> str:
-    """Of what FFCV or Python said."""
+    """Return the last line of what FFCV or Python said, in brackets."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return f" ({lines[-1].strip()})" if lines else ""
 
 
 def _end(writer: "subprocess.Popen[str]") -> None:
-    """Ends what is left of the writer's process group. SIGTERM first: it spares the process that frees shared memory,
+    """End what is left of the writer's process group. SIGTERM first: it spares the process that frees shared memory,
     which goes by itself."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for _ in range(20):
@@ -158,7 +158,7 @@ def _end(writer: "subprocess.Popen[str]") -> None:
 
 
 def _say(kind: str, text: str = "") -> None:
-    """One write a line: lines of several processes stay whole."""
+    """Write a line at once: lines of several processes stay whole."""
     os.write(sys.stdout.fileno(), f"{kind}{text}\n".encode())
 
 

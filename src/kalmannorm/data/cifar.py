@@ -21,17 +21,18 @@ ARCHIVE_BYTES = 171_000_000  # both archives are 169 to 170.5 MB
 
 
 def load_cifar10(root: Path) -> Arrays:
-    """CIFAR-10 from `root/cifar10`, as `prepare` (or a copy of it in the same layout) has it there."""
+    """Load CIFAR-10 from `root/cifar10`, as `prepare` (or a copy of it in the same layout) has it there."""
     return read_folder(root, "cifar10", classes=CLASSES["cifar10"], official=OFFICIAL)
 
 
 def load_few(root: Path) -> Arrays:
-    """CIFAR-10 by a name of its own, for few images and no crops (conf/dataset/cifar10_few.yaml)."""
+    """Load CIFAR-10 by a name of its own, for few images and no crops (conf/dataset/cifar10_few.yaml)."""
     return _named(load_cifar10(root), "cifar10_few")
 
 
 def load_recoloured(root: Path) -> Arrays:
-    """CIFAR-10 by a name of its own, for test images in other colours too (conf/dataset/cifar10_recoloured.yaml)."""
+    """Load CIFAR-10 by a name of its own, for test images in other colours too
+    (conf/dataset/cifar10_recoloured.yaml)."""
     return _named(load_cifar10(root), "cifar10_recoloured")
 
 
@@ -40,7 +41,7 @@ def _named(arrays: Arrays, name: str) -> Arrays:
 
 
 def load_cifar100(root: Path) -> Arrays:
-    """CIFAR-100, fine labels, from `root/cifar100`."""
+    """Load CIFAR-100, fine labels, from `root/cifar100`."""
     return read_folder(root, "cifar100", classes=CLASSES["cifar100"], official=OFFICIAL)
 
 
@@ -84,7 +85,8 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
 
 
 def _members(file: BinaryIO, path: Path) -> dict[str, bytes]:
-    """The archive's regular files in memory. One member that is not a plain file or leads outside refuses it all."""
+    """Read the archive's regular files into memory. One member that is not a plain file or leads outside refuses it
+    all."""
     members = {}
     try:
         with tarfile.open(fileobj=file, mode="r:*") as tar:
@@ -103,7 +105,7 @@ def _members(file: BinaryIO, path: Path) -> dict[str, bytes]:
 def _batch(
     members: dict[str, bytes], member: str, path: Path, classes: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """One pickled batch: images uint8 [n, 32, 32, 3] and labels int64 [n]."""
+    """Read one pickled batch: images uint8 [n, 32, 32, 3] and labels int64 [n]."""
     if member not in members:
         raise UserError(f"{path} does not hold {member}; expected the official archive")
     try:
@@ -128,7 +130,7 @@ class ArrayUnpickler(pickle.Unpickler):
         super().__init__(file, encoding="latin1")  # they were written by Python 2
 
     def find_class(self, module: str, name: str) -> Any:
-        """The three names a pickled array needs. `numpy._core` is what newer numpy calls the same module."""
+        """Return the three names a pickled array needs. `numpy._core` is what newer numpy calls the same module."""
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return np.ndarray.__reduce__(np.empty(0))[0]
         if module == "numpy" and name in ("ndarray", "dtype"):

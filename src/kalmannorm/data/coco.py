@@ -50,7 +50,8 @@ class Coco:
 
 
 def load(name: str, root: Path, classes: int) -> Coco:
-    """The set `name` from its folder under `root`, checked. UserError: whatever is missing, damaged or inconsistent."""
+    """Return the set `name` from its folder under `root`, checked. UserError: whatever is missing, damaged or
+    inconsistent."""
     folder = find(name, root)
     train, test = (read(_annotations(folder, split), folder / split) for split in SPLITS)
     categories = sorted(train.coco.cats)
@@ -70,7 +71,7 @@ def load(name: str, root: Path, classes: int) -> Coco:
 
 
 def trainable(annotation: Values) -> bool:
-    """Whether an annotation is an object to train on: no crowd region, not thinner than a pixel, with a mask."""
+    """Say whether an annotation is an object to train on: no crowd region, not thinner than a pixel, with a mask."""
     thin = min(annotation["bbox"][2:]) < SMALLEST
     return not annotation["iscrowd"] and not thin and run_length.area(annotation["segmentation"]) > 0
 
@@ -80,7 +81,7 @@ def _annotations(folder: Path, split: str) -> Path:
 
 
 def find(name: str, root: Path) -> Path:
-    """The folder with both splits' images and annotations. UserError: something of it is missing."""
+    """Return the folder with both splits' images and annotations. UserError: something of it is missing."""
     folder = root / name
     for split in SPLITS:
         file, images = _annotations(folder, split), folder / split
@@ -94,7 +95,8 @@ def find(name: str, root: Path) -> Path:
 
 
 def _digest(folder: Path, *splits: Split) -> str:
-    """sha256 over both annotation files, and over every image's name and number of bytes (not its 20 GB of pixels)."""
+    """Hash by sha256 both annotation files, and every image's name and number of bytes (not its 20 GB of
+    pixels)."""
     total = hashlib.sha256()
     for split, found in zip(SPLITS, splits, strict=True):
         with _annotations(folder, split).open("rb") as file:
@@ -215,7 +217,7 @@ class TrainingBatches:
         return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from `start_step` on, each image mirrored with probability 1/2."""
+        """Yield the batches of one epoch, from `start_step` on, each image mirrored with probability 1/2."""
         order = self.order(epoch)[start_step:]
         rank, world = self.shard
         mine = [[self._item(i, epoch) for i in batch[rank::world]] for batch in order]
@@ -250,7 +252,7 @@ def resized(height: int, width: int, size: int, max_size: int) -> tuple[int, int
 
 
 def choose(positions: list[int], count: int | None) -> list[int]:
-    """`count` of the images, always the same ones, in ascending order; None: all."""
+    """Choose `count` of the images, always the same ones, in ascending order; None: all."""
     if count is None:
         return positions
     if count > len(positions):

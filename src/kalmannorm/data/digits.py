@@ -10,7 +10,7 @@ TEST_IMAGES = 360  # a fifth, stratified; the split is fixed (random_state 0), t
 
 
 def load(root: Path) -> Arrays:
-    """The digits at their native 8x8, grey repeated over three channels; `root` is not needed.
+    """Load the digits at their native 8x8, grey repeated over three channels; `root` is not needed.
 
     8x8 is too small for the networks here: `arrays.resize` brings them to the size of the budget.
     """

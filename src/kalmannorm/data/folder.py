@@ -64,7 +64,7 @@ class Images:
     provenance: dict[str, Any]
 
     def without(self, unreadable: Unreadables) -> "Images":
-        """Less the images that `find_unreadable` found, which the provenance then names with the reasons."""
+        """Leave out the images that `find_unreadable` found, which the provenance then names with the reasons."""
         left = {}
         named = []
         for split, files in (("train", self.train), ("val", self.test)):
@@ -81,7 +81,7 @@ class Images:
 
 
 def find(root: Path, dataset: Mapping[str, Any]) -> Path:
-    """The folder with train/ and val/: `root/FOLDER`, or `root` itself. UserError: neither has them."""
+    """Return the folder with train/ and val/: `root/FOLDER`, or `root` itself. UserError: neither has them."""
     places = (root / dataset["folder"], root)
     for place in places:
         if all((place / split).is_dir() for split in SPLITS):
@@ -97,13 +97,14 @@ def find(root: Path, dataset: Mapping[str, Any]) -> Path:
 
 
 def count_classes(root: Path, dataset: Mapping[str, Any]) -> int:
-    """Folders in train/, one a class. UserError as for `find`."""
+    """Count the folders in train/, one a class. UserError as for `find`."""
     return len(_classes(find(root, dataset) / "train"))
 
 
 def load(root: Path, dataset: Mapping[str, Any]) -> Images:
-    """The files of the data set whose configuration (conf/dataset) is given. UserError: it is missing, or not of the
-    layout. `sha256` in the provenance is of the list of files and sizes: to hash 150 GB would take an hour a run."""
+    """Return the files of the data set whose configuration (conf/dataset) is given. UserError: it is missing, or not of
+    the layout. `sha256` in the provenance is of the list of files and sizes: to hash 150 GB would take an hour a
+    run."""
     folder = find(root, dataset)
     classes = {split: _classes(folder / split) for split in SPLITS}
     if classes["train"] != classes["val"]:
@@ -126,7 +127,7 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Images:
 
 
 def _classes(folder: Path) -> list[str]:
-    """As torchvision numbers them: sorted by name."""
+    """Return the class folders as torchvision numbers them, sorted by name."""
     classes = []
     try:
         for entry in os.scandir(folder):
@@ -152,7 +153,7 @@ def _ignored(name: str) -> bool:
 
 
 def _files(folder: Path, classes: list[str], total: "hashlib._Hash") -> Files:
-    """The images of a split, in torchvision's order; their names and sizes go into the hash `total`."""
+    """Return the images of a split, in torchvision's order; their names and sizes go into the hash `total`."""
     names: list[bytes] = []
     labels: list[int] = []
     others: list[Path] = []
@@ -184,7 +185,8 @@ def _files(folder: Path, classes: list[str], total: "hashlib._Hash") -> Files:
 
 
 def _walk(place: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
-    """Every folder under `place` with the files in it, as os.walk has them; links are followed. UserError: a loop."""
+    """Yield every folder under `place` with the files in it, as os.walk has them; links are followed. UserError: a
+    loop."""
     own = _identity(place)
     if own in above:
         raise UserError(f"{place} links to a folder that holds it: remove the link")
@@ -200,7 +202,7 @@ def _walk(place: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str
 
 
 def _identity(place: Path) -> tuple[int, int]:
-    """Of a folder, by whatever name."""
+    """Identify a folder, by whatever name it is reached."""
     status = place.stat()
     return status.st_dev, status.st_ino
 
@@ -218,7 +220,7 @@ def _fidelity(counts: tuple[int, int], published: list[int] | None) -> str:
 
 
 def find_unreadable(images: Images, workers: int) -> Unreadables:
-    """Reads every image once, in `workers` threads: {split: [(index, reason), ...]}."""
+    """Read every image once, in `workers` threads: {split: [(index, reason), ...]}."""
     from rich.console import Console
     from rich.progress import track
 

@@ -78,7 +78,8 @@ class Loader(Batches):
             yield from zip(images.split(local), labels.split(local), strict=True)
 
     def _draws(self, epoch: int) -> Tensor:
-        """int64 [3, steps * batch / world] on the device: which image, where its run starts, whether it is mirrored.
+        """Draw int64 [3, steps * batch / world] on the device: which image, where its run starts, whether it is
+        mirrored.
 
         Drawn for all N positions in this order: permutation, row and column shifts, flips. A change of it, or of
         `mix`, changes results (NUMERICS).
@@ -92,7 +93,7 @@ class Loader(Batches):
         return torch.stack((order, starts, flips))[:, mine].to(self.device)
 
     def _crops(self, starts: Tensor, flips: Tensor | None = None) -> Tensor:
-        """The normalized crops at `starts`, mirrored where `flips` is 1: float32 [n, 3, H, W], contiguous."""
+        """Return the normalized crops at `starts`, mirrored where `flips` is 1: float32 [n, 3, H, W], contiguous."""
         runs = self._runs.index_select(0, starts)
         strides = (runs.stride(0), self._plane_stride, self._row_stride, 1)
         crops = runs.as_strided((len(starts), 3, self.height, self.width), strides)

@@ -32,7 +32,7 @@ def check_room(root: Path, need: int) -> None:
 
 
 def find(filename: str, places: Sequence[Path]) -> Path | None:
-    """The first of `places` that holds the file."""
+    """Return the first of `places` that holds the file."""
     return next((place / filename for place in places if (place / filename).is_file()), None)
 
 
@@ -53,13 +53,13 @@ def fetch(url: str, filename: str, root: Path, md5: str) -> Path:
 
 
 def absent(filename: str, md5: str, places: Sequence[Path]) -> UserError:
-    """The error for a file that is nowhere, when nothing may be downloaded."""
+    """Return the error for a file that is nowhere, when nothing may be downloaded."""
     where = " or ".join(str(place.absolute()) for place in places)
     return UserError(f"{filename} is not there and downloading is off: put it (md5 {md5}) into {where}")
 
 
 def open_verified(path: Path, md5: str) -> BinaryIO:
-    """The file, opened at its start; the md5 is checked on this very handle, so nobody can exchange it in between."""
+    """Open the file at its start; the md5 is checked on this very handle, so nobody can exchange it in between."""
     try:
         file = path.open("rb")
     except OSError as error:

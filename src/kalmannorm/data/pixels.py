@@ -46,7 +46,7 @@ class Header:
 
 
 def read_rgb(path: Path) -> "Image":
-    """The picture as 8-bit RGB, turned as EXIF says; of several in a file the first.
+    """Read the picture as 8-bit RGB, turned as EXIF says; of several in a file the first.
 
     Grey, palettes, CMYK and the like are converted, transparency is dropped, of 16 bits the upper eight are taken.
     Unreadable: damaged or no image; another format than FORMATS; 32-bit integers and floats, whose black and white no
@@ -65,19 +65,20 @@ def read_rgb(path: Path) -> "Image":
 
 
 def look(path: Path) -> Header:
-    """Size and orientation, without decoding the pixels. Unreadable: as for `read_rgb`, as far as this shows it."""
+    """Read size and orientation, without decoding the pixels. Unreadable: as for `read_rgb`, as far as this shows
+    it."""
     return _open(path, lambda _, header: header)
 
 
 def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """[H, W, ...] as stored -> as EXIF's `orientation` says it is to be seen (EXIF 2.32, 4.6.4)."""
+    """Turn [H, W, ...] as stored -> as EXIF's `orientation` says it is to be seen (EXIF 2.32, 4.6.4)."""
     mirrored = pixels[:, ::-1] if orientation in (2, 4, 5, 7) else pixels
     quarters = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: -1, 7: -1, 8: 1}[orientation]  # counterclockwise, after the mirror
     return np.ascontiguousarray(np.rot90(mirrored, quarters))
 
 
 def turn_box(box: tuple[float, float, float, float], header: Header) -> tuple[float, float, float, float]:
-    """(left, top, width, height) in the stored picture -> in the upright one."""
+    """Turn (left, top, width, height) in the stored picture -> in the upright one."""
     x, y, w, h = box
     if header.orientation in (2, 4, 5, 7):
         x = header.width - x - w
@@ -133,7 +134,7 @@ def _header(image: "Image", path: Path) -> Header:
 
 
 def _orientation(image: "Image", path: Path) -> int:
-    """1 where EXIF data are missing, damaged or mean nothing: as every viewer has it."""
+    """Read the orientation: 1 where EXIF data are missing, damaged or mean nothing: as every viewer has it."""
     from PIL import Image
 
     try:
@@ -149,7 +150,7 @@ def _orientation(image: "Image", path: Path) -> int:
 
 
 def _png_exif(path: Path) -> bytes:
-    """The chunk may stand behind the pixels, where Pillow finds it only after decoding them."""
+    """Find the EXIF chunk, which may stand behind the pixels, where Pillow finds it only after decoding them."""
     with path.open("rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
@@ -163,7 +164,7 @@ def _png_exif(path: Path) -> bytes:
 
 
 def _wide(image: "Image") -> "Image":
-    """Grey of more than 8 bits; Pillow's own conversion saturates."""
+    """Convert grey of more than 8 bits; Pillow's own conversion saturates."""
     from PIL.Image import fromarray
     from PIL.TiffImagePlugin import TiffImageFile
 

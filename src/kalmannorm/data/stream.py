@@ -50,8 +50,8 @@ class Stream(Batches):
         self.mean, self.std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
 
     def draws(self, epoch: int) -> Part:
-        """Indices and keys of this rank in all of an epoch. Permutation, then keys, are drawn for all N positions: a
-        change of it changes results (NUMERICS)."""
+        """Return the indices and keys of this rank in all of an epoch. Permutation, then keys, are drawn for all N
+        positions: a change of it changes results (NUMERICS)."""
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(self.count, generator=generator)
         keys = torch.randint(2**32, (self.count,), generator=generator)
@@ -74,11 +74,12 @@ class Stream(Batches):
 
     @abstractmethod
     def decoded(self, parts: Iterator[Part], augment: bool, largest: int) -> Iterator[Batch]:
-        """The images of every part, in order: uint8 [n, 3, size, size] in any memory format, and labels; on the CPU.
-        Every part has `largest` images, but for the last one, which may have less."""
+        """Yield the images of every part, in order: uint8 [n, 3, size, size] in any memory format, and labels; on the
+        CPU. Every part has `largest` images, but for the last one, which may have less."""
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """On a GPU the next batch is copied and normalized on a stream of its own while this one is used."""
+        """Bring batches to the device. On a GPU the next batch is copied and normalized on a stream of its own while
+        this one is used."""
         if self.device.type != "cuda":
             for images, labels in batches:
                 yield self._normalized(images), labels.clone()
@@ -95,7 +96,7 @@ class Stream(Batches):
             yield _claimed(*ready)
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        """To the device, without waiting: from pinned memory that nobody writes to before the copy is done."""
+        """Copy to the device, without waiting: from pinned memory that nobody writes to before the copy is done."""
         if self.borrowed:
             tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
         elif not tensor.is_pinned():
@@ -107,7 +108,8 @@ class Stream(Batches):
 
 
 def _claimed(images: Tensor, labels: Tensor, copied: torch.cuda.Event) -> Batch:
-    """The batch, for the stream that asks: it waits for the copy, and the memory is not reused before it is done."""
+    """Return the batch, for the stream that asks: it waits for the copy, and the memory is not reused before it is
+    done."""
     current = torch.cuda.current_stream(images.device)
     current.wait_event(copied)
     images.record_stream(current)

@@ -20,12 +20,12 @@ FILE_BYTES = {"train": 183_000_000, "test": 65_000_000, "extra": 1_330_000_000}
 
 
 def load(root: Path, name: str = "svhn") -> Arrays:
-    """SVHN from `root/svhn` (or `root/svhn_extra`), as `prepare` writes it."""
+    """Load SVHN from `root/svhn` (or `root/svhn_extra`), as `prepare` writes it."""
     return read_folder(root, name, classes=CLASSES, official=OFFICIAL[name])
 
 
 def load_extra(root: Path) -> Arrays:
-    """SVHN with the extra images in the training set, from `root/svhn_extra`."""
+    """Load SVHN with the extra images in the training set, from `root/svhn_extra`."""
     return load(root, "svhn_extra")
 
 
@@ -70,7 +70,8 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
 
 
 def _mat(path: Path, md5: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """One .mat file: X uint8 [32, 32, 3, n], y [n, 1] with 10 for the digit 0 -> images [n, 32, 32, 3], labels [n]."""
+    """Read one .mat file: X uint8 [32, 32, 3, n], y [n, 1] with 10 for the digit 0 -> images [n, 32, 32, 3], labels
+    [n]."""
     import scipy.io
 
     with open_verified(path, md5) as file:

@@ -102,7 +102,7 @@ class Card:
         return any(column.runs for column in self.columns)
 
     def row(self, key: str) -> Row:
-        """UserError: no such row."""
+        """Find the row of this key. UserError: there is none."""
         found = next((row for row in self.rows if row.key == key), None)
         if found is None:
             raise UserError(f"{self.name}: {nearest(key, [row.key for row in self.rows], 'row')}")
@@ -112,7 +112,7 @@ class Card:
         return [column for column in self.columns if row.columns is None or column.key in row.columns]
 
     def settings(self, row: Row, column: Column | None = None) -> dict[str, Any]:
-        """Those of a row's runs, in one column."""
+        """Return the settings of a row's runs, in one column."""
         return {**self.runs, **(column.runs if column else {}), **row.runs}
 
 
@@ -122,7 +122,7 @@ def names() -> list[str]:
 
 @functools.cache
 def read(name: str) -> Card:
-    """The card. UserError: no such card, or one that is no card, with the reason."""
+    """Read a card. UserError: no such card, or one that is no card, with the reason."""
     if name not in names():
         raise UserError(nearest(name, names(), "experiment"))
     try:
@@ -132,14 +132,15 @@ def read(name: str) -> Card:
 
 
 def parse(tree: Mapping[str, Any]) -> Card:
-    """A card from what its file holds. TypeError: an unknown key, with its name; KeyError: one that is missing."""
+    """Make a card from what its file holds. TypeError: an unknown key, with its name; KeyError: one that is
+    missing."""
     rows = tuple(_row(one) for row in tree["rows"] for one in _swept(row))
     columns = tuple(map(_column, tree.get("columns", ["moving"])))
     return Card(**{**tree, "rows": rows, "columns": columns})
 
 
 def overrides(settings: Settings) -> list[str]:
-    """As the command line takes them."""
+    """Return the settings as the command line takes them."""
     return [f"{key}={_literal(value)}" for key, value in settings.items()]
 
 
@@ -162,7 +163,7 @@ def _column(tree: str | Mapping[str, Any]) -> Column:
 
 
 def _swept(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows that a row stands for: itself, or one per combination of its swept values."""
+    """Return the rows that a row stands for: itself, or one per combination of its swept values."""
     swept = dict(row.get("sweep", {}))
     plain = {key: value for key, value in row.items() if key != "sweep"}
     return [

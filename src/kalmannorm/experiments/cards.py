@@ -27,7 +27,7 @@ def names() -> list[str]:
 
 
 def load(name: str, arguments: list[str]) -> Experiment:
-    """The card `name` under `arguments`: overrides of every run, and
+    """Load the card `name` under `arguments`: overrides of every run, and
 
     seeds=N        seeds 1..N in place of the card's number; seeds=1,4 or seeds=4, names them
     rows=paper     only the papers' rows, without ours; rows=KEY,KEY names them; rows=bn_* by a pattern
@@ -61,7 +61,8 @@ def load(name: str, arguments: list[str]) -> Experiment:
 
 
 def chosen(name: str, arguments: Sequence[str]) -> tuple[Card, dict[str, str], list[str]]:
-    """The card with the rows and columns that the arguments choose; its own arguments; the overrides of every run."""
+    """Return the card with the rows and columns that the arguments choose; its own arguments; the overrides of every
+    run."""
     refuse_repeated(arguments)
     card = cards.read(name)
     own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows", "columns")}
@@ -82,12 +83,12 @@ def chosen(name: str, arguments: Sequence[str]) -> tuple[Card, dict[str, str], l
 
 
 def _last_of_each(*overrides: list[str]) -> list[str]:
-    """The later one of two overrides of the same key, which Hydra would refuse."""
+    """Return the later one of two overrides of the same key, which Hydra would refuse."""
     return list({o.partition("=")[0]: o for group in overrides for o in group}.values())
 
 
 def _columns(card: Card, wanted: str | None, overrides: list[str]) -> tuple[Card, list[str]]:
-    """The card with the columns that are wanted, and what is left of the overrides for every run."""
+    """Return the card with the columns that are wanted, and what is left of the overrides for every run."""
     if not card.has_columns_of_runs:
         if wanted is not None:
             raise UserError(f"columns={wanted}: the columns of {card.name} are of the same runs; there is no choice")
@@ -110,7 +111,8 @@ def _columns(card: Card, wanted: str | None, overrides: list[str]) -> tuple[Card
 
 
 def multirun(overrides: list[str]) -> Experiment:
-    """The runs that Hydra's --multirun makes of `overrides`: the combinations of norm=bn,bkn and seed=range(1,4)."""
+    """Return the runs that Hydra's --multirun makes of `overrides`: the combinations of norm=bn,bkn and
+    seed=range(1,4)."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException

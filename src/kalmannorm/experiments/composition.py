@@ -26,7 +26,7 @@ OPTIONAL = ("data", "weights")  # of them, those that null leaves to their defau
 
 
 def compose(conf: Path, overrides: Sequence[str], among_many: bool = False) -> Values:
-    """The configuration of conf/config.yaml under the overrides, interpolations resolved.
+    """Return the configuration of conf/config.yaml under the overrides, interpolations resolved.
 
     `among_many`: it is one of many, which have most of their groups in common. For a single one that would take longer.
     UserError: what Hydra refuses, in one line; a choice that does not exist, with the nearest that does; a setting that
@@ -64,7 +64,7 @@ def split_paths(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[s
 
 
 def _path(key: str, text: str) -> str | None:
-    """The path as it is, without quotes around the whole of it."""
+    """Return the path as it is, without quotes around the whole of it."""
     if text == "null" and key in OPTIONAL:
         return None
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
@@ -76,7 +76,7 @@ def _path(key: str, text: str) -> str | None:
 
 
 def _of_parts(conf: Path, overrides: Sequence[str]) -> Values | None:
-    """What Hydra would compose, from groups that it composed before; None where that is for Hydra to say."""
+    """Return what Hydra would compose, from groups that it composed before; None where that is for Hydra to say."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
@@ -134,7 +134,7 @@ def _plain(config: "DictConfig", resolve: bool) -> Values:
 
 
 def _check_choice(conf: Path, override: str) -> None:
-    """group=name with a name that does not exist: offer the nearest."""
+    """Raise UserError for group=name with a name that does not exist, and offer the nearest."""
     group, equals, name = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r}: expected key=value, for example seed=2 or norm=bn")
@@ -145,7 +145,7 @@ def _check_choice(conf: Path, override: str) -> None:
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's message in one line that names the override."""
+    """Give Hydra's message in one line that names the override."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -161,7 +161,7 @@ def _check_names(values: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _names(folder: Path) -> tuple[str, ...]:
-    """The names that stand in the files of a group."""
+    """Return the names that stand in the files of a group."""
     named = (
         re.search(r"^name: *([\w-]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
         for file in sorted(folder.glob("*.yaml"))

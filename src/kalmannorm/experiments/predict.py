@@ -8,8 +8,9 @@ Kind = Callable[[Tree], Hashable]
 
 
 def predictor(runs: Iterable[Record]) -> Callable[[Tree], float | None]:
-    """A function from a run's configuration to its device-seconds: training and evaluation, on a device as the recorded
-    runs' (the caller chooses them). None where none of them is of the same network, normalizer, resolution and data."""
+    """Return a function from a run's configuration to its device-seconds: training and evaluation, on a device as the
+    recorded runs' (the caller chooses them). None where none of them is of the same network, normalizer, resolution and
+    data."""
     done = [r for r in runs if r["status"] == "done" and (r.get("host") or {}).get("seconds")]
     kinds = [(kind, _rates(done, kind)) for kind in (_same_batch, _same_network)]
     whole = [r for r in done if r["config"]["budget"]["subset"] is None and "data" in r]
@@ -27,7 +28,7 @@ def predictor(runs: Iterable[Record]) -> Callable[[Tree], float | None]:
 
 
 def on_device(runs: Iterable[Record], device: str) -> list[Record]:
-    """Those that ran on such a device: "cpu", "cuda"."""
+    """Select the runs on such a device: "cpu", "cuda"."""
     return [run for run in runs if str((run.get("host") or {}).get("device")).split(":")[0] == device.split(":")[0]]
 
 
@@ -47,7 +48,7 @@ def _same_batch(config: Tree) -> tuple[Hashable, ...]:
 
 
 def _rates(done: list[Record], kind: Kind) -> dict[Hashable, list[float]]:
-    """Device-seconds an image, of all the runs of each kind."""
+    """Return the device-seconds an image, of all the runs of each kind."""
     rates: dict[Hashable, list[float]] = {}
     for record in done:
         config, host = record["config"], record["host"]
@@ -59,5 +60,5 @@ def _rates(done: list[Record], kind: Kind) -> dict[Hashable, list[float]]:
 
 
 def _images(record: Record) -> int:
-    """Of its training set."""
+    """Count the images of its training set."""
     return int(record["data"]["train_images"])

@@ -17,7 +17,7 @@ HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "de
 
 
 def show(results: str, overrides: list[str]) -> int:
-    """Prints the records whose configuration fits `overrides`, a row each, stale ones marked; of detectors box / mask
+    """Print the records whose configuration fits `overrides`, a row each, stale ones marked; of detectors box / mask
     AP."""
     _expect_folder(results)
     every = read_all(results)
@@ -38,7 +38,7 @@ def show(results: str, overrides: list[str]) -> int:
 
 
 def merge(results: str, folders: list[str]) -> int:
-    """Copies the records, and the arrays beside them, that `results` has not. 1 if any could not be taken in.
+    """Copy the records, and the arrays beside them, that `results` has not. 1 if any could not be taken in.
 
     A record that is there already is left as it is, but for a failed one, which a done one replaces. It is no conflict
     if it says the same but for time and host, or if the other failed.
@@ -78,7 +78,7 @@ def merge(results: str, folders: list[str]) -> int:
 
 
 def prune(results: str, failed: bool = False, yes: bool = False) -> int:
-    """Lists records of another NUMERICS and files that are none (`failed`: and failed runs); `yes`: deletes them."""
+    """List records of another NUMERICS and files that are none (`failed`: and failed runs); `yes`: deletes them."""
     doomed: list[tuple[Path, str]] = []
     _expect_folder(results)
     for file in files(results):
@@ -116,7 +116,7 @@ def _row(record: Record) -> tuple[str, ...]:
 
 
 def _test(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
-    """Whether a record fits key=value: a group's choice (norm=bkn), a setting (batch.stat_batch=2), status=failed.
+    """Say whether a record fits key=value: a group's choice (norm=bkn), a setting (batch.stat_batch=2), status=failed.
 
     UserError: what no record has.
     """
@@ -167,7 +167,7 @@ def _expect_folder(results: str) -> None:
 
 
 def _files(folder: str) -> list[Path]:
-    """Records of a results folder, or of its folder `records`."""
+    """Return the records of a results folder, or of its folder `records`."""
     path = Path(folder)
     if path.name == "records" and not (path / "records").exists():
         path = path.parent
@@ -177,5 +177,5 @@ def _files(folder: str) -> list[Path]:
 
 
 def _differences(a: Record, b: Record) -> list[str]:
-    """Top-level keys, but for time and host, in which two records differ."""
+    """Return the top-level keys, but for time and host, in which two records differ."""
     return [key for key in sorted({*a, *b} - {"host"}) if a.get(key) != b.get(key)]

@@ -17,14 +17,14 @@ from kalmannorm.models.resnet_cifar import ResNet
 
 
 def _torchvision(name: str, classes: int = 1000, **options: Any) -> nn.Module:
-    """torchvision's model as it is, without pretrained weights; the options are torchvision's own."""
+    """Build torchvision's model as it is, without pretrained weights; the options are torchvision's own."""
     import torchvision  # slow to import, and most runs do without
 
     return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
 
 
 def _of_table_2(name: str, **options: Any) -> nn.Module:
-    """A network of the talk's Table 2 that torchvision has no name for."""
+    """Build a network of the talk's Table 2 that torchvision has no name for."""
     from kalmannorm.models import se_resnet  # imports torchvision, as above
 
     build: Callable[..., nn.Module] = getattr(se_resnet, name)

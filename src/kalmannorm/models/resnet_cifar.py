@@ -14,7 +14,7 @@ def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 def he_init(model: nn.Module) -> None:
-    """He initialization, fan-out, for convolutions (released code)."""
+    """Initialize convolutions as He et al. do, by fan-out (released code)."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

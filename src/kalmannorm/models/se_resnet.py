@@ -35,10 +35,10 @@ class SEBottleneck(Bottleneck):
 
 
 def se_resnet101(classes: int = 1000) -> ResNet:
-    """49,292,328 parameters at 1000 classes."""
+    """Build SE-ResNet-101, of 49,292,328 parameters at 1000 classes."""
     return ResNet(SEBottleneck, [3, 4, 23, 3], num_classes=classes)
 
 
 def resnext101_32x4d(classes: int = 1000) -> ResNet:
-    """ResNeXt-101 32x4d (Xie et al. 2017), which torchvision has no name for; 44,177,704 parameters."""
+    """Build ResNeXt-101 32x4d (Xie et al. 2017), which torchvision has no name for; 44,177,704 parameters."""
     return ResNet(Bottleneck, [3, 4, 23, 3], num_classes=classes, groups=32, width_per_group=4)

@@ -101,11 +101,11 @@ class Claim:
         return self.datasets or printed or (str(cards.read(self.contrast[0].card).runs.get("dataset", "cifar10")),)
 
     def printed(self, dataset: str) -> float | None:
-        """The paper's value on a data set."""
+        """Return the paper's value on a data set."""
         return self.paper.get(dataset) if isinstance(self.paper, Mapping) else self.paper
 
     def percent(self, value: float) -> float:
-        """A compared value as it is shown: percent where logarithms are compared."""
+        """Return a compared value as it is shown: percent where logarithms are compared."""
         return 100 * math.expm1(value) if self.measure.log else value
 
     @property
@@ -159,7 +159,7 @@ def claims() -> tuple[Claim, ...]:
 
 
 def evaluate(cells: Cells, results: Path) -> list[Verdict]:
-    """The verdicts in the order of the claims: one for each group of runs, "not run" where there is none."""
+    """Return the verdicts in the order of the claims: one for each group of runs, "not run" where there is none."""
     measured = [verdict for claim in claims() for verdict in _of_claim(claim, cells, results)]
     family: dict[str, int] = {}
     for verdict in measured:
@@ -169,7 +169,7 @@ def evaluate(cells: Cells, results: Path) -> list[Verdict]:
 
 
 def decide(claim: Claim, low: float, high: float) -> Literal["supported", "contradicted", "open"]:
-    """The rule, for the interval of a compared value."""
+    """Apply the rule to the interval of a compared value."""
     least, most = claim.bounds
     if least < low and high < most:
         return "supported"
@@ -212,7 +212,7 @@ def _of_claim(claim: Claim, cells: Cells, results: Path) -> list[Verdict]:
 
 
 def _measure(claim: Claim, group: Group, rows: Sequence[Mapping[str, Any]], cells: Cells) -> Verdict:
-    """The effect, before its interval is known."""
+    """Estimate the effect, before its interval is known."""
     sides = [cells.of(row, group, term.statistics) for row, term in zip(rows, claim.contrast, strict=True)]
     verdict = Verdict(claim, "open", "", group)
     if missing := [str(term) for term, side in zip(claim.contrast, sides, strict=True) if not side.n]:
@@ -243,7 +243,7 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Mapping[str, Any]], cell
 
 
 def _value(claim: Claim, sides: Sequence[Cell]) -> effects.Value | None:
-    """What is compared, of one run."""
+    """Return what is compared, of one run."""
     if _within_runs(claim):
         first, second = (term.statistics for term in claim.contrast)
         sign = claim.contrast[0].sign * (1 if (first, second) == ("online", "moving") else -1)
@@ -261,7 +261,7 @@ def _value(claim: Claim, sides: Sequence[Cell]) -> effects.Value | None:
 
 
 def _within_runs(claim: Claim) -> bool:
-    """Whether it compares two kinds of statistics of the same row."""
+    """Say whether it compares two kinds of statistics of the same row."""
     one, *others = claim.contrast
     return len(others) == 1 and (one.card, one.row, one.column) == (others[0].card, others[0].row, others[0].column)
 
@@ -286,7 +286,8 @@ def _lost(claim: Claim, sides: Sequence[Cell], value: effects.Value) -> str:
 
 
 def _stability(claim: Claim, group: Group, rows: Sequence[Mapping[str, Any]], cells: Cells) -> Verdict:
-    """Percent of runs that were lost, of the plus rows less the minus rows, of all of them that ran in the group."""
+    """Return the percent of runs that were lost, of the plus rows less the minus rows, of all of them that ran in the
+    group."""
     sides: dict[int, list[Cell]] = {1: [], -1: []}
     for row, term in zip(rows, claim.contrast, strict=True):
         sides[term.sign].append(cells.of(row, group, term.statistics))
@@ -305,7 +306,7 @@ def _stability(claim: Claim, group: Group, rows: Sequence[Mapping[str, Any]], ce
 
 
 def _in_family(verdict: Verdict) -> bool:
-    """Whether it is a claim of the papers in their setting, whatever the budget."""
+    """Say whether it is a claim of the papers in their setting, whatever the budget."""
     group, claim = verdict.group, verdict.claim
     return (
         not claim.ours and group is not None and group.width == 1 and not group.schedule and group.dataset in claim.of
@@ -372,7 +373,7 @@ def _timed(claim: Claim, results: Path) -> list[Verdict]:
 
 
 def tally(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """How many verdicts there are of each state."""
+    """Say how many verdicts there are of each state."""
     found: dict[str, int] = dict.fromkeys(("supported", "contradicted", "open", "explored", "not run"), 0)
     for verdict in verdicts:
         found[verdict.state] += 1

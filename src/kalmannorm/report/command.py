@@ -23,7 +23,7 @@ DOCUMENTS = {"docs/results.md": page.results_markdown, "README.md": page.readme_
 
 
 def report(name: str, arguments: list[str]) -> int:
-    """Writes the experiment's files, prints its tables and the paths.
+    """Write the experiment's files, print its tables and the paths.
 
     `arguments`: as for experiments.cards.load. What a card leaves open chooses among the groups of runs, other settings
     are of every row. UserError: no run of them.
@@ -54,7 +54,7 @@ def report(name: str, arguments: list[str]) -> int:
 
 
 def report_all(arguments: list[str]) -> int:
-    """Writes all that the records give, and prints the paths.
+    """Write all that the records give, and print the paths.
 
     Tables, figures, claims.md, report.html, and in a checkout the generated parts of README and docs/results.md.
     """
@@ -67,7 +67,7 @@ def report_all(arguments: list[str]) -> int:
 
 
 def write_all(results: Path) -> list[Path]:
-    """The paths of all files."""
+    """Write all files and return their paths."""
     cells = Cells(frame.load(results))
     made: list[Made] = []
     absent = []
@@ -96,13 +96,13 @@ def write_all(results: Path) -> list[Path]:
 
 
 def compare(runs: list[str], arguments: list[str]) -> int:
-    """Prints two runs beside each other."""
+    """Print two runs beside each other."""
     print(beside(place_of_results(arguments), *runs))
     return 0
 
 
 def place_of_results(arguments: list[str]) -> Path:
-    """The results folder, where no other override means anything. UserError: another override."""
+    """Return the results folder, where no other override means anything. UserError: another override."""
     for argument in arguments:
         if not argument.startswith("results="):
             raise UserError(f"{argument!r}: expected results=FOLDER and nothing else; settings are in the records")
@@ -112,7 +112,7 @@ def place_of_results(arguments: list[str]) -> Path:
 
 
 def _make(card: Card, cells: Cells, results: Path, wanted: Any) -> Iterator[Made]:
-    """Writes the files of a card, and says what they show, for each group of its runs."""
+    """Write the files of a card, and say what they show, for each group of its runs."""
     if card.kind in ("parameters", "speed"):
         counted = parameters.sheet(card) if card.kind == "parameters" else speed.sheet(card, results)
         yield Made(card, None, counted, {}, _write_sheet(results, counted))
@@ -162,7 +162,7 @@ def _write_sheet(results: Path, sheet: Sheet) -> list[str]:
 
 
 def _write(results: Path, stem: str, figure: Any, whole: bool = True) -> bytes:
-    """Writes a picture as PNG, and, where `whole`, as PDF; its SVG is returned."""
+    """Write a picture as PNG, and, where `whole`, as PDF; its SVG is returned."""
     found = plots.encode(figure, ("png", "pdf", "svg") if whole else ("png",))
     picture = found.pop("svg", b"")
     for ending, content in found.items():

@@ -13,7 +13,7 @@ HOST = ("started", "hardware", "device", "threads", "images_per_s", "seconds")
 
 
 def compare(results: Path, first: str, second: str) -> str:
-    """The comparison as text. Each run is an id or its beginning. Raises UserError: no such run, or several."""
+    """Return the comparison as text. Each run is an id or its beginning. Raises UserError: no such run, or several."""
     runs = [find(results, run) for run in (first, second)]
     lines = [["", *(run["id"] for run in runs)], *_statuses(runs)]
     differing = _differing([flat(run["config"], "") for run in runs])

@@ -112,11 +112,11 @@ class Cells:
         self.default_schedule = frame.default_schedule()
 
     def cell(self, card: Card, row: Row, group: Group, column: Column | None = None, statistics: str = "") -> Cell:
-        """The runs of a row; an empty cell where there are none."""
+        """Return the runs of a row; an empty cell where there are none."""
         return self.of(identity(card, row, column), group, statistics or (column.statistics if column else "moving"))
 
     def of(self, row: Mapping[str, Any], group: Group, statistics: str) -> Cell:
-        """The same, of a row's identity (frame.identity)."""
+        """Return the same, of a row's identity (frame.identity)."""
         whole = {
             **row,
             "width": row.get("width", group.width),
@@ -184,28 +184,28 @@ class Effect(NamedTuple):
         return t_quantile(self.df, family) * self.error
 
     def half_width_of(self, seeds: int, family: int = 1) -> float:
-        """What `seeds` of each row of the model would give if the spread stayed."""
+        """Return what `seeds` of each row of the model would give if the spread stayed."""
         df = (seeds - 1) * max(1, self.rows - 1)
         error = self.spread * math.sqrt(sum(w**2 for w in self.weights) / seeds)
         return t_quantile(df, family) * error if df else math.nan
 
 
 def t_quantile(df: float, family: int = 1) -> float:
-    """The Student-t quantile of a two-sided interval at 95 % for `family` intervals at once."""
+    """Return the Student-t quantile of a two-sided interval at 95 % for `family` intervals at once."""
     from scipy.special import stdtrit  # without the second that importing scipy.stats takes
 
     return float(stdtrit(df, 1 - (1 - CONFIDENCE) / (2 * family)))
 
 
 def interval(values: Sequence[float]) -> float:
-    """Half the 95 % Student-t interval of the mean of independent values; nan of one."""
+    """Return half the 95 % Student-t interval of the mean of independent values; nan of one."""
     return (
         t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if values[1:] else math.nan
     )
 
 
 def fit(values: Mapping[Any, Mapping[int, float]], seeds: bool = True) -> Fit:
-    """The model of `values`: row -> seed -> value. `seeds` False: value = row alone, for the level of a row."""
+    """Return the model of `values`: row -> seed -> value. `seeds` False: value = row alone, for the level of a row."""
     rows = tuple(row for row in values if values[row])
     every = sorted({seed for row in rows for seed in values[row]})
     points = [(i, every.index(seed), value) for i, row in enumerate(rows) for seed, value in values[row].items()]
@@ -228,7 +228,7 @@ def fit(values: Mapping[Any, Mapping[int, float]], seeds: bool = True) -> Fit:
 
 
 def effect(of: Fit, weights: Mapping[Any, float]) -> Effect | None:
-    """A contrast of rows. None where a row has no run, or no common seeds connect the rows."""
+    """Return a contrast of rows. None where a row has no run, or no common seeds connect the rows."""
     if not all(row in of.rows for row in weights):
         return None
     vector = np.array([weights.get(row, 0.0) for row in of.rows])
@@ -241,7 +241,8 @@ def effect(of: Fit, weights: Mapping[Any, float]) -> Effect | None:
 
 
 def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> tuple[Effect | None, Fit]:
-    """A contrast under row + seed; under the rows alone for a level, or where no common seeds connect the rows."""
+    """Return a contrast under row + seed; under the rows alone for a level, or where no common seeds connect the
+    rows."""
     model = fit(values, seeds=abs(sum(weights.values())) < 1e-9)
     found = effect(model, weights)
     if found is None and all(row in model.rows for row in weights):
@@ -251,7 +252,7 @@ def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, fl
 
 
 def pool(cells: Cells, own: Iterable[Card], group: Group, statistics: str, networks: Iterable[str]) -> dict[Any, Cell]:
-    """The rows whose spread is pooled: those of all tables and of the cards `own`, of these networks, by `key`.
+    """Return the rows whose spread is pooled: those of all tables and of the cards `own`, of these networks, by `key`.
 
     So the same difference has the same interval in every table and in the claims.
     """
@@ -273,20 +274,20 @@ def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def values_of(cell: Cell, value: Value) -> dict[int, float]:
-    """By seed, of the runs that learned and have the value."""
+    """Return the value by seed, of the runs that learned and have it."""
     found = {int(run["seed"]): value(run) for run in cell.learned}
     return {seed: of_run for seed, of_run in found.items() if of_run is not None and math.isfinite(of_run)}
 
 
 @functools.cache
 def named(what: str) -> frozenset[Any]:
-    """The widths, or `rates`, that rows of cards name."""
+    """Return the widths, or `rates`, that rows of cards name."""
     rows = (identity(card, row) for card in map(cards.read, cards.names()) for row in card.rows)
     return frozenset(row[what] for row in rows if what in row)
 
 
 def identity(card: Card, row: Row, column: Column | None = None) -> dict[str, Any]:
-    """A row as the frame has it; with its data set where a column fixes it."""
+    """Return a row as the frame has it; with its data set where a column fixes it."""
     settings = card.settings(row, column)
     found = frame.identity(settings)
     if column and "dataset" in column.runs:

@@ -44,7 +44,7 @@ def load(results: str | Path = "results", numerics: int = NUMERICS) -> pd.DataFr
 
 
 def check(runs: pd.DataFrame, numerics: int = NUMERICS) -> pd.DataFrame:
-    """The frame with the columns `state` and `note`: what must not be averaged, compared or overlooked.
+    """Return the frame with the columns `state` and `note`: what must not be averaged, compared or overlooked.
 
     Runs of another numerics are stale. Of runs that differ in arithmetic or data, the kind with the most seeds is used;
     of two runs of one seed, the one that started first.
@@ -86,7 +86,8 @@ def check(runs: pd.DataFrame, numerics: int = NUMERICS) -> pd.DataFrame:
 
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
-    """The accuracies (percent) after every epoch, in long form: one row per run, kind of statistics and evaluation."""
+    """Return the accuracies (percent) after every epoch, in long form: one row per run, kind of statistics and
+    evaluation."""
     whole = runs[runs.curve.map(lambda curve: isinstance(curve, list) and len(curve) > 0)]
     settings = [column for column in runs if column not in ("curve", "step", "epoch", "train_loss", "accuracy")]
     long = whole[[*settings, "epoch", "step", "curve"]].explode(["epoch", "step", "curve"], ignore_index=True)
@@ -94,7 +95,7 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def arrays(identity: str, results: str | Path = "results") -> dict[str, np.ndarray]:
-    """The small arrays beside one run's record (docs/records.md). UserError: no such file, or a broken one."""
+    """Return the small arrays beside one run's record (docs/records.md). UserError: no such file, or a broken one."""
     path = Path(results) / "records" / f"{identity}.npz"
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -106,8 +107,8 @@ def arrays(identity: str, results: str | Path = "results") -> dict[str, np.ndarr
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """The columns of ROW that a card's settings stand for, and what else they name: the `width`, a `schedule` (that
-    another may take the place of), `rates` (a schedule of the row's own)."""
+    """Return the columns of ROW that a card's settings stand for, and what else they name: the `width`, a `schedule`
+    (that another may take the place of), `rates` (a schedule of the row's own)."""
     return dict(_identity(json.dumps(dict(settings))))
 
 
@@ -142,12 +143,12 @@ def _identity(text: str) -> dict[str, Any]:
 
 
 def default_schedule() -> str:
-    """What runs have that name no other."""
+    """Return what runs have that name no other."""
     return str(_defaults()["schedule"])
 
 
 def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
-    """One for each kind of statistics; a failed record, which knows none, has one for each that there is."""
+    """Make a row for each kind of statistics; a failed record, which knows none, has one for each that there is."""
     config, final, curve = record["config"], record.get("final") or {}, record.get("curves") or {}
     data, host, batch = record.get("data") or {}, record.get("host") or {}, config["batch"]
     shared = {key: record.get(key) for key in ("id", "numerics", "status", "reason", "parameters", "norms", "weights")}
@@ -191,7 +192,7 @@ def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
 
 
 def _difference(final: Mapping[str, Any], one: str, other: str) -> float | None:
-    """Points between two kinds of statistics of the same weights."""
+    """Return the points between two kinds of statistics of the same weights."""
     first, second = ((final.get(kind) or {}).get("accuracy") for kind in (one, other))
     return None if first is None or second is None else first - second
 
@@ -202,7 +203,7 @@ def _differing(run: pd.Series, chosen: Sequence[str]) -> list[str]:
 
 
 def own_options(norm: Mapping[str, Any], stat_batch: int | None) -> dict[str, Any]:
-    """The options of a normalizer that are not those of its preset and of conf/norm."""
+    """Return the options of a normalizer that are not those of its preset and of conf/norm."""
     known = norm_defaults(norm["name"])
     defaults = {key: value for key, value in (known.get("options") or {}).items() if value is not None}
     if norm["name"] in KALMAN:
@@ -225,7 +226,7 @@ def _normalizer(norm: Mapping[str, Any], stat_batch: int | None) -> str:
 
 
 def _own(known: Mapping[str, Any], found: Mapping[str, Any], but: Sequence[str] = ()) -> dict[str, Any]:
-    """What is not as conf/ has it; "auto" there stands for anything."""
+    """Return what is not as conf/ has it; "auto" there stands for anything."""
     return {
         key: value
         for key, value in sorted(found.items())
@@ -257,7 +258,7 @@ def _defaults() -> dict[str, str]:
 
 @functools.cache
 def _conf(group: str, name: str) -> dict[str, Any]:
-    """A file of conf/, as it stands there; {} where there is none."""
+    """Return a file of conf/, as it stands there; {} where there is none."""
     path = conf_dir() / group / f"{name}.yaml"
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
@@ -271,7 +272,7 @@ def norm_defaults(name: str) -> dict[str, Any]:
 
 @functools.cache
 def resolved(dataset: str, budget: str, schedule: str, arch: str) -> dict[str, Any]:
-    """The files of these groups with what they refer to in each other."""
+    """Return the files of these groups with what they refer to in each other."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -286,7 +287,7 @@ def resolved(dataset: str, budget: str, schedule: str, arch: str) -> dict[str, A
 
 
 def flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A tree of dicts as one dict with dotted keys."""
+    """Return a tree of dicts as one dict with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -56,7 +56,7 @@ class Made:
 
 
 def render(cells: Cells, made: Sequence[Made], verdicts: Sequence[Verdict], absent: Sequence[Card], forest: str) -> str:
-    """The page as text. `forest`: the claims' picture as SVG; `absent`: the cards without runs."""
+    """Return the page as text. `forest`: the claims' picture as SVG; `absent`: the cards without runs."""
     import jinja2
 
     loader = jinja2.PackageLoader("kalmannorm.report")
@@ -90,7 +90,7 @@ def render(cells: Cells, made: Sequence[Made], verdicts: Sequence[Verdict], abse
 
 
 def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
-    """The answer in sentences: the claims that it rests on, each at its fullest budget, then how many hold."""
+    """Return the answer in sentences: the claims that it rests on, each at its fullest budget, then how many hold."""
     judged = [v for v in verdicts if v.group and v.state in ("supported", "contradicted", "open") and v.effect]
     ours = [
         v for v in verdicts if v.state == "explored" and v.claim.ours and v.effect and v.group and v.group.width == 1
@@ -120,7 +120,8 @@ def _in_words(verdict: Verdict, group: Group) -> str:
 
 
 def matrix(verdicts: Sequence[Verdict]) -> tuple[list[str], list[tuple[Claim, list[list[Verdict]]]]]:
-    """The claims of the papers that were tested, against data sets and budgets: columns, and the verdicts by column."""
+    """Return the claims of the papers that were tested, against data sets and budgets: columns, and the verdicts by
+    column."""
     judged = [v for v in verdicts if v.state in ("supported", "contradicted", "open")]
     columns = sorted({_column(v) for v in judged}, key=lambda c: (c == "", _fullness(c.rpartition(", ")[2]), c))
     rows = []
@@ -131,7 +132,7 @@ def matrix(verdicts: Sequence[Verdict]) -> tuple[list[str], list[tuple[Claim, li
 
 
 def printed(verdict: Verdict) -> str:
-    """The paper's value on the verdict's data, as printed: "+1.5"; "" where there is none."""
+    """Return the paper's value on the verdict's data, as printed: "+1.5"; "" where there is none."""
     value = verdict.claim.printed(verdict.group.dataset if verdict.group else "")
     return "" if value is None or verdict.claim.than > 50 else f"{value:+g}".replace("-", "−")
 
@@ -158,7 +159,7 @@ def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
 
 
 def claims_markdown(verdicts: Sequence[Verdict]) -> str:
-    """The tested claims as a Markdown table, then what was explored, then what was not run."""
+    """Return the tested claims as a Markdown table, then what was explored, then what was not run."""
     lines = ["| | claim | data, budget | measured | paper |", "| :-: | :-- | :-- | :-- | :-: |"]
     for v in verdicts:
         if v.state in ("supported", "contradicted", "open"):
@@ -191,7 +192,7 @@ def claims_file(verdicts: Sequence[Verdict]) -> str:
 
 
 def results_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: Cells) -> str:
-    """What docs/results.md holds between its markers."""
+    """Return what docs/results.md holds between its markers."""
     parts = ["\n".join(f"- {escape_markdown(said)}" for said in answer(verdicts, cells))]
     parts.append("## The claims\n\n" + claims_markdown(verdicts).partition("\nExplored")[0])
     for one in made:
@@ -206,7 +207,7 @@ def results_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: C
 
 
 def readme_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: Cells) -> str:
-    """What README holds between its markers: the answer and one picture."""
+    """Return what README holds between its markers: the answer and one picture."""
     said = "\n".join(f"- {escape_markdown(one)}" for one in answer(verdicts, cells))
     drawn = [(one.card.title, name) for one in made if one.main and one.card.name == "variants" for name in one.files]
     pictures = [f"![{title}](results/{name})" for title, name in drawn if name.endswith(".png")]
@@ -241,7 +242,7 @@ def _length(cells: Cells, budget: str) -> str:
 
 
 def _runs(runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """What the page's table of runs shows, a dict for each run."""
+    """Return what the page's table of runs shows, a dict for each run."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs.to_dict("records"):
         config, kind = run["config"], run["statistics"]
@@ -273,7 +274,7 @@ def _runs(runs: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _command(config: Mapping[str, Any]) -> str:
-    """What runs it again."""
+    """Return what runs it again."""
     said = [f"{part}={config[part]['name']}" for part in ("dataset", "arch", "norm", "schedule", "budget")]
     said += [f"batch.{key}={value}" for key, value in config["batch"].items() if value is not None]
     said += [f"arch.width={config['arch']['width']}"] if config["arch"].get("width", 1) != 1 else []
@@ -285,7 +286,7 @@ def _command(config: Mapping[str, Any]) -> str:
 
 
 def _thin(values: Any, digits: int = 0) -> list[float | None] | None:
-    """A curve with few points and digits."""
+    """Return a curve with few points and digits."""
     if not isinstance(values, list) or not values:
         return None
     every = max(1, len(values) // POINTS)

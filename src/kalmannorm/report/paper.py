@@ -14,7 +14,7 @@ def values() -> dict[str, Any]:
 
 
 def printed(path: str) -> float | None:
-    """The printed value at a dotted path, whose keys may hold dots; None where nothing is printed."""
+    """Return the printed value at a dotted path, whose keys may hold dots; None where nothing is printed."""
     node: Any = values()
     rest = path
     while rest and isinstance(node, dict):

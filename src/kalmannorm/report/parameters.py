@@ -12,7 +12,7 @@ from kalmannorm.report.tables import Place, Sheet
 
 
 def sheet(card: Card) -> Sheet:
-    """A row per network, a column per normalizer with runs of its own."""
+    """Make a sheet: a row per network, a column per normalizer with runs of its own."""
     header, rows, records, differing = [], [], [], []
     for column in card.columns:
         header += [column.label, f"{column.label}: paper"]
@@ -42,7 +42,7 @@ def sheet(card: Card) -> Sheet:
 
 
 def count(settings: Settings) -> int:
-    """Parameters of the network that runs of these settings train."""
+    """Count the parameters of the network that runs of these settings train."""
     return _count(json.dumps(compose(cards.overrides(settings), among_many=True).result()))
 
 

@@ -55,8 +55,8 @@ class Panel:
 
 
 def lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", ticks: Sequence[float] = ()) -> "Figure":
-    """A grid of panels with one legend; `scale` and `ticks` of the horizontal axis. Panels of a row share the vertical
-    one."""
+    """Draw a grid of panels with one legend; `scale` and `ticks` of the horizontal axis. Panels of a row share the
+    vertical one."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullLocator
@@ -121,8 +121,8 @@ def forest(
     legend: Mapping[str, tuple[str, str, bool]],
     around: float | None = None,
 ) -> "Figure":
-    """Values with their intervals, one below the other; `legend`: name -> colour, marker, filled. `around`: how far
-    the axis reaches to either side of 0."""
+    """Draw values with their intervals, one below the other; `legend`: name -> colour, marker, filled. `around`: how
+    far the axis reaches to either side of 0."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -221,7 +221,7 @@ def _thinned(values: np.ndarray, most: int = 128) -> np.ndarray:
 
 
 def encode(figure: "Figure", kinds: Iterable[str] = ("png", "pdf")) -> dict[str, bytes]:
-    """The bytes of files by their ending, without dates and versions: the same picture is the same file."""
+    """Return the bytes of files by their ending, without dates and versions: the same picture is the same file."""
     metadata = {
         "png": {"Software": None},
         "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
@@ -239,7 +239,8 @@ def encode(figure: "Figure", kinds: Iterable[str] = ("png", "pdf")) -> dict[str,
 
 
 def inline(picture: bytes, stem: str) -> str:
-    """An SVG file to stand in a page: text as text, numbers with one decimal, looks once a line, names of its own."""
+    """Prepare an SVG file to stand in a page: text as text, numbers with one decimal, looks once a line, names of its
+    own."""
     text = picture.decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
@@ -259,7 +260,7 @@ def _looks_once(found: re.Match[str]) -> str:
 
 
 def table(card: Card, group: Group, cells: Cells) -> Figures:
-    """A table's accuracies: the mean, and a tick for every run. The paper's values stand in the table."""
+    """Draw a table's accuracies: the mean, and a tick for every run. The paper's values stand in the table."""
     entries: list[Entry] = []
     block = ""
     columns = [
@@ -294,7 +295,8 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def curves(card: Card, group: Group, cells: Cells) -> Figures:
-    """Accuracy after every epoch against steps, a panel per kind of statistics; runs at chance as thin lines."""
+    """Draw the accuracy after every epoch against steps, a panel per kind of statistics; runs at chance as thin
+    lines."""
     found: list[list[Panel]] = []
     look = _looks(card)
     for network, rows in _by_network(card).items():
@@ -410,7 +412,7 @@ def figure5(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def gains(card: Card, group: Group, cells: Cells) -> Figures:
-    """The gain that every layer learned, a line per row."""
+    """Draw the gain that every layer learned, a line per row."""
     look, found = _looks(card), []
     for network, rows in _by_network(card).items():
         panel = Panel(network, [], "gain q, weight of the measurement", limits=(0, 1))
@@ -499,8 +501,8 @@ def mixture(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def death(card: Card, group: Group, cells: Cells) -> Figures:
-    """Mean square of the normalized features, by layer and step: a network whose estimate does not know that it is
-    wrong blows up (arrays `steps` [T], `scales` [T, K])."""
+    """Draw the mean square of the normalized features, by layer and step: a network whose estimate does not know that
+    it is wrong blows up (arrays `steps` [T], `scales` [T, K])."""
     found = []
     for row in card.rows:
         for run, arrays in _arrays(cells.cell(card, row, group), all_runs=True).values():
@@ -584,7 +586,7 @@ def _by_network(card: Card) -> dict[str, list[Row]]:
 
 
 def _arrays(cell: Cell, all_runs: bool = False) -> dict[int, tuple[Any, dict[str, np.ndarray]]]:
-    """By seed, the runs that learned and have arrays beside their record."""
+    """Return, by seed, the runs that learned and have arrays beside their record."""
     found = {}
     for run in cell.runs if all_runs else cell.learned:
         try:
@@ -597,7 +599,7 @@ def _arrays(cell: Cell, all_runs: bool = False) -> dict[int, tuple[Any, dict[str
 
 
 def _over_layers(label: str, look: Look, runs: Sequence[np.ndarray], run: Mapping[str, Any]) -> Line:
-    """Values per layer of some seeds; parallel branches of a block are not joined."""
+    """Return values per layer of some seeds; parallel branches of a block are not joined."""
     names = quantities.layers(run, len(runs[0]))
     branches = [_branch(name) for name in names]
     parallel = {block for block, _ in branches if len({b for other, b in branches if other == block}) > 1}
@@ -623,7 +625,7 @@ def _branch(name: str) -> tuple[tuple[str, ...], str]:
 
 
 def _last(run: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """The last normalizers with their channels, by what their names do not share; {} where that is not known."""
+    """Return the last normalizers with their channels, by what their names do not share; {} where that is not known."""
     names = [name.split(".") for name in (run["norms"] or {}).get("last") or []]
     sizes = [int(size) for size in arrays.get("last_channels", ())]
     if not names or len(sizes) != len(names) or sum(sizes) != len(arrays["moving_var"]):

@@ -36,7 +36,7 @@ EPS = 1e-5  # torch's default for normalizers, which the models here keep: a cha
 
 
 def value(run: Run, quantity: str = "accuracy", at: float | None = None, level: float | None = None) -> float | None:
-    """A quantity of QUANTITIES, its logarithm where it has `log`; None where the record does not have it.
+    """Return a quantity of QUANTITIES, its logarithm where it has `log`; None where the record does not have it.
 
     `at`: of an accuracy, after this part of the run's steps instead of its end. `level`: of steps_to, in percent.
     """
@@ -58,7 +58,7 @@ def value(run: Run, quantity: str = "accuracy", at: float | None = None, level: 
 
 
 def accuracy_at(run: Run, part: float) -> float | None:
-    """Percent after the epoch that ends nearest to this part of the run's steps."""
+    """Return the percent after the epoch that ends nearest to this part of the run's steps."""
     steps, values = run.get("step"), run.get("curve")
     if not isinstance(steps, list) or not isinstance(values, list):
         return None
@@ -67,7 +67,8 @@ def accuracy_at(run: Run, part: float) -> float | None:
 
 
 def steps_to(run: Run, level: float) -> float | None:
-    """Optimizer steps until the accuracy reaches `level` percent, straight between evaluations; infinite: never.
+    """Count the optimizer steps until the accuracy reaches `level` percent, straight between evaluations; infinite:
+    never.
 
     Training starts at chance. None where there is no curve.
     """
@@ -96,13 +97,14 @@ def block(name: str) -> tuple[str, ...]:
 
 
 def layers(run: Run, count: int) -> list[str]:
-    """The normalizers' names in network order; their numbers where the record does not have `count` of them."""
+    """Name the normalizers in network order; their numbers where the record does not have `count` of them."""
     names = (run.get("norms") or {}).get("order") or []
     return names if len(names) == count else [str(i + 1) for i in range(count)]
 
 
 def _share(run: Run, place: int) -> float | None:
-    """A weight of Switchable Norm in percent: mean over layers, and over the weights of the means and the variances."""
+    """Return a weight of Switchable Norm in percent: mean over layers, and over the weights of the means and the
+    variances."""
     mixed = (run.get("norms") or {}).get("mixture") or {}
     weights = [layer[moment][place] for layer in mixed.values() for moment in ("mean", "var")]
     return 100 * math.fsum(weights) / len(weights) if weights else None
@@ -114,8 +116,8 @@ def _of_arrays(run: Run) -> Mapping[str, float]:
 
 @cache
 def _read(identity: str, results: str, order: tuple[str, ...]) -> dict[str, float]:
-    """Logarithms of the mean variance gaps (of the measurement; of what normalizes), how the relative gap grows with
-    depth, and by how much the posterior's errors are above the measurement's."""
+    """Return the logarithms of the mean variance gaps (of the measurement; of what normalizes), how the relative gap
+    grows with depth, and by how much the posterior's errors are above the measurement's."""
     try:
         found = frame.arrays(identity, results)
     except UserError:  # no arrays beside the record: nothing to compare
@@ -142,7 +144,7 @@ def _read(identity: str, results: str, order: tuple[str, ...]) -> dict[str, floa
 
 
 def _growth(names: Sequence[str], gaps: np.ndarray) -> float:
-    """By how much ln(gap) grows from the first block to the last, by a straight line through the layers."""
+    """Say by how much ln(gap) grows from the first block to the last, by a straight line through the layers."""
     order = list(dict.fromkeys(map(block, names)))
     depth = np.array([order.index(block(name)) for name in names]) / max(1, len(order) - 1)
     return float(np.polyfit(depth, np.log(gaps), 1)[0]) if (gaps > 0).all() and np.ptp(depth) else math.nan

@@ -19,7 +19,7 @@ from kalmannorm.report.tables import Place, Sheet
 
 
 def read(results: Path, card: Card) -> list[Measurement]:
-    """The measurements of a card, the largest input first. UserError: a file that is not a whole measurement."""
+    """Return the measurements of a card, the largest input first. UserError: a file that is not a whole measurement."""
     keys = {row.key for row in card.rows}
     found = []
     for path in sorted((results / FOLDER).glob("*.json")):
@@ -41,7 +41,7 @@ def read(results: Path, card: Card) -> list[Measurement]:
 
 
 def sheet(card: Card, results: Path) -> Sheet:
-    """A row for every measurement, the paper's last."""
+    """Make a sheet: a row for every measurement, the paper's last."""
     if len(card.rows) != 2:
         raise UserError(f"{card.name} compares two rows, this is {card.rows[0].key} alone: leave out rows=")
     base, other = sorted(card.rows, key=lambda row: row.key != card.baseline)
@@ -103,7 +103,7 @@ def setting(config: Tree) -> str:
 
 
 def ratios(measurement: Measurement, base: str, other: str) -> list[float]:
-    """Speed of `base` over that of `other`, for each pair of neighbouring steps."""
+    """Return the speed of `base` over that of `other`, for each pair of neighbouring steps."""
     seconds = measurement["seconds"]
     return [slow / fast for fast, slow in zip(seconds[base], seconds[other], strict=True)]
 

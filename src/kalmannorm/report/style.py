@@ -64,7 +64,7 @@ class Look:
 
 
 def looks(rows: Sequence[tuple[str, str]]) -> dict[str, Look]:
-    """A look per name, of (name, normalizer) in the order of the card; rows of the same name share one."""
+    """Choose a look per name, of (name, normalizer) in the order of the card; rows of the same name share one."""
     found: dict[str, Look] = {}
     variants: dict[str, int] = {}
     for name, norm in rows:
@@ -76,7 +76,7 @@ def looks(rows: Sequence[tuple[str, str]]) -> dict[str, Look]:
 
 
 def tint(colour: str, variant: int) -> str:
-    """The colour itself, half way to black, half way to white, and so on: a lighter BLUE is nearly SKY."""
+    """Return the colour itself, half way to black, half way to white, and so on: a lighter BLUE is nearly SKY."""
     towards = (None, 0, 255)[variant % 3]
     if towards is None:
         return colour
@@ -96,18 +96,18 @@ def context() -> Iterator[None]:
 
 
 def wrapped(text: str) -> str:
-    """Lines as long as a figure is wide."""
+    """Wrap text to lines as long as a figure is wide."""
     return textwrap.fill(text, 112)
 
 
 def grid(axis: "Axes", which: str = "y") -> None:
-    """Faint lines behind the data."""
+    """Draw faint lines behind the data."""
     axis.grid(axis=which, color="#dddddd", linewidth=0.6)  # type: ignore[arg-type]
     axis.set_axisbelow(True)
 
 
 def logarithmic(axis: "Axes", floor: float) -> None:
-    """A logarithmic vertical axis that ends at `floor` at the latest, with plain numbers at 1, 2 and 5."""
+    """Make the vertical axis logarithmic: it ends at `floor` at the latest, with plain numbers at 1, 2 and 5."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     axis.set_yscale("log")
@@ -118,6 +118,6 @@ def logarithmic(axis: "Axes", floor: float) -> None:
 
 
 def name_layers(axis: "Axes", names: Sequence[str], most: int = 24) -> None:
-    """The normalizers' names along the horizontal axis; more than `most` would touch."""
+    """Write the normalizers' names along the horizontal axis; more than `most` would touch."""
     every = -(-len(names) // most)
     axis.set_xticks(range(0, len(names), every), names[::every], rotation=60, ha="right", rotation_mode="anchor")

@@ -53,7 +53,7 @@ class Sheet:
 
 
 def table(card: Card, group: Group, cells: Cells) -> Sheet:
-    """The cells of a card in one group, each with the printed value and the difference to its baseline."""
+    """Return the cells of a card in one group, each with the printed value and the difference to its baseline."""
     columns = [c for c in card.columns if any(_cell(card, row, group, c, cells).n for row in card.rows)]
     header: list[str] = []
     notes: list[str] = []
@@ -106,7 +106,7 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
 
 
 def differences(card: Card, group: Group, column: Column, cells: Cells) -> dict[str, Effect | None]:
-    """Of every row to its baseline, in one model per network: value = row + seed, one variance."""
+    """Compare every row with its baseline, in one model per network: value = row + seed, one variance."""
     found: dict[str, Effect | None] = {}
     if column.steps_to is not None:
         return found
@@ -151,7 +151,7 @@ def difference(found: Effect | None) -> str:
 
 
 def paper_value(card: Card, row: Row, column: Column, group: Group) -> float | None:
-    """What the sources print for exactly this data set, row and statistics; None on other data."""
+    """Return what the sources print for exactly this data set, row and statistics; None on other data."""
     if not card.fixes_dataset and group.dataset != card.paper_dataset:
         return None
     path = row.paper or (f"{card.paper}.{row.key}" if card.paper and not row.ours else None)
@@ -194,7 +194,7 @@ def trained(card: Card, group: Group, cells: Cells) -> list[str]:
 
 
 def latex(sheet: Sheet) -> str:
-    """A table environment for booktabs and graphicx, which shrinks it to the text's width."""
+    """Write a table environment for booktabs and graphicx, which shrinks it to the text's width."""
     frame = _frame(sheet, _in_latex, _latex)
     styler = frame.style
     blocks = any(block for block, _ in sheet.index)
@@ -225,7 +225,7 @@ def latex(sheet: Sheet) -> str:
 
 
 def page_html(sheet: Sheet, opens: str = "#runs=") -> str:
-    """The table alone; each number a link that opens its runs."""
+    """Write the table alone; each number a link that opens its runs."""
 
     def written(place: Place) -> str:
         text = html.escape(place.text)
@@ -241,7 +241,7 @@ def page_html(sheet: Sheet, opens: str = "#runs=") -> str:
 
 
 def markdown(sheet: Sheet) -> str:
-    """A pipe table, the caption above it and the notes below."""
+    """Write a pipe table, the caption above it and the notes below."""
 
     def written(place: Place) -> str:
         text = escape_markdown(place.text)
@@ -264,7 +264,7 @@ def markdown(sheet: Sheet) -> str:
 
 
 def text(sheet: Sheet) -> str:
-    """Aligned columns for the terminal."""
+    """Write aligned columns for the terminal."""
     lines = [["", *sheet.header]]
     for (block, label), row in zip(sheet.index, sheet.rows, strict=True):
         marked = [f"{place.text}{f' [{place.marks}]' if place.marks else ''}" for place in row]
@@ -279,14 +279,14 @@ def text(sheet: Sheet) -> str:
 
 
 def csv(sheet: Sheet) -> str:
-    """Long form: a line for each place, or what the sheet has as records; numbers unrounded."""
+    """Write the long form: a line for each place, or what the sheet has as records; numbers unrounded."""
     out = io.StringIO()
     pd.DataFrame(sheet.records).to_csv(out, index=False, lineterminator="\n")
     return out.getvalue()
 
 
 def files(sheet: Sheet) -> dict[str, bytes]:
-    """Its files by name."""
+    """Return its files by name."""
     texts = {"md": markdown(sheet), "csv": csv(sheet), "tex": latex(sheet)}
     return {f"{sheet.stem}.{ending}": content.encode() for ending, content in texts.items()}
 
@@ -297,7 +297,7 @@ def letter(place: int) -> str:
 
 
 def escape_markdown(said: str) -> str:
-    """Text that Markdown prints as it is, also inside a pipe table."""
+    """Return text that Markdown prints as it is, also inside a pipe table."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", said).replace("&", "&amp;").replace("<", "&lt;")
 
 
@@ -345,7 +345,7 @@ def _mean(cell: Cell, column: Column) -> float:
 
 
 def _printed(card: Card, row: Row, column: Column, printed: float | None) -> str:
-    """As printed (90.0, not 90.00), with its batches where they are not the row's."""
+    """Return the value as printed (90.0, not 90.00), with its batches where they are not the row's."""
     if printed is None:
         return "–"
     own = effects.identity(card, row, column)
@@ -354,7 +354,7 @@ def _printed(card: Card, row: Row, column: Column, printed: float | None) -> str
 
 
 def _spreads(found: Mapping[str, Mapping[str, Effect | None]]) -> list[str]:
-    """The pooled spreads behind the differences of each column."""
+    """Return the pooled spreads behind the differences of each column."""
     said = []
     for column, of_rows in found.items():
         words = [f"{one.spread:.2f} ({one.df} degrees of freedom)" for one in of_rows.values() if one and one.df]

@@ -40,7 +40,7 @@ class Job:
         return None if self.device_seconds is None else self.device_seconds / self.devices
 
     def progress(self) -> dict[str, Any]:
-        """What the run last said of itself (train/progress.py); empty if it said nothing in this attempt."""
+        """Return what the run last said of itself (train/progress.py); empty if it said nothing in this attempt."""
         file = self.folder / "progress.json"
         try:
             if file.stat().st_mtime < self.began:
@@ -82,13 +82,13 @@ class Board:
             self._live.stop()
 
     def say(self, job: Job, text: str) -> None:
-        """One event of a run."""
+        """Show one event of a run."""
         ended = self.total - sum(j.state in (WAITING, RUNNING, ELSEWHERE) for j in self.jobs)
         line = f"[{ended}/{self.total}] {job.identity} {describe(job.config.result())}: {text}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def counts(self) -> str:
-        """The runs by state, and the time that is left."""
+        """Return the runs by state, and the time that is left."""
         counted = {state: sum(job.state == state for job in self.jobs) for state in COLOURS}
         counted[DONE] += self.total - len(self.jobs)
         parts = [f"{number} {state}" for state, number in counted.items() if number]
@@ -106,7 +106,8 @@ class Board:
         return [f"about {duration(guess)} left"]
 
     def _render(self) -> Group:
-        """Running and failed runs first, then what room there is for: the last that were done, the next to come."""
+        """Draw the table: running and failed runs first, then what room there is for: the last that were done, the next
+        to come."""
         table = Table(box=None, padding=(0, 1), show_header=False)
         order = (RUNNING, ELSEWHERE, FAILED, REFUSED, DONE, WAITING)
         rows = sorted(self.jobs, key=lambda job: (order.index(job.state), -job.began if job.state == DONE else 0))

@@ -38,7 +38,7 @@ class Outcome:
 
 
 def attempt(config: Config, devices: int = 1, gpus: str | None = None) -> Outcome:
-    """Trains a run here. With several devices: by torchrun, whose processes see `gpus` (None: what this one sees).
+    """Train a run here. With several devices: by torchrun, whose processes see `gpus` (None: what this one sees).
 
     From then on this process writes to the run's log.
     """
@@ -56,7 +56,7 @@ def attempt(config: Config, devices: int = 1, gpus: str | None = None) -> Outcom
 
 
 def perform(config: Config) -> Outcome:
-    """Trains a run; what goes wrong goes to stderr, and comes back as a reason."""
+    """Train a run; what goes wrong goes to stderr, and comes back as a reason."""
     try:
         from kalmannorm.train.run import execute
 
@@ -75,7 +75,7 @@ def perform(config: Config) -> Outcome:
 
 
 def _of_the_machine(error: BaseException) -> bool:
-    """Whether an exception says something of the machine or the launch, and nothing of the run."""
+    """Say whether an exception says something of the machine or the launch, and nothing of the run."""
     kinds: tuple[type[BaseException], ...] = (OSError, MemoryError, ImportError, EOFError)
     if torch := sys.modules.get("torch"):
         kinds += (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
@@ -92,7 +92,7 @@ def _of_the_machine(error: BaseException) -> bool:
 
 
 def write_failed(config: Config, reason: str) -> None:
-    """The record of a run that failed for good: tables say so in its place."""
+    """Write the record of a run that failed for good, so that tables say so."""
     identity = records.run_id(config)
     if records.is_done(config.results, identity):
         return
@@ -108,7 +108,7 @@ def write_failed(config: Config, reason: str) -> None:
 
 
 def _log_to(file: Path) -> None:
-    """Everything that this process and its children print from now on, libraries in C included."""
+    """Send what this process and its children print from now on to a file, libraries in C included."""
     with file.open("ab") as log:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -118,7 +118,7 @@ def _log_to(file: Path) -> None:
 
 
 def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) -> Outcome:
-    """The run on several processes of this machine. torchrun holds the lock too, as it may outlive this one."""
+    """Train the run on several processes of this machine. torchrun holds the lock too, as it may outlive this one."""
     with tempfile.TemporaryDirectory(prefix="kalmannorm-") as folder:
         order, answer = Path(folder) / "config.json", Path(folder) / "outcome.json"
         order.write_text(json.dumps(config.values()))
@@ -146,7 +146,7 @@ def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) ->
 
 
 def main(order: str, answer: str) -> None:
-    """One process of a run that `_with_torchrun` started."""
+    """Run one process of a run that `_with_torchrun` started."""
     from kalmannorm.train.ranks import end_process, leave_with_parent
 
     leave_with_parent()

@@ -30,7 +30,8 @@ class Busy(UserError):
 
 @contextmanager
 def hold(runs: str | Path, identity: str) -> Iterator[int]:
-    """The lock of a run while the context lasts; yields its file descriptor, which a child may inherit to hold it too.
+    """Hold the lock of a run while the context lasts; yield its file descriptor, which a child may inherit to hold it
+    too.
 
     Busy: another process has it. UserError: no permission.
     """
@@ -53,7 +54,7 @@ def hold(runs: str | Path, identity: str) -> Iterator[int]:
 
 
 def holder(runs: str | Path, identity: str) -> str | None:
-    """Who works on the run, in words; None if nobody does."""
+    """Say who works on the run, in words; None if nobody does."""
     try:
         handle = os.open(_file(runs, identity), os.O_RDWR)
     except OSError:

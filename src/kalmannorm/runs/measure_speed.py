@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def measure(experiment: Experiment, dry_run: bool = False) -> int:
-    """Measures what is missing, eager and, where the configuration compiles (on a GPU), compiled; 0.
+    """Measure what is missing, eager and, where the configuration compiles (on a GPU), compiled; 0.
 
     A measurement stands for one setting on one kind of hardware: delete its file to measure again. UserError: a card of
     other than two rows, a device that is not there or too small.
@@ -72,7 +72,7 @@ def _identity(name: str, parts: dict[str, Tree], host: machine.Host) -> str:
 def _alternate(
     configs: dict[str, Config], card: Card, device: "torch.device", compiled: bool
 ) -> dict[str, list[float]]:
-    """Seconds of each step, by row."""
+    """Return the seconds of each step, by row."""
     from kalmannorm.train.model import build
     from kalmannorm.train.timed_steps import alternate, synthetic_batch, training_step
 

@@ -37,7 +37,7 @@ class Options:
 
 
 def split(arguments: list[str]) -> tuple[Options, list[str]]:
-    """The options among `arguments`, and the rest. UserError: a value that cannot be.
+    """Return the options among `arguments`, and the rest. UserError: a value that cannot be.
 
     Who asks for GPUs means device=cuda, though the machine that composes the runs, as a cluster's login node, has none.
     """

@@ -56,7 +56,7 @@ class Local:
         first.worker.start(config, devices, gpus)
 
     def ended(self, timeout: float) -> list[tuple[str, Outcome]]:
-        """Ids and outcomes of the runs that ended; waits `timeout` seconds for the first."""
+        """Return the ids and outcomes of the runs that ended; wait `timeout` seconds for the first."""
         active = {slot.worker.fileno(): slot for slot in self.slots if slot.run and not self._is_partner(slot)}
         readable, _, _ = select.select(list(active), [], [], timeout)
         outcomes = []
@@ -85,7 +85,7 @@ class Local:
         return any(slot in other.partners for other in self.slots)
 
     def _free(self, devices: int) -> list[Slot]:
-        """Free slots for a run: each on another GPU."""
+        """Return the free slots for a run: each on another GPU."""
         chosen: list[Slot] = []
         for slot in self.slots:
             if slot.run is None and (slot.gpu is None or slot.gpu not in [other.gpu for other in chosen]):
@@ -94,7 +94,7 @@ class Local:
 
 
 def _gpus(options: Options, device: str) -> tuple[str, ...]:
-    """Ids of the GPUs to use; none on a CPU. UserError: more than there are."""
+    """Return the ids of the GPUs to use; none on a CPU. UserError: more than there are."""
     if device != "cuda":
         if options.gpus is not None:
             raise UserError(f"gpus= goes with device=cuda, not with device={device}; on CPUs pass slots=N")
@@ -111,7 +111,7 @@ def _gpus(options: Options, device: str) -> tuple[str, ...]:
 
 
 def _chosen(asked: tuple[str, ...], visible: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the `visible` GPUs that are meant: by their ids, or else by their places from 0, as CUDA counts what
+    """Find which of the `visible` GPUs are meant: by their ids, or else by their places from 0, as CUDA counts what
     CUDA_VISIBLE_DEVICES leaves. UserError: others, or one twice."""
     text = ",".join(asked)
     if len(set(asked)) < len(asked):

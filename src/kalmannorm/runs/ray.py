@@ -60,7 +60,8 @@ class OnRay:
         self._running: dict[Any, tuple[str, int, Any]] = {}  # by the pending result: run, devices, actor
 
     def room(self, devices: int) -> bool:
-        """One run on several devices counts as that many, whatever share of a GPU the others have."""
+        """Say whether there is room. One run on several devices counts as that many, whatever share of a GPU the others
+        have."""
         return sum(self._slots(held) for _, held, _ in self._running.values()) + self._slots(devices) <= self.parallel
 
     def start(self, config: Config, devices: int) -> None:
@@ -68,7 +69,7 @@ class OnRay:
         self._running[actor.run.remote(config, devices)] = (run_id(config), devices, actor)
 
     def ended(self, timeout: float) -> list[tuple[str, Outcome]]:
-        """Ids and outcomes of the runs that ended; waits `timeout` seconds for the first."""
+        """Return the ids and outcomes of the runs that ended; wait `timeout` seconds for the first."""
         outcomes = []
         if not self._running:
             time.sleep(timeout)
@@ -99,7 +100,7 @@ class OnRay:
         return devices if devices == 1 or not self._on_gpu else devices * self._share
 
     def _actor(self, devices: int) -> Any:
-        """An idle actor with that many devices, else a new one, for which idle ones of other kinds make room."""
+        """Return an idle actor with that many devices, else a new one, for which idle ones of other kinds make room."""
         for entry in self._idle:
             if entry[0] == devices:
                 self._idle.remove(entry)
@@ -114,7 +115,7 @@ class OnRay:
 
 
 def _connect(ray: Any, options: Options) -> None:
-    """To the cluster that was named, else to one of this machine's own. UserError: it is not there."""
+    """Connect to the cluster that was named, else to one of this machine's own. UserError: it is not there."""
     address = options.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:

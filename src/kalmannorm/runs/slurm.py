@@ -30,7 +30,7 @@ class Job:
         return outcome
 
     def checkpoint(self, config: Config, devices: int) -> Any:
-        """Saves the run and returns what goes on with it, which submitit requeues."""
+        """Save the run and return what goes on with it, which submitit requeues."""
         from submitit.helpers import DelayedSubmission
 
         if self.worker is not None and self.worker.process is not None:
@@ -65,13 +65,15 @@ class OnSlurm:
         self._new.append((config, devices))
 
     def ended(self, timeout: float) -> list[tuple[str, Outcome]]:
-        """Ids and outcomes of the jobs that ended, after `timeout` seconds; first submits what was handed over."""
+        """Return the ids and outcomes of the jobs that ended, after `timeout` seconds; first submits what was handed
+        over."""
         self._submit()
         time.sleep(timeout)
         return [(identity, _outcome(self._jobs.pop(identity))) for identity in list(self._jobs) if self._done(identity)]
 
     def ask_to_stop(self) -> None:
-        """scancel: Slurm sends SIGTERM, and SIGKILL after its KillWait. A job still in the queue is gone at once."""
+        """Call scancel: Slurm sends SIGTERM, and SIGKILL after its KillWait. A job still in the queue is gone at
+        once."""
         self._new.clear()
         for job in self._jobs.values():
             job.cancel(check=False)
@@ -115,7 +117,7 @@ class OnSlurm:
 
 
 def make_executor(folder: Path) -> Any:
-    """UserError: no submitit, or no Slurm on this machine."""
+    """Return submitit's executor. UserError: no submitit, or no Slurm on this machine."""
     try:
         import submitit
     except ImportError:

@@ -47,7 +47,7 @@ class Launcher(Protocol):
 
 
 def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
-    """Runs what is missing and goes on past failures; 1 if a run failed. `arguments`: overrides and options.HELP."""
+    """Run what is missing and go on past failures; 1 if a run failed. `arguments`: overrides and options.HELP."""
     options, arguments = split(arguments)
     experiment = load(name, arguments)
     kind = experiment.card.kind
@@ -62,7 +62,7 @@ def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
 
 
 def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
-    """The same for an experiment that is loaded. UserError: nothing ran, and why; KeyboardInterrupt, Stopped: a signal,
+    """Sweep an experiment that is loaded. UserError: nothing ran, and why; KeyboardInterrupt, Stopped: a signal,
     after which the same command goes on."""
     if (world := machine.launch().world) > 1:
         raise UserError(f"a sweep starts processes itself: without torchrun, pass devices={world}")
@@ -97,7 +97,7 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
 
 
 def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> None:
-    """Starts runs where there is room and settles those that ended, until none is left."""
+    """Start runs where there is room and settle those that ended, until none is left."""
     waiting, elsewhere = deque(jobs), list[Job]()
     running: dict[str, Job] = {}
     looked = 0.0
@@ -136,7 +136,7 @@ def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> N
 
 
 def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
-    """Notes how an attempt ended."""
+    """Note how an attempt ended."""
     job.seconds, job.reason = time.time() - job.began, outcome.reason
     if outcome.status == "done":
         job.state = DONE
@@ -166,7 +166,7 @@ def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
 
 
 def _moved(job: Job, who: str, board: Board) -> Job:
-    """Somebody else has it: look again later."""
+    """Note that somebody else has it: it is looked at again later."""
     if job.state != ELSEWHERE:
         job.state, job.reason = ELSEWHERE, who
         board.say(job, f"another process has it ({who}), waiting for it")
@@ -175,7 +175,7 @@ def _moved(job: Job, who: str, board: Board) -> Job:
 
 
 def _stop(running: dict[str, Job], launcher: Launcher, asked: list[int]) -> None:
-    """Lets the runs save themselves; at a second signal, or after STOP_SECONDS, ends them. Raises what stopped us."""
+    """Let the runs save themselves; at a second signal, or after STOP_SECONDS, end them. Raise what stopped us."""
     print(f"stopping: {len(running)} runs save themselves; once more ends them at once", file=sys.stderr)
     launcher.ask_to_stop()
     until = time.monotonic() + STOP_SECONDS
@@ -189,7 +189,7 @@ def _stop(running: dict[str, Job], launcher: Launcher, asked: list[int]) -> None
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The signals that asked the sweep to stop while the context lasts, in order."""
+    """Collect the signals that asked the sweep to stop while the context lasts, in order."""
     asked: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in numbers}
@@ -201,7 +201,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _conclude(jobs: list[Job]) -> int:
-    """Lists what failed, with the ends of the logs. UserError: nothing but refusals."""
+    """List what failed, with the ends of the logs. UserError: nothing but refusals."""
     refused = [job for job in jobs if job.state == REFUSED]
     failed = [job for job in jobs if job.state == FAILED]
     for job in failed:
@@ -227,7 +227,7 @@ def _tail(file: Path) -> list[str]:
 
 
 def _announce(experiment: Experiment, jobs: list[Job], missing: list[Job], list_all: bool) -> None:
-    """How much there is to do, and how long it should take by the speed of recorded runs like these."""
+    """Say how much there is to do, and how long it should take by the speed of recorded runs like these."""
     print(f"{experiment.card.name}: {experiment.card.title}", file=sys.stderr)
     todo = {job.identity for job in missing}
     for job in jobs if list_all else []:
@@ -249,7 +249,8 @@ def _announce(experiment: Experiment, jobs: list[Job], missing: list[Job], list_
 
 
 def _devices(config: Config, asked: int) -> int:
-    """Of a run: as many as asked for, or the most below that its statistics groups can be dealt to. UserError: none."""
+    """Return the devices of a run: as many as asked for, or the most below that its statistics groups can be dealt to.
+    UserError: none."""
     for devices in range(asked, 1, -1):
         try:
             check_batches(config, devices)
@@ -261,7 +262,8 @@ def _devices(config: Config, asked: int) -> int:
 
 
 def _check_data(jobs: list[Job]) -> None:
-    """UserError where data are missing, before a worker starts or Slurm queues a job that would say so days later."""
+    """Raise UserError where data are missing, before a worker starts or Slurm queues a job that would say so days
+    later."""
     from kalmannorm import data
 
     folders = {(job.config.data, job.config.dataset.name): job.config for job in jobs}
@@ -279,7 +281,7 @@ def _check_data(jobs: list[Job]) -> None:
 
 
 def _make_paths_absolute(jobs: list[Job]) -> None:
-    """Other machines start elsewhere; they see the same folders, on a shared file system."""
+    """Make paths absolute: other machines start elsewhere and see the same folders, on a shared file system."""
     from kalmannorm import data
 
     for job in jobs:

@@ -42,7 +42,7 @@ class Worker:
         self._environment.pop("FORCE_COLOR", None)  # no colours and bars in log files
 
     def start(self, config: Config, devices: int = 1, gpus: str | None = None) -> None:
-        """Hands over a run; with several devices, `gpus` names those that it may see."""
+        """Hand over a run; with several devices, `gpus` names those that it may see."""
         if self.process is not None and self.process.poll() is not None:
             self.close()  # it died while it had nothing to do
         if self.process is None:
@@ -55,12 +55,12 @@ class Worker:
             return
 
     def fileno(self) -> int:
-        """Readable when there is an outcome."""
+        """Return the descriptor that is readable when there is an outcome."""
         assert self.process is not None and self.process.stdout is not None
         return self.process.stdout.fileno()
 
     def outcome(self) -> Outcome:
-        """Of the run that was handed over; waits for it."""
+        """Return the outcome of the run that was handed over; wait for it."""
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         if line.endswith(b"\n"):
@@ -76,7 +76,7 @@ class Worker:
         return self.outcome()
 
     def ask_to_stop(self) -> None:
-        """The run under way saves a checkpoint, if there is anything to save, and ends with the outcome "stopped"."""
+        """Let the run under way save a checkpoint, if there is anything to save, and end with the outcome "stopped"."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
@@ -86,7 +86,7 @@ class Worker:
             self.process.wait()
 
     def close(self) -> None:
-        """Lets an idle process leave."""
+        """Let an idle process leave."""
         if self.process is None:
             return
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -158,7 +158,7 @@ def _listen(orders: "queue.Queue[bytes]", busy: threading.Event) -> None:
 
 
 def _free_memory() -> None:
-    """Other runs may share the GPU. Kernels that were compiled stay in inductor's cache."""
+    """Free what other runs on the same GPU may need. Kernels that were compiled stay in inductor's cache."""
     if "torch._dynamo" in sys.modules:
         sys.modules["torch"].compiler.reset()
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():

@@ -36,7 +36,8 @@ def evaluate(
     stat_batch: int | None,
     ranks: Ranks,
 ) -> Evaluation:
-    """AP in percent (box_ap, mask_ap50, ...; None where no object is of that size) over the images at `positions`.
+    """Return AP in percent (box_ap, mask_ap50, ...; None where no object is of that size) over the images at
+    `positions`.
 
     `moving`: images one by one. `online`: the backbone measures the images of each group of `stat_batch`; the head
     keeps to its moving averages, since it sees other regions than in training: all proposed ones, then detections.
@@ -66,8 +67,8 @@ def evaluate(
 
 
 def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, bool]]]:
-    """This rank's groups of `size` images in the fixed random order, as (number, whether it counts): the first images
-    fill the last group, uncounted."""
+    """Deal out this rank's groups of `size` images in the fixed random order, as (number, whether it counts): the first
+    images fill the last group, uncounted."""
     order = fixed_order(count).tolist()
     for start in range(ranks.rank * size, count, ranks.world * size):
         real = order[start : start + size]
@@ -76,7 +77,7 @@ def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, boo
 
 
 def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, int]) -> Detections:
-    """One image's detections in COCO's result format, masks cut at 1/2 as run-length codes."""
+    """Return one image's detections in COCO's result format, masks cut at 1/2 as run-length codes."""
     boxes, scores, labels = (output[key].double().cpu().numpy() for key in ("boxes", "scores", "labels"))
     masks = (output["masks"][:, 0] > 0.5).to(torch.uint8).cpu().numpy()
     results = []
@@ -94,7 +95,8 @@ def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, i
 
 
 def average_precision(split: Split, ids: list[int], detections: Detections) -> Evaluation:
-    """pycocotools' box and mask AP of `detections` on the images `ids`, in percent, and how many of both there were."""
+    """Compute pycocotools' box and mask AP of `detections` on the images `ids`, in percent, and how many of both there
+    were."""
     values: Evaluation = {"images": len(ids), "detections": len(detections)}
     for name, kind in KINDS.items():
         with contextlib.redirect_stdout(io.StringIO()):
@@ -113,6 +115,6 @@ def average_precision(split: Split, ids: list[int], detections: Detections) -> E
 
 
 def _of_kind(detections: Detections, kind: str) -> Detections:
-    """Without the other kind's field: pycocotools tells the kind of a result by the fields it has."""
+    """Leave out the other kind's field: pycocotools tells the kind of a result by the fields it has."""
     other = {"bbox": "segmentation", "segm": "bbox"}[kind]
     return [{key: value for key, value in detection.items() if key != other} for detection in detections]

@@ -27,7 +27,7 @@ def draw_detections(
     device: torch.device,
     file: Path,
 ) -> None:
-    """Writes boxes, names and masks of the sure detections on the images at these positions as a PNG file."""
+    """Write boxes, names and masks of the sure detections on the images at these positions as a PNG file."""
     model.eval()
     images, shown = Images(split, labels), []
     names = {label: split.coco.cats[category]["name"] for category, label in labels.items()}

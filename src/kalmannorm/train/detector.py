@@ -34,7 +34,8 @@ CONSTANTS_BATCHES = 10
 
 
 def build(config: Config) -> nn.Module:
-    """The converted detector, with fresh weights from the run's seed. UserError: an unknown architecture or option."""
+    """Build the converted detector, with fresh weights from the run's seed. UserError: an unknown architecture or
+    option."""
     name, arch, norm = config.arch.name, dict(config.arch.options), config.norm
     frozen_stages, roi_belief = arch.pop("frozen_stages", None), arch.pop("roi_belief", "end")
     arch.pop("pretrained", None)
@@ -73,14 +74,14 @@ def build(config: Config) -> nn.Module:
 
 
 def body(model: nn.Module) -> nn.Module:
-    """What a detector sees whole images with, ahead of pyramid and regions."""
+    """Return what a detector sees whole images with, ahead of pyramid and regions."""
     return next(part for part in (_part(model, name) for name in BODIES) if part is not None)
 
 
 def convert_parts(
     model: nn.Module, norm: str, *, stat_batch: int | None = None, carry: bool = False, **options: Any
 ) -> None:
-    """`convert` in place on the parts of a detector that can be traced: MaskRCNNC4's, or torchvision's FPN models'.
+    """Convert in place the parts of a detector that can be traced: MaskRCNNC4's, or torchvision's FPN models'.
 
     `stat_batch`: images whose statistics, and in C4's head whose regions' statistics, are shared. `carry`: the belief
     of a group's images is handed to their regions. It holds for the mean; the variance is that of single cells, which
@@ -124,7 +125,7 @@ def converted_parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def describe(model: nn.Module) -> Tree:
-    """The normalizers after training: order, gains, which had a prior and what took it from the others."""
+    """Describe the normalizers after training: order, gains, which had a prior and what took it from the others."""
     beliefs: dict[str, str | None] = {}
     for part, converted in converted_parts(model).items():
         for name, lost in belief_report(converted).items():
@@ -141,8 +142,8 @@ def describe(model: nn.Module) -> Tree:
 
 
 def load_pretrained(model: nn.Module, file: str) -> None:
-    """ImageNet weights of a ResNet-50 by torchvision's names (conv1.weight, layer4.2.bn3.running_var, ...) into both
-    parts; its classifier is left out.
+    """Load ImageNet weights of a ResNet-50 by torchvision's names (conv1.weight, layer4.2.bn3.running_var, ...) into
+    both parts; its classifier is left out.
 
     q and R keep their start where the file, of another normalizer, has none. UserError: not such a file; another
     network; a weight that is missing.
@@ -185,7 +186,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches) -> int:
-    """Gives frozen normalizers constants where no pretrained weights did: means and variances under the weights as they
+    """Give frozen normalizers constants where no pretrained weights did: means and variances under the weights as they
     are, over CONSTANTS_BATCHES training batches (mean over the batches). Returns the number of images seen."""
     norm = Norm(name="bn", preset=None, predictor=None, options={})
     plain = replace(config, norm=norm, batch=replace(config.batch, stat_batch=None))

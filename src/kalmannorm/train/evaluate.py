@@ -24,7 +24,7 @@ PRECISE_BATCHES = 200
 def evaluate(
     model: nn.Module, loader: Batches, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
 ) -> Evaluation:
-    """Accuracy in percent and mean cross-entropy over every image of the split, each counted once.
+    """Return the accuracy in percent and mean cross-entropy over every image of the split, each counted once.
 
     A loader that deals the images out needs the `ranks`, all of which return the same.
     """
@@ -55,13 +55,14 @@ def evaluate(
 
 
 def under_both(model: nn.Module, one: Callable[[str], Evaluation]) -> dict[str, Evaluation]:
-    """`one` evaluation each under moving and online statistics; without batch statistics both are one, made once."""
+    """Make `one` evaluation each under moving and online statistics; without batch statistics both are one, made
+    once."""
     moving = one("moving")
     return {"moving": moving, "online": one("online") if normalizers(model) else moving}
 
 
 def precise(model: nn.Module, train: Batches, test: Batches, stat_batch: int | None, epoch: int) -> Evaluation:
-    """Evaluation by precise statistics (mean of variances), in this process alone.
+    """Evaluate by precise statistics (mean of variances), in this process alone.
 
     From PRECISE_BATCHES training batches with the augmentation of epoch `epoch`. The model stays as it is.
     """

@@ -49,7 +49,7 @@ class Gaps:
         return (self.sums[key] / self.counts).float()
 
     def relative(self, key: str, eps: float) -> float:
-        """Mean over channels and groups of the gap over the moving variance (+ the normalizer's eps)."""
+        """Return the mean over channels and groups of the gap over the moving variance (+ the normalizer's eps)."""
         per_channel = self.sums[key].sum(1) / self.counts.sum()
         return (per_channel / (self.moving.cpu() + eps)).mean().item()
 
@@ -63,8 +63,8 @@ def variance_gaps(
     stat_batch: int,
     images: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Figure 5: gaps between every group's variance and the moving variance, over the training set as it is, or over
-    the first `images` of it in the fixed order.
+    """Measure the gaps of Figure 5 between every group's variance and the moving variance, over the training set as it
+    is, or over the first `images` of it in the fixed order.
 
     And the errors of every layer's estimates (layer_errors.py), on its first batches.
 

@@ -13,7 +13,7 @@ BATCH = 500  # images at a time, over all processes
 
 @torch.no_grad()
 def measure_input(model: nn.Module, train: Batches, ranks: Ranks) -> None:
-    """Fills the model's input belief, if it has one (norm.options.input_belief = data).
+    """Fill the model's input belief, if it has one (norm.options.input_belief = data).
 
     Mean and variance of each channel over all pixels of the training images, preprocessed as for evaluation (no crops,
     no flips): the paper's "mean of the whole data set" (3.3). The same on every process.
@@ -31,7 +31,7 @@ def measure_input(model: nn.Module, train: Batches, ranks: Ranks) -> None:
 
 
 def initialize(model: nn.Module, train: Batches) -> None:
-    """WN's data-dependent initialization, by the whole first training batch. Only for a training that starts."""
+    """Initialize WN by data: the whole first training batch. Only for a training that starts."""
     if any(is_weight_normalized(module) for module in model.modules()):
         x, _ = next(train.epoch(0))
         initialize_weight_norm(model.train(), x)

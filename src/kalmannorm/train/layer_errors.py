@@ -32,14 +32,14 @@ class Population:
         self.sums: Tensor | None = None  # of means, squared means and variances: float64 [3, C]
 
     def add(self, measured: Belief) -> None:
-        """measured [G, C]: the groups' own means and population variances, all of as many values."""
+        """Add measured [G, C], the groups' own means and population variances, all of as many values."""
         mean, var = measured.mean.double(), measured.var.double()
         sums = torch.stack((mean.sum(0), mean.square().sum(0), var.sum(0)))
         self.sums = sums if self.sums is None else self.sums + sums
         self.groups += len(mean)
 
     def belief(self) -> Belief:
-        """Mean and pooled variance, float64 [C]."""
+        """Return the mean and pooled variance, float64 [C]."""
         assert self.sums is not None, "no group was added"
         mean, square, var = self.sums / self.groups
         return Belief(mean, var + (square - mean.square()).clamp_min(0))
@@ -70,8 +70,8 @@ class Errors:
         self.groups += groups
 
     def typical(self, key: str) -> Tensor:
-        """[PARTS, mean or variance] of the median channel: root mean square error over the groups, size of the mean
-        error, standard deviation of the error. nan for an estimate that the layer does not have."""
+        """Return [PARTS, mean or variance] of the median channel: root mean square error over the groups, size of the
+        mean error, standard deviation of the error. nan for an estimate that the layer does not have."""
         if key not in self.sums:
             return torch.full((len(PARTS), 2), torch.nan, dtype=torch.float64)
         # On the CPU: the GPU median has no deterministic form: deterministic=true would refuse it after the training.
@@ -84,7 +84,8 @@ class Errors:
 def layer_errors(
     model: nn.Module, populations: Mapping[str, Population], batches: Iterable[Tensor]
 ) -> dict[str, np.ndarray]:
-    """Errors of every normalizer's estimates on the given batches, in the model's present mode and statistics.
+    """Return the errors of every normalizer's estimates on the given batches, in the model's present mode and
+    statistics.
 
     Arrays float32 [ESTIMATES, K], K normalizers in network order: `layer_error_mean`, `layer_error_var`, and the same
     with "_bias" and "_spread" behind (PARTS). nan where there is no such estimate: without a prior.

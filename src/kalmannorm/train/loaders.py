@@ -23,7 +23,8 @@ from kalmannorm.train.ranks import Ranks
 
 
 def open_data(config: Config, ranks: Ranks) -> data.Source:
-    """The data set, checked. UserError: it is missing or damaged, or has another number of classes than configured."""
+    """Open the data set and check it. UserError: it is missing or damaged, or has another number of classes than
+    configured."""
     dataset = config.dataset
     source = data.source(dataset.values(), data.root(config.data))
     if source.classes != dataset.classes:
@@ -39,7 +40,8 @@ def open_data(config: Config, ranks: Ranks) -> data.Source:
 
 
 def _unreadable(config: Config, images: data.Images) -> data.folder.Unreadables:
-    """What cannot be read, found once for these files and kept: to read all of ImageNet takes minutes to an hour."""
+    """Find what cannot be read, found once for these files and kept: to read all of ImageNet takes minutes to an
+    hour."""
     kept = Path(config.runs) / f"unreadable-{images.provenance['sha256'][:16]}.json"
     if kept.exists():
         return dict(json.loads(kept.read_text()))
@@ -49,8 +51,8 @@ def _unreadable(config: Config, images: data.Images) -> data.folder.Unreadables:
 
 
 def loaders(config: Config, source: data.Source, ranks: Ranks, whole: bool = False) -> tuple[Batches, Batches]:
-    """Training and test images at the budget's resolution, on the device. Dealt out to the ranks; `whole`: all of them
-    for this one."""
+    """Return the training and test images at the budget's resolution, on the device. Dealt out to the ranks; `whole`:
+    all of them for this one."""
     norm = config.norm
     shard = (0, 1) if whole else ranks.shard
     # The sampling predictor's draws and the guard know a whole batch of groups: each rank evaluates all the images.
@@ -64,7 +66,7 @@ def loaders(config: Config, source: data.Source, ranks: Ranks, whole: bool = Fal
 def _in_memory(
     config: Config, arrays: data.Arrays, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
 ) -> tuple[Batches, Batches]:
-    """Both under the training images' mean."""
+    """Make both, under the training images' mean."""
     budget, dataset = config.budget, config.dataset
     assert isinstance(dataset, ArrayDataset)
     images, labels = arrays.train_images, arrays.train_labels
@@ -95,7 +97,7 @@ def _in_memory(
 
 
 def recoloured(config: Config, source: data.Source, train: Batches, device: torch.device) -> dict[str, Batches]:
-    """The test images in other colours, by what was done to them, all of them for this process; none where
+    """Return the test images in other colours, by what was done to them, all of them for this process; none where
     `dataset.recolour` is not set. Appearance changes and content does not: IBN-Net's question. The numbers are ours."""
     if not isinstance(config.dataset, ArrayDataset) or not config.dataset.recolour:
         return {}
@@ -118,7 +120,7 @@ def recoloured(config: Config, source: data.Source, train: Batches, device: torc
 def _streamed(
     config: Config, source: data.Images | data.Betons, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
 ) -> tuple[Batches, Batches]:
-    """Both normalized by the data set's `mean` and `std`."""
+    """Make both, normalized by the data set's `mean` and `std`."""
     from kalmannorm.data.beton_loader import BetonLoader  # here, as torchvision's transforms take a second to import
     from kalmannorm.data.stream import FolderLoader
 

@@ -33,7 +33,8 @@ UNMEASURED = (torch.zeros(3), torch.ones(3))
 
 
 def build(config: Config) -> tuple[nn.Module, tuple[str, ...]]:
-    """The converted model, with fresh weights from the run's seed, and the names of its last normalizers (Figure 5).
+    """Build the converted model, with fresh weights from the run's seed, and the names of its last normalizers (Figure
+    5).
 
     UserError: as of network; statistics of a single value at the budget's resolution, the layer named.
     """
@@ -46,7 +47,7 @@ def build(config: Config) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def network(config: Config) -> nn.Module:
-    """The converted model, with fresh weights from the run's seed, not tried out yet.
+    """Build the converted model, with fresh weights from the run's seed, not tried out yet.
 
     UserError: an unknown architecture or option; a normalizer that does not fit a layer, named.
     """
@@ -103,7 +104,8 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _try_out(model: nn.Module, config: Config) -> None:
-    """One statistics group of blank images: statistics of a single value, or a map that vanishes, show at start."""
+    """Try one group of blank images, so that statistics of a single value, or a map that vanishes, show at the
+    start."""
     size = config.budget.size
     set_statistics(model, "online")
     model.eval()
@@ -118,7 +120,7 @@ def _try_out(model: nn.Module, config: Config) -> None:
 
 
 def optimizer(model: nn.Module, *, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with momentum; weight decay on the weights of convolutions and the classifier only (released code).
+    """Return SGD with momentum; weight decay on the weights of convolutions and the classifier only (released code).
 
     So never on biases, gamma, beta, or a Kalman normalizer's q, R and transition. The rate is set before every step:
     each group's is the `part_of_rate` of it, where it has one (SSN's logits a tenth, public code).
@@ -138,8 +140,8 @@ def optimizer(model: nn.Module, *, momentum: float, weight_decay: float) -> torc
 
 
 def _decayed(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
-    """The weight; under weight normalization its g: W = g v / |v| has the norm of g, and v's changes nothing. So the
-    penalty on W stays the recipe's, which knows no weight normalization: ours."""
+    """Return the weight; under weight normalization its g: W = g v / |v| has the norm of g, and v's changes nothing. So
+    the penalty on W stays the recipe's, which knows no weight normalization: ours."""
     if is_weight_normalized(layer):
         return layer.parametrizations.weight.original0  # type: ignore[union-attr, return-value]
     return layer.weight
@@ -148,7 +150,7 @@ def _decayed(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
 def learning_rate(
     step: int, total_steps: int, schedule: Schedule, warmup: float | None, grad_batch: int | None = None
 ) -> float:
-    """Rate of a step (from 0) of a run of `total_steps`.
+    """Return the rate of a step (from 0) of a run of `total_steps`.
 
     `warmup` None: the schedule's own. Its `lr` is a list of milestones in epochs of a full run, whose last one ends it,
     scaled to this run; or one rate, that `decay` takes to 0 over the run. Else `warmup` is a part of the run: the

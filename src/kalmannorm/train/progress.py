@@ -67,7 +67,8 @@ class Progress:
             events.write(folder, curves, self._times)
 
     def step(self, done: int, loss: float, accuracy: float | None = None) -> None:
-        """`done` steps of the run are done; over the epoch's, mean loss and, of a classifier, accuracy (percent)."""
+        """Show that `done` steps of the run are done; over the epoch's, mean loss and, of a classifier, accuracy
+        (percent)."""
         self.images = (done - self._first) * self._batch
         rate = self.images / (time.perf_counter() - self._training)
         correct = "" if accuracy is None else f"accuracy {accuracy:.1f} %  "
@@ -81,7 +82,7 @@ class Progress:
                 (self._folder / FILE).write_text(json.dumps(now))
 
     def epoch(self, curves: Curves) -> None:
-        """An epoch is done and evaluated."""
+        """Note that an epoch is done and evaluated."""
         if self.quiet:
             return
         self._times.append(time.time())

@@ -83,11 +83,11 @@ class Ranks:
             return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def without_exchange(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Gradients of all but the last micro-batch of a step stay here."""
+        """Keep the gradients of all but the last micro-batch of a step here."""
         return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
     def sum(self, *values: Tensor) -> list[Tensor]:
-        """Each value summed over the ranks, in float64."""
+        """Sum each value over the ranks, in float64."""
         if self.world == 1:
             return list(values)
         together = torch.stack([value.double() for value in values])
@@ -95,7 +95,7 @@ class Ranks:
         return list(together)
 
     def any(self, number: int | None) -> int | None:
-        """The largest of the ranks' numbers, None where all have None."""
+        """Return the largest of the ranks' numbers, None where all have None."""
         if self.world == 1:
             return number
         flag = torch.tensor(number or 0)
@@ -103,7 +103,7 @@ class Ranks:
         return int(flag) or None
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on rank 0; an empty list elsewhere."""
+        """Return every rank's value, on rank 0; an empty list elsewhere."""
         if self.world == 1:
             return [value]
         values: list[T] = [value] * self.world if self.main else []
@@ -111,7 +111,7 @@ class Ranks:
         return values
 
     def from_main(self, value: T) -> T:
-        """Rank 0's value, everywhere."""
+        """Return rank 0's value, everywhere."""
         if self.world == 1:
             return value
         box = [value]
@@ -119,7 +119,7 @@ class Ranks:
         return box[0]
 
     def leave(self) -> None:
-        """Call last: waits for the others, and ends the process group if it began here."""
+        """Wait for the others, as the last call, and end the process group if it began here."""
         if self.world > 1:
             dist.barrier(group=self._control)
         if self._began:
@@ -141,7 +141,7 @@ def _meet(backend: str, rank: int, world: int) -> None:
 
 
 def leave_with_parent() -> None:
-    """SIGTERM for this process when torchrun dies without a word: by SIGKILL, and by SIGUSR1, which it hands on only
+    """Get SIGTERM when torchrun dies without a word: by SIGKILL, and by SIGUSR1, which it hands on only
     where TORCHELASTIC_SIGNALS_TO_HANDLE names it (Linux alone has this)."""
     if sys.platform == "linux":
         import ctypes
@@ -151,7 +151,7 @@ def leave_with_parent() -> None:
 
 
 def end_process(code: int) -> None:
-    """End of a distributed run's process, at once: interpreters that shut down beside gloo's threads often abort."""
+    """End a distributed run's process, at once: interpreters that shut down beside gloo's threads often abort."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -11,7 +11,7 @@ BATCH = 500  # images at a time, over all processes
 
 
 def refresh_weights(config: Config, session: Session, train: Batches, step: int) -> None:
-    """Before step number `step` (from 0) of the training, every `every` steps: a refresh by `samples` training images
+    """Refresh before step number `step` (from 0) of the training, every `every` steps, by `samples` training images
     without augmentation, other ones each time; norm.options.weights has both numbers.
 
     What is drawn depends on the run's seed and the step alone, so that a resumed training goes on exactly; EigenNet's

@@ -58,7 +58,7 @@ class Session:
         return dict(zip(self.sums, self.ranks.sum(*self.sums.values()), strict=True))
 
     def save(self) -> None:
-        """Rank 0 writes; each rank's sums and random generators go with it."""
+        """Write a checkpoint by rank 0, with each rank's sums and random generators."""
         # On the CPU: rank 0 must not open every other rank's GPU to unpack what it sends.
         sums = {key: value.cpu() for key, value in self.sums.items()}
         own = {"random": _random_state(self.ranks.device), "sums": sums}
@@ -117,8 +117,8 @@ class Session:
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
-    """Of every generator in the process. Training draws from generators keyed by (seed, epoch) and needs none of them,
-    but a model or data set of one's own may."""
+    """Return the state of every generator in the process. Training draws from generators keyed by (seed, epoch) and
+    needs none of them, but a model or data set of one's own may."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),

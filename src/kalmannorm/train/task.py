@@ -114,5 +114,5 @@ class Task(ABC):
 
 
 def arithmetic(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """The precision in which a run is trained and evaluated, as a context."""
+    """Return a context with the precision in which a run is trained and evaluated."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")

@@ -18,7 +18,7 @@ Pairs = list[tuple[float, float]]  # seconds of neighbouring steps: this, agains
 
 
 def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> Pairs:
-    """Times of neighbouring steps, the order within each pair alternating, for about `seconds` and at least 5 pairs."""
+    """Time neighbouring steps, the order within each pair alternating, for about `seconds` and at least 5 pairs."""
 
     def timed(step: Step) -> float:
         began = time.perf_counter()
@@ -48,7 +48,8 @@ def training_step(
     compiled: bool = False,
     precision: str = "fp32",
 ) -> Step:
-    """Forward, backward and optimizer step as the harness trains, on one fixed batch; None: noise of CIFAR's size."""
+    """Make a step of forward, backward and optimizer as the harness trains, on one fixed batch; None: noise of CIFAR's
+    size."""
     model.to(device).train()
     x, labels = (part.to(device) for part in batch or synthetic_batch())
     optim = optimizer(model, **RECIPE)
@@ -68,7 +69,7 @@ def training_step(
 
 
 def synthetic_batch(images: int = GRAD_BATCH, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Noise [images, 3, size, size] and labels [images], the same every time."""
+    """Make noise [images, 3, size, size] and labels [images], the same every time."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, 3, size, size, generator=generator)
     return x, torch.randint(classes, (images,), generator=generator)

@@ -120,8 +120,8 @@ class _MaskPredictor(MaskRCNNPredictor):
 
 
 def _align(side: int, size: int) -> MultiScaleRoIAlign:
-    """RoIAlign over the levels. torchvision infers their strides from the first images that it sees, and would be wrong
-    where `canvas` is much larger than an image: they are given."""
+    """Build RoIAlign over the levels. torchvision infers their strides from the first images that it sees, and would be
+    wrong where `canvas` is much larger than an image: they are given."""
     canonical = max(1, round(CANONICAL * size / ANCHORS_AT))
     pool = MultiScaleRoIAlign(list(LEVELS), side, sampling_ratio=2, canonical_scale=canonical)
     pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]

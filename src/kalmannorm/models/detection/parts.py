@@ -36,15 +36,15 @@ HEADS: Mapping[str, Any] = {
 
 
 def anchor_sides(size: int) -> list[int]:
-    """Sides of the anchors, in pixels, of images whose short side is `size`."""
+    """Return the sides of the anchors, in pixels, of images whose short side is `size`."""
     return [max(1, round(side * size / ANCHORS_AT)) for side in ANCHORS]
 
 
 def proposal_network(
     channels: int, anchors: AnchorGenerator, proposals: Sequence[int], candidates: Sequence[int]
 ) -> "ProposalNetwork":
-    """On features of `channels` channels; how many proposals it hands on, of how many candidates, in training and in
-    evaluation."""
+    """Build the proposal network on features of `channels` channels; how many proposals it hands on, of how many
+    candidates, in training and in evaluation."""
     network = ProposalNetwork(
         anchors,
         FullPrecisionHead(channels, anchors.num_anchors_per_location()[0]),
@@ -61,7 +61,7 @@ def proposal_network(
 
 
 def give_keys(model: Any, targets: Sequence[Mapping[str, Any]]) -> None:
-    """What is drawn for the losses of the next batch is drawn by its images' keys."""
+    """Let what is drawn for the losses of the next batch be drawn by its images' keys."""
     for sampler in (model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler):
         sampler.keys = [target["key"] for target in targets]
 
@@ -135,7 +135,7 @@ class Transform(GeneralizedRCNNTransform):
 
 
 def padded_to(height: int, width: int) -> tuple[int, int]:
-    """The next multiples of CANVAS."""
+    """Return the next multiples of CANVAS."""
     return math.ceil(height / CANVAS) * CANVAS, math.ceil(width / CANVAS) * CANVAS
 
 
