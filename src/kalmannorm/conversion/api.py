@@ -5,7 +5,6 @@ own classes (classes.py). A container's forward is its own, with beliefs beside 
 as it is where it cannot be traced (flow.py).
 """
 
-import copy
 import functools
 import inspect
 import itertools
@@ -13,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -24,6 +23,7 @@ from kalmannorm.conversion.attach import Search
 from kalmannorm.conversion.layers import (
     add_biases,
     build_normalizer,
+    copied,
     delete,
     is_frozen,
     keep_more,
@@ -114,7 +114,7 @@ def convert(
         for name, given in (("preset", preset), ("predictor", predictor), ("input_belief", input_belief)):
             if given is not None:
                 raise ValueError(f"{name} is an option of {' and '.join(KALMAN)}: normalizer {norm!r} has no belief")
-    source = fold(model) if _MARK in model.__dict__ else copy.deepcopy(model)
+    source = fold(model) if _MARK in model.__dict__ else copied(model)
     if thaw:
         thaw_frozen(source)
     layers: dict[str, _BatchNorm] = {
@@ -287,6 +287,9 @@ def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dic
     for name, module in containers:
         if type(module).forward is nn.Sequential.forward:
             continue
+        if isinstance(module, fx.GraphModule) and type(module).__mro__[1] is not fx.GraphModule:
+            as_they_are[name] = f"{type(module).__mro__[1].__name__}: its graph may change"
+            continue
         try:
             known = passed.get(module, Passed(set(), {}, set()))
             both = trace(module, known)
@@ -426,7 +429,7 @@ def fold(model: nn.Module) -> nn.Module:
     without moving statistics.
     """
     names = _conversion(model, "there is nothing to fold")["normalizers"]
-    plain = copy.deepcopy(model)
+    plain = copied(model)
     for module in plain.modules():
         _restore(module)
     folded: dict[nn.Module, nn.Module] = {}

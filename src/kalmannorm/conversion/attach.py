@@ -52,7 +52,7 @@ class Search:
                 first = self._module(child, f"{path}.{name}" if path else name, (first,), {}, first)
             return first
         if module not in self.traces:
-            for name, layer in module.named_modules():
+            for name, layer in list(module.named_modules()):
                 if isinstance(layer, _ConvNd):
                     self.found(f"{path}.{name}" if path else name, layer, False)
             return Value([])

@@ -4,6 +4,7 @@ They have the name, the module and the signature of the class that they are deri
 class: blocks share a forward, and a compiled graph.
 """
 
+import copy
 import inspect
 import itertools
 import linecache
@@ -13,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kalmannorm.conversion import runtime
 from kalmannorm.conversion.flow import follow
@@ -57,6 +58,12 @@ class Generated:
         """The class that is derived from: the original's."""
         return self.base.original if isinstance(self.base, Generated) else self.base
 
+    def on(self, original: Any, code: str = "") -> "Generated":
+        """The same, derived from another class, with this code in place of that which is derived from it directly."""
+        if isinstance(self.base, Generated):
+            return Generated(self.base.on(original, code), self.code, self.names, self.summary)
+        return Generated(original, code or self.code, {} if code else self.names, self.summary)
+
     def make(self) -> type[nn.Module]:
         base = self.base.make() if isinstance(self.base, Generated) else self.base
         names = tuple(sorted((name, _identity(value)) for name, value in self.names.items()))
@@ -70,8 +77,10 @@ class Generated:
             exec(compile(self.code, filename, "exec"), scope)
             forward: Any = scope["forward"]
             forward.__doc__, forward.__signature__ = base.forward.__doc__, inspect.signature(base.forward)
+            forward.__wrapped__ = base.forward  # whose arguments torch.fx looks at
             body = {"forward": forward, "converted": self, "__reduce_ex__": _reduce}
             body |= contract.methods(base) if "beliefs" in self.code else {}
+            body |= _OF_GRAPH_MODULES if issubclass(base, fx.GraphModule) else {}
             body |= {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
             _classes[key] = type(base)(base.__name__, (base,), body)  # type: ignore[misc]
         return _classes[key]
@@ -84,6 +93,55 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 def _rebuild(generated: Generated) -> nn.Module:
     cls = generated.make()
     return cls.__new__(cls)  # type: ignore[misc]
+
+
+# Every GraphModule has a class of its own, whose forward changes with its graph (torchvision's feature extractors have
+# one graph for each mode), and makes its copies from the graph.
+
+
+def _recompile(self: Any) -> Any:
+    """Its forward becomes what the graph says now, and runs as it is."""
+    made = type(self).converted
+    self.__class__ = made.original
+    try:
+        return self.recompile()
+    finally:
+        self.__class__ = made.on(made.original, AS_IT_IS).make()
+
+
+def _copy_graph_module(self: Any, memo: dict[int, Any]) -> nn.Module:
+    made = type(self).converted
+    copied = made.original.__new__(made.original)
+    memo[id(self)] = copied
+    state = copy.deepcopy(self.__dict__, memo)
+    graph = state.pop("_graph")
+    copied.__dict__.update(state)
+    copied.graph = graph
+    copied.__class__ = made.on(type(copied)).make()
+    return copied  # type: ignore[no-any-return]
+
+
+def _reduce_graph_module(self: Any, protocol: Any) -> Any:
+    made = type(self).converted
+    self.__class__ = made.original
+    try:
+        return _rebuild_graph_module, (self.__reduce__(), made.on(None, AS_IT_IS))
+    finally:
+        self.__class__ = made.make()
+
+
+def _rebuild_graph_module(reduced: Any, made: Generated) -> nn.Module:
+    function, arguments = reduced[:2]
+    module: nn.Module = function(*arguments)
+    module.__class__ = made.on(type(module)).make()
+    return module
+
+
+_OF_GRAPH_MODULES = {
+    "recompile": _recompile,
+    "__deepcopy__": _copy_graph_module,
+    "__reduce_ex__": _reduce_graph_module,
+}
 
 
 def _identity(value: Any) -> Any:

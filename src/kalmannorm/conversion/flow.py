@@ -134,6 +134,7 @@ def _kind(func: Any, name: str, args: Any, beliefs: tuple[Any, ...]) -> str:
 @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
 def follow(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, beliefs: Any) -> Any:
     """A forward as it is, with beliefs: what it returns, or Returned where beliefs were given."""
+    runtime.refuse_proxies(args)
     with Flow() as flow:
         if isinstance(beliefs, Belief | Carried):
             beliefs = ((beliefs,), {})

@@ -125,6 +125,14 @@ def share_noise(layers: list[nn.Module]) -> None:
         layer.noise_raw = first.noise_raw
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy; weights that hooks compute anew with every forward (pruning, torch.nn.utils.weight_norm), which deepcopy
+    refuses, as the values that they have."""
+    attributes = [value for module in model.modules() for value in module.__dict__.values()]
+    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+
+
 def replace(root: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """A part of `root` by another. Returns `root`."""
     parent, _, leaf = name.rpartition(".")

@@ -1,6 +1,5 @@
 """Which normalizers had a prior in a forward, and what lost the belief of the others."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.conversion import runtime
+from kalmannorm.conversion.layers import copied
 from kalmannorm.conversion.rules import Operation
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import Carried, pick
@@ -18,7 +18,7 @@ NOTHING = "nothing: no normalizer before it, and the input's distribution is not
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str | None]:
     """Run a copy of the model in training: per normalizer, in its order, None or what lost the belief."""
-    twin = copy.deepcopy(model).train()
+    twin = copied(model).train()
     found: dict[str, str | None] = {}
     names = {module: name for name, module in twin.named_modules()}
     reasons: dict[int, str] = {}

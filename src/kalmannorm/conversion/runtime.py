@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kalmannorm.conversion.operations import BY_NAME, FUNCTIONS, rule_of_class
@@ -34,6 +34,7 @@ _RULES: dict[str, Rule] = {key_of(target): rule for target, rule in FUNCTIONS.it
 
 def call(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
     """(y, belief of y, ...) of any module: one that takes beliefs is handed them, another's class has a rule."""
+    refuse_proxies(args)
     if getattr(module, "takes_beliefs", False):
         return module(*args, **kwargs, beliefs=(beliefs, keyword_beliefs))
     if type(module) is nn.SyncBatchNorm:
@@ -44,6 +45,15 @@ def call(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any
     if attributes:
         operation = operation._replace(args=(operation.x, *(getattr(module, name) for name in attributes)), kwargs={})
     return y, apply(rule, operation, module)
+
+
+def refuse_proxies(args: Any) -> None:
+    """ValueError: torch.fx traces a converted model, and would take beliefs for constants."""
+    if args and isinstance(args[0], fx.Proxy):
+        raise ValueError(
+            "a converted model cannot be traced by torch.fx. Trace first and convert what comes out, as in "
+            "kalmannorm.convert(create_feature_extractor(model, ...), ...); or take torch.export"
+        )
 
 
 def refuse_torch_sync(container: nn.Module) -> None:

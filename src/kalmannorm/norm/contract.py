@@ -76,11 +76,11 @@ def unwrap_hooks(module: nn.Module) -> None:
 
 
 def _is_of_torch(hook: Any) -> bool:
-    """torch's own (FSDP's, of weights that are computed) must see beliefs, or do not look at what is passed."""
+    """FSDP's must see beliefs; those of weights that are computed do not look at what is passed."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     where = getattr(hook, "__module__", None) or type(hook).__module__
-    return where.startswith("torch.") or type(hook).__module__.startswith("torch.")
+    return any(module.startswith(("torch.distributed.", "torch.nn.")) for module in (where, type(hook).__module__))
 
 
 class PlainHook:

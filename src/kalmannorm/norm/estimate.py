@@ -38,11 +38,12 @@ def normalize_by_posterior(
     guard holds.
     """
     shape = (x.shape[0] // size, x.shape[1])
-    prior_mean, prior_var = (None if t is None else t.expand(shape) for t in prior or (None, None))
+    dtype = groups.moments_dtype(x)
+    prior_mean, prior_var = (None if t is None else t.to(dtype).expand(shape) for t in prior or (None, None))
     # The native kernels know groups only in contiguous memory; on a GPU the plain form is compiled by default.
     native = x.is_contiguous() and x.device.type == "cpu" and not torch.compiler.is_compiling()
     form: Callable[..., tuple[Tensor, ...]] = _Native.apply if native else _plain
-    gain = torch.as_tensor(gain, dtype=groups.moments_dtype(x), device=x.device)
+    gain = torch.as_tensor(gain, dtype=dtype, device=x.device)
     y, mean, var, measured_mean, measured_var = form(
         x, size, prior_mean, prior_var, gain, weight, bias, eps, mixture, guard, over_ranks
     )

@@ -198,7 +198,8 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             assert self.running_mean is not None and self.running_var is not None
             moving = Belief(self.running_mean[None], self.running_var[None])
             # A frozen layer's q, R and transition are idle, and DDP waits for their gradients.
-            weight = self.tie_idle(self.weight, prior) if torch.is_grad_enabled() else self.weight
+            tie = torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+            weight = self.tie_idle(self.weight, prior) if tie else self.weight
             return self.normalize_by_moving(x, weight), self.hand_on(moving, self.weight, self.bias)
         size = self.group_size(x)
         self.values = values = groups.values(x, size)

@@ -21,12 +21,14 @@ T = TypeVar("T")
 
 
 def full_precision(rule: Callable[P, T]) -> Callable[P, T]:
-    """Autocast would run the small matrix products below in half precision: the prior would lose most of its digits."""
+    """In half precision, as autocast runs the small matrix products below, the prior would lose most of its digits."""
 
     @functools.wraps(rule)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         belief: Any = args[0]
         device = belief.mean.device.type
+        if belief.mean.dtype in (torch.float16, torch.bfloat16):  # as FSDP casts what is passed to a module
+            args = Belief(belief.mean.float(), belief.var.float()), *args[1:]  # type: ignore[assignment]
         if not torch.amp.is_autocast_available(device):  # "meta": shapes alone
             return rule(*args, **kwargs)
         with torch.autocast(device, enabled=False):

@@ -44,7 +44,9 @@ class Noise(Predictor):
     def _draw(self, belief: Belief, x: Tensor) -> Tensor:
         key = ("train", once(self, self._next_step)) if self.training else ("eval", 0)
         digest = hashlib.blake2b(repr((self.seed, self.layer, *key)).encode(), digest_size=8).digest()
-        generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big") >> 1)
+        generator = None  # on the device meta, which has shapes alone
+        if x.device.type != "meta":
+            generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big") >> 1)
         rank, world = (0, 1) if self.shared else self.shard
         rows, channels = belief.mean.shape
         shape = (rows * world, channels, *x.shape[2:])

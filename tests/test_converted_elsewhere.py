@@ -1,0 +1,236 @@
+"""Converted models in others' hands: half types, feature extractors, pruning, export, sharding, replicas."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import prune
+from torchvision.models import resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from kalmannorm import belief_report, convert, fold
+from kalmannorm.conversion import untraced
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"predictor": "sampling"},
+    {"input_belief": "data"},
+    {"transition": "learned"},
+    {"preset": "released"},
+]
+
+
+class Net(nn.Module):
+    """A block with a shortcut, between a stem and a head."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.block = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU())
+        self.last, self.norm = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.norm(self.last(x + self.block(x))))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def converted(**options: Any) -> nn.Module:
+    return convert(Net(), "bkn", stat_batch=2, **options)
+
+
+def images() -> Tensor:
+    return torch.randn(4, 3, 16, 16)
+
+
+def priors(model: nn.Module, x: Tensor) -> int:
+    return sum(why is None for why in belief_report(model, x).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_models_in_half_precision(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Whatever is half as long there, statistics and beliefs are not."""
+    model, x = converted(**options), images()
+    wide, half = copy.deepcopy(model), copy.deepcopy(model).to(dtype)
+    for mode in (True, False):
+        a, b = wide.train(mode)(x), half.train(mode)(x.to(dtype))
+        assert b.dtype == dtype and (a - b).abs().max() < (0.02 if dtype == torch.float16 else 0.1)
+    half.train()(x.to(dtype)).square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in half.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_models_on_the_device_meta(options: dict[str, Any]) -> None:
+    model = converted(**options).to("meta")
+    assert model(images().to("meta")).shape == (4, 4)
+
+
+# --- graphs of torch.fx -----------------------------------------------------------------------------------------------
+
+
+def feature_extractor(model: nn.Module) -> nn.Module:
+    return create_feature_extractor(model, ["layer1", "layer4"])
+
+
+def last(value: Any) -> Tensor:
+    return value["layer4"] if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+@pytest.mark.parametrize("graph", [feature_extractor, fx.symbolic_trace])
+def test_graphs_and_their_copies_keep_beliefs(graph: Any, options: dict[str, Any]) -> None:
+    """In both modes, which are two graphs of a feature extractor; computed as the model itself does."""
+    original, x = resnet18(num_classes=4), torch.randn(4, 3, 32, 32)
+    model = convert(graph(original), "bkn", stat_batch=2, **options)
+    plain = convert(original, "bkn", stat_batch=2, **options)
+    if graph is feature_extractor:
+        assert untraced(model) == {"": "DualGraphModule: its graph may change"}
+        plain.avgpool, plain.fc = nn.Identity(), nn.Identity()
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for twin in (model, copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model).eval()), again):
+        assert priors(twin, x) == priors(plain, x) >= 19
+        for mode in (True, False):
+            # What is drawn goes by the convolutions' numbers, which differ where nothing is traced.
+            like = model if options.get("predictor") == "sampling" else plain
+            expected = last(copy.deepcopy(like).train(mode)(x))
+            assert torch.equal(last(copy.deepcopy(twin).train(mode)(x)).flatten(), expected.flatten())
+    folded = fold(model).eval()
+    torch.testing.assert_close(last(folded(x)), last(model.eval()(x)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("graph", [feature_extractor, fx.symbolic_trace])
+def test_tracing_afterwards_is_refused(graph: Any) -> None:
+    with pytest.raises(ValueError, match=r"cannot be traced by torch\.fx.*create_feature_extractor"):
+        graph(convert(resnet18(), "bkn", stat_batch=2))
+
+
+# --- weights that hooks compute, and hooks of others ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("how", ["pruned", "weight norm", "spectral norm"])
+def test_weights_that_hooks_compute(how: str, ahead: bool) -> None:
+    def change(layer: nn.Module) -> None:
+        if how == "pruned":
+            prune.l1_unstructured(layer, "weight", 0.5)
+        else:
+            (nn.utils.weight_norm if how == "weight norm" else nn.utils.spectral_norm)(layer)
+
+    model, x = Net(), images()
+    if ahead:
+        change(model.last)
+    model(x)  # from now on the weight is not a leaf, which deepcopy refuses
+    model = convert(model, "bkn", stat_batch=2)
+    if not ahead:
+        change(model.last)
+    model(x).square().sum().backward()
+    assert priors(model, x) == 2
+    folded = fold(model).eval()
+    torch.testing.assert_close(folded(x), model.eval()(x))
+
+
+def test_observers_of_quantization_see_tensors() -> None:
+    original, x = Net().train(), images()
+    original.qconfig = get_default_qat_qconfig()
+    model = convert(prepare_qat(original), "bkn", stat_batch=2)
+    assert model(x).shape == (4, 4)
+    assert torch.isfinite(model.last.activation_post_process.activation_post_process.max_val)
+
+
+# --- export and compilers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("export", [torch.export.export, torch.jit.trace])
+def test_exported_models_compute_the_same(export: Any, options: dict[str, Any]) -> None:
+    model, x = converted(**options), images()
+    model(x)
+    model.eval()
+    program = export(model, (x,))
+    run = program.module() if export is torch.export.export else program
+    other = images()
+    torch.testing.assert_close(run(other), model(other))
+
+
+@pytest.mark.parametrize("options", [option for option in OPTIONS if "predictor" not in option], ids=str)
+def test_a_model_in_training_is_exported_whole(options: dict[str, Any]) -> None:
+    """Moving statistics change as the model's own; but for drawn samples, which would stay the same."""
+    options = {**options, "predictor": "closed"}
+    model, x = converted(**options), images()
+    program = torch.export.export(copy.deepcopy(model), (x,)).module()
+    torch.testing.assert_close(program(x), model(x))
+    buffers = dict(program.named_buffers())
+    for name, value in model.named_buffers():
+        if "num_batches" not in name and "limits" not in name:
+            torch.testing.assert_close(buffers[name], value)
+
+
+# --- sharded, and replicated ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def shard(model: nn.Module, by: str, **policy: Any) -> nn.Module:
+    mesh = init_device_mesh("cpu", (1,))
+    layers = (nn.Conv2d, nn.Linear, _BatchNorm)
+    for part in model.children() if by == "block" else model.modules() if by == "layer" else ():
+        if by == "block" or isinstance(part, layers):
+            fully_shard(part, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model(x).square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+
+
+@pytest.mark.parametrize("by", ["model", "block", "layer"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.usefixtures("one_process")
+def test_sharded_models_have_the_same_gradients(options: dict[str, Any], by: str) -> None:
+    model, x = converted(**options), images()
+    expected = gradients(copy.deepcopy(model), x)
+    found = gradients(shard(model, by), x)
+    assert expected.keys() == found.keys() and len(found) > 10
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("by", ["model", "layer"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.usefixtures("one_process")
+def test_sharded_models_in_mixed_precision(options: dict[str, Any], by: str) -> None:
+    """FSDP casts the beliefs that it passes, too."""
+    model, x = converted(**options), images()
+    expected = copy.deepcopy(model)(x)
+    found = shard(model, by, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))(x)
+    assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.1
+    found.float().square().sum().backward()
+
+
+def test_data_parallel_without_devices_is_the_model() -> None:
+    model, x = converted(), images()
+    torch.testing.assert_close(nn.DataParallel(copy.deepcopy(model))(x), model(x))
