@@ -20,6 +20,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from kalmannorm import belief_report, convert, fold
 from kalmannorm.conversion import untraced
+from kalmannorm.norm.moments import Predictor
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -229,6 +230,33 @@ def test_sharded_models_in_mixed_precision(options: dict[str, Any], by: str) -> 
     found = shard(model, by, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))(x)
     assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.1
     found.float().square().sum().backward()
+
+
+def replica(model: nn.Module) -> nn.Module:
+    """As DataParallel makes one for each device."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, twin in copies.items():
+        for key, child in module._modules.items():
+            twin._modules[key] = None if child is None else copies[child]
+        for key, parameter in module._parameters.items():
+            setattr(twin, key, None if parameter is None else parameter.clone())
+        for key, buffer in module._buffers.items():
+            twin._buffers[key] = buffer
+    return copies[model]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_replicas_are_the_model_or_refused(options: dict[str, Any]) -> None:
+    """A replica's predictors are those of the model, on the first device."""
+    model, x = converted(**options), images()
+    if any(isinstance(module, Predictor) for module in model.modules()):
+        with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+            replica(model)(x)
+        model.eval()
+    expected = copy.deepcopy(model)
+    torch.testing.assert_close(replica(model)(x), expected(x))
+    for a, b in zip(model.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_data_parallel_without_devices_is_the_model() -> None:

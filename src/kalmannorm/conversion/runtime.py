@@ -166,9 +166,19 @@ def of_linear(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | N
     return _told(layer, x, y, belief, of_last_axis(belief, x, weight, bias))
 
 
+def _predictor(layer: Any) -> Any:
+    """A layer's own. RuntimeError: of a replica of DataParallel, which has that of the model on the first device."""
+    if layer.__dict__.get("_is_replica") and layer.training:
+        raise RuntimeError(
+            "DataParallel's replicas share draws and learned transitions, which are of the first device: train with "
+            "DistributedDataParallel, or convert with predictor='closed' and transition='weight'"
+        )
+    return layer.__dict__["predictor"][0]
+
+
 def of_transition(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
     """By the transition matrix of the layer's own."""
-    (transition,) = layer.__dict__["predictor"]
+    transition = _predictor(layer)
     return _told(layer, x, y, belief, of_map(lambda b, _: transition(b, bias), belief, y, weight))
 
 
@@ -181,7 +191,7 @@ def of_sample(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | N
         found = "of something that is not a map"
     elif belief is not None:
         carried = belief if isinstance(belief, Carried) else Carried(belief, "", "sampled")
-        (noise,) = layer.__dict__["predictor"]
+        noise = _predictor(layer)
         how = (layer.stride, layer.padding, layer.dilation, layer.groups, carried.relu == "pending")
         drawn = sampled_conv(carried.belief, noise(carried.belief, x), weight, bias, *how)
         found = Carried(drawn, "", "ignored" if carried.relu == "ignored" else "sampled")
