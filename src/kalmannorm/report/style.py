@@ -57,11 +57,6 @@ class Look:
         """As keywords of `Axes.plot`."""
         return {"color": self.colour, "marker": self.marker, "linestyle": self.dashes, "ms": 4, "lw": 1.2}
 
-    @property
-    def points(self) -> dict[str, Any]:
-        """The same without a line."""
-        return self.line | {"linestyle": ""}
-
 
 def looks(rows: Sequence[tuple[str, str]]) -> dict[str, Look]:
     """Choose a look per name, of (name, normalizer) in the order of the card; rows of the same name share one."""
