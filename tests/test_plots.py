@@ -111,3 +111,16 @@ def test_a_table_is_not_stretched_to_the_papers_values(tmp_path: Path) -> None:
     (figure,) = drawn(tmp_path, "table7").values()
     low, high = figure.axes[0].get_xlim()
     assert low > 55 and high < 70  # the paper's are near 90
+
+
+def test_the_first_steps_are_drawn_by_quantity_and_what_has_no_prior_says_so(tmp_path: Path) -> None:
+    arrays = {name: np.full((3, 2), 2.0, np.float32) for name in plots.FIRST_STEPS}
+    start = Group("cifar10", "start")
+    for norm in ("bn", "bkn"):
+        none = {"offsets": np.full((3, 2), np.nan), "variance_ratios": np.full((3, 2), np.nan)} if norm == "bn" else {}
+        identity = write_record(tmp_path, config(norm, arch="resnet32", budget="start"), 1, 10)
+        np.savez(tmp_path / "records" / f"{identity}.npz", **{**arrays, **none})
+    figure = drawn(tmp_path, "death", start)[""]
+    axes = np.reshape([axis for axis in figure.axes if not axis.get_label()], (4, 2))
+    assert [axis.get_title(loc="left") for axis in axes[0]] == ["BN", "KN\nmean 2, median 2"]
+    assert [text.get_text() for axis in axes[:, 0] for text in axis.texts] == ["none", "none"]

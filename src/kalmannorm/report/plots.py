@@ -4,6 +4,7 @@ intervals, one below the other) and `maps`. Each card's kind says what it shows 
 import hashlib
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Figures = dict[str, "Figure"]  # by what stands behind the card's name in the file's
+FIRST_STEPS = {
+    "offsets": "|prior mean - measured| / sd",
+    "variance_ratios": "prior / measured variance",
+    "scales": "mean square, normalized",
+    "gradients": "gradient / weight",
+}
 CLIP = (1, 99)  # percentiles between which a map's colours spread
 FLOOR = 0.001  # errors below it are zero but for rounding, or as good as zero
 READING = "Line: mean over the seeds that learned; band: from the lowest to the highest; hollow: one seed."
@@ -183,9 +190,11 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
     from matplotlib.figure import Figure
 
     with style.context():
-        figure = Figure(figsize=(style.WIDTH, 2.9 * len(rows) + 1.1), layout="constrained")
-        grid = figure.subplots(len(rows), len(rows[0][1]), sharex="col", squeeze=False)
-        for axes, (label, of_row) in zip(grid, rows, strict=True):
+        columns = len(rows[0][1])
+        tall = 2.9 if len(rows) == 1 else 2.0
+        figure = Figure(figsize=(style.WIDTH, tall * len(rows) + 1.1), layout="constrained")
+        grid = figure.subplots(len(rows), columns, sharex="col", squeeze=False)
+        for place, (axes, (label, of_row)) in enumerate(zip(grid, rows, strict=True)):
             everything = np.concatenate([one.values.ravel() for one in of_row])
             positive = everything[np.isfinite(everything) & (everything > 0)]
             low, high = np.percentile(positive, CLIP) if positive.size else (0.1, 1.0)
@@ -197,8 +206,14 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
                 image = axis.imshow(
                     drawn, norm=norm, cmap="cividis", aspect="auto", interpolation="none", extent=extent
                 )
-                middle, mean = np.nanmedian(one.values), np.nanmean(one.values)
-                axis.set_title(f"{one.title}\nmean {mean:.3g}, median {middle:.3g}", loc="left")
+                title = [textwrap.fill(one.title, 60 // columns)] if place == 0 else []
+                values = one.values[np.isfinite(one.values)]
+                if values.size:
+                    mean = f"mean {values.mean():.3g}, " if columns <= 3 else ""
+                    title.append(f"{mean}median {np.median(values):.3g}")
+                else:
+                    axis.text(0.5, 0.5, "none", ha="center", va="center", transform=axis.transAxes)
+                axis.set_title("\n".join(title), loc="left")
                 axis.spines[:].set_visible(False)
                 ends = np.cumsum([0, *one.names.values()])
                 axis.set_yticks((ends[:-1] + ends[1:] - 1) / 2, list(one.names))
@@ -206,7 +221,7 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
                 for end in ends[1:-1]:
                     axis.axhline(end - 0.5, color="white", linewidth=0.8)
             figure.colorbar(image, ax=list(axes), extend="both", pad=0.01, aspect=30).set_label(label)
-        for axis in grid[-1]:
+        for axis in grid[-1] if columns <= 3 else [grid[-1][columns // 2]]:
             axis.set_xlabel(horizontal)
         figure.supylabel(vertical, fontsize=8)
         figure.supxlabel(style.wrapped(said), fontsize=7.5, x=0.01, ha="left")
@@ -216,6 +231,8 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
 def _thinned(values: np.ndarray, most: int = 128) -> np.ndarray:
     """At most so many rows: the means of consecutive ones."""
     every = -(-len(values) // most)
+    if every == 1:
+        return values
     whole = np.pad(values, ((0, -len(values) % every), (0, 0)), constant_values=np.nan)
     return np.nanmean(whole.reshape(-1, every, values.shape[1]), axis=1)
 
@@ -501,20 +518,22 @@ def mixture(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def death(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw the mean square of the normalized features, by layer and step: a network whose estimate does not know that
-    it is wrong blows up (arrays `steps` [T], `scales` [T, K])."""
-    found = []
+    """Draw what becomes of each layer, step by step (train/first_steps.py): how wrong its prior is, the mean square of its
+    normalized features, the gradient over the weight. A network whose estimate does not know that it is wrong blows up.
+    """
+    found: dict[str, list[Map]] = {label: [] for label in FIRST_STEPS.values()}
     for row in card.rows:
         for run, arrays in _arrays(cells.cell(card, row, group), all_runs=True).values():
             if "scales" in arrays:
-                names = quantities.layers(run, arrays["scales"].shape[1])
-                found.append(Map(row.name, arrays["scales"].T, dict.fromkeys(names, 1) if len(names) < 40 else {}))
+                for name, label in FIRST_STEPS.items():
+                    names = quantities.layers(run, arrays[name].shape[1])
+                    found[label].append(
+                        Map(row.name, arrays[name].T, dict.fromkeys(names, 1) if len(names) < 13 else {})
+                    )
                 break
-    if not found:
+    if not any(found.values()):
         return {}
-    return {
-        "": maps([("mean square", found)], _said(card, group), "measurements, from the first step on", "normalizers")
-    }
+    return {"": maps(list(found.items()), _said(card, group), "steps, from the first on", "layers, from the first on")}
 
 
 def _line(axis: "Axes", line: Line, place: int) -> None:
