@@ -518,8 +518,8 @@ def mixture(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def death(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw what becomes of each layer, step by step (train/first_steps.py): how wrong its prior is, the mean square of its
-    normalized features, the gradient over the weight. A network whose estimate does not know that it is wrong blows up.
+    """Draw what becomes of each layer, step by step (train/first_steps.py): how wrong its prior is, the mean square of
+    its normalized features, gradient over weight. A network whose estimate does not know that it is wrong blows up.
     """
     found: dict[str, list[Map]] = {label: [] for label in FIRST_STEPS.values()}
     for row in card.rows:
