@@ -186,6 +186,7 @@ class Map:
 
 def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, vertical: str) -> "Figure":
     """Rows of maps, each row under one logarithmic scale of colours: (what is shown, maps)."""
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -199,16 +200,14 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
             positive = everything[np.isfinite(everything) & (everything > 0)]
             low, high = np.percentile(positive, CLIP) if positive.size else (0.1, 1.0)
             norm = LogNorm(low, max(high, low * 1.01))
-            image: Any = None
+            colours = ScalarMappable(norm, "cividis")
             for axis, one in zip(axes, of_row, strict=True):
-                drawn = np.clip(_thinned(one.values), norm.vmin, norm.vmax)
-                extent = (-0.5, one.values.shape[1] - 0.5, len(one.values) - 0.5, -0.5)
-                image = axis.imshow(
-                    drawn, norm=norm, cmap="cividis", aspect="auto", interpolation="none", extent=extent
-                )
                 title = [textwrap.fill(one.title, 60 // columns)] if place == 0 else []
                 values = one.values[np.isfinite(one.values)]
                 if values.size:
+                    drawn = np.clip(_thinned(one.values), norm.vmin, norm.vmax)
+                    extent = (-0.5, one.values.shape[1] - 0.5, len(one.values) - 0.5, -0.5)
+                    axis.imshow(drawn, norm=norm, cmap="cividis", aspect="auto", interpolation="none", extent=extent)
                     mean = f"mean {values.mean():.3g}, " if columns <= 3 else ""
                     title.append(f"{mean}median {np.median(values):.3g}")
                 else:
@@ -220,7 +219,7 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
                 axis.tick_params(axis="y", length=0, labelleft=one is of_row[0])
                 for end in ends[1:-1]:
                     axis.axhline(end - 0.5, color="white", linewidth=0.8)
-            figure.colorbar(image, ax=list(axes), extend="both", pad=0.01, aspect=30).set_label(label)
+            figure.colorbar(colours, ax=list(axes), extend="both", pad=0.01, aspect=30).set_label(label)
         for axis in grid[-1] if columns <= 3 else [grid[-1][columns // 2]]:
             axis.set_xlabel(horizontal)
         figure.supylabel(vertical, fontsize=8)
