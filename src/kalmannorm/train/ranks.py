@@ -47,9 +47,7 @@ class Ranks:
             _meet("nccl" if self.device.type == "cuda" else "gloo", self.rank, self.world)
         if self.world > 1:
             # For decisions: does not wait for a GPU. The others wait for rank 0 on it; its default is half an hour.
-            control = dist.new_group(backend="gloo", timeout=PATIENCE)
-            assert isinstance(control, dist.ProcessGroup)
-            self._control = control
+            self._control = dist.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[assignment]
 
     def _device(self, asked: str) -> torch.device:
         if asked == "cuda" and self.world > 1:
