@@ -128,3 +128,19 @@ def test_whitens_in_float32_under_autocast():
         layer(x)
     exact(x.float())
     assert error(layer.get_buffer("running_whitening"), exact.get_buffer("running_whitening")) < 1e-5
+
+
+def test_parts_of_a_batch_compute_what_the_whole_does():
+    """Exactly, at the default of five iterations; rounding is amplified by them (see test_distributed.py)."""
+    layer = IterNorm(4, group=2, stat_batch=4).double()
+    x = torch.randn(16, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(x)
+    y = layer(x)
+    (whole,) = torch.autograd.grad(y, x, upstream)
+    for first in (0, 2):  # image i is of group i mod 4
+        chosen = [i for i in range(16) if i % 4 in (first, first + 1)]
+        part = x.detach()[chosen].requires_grad_()
+        z = layer(part)
+        torch.testing.assert_close(z, y[chosen], rtol=0, atol=1e-12)
+        (of_part,) = torch.autograd.grad(z, part, upstream[chosen])
+        torch.testing.assert_close(of_part, whole[chosen], rtol=0, atol=1e-12)

@@ -2,7 +2,8 @@
 
 Where nothing would be lost, as while data are loaded, a model is built, or a checkpoint holds all that an evaluation
 would have to repeat, the command stops at once. What is under way within `finishing`, a step and its checkpoint or a
-file, is brought to its end first. The exit code is 128 and the signal's number: schedulers requeue such a job.
+file, is brought to its end first; in a run of several processes, what is under way lasts until they ask each other
+(train/loop.py). The exit code is 128 and the signal's number: schedulers requeue such a job.
 """
 
 import signal

@@ -195,10 +195,10 @@ CONVOLUTION = _layer_code(_CONVOLUTION, "of_convolution")
 SAMPLED = _layer_code(_CONVOLUTION, "of_sample")
 LEARNED = _layer_code(_CONVOLUTION, "of_transition")
 LINEAR = _layer_code("linear(input, weight, bias)", "of_linear")
-# With code of its own (timm's Conv2dSame pads as it goes).
 TRANSPOSED = _layer_code(
     "transposed(self, input, weight, bias, output_size)", "of_transposed", "input, output_size=None"
 )
+# With code of its own (timm's Conv2dSame pads as it goes).
 OTHER_CONVOLUTION = _layer_code("_base.forward(self, input)", "of_convolution")
 
 # One loop for all of them: slices and appended modules go on working.

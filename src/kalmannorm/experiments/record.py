@@ -41,9 +41,7 @@ class Record(TypedDict):
     config: Tree  # what determines the result (config.RESULT_KEYS)
     host: machine.Host  # time and place (machine.host), seconds, images per second
     parameters: NotRequired[int]
-    data: NotRequired[
-        Mapping[str, Any]
-    ]  # name, fidelity and sha256 of the data set, and how many images of it were used
+    data: NotRequired[Tree]  # name, fidelity and sha256 of the data set, and how many images of it were used
     curves: NotRequired[Curves]
     final: NotRequired[dict[str, Evaluation]]  # by kind of statistics
     norms: NotRequired[Tree]  # the normalizers after training: order, gains, what has a belief

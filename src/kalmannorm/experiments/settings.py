@@ -24,6 +24,15 @@ TWO_COUNTS = "null or [in training, in evaluation]"
 Check = Callable[[Any], bool]
 Options = Mapping[str, tuple[Any, Check, str]]  # by name: the type, what the value has to fulfil, the words for both
 
+
+def positive(value: float) -> bool:
+    return value > 0
+
+
+def pair_of_counts(two: list[int]) -> bool:
+    return len(two) == 2 and min(two) > 0
+
+
 # Options of networks and of normalizers, whose builders refuse unknown ones.
 OF_ARCH: Options = {
     "width": (float, lambda value: 0 < value <= 64, "a factor above 0, at most 64"),
@@ -33,18 +42,18 @@ OF_ARCH: Options = {
     "max_size": (int, lambda value: 8 <= value <= 10**4, "a number of pixels from 8 to 10000"),
     "boxes": (int, lambda value: 1 <= value <= 10**4, "a number from 1 to 10000"),
     "roi_size": (int, lambda value: 1 <= value <= 64, "a number from 1 to 64"),
-    "proposals": (list[int] | None, lambda two: pair_of_counts(two), TWO_COUNTS),
-    "candidates": (list[int] | None, lambda two: pair_of_counts(two), TWO_COUNTS),
+    "proposals": (list[int] | None, pair_of_counts, TWO_COUNTS),
+    "candidates": (list[int] | None, pair_of_counts, TWO_COUNTS),
 }
 OF_NORM: Options = {
     **dict.fromkeys(
         ("learn_gain", "mixture", "relu", "first_unbiased"), (bool | None, lambda value: True, "true or false")
     ),
     "gain": (float | None, lambda value: 0 < value <= 1, "a number above 0, at most 1, or null"),
-    **dict.fromkeys(("prior_values", "guard"), (float | None, lambda value: value > 0, "a number above 0, or null")),
+    **dict.fromkeys(("prior_values", "guard"), (float | None, positive, "a number above 0, or null")),
     "eps": (float | None, lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "momentum": (float | None, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    **dict.fromkeys(("num_groups", "max_groups"), (int | None, lambda value: value > 0, "a whole number from 1")),
+    **dict.fromkeys(("num_groups", "max_groups"), (int | None, positive, "a whole number from 1")),
     "noise": (
         bool | str | None,
         lambda value: value in (True, False, "shared", "relative"),
@@ -92,14 +101,6 @@ def setting(expected: str, check: Check = lambda value: True, optional: bool = F
     """
     metadata = {"expected": expected, "check": check, "optional": optional}
     return field(default=None if optional else default, metadata=metadata)
-
-
-def positive(value: float) -> bool:
-    return value > 0
-
-
-def pair_of_counts(two: list[int]) -> bool:
-    return len(two) == 2 and min(two) > 0
 
 
 def are_milestones(pairs: list[list[Number]]) -> bool:

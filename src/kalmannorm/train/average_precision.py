@@ -61,9 +61,7 @@ def evaluate(
     gathered = ranks.gather(found)
     together = [detection for part in gathered for detection in part]
     ids = [split.ids[position] for position in positions]
-    values = ranks.from_main(average_precision(split, ids, together) if ranks.main else None)
-    assert values is not None
-    return values
+    return ranks.from_main(average_precision(split, ids, together) if ranks.main else None)
 
 
 def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, bool]]]:

@@ -33,15 +33,12 @@ def open_data(config: Config, ranks: Ranks) -> data.Source:
         if source.provenance["sha256"] != ranks.from_main(source.provenance["sha256"]):
             raise UserError(f"the processes see different files in {source.train.root.parent}: one folder for all")
         if isinstance(dataset, FolderDataset) and dataset.unreadable == "skip":
-            found = ranks.from_main(_unreadable(config, source) if ranks.main else None)
-            assert found is not None
-            source = source.without(found)
+            source = source.without(ranks.from_main(_unreadable(config, source) if ranks.main else None))
     return source
 
 
 def _unreadable(config: Config, images: data.Images) -> data.folder.Unreadables:
-    """Find what cannot be read, found once for these files and kept: to read all of ImageNet takes minutes to an
-    hour."""
+    """Find what cannot be read, once for these files, and keep it: to read all of ImageNet takes minutes to an hour."""
     kept = Path(config.runs) / f"unreadable-{images.provenance['sha256'][:16]}.json"
     if kept.exists():
         return dict(json.loads(kept.read_text()))

@@ -10,7 +10,7 @@ import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,10 @@ from kalmannorm import machine
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config, check_batches
 
+T = TypeVar("T")
+
 # Rank 0 alone re-estimates precise statistics and measures gaps while the others wait.
 PATIENCE = timedelta(hours=2)
-T = TypeVar("T")
 MEETING = timedelta(minutes=2)  # that processes get to find each other where torchrun has not brought them together
 
 
@@ -108,13 +109,12 @@ class Ranks:
         dist.gather_object(value, values if self.main else None, group=self._control)
         return values
 
-    def from_main(self, value: T) -> T:
-        """Return rank 0's value, everywhere."""
-        if self.world == 1:
-            return value
+    def from_main(self, value: T | None) -> T:
+        """Return rank 0's value, everywhere; what the others pass is not looked at."""
         box = [value]
-        dist.broadcast_object_list(box, group=self._control)
-        return box[0]
+        if self.world > 1:
+            dist.broadcast_object_list(box, group=self._control)
+        return cast(T, box[0])
 
     def leave(self) -> None:
         """Wait for the others, as the last call, and end the process group if it began here."""
