@@ -82,7 +82,7 @@ def write_record(
             "curves": curves,
             "final": {**final, "precise": final["moving"]},
             "norms": {
-                "gains": {} if gain is None else {name: gain + 0.01 * i for i, name in enumerate(order)},
+                "gains": {} if gain is None else {name: min(1.0, gain + 0.01 * i) for i, name in enumerate(order)},
                 "beliefs": {name: None if i else "the network's input" for i, name in enumerate(order)},
                 "order": order,
                 "last": ["block2.b5.bn", "block3.b0.bn"],

@@ -1,12 +1,16 @@
 """`kalmannorm records`: what there is, records of several machines brought together, stale ones removed."""
 
 import json
+import re
 import shutil
+import struct
+import zipfile
 from pathlib import Path
 
 import faulty
 import pytest
 
+from kalmannorm import report
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
@@ -18,6 +22,7 @@ SMALL = ["dataset=digits", "budget=smoke", "device=cpu"]
 def add(results: Path, overrides: list[str], **changes) -> Path:
     """A record, and arrays beside it."""
     record = faulty.record_of(compose([*SMALL, *overrides])) | changes
+    record = {key: value for key, value in record.items() if value is not None or key == "reason"}
     file = results / "records" / f"{record['id']}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record))
@@ -133,7 +138,7 @@ def test_what_a_run_reached():
 
 
 def test_a_sweep_does_not_take_an_edited_record_for_done(tmp_path):
-    """The report refuses it, so a run that has it must not be skipped."""
+    """The report leaves it out, so a run that has it must not be skipped."""
     file = add(tmp_path, [])
     assert records.is_done(tmp_path, file.stem)
     record = json.loads(file.read_text())
@@ -141,3 +146,77 @@ def test_a_sweep_does_not_take_an_edited_record_for_done(tmp_path):
     file.write_text(json.dumps(record))
     with pytest.raises(UserError, match="not that of its configuration"):
         records.is_done(tmp_path, file.stem)
+
+
+EDITS = {  # what somebody or a fault might change in a whole record, and the word that names it
+    "final.moving": (("final", "moving", "accuracy"), 120.0),
+    "final.online": (("final", "online", "loss"), float("nan")),
+    "final.precise": (("final", "precise", "images"), 0.5),
+    "curves": (("curves", "moving"), [50.0, 40.0, 50.0]),
+    "curves.lr.1": (("curves", "lr", 1), "0.1"),
+    "norms.gains.a": (("norms", "gains", "a"), 1.5),
+    "norms.order": (("norms", "order"), "a, b"),
+    "norms.more": (("norms", "more"), {}),
+    "host.seconds": (("host", "seconds"), "an hour"),
+    "host.processes": (("host", "processes"), True),
+    "data": (("data",), ["digits"]),
+    "parameters": (("parameters",), -1),
+    "status": (("status",), "finished"),
+    "surplus": (("surplus",), 1),
+}
+
+
+@pytest.mark.parametrize("named", EDITS)
+def test_an_edited_record_is_named_and_left_out_by_everything_that_reads_it(tmp_path, capsys, named):
+    keys, value = EDITS[named]
+    norms = {"order": ["a"], "last": ["a"], "gains": {"a": 0.5}, "beliefs": {"a": None}}
+    curves = {"epoch": [1, 2], "step": [3, 6], "lr": [0.1, 0.01], "moving": [40.0, 50.0]}
+    file = add(tmp_path, [], norms=norms, curves=curves, parameters=7)
+    assert records.is_done(tmp_path, file.stem)
+    record = place = json.loads(file.read_text())
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    file.write_text(json.dumps(record))
+    complaint = f"{file.name} is not a usable record.*{re.escape(named)}"
+    for read in (records.find, records.is_done):
+        with pytest.raises(UserError, match=complaint):
+            read(tmp_path, file.stem)
+    for count in (lambda: main(["records", "list", "--results", str(tmp_path)]), lambda: len(report.load(tmp_path))):
+        records._say.cache_clear()
+        assert count() == 0
+        out, error = capsys.readouterr()
+        assert re.search(f"left out: .*{complaint}", error) and file.stem not in out
+    assert main(["records", "merge", str(tmp_path), "--results", str(tmp_path / "other")]) == 1
+    assert re.search(complaint, capsys.readouterr().err) and not (tmp_path / "other").exists()
+
+
+def test_a_stale_record_may_follow_another_schema(tmp_path):
+    file = add(tmp_path, [], numerics=records.NUMERICS - 1)
+    record = json.loads(file.read_text())
+    record["id"] = records._hash(record["config"], record["numerics"])
+    del record["host"]
+    renamed = file.with_stem(record["id"])
+    renamed.write_text(json.dumps(record))
+    file.unlink()
+    assert records.current(records.read_all(tmp_path)) == []
+
+
+def test_arrays_that_claim_more_than_they_have_are_refused_before_anything_is_allocated(tmp_path):
+    file = add(tmp_path, []).with_suffix(".npz")
+    for shape in ("(1000000000000,)", "(64, 64)"):
+        header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(
+                "gap.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + b"0" * 64
+            )
+        with pytest.raises(UserError, match=r"cannot be read \(an array of .* in 192 bytes"):
+            records.arrays(file.stem, tmp_path)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:  # a bomb: its size is true
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({2**29},), }}".ljust(117) + "\n"
+        with archive.open("gap.npy", "w") as member:
+            member.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode())
+            for _ in range(2**9):
+                member.write(bytes(2**20))
+    with pytest.raises(UserError, match="an array of"):
+        records.arrays(file.stem, tmp_path)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypedDict
+
+from typing_extensions import TypedDict  # of which the records' schema is made: Python's own does from 3.12 on
 
 from kalmannorm.errors import UserError
 

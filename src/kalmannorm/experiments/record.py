@@ -1,15 +1,22 @@
 """Run records: results/records/<id>.json, and beside it <id>.npz with the small arrays that figures draw.
 
-Schema, writer, reader and the one check of what is read. Tables read records and nothing else. A record is written
-whole or not at all, the JSON last.
+Schema (types and ranges of every field), writer, reader and the one check of what is read. Tables read records and
+nothing else. A record is written whole or not at all, the JSON last.
 """
 
+import functools
 import hashlib
 import io
 import json
+import math
+import sys
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, get_args
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
 
 from kalmannorm import machine
 from kalmannorm.errors import UserError
@@ -22,12 +29,82 @@ if TYPE_CHECKING:
 # Raised when a change alters results: records of another number are listed as stale and never tabulated.
 NUMERICS = 2
 
+# Arrays beside a record: more than a network's layers and their channels come to.
+MAX_ARRAY_BYTES = 2**28
+
 Status = Literal["done", "failed"]
-Curves = dict[str, list[float]]  # one value an epoch each
-Evaluation = dict[str, float | str | None]  # accuracy and loss, or a detector's AP, and of how many images
+# By which an evaluation is known, in percent: accuracy, or a detector's average precision.
+METRICS = ("accuracy", "box_ap")
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0, lt=math.inf)]
+
+
+def _check_evaluation(values: dict[str, float | str | None]) -> dict[str, float | str | None]:
+    """Raise ValueError for what no evaluation gives."""
+    if not any(metric in values for metric in METRICS):
+        raise ValueError(f"expected a number by one of the names {', '.join(METRICS)}")
+    for name, value in values.items():
+        if name == "definition":
+            right, expected = isinstance(value, str), "text"
+        elif name in ("images", "batches"):
+            right, expected = isinstance(value, float) and value >= 1 and value.is_integer(), "how many"
+        elif name == "loss":
+            right, expected = isinstance(value, float) and 0 <= value < math.inf, "a finite number, 0 or more"
+        else:
+            right = isinstance(value, float) and 0 <= value <= 100
+            right, expected = right or (value is None and name != "accuracy"), "percent"
+        if not right:
+            raise ValueError(f"{name!r} is {value!r}, expected {expected}")
+    return values
+
+
+def _check_curves(curves: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Raise ValueError for curves of several lengths, or values that no training gives."""
+    if len({len(values) for values in curves.values()}) > 1:
+        raise ValueError("expected lists of one length")
+    for name, values in curves.items():
+        counts = name in ("epoch", "step")
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{name!r} holds a value that is not finite")
+        if counts and (sorted(set(values)) != values or any(value != int(value) or value < 1 for value in values)):
+            raise ValueError(f"{name!r} does not count upwards")
+        if name in ("moving", "online", "train_accuracy") and any(not 0 <= value <= 100 for value in values):
+            raise ValueError(f"{name!r} holds a value that is not a percentage")
+    return curves
+
+
+# One value an epoch each.
+Curves = Annotated[dict[str, list[float]], AfterValidator(_check_curves)]
+# The metric and the loss, and of how many images; None: an average precision of no object.
+Evaluation = Annotated[dict[str, float | str | None], AfterValidator(_check_evaluation)]
 Tree = Mapping[str, Any]  # plain values in groups: what determines a result, as a record has it
 
 
+def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError for a configuration that no composed one looks like."""
+    for group in ("arch", "budget", "dataset", "norm", "schedule"):
+        if not (isinstance(settings[group], dict) and isinstance(settings[group].get("name"), str)):
+            raise ValueError(f"{group!r} is {settings[group]!r:.80}, expected settings with a name")
+    if not isinstance(settings["batch"], dict) or type(settings["seed"]) is not int:
+        raise ValueError("expected settings 'batch' and an integer 'seed'")
+    return settings
+
+
+@with_config(ConfigDict(extra="forbid"))
+class Norms(TypedDict, total=False):
+    """The normalizers after training, by their names (docs/records.md)."""
+
+    order: list[str]
+    last: list[str]
+    gains: dict[str, Share]
+    beliefs: dict[str, str | None]
+    mixture: dict[str, dict[str, list[Share]]]
+    choices: dict[str, dict[str, Any]]
+    gamma_decay: dict[str, dict[str, float]]
+
+
+@with_config(ConfigDict(extra="forbid"))
 class Record(TypedDict):
     """What is known of a run. Two records of one run are equal but for `host`.
 
@@ -38,15 +115,22 @@ class Record(TypedDict):
     numerics: int
     status: Status
     reason: str | None  # why it failed
-    config: Tree  # what determines the result (config.RESULT_KEYS)
+    config: Annotated[
+        dict[str, Any], AfterValidator(_check_settings)
+    ]  # what determines the result (config.RESULT_KEYS); the id is its hash
     host: machine.Host  # time and place (machine.host), seconds, images per second
-    parameters: NotRequired[int]
+    parameters: NotRequired[Count]
     data: NotRequired[Tree]  # name, fidelity and sha256 of the data set, and how many images of it were used
     curves: NotRequired[Curves]
     final: NotRequired[dict[str, Evaluation]]  # by kind of statistics
-    norms: NotRequired[Tree]  # the normalizers after training: order, gains, what has a belief
+    norms: NotRequired[Norms]
     weights: NotRequired[dict[str, str | None]]  # where a detector's come from
     final_on_training_images: NotRequired[Evaluation]  # a detector's
+
+
+@functools.cache
+def _schema() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)
 
 
 def run_id(config: Config) -> str:
@@ -102,8 +186,41 @@ def write(results: str | Path, record: Record, arrays: "Mapping[str, np.ndarray]
     return file
 
 
+def arrays(identity: str, results: str | Path = "results") -> "dict[str, np.ndarray]":
+    """Return the arrays beside one run's record (docs/records.md), in double precision. UserError: no such file, or a
+    broken one; one that claims more than MAX_ARRAY_BYTES."""
+    import numpy as np
+
+    file = path(results, identity).with_suffix(".npz")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                with archive.open(member) as stream:
+                    _check_claim(stream, member.file_size)
+        with np.load(file, allow_pickle=False) as stored:
+            return {key: np.asarray(stored[key], dtype=np.float64) for key in stored.files}
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing beside its record: restore it, or run {identity} again") from None
+    except Exception as error:  # numpy and zipfile raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file} cannot be read ({reason}): remove it and the record, and run again") from None
+
+
+def _check_claim(stream: IO[bytes], size: int) -> None:
+    """Raise ValueError where the header of a .npy file claims more than its `size`, or that is too much to load."""
+    from numpy.lib import format
+
+    read_header = {(1, 0): format.read_array_header_1_0, (2, 0): format.read_array_header_2_0}[
+        format.read_magic(stream)
+    ]
+    shape, _, dtype = read_header(stream)
+    if max(size, math.prod(shape) * dtype.itemsize) > min(MAX_ARRAY_BYTES, size):
+        raise ValueError(f"an array of {list(shape)} {dtype} in {size:,} bytes")
+
+
 def read(results: str | Path, identity: str) -> Record | None:
-    """Return the record of a run, None where there is none. UserError as for read_file."""
+    """Return the record of a run, None where there is none. UserError as for read_file: training the run again would
+    write over what may be mended."""
     file = path(results, identity)
     return read_file(file) if file.exists() else None
 
@@ -135,11 +252,9 @@ def files(results: str | Path) -> list[Path]:
 
 
 def read_all(results: str | Path) -> list[Record]:
-    """Return all records of a results folder, by id; none where there is no folder.
-
-    UserError as for read_file: a table must not silently lose a run.
-    """
-    return [read_file(path) for path in files(results)]
+    """Return all records of a results folder, by id; none where there is no folder. A file that is no usable record is
+    named and left out."""
+    return [record for path in files(results) if (record := _usable(path))]
 
 
 def current(found: Iterable[Record]) -> list[Record]:
@@ -160,6 +275,20 @@ def read_file(path: Path) -> Record:
     return record  # type: ignore[no-any-return]
 
 
+def _usable(path: Path) -> Record | None:
+    """Return the record in a file; None, and name it, where read_file refuses it."""
+    try:
+        return read_file(path)
+    except UserError as error:
+        _say(f"left out: {error}")
+        return None
+
+
+@functools.cache  # once a process, however often the folder is read
+def _say(line: str) -> None:
+    print(f"kalmannorm: {line}", file=sys.stderr)
+
+
 def _broken(path: Path, problem: str) -> str:
     return f"{path} is not a usable record: {problem}. Move it out of {path.parent} (or delete it) and run it again"
 
@@ -168,41 +297,37 @@ def _problem(record: object, stem: str) -> str | None:
     """Say what keeps a parsed file from being a record; None when nothing does."""
     if not isinstance(record, dict):
         return f"expected a JSON object, found {type(record).__name__}"
-    for key, kind in (("id", str), ("numerics", int), ("status", str), ("config", dict)):
+    for key, kind in (("id", str), ("numerics", int), ("config", dict)):
         if not isinstance(record.get(key), kind):
             return f"{key!r} is {record.get(key)!r}, expected a value of type {kind.__name__}"
     if record["id"] != stem:
         return f"its id {record['id']!r} is not the file's name {stem!r} (renamed, or a copy)"
-    if record["status"] not in get_args(Status):
-        return f"'status' is {record['status']!r}, expected 'done' or 'failed'"
-    if not isinstance(record["config"].get("seed"), int):
-        return f"'config.seed' is {record['config'].get('seed')!r}, expected an integer"
-    if problem := _problem_of_results(record):
-        return problem
     if missing := [key for key in RESULT_KEYS if key not in record["config"]]:
         return f"its config has no {', '.join(missing)}"
     if record["id"] != (expected := _hash(record["config"], record["numerics"])):
         return f"its id is not that of its configuration, {expected} (edited after the run, or made up)"
-    return None
+    # What another version wrote follows another schema, and is stale in any case.
+    return None if record["numerics"] != NUMERICS else _problem_of_fields(record)
 
 
-def _problem_of_results(record: dict[str, Any]) -> str | None:
-    if record["status"] == "done":
-        final = record.get("final")
-        if not isinstance(final, dict) or not final:
-            return "it is 'done' but has no 'final' values"
-        for name, values in final.items():
-            value = values.get("accuracy", values.get("box_ap")) if isinstance(values, dict) else None
-            if not isinstance(value, int | float):
-                return f"'final.{name}' has no number 'accuracy', nor a detector's 'box_ap'"
-            if value < 0 or value > 100:  # NaN is neither: a cell says so
-                return f"'final.{name}' is {value}, expected percent"
-            curve = (record.get("curves") or {}).get(name) or []
-            if curve and "accuracy" in values and curve[-1] is not None and abs(curve[-1] - value) > 0:
-                return f"'final.{name}' is {value}, its curve ends with {curve[-1]} (edited after the run)"
-        of, trained = (record.get("data") or {}).get("name"), record["config"].get("dataset", {}).get("name")
-        if of is not None and of != trained:
-            return f"its data are {of}, its configuration's {trained}"
+def _problem_of_fields(record: dict[str, Any]) -> str | None:
+    """Say which field is not as the schema has it, or does not fit the others."""
+    try:
+        _schema().validate_python(record, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        found = "" if first["type"] in ("missing", "value_error") else f" is {first['input']!r:.80}"
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        return f"'{'.'.join(map(str, first['loc']))}'{found}: {message}"
+    if record["status"] == "done" and not record.get("final"):
+        return "it is 'done' but has no 'final' values"
+    for name, values in record.get("final", {}).items():
+        curve = record.get("curves", {}).get(name)
+        if curve and "accuracy" in values and curve[-1] != values["accuracy"]:
+            return f"'final.{name}' is {values['accuracy']}, its curve ends with {curve[-1]} (edited after the run)"
+    of, trained = record.get("data", {}).get("name"), record["config"]["dataset"]["name"]
+    if of is not None and of != trained:
+        return f"its data are {of}, its configuration's {trained}"
     return None
 
 

@@ -9,6 +9,7 @@
 `load`, `curves` and `arrays` are for notebooks too.
 """
 
-from kalmannorm.report.frame import arrays, check, curves, load
+from kalmannorm.experiments.record import arrays
+from kalmannorm.report.frame import check, curves, load
 
 __all__ = ["arrays", "check", "curves", "load"]

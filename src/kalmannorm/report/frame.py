@@ -16,11 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
-from kalmannorm.errors import UserError
 from kalmannorm.experiments.card import Settings
 from kalmannorm.experiments.config import conf_dir
 from kalmannorm.experiments.record import NUMERICS, read_all
@@ -92,18 +90,6 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
     settings = [column for column in runs if column not in ("curve", "step", "epoch", "train_loss", "accuracy")]
     long = whole[[*settings, "epoch", "step", "curve"]].explode(["epoch", "step", "curve"], ignore_index=True)
     return long.rename(columns={"curve": "accuracy"}).astype({"epoch": int, "step": int, "accuracy": float})
-
-
-def arrays(identity: str, results: str | Path = "results") -> dict[str, np.ndarray]:
-    """Return the small arrays beside one run's record (docs/records.md). UserError: no such file, or a broken one."""
-    path = Path(results) / "records" / f"{identity}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {key: np.asarray(stored[key], dtype=np.float64) for key in stored.files}
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing beside its record: restore it, or run {identity} again") from None
-    except Exception as error:  # numpy and zipfile raise many kinds
-        raise UserError(f"{path} cannot be read ({error}): remove it and the record, and run again") from None
 
 
 def identity(settings: Settings) -> dict[str, Any]:

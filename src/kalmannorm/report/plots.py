@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import record as records
 from kalmannorm.experiments.card import Card, Row
-from kalmannorm.report import effects, frame, quantities, style
+from kalmannorm.report import effects, quantities, style
 from kalmannorm.report.effects import Cell, Cells, Group
 from kalmannorm.report.style import Look
 
@@ -608,7 +609,7 @@ def _arrays(cell: Cell, all_runs: bool = False) -> dict[int, tuple[Any, dict[str
     found = {}
     for run in cell.runs if all_runs else cell.learned:
         try:
-            found[int(run["seed"])] = (run, frame.arrays(str(run["id"]), run["results"]))
+            found[int(run["seed"])] = (run, records.arrays(str(run["id"]), run["results"]))
         except UserError:  # none beside it
             continue
     return {

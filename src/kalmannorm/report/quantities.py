@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kalmannorm.errors import UserError
-from kalmannorm.report import frame
+from kalmannorm.experiments import record as records
 
 Run = Mapping[str, Any]
 
@@ -119,7 +119,7 @@ def _read(identity: str, results: str, order: tuple[str, ...]) -> dict[str, floa
     """Return the logarithms of the mean variance gaps (of the measurement; of what normalizes), how the relative gap
     grows with depth, and by how much the posterior's errors are above the measurement's."""
     try:
-        found = frame.arrays(identity, results)
+        found = records.arrays(identity, results)
     except UserError:  # no arrays beside the record: nothing to compare
         return {}
     if "gap_measured" not in found:

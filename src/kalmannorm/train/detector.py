@@ -14,7 +14,7 @@ from kalmannorm.data.batches import mix
 from kalmannorm.data.coco import TrainingBatches
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.record import Tree
+from kalmannorm.experiments.record import Norms
 from kalmannorm.experiments.settings import DetectionSchedule, Norm
 from kalmannorm.models.detection.c4 import MaskRCNNC4
 from kalmannorm.models.detection.fpn import MaskRCNNFPN
@@ -124,7 +124,7 @@ def converted_parts(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if is_converted(m)}
 
 
-def describe(model: nn.Module) -> Tree:
+def describe(model: nn.Module) -> Norms:
     """Describe the normalizers after training: order, gains, which had a prior and what took it from the others."""
     beliefs: dict[str, str | None] = {}
     for part, converted in converted_parts(model).items():

@@ -14,7 +14,7 @@ from kalmannorm import data
 from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.record import Curves, Evaluation, Record, Tree
+from kalmannorm.experiments.record import Curves, Evaluation, Norms, Record
 from kalmannorm.experiments.settings import FolderDataset, Schedule
 from kalmannorm.files import write_atomically
 from kalmannorm.norm import Estimator, PopulationNorm, SparseSwitchableNorm, SwitchableNorm
@@ -156,7 +156,7 @@ def memory_format(config: Config, device: torch.device) -> torch.memory_format:
     return torch.channels_last if config.compile and device.type == "cpu" else torch.preserve_format
 
 
-def _describe(model: nn.Module, last: tuple[str, ...]) -> Tree:
+def _describe(model: nn.Module, last: tuple[str, ...]) -> Norms:
     """Describe the normalizers after training: order, gains, which had a prior.
 
     And where there are any, the weights of SN, the choices of SSN with the part of the training after which each was
@@ -168,10 +168,16 @@ def _describe(model: nn.Module, last: tuple[str, ...]) -> Tree:
     choices = {name: {"chosen": m.chosen, "at": m.chosen_at.tolist()} for name, m in sparse.items()}
     decays = {name: m.decay for name, m in model.named_modules() if isinstance(m, PopulationNorm) and m.decay}
     decay = {name: {"zeta": d.zeta.mean().item(), "capped": int(d.capped)} for name, d in decays.items()}
-    some = {"mixture": mixture, "choices": choices, "gamma_decay": decay}
-    return {
+    described: Norms = {
         "order": list(normalizers(model)) or list(gains),  # GKN's have no batch statistics
         "last": list(last),
         "gains": gains,
         "beliefs": belief_report(model),
-    } | {key: values for key, values in some.items() if values}
+    }
+    if mixture:
+        described["mixture"] = mixture
+    if choices:
+        described["choices"] = choices
+    if decay:
+        described["gamma_decay"] = decay
+    return described
