@@ -18,7 +18,13 @@ from kalmannorm.experiments.record import run_id
 FILE = Path(__file__).with_name("run_ids.json")
 MACHINE = ("device=cpu", "precision=fp32", "compile=false")  # auto would differ between machines
 BUDGETS = ("paper", "lite", "smoke")
-DATASET = {"table6": "coco", "talk-ibn-transfer": "cifar10_recoloured", "talk-pn": "cifar10_few"}  # not on CIFAR-10
+DATASET = {
+    "table6": "coco",
+    "talk-table3": "coco",
+    "talk-table4": "coco",
+    "talk-ibn-transfer": "cifar10_recoloured",
+    "talk-pn": "cifar10_few",
+}  # not on CIFAR-10
 MANY = 12  # of a card with more rows, which take long to compose, the other budgets' first row alone
 
 

@@ -224,12 +224,13 @@ def _resolve(values: dict[str, Any]) -> Config:
         # On a CPU the compiler takes a minute, and a C++ compiler.
         pays = on_gpu or (_steps(config) >= COMPILE_FROM and shutil.which(os.environ.get("CXX", "g++")) is not None)
         config = replace(config, compile=pays)
-    return replace(config, **_resolve_norm(config.norm, config.batch))
+    return replace(config, **_resolve_norm(config.norm, config.batch, config.arch.options.get("head_norm")))
 
 
-def _resolve_norm(norm: Norm, batch: Batch) -> dict[str, Any]:
-    """Return the normalizer with its preset's options, and the batch with the images that share its statistics."""
-    if norm.name not in BATCH_STATISTICS:
+def _resolve_norm(norm: Norm, batch: Batch, head_norm: str | None) -> dict[str, Any]:
+    """Return the normalizer with its preset's options, and the batch with the images that share its statistics, or
+    those of a detector's heads."""
+    if norm.name not in BATCH_STATISTICS and head_norm not in BATCH_STATISTICS:
         batch = replace(batch, stat_batch=None)  # means nothing there: one run serves every column
     elif batch.stat_batch is None or norm.name in WHOLE_BATCH:
         batch = replace(batch, stat_batch=batch.grad_batch)

@@ -118,6 +118,22 @@ def flush_moving(model: nn.Module) -> None:
         layer.average_pending(total)
 
 
+@contextmanager
+def averaging_once(model: nn.Module) -> Iterator[None]:
+    """All calls while it lasts are one step of the moving averages, over all of their groups."""
+    waiting = [layer for layer in normalizers(model).values() if layer.pending is None]
+    for layer in waiting:
+        layer.defer_averages(True)
+    try:
+        yield
+        for layer in waiting:
+            if layer.has_pending and layer.pending is not None:
+                layer.average_pending(layer.pending)
+    finally:
+        for layer in waiting:
+            layer.defer_averages(False)
+
+
 @torch.no_grad()
 def finish_gradients(model: nn.Module) -> None:
     """What normalizers do to gradients before the optimizer's step: gamma decay's penalty is added, and the weight

@@ -111,7 +111,8 @@ def _identity(text: str) -> dict[str, Any]:
             norm["options"][key.removeprefix("norm.options.")] = value
         elif key.startswith("norm."):
             norm[key.removeprefix("norm.")] = value
-    stat_batch = batch["stat_batch"] if norm["name"] in BATCH_STATISTICS else None
+    shared = {norm["name"], chosen.get("arch.head_norm")} & {*BATCH_STATISTICS}
+    stat_batch = batch["stat_batch"] if shared else None
     arch = _own(_conf("arch", chosen["arch"]), _under("arch", chosen), APART)
     found = {
         "network": _words(chosen["arch"], arch),

@@ -20,8 +20,12 @@ class Quantity(NamedTuple):
     log: bool = False
 
 
+# A detector's: COCO's average precision; at IoU 0.5 and 0.75, of small, medium and large objects.
+PRECISIONS = tuple(
+    f"{kind}_ap{of}" for kind in ("box", "mask") for of in ("", "50", "75", "_small", "_medium", "_large")
+)
 QUANTITIES = {
-    **dict.fromkeys(("accuracy", "box_ap", "mask_ap", "gap", "ln_share", "bn_share"), Quantity("points")),
+    **dict.fromkeys(("accuracy", *PRECISIONS, "gap", "ln_share", "bn_share"), Quantity("points")),
     **dict.fromkeys(("steps_to", "gap_measured", "gap_used"), Quantity("%", log=True)),
     **dict.fromkeys(("relative_gap_measured", "relative_gap_used"), Quantity("%", log=True)),
     "depth_growth": Quantity("", log=False),
@@ -50,7 +54,7 @@ def value(run: Run, quantity: str = "accuracy", at: float | None = None, level: 
         return _share(run, SHARES[quantity])
     if quantity == "gap":  # how far apart the same weights are under online and moving statistics
         return None if missing(run["gap"]) else abs(run["gap"])
-    if quantity in ("accuracy", "box_ap", "mask_ap"):
+    if quantity in ("accuracy", *PRECISIONS):
         return None if missing(run.get(quantity)) else float(run[quantity])
     if quantity not in QUANTITIES:
         raise UserError(f"unknown quantity {quantity!r}; valid: {', '.join(QUANTITIES)}")

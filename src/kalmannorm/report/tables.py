@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from kalmannorm.experiments.card import Card, Column, Row
+from kalmannorm.experiments.record import reached
 from kalmannorm.report import effects, paper, quantities
 from kalmannorm.report.effects import SEEDS_SHOWN, Cell, Cells, Effect, Group, signed
 
@@ -186,9 +187,11 @@ def trained(card: Card, group: Group, cells: Cells) -> list[str]:
     for what, key in (("Weights", "origin"), ("Constants of frozen BN", "constants")):
         origins = dict.fromkeys(str(of[key]) for of in weights if of.get(key))
         said += [f"{what}: {' / '.join(origins)}."] if origins else []
-    seen = {run["normalizer"]: run["training"] for run in runs if isinstance(run["training"], dict)}
-    if seen:  # a set learned by heart
-        shown = (f"{norm} {of['box_ap']:.2f} / {of['mask_ap']:.2f}" for norm, of in seen.items())
+    by_heart = [run for run in runs if isinstance(run["training"], dict)]  # a set that is learned so
+    if by_heart:
+        one = len({run["network"] for run in by_heart}) == 1
+        seen = {run["normalizer"] if one else f"{run['normalizer']} on {run['network']}": run for run in by_heart}
+        shown = (f"{name} {reached(run['training'])}" for name, run in seen.items())
         said.append(f"On training images, box / mask: {', '.join(shown)}.")
     return said
 

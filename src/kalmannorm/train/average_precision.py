@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from kalmannorm.data.batches import fixed_order
 from kalmannorm.data.coco import Images
 from kalmannorm.experiments.record import Evaluation
 from kalmannorm.norm.modes import set_statistics, shard_noise
-from kalmannorm.train.detector import body
+from kalmannorm.train.detector import of_images
 from kalmannorm.train.ranks import Ranks
 
 # pycocotools' first six numbers, in its order: over IoU 0.5 to 0.95, at 0.5, at 0.75; of small, medium, large objects.
@@ -39,14 +39,15 @@ def evaluate(
     """Return AP in percent (box_ap, mask_ap50, ...; None where no object is of that size) over the images at
     `positions`.
 
-    `moving`: images one by one. `online`: the backbone measures the images of each group of `stat_batch`; the head
-    keeps to its moving averages, since it sees other regions than in training: all proposed ones, then detections.
+    Of boxes alone where the model finds no masks. `moving`: images one by one. `online`: the backbone, with a pyramid,
+    measures the images of each group of `stat_batch`; heads keep to their moving averages, since they see other regions
+    than in training: all proposed ones, then detections.
     The images are dealt out to the ranks, all of which return the same.
     """
     shard_noise(model, (0, 1))
     set_statistics(model, "moving")
     if statistics == "online":
-        set_statistics(body(model), "online")
+        set_statistics(of_images(model), "online")
     model.eval()
     categories = {label: category for category, label in labels.items()}
     images = Images(split, labels)
@@ -61,7 +62,8 @@ def evaluate(
     gathered = ranks.gather(found)
     together = [detection for part in gathered for detection in part]
     ids = [split.ids[position] for position in positions]
-    return ranks.from_main(average_precision(split, ids, together) if ranks.main else None)
+    kinds = KINDS if finds_masks(model) else {"box": KINDS["box"]}
+    return ranks.from_main(average_precision(split, ids, together, kinds) if ranks.main else None)
 
 
 def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, bool]]]:
@@ -75,28 +77,31 @@ def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, boo
 
 
 def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, int]) -> Detections:
-    """Return one image's detections in COCO's result format, masks cut at 1/2 as run-length codes."""
+    """Return one image's detections in COCO's result format, masks, if any, cut at 1/2 as run-length codes."""
     boxes, scores, labels = (output[key].double().cpu().numpy() for key in ("boxes", "scores", "labels"))
-    masks = (output["masks"][:, 0] > 0.5).to(torch.uint8).cpu().numpy()
-    results = []
-    for (left, top, right, bottom), score, label, mask in zip(boxes, scores, labels, masks, strict=True):
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": categories[int(label)],
-                "bbox": [float(v) for v in (left, top, right - left, bottom - top)],
-                "score": float(score),
-                "segmentation": run_length.encode(np.asfortranarray(mask)),
-            }
-        )
+    results: Detections = [
+        {
+            "image_id": image_id,
+            "category_id": categories[int(label)],
+            "bbox": [float(v) for v in (left, top, right - left, bottom - top)],
+            "score": float(score),
+        }
+        for (left, top, right, bottom), score, label in zip(boxes, scores, labels, strict=True)
+    ]
+    if "masks" in output:
+        masks = (output["masks"][:, 0] > 0.5).to(torch.uint8).cpu().numpy()
+        for result, mask in zip(results, masks, strict=True):
+            result["segmentation"] = run_length.encode(np.asfortranarray(mask))
     return results
 
 
-def average_precision(split: Split, ids: list[int], detections: Detections) -> Evaluation:
+def average_precision(
+    split: Split, ids: list[int], detections: Detections, kinds: Mapping[str, str] = KINDS
+) -> Evaluation:
     """Compute pycocotools' box and mask AP of `detections` on the images `ids`, in percent, and how many of both there
     were."""
     values: Evaluation = {"images": len(ids), "detections": len(detections)}
-    for name, kind in KINDS.items():
+    for name, kind in kinds.items():
         with contextlib.redirect_stdout(io.StringIO()):
             results = split.coco.loadRes(_of_kind(detections, kind)) if detections else None
             evaluation = COCOeval(split.coco, results, kind) if results else None
@@ -116,3 +121,8 @@ def _of_kind(detections: Detections, kind: str) -> Detections:
     """Leave out the other kind's field: pycocotools tells the kind of a result by the fields it has."""
     other = {"bbox": "segmentation", "segm": "bbox"}[kind]
     return [{key: value for key, value in detection.items() if key != other} for detection in detections]
+
+
+def finds_masks(model: nn.Module) -> bool:
+    """Whether a detector finds masks beside boxes."""
+    return model.roi_heads.mask_predictor is not None  # type: ignore[union-attr]

@@ -37,12 +37,13 @@ def draw_detections(
         picture = resize(image, [SIDE, SIDE])  # ahead of drawing, so that names stay readable
         sure = found["scores"] >= SURE
         if sure.any():
-            masks = resize(found["masks"][sure, 0].cpu(), [SIDE, SIDE]) > 0.5
             height, width = image.shape[-2:]
             boxes = found["boxes"][sure].cpu() * torch.tensor([SIDE / width, SIDE / height] * 2)
             words = [names[int(label)] for label in found["labels"][sure]]
             colours = [COLOURS[i % len(COLOURS)] for i in range(len(boxes))]
-            picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
+            if "masks" in found:
+                masks = resize(found["masks"][sure, 0].cpu(), [SIDE, SIDE]) > 0.5
+                picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
             picture = draw_bounding_boxes(
                 picture, boxes, words, colors=colours, width=2, label_colors="black", fill_labels=True
             )

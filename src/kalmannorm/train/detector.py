@@ -1,6 +1,6 @@
 """A detection run's model: Mask R-CNN with its normalizers converted part by part, its weights, its constants."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,16 +18,17 @@ from kalmannorm.experiments.record import Norms
 from kalmannorm.experiments.settings import DetectionSchedule, Norm
 from kalmannorm.models.detection.c4 import MaskRCNNC4
 from kalmannorm.models.detection.fpn import MaskRCNNFPN
-from kalmannorm.norm import Estimator
+from kalmannorm.norm import Estimator, FrozenBatchNorm
 from kalmannorm.norm.modes import normalizers, seed_noise
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN
 
 DETECTORS: dict[str, Callable[..., nn.Module]] = {"mask_rcnn_c4": MaskRCNNC4, "mask_rcnn_fpn": MaskRCNNFPN}
 # What torch.fx can trace of a detector, each converted on its own.
 BODIES = ("body", "backbone.body")  # C4's, that of torchvision's FPN models
-HEAD = "roi_heads.box_head"
+HEAD, MASK_HEAD = "roi_heads.box_head", "roi_heads.mask_head"
 STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the first n + 1 of them are n frozen stages
 BELIEF_ENDS = "roi_align (rows of images become rows of regions; arch.roi_belief=carry hands the belief on)"
+BELIEF_ENDS_AT_HEADS = "roi_align (rows of images become rows of regions)"  # of a pyramid
 NEEDS_MORE = {"brn": "follows a schedule", "wn": "begins with a pass over data"}
 # Training batches from which constants are measured where no pretrained weights bring them.
 CONSTANTS_BATCHES = 10
@@ -61,6 +62,7 @@ def build(config: Config) -> nn.Module:
             norm.name,
             stat_batch=config.batch.stat_batch,
             carry=roi_belief == "carry",
+            head_norm=arch.get("head_norm", "none"),
             **kalman,
             **norm.options,
         )
@@ -78,16 +80,32 @@ def body(model: nn.Module) -> nn.Module:
     return next(part for part in (_part(model, name) for name in BODIES) if part is not None)
 
 
+def of_images(model: nn.Module) -> nn.Module:
+    """Return all that sees whole images: the body, and the pyramid where there is one."""
+    backbone = _part(model, "backbone")
+    return body(model) if backbone is None else backbone
+
+
 def convert_parts(
-    model: nn.Module, norm: str, *, stat_batch: int | None = None, carry: bool = False, **options: Any
+    model: nn.Module,
+    norm: str,
+    *,
+    stat_batch: int | None = None,
+    carry: bool = False,
+    head_norm: str = "none",
+    **options: Any,
 ) -> None:
     """Convert in place the parts of a detector that can be traced: MaskRCNNC4's, or torchvision's FPN models'.
 
     `stat_batch`: images whose statistics, and in C4's head whose regions' statistics, are shared. `carry`: the belief
     of a group's images is handed to their regions. It holds for the mean; the variance is that of single cells, which
-    RoIAlign's interpolation lowers where neighbouring cells differ, so that it is an upper bound.
+    RoIAlign's interpolation lowers where neighbouring cells differ, so that it is an upper bound. `head_norm`: the
+    normalizer of the pyramid and the heads of a MaskRCNNFPN that has them there.
     ValueError: as convert; no part with BatchNorm layers; a belief to carry, and no normalizer behind RoIAlign.
     """
+    if head_norm != "none":
+        _convert_with_heads(model, norm, head_norm, stat_batch, carry, options)
+        return
     found = [name for name in (*BODIES, HEAD) if _has_batch_norm(_part(model, name))]
     if not found:
         raise ValueError(f"{type(model).__name__} has no BatchNorm layer in {', '.join((*BODIES, HEAD))}")
@@ -106,6 +124,32 @@ def convert_parts(
             own["returns_belief"] = True
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, convert(model.get_submodule(name), norm, **own, **options))
+
+
+def _convert_with_heads(
+    model: nn.Module, norm: str, head_norm: str, stat_batch: int | None, carry: bool, options: Mapping[str, Any]
+) -> None:
+    """Convert body and pyramid as one, so that beliefs go from one to the other, and each head alone.
+
+    The normalizers of pyramid and heads have the options of the body's where they are the same, else their own. A
+    head's batch is the regions of one image (fpn.py).
+    """
+    if carry:
+        raise ValueError("beliefs are carried to the regions of a C4 model alone: pass arch.roi_belief=end")
+    if head_norm in KALMAN and norm in KALMAN and head_norm != norm:
+        raise ValueError(f"arch.head_norm = {head_norm}: the body's beliefs have other rows; expected {norm}")
+    if head_norm in KALMAN and options.get("predictor") == "sampling":
+        raise ValueError(f"arch.head_norm = {head_norm}: regions are not sampled; pass norm.predictor=closed")
+    given = {key: value for key, value in options.items() if key in ("preset", "predictor")}
+    plain = {key: value for key, value in options.items() if key not in given}
+    own = plain if head_norm == norm else {}
+    backbone = model.get_submodule("backbone")
+    choices = {"body.*": (norm, plain), "fpn.*": (head_norm, own)}
+    model.backbone = convert(backbone, choices, stat_batch=stat_batch, **given)
+    for name in (HEAD, MASK_HEAD):
+        if _has_batch_norm(_part(model, name)):
+            of_head = {**own, **given} if head_norm in KALMAN else own
+            setattr(model.roi_heads, name.rpartition(".")[2], convert(model.get_submodule(name), head_norm, **of_head))
 
 
 def _part(model: nn.Module, name: str) -> nn.Module | None:
@@ -129,8 +173,9 @@ def describe(model: nn.Module) -> Norms:
     beliefs: dict[str, str | None] = {}
     for part, converted in converted_parts(model).items():
         for name, lost in belief_report(converted).items():
-            behind_roi_align = part == HEAD and lost is not None and lost.startswith("nothing")
-            beliefs[f"{part}.{name}"] = BELIEF_ENDS if behind_roi_align else lost
+            behind_roi_align = part in (HEAD, MASK_HEAD) and lost is not None and lost.startswith("nothing")
+            ends = BELIEF_ENDS if _part(model, "backbone") is None else BELIEF_ENDS_AT_HEADS
+            beliefs[f"{part}.{name}"] = ends if behind_roi_align else lost
     return {
         "order": list(normalizers(model)),
         "gains": {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)},
@@ -143,13 +188,14 @@ def describe(model: nn.Module) -> Norms:
 
 def load_pretrained(model: nn.Module, file: str) -> None:
     """Load ImageNet weights of a ResNet-50 by torchvision's names (conv1.weight, layer4.2.bn3.running_var, ...) into
-    both parts; its classifier is left out.
+    the body, and C4's conv5; its classifier is left out.
 
     q and R keep their start where the file, of another normalizer, has none. UserError: not such a file; another
     network; a weight that is missing.
     """
     weights = _read_weights(Path(file).expanduser())
-    for part in converted_parts(model).values():
+    conv5 = _part(model, f"{HEAD}.layer4")
+    for part in (body(model), *([model.get_submodule(HEAD)] if conv5 is not None else [])):
         state = part.state_dict()
         chosen = {}
         for key, value in state.items():
@@ -194,7 +240,8 @@ def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches
     constants = ("running_mean", "running_var")
     state = {key: value for key, value in model.state_dict().items() if not key.endswith(constants)}
     twin.load_state_dict(state, strict=False)
-    measured = normalizers(twin)
+    frozen = [name for name, m in model.named_modules() if isinstance(m, FrozenBatchNorm)]
+    measured = {name: layer for name, layer in normalizers(twin).items() if name in frozen}
     for layer in measured.values():
         layer.momentum = None  # torch's word for a cumulative average
     twin.train()

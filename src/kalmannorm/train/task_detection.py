@@ -1,4 +1,4 @@
-"""Detection: boxes and masks of objects, the five losses of a Mask R-CNN, pycocotools' average precision.
+"""Detection: boxes and masks of objects, the losses of a Mask R-CNN (or a Faster one), pycocotools' average precision.
 
 An epoch is a pass over the images, the run may end within one (`dataset.steps`), and detectors are evaluated once, at
 the end.
@@ -20,7 +20,7 @@ from kalmannorm.experiments.settings import CocoDataset, DetectionSchedule
 from kalmannorm.models.detection.parts import LOSSES
 from kalmannorm.norm.modes import spread_batches
 from kalmannorm.train import detector
-from kalmannorm.train.average_precision import evaluate
+from kalmannorm.train.average_precision import evaluate, finds_masks
 from kalmannorm.train.detection_picture import draw_detections
 from kalmannorm.train.evaluate import under_both
 from kalmannorm.train.ranks import Ranks
@@ -38,7 +38,6 @@ class Detection(Task):
     record["weights"] says where the weights, and a frozen normalizer's constants, come from.
     """
 
-    curves = ("train_loss", *LOSSES)  # the first is the sum of the others
     evaluates_epochs = False
     metric = "box_ap"
     train: TrainingBatches
@@ -46,6 +45,8 @@ class Detection(Task):
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.model = detector.build(config)
+        self.losses = tuple(name for name in LOSSES if name != "loss_mask" or finds_masks(self.model))
+        self.curves = ("train_loss", *self.losses)  # the first is the sum of the others
         self.full_precision = torch.autocast(ranks.device.type, enabled=False)  # of evaluation
         assert isinstance(config.dataset, CocoDataset)
         self.dataset = config.dataset
@@ -62,7 +63,7 @@ class Detection(Task):
         return min(super().total, self.dataset.steps or super().total)
 
     def zero_sums(self) -> dict[str, Tensor]:
-        return {"losses": torch.zeros(len(LOSSES), device=self.ranks.device)}
+        return {"losses": torch.zeros(len(self.losses), device=self.ranks.device)}
 
     def begin(self, session: Session, record: Record) -> None:
         """Load the given weights, or measure a frozen normalizer's constants; say in the record what was done."""
@@ -91,12 +92,12 @@ class Detection(Task):
 
     def loss(self, forward: nn.Module, batch: Batch, part: int, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
         losses: dict[str, Tensor] = forward(batch.images[part::parts], batch.targets[part::parts], batch.canvas)
-        each = torch.stack([losses[name] for name in LOSSES]) / parts
+        each = torch.stack([losses[name] for name in self.losses]) / parts
         return each.sum(), {"losses": each.detach() / self.ranks.world}
 
     def means(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
         values = (sums["losses"] / steps).tolist()
-        return {"train_loss": sum(values), **dict(zip(LOSSES, values, strict=True))}
+        return {"train_loss": sum(values), **dict(zip(self.losses, values, strict=True))}
 
     def evaluate(self, stop: StopRequest) -> dict[str, Evaluation]:
         def one(statistics: str) -> Evaluation:

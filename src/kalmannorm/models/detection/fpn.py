@@ -1,18 +1,19 @@
 """Mask R-CNN with a ResNet-50-FPN backbone: torchvision's maskrcnn_resnet50_fpn, part by part and name by name.
 
 Lin et al. 2017; the model of the Group Normalization literature. The paper trains C4 (c4.py). Normalizers are in
-the backbone's body alone: torchvision has none in the pyramid and in the heads, so beliefs end with the body and the
-regions have no statistics.
+the backbone's body alone, as torchvision has them, or with `head_norm` also in the pyramid and in the heads (the talk,
+part 3; public code of Switchable Normalization): behind each of the pyramid's eight convolutions, without ReLU, and in
+heads of four convolutions, with one. None is in the proposal network.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -31,15 +32,19 @@ from kalmannorm.models.detection.parts import (
     give_keys,
     proposal_network,
 )
+from kalmannorm.norm.modes import averaging_once
 
 LEVELS = ("0", "1", "2", "3")  # of the pyramid, as torchvision names them: layer1 to layer4
+CONVOLUTIONS = 4  # of a head
 CANONICAL = 224  # side in pixels, at ANCHORS_AT, of a region that is taken from the third level (Lin et al. 2017)
 
 
 class MaskRCNNFPN(GeneralizedRCNN):
     """(images, targets) -> losses in training, (images) -> detections in evaluation; arguments as MaskRCNNC4's.
 
-    proposals, candidates: an image and level. Anchors and levels shrink with `size`, as C4's anchors do.
+    proposals, candidates: an image and level. Anchors and levels shrink with `size`, as C4's anchors do. `head_norm`:
+    whether pyramid and heads have normalizers, here BatchNorm ones: convert puts in what is named. `mask_head`: without
+    it this is Faster R-CNN, whose box head has two linear layers and no normalizer in either case.
     """
 
     def __init__(
@@ -53,25 +58,30 @@ class MaskRCNNFPN(GeneralizedRCNN):
         boxes: int = 256,
         proposals: Sequence[int] = (2000, 1000),
         candidates: Sequence[int] = (2000, 1000),
+        head_norm: str = "none",
+        mask_head: bool = True,
     ) -> None:
         resnet = Resnet(layers, width)
         channels, hidden = max(8, round(256 * width)), max(8, round(1024 * width))
         stages = [getattr(resnet, f"layer{number}") for number in (1, 2, 3, 4)]
         outputs = [stage[-1].conv3.out_channels for stage in stages]
         named = {f"layer{number}": level for number, level in zip((1, 2, 3, 4), LEVELS, strict=True)}
-        backbone = BackboneWithFPN(resnet, named, outputs, channels)
+        norm_layer = None if head_norm == "none" else nn.BatchNorm2d
+        backbone = BackboneWithFPN(resnet, named, outputs, channels, norm_layer=norm_layer)
         anchors = AnchorGenerator(tuple((side,) for side in anchor_sides(size)), (RATIOS,) * len(ANCHORS))
         rpn = proposal_network(channels, anchors, proposals, candidates)
-        heads = _ImageByImage(
-            _align(7, size),
-            TwoMLPHead(channels * 7**2, hidden),
-            _BoxPredictor(hidden, classes + 1),
-            **HEADS,
-            batch_size_per_image=boxes,
-            mask_roi_pool=_align(14, size),
-            mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
-            mask_predictor=_MaskPredictor(channels, channels, classes + 1),
-        )
+        box_head: nn.Module
+        if mask_head and norm_layer:
+            box_head = FastRCNNConvFCHead((channels, 7, 7), [channels] * CONVOLUTIONS, [hidden], norm_layer)
+        else:
+            box_head = TwoMLPHead(channels * 7**2, hidden)
+        masks: dict[str, Any] = {}
+        box_predictor = _BoxPredictor(hidden, classes + 1)
+        if mask_head:
+            masks["mask_roi_pool"] = _align(14, size)
+            masks["mask_head"] = MaskRCNNHeads(channels, (channels,) * CONVOLUTIONS, 1, norm_layer)
+            masks["mask_predictor"] = _MaskPredictor(channels, channels, classes + 1)
+        heads = _ImageByImage(_align(7, size), box_head, box_predictor, **HEADS, batch_size_per_image=boxes, **masks)
         heads.fg_bg_sampler = KeyedSampler(boxes, 0.25, salt=1)
         super().__init__(backbone, rpn, heads, Transform(size, max_size))
 
@@ -85,8 +95,12 @@ class MaskRCNNFPN(GeneralizedRCNN):
 
 
 class _ImageByImage(RoIHeads):
-    """torchvision's heads; in training on one image after the other, whose losses are averaged. Without normalizers in
-    them that changes nothing but the weights of the images, which are equal then."""
+    """torchvision's heads; in training on one image after the other, whose losses are averaged.
+
+    Without normalizers in them that changes nothing but the weights of the images, which are equal then. Batch
+    statistics in them are of one image's regions (public code: of all the device's images), so that any number of
+    devices computes the same; moving averages go one step a batch.
+    """
 
     def forward(  # type: ignore[override]
         self,
@@ -99,10 +113,11 @@ class _ImageByImage(RoIHeads):
             return super().forward(features, proposals, image_shapes, targets)
         assert targets is not None
         keys, each = self.fg_bg_sampler.keys, []
-        for n in range(len(proposals)):
-            own, self.fg_bg_sampler.keys = slice(n, n + 1), keys[n : n + 1]
-            maps = {level: of_level[own] for level, of_level in features.items()}
-            each.append(super().forward(maps, proposals[own], image_shapes[own], targets[own])[1])
+        with averaging_once(self):
+            for n in range(len(proposals)):
+                own, self.fg_bg_sampler.keys = slice(n, n + 1), keys[n : n + 1]
+                maps = {level: of_level[own] for level, of_level in features.items()}
+                each.append(super().forward(maps, proposals[own], image_shapes[own], targets[own])[1])
         return [], {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
 
 
