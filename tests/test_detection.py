@@ -19,6 +19,8 @@ from kalmannorm.data import coco
 from kalmannorm.experiments import cards
 from kalmannorm.experiments.config import compose
 from kalmannorm.experiments.record import run_id
+from kalmannorm.report import tables
+from kalmannorm.report.effects import Group
 from kalmannorm.train import average_precision, checkpoint, detector, progress, task_detection
 from kalmannorm.train.ranks import Ranks
 
@@ -112,7 +114,7 @@ def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
     assert all(torch.equal(state["model"][key], same["model"][key]) for key in state["model"] if "extra" not in key)
 
 
-@pytest.mark.parametrize("tiny", [TINY, TINY_FPN], ids=["c4", "fpn"])
+@pytest.mark.parametrize("tiny", [TINY, [*TINY_FPN, "arch.head_norm=bkn"]], ids=["c4", "fpn"])
 def test_going_on_in_mid_epoch_ends_in_the_same_numbers(root, tmp_path, monkeypatch, tiny):
     """Two epochs of 2 steps, stopped by a signal in the third step: the second epoch's first."""
     overrides = once([*tiny, "norm=bkn", "batch.grad_batch=2", "budget.epochs=2"])
@@ -305,6 +307,40 @@ def test_the_card_of_table_6():
     assert norms == {"frozen_bn": "frozen", "gn": "gn", "kn": "bkn", "kn_stat1": "bkn", "kn_carried": "bkn"}
     assert [run.batch.stat_batch for run in card.runs] == [None, None, 2, 1, 2]
     assert all(run.detects for run in card.runs)
+
+
+def test_the_talks_tables_3_and_4():
+    """Their rows, values and what one can choose; Faster R-CNN is the first one's."""
+    third, fourth = (cards.load(name, ["dataset=coco", "budget=paper"]) for name in ("talk-table3", "talk-table4"))
+    assert {run.arch.options.get("mask_head", True) for run in third.runs} == {False}
+    assert {run.arch.options.get("mask_head", True) for run in fourth.runs} == {True}
+    assert {(run.dataset.steps, run.batch.grad_batch, run.schedule.lr) for run in fourth.runs} == {(180_000, 16, 0.02)}
+    assert 117_266 // 16 * fourth.runs[0].budget.epochs >= 180_000
+    heads = [(run.norm.name, run.arch.options.get("head_norm", "none")) for run in fourth.runs]
+    assert len(set(heads)) == 9 and {("frozen", "none"), ("gn", "sn"), ("sn", "sn"), ("bkn", "bkn")} <= set(heads)
+    for experiment in (third, fourth):
+        table = experiment.card
+        group = Group("coco", "paper")
+        values = {
+            row.key: [tables.paper_value(table, row, column, group) for column in table.columns] for row in table.rows
+        }
+        assert all((None in found) == table.row(key).ours for key, found in values.items())
+        assert values["sn_sn"][0] == {"talk-table3": 39.3, "talk-table4": 41.0}[table.name]
+
+
+def test_a_faster_rcnns_run(root, tmp_path, capsys):
+    changes = ["norm=gn", "norm.options.max_groups=32", "arch.head_norm=gn", "arch.mask_head=false"]
+    changes.append("dataset.train_images_evaluated=2")
+    place_of = [f"data={root}", f"results={tmp_path}", f"runs={tmp_path}"]
+    assert main(["train", *once([*TINY_FPN, *changes, "schedule=fpn_180k"]), *place_of]) == 0
+    record, _ = outcome(tmp_path)
+    assert "mask_ap" not in record["final"]["moving"] and "loss_mask" not in record["curves"]
+    assert f"AP {record['final']['moving']['box_ap']:.2f} / -" in capsys.readouterr().out
+    rest = [o for o in TINY if o.startswith(("dataset.", "arch.", "budget", "device"))]
+    settings = [*rest, "batch.grad_batch=4", "dataset.train_images_evaluated=2", f"results={tmp_path}"]
+    assert main(["report", "talk-table3", "dataset=coco", *settings, f"data={root}", f"runs={tmp_path}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"GN / GN {record['final']['moving']['box_ap']:.2f}" in said and "not run" in said and "39.3" not in said
 
 
 def test_table_6_shows_ap(root, done, tmp_path, capsys):

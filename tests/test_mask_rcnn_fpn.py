@@ -1,19 +1,23 @@
 """torchvision's FPN model as an architecture of the harness: its names, its losses, the same switch for normalizers."""
 
 import copy
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from coco_files import TINY_FPN
 from helpers import error
 from test_mask_rcnn import SMALL, scene
-from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn
+from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import compose
+from kalmannorm.experiments.record import run_id
 from kalmannorm.models.detection.fpn import MaskRCNNFPN
 from kalmannorm.models.detection.parts import LOSSES
+from kalmannorm.norm import BatchNorm, FrozenBatchNorm, GroupNorm, KalmanBatchNorm2d, SwitchableNorm
 from kalmannorm.train import detector
 
 
@@ -102,6 +106,136 @@ def test_weights_and_frozen_stages_are_the_bodys(tmp_path):
     assert torch.equal(body.get_parameter("layer4.0.conv2.weight"), weights["layer4.0.conv2.weight"])
     still = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert "backbone.body.conv1.weight" in still and not any("layer2" in name or "fpn" in name for name in still)
+
+
+# --- normalizers in pyramid and heads ---
+
+
+HEADS = {"gn": GroupNorm, "sn": SwitchableNorm, "bn": BatchNorm, "bkn": KalmanBatchNorm2d}
+
+
+@pytest.mark.parametrize("norm", HEADS)
+def test_where_normalizers_stand(norm):
+    """The talk's public code: behind the pyramid's 8 convolutions, which lose their biases, without ReLU; in heads of 4
+    convolutions each; none in the proposal network."""
+    model = detector.build(compose([*TINY_FPN, "norm=frozen", f"arch.head_norm={norm}"]))
+    placed = [
+        name for name, m in model.named_modules() if type(m).__bases__[0] is HEADS[norm] or type(m) is HEADS[norm]
+    ]
+    pyramid = [f"backbone.fpn.{kind}_blocks.{level}.1" for kind in ("inner", "layer") for level in range(4)]
+    heads = [f"roi_heads.{head}.{number}.1" for head in ("box_head", "mask_head") for number in range(4)]
+    assert placed == pyramid + heads
+    assert not [key for key in model.state_dict() if key.startswith("backbone.fpn") and key.endswith(".0.bias")]
+    assert [len(block) for block in model.backbone.fpn.inner_blocks] == [2, 2, 2, 2]  # no third part, a ReLU
+    assert not [m for m in model.rpn.modules() if isinstance(m, tuple(HEADS.values()))]
+    frozen = [name for name, m in model.named_modules() if isinstance(m, FrozenBatchNorm)]
+    assert len(frozen) == 17 and all(name.startswith("backbone.body.") for name in frozen)
+    images, targets = scene(2)
+    losses = model.train()(images, targets)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    idle = {f"{name}.{key}" for name in placed if norm == "bkn" for key in ("gain_logit", "noise_raw")}
+    assert without <= idle
+
+
+def test_the_full_network_with_them():
+    """Names and shapes of torchvision's parts with BatchNorm, and of its model elsewhere."""
+    with torch.device("meta"):
+        plain, normalized, faster = MaskRCNNFPN(), MaskRCNNFPN(head_norm="sn"), MaskRCNNFPN(mask_head=False)
+        theirs = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=81)
+    one, two, three, other = (
+        {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        for model in (plain, normalized, faster, theirs)
+    )
+    # torchvision's second version has two convolutions in the proposal network, and biases in its box head alone.
+    assert {k: v for k, v in two.items() if "rpn" not in k} == {k: v for k, v in other.items() if "rpn" not in k}
+    assert {k: v for k, v in two.items() if "rpn" in k} == {k: v for k, v in one.items() if "rpn" in k}
+    assert three == {key: shape for key, shape in one.items() if "mask" not in key}
+
+
+def test_beliefs_go_on_into_the_pyramid_and_end_at_regions():
+    beliefs = belief_of(["norm=bkn", "arch.head_norm=bkn"])
+    assert [key for key, lost in beliefs.items() if lost] == [
+        "backbone.body.bn1", "roi_heads.box_head.0.1", "roi_heads.mask_head.0.1",
+    ]  # fmt: skip
+    assert beliefs["roi_heads.mask_head.0.1"] == detector.BELIEF_ENDS_AT_HEADS
+    alone = belief_of(["norm=gn", "arch.head_norm=bkn"])
+    lost = [key for key, reason in alone.items() if reason]
+    assert lost[:4] == [f"backbone.fpn.inner_blocks.{level}.1" for level in (3, 2, 1, 0)] and len(lost) == 6
+
+
+def belief_of(overrides):
+    model = detector.build(compose([*TINY_FPN, *overrides])).train()
+    model(*scene(4))
+    return detector.describe(model)["beliefs"]
+
+
+def test_faster_rcnn():
+    model = detector.build(compose([*TINY_FPN, "norm=gn", "arch.head_norm=gn", "arch.mask_head=false"]))
+    images, targets = scene(2)
+    assert set(model.train()(images, targets)) == {*LOSSES} - {"loss_mask"}
+    assert not [m for m in model.roi_heads.modules() if isinstance(m, GroupNorm)]
+    with torch.no_grad():
+        assert set(model.eval()(images)[0]) == {"boxes", "scores", "labels"}
+
+
+def test_heads_average_once_a_batch():
+    """Two images' regions are two groups of one step, as if two processes had one each."""
+    model = detector.build(compose([*TINY_FPN, "norm=gn", "arch.head_norm=bn"])).train()
+    layer = model.roi_heads.box_head[0][1]
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    model(*scene(2))
+    means = torch.stack([x.mean((0, 2, 3)) for x in seen])
+    assert len(seen) == 2 and error(layer.running_mean, 0.1 * means.mean(0)) < 1e-6
+    assert layer.num_batches_tracked == 1 and layer.pending is None
+
+
+def test_constants_and_weights_are_the_bodys(tmp_path):
+    config = compose([*TINY_FPN, "norm=frozen", "arch.head_norm=sn"])
+    model = detector.build(config)
+    before = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
+    images, targets = scene(2)
+    batch = SimpleNamespace(images=images, targets=targets, canvas=(64, 96))
+    detector.measure_constants(model, config, SimpleNamespace(device="cpu", epoch=lambda _: iter([batch])))
+    changed = {key for key, value in before.items() if not torch.equal(value, model.state_dict()[key])}
+    assert changed == {key for key in before if ".body." in key}
+    plain = small().backbone.body.state_dict()
+    torch.save(plain, tmp_path / "weights.pth")
+    detector.load_pretrained(model, str(tmp_path / "weights.pth"))
+    assert torch.equal(detector.body(model).conv1.weight, plain["conv1.weight"])
+
+
+def test_defaults_are_no_part_of_an_id():
+    plain = compose([*TINY_FPN, "norm=gn"])
+    same = compose([*TINY_FPN, "norm=gn", "arch.head_norm=none", "arch.mask_head=true"])
+    assert run_id(plain) == run_id(same) and not {"head_norm", "mask_head"} & {*plain.arch.options}
+    assert run_id(plain) != run_id(compose([*TINY_FPN, "norm=gn", "arch.mask_head=false"]))
+    # Images share statistics where heads have them, whatever the backbone has.
+    shared = [compose([*TINY_FPN, "norm=gn", f"arch.head_norm={norm}"]).batch.stat_batch for norm in ("gn", "sn")]
+    assert shared == [None, 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["arch.head_norm=xn"], "arch.head_norm = xn: expected one of none, bn, gn"),
+        (["arch.head_norm=null"], "arch.head_norm = None: expected one of"),
+        (["arch.mask_head=1"], "arch.mask_head = 1: expected true or false"),
+        (["norm=gkn", "arch.head_norm=bkn"], "the body's beliefs have other rows"),
+        (["norm=bkn", "norm.predictor=sampling", "arch.head_norm=bkn"], "pass norm.predictor=closed"),
+        (["norm=bkn", "+arch.roi_belief=carry", "arch.head_norm=bkn"], "pass arch.roi_belief=end"),
+        (["norm=none", "arch.head_norm=gn"], "none is for all layers of a network"),
+        (["arch=mask_rcnn_c4", "+arch.head_norm=gn"], "arch mask_rcnn_c4"),
+        (["arch=mask_rcnn_c4", "+arch.mask_head=false"], "arch mask_rcnn_c4"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(overrides, words):
+    chosen = {o.partition("=")[0]: o for o in [*TINY_FPN, "norm=gn", *overrides]}
+    with pytest.raises(UserError, match=re.escape(words)) as refused:
+        detector.build(compose(list(chosen.values())))
+    assert "\n" not in str(refused.value)
 
 
 def test_there_is_nothing_to_carry_a_belief_to():
