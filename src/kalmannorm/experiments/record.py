@@ -47,8 +47,9 @@ def _check_evaluation(values: dict[str, float | str | None]) -> dict[str, float 
     for name, value in values.items():
         if name == "definition":
             right, expected = isinstance(value, str), "text"
-        elif name in ("images", "batches"):
-            right, expected = isinstance(value, float) and value >= 1 and value.is_integer(), "how many"
+        elif name in ("images", "batches", "detections"):
+            least = 0 if name == "detections" else 1
+            right, expected = isinstance(value, float) and value >= least and value.is_integer(), "how many"
         elif name == "loss":
             right, expected = isinstance(value, float) and 0 <= value < math.inf, "a finite number, 0 or more"
         else:
