@@ -79,6 +79,14 @@ def test_a_level_has_the_spread_over_seeds() -> None:
     )
 
 
+def test_two_islands_of_seeds_are_not_compared_within_one_model() -> None:
+    values = {"a": {1: 1.0, 2: 2.0}, "b": {1: 2.0, 2: 3.5}, "c": {3: 5.0, 4: 7.0}, "d": {3: 6.0, 4: 7.5}}
+    model = fit(values)
+    assert effects.effect(model, {"c": 1, "a": -1}) is None and model.df == 8 - (4 + 4 - 2)
+    within = effects.effect(model, {"d": 1, "c": -1})
+    assert within is not None and within.mean == pytest.approx(0.75)
+
+
 def test_nothing_to_compare() -> None:
     assert contrast({"a": {1: 1.0}, "b": {}}, {"a": 1, "b": -1})[0] is None
     found, _ = contrast({"a": {1: 1.0}, "b": {1: 2.0}}, {"b": 1, "a": -1})

@@ -124,3 +124,11 @@ def test_the_first_steps_are_drawn_by_quantity_and_what_has_no_prior_says_so(tmp
     axes = np.reshape([axis for axis in figure.axes if not axis.get_label()], (4, 2))
     assert [axis.get_title(loc="left") for axis in axes[0]] == ["BN", "KN\nmean 2, median 2"]
     assert [text.get_text() for axis in axes[:, 0] for text in axis.texts] == ["none", "none"]
+
+
+def test_an_interval_beyond_the_picture_ends_in_arrows() -> None:
+    entries = [plots.Entry(name, [(1.0, -half, half, style.GREY, "o", True)]) for name, half in (("a", 2), ("b", 68))]
+    figure = plots.forest(entries, "", "points", {}, around=3.0)
+    (axis,) = figure.axes
+    arrows = [(line.get_marker(), line.get_xydata().tolist()) for line in axis.lines if line.get_marker() in ("<", ">")]
+    assert arrows == [("<", [[-3.0, 1.0]]), (">", [[3.0, 1.0]])] and axis.get_xlim() == (-3.0, 3.0)

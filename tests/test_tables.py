@@ -125,8 +125,13 @@ def test_latex_compiles_and_fits_the_page(tmp_path: Path) -> None:
     ]
     table7(tmp_path / "made")
     found += [sheet(tmp_path / "made")]
+    narrow = found[-1]
+    rows, index = tuple(row * 3 for row in narrow.rows[:9]), narrow.index[:9]
+    wide = dataclasses.replace(narrow, stem="wide", header=narrow.header * 3, rows=rows, index=index)
+    assert "sideways" in tables.latex(wide) and "sideways" not in tables.latex(narrow)
+    found += [wide]
     text = "\n\\clearpage\n".join(map(tables.latex, found))
-    packages = r"\usepackage{booktabs,graphicx}"
+    packages = r"\usepackage{booktabs,graphicx,rotating}"
     (tmp_path / "all.tex").write_text(rf"\documentclass{{article}}{packages}\begin{{document}}{text}\end{{document}}")
     done = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "all.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=120

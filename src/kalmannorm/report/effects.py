@@ -159,7 +159,7 @@ class Fit(NamedTuple):
     rows: tuple[Any, ...]
     means: np.ndarray  # [R] least-squares level of each row
     covariance: np.ndarray  # [R, R] of the levels, over the variance
-    null: np.ndarray  # [K, R + S] directions of rows and seeds that the runs do not tell
+    null: np.ndarray  # [R, K] directions of the rows that the runs do not tell from seeds
     spread: float  # nan where nothing is left to estimate it from
     df: int
     counts: tuple[int, ...]  # runs of each row
@@ -205,26 +205,26 @@ def interval(values: Sequence[float]) -> float:
 
 
 def fit(values: Mapping[Any, Mapping[int, float]], seeds: bool = True) -> Fit:
-    """Return the model of `values`: row -> seed -> value. `seeds` False: value = row alone, for the level of a row."""
+    """Return the model of `values`: row -> seed -> value. `seeds` False: value = row alone, for the level of a row.
+
+    The seeds' levels are eliminated from the normal equations: what is solved is as large as there are rows, not runs.
+    """
     rows = tuple(row for row in values if values[row])
     every = sorted({seed for row in rows for seed in values[row]})
-    points = [(i, every.index(seed), value) for i, row in enumerate(rows) for seed, value in values[row].items()]
-    design = np.zeros((len(points), len(rows) + len(every) * seeds))
-    for place, (i, j, _) in enumerate(points):
-        design[place, i] = 1
-        if seeds:
-            design[place, len(rows) + j] = 1
-    found = np.array([value for _, _, value in points])
-    inverse = np.linalg.pinv(design)
-    solved = inverse @ found
-    rank = int(np.linalg.matrix_rank(design)) if len(points) else 0
-    df = len(points) - rank
-    left = found - design @ solved
-    spread = math.sqrt(float(left @ left) / df) if df else math.nan
-    covariance = (inverse @ inverse.T)[: len(rows), : len(rows)]
-    null = np.linalg.svd(design)[2][rank:] if len(points) else np.zeros((0, 0))
-    counts = tuple(len(values[row]) for row in rows)
-    return Fit(rows, solved[: len(rows)], covariance, null, spread, df, counts, _bartlett(values))
+    runs = np.array([[values[row].get(seed, np.nan) for seed in every] for row in rows]).reshape(len(rows), len(every))
+    there = np.isfinite(runs)
+    share = there / there.sum(0) * seeds  # of a row's run in its seed's level
+    found = np.where(there, runs, 0.0)
+    eigenvalues, directions = np.linalg.eigh(np.diag(there.sum(1)) - share @ there.T)
+    told = eigenvalues > 1e-9 * max(1, len(every))
+    covariance = directions[:, told] / eigenvalues[told] @ directions[:, told].T
+    means = covariance @ (found.sum(1) - share @ found.sum(0))
+    left = np.where(there, runs - means[:, None], 0.0)
+    left -= np.where(there, left.sum(0) / there.sum(0) * seeds, 0.0)
+    df = int(there.sum() - told.sum()) - len(every) * seeds
+    spread = math.sqrt(float((left**2).sum()) / df) if df else math.nan
+    counts = tuple(map(int, there.sum(1)))
+    return Fit(rows, means, covariance, directions[:, ~told], spread, df, counts, _bartlett(values))
 
 
 def effect(of: Fit, weights: Mapping[Any, float]) -> Effect | None:
@@ -232,12 +232,13 @@ def effect(of: Fit, weights: Mapping[Any, float]) -> Effect | None:
     if not all(row in of.rows for row in weights):
         return None
     vector = np.array([weights.get(row, 0.0) for row in of.rows])
-    # What the runs cannot tell apart from seeds: the contrast must not have a part of it.
-    if of.null.size and np.abs(of.null[:, : len(vector)] @ vector).max() > 1e-9:
+    if np.abs(vector @ of.null).max(initial=0) > 1e-9:
         return None
     error = of.spread * math.sqrt(max(0.0, float(vector @ of.covariance @ vector)))
     n = min(of.counts[of.rows.index(row)] for row in weights)
-    return Effect(float(of.means @ vector), error, of.df, n, of.spread, tuple(weights.values()), len(of.rows))
+    # Rounded: whether -0.345 is printed as -0.34 or -0.35 must not hang on the machine's linear algebra.
+    mean, error, spread = (round(float(x), 12) for x in (of.means @ vector, error, of.spread))
+    return Effect(mean, error, of.df, n, spread, tuple(weights.values()), len(of.rows))
 
 
 def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> tuple[Effect | None, Fit]:

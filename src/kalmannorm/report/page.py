@@ -141,21 +141,27 @@ def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
     """Measured effects in points with the intervals that decide, beside the paper's."""
     colours = {"supported": style.GREEN, "contradicted": style.ORANGE, "open": style.GREY}
     entries: list[tuple[str, plots.Entry]] = []
-    widest = 1.0
+    shown, least = [1.0], [FOREST]
     for v in verdicts:
         if v.state in colours and v.effect and v.group and v.claim.measure.unit == "points" and math.isfinite(v.low):
             value = v.claim.printed(v.group.dataset)
             points = [(v.measured, v.low, v.high, colours[v.state], "o", True)]
-            widest = max(widest, *(min(abs(x), FOREST) for x in (v.measured, v.low, v.high)))
             points += [(value, math.nan, math.nan, "#000000", "D", False)] if value is not None else []
+            shown += [2 * abs(of[0]) for of in points]
+            least.append(max(abs(v.low), abs(v.high)))
             where = f"{v.group.dataset}, {v.group.budget}"
             entries.append((v.group.budget, plots.Entry(f"{v.claim.id.replace('_', ' ')} ({where})", points)))
     if not entries:
         return None
     kept = sorted(entries, key=lambda pair: _fullness(pair[0]))
     legend = {name: (colour, "o", True) for name, colour in colours.items()} | {"paper": ("#000000", "D", False)}
-    said = "Points of the first side over the second; intervals hold for all claims of a budget at once (95 %)."
-    return plots.forest([entry for _, entry in kept], said, "points", legend, around=widest)
+    said = (
+        "Points of the first side over the second; intervals hold for all claims of a budget at once (95 %); "
+        "arrows: they go on beyond the picture."
+    )
+    # One interval that says nothing must not make points of the others: twice as far as any value, the shortest whole.
+    around = min(FOREST, 1.1 * max(*shown, min(least)))
+    return plots.forest([entry for _, entry in kept], said, "points", legend, around)
 
 
 def claims_markdown(verdicts: Sequence[Verdict]) -> str:

@@ -3,6 +3,7 @@ intervals, one below the other) and `maps`. Each card's kind says what it shows 
 
 import hashlib
 import io
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -130,7 +131,7 @@ def forest(
     around: float | None = None,
 ) -> "Figure":
     """Draw values with their intervals, one below the other; `legend`: name -> colour, marker, filled. `around`: how
-    far the axis reaches to either side of 0."""
+    far the axis reaches to either side of 0; an interval that goes on beyond it ends in an arrow."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -144,6 +145,10 @@ def forest(
                     axis.plot([low, high], [y + offset] * 2, color=colour, lw=1.2, zorder=2)
                 face = colour if filled else "white"
                 axis.plot(value, y + offset, marker, color=colour, markerfacecolor=face, ms=4.5, zorder=3)
+                for end in (low, high):
+                    if around is not None and abs(end) > around:
+                        edge, arrow = math.copysign(around, end), ">" if end > 0 else "<"
+                        axis.plot(edge, y + offset, arrow, color=colour, ms=4, clip_on=False)
             for offset, (values, colour) in zip(offsets, entry.ticks, strict=False):
                 axis.plot(values, [y + offset] * len(values), "|", color=colour, ms=7, mew=0.9)
             if entry.note:
@@ -156,7 +161,7 @@ def forest(
         axis.tick_params(axis="y", length=0)
         if around is not None:
             axis.axvline(0, color="#444444", lw=0.8)
-            axis.set_xlim(-1.04 * around, 1.04 * around)
+            axis.set_xlim(-around, around)
         style.grid(axis, "x")
         axis.set_xlabel(horizontal)
         handles = [

@@ -17,6 +17,8 @@ from kalmannorm.report import effects, paper, quantities
 from kalmannorm.report.effects import SEEDS_SHOWN, Cell, Cells, Effect, Group, signed
 
 WIDTH = 100  # characters of a terminal line
+WIDE = 130  # characters of a row, from which LaTeX would print a third of its text's size or less
+LOW = 20  # rows that a page's width has room for, with what stands below
 LATEX = {
     **{character: f"\\{character}" for character in "{}&%$#_"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"},
@@ -166,7 +168,8 @@ def setting(card: Card, group: Group, cells: Cells) -> str:
     runs = _runs(card, group, cells)
     networks = dict.fromkeys(run["network"] for run in runs)
     length = dict.fromkeys(
-        f"{run['budget.epochs']} epochs of {_count(run)}images at {run['budget.size']} px" for run in runs
+        f"{run['budget.epochs']} epochs of {_count(run)}images at {run['budget.size']} px"
+        for run in [run for run in runs if run["status"] == "done"] or runs
     )
     datasets = dict.fromkeys(run["dataset"] for run in runs)
     words = [*datasets, *networks, f"budget {group.budget} ({' / '.join(length)})"]
@@ -177,7 +180,10 @@ def setting(card: Card, group: Group, cells: Cells) -> str:
 def trained(card: Card, group: Group, cells: Cells) -> list[str]:
     """Data, seeds and arithmetic of the runs, in sentences."""
     runs = _runs(card, group, cells)
-    data = dict.fromkeys(f"{run['dataset']}: {run.get('data.fidelity') or 'exactness not recorded'}" for run in runs)
+    whole = [run for run in runs if run["status"] == "done"] or runs  # a run that failed early knows no data
+    data = dict.fromkeys(
+        f"{run['dataset']}: {_recorded(run, 'data.fidelity') or 'exactness not recorded'}" for run in whole
+    )
     seeds = sorted({int(run["seed"]) for run in runs})
     arithmetic = dict.fromkeys(str(run["arithmetic"]) for run in runs)
     said = [f"Data: {'; '.join(data)}."] if data else []
@@ -197,7 +203,10 @@ def trained(card: Card, group: Group, cells: Cells) -> list[str]:
 
 
 def latex(sheet: Sheet) -> str:
-    """Write a table environment for booktabs and graphicx, which shrinks it to the text's width."""
+    """Write a table environment for booktabs and graphicx, which shrinks it to the text's width.
+
+    A wide one of few rows lies on its side (rotating), where it is shrunk half as much.
+    """
     frame = _frame(sheet, _in_latex, _latex)
     styler = frame.style
     blocks = any(block for block, _ in sheet.index)
@@ -212,16 +221,20 @@ def latex(sheet: Sheet) -> str:
     notes = [rf"\textsuperscript{{{letter(i)}}} {_latex(note)}." for i, note in enumerate(sheet.notes)]
     below = [_latex(sheet.caption), *(_latex(said) for said in sheet.about), *notes]
     label = re.sub("[^A-Za-z0-9-]", "-", sheet.stem)
+    texts = [sheet.header, *([place.text for place in row] for row in sheet.rows)]
+    longest = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    wide = sum(longest) > WIDE and len(sheet.rows) <= LOW
+    environment = "sidewaystable" if wide else "table"
     return "\n".join(
         [
-            "% \\usepackage{booktabs,graphicx}",
-            r"\begin{table}",
+            f"% \\usepackage{{booktabs,graphicx{',rotating' if wide else ''}}}",
+            rf"\begin{{{environment}}}",
             r"\centering",
             rf"\caption{{{_latex(title)}.}}\label{{tab:{label}}}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             body.strip().removesuffix(r"\end{tabular}") + r"\end{tabular}}",
             r"\par\smallskip\raggedright\scriptsize " + " ".join(below),
-            r"\end{table}",
+            rf"\end{{{environment}}}",
             "",
         ]
     )
@@ -376,8 +389,13 @@ def _runs(card: Card, group: Group, cells: Cells) -> list[Any]:
 
 
 def _count(run: Mapping[str, Any]) -> str:
-    count = run.get("data.train_images")
-    return "" if count is None or pd.isna(count) else f"{int(count):,} "
+    count = _recorded(run, "data.train_images")
+    return f"{int(count):,} " if count else ""
+
+
+def _recorded(run: Mapping[str, Any], key: str) -> Any:
+    """Return a value of the record; None where it has none, which the frame has as nan."""
+    return None if pd.isna(found := run.get(key)) else found
 
 
 def _mark(notes: list[str], note: str) -> str:
