@@ -213,7 +213,7 @@ def test_every_choice_composes(group):
 
 def test_every_norm_is_known_to_the_library():
     from kalmannorm import NORMS
-    from kalmannorm.models import ARCHS
+    from kalmannorm.models import ARCHS, SEGMENTERS
     from kalmannorm.norm import GroupedStatistics
     from kalmannorm.train.detector import DETECTORS
 
@@ -223,7 +223,8 @@ def test_every_norm_is_known_to_the_library():
         name for name, build in NORMS.items() if any(isinstance(m, GroupedStatistics) for m in build(8).modules())
     }
     assert grouped == set(BATCH_STATISTICS)
-    assert {file.stem for file in (conf_dir() / "arch").glob("*.yaml")} == set(ARCHS) | set(DETECTORS)
+    archs = {compose([f"arch={file.stem}"]).arch.name for file in (conf_dir() / "arch").glob("*.yaml")}
+    assert archs == set(ARCHS) | set(DETECTORS) | set(SEGMENTERS)
 
 
 @pytest.mark.parametrize("name", cards.names())

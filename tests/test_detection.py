@@ -306,7 +306,7 @@ def test_the_card_of_table_6():
     norms = {row.key: row.runs["norm"] for row in card.card.rows}
     assert norms == {"frozen_bn": "frozen", "gn": "gn", "kn": "bkn", "kn_stat1": "bkn", "kn_carried": "bkn"}
     assert [run.batch.stat_batch for run in card.runs] == [None, None, 2, 1, 2]
-    assert all(run.detects for run in card.runs)
+    assert all(run.task == "detection" for run in card.runs)
 
 
 def test_the_talks_tables_3_and_4():

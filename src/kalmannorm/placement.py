@@ -20,11 +20,12 @@ def ibn_a(model: nn.Module) -> Placed:
     the stages 1 to 3 (of DenseNets: of every third dense layer of the blocks 1 to 3, on 40 % of its channels, the last
     ones); all else is Batch Norm.
 
-    `model`: a ResNet with torchvision's names (ResNeXt, SE-ResNet as well), a DenseNet of torchvision's, or one of this
-    project's post-activation ResNets for CIFAR, of whose three stages it takes two (ours). ValueError: another network.
+    `model`: a ResNet with torchvision's names (ResNeXt, SE-ResNet as well), also as a segmenter's `backbone`, a
+    DenseNet of torchvision's, or one of this project's post-activation ResNets for CIFAR, of whose three stages it
+    takes two (ours). ValueError: another network.
     """
-    if _is_resnet(model):
-        return {"layer[1-3].*.bn1": "ibn", "*": "bn"}
+    if (resnet := _resnet(model)) is not None:
+        return {f"{resnet}layer[1-3].*.bn1": "ibn", "*": "bn"}
     if _is_densenet(model):
         names = [
             f"features.denseblock{block}.{name}.norm1"
@@ -45,9 +46,10 @@ def ibn_b(model: nn.Module) -> Placed:
     `model`: a ResNet of torchvision's, or one of this project's post-activation ResNets for CIFAR: the stem and the end
     of stage 1 (ours). ValueError: another network.
     """
-    if _is_resnet(model):
-        last = [f"layer{stage}.{len(model.get_submodule(f'layer{stage}')) - 1}" for stage in (1, 2)]  # type: ignore[arg-type]
-        stem = "bn1"
+    if (resnet := _resnet(model)) is not None:
+        stages = (f"{resnet}layer{stage}" for stage in (1, 2))
+        last = [f"{stage}.{len(model.get_submodule(stage)) - 1}" for stage in stages]  # type: ignore[arg-type]
+        stem = f"{resnet}bn1"
     elif isinstance(model, CifarResNet) and not model.preact:
         last, stem = [f"blocks.{len(model.blocks) // 3 - 1}"], "bn"
     else:
@@ -94,9 +96,13 @@ def choices(model: nn.Module) -> Placed:
     return found
 
 
-def _is_resnet(model: nn.Module) -> bool:
-    stages = [getattr(model, f"layer{i}", None) for i in (1, 2, 3, 4)]
-    return all(isinstance(s, nn.Sequential) and all(hasattr(b, "bn1") for b in s) for s in stages)
+def _resnet(model: nn.Module) -> str | None:
+    """Return what the names of a ResNet's layers begin with: nothing, or `backbone.` in a segmenter; None in others."""
+    for prefix, resnet in (("", model), ("backbone.", getattr(model, "backbone", None))):
+        stages = [getattr(resnet, f"layer{i}", None) for i in (1, 2, 3, 4)]
+        if all(isinstance(s, nn.Sequential) and all(hasattr(b, "bn1") for b in s) for s in stages):
+            return prefix
+    return None
 
 
 def _is_densenet(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmannorm import machine
-from kalmannorm.data import beton, cifar, digits, folder, svhn
+from kalmannorm.data import ade20k, beton, camvid, cifar, cityscapes, digits, folder, gta5, svhn
 from kalmannorm.data.arrays import Arrays, class_balanced_subset, resize
 from kalmannorm.data.beton import Betons
 from kalmannorm.data.folder import Images
@@ -19,6 +19,7 @@ from kalmannorm.errors import UserError, nearest
 __all__ = [
     "DATASETS",
     "PREPARE",
+    "SCENES",
     "Arrays",
     "Betons",
     "Images",
@@ -43,6 +44,8 @@ DATASETS: dict[str, Callable[[Path], Arrays]] = {
     "svhn": svhn.load,
     "svhn_extra": svhn.load_extra,
 }
+
+SCENES = {**camvid.SOURCES, **cityscapes.SOURCES, **ade20k.SOURCES, **gta5.SOURCES}  # read by scenes.load
 
 VARIANTS = {"cifar10_few": "cifar10", "cifar10_recoloured": "cifar10"}  # of other sets, from whose folder they are read
 
@@ -99,6 +102,9 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
     if name in folder.READ_AS_IT_IS:
         how = folder.HOW_TO_GET.get(name, folder.LAYOUT)
         raise UserError(f"dataset {name!r} is read as it is, from {root / name}: {how}")
+    if name in SCENES:
+        source = SCENES[name]
+        raise UserError(f"dataset {name!r} is read as it is, from {root / source.folder}: {source.how_to_get}")
     if name in VARIANTS:
         raise UserError(f"dataset {name!r} is read from that of {VARIANTS[name]}: prepare {VARIANTS[name]}")
     if name not in PREPARE:

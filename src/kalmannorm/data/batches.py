@@ -38,6 +38,15 @@ def fixed_order(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(EVALUATION_SEED)))
 
 
+def choose(positions: Sequence[int], count: int | None) -> list[int]:
+    """Choose `count` of the images, always the same ones, in ascending order; None: all."""
+    if count is None:
+        return list(positions)
+    if count > len(positions):
+        raise UserError(f"a subset of {count:,} images of {len(positions):,}: expected at most as many as there are")
+    return sorted(np.random.RandomState(0).permutation(positions)[:count].tolist())
+
+
 class Batches(ABC):
     """Batches of one split.
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pycocotools import mask as run_length
 from torch import Tensor
@@ -249,15 +248,6 @@ def resized(height: int, width: int, size: int, max_size: int) -> tuple[int, int
     """Height and width after torchvision's resizing of the short side to `size`, the long one to at most `max_size`."""
     scale = min(size / min(height, width), max_size / max(height, width))
     return math.floor(height * scale), math.floor(width * scale)
-
-
-def choose(positions: list[int], count: int | None) -> list[int]:
-    """Choose `count` of the images, always the same ones, in ascending order; None: all."""
-    if count is None:
-        return positions
-    if count > len(positions):
-        raise UserError(f"a subset of {count:,} images of {len(positions):,}: expected at most as many as there are")
-    return sorted(np.random.RandomState(0).permutation(positions)[:count].tolist())
 
 
 def _to(target: Target, device: torch.device) -> Target:

@@ -64,6 +64,18 @@ def read_rgb(path: Path) -> "Image":
     return _open(path, read)
 
 
+def read_numbers(path: Path) -> NDArray[np.uint8]:
+    """Read a map of numbers, one byte a pixel, grey or of a palette: uint8 [H, W], as stored. Unreadable: damaged, no
+    image, or one of another kind."""
+
+    def read(image: "Image", header: Header) -> NDArray[np.uint8]:
+        if image.mode not in ("L", "P"):
+            raise ValueError(f"its pixels are {image.mode}, expected numbers of one byte, grey or of a palette")
+        return np.asarray(image)
+
+    return _open(path, read)
+
+
 def look(path: Path) -> Header:
     """Read size and orientation, without decoding the pixels. Unreadable: as for `read_rgb`, as far as this shows
     it."""

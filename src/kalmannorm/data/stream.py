@@ -26,7 +26,7 @@ RESIZE = 256 / 224  # evaluation: the shorter side becomes this much larger than
 AHEAD = 4  # batches that each worker prepares
 PLAIN = -1  # the key of an image that is not augmented
 
-Sample = tuple[Tensor, int]  # uint8 [3, size, size], label
+Sample = tuple[Tensor, int | Tensor]  # uint8 [3, H, W] and the label, or one for each pixel
 Part = tuple[Tensor, Tensor]  # indices and keys of the images of one step, int64 [n]
 
 
@@ -117,17 +117,22 @@ def _claimed(images: Tensor, labels: Tensor, copied: torch.cuda.Event) -> Batch:
     return images, labels
 
 
-class FolderLoader(Stream):
-    """Batches of one split of an image folder. size: of the crops; workers: processes that decode, 0: this one."""
+class Decoding(Stream):
+    """Batches of what a data set makes of (index, key), a sample or what is wrong with its file.
 
-    def __init__(self, files: Files, *, size: int, flip: bool, workers: int = 0, **options: Any) -> None:
-        super().__init__(len(files), **options)
+    workers: processes that decode, 0: this one. remedy: what to do about a bad file.
+    """
+
+    remedy = ""
+
+    def __init__(self, decode: Dataset[Sample | str], count: int, *, workers: int = 0, **options: Any) -> None:
+        super().__init__(count, **options)
         self._plan = _Plan()
         self._loader = DataLoader(
-            _Decode(files, size, flip),
+            decode,
             batch_sampler=self._plan,  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=_stack,
+            collate_fn=_together,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=AHEAD if workers > 0 else None,
@@ -139,10 +144,17 @@ class FolderLoader(Stream):
         self._plan.parts, self._plan.augment = parts, augment
         for found in self._loader:
             if isinstance(found, str):
-                raise UserError(
-                    f"{found}; repair or remove it, or pass dataset.unreadable=skip to leave out what cannot be read"
-                )
+                raise UserError(found + self.remedy)
             yield found
+
+
+class FolderLoader(Decoding):
+    """Batches of one split of an image folder. size: of the crops."""
+
+    remedy = "; repair or remove it, or pass dataset.unreadable=skip to leave out what cannot be read"
+
+    def __init__(self, files: Files, *, size: int, flip: bool, **options: Any) -> None:
+        super().__init__(_Decode(files, size, flip), len(files), **options)
 
 
 class _Plan:
@@ -179,9 +191,12 @@ class _Decode(Dataset[Sample | str]):
             return self.augment(image), label
 
 
-def _stack(samples: list[Sample | str]) -> Batch | str:
+def _together(samples: list[Sample | str]) -> Batch | str:
+    """Stack the samples; images of several sizes stay a list."""
     for sample in samples:
         if isinstance(sample, str):
             return sample
     images, labels = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    if len({image.shape for image in images}) > 1:
+        return list(images), list(labels)  # type: ignore[return-value]
+    return torch.stack(images), torch.stack([torch.as_tensor(label) for label in labels])

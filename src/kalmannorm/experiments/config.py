@@ -18,7 +18,6 @@ from kalmannorm.experiments.settings import (
     Arch,
     Batch,
     Budget,
-    CocoDataset,
     Dataset,
     DetectionSchedule,
     Group,
@@ -54,10 +53,11 @@ GROUPS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "schedule": read_schedule,
     "budget": Budget.read,
 }
-# What a data set says of a budget: of all, of detectors.
+# What a data set says of a budget: of all, of detectors, of scenes.
 OF_BUDGET = (
     *("epochs", "warmup", "subset", "size"),
     *("steps", "train_images_evaluated", "width", "max_size", "boxes", "proposals", "candidates", "roi_size"),
+    "crop",
 )
 LOOK_AT_ALL = ("guard", "mean_batch", "var_batch")  # options by which a layer looks at the whole batch at once
 MOST_WORKERS = 1024
@@ -124,9 +124,9 @@ class Config(Group):
         return {key: values[key] for key in RESULT_KEYS}
 
     @property
-    def detects(self) -> bool:
-        """Whether the run is one of a detector."""
-        return isinstance(self.dataset, CocoDataset)
+    def task(self) -> str:
+        """What the network learns."""
+        return getattr(self.dataset, "task", "classification")
 
 
 def conf_dir() -> Path:
@@ -205,11 +205,12 @@ def _resolve(values: dict[str, Any]) -> Config:
         from kalmannorm import data
 
         values["dataset"]["classes"] = data.folder.count_classes(data.root(values["data"]), values["dataset"])
-    detects = "task" in values["dataset"]
-    if detects:
-        values["arch"] |= _resolve_weights(values["arch"], values["weights"])
+    task = values["dataset"].get("task")
+    detects = task == "detection"
+    if task is not None:
+        values["arch"] |= _resolve_weights(values["arch"], values["weights"], detects)
     elif values["weights"] is not None:
-        raise UserError(f"weights = {values['weights']}: only arch=mask_rcnn_c4 and _fpn begin with given weights")
+        raise UserError(f"weights = {values['weights']}: only detectors and segmenters begin with given weights")
     if values["device"] == "auto":
         values["device"] = "cuda" if machine.has_gpu() else "cpu"
     on_gpu = str(values["device"]).startswith("cuda")
@@ -245,7 +246,7 @@ def _resolve_norm(norm: Norm, batch: Batch, head_norm: str | None) -> dict[str, 
     return {"norm": norm, "batch": batch}
 
 
-def _resolve_weights(arch: Mapping[str, Any], file: str | None) -> dict[str, Any]:
+def _resolve_weights(arch: Mapping[str, Any], file: str | None, detects: bool) -> dict[str, Any]:
     """Return what the given weights are, by content; a run that has none trains from scratch."""
     found: dict[str, Any] = {"pretrained": None}
     if file is not None:
@@ -256,7 +257,7 @@ def _resolve_weights(arch: Mapping[str, Any], file: str | None) -> dict[str, Any
             raise UserError(
                 f"weights = {file}: {error.strerror or error}; expected a .pth or .safetensors file"
             ) from None
-    if arch.get("frozen_stages") is None:
+    if detects and arch.get("frozen_stages") is None:
         found["frozen_stages"] = 0 if file is None else 2
     return found
 

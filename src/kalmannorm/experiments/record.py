@@ -33,8 +33,10 @@ NUMERICS = 2
 MAX_ARRAY_BYTES = 2**28
 
 Status = Literal["done", "failed"]
-# By which an evaluation is known, in percent: accuracy, or a detector's average precision.
-METRICS = ("accuracy", "box_ap")
+# By which an evaluation is known, in percent: accuracy, a detector's average precision, a segmenter's mean
+# intersection over union; the latter two are shown beside a second number.
+METRICS = ("accuracy", "box_ap", "miou")
+PAIRS = {"box / mask AP": ("box_ap", "mask_ap"), "mIoU / pixel accuracy": ("miou", "pixel_accuracy")}
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, lt=math.inf)]
@@ -47,7 +49,7 @@ def _check_evaluation(values: dict[str, float | str | None]) -> dict[str, float 
     for name, value in values.items():
         if name == "definition":
             right, expected = isinstance(value, str), "text"
-        elif name in ("images", "batches", "detections"):
+        elif name in ("images", "pixels", "batches", "detections"):
             least = 0 if name == "detections" else 1
             right, expected = isinstance(value, float) and value >= least and value.is_integer(), "how many"
         elif name == "loss":
@@ -334,12 +336,16 @@ def _problem_of_fields(record: dict[str, Any]) -> str | None:
 
 def headline(values: Evaluation) -> str:
     """Say what a run reached under one kind of statistics, with its unit."""
-    return f"{reached(values)} %" if "accuracy" in values else f"box / mask AP {reached(values)}"
+    return f"{reached(values)} %" if "accuracy" in values else f"{_kind(values)} {reached(values)}"
 
 
 def reached(values: Evaluation) -> str:
-    """Say its number: accuracy in percent, a detector's "box / mask" AP; "-" for one that pycocotools does not give."""
+    """Say its number: accuracy in percent, or two numbers, "box / mask" AP; "-" for one that there is not."""
     if "accuracy" in values:
         return f"{values['accuracy']:.2f}"
-    found = (values.get(key) for key in ("box_ap", "mask_ap"))
+    found = (values.get(key) for key in PAIRS[_kind(values)])
     return " / ".join("-" if value is None else f"{value:.2f}" for value in found)
+
+
+def _kind(values: Evaluation) -> str:
+    return next(kind for kind, keys in PAIRS.items() if keys[0] in values)

@@ -18,7 +18,7 @@ from kalmannorm.errors import UserError, nearest
 Number = int | float  # a whole number is an int here, however it was written
 LOADERS = ("torchvision", "ffcv")  # of data sets that are folders of images; the others are arrays in memory
 UNREADABLE = ("fail", "skip")  # what becomes of a run whose image folder has files that cannot be read
-DECAYS = ("linear", "cosine")
+DECAYS = ("linear", "cosine", "poly")
 HEAD_NORMS = ("none", "bn", "gn", "ln", "in", "sn", "bkn")  # of a detector's pyramid and heads
 TWO_COUNTS = "null or [in training, in evaluation]"
 
@@ -195,6 +195,10 @@ def _hints(group: type[Any]) -> dict[str, Any]:
 # The groups ---------------------------------------------------------------------------------------------------------
 
 
+MEAN = setting("three numbers from 0 to 1, of the channels", lambda m: len(m) == 3 and min(m) >= 0 and max(m) <= 1)
+STD = setting("three numbers above 0, of the channels", lambda s: len(s) == 3 and min(s) > 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dataset(Group):
     """What is common to all data sets."""
@@ -223,10 +227,8 @@ class FolderDataset(Dataset):
     loader: str = setting(" or ".join(LOADERS), LOADERS.__contains__)
     unreadable: str = setting(" or ".join(UNREADABLE), UNREADABLE.__contains__)
     flip: bool = setting("true or false")
-    mean: list[float] = setting(
-        "three numbers from 0 to 1, of the channels", lambda m: len(m) == 3 and min(m) >= 0 and max(m) <= 1
-    )
-    std: list[float] = setting("three numbers above 0, of the channels", lambda s: len(s) == 3 and min(s) > 0)
+    mean: list[float] = MEAN
+    std: list[float] = STD
     gap_images: int = setting("a number of images", positive)
 
 
@@ -237,6 +239,25 @@ class CocoDataset(Dataset):
     task: str = setting("detection", lambda task: task == "detection")
     steps: int | None = setting("null or a number of steps", positive)
     train_images_evaluated: int = setting("a number of images from 0", not_negative)
+
+
+def are_factors(values: list[float]) -> bool:
+    return bool(values) and min(values) > 0 and max(values) <= 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationDataset(Dataset):
+    """Scenes with a label map each."""
+
+    published: list[int] = setting("[training scenes, test scenes]", pair_of_counts)
+    task: str = setting("segmentation", lambda task: task == "segmentation")
+    crop: list[int] = setting("[height, width] of training crops, in pixels", pair_of_counts)
+    scales: list[float] = setting("factors of the short side in training, up to 16", are_factors)
+    test_scales: list[float] = setting("factors of the short side in multi-scale evaluation, up to 16", are_factors)
+    flip: bool = setting("true or false")
+    mean: list[float] = MEAN
+    std: list[float] = STD
+    other: str | None = setting("another data set of the same classes, on which it is tested as well", bool, True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,10 +396,16 @@ class Budget(Group):
                f"null or epochs from 0, below budget.epochs = {self.epochs}")  # fmt: skip
 
 
+OF_TASK: dict[str, type[Dataset]] = {"detection": CocoDataset, "segmentation": SegmentationDataset}
+
+
 def read_dataset(values: Mapping[str, Any]) -> Dataset:
     """Return the data set of the kind that the settings are of."""
-    kind = CocoDataset if "task" in values else FolderDataset if "loader" in values else ArrayDataset
-    return kind.read(values)
+    if "task" in values:
+        if values["task"] not in OF_TASK:
+            raise UserError(nearest(str(values["task"]), list(OF_TASK), "dataset.task"))
+        return OF_TASK[values["task"]].read(values)
+    return (FolderDataset if "loader" in values else ArrayDataset).read(values)
 
 
 def read_schedule(values: Mapping[str, Any]) -> Schedule | DetectionSchedule:

@@ -31,6 +31,12 @@ def _of_table_2(name: str, **options: Any) -> nn.Module:
     return build(**options)
 
 
+def _segmenter(**options: Any) -> nn.Module:
+    from kalmannorm.models.segmentation import FCNResnet  # imports torchvision, as above
+
+    return FCNResnet(**options)
+
+
 ARCHS: dict[str, Callable[..., nn.Module]] = {
     "inception_cifar": InceptionCifar,
     "inception_v2": InceptionV2,
@@ -47,6 +53,9 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
     "resnext101_32x4d": partial(_of_table_2, "resnext101_32x4d"),
     "se_resnet101": partial(_of_table_2, "se_resnet101"),
 }
+
+# Networks that give each pixel a class: maps [N, classes, H, W] under "out", and under "aux" those of deep supervision.
+SEGMENTERS: dict[str, Callable[..., nn.Module]] = {"fcn_resnet50": _segmenter, "fcn_resnet14": _segmenter}
 
 LAST_NORMALIZERS: dict[str, tuple[str, ...]] = {
     "inception_cifar": ("blocks.2.b1.bn", "blocks.2.b3.1.bn", "blocks.2.b5.1.bn", "blocks.2.pool.bn"),

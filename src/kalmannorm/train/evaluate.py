@@ -61,8 +61,8 @@ def under_both(model: nn.Module, one: Callable[[str], Evaluation]) -> dict[str, 
     return {"moving": moving, "online": one("online") if normalizers(model) else moving}
 
 
-def precise(model: nn.Module, train: Batches, test: Batches, stat_batch: int | None, epoch: int) -> Evaluation:
-    """Evaluate by precise statistics (mean of variances), in this process alone.
+def precise(model: nn.Module, train: Batches, epoch: int, one: Callable[[nn.Module], Evaluation]) -> Evaluation:
+    """Make `one` evaluation by precise statistics (mean of variances), in this process alone.
 
     From PRECISE_BATCHES training batches with the augmentation of epoch `epoch`. The model stays as it is.
     """
@@ -71,5 +71,4 @@ def precise(model: nn.Module, train: Batches, test: Batches, stat_batch: int | N
     shard_noise(model, (0, 1))
     if normalizers(model):
         precise_statistics(model, (x for x, _ in islice(train.epoch(epoch), PRECISE_BATCHES)))
-    found = evaluate(model, test, "moving", stat_batch)
-    return found | {"batches": min(PRECISE_BATCHES, train.steps_per_epoch), "definition": "mean of variances"}
+    return one(model) | {"batches": min(PRECISE_BATCHES, train.steps_per_epoch), "definition": "mean of variances"}

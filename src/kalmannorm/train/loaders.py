@@ -50,14 +50,18 @@ def _unreadable(config: Config, images: data.Images) -> data.folder.Unreadables:
 def loaders(config: Config, source: data.Source, ranks: Ranks, whole: bool = False) -> tuple[Batches, Batches]:
     """Return the training and test images at the budget's resolution, on the device. Dealt out to the ranks; `whole`:
     all of them for this one."""
-    norm = config.norm
     shard = (0, 1) if whole else ranks.shard
-    # The sampling predictor's draws and the guard know a whole batch of groups: each rank evaluates all the images.
-    together = norm.predictor == "sampling" or norm.options.get("guard") is not None
-    test_shard = (0, 1) if together else shard
+    test_shard = (0, 1) if whole else evaluation_shard(config, ranks)
     if isinstance(source, data.Arrays):
         return _in_memory(config, source, ranks, shard, test_shard)
     return _streamed(config, source, ranks, shard, test_shard)
+
+
+def evaluation_shard(config: Config, ranks: Ranks) -> tuple[int, int]:
+    """Return the part of the test images that this rank evaluates: all of them where the sampling predictor's draws or
+    the guard know a whole batch of groups."""
+    together = config.norm.predictor == "sampling" or config.norm.options.get("guard") is not None
+    return (0, 1) if together else ranks.shard
 
 
 def _in_memory(

@@ -83,10 +83,14 @@ def _run(config: Config, ranks: Ranks) -> records.Record:
 
 def open_task(config: Config, ranks: Ranks) -> Task:
     """Return the task that the data set asks for, its model built and its data opened. UserError."""
-    if config.detects:
+    if config.task == "detection":
         from kalmannorm.train.task_detection import Detection
 
         return Detection(config, ranks)
+    if config.task == "segmentation":
+        from kalmannorm.train.task_segmentation import Segmentation
+
+        return Segmentation(config, ranks)
     from kalmannorm.train.task_classification import Classification
 
     return Classification(config, ranks)

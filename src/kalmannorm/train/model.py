@@ -14,7 +14,7 @@ from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Tree
 from kalmannorm.experiments.settings import DetectionSchedule, Schedule
-from kalmannorm.models import ARCHS, LAST_NORMALIZERS
+from kalmannorm.models import ARCHS, LAST_NORMALIZERS, SEGMENTERS
 from kalmannorm.norm import SparseSwitchableNorm
 from kalmannorm.norm.modes import normalizers, seed_noise, set_statistics
 from kalmannorm.norm.weight import is_weight_normalized
@@ -25,6 +25,7 @@ from kalmannorm.placement import PLACEMENTS
 DECAY: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "poly": lambda done: (1 - done) ** 0.9,
 }
 # Of norm.options.weights: how refreshes go (refresh_weights.py); the rest is whiten_weights's.
 REFRESH = ("every", "samples", "momentum")
@@ -39,7 +40,7 @@ def build(config: Config) -> tuple[nn.Module, tuple[str, ...]]:
     UserError: as of network; statistics of a single value at the budget's resolution, the layer named.
     """
     model = network(config)
-    _try_out(model, config)
+    try_out(model, config, (config.budget.size, config.budget.size))
     last = LAST_NORMALIZERS[config.arch.name]
     # What is made of several parts has its averages in one of them.
     inner = {name.rpartition(".")[0]: name for name in normalizers(model)}
@@ -52,13 +53,15 @@ def network(config: Config) -> nn.Module:
     UserError: an unknown architecture or option; a normalizer that does not fit a layer, named.
     """
     arch, norm, name = config.arch, config.norm, config.arch.name
-    if name not in ARCHS:
-        raise UserError(nearest(name, list(ARCHS), "arch"))
+    known = SEGMENTERS if config.task == "segmentation" else ARCHS
+    if name not in known:
+        raise UserError(f"{config.task} on {config.dataset.name}: {nearest(name, list(known), 'arch')}")
     if isinstance(config.schedule, DetectionSchedule):
         raise UserError(f"schedule {config.schedule.name} is a detector's, in steps: pass schedule=released")
     torch.manual_seed(config.seed)
     try:
-        plain = ARCHS[name](classes=config.dataset.classes, **arch.options)
+        options = {key: value for key, value in arch.options.items() if key != "pretrained"}
+        plain = known[name](classes=config.dataset.classes, **options)
     except TypeError as error:
         raise UserError(f"arch {name}: {error}") from None
     given = {"preset": norm.preset, "predictor": norm.predictor}
@@ -103,17 +106,16 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _try_out(model: nn.Module, config: Config) -> None:
-    """Try one group of blank images, so that statistics of a single value, or a map that vanishes, show at the
-    start."""
-    size = config.budget.size
+def try_out(model: nn.Module, config: Config, size: tuple[int, int]) -> None:
+    """Try one group of blank images, [height, width], so that statistics of a single value, or a map that vanishes,
+    show at the start."""
     set_statistics(model, "online")
     model.eval()
     try:
         with torch.no_grad():
-            model(torch.zeros(config.batch.stat_batch or 1, 3, size, size))
+            model(torch.zeros(config.batch.stat_batch or 1, 3, *size))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{config.arch.name} at {size} x {size} pixels: {error}") from None
+        raise UserError(f"{config.arch.name} at {size[0]} x {size[1]} pixels: {error}") from None
     finally:
         set_statistics(model, "moving")
         model.train()

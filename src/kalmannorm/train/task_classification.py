@@ -148,7 +148,9 @@ class Classification(Task):
 
     def precise(self) -> Evaluation:
         """Evaluate by precise statistics, in this process alone."""
-        return precise(self.model, self.train, self.test, self.config.batch.stat_batch, self.config.budget.epochs)
+        stat_batch = self.config.batch.stat_batch
+        epochs = self.config.budget.epochs
+        return precise(self.model, self.train, epochs, lambda model: evaluate(model, self.test, "moving", stat_batch))
 
 
 def memory_format(config: Config, device: torch.device) -> torch.memory_format:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kalmannorm import data
 from kalmannorm.data import coco
-from kalmannorm.data.batches import fixed_order
+from kalmannorm.data.batches import choose, fixed_order
 from kalmannorm.data.coco import Batch, Coco, TrainingBatches
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Evaluation, Record
@@ -23,6 +23,7 @@ from kalmannorm.train import detector
 from kalmannorm.train.average_precision import evaluate, finds_masks
 from kalmannorm.train.detection_picture import draw_detections
 from kalmannorm.train.evaluate import under_both
+from kalmannorm.train.pretrained import load_pretrained
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.state import Session, StopRequest
 from kalmannorm.train.task import Arrays, Task
@@ -71,7 +72,7 @@ class Detection(Task):
         origin = "ImageNet weights from a file" if pretrained else "trained from scratch"
         record["weights"] = {"origin": origin, "sha256": pretrained}
         if self.config.weights is not None and session.fresh:
-            detector.load_pretrained(self.model, self.config.weights)
+            load_pretrained(detector.pretrained_parts(self.model), self.config.weights)
         if self.config.norm.name != "frozen":
             return
         if pretrained:
@@ -114,7 +115,7 @@ class Detection(Task):
 
     def finish(self, record: Record, session: Session, stop: StopRequest) -> Arrays:
         images, ranks = self.images, self.ranks
-        seen = coco.choose(self.train.positions, min(self.dataset.train_images_evaluated, self.train.count))
+        seen = choose(self.train.positions, min(self.dataset.train_images_evaluated, self.train.count))
         pictures = {"detections": (images.test, fixed_order(len(images.test.ids))[:SHOWN].tolist())}
         record["norms"] = detector.describe(self.model)
         with self.full_precision:
@@ -134,7 +135,7 @@ def training_batches(config: Config, images: Coco, ranks: Ranks) -> TrainingBatc
     asked = config.workers
     return TrainingBatches(
         images,
-        coco.choose(images.train_images, config.budget.subset),
+        choose(images.train_images, config.budget.subset),
         batch=config.batch.grad_batch,
         size=(config.budget.size, config.arch.options["max_size"]),
         seed=config.seed,

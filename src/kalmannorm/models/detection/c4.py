@@ -21,12 +21,12 @@ from kalmannorm.models.detection.parts import (
     HEADS,
     RATIOS,
     KeyedSampler,
-    Resnet,
     Transform,
     anchor_sides,
     give_keys,
     proposal_network,
 )
+from kalmannorm.models.resnet import Resnet
 
 STRIDE = 16  # of the conv4 features
 

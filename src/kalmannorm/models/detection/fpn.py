@@ -26,12 +26,12 @@ from kalmannorm.models.detection.parts import (
     HEADS,
     RATIOS,
     KeyedSampler,
-    Resnet,
     Transform,
     anchor_sides,
     give_keys,
     proposal_network,
 )
+from kalmannorm.models.resnet import Resnet
 from kalmannorm.norm.modes import averaging_once
 
 LEVELS = ("0", "1", "2", "3")  # of the pyramid, as torchvision names them: layer1 to layer4

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.models.resnet import Bottleneck, ResNet
 
 CANVAS = 32  # padded images are a multiple of it, as torchvision's are
 # Anchors of Detectron's C4 models, in pixels of an image whose short side is 800: 5 x 3 a location. They shrink with
@@ -137,15 +136,3 @@ class Transform(GeneralizedRCNNTransform):
 def padded_to(height: int, width: int) -> tuple[int, int]:
     """Return the next multiples of CANVAS."""
     return math.ceil(height / CANVAS) * CANVAS, math.ceil(width / CANVAS) * CANVAS
-
-
-class Resnet(ResNet):
-    """torchvision's ResNet with all channels but the stem's times `width`."""
-
-    def __init__(self, layers: Sequence[int], width: float) -> None:
-        self.factor = width
-        super().__init__(Bottleneck, list(layers))
-        self.fc = nn.Linear(round(512 * width) * Bottleneck.expansion, 1)
-
-    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
-        return super()._make_layer(block, max(1, round(planes * self.factor)), *args, **kwargs)

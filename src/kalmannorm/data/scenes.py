@@ -1,0 +1,182 @@
+"""Scenes with a label map each, from whose pixels a network learns: what all such data sets have in common.
+
+A source (camvid.py, cityscapes.py, ade20k.py, gta5.py) says where its images and maps lie, what the numbers in its maps
+mean and where it can be got. What a run will read is looked at when the set is loaded: every image has a map of its
+size, and no map holds a number that means nothing.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kalmannorm import machine
+from kalmannorm.data.pixels import Unreadable, look, read_numbers, read_rgb
+from kalmannorm.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IGNORED = 255  # of a pixel that counts neither in training nor in evaluation
+MEANINGLESS = 254  # of a number that no map of the source holds
+Pair = tuple[Path, Path]  # an image and its label map
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published data set of scenes.
+
+    folder: under the data root. classes: their names. table: uint8 [256], from a map's number to the class, IGNORED or
+    MEANINGLESS. pairs: (that folder, "train" or "test") -> images and label maps in order; UserError where one is
+    without the other.
+    """
+
+    folder: str
+    classes: tuple[str, ...]
+    table: NDArray[np.uint8]
+    pairs: Callable[[Path, str], list[Pair]]
+    how_to_get: str
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The scenes of one split."""
+
+    pairs: Sequence[Pair]
+    table: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def take(self, indices: NDArray[np.int64]) -> "Scenes":
+        return Scenes([self.pairs[i] for i in indices], self.table)
+
+    def read(self, index: int) -> "tuple[Image, NDArray[np.uint8]]":
+        """Return the image, in RGB, and its classes, uint8 [H, W] with IGNORED among them. UserError."""
+        image, numbers = self.pairs[index]
+        try:
+            return read_rgb(image), self._classes(numbers)
+        except Unreadable as error:
+            raise UserError(f"{error}; get the file again, or remove image and label map") from None
+
+    def _classes(self, file: Path) -> NDArray[np.uint8]:
+        numbers = read_numbers(file)
+        classes = self.table[numbers]
+        if len(bad := np.unique(numbers[classes == MEANINGLESS])):
+            expected = _ranges(np.flatnonzero(self.table != MEANINGLESS))
+            raise UserError(
+                f"label map {file} holds {_ranges(bad)}, expected {expected}: of another data set, or coloured; get it "
+                "again"
+            )
+        return classes
+
+    def check(self, index: int) -> tuple[int, int]:
+        """Return width and height of a scene. UserError: it cannot be read, or its label map is not its own."""
+        image, numbers = self.pairs[index]
+        try:
+            size = look(image).upright
+            classes = self._classes(numbers)
+        except Unreadable as error:
+            raise UserError(f"{error}; get the file again, or remove image and label map") from None
+        if size != classes.shape[::-1]:
+            raise UserError(
+                f"label map {numbers} has {classes.shape[1]} x {classes.shape[0]} pixels, its image {image} "
+                f"{size[0]} x {size[1]}: get both again, or remove both"
+            )
+        return size
+
+
+@dataclass(frozen=True)
+class Split:
+    """A data set's training and test scenes; `provenance` goes into every record."""
+
+    train: Scenes
+    test: Scenes
+    classes: tuple[str, ...]
+    provenance: dict[str, str]
+
+
+def meanings(classes: Mapping[int, int], ignored: Iterable[int]) -> NDArray[np.uint8]:
+    """Make a source's table of classes by number, and of the numbers that do not count."""
+    table = np.full(256, MEANINGLESS, dtype=np.uint8)
+    table[list(ignored)] = IGNORED
+    table[list(classes)] = list(classes.values())
+    return table
+
+
+def paired(images: Iterable[Path], labels: Iterable[Path], key: Callable[[Path], str]) -> list[Pair]:
+    """Pair images and label maps of the same key, in order of the keys. UserError: one is without the other."""
+    both = [{key(path): path for path in paths} for paths in (images, labels)]
+    for (own, kind), (other, missing) in permutations(zip(both, ("image", "label map"), strict=True)):
+        if odd := sorted(own.keys() - other.keys()):
+            raise UserError(
+                f"{len(odd)} of {len(own)} {kind}s have no {missing}, the first: {own[odd[0]]}; unpack the set again, "
+                "or remove what is alone"
+            )
+    return [(both[0][name], both[1][name]) for name in sorted(both[0])]
+
+
+def load(
+    name: str, source: Source, folder: Path, published: Sequence[int] | None = None, part: tuple[int, int] = (0, 1)
+) -> Split:
+    """Return the data set, checked; of k processes, the i-th checks every k-th scene from `part` = (i, k) on.
+
+    UserError: it is not there, incomplete, damaged or inconsistent.
+    """
+    train, test = (find(name, source, folder, split) for split in ("train", "test"))
+    sizes = check(train, part) | check(test, part)
+    said = f"{len(train):,} + {len(test):,} scenes"
+    if published is not None and (len(train), len(test)) != tuple(published):
+        said += f", not the published {published[0]:,} + {published[1]:,}"
+    if len(sizes) == 1:
+        said += ", {} x {} pixels".format(*sizes.pop())
+    provenance = {
+        "name": name,
+        "fidelity": said,
+        "sha256": _digest(folder, train, test),
+        "sha256_of": "the label maps, and the images' names and sizes of files",
+    }
+    return Split(train, test, source.classes, provenance)
+
+
+def find(name: str, source: Source, folder: Path, split: str) -> Scenes:
+    """Return the scenes of a split, "train" or "test", not checked. UserError: there are none."""
+    scenes = Scenes(source.pairs(folder, split), source.table) if folder.is_dir() else None
+    if not scenes:
+        raise UserError(
+            f"data set {name!r} is not there: no {split} scenes in {folder.absolute()}; {source.how_to_get}; say where "
+            "it is by data=FOLDER, the folder above; `dataset=digits` runs without any download"
+        )
+    return scenes
+
+
+def check(scenes: Scenes, part: tuple[int, int] = (0, 1)) -> set[tuple[int, int]]:
+    """Read every label map, and every image's size; return the sizes, (width, height). UserError."""
+    with ThreadPool(machine.cores()) as pool:  # Pillow decodes without holding the interpreter
+        return set(pool.imap(scenes.check, range(part[0], len(scenes), part[1]), chunksize=8))
+
+
+def _digest(folder: Path, *splits: Scenes) -> str:
+    total = hashlib.sha256()
+    for scenes in splits:
+        for image, numbers in scenes.pairs:
+            total.update(f"{image.relative_to(folder)} {image.stat().st_size}\n".encode())
+            total.update(numbers.read_bytes())
+    return total.hexdigest()
+
+
+def _ranges(numbers: NDArray[np.generic]) -> str:
+    """Say numbers in words: 0 to 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers.tolist():
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)

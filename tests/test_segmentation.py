@@ -1,0 +1,208 @@
+"""Segmentation runs, small: the record, resume, processes, the metric, the network."""
+
+import os
+import signal
+import socket
+
+import numpy as np
+import pytest
+import scene_files
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+import torchvision
+from scene_files import TINY
+from test_detection import once, outcome, place
+
+from kalmannorm import convert
+from kalmannorm.cli import main
+from kalmannorm.data.scenes import IGNORED
+from kalmannorm.experiments.config import compose
+from kalmannorm.models import SEGMENTERS
+from kalmannorm.placement import PLACEMENTS
+from kalmannorm.train import loop, task_segmentation
+from kalmannorm.train.model import learning_rate
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    scene_files.camvid(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(root, tmp_path_factory):
+    """A finished run of KN, 2 epochs of 2 steps, also tested at dusk."""
+    folder = tmp_path_factory.mktemp("done")
+    overrides = [*TINY, "norm=bkn", "budget.epochs=2", "+dataset.other=camvid_dusk", *place(root, folder)]
+    assert main(["train", *overrides]) == 0
+    return folder, overrides
+
+
+def test_the_record_is_whole(done):
+    record, _ = outcome(done[0])
+    assert record["data"]["train_images"] == 8 and record["data"]["other"]["fidelity"].startswith("4 + 7 scenes")
+    assert set(record["final"]) == {"moving", "online", "precise", "multi_scale", "camvid_dusk"}
+    for kind, values in record["final"].items():
+        assert 0 <= values["miou"] <= values["pixel_accuracy"] <= 100
+        assert values["images"] == (7 if kind == "camvid_dusk" else 5)
+    assert len(record["curves"]["train_loss"]) == 2
+    beliefs = record["norms"]["beliefs"]
+    assert sum(lost is None for lost in beliefs.values()) >= len(beliefs) - 2
+    with np.load(done[0] / "records" / f"{record['id']}.npz") as arrays:
+        counts = arrays["confusion_moving"]
+        assert counts.sum() == record["final"]["moving"]["pixels"]
+        assert record["final"]["moving"]["pixel_accuracy"] == pytest.approx(100 * counts.trace() / counts.sum())
+        assert arrays["scene_true_0"].shape == arrays["scene_predicted_0"].shape == (40, 48)
+
+
+def test_finished_runs_are_evaluated_again(done, capsys):
+    record, _ = outcome(done[0])
+    assert main(["evaluate", record["id"], *done[1][-3:]]) == 0
+    said = capsys.readouterr().out
+    for kind, values in record["final"].items():
+        shown = f"mIoU / pixel accuracy {values['miou']:.2f} / {values['pixel_accuracy']:.2f}"
+        assert f"{kind:8} {shown}  (record {shown})" in said
+
+
+def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
+    """Stopped by a signal in the first step, in mid-epoch, and once more in the second epoch's last."""
+    again, steps, stepped = [*done[1][:-3], *place(root, tmp_path)], [], torch.optim.SGD.step
+
+    def step(self, *args):
+        steps.append(1)
+        if len(steps) in (1, 4):
+            signal.raise_signal(signal.SIGTERM)
+        return stepped(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    for _ in range(2):
+        assert main(["train", *again]) == 128 + signal.SIGTERM
+    assert main(["train", *again]) == 0 and len(steps) == 4
+    (one, state), (other, same) = outcome(done[0]), outcome(tmp_path)
+    assert {k: v for k, v in one.items() if k != "host"} == {k: v for k, v in other.items() if k != "host"}
+    assert all(torch.equal(state["model"][key], same["model"][key]) for key in state["model"] if "extra" not in key)
+
+
+def worker(rank, port, folder, overrides):
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    dist.init_process_group("gloo")
+    loop.run(compose([*overrides, f"results={folder}", f"runs={folder}"]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(root, done, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, tmp_path, done[1][:-3] + [f"data={root}"]), nprocs=2)
+    (one, state), (two, other) = outcome(done[0]), outcome(tmp_path)
+    assert one["id"] == two["id"] and two["host"]["processes"] == 2
+    assert one["curves"]["train_loss"] == pytest.approx(two["curves"]["train_loss"], rel=1e-4)
+    for key, value in state["model"].items():
+        if "extra" not in key and value.is_floating_point():
+            assert torch.allclose(value, other["model"][key], rtol=1e-3, atol=1e-5), key
+    for kind, values in one["final"].items():  # a pixel between two classes may fall to either
+        assert values["pixels"] == two["final"][kind]["pixels"]
+        assert values["miou"] == pytest.approx(two["final"][kind]["miou"], abs=0.5), kind
+
+
+def test_the_network_learns_bands(root, tmp_path):
+    overrides = once([*TINY, "norm=bn", "arch.width=0.25", "budget.epochs=20", "schedule.lr=0.1"])
+    assert main(["train", *overrides, *place(root, tmp_path)]) == 0
+    record, _ = outcome(tmp_path)
+    assert record["curves"]["train_loss"][-1] < 0.5 * record["curves"]["train_loss"][0]
+    assert record["final"]["precise"]["pixel_accuracy"] > 80
+
+
+def test_a_confusion_matrix_by_hand():
+    """Three classes; the last is neither there nor predicted, and does not count."""
+    counts = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
+    found = task_segmentation.summary(counts)
+    assert found["miou"] == pytest.approx(100 * (6 / 9 + 3 / 6) / 2)
+    assert found["pixel_accuracy"] == pytest.approx(100 * 9 / 12)
+
+
+def test_mean_iou_is_torchmetrics():
+    metrics = pytest.importorskip("torchmetrics.segmentation")
+    truth, predicted = torch.randint(0, 5, (2, 4, 20, 30), generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(truth.flatten() * 5 + predicted.flatten(), minlength=25).view(5, 5)
+    measured = metrics.MeanIoU(num_classes=5, input_format="index", per_class=False)
+    whole = measured(predicted.reshape(1, -1, 30), truth.reshape(1, -1, 30))
+    assert task_segmentation.summary(counts)["miou"] == pytest.approx(100 * whole.item(), rel=1e-5)
+
+
+def test_the_loss_is_the_mean_over_images():
+    """So that images with few labelled pixels weigh as much as others, on any number of devices."""
+    scores = torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(0))
+    classes = torch.randint(0, 4, (3, 6, 5), generator=torch.Generator().manual_seed(1))
+    classes[0, :, 1:] = IGNORED
+    each = [F.cross_entropy(scores[i : i + 1], classes[i : i + 1], ignore_index=IGNORED) for i in range(3)]
+    found = task_segmentation.mean_of_images(scores, classes)
+    assert found.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-6)
+    classes[2] = IGNORED
+    assert task_segmentation.mean_of_images(scores, classes).item() == pytest.approx(sum(each[:2]).item() / 3, rel=1e-6)
+
+
+def test_the_network_is_torchvisions():
+    """Name by name and number by number, but for dropout."""
+    ours = SEGMENTERS["fcn_resnet50"](classes=21).eval()
+    theirs = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 33, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = ours(x), theirs(x)
+    assert all(torch.equal(found[key], expected[key]) for key in ("out", "aux"))
+
+
+def test_ibn_stands_in_the_backbone():
+    plain = SEGMENTERS["fcn_resnet14"](classes=3, layers=[1, 1, 1, 1], width=0.125)
+    assert PLACEMENTS["ibn_a"](plain) == {"backbone.layer[1-3].*.bn1": "ibn", "*": "bn"}
+    placed = PLACEMENTS["ibn_b"](plain)
+    assert placed == {"backbone.bn1": "in", "*": "bn"}
+    model = convert(plain, placed, stat_batch=2)
+    new = [name for name, _ in model.named_modules() if name.endswith(".IN")]
+    assert new == ["backbone.layer1.0.IN", "backbone.layer2.0.IN"]
+    model(torch.zeros(2, 3, 32, 48))
+
+
+def test_the_rate_is_poly():
+    schedule = compose(TINY).schedule
+    rates = [learning_rate(step, 100, schedule, None, 16) for step in (0, 50, 99)]
+    assert rates == pytest.approx([0.02, 0.02 * 0.5**0.9, 0.02 * 0.01**0.9])
+    assert learning_rate(0, 100, schedule, None, 4) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("arch=resnet14", ["segmentation on camvid", "unknown arch 'resnet14'", "fcn_resnet14"]),
+        ("dataset.classes=7", ["camvid has 11 classes", "dataset.classes = 7"]),
+        ("dataset.crop=[32]", ["dataset.crop = [32]", "[height, width]"]),
+        ("+dataset.other=cityscapes", ["cityscapes has 19 classes"]),
+        ("+dataset.other=camvid_dawn", ["camvid_dawn", "camvid_dusk"]),
+        ("schedule=c4_280k", ["c4_280k"]),
+        ("dataset.task=segmentating", ["segmentating", "did you mean 'segmentation'"]),
+        ("weights=nowhere.pth", ["nowhere.pth"]),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(root, tmp_path, capsys, override, words):
+    tiny = TINY if "arch" not in override else [setting for setting in TINY if "arch" not in setting]
+    assert main(["train", *once([*tiny, "norm=gn", override]), *place(root, tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert all(word in line for word in words), line
+
+
+def test_classifiers_refuse_segmenters(capsys):
+    assert main(["train", "dataset=digits", "arch=fcn_resnet14"]) == 2
+    assert "classification on digits: unknown arch 'fcn_resnet14'" in capsys.readouterr().err
