@@ -20,6 +20,7 @@ from kalmannorm.models.detection.c4 import MaskRCNNC4
 from kalmannorm.models.detection.parts import LOSSES, KeyedSampler
 from kalmannorm.train import detector
 from kalmannorm.train.model import build
+from kalmannorm.train.pretrained import load_pretrained
 
 SMALL = {
     "layers": (1, 1, 1, 1),
@@ -271,7 +272,7 @@ def test_pretrained_weights_fill_both_parts(tmp_path, ending):
     )
     model = detector.build(given)
     gain = model.body.get_submodule("bn1").gain_logit.clone()
-    detector.load_pretrained(model, str(file))
+    load_pretrained(detector.pretrained_parts(model), str(file))
     assert torch.equal(model.body.get_parameter("layer3.0.conv2.weight"), weights["layer3.0.conv2.weight"])
     head = model.roi_heads.box_head
     assert torch.equal(head.get_buffer("layer4.0.bn2.running_var"), weights["layer4.0.bn2.running_var"])
@@ -288,13 +289,13 @@ def test_unusable_weights_are_named(tmp_path):
     file = tmp_path / "weights.pth"
     torch.save({key: value for key, value in weights.items() if key != "layer2.0.conv1.weight"}, file)
     with pytest.raises(UserError, match=r"layer2.0.conv1.weight is missing"):
-        detector.load_pretrained(model, str(file))
+        load_pretrained(detector.pretrained_parts(model), str(file))
     torch.save(weights | {"conv1.weight": torch.zeros(3, 3)}, file)
     with pytest.raises(UserError, match=r"conv1.weight is \[3, 3\]"):
-        detector.load_pretrained(model, str(file))
+        load_pretrained(detector.pretrained_parts(model), str(file))
     file.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"expected a \.pth or \.safetensors"):
-        detector.load_pretrained(model, str(file))
+        load_pretrained(detector.pretrained_parts(model), str(file))
     with pytest.raises(UserError, match="weights = "):
         config("weights=/nowhere/resnet50.pth")
     with pytest.raises(UserError, match="only arch=mask_rcnn_c4"):

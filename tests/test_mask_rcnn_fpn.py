@@ -19,6 +19,7 @@ from kalmannorm.models.detection.fpn import MaskRCNNFPN
 from kalmannorm.models.detection.parts import LOSSES
 from kalmannorm.norm import BatchNorm, FrozenBatchNorm, GroupNorm, KalmanBatchNorm2d, SwitchableNorm
 from kalmannorm.train import detector
+from kalmannorm.train.pretrained import load_pretrained
 
 
 def small(seed=0):
@@ -101,7 +102,7 @@ def test_weights_and_frozen_stages_are_the_bodys(tmp_path):
     file = tmp_path / "weights.pth"
     torch.save(weights, file)
     model = detector.build(compose([*TINY_FPN, "norm=bkn", f"weights={file}"]))
-    detector.load_pretrained(model, str(file))
+    load_pretrained(detector.pretrained_parts(model), str(file))
     body = detector.body(model)
     assert torch.equal(body.get_parameter("layer4.0.conv2.weight"), weights["layer4.0.conv2.weight"])
     still = {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -203,7 +204,7 @@ def test_constants_and_weights_are_the_bodys(tmp_path):
     assert changed == {key for key in before if ".body." in key}
     plain = small().backbone.body.state_dict()
     torch.save(plain, tmp_path / "weights.pth")
-    detector.load_pretrained(model, str(tmp_path / "weights.pth"))
+    load_pretrained(detector.pretrained_parts(model), str(tmp_path / "weights.pth"))
     assert torch.equal(detector.body(model).conv1.weight, plain["conv1.weight"])
 
 
