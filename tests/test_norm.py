@@ -122,6 +122,12 @@ def test_gn_is_torchs() -> None:
     assert [NORMS["gkn"](c).num_groups for c in (16, 48, 64, 40, 7)] == [16, 24, 32, 20, 7]
 
 
+def test_the_papers_name_builds_the_same_layer():
+    assert type(NORMS["kn"](4, stat_batch=2)) is type(NORMS["bkn"](4, stat_batch=2)) and "kn" not in list(NORMS)
+    with pytest.raises(KeyError):
+        NORMS["batchnorm"]
+
+
 # --- the update, by hand ---
 
 

@@ -22,6 +22,7 @@ from kalmannorm.norm.switchable import SwitchableNorm
 from kalmannorm.norm.sync import SyncBatchNorm
 from kalmannorm.norm.weight import WeightNorm, initialize_weight_norm, normalize_weights
 from kalmannorm.norm.whitening import IterNorm, Whitening, ZCANorm
+from kalmannorm.presets import SYNONYMS
 
 
 def _bn(num_features: int, *, mean_batch: str | None = None, var_batch: str | None = None, **options: Any) -> BatchNorm:
@@ -77,25 +78,36 @@ def _gkn(
     return KalmanGroupNorm(channel_groups(num_features, num_groups, max_groups), num_features, **options)
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {
-    "bn": _bn,
-    "brn": BatchRenorm,
-    "gn": _gn,
-    "ln": _ln,
-    "in": _in,
-    "wn": _wn,
-    "sn": SwitchableNorm,
-    "bkn": KalmanBatchNorm2d,
-    "gkn": _gkn,
-    "syncbn": SyncBatchNorm,
-    "ibn": InstanceBatchNorm,
-    "ssn": SparseSwitchableNorm,
-    "zca": ZCANorm,
-    "itern": IterNorm,
-    "pn": PopulationNorm,
-    "frozen": _frozen,
-    "none": _none,
-}
+class _Norms(dict[str, Callable[..., nn.Module]]):
+    """Normalizers by name. The papers' names for one lead to it, and are not listed twice."""
+
+    def __missing__(self, name: str) -> Callable[..., nn.Module]:
+        if name not in SYNONYMS:
+            raise KeyError(name)
+        return self[SYNONYMS[name]]
+
+
+NORMS = _Norms(
+    {
+        "bn": _bn,
+        "brn": BatchRenorm,
+        "gn": _gn,
+        "ln": _ln,
+        "in": _in,
+        "wn": _wn,
+        "sn": SwitchableNorm,
+        "bkn": KalmanBatchNorm2d,
+        "gkn": _gkn,
+        "syncbn": SyncBatchNorm,
+        "ibn": InstanceBatchNorm,
+        "ssn": SparseSwitchableNorm,
+        "zca": ZCANorm,
+        "itern": IterNorm,
+        "pn": PopulationNorm,
+        "frozen": _frozen,
+        "none": _none,
+    }
+)
 
 __all__ = [
     "NORMS",

@@ -1,5 +1,6 @@
 """One run as a sweep sees it: locked, its output in runs/<id>/log.txt, and an outcome in place of an exception."""
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -107,6 +109,19 @@ def write_failed(config: Config, reason: str) -> None:
     records.write(config.results, record)
 
 
+class _Log(io.TextIOWrapper):
+    """Python's stdout or stderr in a log file: a full disk costs lines of the log, and not the run."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
 def _log_to(file: Path) -> None:
     """Send what this process and its children print from now on to a file, libraries in C included."""
     with file.open("ab") as log:
@@ -114,6 +129,10 @@ def _log_to(file: Path) -> None:
         sys.stderr.flush()
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    sys.stdout, sys.stderr = (
+        _Log(open(number, "wb", closefd=False), line_buffering=True)  # noqa: SIM115
+        for number in (1, 2)
+    )
     print(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, process {os.getpid()} on {socket.gethostname()}", flush=True)
 
 
