@@ -170,9 +170,9 @@ def _recomputed(
     row = card.row(str(record["row"]))
     column = next(c for c in card.columns if c.key == record["column"])
     ours, base = (effects.identity(card, one, column) for one in (row, card.row(row.baseline or str(card.baseline))))
-    at = group._replace(dataset=ours.pop("dataset", "") or group.dataset)
-    base.pop("dataset", "")
-    pool = effects.pool(cells, [card], at, kind, {ours["network"], base["network"]})
+    at = group._replace(dataset=ours.dataset or group.dataset)
+    ours, base = (dataclasses.replace(one, dataset=None) for one in (ours, base))
+    pool = effects.pool(cells, [card], at, kind, {ours.network, base.network})
     chosen = cells.of(ours, at, kind)
     points = [
         (key, run["seed"], by_id.value[run["id"], kind])
@@ -186,9 +186,10 @@ def _recomputed(
     design = pd.concat([rows, seeds], axis=1).to_numpy()
     solved, *_ = np.linalg.lstsq(design, np.array([value for *_, value in points]), rcond=None)
     places = list(rows.columns)
-    return float(solved[places.index(str(effects.key(ours)))] - solved[places.index(str(effects.key(base)))])
+    return float(solved[places.index(str(ours))] - solved[places.index(str(base))])
 
 
-def test_first_steps_are_of_the_card_that_draws_them_alone():
-    assert effects.Group("cifar10", "start").watched and effects.Group("cifar10", "start epochs=3").watched
-    assert not any(effects.Group("cifar10", budget).watched for budget in ("lite", "short"))
+def test_a_budget_keeps_its_name_when_a_setting_differs() -> None:
+    assert effects.Group("cifar10", "start").length == effects.FIRST_STEPS
+    assert effects.Group("cifar10", "start epochs=3").length == effects.FIRST_STEPS
+    assert effects.Group("cifar10", "lite epochs=3").length == "lite"

@@ -7,7 +7,7 @@ from records import config, table7, write_record
 
 from kalmannorm import report
 from kalmannorm.experiments import card as cards
-from kalmannorm.report import plots, style
+from kalmannorm.report import figures, plots, style
 from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.plots import Line, Panel
 
@@ -15,9 +15,9 @@ LITE = Group("cifar10", "lite")
 LOOK = style.Look(style.BLUE, "o", "-")
 
 
-def drawn(results: Path, name: str, group: Group = LITE) -> plots.Figures:
+def drawn(results: Path, name: str, group: Group = LITE) -> figures.Figures:
     card = cards.read(name)
-    return plots.DRAW[card.kind](card, group, Cells(report.load(results)))
+    return figures.DRAW[card.kind](card, group, Cells(report.load(results)))
 
 
 def marks(axis: object) -> list[object]:
@@ -75,10 +75,10 @@ def test_branches_are_not_joined_and_a_single_seed_is_hollow() -> None:
     assert np.isnan(joined.get_ydata()[2]) and list(joined.get_ydata()[[0, 1, 3]]) == [2.0, 2.0, 5.0]
     assert {found.get_markerfacecolor() for found in marks(axis)} == {style.BLUE, "white"}
     names = ["stem.bn", "blocks.0.b1.bn", "blocks.0.b3.0.bn", "blocks.0.b3.1.bn", "blocks.1.b1.bn"]
-    of = plots._over_layers("", LOOK, [np.arange(5.0)], {"norms": {"order": names}})
+    of = figures._over_layers("", LOOK, [np.arange(5.0)], {"norms": {"order": names}})
     assert of.apart == {1, 2, 4}  # b3.0 and b3.1 follow each other
     straight = [f"layers.{i}.bn{j}" for i in range(3) for j in (1, 2)]
-    assert not plots._over_layers("", LOOK, [np.arange(6.0)], {"norms": {"order": straight}}).apart
+    assert not figures._over_layers("", LOOK, [np.arange(6.0)], {"norms": {"order": straight}}).apart
 
 
 def test_a_mean_is_not_drawn_through_what_learned_and_what_did_not(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_mean_is_not_drawn_through_what_learned_and_what_did_not(tmp_path: Pat
 def test_lines_differ_without_colour_and_kn_is_not_gkn() -> None:
     for name in ("table7", "figure4", "stat-batch"):
         card = cards.read(name)
-        looks = plots._looks(card)
+        looks = figures._looks(card)
         assert len({(look.marker, str(look.dashes)) for look in looks.values()}) == len(looks)
     assert style.OF_NORM["bkn"] != style.OF_NORM["gkn"] and style.tint(style.BLUE, 2) != style.SKY
 
@@ -114,7 +114,7 @@ def test_a_table_is_not_stretched_to_the_papers_values(tmp_path: Path) -> None:
 
 
 def test_the_first_steps_are_drawn_by_quantity_and_what_has_no_prior_says_so(tmp_path: Path) -> None:
-    arrays = {name: np.full((3, 2), 2.0, np.float32) for name in plots.FIRST_STEPS}
+    arrays = {name: np.full((3, 2), 2.0, np.float32) for name in figures.FIRST_STEPS}
     start = Group("cifar10", "start")
     for norm in ("bn", "bkn"):
         none = {"offsets": np.full((3, 2), np.nan), "variance_ratios": np.full((3, 2), np.nan)} if norm == "bn" else {}
@@ -127,7 +127,9 @@ def test_the_first_steps_are_drawn_by_quantity_and_what_has_no_prior_says_so(tmp
 
 
 def test_an_interval_beyond_the_picture_ends_in_arrows() -> None:
-    entries = [plots.Entry(name, [(1.0, -half, half, style.GREY, "o", True)]) for name, half in (("a", 2), ("b", 68))]
+    entries = [
+        plots.Entry(name, [plots.Point(1.0, style.GREY, "o", -half, half)]) for name, half in (("a", 2), ("b", 68))
+    ]
     figure = plots.forest(entries, "", "points", {}, around=3.0)
     (axis,) = figure.axes
     arrows = [(line.get_marker(), line.get_xydata().tolist()) for line in axis.lines if line.get_marker() in ("<", ">")]

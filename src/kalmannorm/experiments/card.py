@@ -63,6 +63,10 @@ class Row:
     paper: str | None = None
     paper_batch: tuple[int, int] | None = None
 
+    def has(self, column: Column) -> bool:
+        """Say whether the row has a place in this column."""
+        return self.columns is None or column.key in self.columns
+
     @property
     def name(self) -> str:
         """The label, marked where the row is none of the papers'."""
@@ -109,7 +113,7 @@ class Card:
         return found
 
     def columns_of(self, row: Row) -> list[Column]:
-        return [column for column in self.columns if row.columns is None or column.key in row.columns]
+        return [column for column in self.columns if row.has(column)]
 
     def settings(self, row: Row, column: Column | None = None) -> dict[str, Any]:
         """Return the settings of a row's runs, in one column."""

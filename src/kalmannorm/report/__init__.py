@@ -4,7 +4,7 @@
     cells   the frame grouped by what cards' rows name                 effects.py
     effects differences of rows under one model, with intervals        effects.py
     claims  the papers' sentences, by one rule                         claims.py, claims.yaml, paper_values.yaml
-    tables, plots, page                                                what is written
+    tables, figures (drawn by plots), page                             what is written
 
 `load`, `curves` and `arrays` are for notebooks too.
 """

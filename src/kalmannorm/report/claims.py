@@ -20,11 +20,12 @@ from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Row
 from kalmannorm.report import effects, quantities, speed
-from kalmannorm.report.effects import Cell, Cells, Effect, Group, signed
+from kalmannorm.report.effects import FIRST_STEPS, Cell, Cells, Effect, Group, signed
+from kalmannorm.report.frame import Identity
 from kalmannorm.report.quantities import QUANTITIES, Quantity
 
 HERE = Path(__file__).parent
-NO_JUDGE = "smoke"  # a budget whose numbers mean nothing
+UNJUDGED = ("smoke", FIRST_STEPS)  # budgets whose accuracies mean nothing
 SEEDS = (3, 5, 10)  # for how many an open claim says what its interval would be
 OTHERS = {"parameters": Quantity("parameters"), "speed": Quantity("%"), "lost": Quantity("points")}
 
@@ -42,7 +43,7 @@ class Term:
     statistics: str
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         """As the frame has the row. UserError: no such card, row or column."""
         card, row = self.found
         columns = {column.key: column for column in card.columns}
@@ -198,20 +199,16 @@ def _of_claim(claim: Claim, cells: Cells, results: Path) -> list[Verdict]:
     if claim.quantity == "speed":
         return _timed(claim, results) or [Verdict(claim, "not run", "no measurement")]
     rows = [term.identity for term in claim.contrast]
-    groups = [
-        group
-        for group in cells.groups(rows)
-        if not group.watched
-        and not group.budget.startswith(NO_JUDGE)
-        and (not claim.budgets or group.budget in claim.budgets)
-    ]
+    groups = [group for group in cells.groups(rows) if group.length not in UNJUDGED]
+    if claim.budgets:
+        groups = [group for group in groups if group.budget in claim.budgets]
     judge = _stability if claim.quantity == "lost" else _measure
     found = [judge(claim, group, rows, cells) for group in groups]
     some = [verdict for verdict in found if verdict.ids]
     return some or [Verdict(claim, "not run", "no run of any side" if not found else found[0].why)]
 
 
-def _measure(claim: Claim, group: Group, rows: Sequence[Mapping[str, Any]], cells: Cells) -> Verdict:
+def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells) -> Verdict:
     """Estimate the effect, before its interval is known."""
     sides = [cells.of(row, group, term.statistics) for row, term in zip(rows, claim.contrast, strict=True)]
     verdict = Verdict(claim, "open", "", group)
@@ -228,15 +225,16 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Mapping[str, Any]], cell
         return replace(verdict, why="no run of the other side learned")
     lost = _lost(claim, sides, value)
     own = {term.card: cards.read(term.card) for term in claim.contrast}.values()
-    pool = effects.pool(cells, own, group, claim.contrast[0].statistics, {row["network"] for row in rows})
+    pool = effects.pool(cells, own, group, claim.contrast[0].statistics, {row.network for row in rows})
     values = {key: effects.values_of(cell, value) for key, cell in pool.items() if cell.kind in kinds}
-    weights: dict[tuple[Any, ...], float] = {}
-    for row, term in zip(rows, claim.contrast, strict=True):
-        weights[effects.key(row)] = weights.get(effects.key(row), 0) + term.sign
+    places = [replace(row, dataset=None) for row in rows]
+    weights: dict[Identity, float] = {}
+    for place, term in zip(places, claim.contrast, strict=True):
+        weights[place] = weights.get(place, 0) + term.sign
     if _within_runs(claim):  # online minus moving of the same weights: one value a run
-        weights = {effects.key(rows[0]): 1.0}
+        weights = {places[0]: 1.0}
     found, model = effects.contrast(values, weights)
-    of_terms = {str(term): values.get(effects.key(row), {}) for row, term in zip(rows, claim.contrast, strict=True)}
+    of_terms = {str(term): values.get(place, {}) for place, term in zip(places, claim.contrast, strict=True)}
     if found is None and not lost:
         return replace(verdict, state="not run", why=f"the records have no {claim.quantity.replace('_', ' ')}")
     return replace(verdict, effect=found, values=of_terms, equal=model.equal, why=lost)
@@ -285,7 +283,7 @@ def _lost(claim: Claim, sides: Sequence[Cell], value: effects.Value) -> str:
     return "; ".join(said) if share[favoured] else ""
 
 
-def _stability(claim: Claim, group: Group, rows: Sequence[Mapping[str, Any]], cells: Cells) -> Verdict:
+def _stability(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells) -> Verdict:
     """Return the percent of runs that were lost, of the plus rows less the minus rows, of all of them that ran in the
     group."""
     sides: dict[int, list[Cell]] = {1: [], -1: []}

@@ -12,7 +12,7 @@ from kalmannorm.experiments.card import Card
 from kalmannorm.experiments.cards import chosen
 from kalmannorm.experiments.composition import refuse_repeated, split_paths
 from kalmannorm.files import write_atomically
-from kalmannorm.report import claims, effects, frame, page, parameters, plots, speed, tables
+from kalmannorm.report import claims, effects, figures, frame, page, parameters, plots, speed, tables
 from kalmannorm.report.compare import compare as beside
 from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.page import Made
@@ -122,7 +122,7 @@ def _make(card: Card, cells: Cells, results: Path, wanted: Any) -> Iterator[Made
             sheet = tables.table(card, group, cells) if card.kind == "table" else None
             files = _write_sheet(results, sheet) if sheet else []
             pictures: dict[str, str] = {}
-            for behind, figure in plots.DRAW[card.kind](card, group, cells).items():
+            for behind, figure in figures.DRAW[card.kind](card, group, cells).items():
                 stem = f"{card.name}{behind}_{group.stem}"
                 main = group.width == 1 and not group.schedule  # others are linked: the page is to stay small
                 pictures |= (
@@ -135,14 +135,12 @@ def _make(card: Card, cells: Cells, results: Path, wanted: Any) -> Iterator[Made
 
 def groups(card: Card, cells: Cells) -> list[Group]:
     """Those in which a card has runs."""
-    columns = [*card.columns] if card.has_columns_of_runs else [None]
     rows = [
         effects.identity(card, row, column)
         for row in card.rows
-        for column in columns
-        if column is None or row.columns is None or column.key in row.columns
+        for column in (card.columns_of(row) if card.has_columns_of_runs else [None])
     ]
-    return [group for group in cells.groups(rows) if group.watched == (card.kind == "death")]
+    return [group for group in cells.groups(rows) if (group.length == effects.FIRST_STEPS) == (card.kind == "death")]
 
 
 def _fits(group: Group, named: dict[str, str]) -> bool:

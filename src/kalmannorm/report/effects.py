@@ -8,10 +8,11 @@ over what learned and what did not says nothing of either. They are counted.
 
 import functools
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,11 @@ import pandas as pd
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Column, Row
 from kalmannorm.report import frame
+from kalmannorm.report.frame import Identity
 
 CONFIDENCE = 0.95
 LONGEST = 60  # characters of a group in a file's name
+FIRST_STEPS = "start"  # a budget that draws a training's first steps: no accuracy is read from it
 SEEDS_SHOWN = 4  # with fewer, a cell shows the seeds' values and not their interval
 Run = Mapping[str, Any]  # a row of the frame
 Value = Callable[[Run], float | None]
@@ -50,9 +53,9 @@ class Group(NamedTuple):
         return stem if len(stem) < LONGEST else f"{stem[:LONGEST]}-{hashlib.sha256(stem.encode()).hexdigest()[:6]}"
 
     @property
-    def watched(self) -> bool:
-        """Whether the runs are the first steps of a training alone, which no accuracy is read from."""
-        return self.budget.split(" ")[0] == "start"
+    def length(self) -> str:
+        """The budget's name, without what differs from conf/."""
+        return self.budget.split(" ")[0]
 
 
 @dataclass(frozen=True)
@@ -112,36 +115,32 @@ class Cells:
         self.default_schedule = frame.default_schedule()
 
     def cell(self, card: Card, row: Row, group: Group, column: Column | None = None, statistics: str = "") -> Cell:
-        """Return the runs of a row; an empty cell where there are none."""
+        """Return the runs of a row, by the column's statistics; an empty cell where there are none."""
         return self.of(identity(card, row, column), group, statistics or (column.statistics if column else "moving"))
 
-    def of(self, row: Mapping[str, Any], group: Group, statistics: str) -> Cell:
-        """Return the same, of a row's identity (frame.identity)."""
-        whole = {
-            **row,
-            "width": row.get("width", group.width),
-            "dataset": row.get("dataset") or group.dataset,
-            "budget": group.budget,
-            "schedule": row.get("rates") or group.schedule or row.get("schedule", self.default_schedule),
-        }
-        return self._found.get((*(whole[key] for key in (*frame.ROW, *frame.GROUP)), statistics), Cell())
+    def of(self, row: Identity, group: Group, statistics: str) -> Cell:
+        """Return the same, of a row's identity."""
+        width = group.width if row.width is None else row.width
+        schedule = row.rates or group.schedule or row.schedule or self.default_schedule
+        whole = (row.network, width, row.normalizer, row.grad_batch, row.stat_batch)
+        return self._found.get((*whole, row.dataset or group.dataset, group.budget, schedule, statistics), Cell())
 
-    def groups(self, rows: Iterable[Mapping[str, Any]]) -> list[Group]:
+    def groups(self, rows: Iterable[Identity]) -> list[Group]:
         """Those in which any of the rows has runs, the papers' length first; of a data set that a row fixes, "".
 
         A width or a schedule that some row of a card names is that row's, and no group of others.
         """
         found = set()
         for row in rows:
-            own = row.get("rates") or row.get("schedule", self.default_schedule)
-            for group in self._by_row.get(key(row)[:1] + key(row)[2:5], ()):
+            own = row.rates or row.schedule or self.default_schedule
+            for group in self._by_row.get((row.network, row.normalizer, row.grad_batch, row.stat_batch), ()):
                 if (
-                    row.get("dataset", group.dataset) == group.dataset
-                    and (group.width == row["width"] if "width" in row else group.width not in named("width"))
-                    and (group.schedule == own or ("rates" not in row and group.schedule not in named("rates")))
+                    row.dataset in (None, group.dataset)
+                    and (group.width not in named("width") if row.width is None else group.width == row.width)
+                    and (group.schedule == own or not (row.rates or group.schedule in named("rates")))
                 ):
-                    dataset = "" if "dataset" in row else group.dataset
-                    width = 1.0 if "width" in row else group.width
+                    dataset = "" if row.dataset else group.dataset
+                    width = 1.0 if row.width is not None else group.width
                     found.add(Group(dataset, group.budget, "" if group.schedule == own else group.schedule, width))
         return sorted(found, key=lambda g: (g.budget != "paper", g.width != 1, g.schedule, g.dataset, g.budget))
 
@@ -252,8 +251,11 @@ def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, fl
     return found, model
 
 
-def pool(cells: Cells, own: Iterable[Card], group: Group, statistics: str, networks: Iterable[str]) -> dict[Any, Cell]:
-    """Return the rows whose spread is pooled: those of all tables and of the cards `own`, of these networks, by `key`.
+def pool(
+    cells: Cells, own: Iterable[Card], group: Group, statistics: str, networks: Iterable[str]
+) -> dict[Identity, Cell]:
+    """Return the rows whose spread is pooled: those of all tables and of the cards `own`, of these networks, each with
+    its runs on the group's data.
 
     So the same difference has the same interval in every table and in the claims.
     """
@@ -262,16 +264,10 @@ def pool(cells: Cells, own: Iterable[Card], group: Group, statistics: str, netwo
     for card in {card.name: card for card in (*tables, *own)}.values():
         for row in card.rows:
             for column in card.columns_of(row) if card.has_columns_of_runs else [None]:
-                one = identity(card, row, column)
-                one.pop("dataset", "")
-                if one["network"] in networks and key(one) not in found:
-                    found[key(one)] = cells.of(one, group, statistics)
+                one = replace(identity(card, row, column), dataset=None)
+                if one.network in networks and one not in found:
+                    found[one] = cells.of(one, group, statistics)
     return found
-
-
-def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Of an identity: what tells a row from the others in one group."""
-    return tuple(row.get(name) for name in (*frame.ROW, "schedule", "rates"))
 
 
 def values_of(cell: Cell, value: Value) -> dict[int, float]:
@@ -284,16 +280,14 @@ def values_of(cell: Cell, value: Value) -> dict[int, float]:
 def named(what: str) -> frozenset[Any]:
     """Return the widths, or `rates`, that rows of cards name."""
     rows = (identity(card, row) for card in map(cards.read, cards.names()) for row in card.rows)
-    return frozenset(row[what] for row in rows if what in row)
+    return frozenset(getattr(row, what) for row in rows) - {None}
 
 
-def identity(card: Card, row: Row, column: Column | None = None) -> dict[str, Any]:
-    """Return a row as the frame has it; with its data set where a column fixes it."""
+def identity(card: Card, row: Row, column: Column | None = None) -> Identity:
+    """Return what a row is in the frame; with its data set where a column fixes it."""
     settings = card.settings(row, column)
-    found = frame.identity(settings)
-    if column and "dataset" in column.runs:
-        found["dataset"] = settings["dataset"]
-    return found
+    found = frame.identity(json.dumps(settings))
+    return replace(found, dataset=settings["dataset"]) if column and "dataset" in column.runs else found
 
 
 def signed(value: float) -> str:

@@ -13,13 +13,13 @@ not the default of conf/:
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
-from kalmannorm.experiments.card import Settings
 from kalmannorm.experiments.config import conf_dir
 from kalmannorm.experiments.record import NUMERICS, read_all
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, preset_options
@@ -30,6 +30,20 @@ KIND = ["arithmetic", "data.sha256"]  # what runs must have in common, beside th
 STATISTICS = ("moving", "online", "precise")
 APART = ("width", "pretrained", "frozen_stages")  # of a network: a group's, and what given weights decide
 CHANCE = 1.2  # times 100 % / classes: what a network that guesses is rarely above on thousands of images
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a card's row names of its runs, in the frame's words; None: left open."""
+
+    network: str
+    normalizer: str
+    grad_batch: int
+    stat_batch: int
+    width: float | None = None
+    schedule: str | None = None  # that another may take the place of
+    rates: str | None = None  # a schedule of the row's own
+    dataset: str | None = None  # where a column fixes it
 
 
 def load(results: str | Path = "results", numerics: int = NUMERICS) -> pd.DataFrame:
@@ -49,34 +63,40 @@ def check(runs: pd.DataFrame, numerics: int = NUMERICS) -> pd.DataFrame:
     """
     few = ["numerics", "status", "reason", "seed", "learned", "host.started", *ROW, *GROUP, *KIND]
     one = runs.drop_duplicates("id").set_index("id").reindex(columns=few)  # all of them would take ten times as long
-    state = dict.fromkeys(one.index, "used")
-    notes: dict[str, list[str]] = {identity: [] for identity in one.index}
-    for identity in one.index[one.numerics != numerics]:
-        state[identity] = "stale"
-        notes[identity].append(f"stale: made by NUMERICS {one.numerics[identity]}, this is {numerics}")
+    one["row"] = one.groupby([*ROW, *GROUP], dropna=False).ngroup()
+    one["kind"] = one.groupby(KIND, dropna=False).ngroup()
     current = one[one.numerics == numerics]
-    done = current[current.status == "done"]
-    common = done.groupby(KIND, dropna=False).size()
-    finished = set()
-    for key, same in done.groupby([*ROW, *GROUP], dropna=False):
-        seeds = same.groupby(KIND, dropna=False).seed.nunique()
-        chosen = max(seeds.index, key=lambda kind: (seeds[kind], common[kind], str(kind)))
-        first: dict[int, str] = {}
-        for identity, run in same.sort_values("host.started").iterrows():
-            finished.add((key, run.seed))
-            if tuple(run[KIND]) != tuple(chosen):
-                what = " and ".join(_differing(run, chosen))
-                state[identity] = "left out"
-                notes[str(identity)].append(f"left out: {what}")
-            elif run.seed in first:
-                state[identity] = "left out"
-                notes[str(identity)].append(f"left out: seed {run.seed} has two records, {first[run.seed]} is used")
-            else:
-                first[run.seed] = str(identity)
-    for identity, run in current[current.status == "failed"].iterrows():
-        again = (tuple(run[[*ROW, *GROUP]]), run.seed) in finished
-        state[identity] = "left out" if again else "failed"
-        notes[str(identity)].append(f"failed: {run.reason or 'no reason recorded'}")
+    done = current[current.status == "done"].sort_values("host.started", kind="stable")
+    kinds = done.groupby(["row", "kind"]).seed.nunique().reset_index(name="seeds")
+    kinds["runs"] = kinds.kind.map(done.kind.value_counts())
+    used_kind = done.row.map(kinds.sort_values(["seeds", "runs", "kind"]).groupby("row").kind.last())
+    same = done[done.kind == used_kind]
+    used = same[~same.duplicated(["row", "seed"])]
+    failed = current[current.status == "failed"]
+    again = failed.set_index(["row", "seed"]).index.isin(done.set_index(["row", "seed"]).index)
+
+    state = pd.Series("used", one.index)
+    state[failed.index] = "failed"
+    state[done.index.difference(used.index)] = "left out"
+    state[failed.index[again]] = "left out"
+    state[one.index.difference(current.index)] = "stale"
+
+    notes: dict[Any, list[str]] = {identity: [] for identity in one.index}
+    for identity, made_by in one.numerics[one.index.difference(current.index)].items():
+        notes[identity].append(f"stale: made by NUMERICS {made_by}, this is {numerics}")
+    values = one.drop_duplicates("kind").set_index("kind")[KIND]
+    for identity, run in done[done.kind != used_kind].iterrows():
+        chosen = values.loc[used_kind.loc[str(identity)]]
+        differing = [f"{run.arithmetic} where the others are {chosen.arithmetic}"] * (
+            run.arithmetic != chosen.arithmetic
+        )
+        differing += ["other data than the others'"] * (run["data.sha256"] != chosen["data.sha256"])
+        notes[identity].append(f"left out: {' and '.join(differing)}")
+    first = used.reset_index().set_index(["row", "seed"]).id
+    for identity, run in same[same.duplicated(["row", "seed"])].iterrows():
+        notes[identity].append(f"left out: seed {run.seed} has two records, {first[run.row, run.seed]} is used")
+    for identity, reason in failed.reason.items():
+        notes[identity].append(f"failed: {reason or 'no reason recorded'}")
     for identity in done.index[~done.learned.astype(bool)]:
         notes[identity].append("at chance under any statistics")
     said = {identity: "; ".join(of_run) for identity, of_run in notes.items()}
@@ -92,41 +112,28 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
     return long.rename(columns={"curve": "accuracy"}).astype({"epoch": int, "step": int, "accuracy": float})
 
 
-def identity(settings: Settings) -> dict[str, Any]:
-    """Return the columns of ROW that a card's settings stand for, and what else they name: the `width`, a `schedule`
-    (that another may take the place of), `rates` (a schedule of the row's own)."""
-    return dict(_identity(json.dumps(dict(settings))))
-
-
 @functools.cache
-def _identity(text: str) -> dict[str, Any]:
+def identity(text: str) -> Identity:
+    """Return what a card's settings, as JSON, stand for."""
     settings: dict[str, Any] = json.loads(text)
     chosen = {**_defaults(), **{key.lstrip("+"): value for key, value in settings.items()}}
-    batch = dict(zip(("grad_batch", "stat_batch"), _batch(chosen["batch"]), strict=True))
-    batch |= {key.partition(".")[2]: value for key, value in chosen.items() if key.startswith("batch.")}
+    batch = dict(zip(("grad_batch", "stat_batch"), _batch(chosen["batch"]), strict=True)) | _under("batch", chosen)
     known = norm_defaults(chosen["norm"])
-    norm: dict[str, Any] = {"name": known["name"], "options": dict(known.get("options") or {})}
-    for key, value in chosen.items():
-        if key.startswith("norm.options."):
-            norm["options"][key.removeprefix("norm.options.")] = value
-        elif key.startswith("norm."):
-            norm[key.removeprefix("norm.")] = value
+    norm = {"name": known["name"], **_under("norm", chosen)}
+    norm["options"] = {**(known.get("options") or {}), **_under("norm.options", chosen)}
     shared = {norm["name"], chosen.get("arch.head_norm")} & {*BATCH_STATISTICS}
     stat_batch = batch["stat_batch"] if shared else None
     arch = _own(_conf("arch", chosen["arch"]), _under("arch", chosen), APART)
-    found = {
-        "network": _words(chosen["arch"], arch),
-        "normalizer": _normalizer(norm, stat_batch),
-        "grad_batch": batch["grad_batch"],
-        "stat_batch": stat_batch or 0,
-    }
-    if "arch.width" in chosen:
-        found["width"] = float(chosen["arch.width"])
-    if own := _under("schedule", chosen):
-        found["rates"] = _words(chosen["schedule"], _own(_conf("schedule", chosen["schedule"]), own))
-    if "schedule" in settings:
-        found["schedule"] = chosen["schedule"]
-    return found
+    rates = _own(_conf("schedule", chosen["schedule"]), own) if (own := _under("schedule", chosen)) else {}
+    return Identity(
+        network=_words(chosen["arch"], arch),
+        normalizer=_normalizer(norm, stat_batch),
+        grad_batch=batch["grad_batch"],
+        stat_batch=stat_batch or 0,
+        width=float(chosen["arch.width"]) if "arch.width" in chosen else None,
+        schedule=chosen["schedule"] if "schedule" in settings else None,
+        rates=_words(chosen["schedule"], rates) if own else None,
+    )
 
 
 def default_schedule() -> str:
@@ -182,11 +189,6 @@ def _difference(final: Mapping[str, Any], one: str, other: str) -> float | None:
     """Return the points between two kinds of statistics of the same weights."""
     first, second = ((final.get(kind) or {}).get("accuracy") for kind in (one, other))
     return None if first is None or second is None else first - second
-
-
-def _differing(run: pd.Series, chosen: Sequence[str]) -> list[str]:
-    said = [f"{run.arithmetic} where the others are {chosen[0]}"] if run.arithmetic != chosen[0] else []
-    return [*said, *(["other data than the others'"] if run["data.sha256"] != chosen[1] else [])]
 
 
 def own_options(norm: Mapping[str, Any], stat_batch: int | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from kalmannorm.experiments.card import Card
 from kalmannorm.report import frame, paper, plots, style, tables
 from kalmannorm.report.claims import Claim, Verdict, tally
 from kalmannorm.report.effects import Cells, Group
+from kalmannorm.report.plots import Entry, Point
 from kalmannorm.report.tables import Sheet, escape_markdown
 
 if TYPE_CHECKING:
@@ -140,21 +141,22 @@ def printed(verdict: Verdict) -> str:
 def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
     """Measured effects in points with the intervals that decide, beside the paper's."""
     colours = {"supported": style.GREEN, "contradicted": style.ORANGE, "open": style.GREY}
-    entries: list[tuple[str, plots.Entry]] = []
+    paper_point = Point(0, "#000000", "D", filled=False)
+    entries: list[tuple[str, Entry]] = []
     shown, least = [1.0], [FOREST]
     for v in verdicts:
         if v.state in colours and v.effect and v.group and v.claim.measure.unit == "points" and math.isfinite(v.low):
             value = v.claim.printed(v.group.dataset)
-            points = [(v.measured, v.low, v.high, colours[v.state], "o", True)]
-            points += [(value, math.nan, math.nan, "#000000", "D", False)] if value is not None else []
-            shown += [2 * abs(of[0]) for of in points]
+            points = [Point(v.measured, colours[v.state], "o", v.low, v.high)]
+            points += [paper_point._replace(value=value)] if value is not None else []
+            shown += [2 * abs(point.value) for point in points]
             least.append(max(abs(v.low), abs(v.high)))
             where = f"{v.group.dataset}, {v.group.budget}"
-            entries.append((v.group.budget, plots.Entry(f"{v.claim.id.replace('_', ' ')} ({where})", points)))
+            entries.append((v.group.budget, Entry(f"{v.claim.id.replace('_', ' ')} ({where})", points)))
     if not entries:
         return None
     kept = sorted(entries, key=lambda pair: _fullness(pair[0]))
-    legend = {name: (colour, "o", True) for name, colour in colours.items()} | {"paper": ("#000000", "D", False)}
+    legend = {name: Point(0, colour, "o") for name, colour in colours.items()} | {"paper": paper_point}
     said = (
         "Points of the first side over the second; intervals hold for all claims of a budget at once (95 %); "
         "arrows: they go on beyond the picture."

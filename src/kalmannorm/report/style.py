@@ -4,7 +4,6 @@ Drawn with matplotlib's objects, without pyplot: no window, no global state. Col
 colour-blind readers tell apart; every line has its own marker as well, for print without colour.
 """
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,11 +87,6 @@ def context() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC)  # type: ignore[arg-type]
         yield
-
-
-def wrapped(text: str) -> str:
-    """Wrap text to lines as long as a figure is wide."""
-    return textwrap.fill(text, 112)
 
 
 def grid(axis: "Axes", which: str = "y") -> None:

@@ -6,7 +6,7 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -64,8 +64,8 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
     of_columns: dict[str, Mapping[str, Effect | None]] = {}
     places: list[list[Place]] = [[] for _ in card.rows]
     for column in columns or card.columns:
-        of_rows = {row.key: _cell(card, row, group, column, cells) for row in card.rows if _has(row, column)}
-        papers = {row.key: paper_value(card, row, column, group) for row in card.rows if _has(row, column)}
+        of_rows = {row.key: _cell(card, row, group, column, cells) for row in card.rows if row.has(column)}
+        papers = {row.key: paper_value(card, row, column, group) for row in card.rows if row.has(column)}
         found = differences(card, group, column, cells)
         of_columns[column.label] = found
         means = {key: mean for key, cell in of_rows.items() if math.isfinite(mean := _mean(cell, column))}
@@ -113,17 +113,16 @@ def differences(card: Card, group: Group, column: Column, cells: Cells) -> dict[
     found: dict[str, Effect | None] = {}
     if column.steps_to is not None:
         return found
-    of_rows = {row.key: (row, _cell(card, row, group, column, cells)) for row in card.rows if _has(row, column)}
+    of_rows = {row.key: (row, _cell(card, row, group, column, cells)) for row in card.rows if row.has(column)}
     for key, (row, cell) in of_rows.items():
         base = _base(card, row)
         if not base or base == key or base not in of_rows or cell.kind != of_rows[base][1].kind:
             continue
         ours, theirs = (effects.identity(card, one, column) for one in (row, of_rows[base][0]))
-        at = group._replace(dataset=ours.pop("dataset", "") or group.dataset)
-        theirs.pop("dataset", "")
-        pool = effects.pool(cells, [card], at, column.statistics, {ours["network"], theirs["network"]})
+        at = group._replace(dataset=ours.dataset or group.dataset)
+        pool = effects.pool(cells, [card], at, column.statistics, {ours.network, theirs.network})
         values = {k: effects.values_of(c, _value(column)) for k, c in pool.items() if c.kind == cell.kind}
-        found[key] = effects.contrast(values, {effects.key(ours): 1, effects.key(theirs): -1})[0]
+        found[key] = effects.contrast(values, {replace(ours, dataset=None): 1, replace(theirs, dataset=None): -1})[0]
     return found
 
 
@@ -335,16 +334,12 @@ def _latex(said: str) -> str:
     return "".join(LATEX.get(character, character) for character in said)
 
 
-def _has(row: Row, column: Column) -> bool:
-    return row.columns is None or column.key in row.columns
-
-
 def _base(card: Card, row: Row) -> str | None:
     return row.baseline or card.baseline
 
 
 def _cell(card: Card, row: Row, group: Group, column: Column, cells: Cells) -> Cell:
-    return cells.cell(card, row, group, column) if _has(row, column) else Cell()
+    return cells.cell(card, row, group, column) if row.has(column) else Cell()
 
 
 def _value(column: Column) -> effects.Value:
@@ -365,7 +360,7 @@ def _printed(card: Card, row: Row, column: Column, printed: float | None) -> str
     if printed is None:
         return "–"
     own = effects.identity(card, row, column)
-    elsewhere = row.paper_batch and card.paper_batches and row.paper_batch != (own["grad_batch"], own["stat_batch"])
+    elsewhere = row.paper_batch and card.paper_batches and row.paper_batch != (own.grad_batch, own.stat_batch)
     return f"{printed:,}" + (f" ({row.paper_batch[0]}, {row.paper_batch[1]})" if elsewhere and row.paper_batch else "")
 
 
@@ -413,8 +408,8 @@ def _record(
         "row": row.key,
         "label": f"{row.block} {row.name}".strip(),
         "column": column.key,
-        "grad_batch": own["grad_batch"],
-        "stat_batch": own["stat_batch"] or "",
+        "grad_batch": own.grad_batch,
+        "stat_batch": own.stat_batch or "",
         "runs": cell.n,
         "learned": len(cell.learned),
         "mean": sum(values.values()) / len(values) if values else "",

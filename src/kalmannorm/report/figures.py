@@ -1,0 +1,370 @@
+"""What each kind of card shows of its runs in one group (`DRAW`), by the three ways to draw of plots.py."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kalmannorm.errors import UserError
+from kalmannorm.experiments import record as records
+from kalmannorm.experiments.card import Card, Row
+from kalmannorm.report import effects, quantities, style
+from kalmannorm.report.effects import Cell, Cells, Group
+from kalmannorm.report.plots import Entry, Line, Map, Panel, Point, forest, lines, maps
+from kalmannorm.report.style import Look
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Figures = dict[str, "Figure"]  # by what stands behind the card's name in the file's; none where nothing was run
+Arrays = dict[str, np.ndarray]
+FIRST_STEPS = {
+    "offsets": "|prior mean - measured| / sd",
+    "variance_ratios": "prior / measured variance",
+    "scales": "mean square, normalized",
+    "gradients": "gradient / weight",
+}
+READING = "Line: mean over the seeds that learned; band: from the lowest to the highest; hollow: one seed."
+STATISTICS = {"online": (style.BLUE, "o"), "moving": (style.ORANGE, "s")}
+COLUMNS = tuple(zip((style.BLUE, style.ORANGE, style.GREEN, "#CC79A7", style.GREY), style.MARKERS, strict=False))
+
+
+def table(card: Card, group: Group, cells: Cells) -> Figures:
+    """Draw a table's accuracies: the mean, and a tick for every run. The paper's values stand in the table."""
+    entries: list[Entry] = []
+    columns = [
+        c for c in card.columns if c.steps_to is None and any(cells.cell(card, r, group, c).runs for r in card.rows)
+    ]
+    looks = {
+        column.key: STATISTICS.get(column.key, COLUMNS[place % len(COLUMNS)]) for place, column in enumerate(columns)
+    }
+    block = ""
+    for row in card.rows:
+        of_row = [(c, cells.cell(card, row, group, c)) for c in columns if row.has(c)]
+        if not any(cell.n for _, cell in of_row):
+            continue
+        if row.block != block:
+            block = row.block
+            entries.append(Entry(block))
+        lost = [f"{len(cell.learned)} of {cell.n} learned" for _, cell in of_row if cell.lost]
+        found = [(looks[column.key], list(_final(cell, column.value).values())) for column, cell in of_row]
+        points = [Point(float(np.mean(runs)), *look, runs=runs) for look, runs in found if runs]
+        entries.append(Entry(row.name, points, lost[0] if lost else ""))
+    said = f"{_said(card, group)} Ticks: single runs; marks: their mean, over those that learned."
+    legend = {column.label: Point(0, *looks[column.key]) for column in columns}
+    return {"": forest(entries, said, "percent after the last epoch", legend)} if entries else {}
+
+
+def curves(card: Card, group: Group, cells: Cells) -> Figures:
+    """Draw the accuracy after every epoch against steps, a panel per kind of statistics; runs at chance as thin
+    lines."""
+    look = _looks(card)
+
+    def of_row(row: Row, cell: Cell) -> Iterator[Line]:
+        learned = [run for run in cell.learned if _curve(run)]
+        for runs in [learned] if learned else []:
+            yield Line(row.name, look[row.name], *_together(runs))
+        for run in cell.runs:
+            if not run["learned"] and _curve(run):
+                thin = Look(look[row.name].colour, "", ":")
+                yield Line(f"{row.name}, at chance", thin, *_together([run]), band=False)
+
+    found = [
+        [
+            Panel(
+                f"{network}: {column.label} statistics",
+                [line for row in rows for line in of_row(row, cells.cell(card, row, group, column))],
+                "top-1 accuracy (%)",
+                "optimizer steps",
+            )
+            for column in card.columns
+        ]
+        for network, rows in _by_network(card).items()
+    ]
+    return _lines(found, f"{_said(card, group)} {READING}")
+
+
+def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apart: str) -> "Draw":
+    """Return what draws final accuracy against a setting `of` the rows: a line per label, a panel per `apart`, in words
+    of a row's identity, and kind of statistics.
+
+    Rows without the setting (no statistics batch, no gain) are horizontal lines.
+    """
+
+    def draw(card: Card, group: Group, cells: Cells) -> Figures:
+        look, titles = _looks(card), [apart.format(effects.identity(card, row)) for row in card.rows]
+        at = [of(card, row) for row in card.rows]
+
+        def of_label(label: str, title: str, statistics: str) -> Iterator[Line]:
+            same = [row for row in zip(card.rows, titles, at, strict=True) if (row[0].name, row[1]) == (label, title)]
+            ran = {x: cell for row, _, x in same if (cell := cells.cell(card, row, group, statistics=statistics)).n}
+            places = sorted(ran, key=lambda x: (x is None, x))
+            if places:
+                values = [list(_final(ran[x]).values()) for x in places]
+                yield Line(label, look[label], places, values, [x for x in places if ran[x].lost])
+
+        found = [
+            [
+                Panel(
+                    f"{title}: {column.label} statistics",
+                    [line for label in look for line in of_label(label, title, column.statistics)],
+                    "top-1 accuracy (%)",
+                    name,
+                )
+                for column in card.columns
+            ]
+            for title in dict.fromkeys(titles)
+        ]
+        said = f"{READING} Crosses: where runs failed or stayed at chance. Horizontal: no such setting."
+        ticks = sorted({x for x in at if x is not None})
+        return _lines(found, f"{_said(card, group)} {said}", scale, ticks)
+
+    return draw
+
+
+def figure5(card: Card, group: Group, cells: Cells) -> Figures:
+    """Variance gaps of the last normalizers by channel and batch, and of every layer; of the card's first two rows."""
+    (bn_name, bn), (kn_name, kn) = ((row.name, _arrays(cells.cell(card, row, group))) for row in card.rows[:2])
+    if not bn or not kn:
+        return {}
+    seed = min(bn.keys() & kn.keys(), default=None)
+    (run, one), (_, other) = (of[seed] if seed is not None else next(iter(of.values())) for of in (bn, kn))
+    sample, posterior = "sample variance", "posterior"
+    shown = [(f"{bn_name}: {sample}", one, "gap_measured"), (f"{kn_name}: {sample}", other, "gap_measured")]
+    shown += [(f"{kn_name}: {posterior}", other, "gap_used")] if "gap_used" in other else []
+    names = _last(run, one)
+    absolute = [Map(title, of[key], names) for title, of, key in shown]
+    relative = [Map(title, of[key] / (of["moving_var"][:, None] + quantities.EPS), names) for title, of, key in shown]
+    said = (
+        f"{_said(card, group)} Seed {seed if seed is not None else 'of each its own'}; groups of the training set "
+        "without augmentation, in bins. Top: |variance − moving variance|; bottom: over the moving variance. One "
+        "logarithmic scale a row. The paper compares the sample variance; the posterior is what normalizes in KN."
+    )
+    of_maps = [("gap", absolute), ("gap / moving variance", relative)]
+    by_channel = maps(of_maps, said, "groups, in bins", "channels of the last normalizers")
+    of_lines = (
+        (bn_name, bn, "measured", Look(style.ORANGE, "s", "-")),
+        (kn_name, kn, "measured", Look(style.SKY, "^", "--")),
+        (kn_name, kn, "used", Look(style.BLUE, "o", "-")),
+    )
+    drawn = []
+    for name, runs, what, look in of_lines:
+        values = [arrays[f"layer_gap_{what}"] for _, arrays in runs.values() if f"layer_gap_{what}" in arrays]
+        label = f"{name}: {sample if what == 'measured' else posterior}"
+        drawn += [_over_layers(label, look, values, run)] if values else []
+    panel = Panel("", drawn, "mean gap / moving variance", names=quantities.layers(run, len(one["layer_gap_measured"])))
+    by_layer = lines([[panel]], f"{_said(card, group)} Normalizers in network order. {READING}")
+    return {"": by_channel, "_layers": by_layer}
+
+
+def gains(card: Card, group: Group, cells: Cells) -> Figures:
+    """Draw the gain that every layer learned, a line per row."""
+    look, found = _looks(card), []
+    for network, rows in _by_network(card).items():
+        panel = Panel(network, [], "gain q, weight of the measurement", limits=(0, 1), levels={})
+        for row in rows:
+            norms = [(run, run["norms"]) for run in cells.cell(card, row, group).learned if _norms(run, "gains")]
+            if norms:
+                first, of = norms[0]
+                panel.names = order = [name for name in of["order"] if name in of["gains"]]
+                values = [np.array([one["gains"][name] for name in order]) for _, one in norms]
+                panel.lines.append(_over_layers(row.name, look[row.name], values, {"norms": {"order": order}}))
+                start = first.get("norm.options.gain")
+                if start is not None and np.isfinite(start):
+                    panel.levels[float(start)] = look[row.name]
+        found.append([panel])
+    return _lines(found, f"{_said(card, group)} Faint: where the gain starts. {READING}")
+
+
+def layer_errors(card: Card, group: Group, cells: Cells) -> Figures:
+    """Per layer, the errors of measurement, prior and posterior against the population's statistics, and their
+    parts."""
+    what = {"mean": "mean:\n|error| / population sd", "var": "variance:\n|ln(estimate / population)|"}
+    parts = {"": "root mean square error", "_bias": "the same in all groups", "_spread": "from group to group"}
+    estimates = {
+        "measurement": (style.SKY, "^", "--"),
+        "prior": (style.GREEN, "D", ":"),
+        "posterior": (style.BLUE, "o", "-"),
+    }
+    loaded = {row.name: _arrays(cells.cell(card, row, group)) for row in card.rows}
+
+    def panel(moment: str, part: str) -> Panel:
+        found = Panel(parts[part], [], what[moment], log=True)
+        for place, (name, of_row) in enumerate(loaded.items()):
+            runs = [run for run, _ in of_row.values()]
+            plain = any("gap_used" not in arrays for _, arrays in of_row.values())  # BN normalizes by its measurement
+            for i, (estimate, (colour, marker, dashes)) in enumerate(estimates.items()):
+                errors = [arrays.get(f"layer_error_{moment}{part}") for _, arrays in of_row.values()]
+                values = [of[i] for of in errors if of is not None and np.isfinite(of[i]).any()]
+                if values and not (plain and estimate == "posterior"):
+                    look = Look(style.tint(colour, place - 1), marker, dashes)
+                    look = Look(style.ORANGE, "s", "-") if plain else look
+                    found.lines.append(_over_layers(f"{name}: {estimate}", look, values, runs[0]))
+                    found.names = quantities.layers(runs[0], len(values[0]))
+        return found
+
+    said = (
+        f"{_said(card, group)} Of the median channel, over groups of training images, against the statistics of the "
+        "same features over the training set. What is the same in all groups, gamma and beta can make up for. "
+        f"{READING}"
+    )
+    return _lines([[panel(moment, part) for part in parts] for moment in what], said)
+
+
+def mixture(card: Card, group: Group, cells: Cells) -> Figures:
+    """Switchable Norm's weights of IN, LN and BN against the statistics batch."""
+    looks = {"IN": Look("#000000", "^", ":"), "LN": Look(style.GREY, "D", "--"), "BN": Look(style.ORANGE, "s", "-")}
+    shares: dict[float | None, np.ndarray] = {}  # statistics batch -> [layers and seeds, means or variances, weights]
+    for row in card.rows:
+        layers = [
+            [layer["mean"], layer["var"]]
+            for run in cells.cell(card, row, group).learned
+            for layer in (_norms(run, "mixture") or {}).values()
+        ]
+        if layers:
+            shares[float(effects.identity(card, row).stat_batch)] = np.array(layers)
+
+    def quartiles(j: int, i: int) -> list[list[float]]:
+        return [list(np.quantile(of[:, j, i], (0.25, 0.5, 0.75))) for of in shares.values()]
+
+    panels = [
+        Panel(
+            f"weights of the {moment}",
+            [Line(name, look, list(shares), quartiles(j, i)) for i, (name, look) in enumerate(looks.items()) if shares],
+            "weight",
+            "images that share statistics",
+            limits=(0, 1),
+        )
+        for j, moment in enumerate(("means", "variances"))
+    ]
+    said = f"{_said(card, group)} Over layers and seeds: the quartiles and their mean."
+    return _lines([panels], said, "log", [float(x or 0) for x in shares])
+
+
+def death(card: Card, group: Group, cells: Cells) -> Figures:
+    """Draw what becomes of each layer, step by step (train/first_steps.py): how wrong its prior is, the mean square of
+    its normalized features, gradient over weight. A network whose estimate does not know that it is wrong blows up.
+    """
+    found: dict[str, list[Map]] = {label: [] for label in FIRST_STEPS.values()}
+    for row in card.rows:
+        watched = _arrays(cells.cell(card, row, group), "scales", of_all=True)
+        for run, arrays in list(watched.values())[:1]:
+            for name, label in FIRST_STEPS.items():
+                names = quantities.layers(run, arrays[name].shape[1])
+                found[label].append(Map(row.name, arrays[name].T, dict.fromkeys(names, 1) if len(names) < 13 else {}))
+    if not any(found.values()):
+        return {}
+    return {"": maps(list(found.items()), _said(card, group), "steps, from the first on", "layers, from the first on")}
+
+
+def _lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", ticks: Sequence[float] = ()) -> Figures:
+    """Draw the rows that have lines."""
+    drawn = [row for row in rows if any(panel.lines for panel in row)]
+    return {"": lines(drawn, said, scale, ticks)} if drawn else {}
+
+
+def _curve(run: effects.Run) -> bool:
+    return isinstance(run["curve"], list) and len(run["curve"]) > 1
+
+
+def _together(runs: Sequence[effects.Run]) -> tuple[list[float | None], list[list[float]]]:
+    """Return the steps of some runs' evaluations, as far as all of them got, and the accuracies at each."""
+    places = list(zip(*(run["curve"] for run in runs), strict=False))
+    values = [[np.nan if value is None else value for value in place] for place in places]
+    return runs[0]["step"][: len(places)], values
+
+
+def _norms(run: effects.Run, key: str) -> dict[str, Any] | None:
+    return (run["norms"] or {}).get(key)
+
+
+def _final(cell: Cell, quantity: str = "accuracy") -> dict[int, float]:
+    return effects.values_of(cell, lambda run: quantities.value(run, quantity))
+
+
+def _looks(card: Card) -> dict[str, Look]:
+    return style.looks([(row.name, effects.identity(card, row).normalizer.split(" ")[0]) for row in card.rows])
+
+
+def _by_network(card: Card) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in card.rows:
+        found.setdefault(effects.identity(card, row).network, []).append(row)
+    return found
+
+
+def _arrays(cell: Cell, having: str = "gap_measured", of_all: bool = False) -> dict[int, tuple[effects.Run, Arrays]]:
+    """Return, by seed, the runs that learned, or all of them, and the arrays beside their record, which has `having`
+    among them."""
+    found = {}
+    for run in cell.runs if of_all else cell.learned:
+        try:
+            arrays = records.arrays(str(run["id"]), run["results"])
+        except UserError:  # none beside it
+            continue
+        if having in arrays:
+            found[int(run["seed"])] = (run, arrays)
+    return found
+
+
+def _over_layers(label: str, look: Look, runs: Sequence[np.ndarray], run: effects.Run) -> Line:
+    """Return values per layer of some seeds; parallel branches of a block are not joined."""
+    names = quantities.layers(run, len(runs[0]))
+    branches = [_branch(name) for name in names]
+    parallel = {block for block, _ in branches if len({b for other, b in branches if other == block}) > 1}
+    apart = frozenset(
+        i for i in range(1, len(names))
+        if branches[i] != branches[i - 1] and (branches[i][0] in parallel or branches[i - 1][0] in parallel)
+    )  # fmt: skip
+    values = np.array([one for one in runs if len(one) == len(names)]).T
+    return Line(label, look, [float(i) for i in range(len(names))], values.tolist(), apart=apart)
+
+
+def _branch(name: str) -> tuple[tuple[str, ...], str]:
+    """Block and branch: "blocks.0.b3.1.bn" is in b3 of blocks.0; "layers.3.bn1" in the one branch of layers.3."""
+    block = quantities.block(name)
+    rest = name.split(".")[len(block) :]
+    return block, rest[0] if len(rest) > 1 else ""
+
+
+def _last(run: effects.Run, arrays: Arrays) -> dict[str, int]:
+    """Return the last normalizers with their channels, by what their names do not share; {} where that is not known."""
+    names = [name.split(".") for name in _norms(run, "last") or []]
+    sizes = [int(size) for size in arrays.get("last_channels", ())]
+    if not names or len(sizes) != len(names) or sum(sizes) != len(arrays["moving_var"]):
+        return {}
+    kept = [[part for part in parts if sum(part in other for other in names) < len(names)] for parts in names]
+    return dict(zip([".".join(parts) for parts in kept], sizes, strict=True))
+
+
+def _said(card: Card, group: Group) -> str:
+    dataset = card.runs.get("dataset", "")
+    return f"{group.label if group.dataset else ', '.join(filter(None, [str(dataset), group.label.lstrip(', ')]))}."
+
+
+def _stat_batch(card: Card, row: Row) -> float | None:
+    return effects.identity(card, row).stat_batch or None
+
+
+def _gain(card: Card, row: Row) -> float | None:
+    return card.settings(row).get("norm.options.gain")
+
+
+def _highest_rate(card: Card, row: Row) -> float:
+    rates = card.settings(row).get("schedule.lr")
+    return max(rate for _, rate in rates) if rates else 0.1  # the released recipe's
+
+
+Draw = Callable[[Card, Group, Cells], Figures]
+DRAW: Mapping[str, Draw] = {
+    "table": table,
+    "curves": curves,
+    "figure": figure5,
+    "gains": gains,
+    "layer_errors": layer_errors,
+    "mixture": mixture,
+    "death": death,
+    "stat_batch": against("images that share statistics", "log", _stat_batch, "{0.network}"),
+    "initial_gain": against("initial gain q", "logit", _gain, "{0.network}, statistics of {0.stat_batch}"),
+    "learning_rate": against("highest learning rate", "log", _highest_rate, "{0.network}"),
+}
