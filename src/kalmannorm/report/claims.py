@@ -225,15 +225,14 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
         return replace(verdict, why="no run of the other side learned")
     lost = _lost(claim, sides, value)
     own = {term.card: cards.read(term.card) for term in claim.contrast}.values()
-    pool = effects.pool(cells, own, group, claim.contrast[0].statistics, {row.network for row in rows})
-    values = {key: effects.values_of(cell, value) for key, cell in pool.items() if cell.kind in kinds}
     places = [replace(row, dataset=None) for row in rows]
     weights: dict[Identity, float] = {}
     for place, term in zip(places, claim.contrast, strict=True):
         weights[place] = weights.get(place, 0) + term.sign
     if _within_runs(claim):  # online minus moving of the same weights: one value a run
         weights = {places[0]: 1.0}
-    found, model = effects.contrast(values, weights)
+    statistics = claim.contrast[0].statistics
+    found, model, values = effects.compare(cells, own, group, statistics, weights, value, kinds)
     of_terms = {str(term): values.get(place, {}) for place, term in zip(places, claim.contrast, strict=True)}
     if found is None and not lost:
         return replace(verdict, state="not run", why=f"the records have no {claim.quantity.replace('_', ' ')}")

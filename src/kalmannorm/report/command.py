@@ -82,7 +82,8 @@ def write_all(results: Path) -> list[Path]:
     if picture := page.forest(verdicts):
         drawn = _write(results, "claims", picture)
         written += [results / "claims.png", results / "claims.pdf"]
-    text = page.render(cells, made, verdicts, absent, plots.inline(drawn, "claims") if drawn else "")
+    elsewhere = sorted(str(folder.relative_to(results)) for folder in results.glob("*/records"))
+    text = page.render(cells, made, verdicts, absent, plots.inline(drawn, "claims") if drawn else "", elsewhere)
     for name, content in (("report.html", text), ("claims.md", page.claims_file(verdicts))):
         write_atomically(results / name, content.encode())
         written.append(results / name)

@@ -15,70 +15,60 @@ HOST = ("started", "hardware", "device", "threads", "images_per_s", "seconds")
 def compare(results: Path, first: str, second: str) -> str:
     """Return the comparison as text. Each run is an id or its beginning. Raises UserError: no such run, or several."""
     runs = [find(results, run) for run in (first, second)]
-    lines = [["", *(run["id"] for run in runs)], *_statuses(runs)]
-    differing = _differing([flat(run["config"], "") for run in runs])
-    lines += [["configuration, where it differs"], *(differing or [["", "the same", "the same"]])]
-    lines += [["result"], *_finals(runs)]
-    lines += [["curves, the last epochs"], *_curves(runs)]
+    statuses = [{"status": _status(run)} for run in runs]
+    numerics = [{"NUMERICS": str(run["numerics"])} for run in runs]
+    configs = [flat(run["config"], "") for run in runs]
+    lines = [["", *(run["id"] for run in runs)], *_beside(statuses), *_differing(numerics)]
+    lines += [["configuration, where it differs"], *(_differing(configs) or [["", "the same", "the same"]])]
+    lines += [["result"], *_beside([_results(run) for run in runs])]
+    lines += [["curves, the last epochs"], *_beside([_curves(run) for run in runs])]
     lines += [["data and host, where they differ"], *_differing([_around(run) for run in runs])]
     return _aligned(lines)
 
 
-def _statuses(runs: Sequence[Record]) -> list[list[str]]:
-    reasons = [f" ({' '.join(str(run['reason']).split())})" if run.get("reason") else "" for run in runs]
-    lines = [["status", *(f"{run['status']}{why}" for run, why in zip(runs, reasons, strict=True))]]
-    numerics = [str(run["numerics"]) for run in runs]
-    return lines if numerics[0] == numerics[1] else [*lines, ["NUMERICS", *numerics]]
+def _status(run: Record) -> str:
+    return f"{run['status']} ({' '.join(str(run['reason']).split())})" if run.get("reason") else run["status"]
 
 
-def _finals(runs: Sequence[Record]) -> list[list[str]]:
-    lines = []
-    finals = [dict(run.get("final") or {}) for run in runs]
-    for final, run in zip(finals, runs, strict=True):
-        if seen := run.get("final_on_training_images"):  # a detector's
-            final["training images:"] = seen
-    for kind in dict.fromkeys(kind for final in finals for kind in final):
-        for key in FINALS:
-            values = [final.get(kind, {}).get(key) for final in finals]
-            if values == [None] * len(values):
-                continue  # classifiers and detectors have different ones
-            lines.append([f"{kind} {key}", *map(_number, values), _difference(values)])
-    counts = [run.get("parameters") for run in runs]
-    return [*lines, ["parameters", *(_number(count, "{:,}") for count in counts), _difference(counts, "{:+,}")]]
+def _results(run: Record) -> dict[str, Any]:
+    final = {**(run.get("final") or {}), "training images:": run.get("final_on_training_images") or {}}
+    values = {f"{kind} {key}": of.get(key) for kind, of in final.items() for key in FINALS}
+    return {key: value for key, value in values.items() if value is not None} | {"parameters": run.get("parameters")}
 
 
-def _curves(runs: Sequence[Record]) -> list[list[str]]:
-    lines = []
-    curves = [run.get("curves") or {} for run in runs]
-    losses = [key for key in dict.fromkeys(key for curve in curves for key in curve) if key.startswith("loss_")]
-    for key in ("moving", "online", "train_loss", *losses):
-        if not any(curve.get(key) for curve in curves):
-            continue
-        ends = ["  ".join(_number(value) for value in (curve.get(key) or [])[-EPOCHS:]) or "–" for curve in curves]
-        lines.append([key, *ends])
-    return [["epochs", *(str(len(curve.get("epoch") or [])) for curve in curves)], *lines]
+def _curves(run: Record) -> dict[str, str]:
+    curves = run.get("curves") or {}
+    shown = ("moving", "online", "train_loss", *(key for key in curves if key.startswith("loss_")))
+    ends = {key: "  ".join(map(_written, curves[key][-EPOCHS:])) for key in shown if curves.get(key)}
+    return {"epochs": str(len(curves.get("epoch") or [])), **ends}
 
 
 def _around(run: Record) -> dict[str, Any]:
     host = run.get("host") or {}
-    kept = {f"host.{key}": host.get(key) for key in HOST}
-    kept |= flat({"versions": host.get("versions") or {}, "git": host.get("git") or {}}, "host.")
-    return kept | flat(run.get("data") or {}, "data.")
+    kept = {key: host.get(key) for key in HOST} | {"versions": host.get("versions") or {}, "git": host.get("git") or {}}
+    return flat(kept, "host.") | flat(run.get("data") or {}, "data.")
+
+
+def _beside(trees: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a line for each key of two dicts: the values, and the difference of numbers."""
+    lines = []
+    for key in dict.fromkeys(key for tree in trees for key in tree):
+        values = [tree.get(key) for tree in trees]
+        numbers = [value for value in values if isinstance(value, int | float)]
+        difference = [_written(numbers[1] - numbers[0], "+")] if len(numbers) == len(values) else []
+        lines.append([key, *map(_written, values), *difference])
+    return lines
 
 
 def _differing(trees: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    keys = dict.fromkeys(key for tree in trees for key in tree)
-    return [
-        [key, *(str(tree.get(key, "–")) for tree in trees)] for key in keys if trees[0].get(key) != trees[1].get(key)
-    ]
+    keys = dict.fromkeys(key for tree in trees for key in tree if len({str(tree.get(key)) for tree in trees}) > 1)
+    return [[key, *(str(tree.get(key, "–")) for tree in trees)] for key in keys]
 
 
-def _number(value: object, form: str = "{:.4g}") -> str:
-    return form.format(value) if isinstance(value, int | float) else "–"
-
-
-def _difference(values: Sequence[Any], form: str = "{:+.4g}") -> str:
-    return form.format(values[1] - values[0]) if all(isinstance(value, int | float) for value in values) else ""
+def _written(value: object, sign: str = "") -> str:
+    if isinstance(value, int | float):
+        return f"{value:{sign},}" if isinstance(value, int) else f"{value:{sign}.4g}"
+    return "–" if value is None else str(value)
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -249,6 +249,22 @@ def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, fl
         model = fit(values, seeds=False)
         found = effect(model, weights)
     return found, model
+
+
+def compare(
+    cells: Cells,
+    own: Iterable[Card],
+    group: Group,
+    statistics: str,
+    weights: Mapping[Identity, float],
+    value: Value,
+    kinds: Collection[tuple[str, ...]],
+) -> tuple[Effect | None, Fit, dict[Identity, dict[int, float]]]:
+    """Return a contrast of rows with the spread pooled over the rows of their networks that ran as one of `kinds`, the
+    model, and the values by row and seed."""
+    pooled = pool(cells, own, group, statistics, {row.network for row in weights})
+    values = {row: values_of(cell, value) for row, cell in pooled.items() if cell.kind in kinds}
+    return *contrast(values, weights), values
 
 
 def pool(

@@ -17,6 +17,7 @@ from kalmannorm.report import frame, paper, plots, style, tables
 from kalmannorm.report.claims import Claim, Verdict, tally
 from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.plots import Entry, Point
+from kalmannorm.report.quantities import missing
 from kalmannorm.report.tables import Sheet, escape_markdown
 
 if TYPE_CHECKING:
@@ -56,8 +57,16 @@ class Made:
         return self.group is None or (self.group.width == 1 and not self.group.schedule)
 
 
-def render(cells: Cells, made: Sequence[Made], verdicts: Sequence[Verdict], absent: Sequence[Card], forest: str) -> str:
-    """Return the page as text. `forest`: the claims' picture as SVG; `absent`: the cards without runs."""
+def render(
+    cells: Cells,
+    made: Sequence[Made],
+    verdicts: Sequence[Verdict],
+    absent: Sequence[Card],
+    forest: str,
+    elsewhere: Sequence[str],
+) -> str:
+    """Return the page as text. `forest`: the claims' picture as SVG; `absent`: the cards without runs; `elsewhere`:
+    folders of other records, which are linked."""
     import jinja2
 
     loader = jinja2.PackageLoader("kalmannorm.report")
@@ -82,6 +91,7 @@ def render(cells: Cells, made: Sequence[Made], verdicts: Sequence[Verdict], abse
         "states": one_each.state.value_counts().to_dict() if len(one_each) else {},
         "cards": of_card,
         "absent": absent,
+        "elsewhere": elsewhere,
         "conflicts": paper.conflicts(),
         "runs": json.dumps(_runs(cells.runs), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         "marks": MARKS,
@@ -276,7 +286,7 @@ def _runs(runs: pd.DataFrame) -> list[dict[str, Any]]:
                 "loss": _thin(run["train_loss"], 3),
             },
         )
-        one[kind] = _plain(run["accuracy"] if not _missing(run["accuracy"]) else run.get("box_ap"))
+        one[kind] = _plain(run["accuracy"] if not missing(run["accuracy"]) else run.get("box_ap"))
         one[f"curve_{kind}"] = _thin(run["curve"], 1)
     return [{key: value for key, value in one.items() if value not in (None, "")} for one in found.values()]
 
@@ -299,12 +309,8 @@ def _thin(values: Any, digits: int = 0) -> list[float | None] | None:
         return None
     every = max(1, len(values) // POINTS)
     kept = values[every - 1 :: every]
-    return [None if _missing(v) else round(v, digits) if digits else int(v) for v in kept]
+    return [None if missing(v) else round(v, digits) if digits else int(v) for v in kept]
 
 
 def _plain(value: Any, factor: float = 1) -> float | None:
-    return None if _missing(value) else round(float(value) * factor, 2)
-
-
-def _missing(value: Any) -> bool:
-    return not isinstance(value, int | float) or not math.isfinite(value)
+    return None if missing(value) else round(float(value) * factor, 2)

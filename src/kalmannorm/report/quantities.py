@@ -90,7 +90,8 @@ def steps_to(run: Run, level: float) -> float | None:
 
 
 def missing(found: Any) -> bool:
-    return found is None or not math.isfinite(found)
+    """Say whether it is no number: what a record does not have is None in its own values, nan in the frame."""
+    return not isinstance(found, int | float) or not math.isfinite(found)
 
 
 def block(name: str) -> tuple[str, ...]:

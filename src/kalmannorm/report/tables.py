@@ -120,9 +120,8 @@ def differences(card: Card, group: Group, column: Column, cells: Cells) -> dict[
             continue
         ours, theirs = (effects.identity(card, one, column) for one in (row, of_rows[base][0]))
         at = group._replace(dataset=ours.dataset or group.dataset)
-        pool = effects.pool(cells, [card], at, column.statistics, {ours.network, theirs.network})
-        values = {k: effects.values_of(c, _value(column)) for k, c in pool.items() if c.kind == cell.kind}
-        found[key] = effects.contrast(values, {replace(ours, dataset=None): 1, replace(theirs, dataset=None): -1})[0]
+        weights = {replace(ours, dataset=None): 1, replace(theirs, dataset=None): -1}
+        found[key] = effects.compare(cells, [card], at, column.statistics, weights, _value(column), [cell.kind])[0]
     return found
 
 
