@@ -47,7 +47,7 @@ def test_claims_are_whole() -> None:
 def test_claims_name_rows_of_the_cards() -> None:
     for found in claims.claims():
         for term in found.contrast:
-            assert term.identity["network"], (found.id, str(term))
+            assert term.identity.network, (found.id, str(term))
 
 
 def test_printed_values_are_differences_of_printed_numbers() -> None:

@@ -131,12 +131,10 @@ class Verdict:
     low: float = math.nan  # of the interval that decides, as shown
     high: float = math.nan
     family: int = 0  # how many intervals hold at once
-    values: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # by term and seed
-    equal: float = math.nan  # p of the test of equal variances
     notes: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
     count: float = math.nan  # of parameters, of speed: there is no effect
-    lost: bool = False  # runs of the favoured side failed or stayed at chance: `why` says how many
+    lost: Literal["", "some", "most"] = ""  # runs of the favoured side failed or stayed at chance: `why` says how many
 
     @property
     def measured(self) -> float:
@@ -223,7 +221,7 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
     value = _value(claim, sides)
     if value is None:
         return replace(verdict, why="no run of the other side learned")
-    lost = _lost(claim, sides, value)
+    why, lost = _lost(claim, sides, value)
     own = {term.card: cards.read(term.card) for term in claim.contrast}.values()
     places = [replace(row, dataset=None) for row in rows]
     weights: dict[Identity, float] = {}
@@ -232,11 +230,10 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
     if _within_runs(claim):  # online minus moving of the same weights: one value a run
         weights = {places[0]: 1.0}
     statistics = claim.contrast[0].statistics
-    found, model, values = effects.compare(cells, own, group, statistics, weights, value, kinds)
-    of_terms = {str(term): values.get(place, {}) for place, term in zip(places, claim.contrast, strict=True)}
+    found = effects.compare(cells, own, group, statistics, weights, value, kinds)
     if found is None and not lost:
         return replace(verdict, state="not run", why=f"the records have no {claim.quantity.replace('_', ' ')}")
-    return replace(verdict, effect=found, values=of_terms, equal=model.equal, why=lost)
+    return replace(verdict, effect=found, why=why, lost=lost)
 
 
 def _value(claim: Claim, sides: Sequence[Cell]) -> effects.Value | None:
@@ -263,8 +260,9 @@ def _within_runs(claim: Claim) -> bool:
     return len(others) == 1 and (one.card, one.row, one.column) == (others[0].card, others[0].row, others[0].column)
 
 
-def _lost(claim: Claim, sides: Sequence[Cell], value: effects.Value) -> str:
-    """Why runs that were lost keep the claim from being supported; "" where none were. "!" before what contradicts."""
+def _lost(claim: Claim, sides: Sequence[Cell], value: effects.Value) -> tuple[str, Literal["", "some", "most"]]:
+    """Say which runs were lost, if any of the side that the claim favours; "most": more than half and than the other's,
+    which contradicts the claim."""
     parts: dict[int, list[tuple[int, int]]] = {1: [], -1: []}
     said = []
     for term, side in zip(claim.contrast, sides, strict=True):
@@ -277,9 +275,9 @@ def _lost(claim: Claim, sides: Sequence[Cell], value: effects.Value) -> str:
     favoured = {"greater": 1, "less": -1}.get(claim.expect, max(share, key=lambda sign: share[sign]))
     if claim.quantity == "steps_to":  # fewer steps favour the side that is to have fewer
         favoured = -favoured
-    if share[favoured] > 0.5 and share[favoured] > share[-favoured]:
-        return f"!{'; '.join(said)}"
-    return "; ".join(said) if share[favoured] else ""
+    if not share[favoured]:
+        return "", ""
+    return "; ".join(said), "most" if share[favoured] > max(0.5, share[-favoured]) else "some"
 
 
 def _stability(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells) -> Verdict:
@@ -316,25 +314,23 @@ def _decide(verdict: Verdict, family: int) -> Verdict:
         return verdict
     judged = _in_family(verdict)
     state: State = "open" if judged else "explored"
-    why = verdict.why.removeprefix("!")
+    why = verdict.why
     low = high = math.nan
     if found is not None:
         half = found.half_width(family if judged else 1)
         low, high = (claim.percent(found.mean + sign * half) for sign in (-1, 1))
         if judged and math.isfinite(half):
             state = decide(claim, found.mean - half, found.mean + half)
-            if verdict.why and state == "supported":
+            if verdict.lost and state == "supported":
                 state = "open"
         elif judged:
             why = why or "one seed of each row: no spread to compare with"
         if state == "open" and not why and math.isfinite(found.spread) and claim.quantity != "lost":
             widths_ = ", ".join(f"{_half(claim, found, n, family)} with {n}" for n in SEEDS if n > found.n)
             why = f"half the interval would be {widths_} seeds of these rows" if widths_ else ""
-    if judged and verdict.why.startswith("!"):
+    if judged and verdict.lost == "most":
         state = "contradicted"
-    return replace(
-        verdict, state=state, why=why, low=low, high=high, family=family if judged else 1, lost=bool(verdict.why)
-    )
+    return replace(verdict, state=state, why=why, low=low, high=high, family=family if judged else 1)
 
 
 def _half(claim: Claim, found: Effect, seeds: int, family: int) -> str:

@@ -162,7 +162,7 @@ class Fit(NamedTuple):
     spread: float  # nan where nothing is left to estimate it from
     df: int
     counts: tuple[int, ...]  # runs of each row
-    equal: float  # p of Bartlett's test that all rows with two runs or more have one variance; nan: no test
+    equal: float  # as of Effect
 
 
 class Effect(NamedTuple):
@@ -175,6 +175,7 @@ class Effect(NamedTuple):
     spread: float
     weights: tuple[float, ...]
     rows: int  # of the model
+    equal: float = math.nan  # p of Bartlett's test that rows with two runs or more have one variance; nan: no test
 
     def half_width(self, family: int = 1) -> float:
         """Of the interval that holds for all of `family` at once (Bonferroni) at 95 %; nan where there is none."""
@@ -237,18 +238,14 @@ def effect(of: Fit, weights: Mapping[Any, float]) -> Effect | None:
     n = min(of.counts[of.rows.index(row)] for row in weights)
     # Rounded: whether -0.345 is printed as -0.34 or -0.35 must not hang on the machine's linear algebra.
     mean, error, spread = (round(float(x), 12) for x in (of.means @ vector, error, of.spread))
-    return Effect(mean, error, of.df, n, spread, tuple(weights.values()), len(of.rows))
+    return Effect(mean, error, of.df, n, spread, tuple(weights.values()), len(of.rows), of.equal)
 
 
-def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> tuple[Effect | None, Fit]:
+def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> Effect | None:
     """Return a contrast under row + seed; under the rows alone for a level, or where no common seeds connect the
     rows."""
-    model = fit(values, seeds=abs(sum(weights.values())) < 1e-9)
-    found = effect(model, weights)
-    if found is None and all(row in model.rows for row in weights):
-        model = fit(values, seeds=False)
-        found = effect(model, weights)
-    return found, model
+    found = effect(fit(values), weights) if abs(sum(weights.values())) < 1e-9 else None
+    return found or effect(fit(values, seeds=False), weights)
 
 
 def compare(
@@ -259,12 +256,10 @@ def compare(
     weights: Mapping[Identity, float],
     value: Value,
     kinds: Collection[tuple[str, ...]],
-) -> tuple[Effect | None, Fit, dict[Identity, dict[int, float]]]:
-    """Return a contrast of rows with the spread pooled over the rows of their networks that ran as one of `kinds`, the
-    model, and the values by row and seed."""
+) -> Effect | None:
+    """Return a contrast of rows with the spread pooled over the rows of their networks that ran as one of `kinds`."""
     pooled = pool(cells, own, group, statistics, {row.network for row in weights})
-    values = {row: values_of(cell, value) for row, cell in pooled.items() if cell.kind in kinds}
-    return *contrast(values, weights), values
+    return contrast({row: values_of(cell, value) for row, cell in pooled.items() if cell.kind in kinds}, weights)
 
 
 def pool(

@@ -121,7 +121,7 @@ def differences(card: Card, group: Group, column: Column, cells: Cells) -> dict[
         ours, theirs = (effects.identity(card, one, column) for one in (row, of_rows[base][0]))
         at = group._replace(dataset=ours.dataset or group.dataset)
         weights = {replace(ours, dataset=None): 1, replace(theirs, dataset=None): -1}
-        found[key] = effects.compare(cells, [card], at, column.statistics, weights, _value(column), [cell.kind])[0]
+        found[key] = effects.compare(cells, [card], at, column.statistics, weights, _value(column), [cell.kind])
     return found
 
 
@@ -367,9 +367,15 @@ def _spreads(found: Mapping[str, Mapping[str, Effect | None]]) -> list[str]:
     """Return the pooled spreads behind the differences of each column."""
     said = []
     for column, of_rows in found.items():
-        words = [f"{one.spread:.2f} ({one.df} degrees of freedom)" for one in of_rows.values() if one and one.df]
+        words = [
+            f"{one.spread:.2f} ({one.df} degrees of freedom{_equal(one)})" for one in of_rows.values() if one and one.df
+        ]
         said += [f"{column}: {' / '.join(dict.fromkeys(words))}"] if words else []
     return [f"Standard deviation of a run, pooled: {'; '.join(said)}."] if said else []
+
+
+def _equal(of: Effect) -> str:
+    return "" if math.isnan(of.equal) else f"; that all rows have the same: p = {of.equal:.2g}"
 
 
 def _runs(card: Card, group: Group, cells: Cells) -> list[Any]:
