@@ -131,14 +131,11 @@ def test_a_point_as_prior(form: Any, var: float, guard: float | None) -> None:
         assert all(g.any() for g in grads)
 
 
-def test_second_gradients_of_the_plain_form() -> None:
-    assert gradgradcheck(run(_plain, True, None), arguments(True, True, 4), fast_mode=True)
-    inputs = arguments(True, True, 4)
-    with pytest.raises(RuntimeError, match="second derivatives of Kalman"):  # refused, not silently wrong
-        (dx,) = torch.autograd.grad(
-            run(_Native.apply, True, None)(*inputs)[0].square().sum(), inputs[0], create_graph=True
-        )
-        dx.square().sum().backward()
+@FORMS
+@pytest.mark.parametrize("mixture", [True, False])
+@pytest.mark.parametrize("guard", [None, 100.0, 1e-3])
+def test_second_derivatives(form: Any, mixture: bool, guard: float | None) -> None:
+    assert gradgradcheck(run(form, mixture, guard), arguments(True, True, 4), fast_mode=True)
 
 
 @pytest.mark.parametrize("sampling", [False, True])

@@ -37,7 +37,7 @@ from kalmannorm.conversion.operations import MODULES_BY_NAME
 from kalmannorm.conversion.report import observe
 from kalmannorm.conversion.trace import Passed, Trace, Untraceable, has_forward_of_its_own, trace, trace_layer
 from kalmannorm.conversion.write import Summary
-from kalmannorm.norm import NORMS, Estimator, contract, normalize_weights
+from kalmannorm.norm import NORMS, Estimator, Whitening, contract, normalize_weights
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.moments import Transition
 from kalmannorm.norm.sampling import Noise
@@ -435,7 +435,9 @@ def fold(model: nn.Module) -> nn.Module:
     folded: dict[nn.Module, nn.Module] = {}
     for name in names:
         layer = plain.get_submodule(name)
-        if not getattr(layer, "folds", False):
+        if not getattr(layer, "folds", False) or (
+            layer.running_mean is None and isinstance(layer, Estimator | Whitening)
+        ):
             raise ValueError(
                 f"{name} ({type(layer).__name__}) has no moving statistics to fold into a BatchNorm, or not those alone"
             )

@@ -11,8 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from kalmannorm.errors import nearest
-from kalmannorm.norm import NORMS, Estimator, GroupedStatistics, Whitening
+from kalmannorm.norm import NORMS, Estimator, Whitening
 
+CONSTANT = ("frozen", "wn", "none")  # no parameters, or all of them constants
+OF_IMAGES = ("gn", "ln", "in", "gkn")  # no moving statistics anyway
 BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -25,7 +27,10 @@ def build_normalizer(
         for key in options.keys() - known.keys():
             raise ValueError(f"normalizer {norm!r}: {nearest(key, valid, 'option')}")
     try:
-        kept = {"eps": old.eps, "momentum": old.momentum}
+        kept: dict[str, Any] = {"eps": old.eps, "momentum": old.momentum}
+        if norm not in CONSTANT:
+            any_option = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+            kept |= {key: False for key in _left_out(old, norm) if any_option or key in known}
         new = NORMS[norm](old.num_features, stat_batch=stat_batch, **{**kept, **options})
     except TypeError as error:
         raise ValueError(f"normalizer {norm!r}: {error}") from None
@@ -36,6 +41,13 @@ def build_normalizer(
     return carry_over(old, new, name)
 
 
+def _left_out(old: _BatchNorm, norm: str) -> list[str]:
+    """What the layer is without: parameters, moving statistics."""
+    without = {"affine": not old.affine, "bias": old.affine and old.bias is None}
+    without["track_running_stats"] = old.running_mean is None and norm not in OF_IMAGES
+    return [key for key, left_out in without.items() if left_out]
+
+
 def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
     """Affine parameters and moving statistics, where both have them; device, type, mode and what is trained, too."""
     reference = next(itertools.chain(old.parameters(False), old.buffers(False)), None)
@@ -44,22 +56,18 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
     parts: list[tuple[nn.Module, slice]] = getattr(new, "parts", [(new, slice(None))])
     for key, (part, channels) in itertools.product(BATCH_NORM_STATE, parts):
         value, target = getattr(old, key, None), getattr(part, key, None)
-        if isinstance(target, Tensor):
-            if value is None:
-                target.requires_grad_(False)  # the original has no affine parameters: nothing to learn there
-            else:
-                with torch.no_grad():
-                    target.copy_(value[channels] if value.dim() else value)
-                if isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter):  # frozen BN's are buffers
-                    target.requires_grad_(value.requires_grad)
+        if isinstance(target, nn.Parameter) and value is None:
+            target.requires_grad_(False)  # the original has none: nothing to learn there
+        elif isinstance(target, Tensor) and value is not None:
+            with torch.no_grad():
+                target.copy_(value[channels] if value.dim() else value)
+            if isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter):  # frozen BN's are buffers
+                target.requires_grad_(value.requires_grad)
     if isinstance(gamma := getattr(old, "weight", None), nn.Parameter) and not gamma.requires_grad:
         for key, parameter in new.named_parameters(recurse=False):  # q and R, new, are as frozen as gamma
             parameter.requires_grad_(parameter.requires_grad and key in BATCH_NORM_STATE)
     if hasattr(new, "layer_name"):
         new.layer_name = name  # type: ignore[assignment]
-    for part, _ in parts:
-        if isinstance(part, GroupedStatistics) and getattr(old, "running_mean", None) is None:
-            part.statistics = "online"
     return new.train(old.training)
 
 
@@ -107,6 +115,8 @@ def plain_batch_norm(layer: Any) -> nn.Module:
     if isinstance(layer, Whitening):
         return layer.folded(kind)
     plain = kind(layer.num_features, layer.eps, layer.momentum, affine, track_running_stats)
+    if layer.bias is None:
+        plain.register_parameter("bias", None)
     carry_over(layer, plain)
     return plain
 

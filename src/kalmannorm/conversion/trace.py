@@ -317,7 +317,7 @@ class _LayerTracer(_Tracer):
 
     def _normalization(self, given: dict[str, Any]) -> fx.Proxy:
         layer = self.layer
-        names = [key if layer.affine else None for key in ("weight", "bias")]
+        names = [key if getattr(layer, key) is not None else None for key in ("weight", "bias")]
         found = [getattr(getattr(given.get(key), "node", None), "target", None) for key in ("weight", "bias")]
         training = layer.training or layer.running_mean is None
         if found != names or given.get("training") is not training or given.get("eps") != layer.eps:

@@ -1,6 +1,7 @@
 """Batch Normalization over groups of `stat_batch` images, and what every normalizer of such groups shares."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +48,17 @@ class GroupedStatistics(_BatchNorm):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
+        track_running_stats: bool = True,
         moving_groups: str = "mean",
         moving_unbiased: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        groups.check(type(self).__name__, num_features, eps)
+        if not bias:
+            self.register_parameter("bias", None)
         if stat_batch is not None and stat_batch < 1:
             raise ValueError(f"stat_batch must be at least 1, not {stat_batch}")
         if moving_groups not in ("mean", "first"):
@@ -60,10 +68,7 @@ class GroupedStatistics(_BatchNorm):
         self.moving_unbiased = moving_unbiased
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"{self.where}: expected an input [N, C, ...], got {tuple(input.shape)}")
-        if input.shape[1] != self.num_features:
-            raise ValueError(f"{self.where}: expected {self.num_features} channels, got {tuple(input.shape)}")
+        groups.check(self.where, self.num_features, self.eps, input)
 
     @property
     def where(self) -> str:
@@ -74,11 +79,18 @@ class GroupedStatistics(_BatchNorm):
     def uses_moving(self) -> bool:
         return not self.training and self.statistics == "moving" and self.running_mean is not None
 
+    @property
+    def group_of(self) -> int | None:
+        """How many images share statistics; None, the whole batch, also where a layer without moving statistics is
+        evaluated, as torch's BatchNorm does it."""
+        whole = not self.training and self.statistics == "moving" and self.running_mean is None
+        return None if whole else self.stat_batch
+
     def group_size(self, x: Tensor) -> int:
         """Images of each statistics group in x [N, C, ...]; ValueError where statistics would be of a single value."""
         self._check_input_dim(x)
         try:
-            size = groups.size(x.shape[0], self.stat_batch)
+            size = groups.size(x.shape[0], self.group_of)
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
         if groups.values(x, size) <= 1:
@@ -88,7 +100,12 @@ class GroupedStatistics(_BatchNorm):
             )
         return size
 
-    def normalize_by_moving(self, x: Tensor, weight: Tensor) -> Tensor:
+    def of_no_images(self, x: Tensor, *others: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
+        return groups.of_no_images(x, *self.parameters(), *others)
+
+    def normalize_by_moving(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
         return F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, False, 0.0, self.eps)
 
     @torch.no_grad()
@@ -124,6 +141,8 @@ class GroupedStatistics(_BatchNorm):
 
     def defer_averages(self, defer: bool) -> None:
         """From now on moving averages wait for average_pending, or no longer."""
+        if self.running_mean is None:
+            return
         averages = [getattr(self, name) for name in self.averaged]
         size, first = sum(average.numel() for average in averages), averages[0]
         self.pending = first.new_zeros(size + 1, dtype=groups.moments_dtype(first)) if defer else None
@@ -166,18 +185,27 @@ class BatchNorm(GroupedStatistics):
     def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving:
             return self.normalize_by_moving(input, self.weight)
+        if not len(input):
+            return self.of_no_images(input)
         size = self.group_size(input)
         if size == input.shape[0] and self.probe is None and self.pending is None and self.moving_unbiased:
             return self._normalize_whole_batch(input)
         return self._normalize_groups(input, size, self.weight, self.bias)
 
+    def corrected(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """gamma and beta of each group's own: those of y = gamma (r x + d) + beta; r, d [G, C]."""
+        weight = r if self.weight is None else r * self.weight
+        shift = d if self.weight is None else d * self.weight
+        return weight, shift if self.bias is None else self.bias + shift
+
     def _normalize_groups(self, x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Every group by its own statistics; weight, bias [C], or [G, C] of each group's own."""
-        if torch.compiler.is_compiling():
+        # In channels_last the native kernel knows no groups.
+        if torch.compiler.is_compiling() or groups.format_of(x) != torch.contiguous_format:
             mean, var = groups.moments(*groups.image_moments(x), size)
             self.record(mean.detach(), var.detach(), groups.values(x, size))
             return groups.normalize(x, size, mean, var, weight, bias, self.eps)
-        split = groups.split(x, size).contiguous()  # channels_last: the native kernel knows no groups there
+        split = groups.split(x, size).contiguous()
         of_groups = split.shape[1:3]
         dtype = groups.moments_dtype(x)  # which the native kernel takes weight and bias in
         weight, bias = (None if t is None else t.to(dtype).expand(of_groups).flatten() for t in (weight, bias))

@@ -1,9 +1,13 @@
 """What measures nothing: frozen Batch Normalization, and no normalization at all."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from kalmannorm.norm import groups
 
 
 class FrozenBatchNorm(nn.Module):
@@ -23,14 +27,26 @@ class FrozenBatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
+    layer_name = ""  # set by convert: errors name the layer
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        groups.check(type(self).__name__, num_features, eps)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum  # momentum: for fold alone
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((num_features,), value))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+            self.register_buffer(name, torch.full((num_features,), value, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
+        groups.check(self.layer_name or type(self).__name__, self.num_features, self.eps, input)
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def extra_repr(self) -> str:

@@ -4,7 +4,7 @@ Input x [N, C, ...] in G groups, statistics per (group, channel). Two forms of t
 
 - plain tensor operations, which a compiler fuses and which may be differentiated twice;
 - one autograd function with torch's native batch-norm kernels, for eager mode: it saves x once, as BN does, and its
-  backward makes one reduction and one elementwise sweep.
+  backward makes one reduction and one elementwise sweep. Differentiable twice, then by plain operations.
 """
 
 from collections.abc import Callable
@@ -138,7 +138,7 @@ class _Native(torch.autograd.Function):
         biases = None if bias is None else bias.to(mean.dtype).repeat(len(mean))
         y = torch.native_batch_norm(rows, weights, biases, mean.flatten(), var.flatten(), False, 0.0, eps)[0]
         # Backward finds the prior from posterior, measurement and gain. The posterior is kept by the next ReLU too.
-        ctx.save_for_backward(x, mean, var, weight, q, measured_mean, measured_var)
+        ctx.save_for_backward(x, mean, var, weight, gain, q, measured_mean, measured_var)
         ctx.size, ctx.eps, ctx.mixture, ctx.predicts_mean = size, eps, mixture, prior_mean is not None
         # Handed out for probes only. Clones: without a prior the posterior is the same tensor, and is differentiable.
         measurement = measured_mean.clone(), measured_var.clone()
@@ -147,22 +147,26 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True; what follows would be taken for constants
-            raise RuntimeError(
-                "second derivatives of Kalman Normalization on the CPU are of inputs in channels_last alone: pass "
-                "x.contiguous(memory_format=torch.channels_last)"
-            )
         dy, dmean, dvar = grads[:3]
-        x, mean, var, weight, q, measured_mean, measured_var = ctx.saved_tensors
+        x, mean, var, weight, gain, q, measured_mean, measured_var = ctx.saved_tensors
         rows = _rows(x, ctx.size)
         dy = dy.contiguous().view(rows.shape)
-        ones = torch.ones_like(mean).flatten()
-        # Sums of dy * (x - mean) * rstd and of dy, per row: the normalizer seen as a constant affine.
-        _, dot, total = torch.ops.aten.native_batch_norm_backward(
-            dy, rows, ones, mean.flatten(), var.flatten(), None, None, False, ctx.eps, [False, True, True]
-        )
-        dot, total = dot.view(mean.shape), total.view(mean.shape)
+        column = (mean.numel(), 1)
         rstd = torch.rsqrt(var + ctx.eps)
+        # Sums of dy * (x - mean) * rstd and of dy, per row: the normalizer seen as a constant affine.
+        if torch.is_grad_enabled():  # create_graph=True: all that follows from what is differentiable itself
+            rows, dy = rows.to(mean.dtype), dy.to(mean.dtype)
+            total = dy.sum((0, 2)).view(mean.shape)
+            dot = (dy * (rows - mean.view(column))).sum((0, 2)).view(mean.shape) * rstd
+            moments = torch.var_mean(rows, (0, 2), correction=0)
+            measured_var, measured_mean = (t.view(mean.shape) for t in moments)
+            q = None if q is None else torch.where(q == 1, q, gain)
+        else:
+            ones = torch.ones_like(mean).flatten()
+            _, dot, total = torch.ops.aten.native_batch_norm_backward(
+                dy, rows, ones, mean.flatten(), var.flatten(), None, None, False, ctx.eps, [False, True, True]
+            )
+            dot, total = dot.view(mean.shape), total.view(mean.shape)
         scale = rstd if weight is None else rstd * weight
         dmean = torch.addcmul(dmean, scale, total, value=-1)
         dvar = torch.addcmul(dvar, scale * rstd, dot, value=-0.5)
@@ -192,7 +196,6 @@ class _Native(torch.autograd.Function):
         values = rows.shape[0] * rows.shape[2]
         by_x = dmeasured_var * (2 / values)
         constant = dmeasured_mean / values - by_x * measured_mean
-        column = (mean.numel(), 1)
         dx = torch.addcmul(constant.view(column), rows, by_x.view(column))
         dx = dx.addcmul_(dy, scale.view(column)).to(x.dtype).view(x.shape)
         dweight = None if weight is None else dot.sum(0)

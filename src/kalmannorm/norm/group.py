@@ -3,7 +3,12 @@
 One group is Layer Normalization over (C, H, W), a group for every channel Instance Normalization.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+
+from kalmannorm.norm import groups
 
 
 def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -> int:
@@ -42,10 +47,23 @@ class GroupNorm(nn.GroupNorm):
     layer_name = ""  # set by convert: errors name the layer
 
     def __init__(
-        self, num_features: int, *, num_groups: int | None = None, max_groups: int = 32, eps: float = 1e-5
+        self,
+        num_features: int,
+        *,
+        num_groups: int | None = None,
+        max_groups: int = 32,
+        eps: float = 1e-5,
+        affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channel_groups(num_features, num_groups, max_groups), num_features, eps)
+        super().__init__(channel_groups(num_features, num_groups, max_groups), num_features, eps, affine, device, dtype)
+        groups.check(type(self).__name__, num_features, eps)
+        if not bias:
+            self.register_parameter("bias", None)
 
     def forward(self, input: Tensor) -> Tensor:
+        groups.check(self.layer_name or type(self).__name__, self.num_channels, self.eps, input)
         refuse_single_values(self.layer_name or type(self).__name__, input, self.num_groups)
         return super().forward(input)

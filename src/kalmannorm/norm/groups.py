@@ -13,13 +13,39 @@ from torch import Tensor
 
 def size(batch: int, stat_batch: int | None) -> int:
     """Images of each group of a batch. `stat_batch` None means the whole batch is one group."""
-    if batch == 0:
-        raise ValueError("a batch of no images has no statistics: leave it out")
     if stat_batch is None:
         return batch
     if batch % stat_batch:
         raise ValueError(f"a batch of {batch} images does not divide into groups of stat_batch = {stat_batch}")
     return stat_batch
+
+
+def check(where: str, channels: int, eps: float, x: Tensor | None = None) -> None:
+    """ValueError for an eps that is none, and for an x that is not [N, C, ...] of these channels."""
+    if eps < 0:
+        raise ValueError(f"{where}: eps must not be negative, not {eps}")
+    if x is not None and x.dim() < 2:
+        raise ValueError(f"{where}: expected an input [N, C, ...], got {tuple(x.shape)}")
+    if x is not None and x.shape[1] != channels:
+        raise ValueError(f"{where}: expected {channels} channels, got {tuple(x.shape)}")
+
+
+def of_no_images(x: Tensor, *others: Tensor | None) -> Tensor:
+    """x [0, C, ...] as every normalizer returns it: as a function of `others` too, whose gradients are 0 (DDP waits for
+    them). Moving averages stay as they are."""
+    y = x.clone()
+    for other in others:
+        if other is not None and other.requires_grad:
+            y = y + 0 * other.sum().to(y.dtype)
+    return y
+
+
+def format_of(x: Tensor) -> torch.memory_format:
+    """The memory format of x, which a normalizer's result has too."""
+    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dims and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
+            return memory_format
+    return torch.contiguous_format
 
 
 def values(x: Tensor, size: int) -> int:

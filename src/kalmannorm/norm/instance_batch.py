@@ -35,9 +35,12 @@ class InstanceBatchNorm(nn.Module):
         ratio: float = 0.5,
         first: str = "in",
         eps: float = 1e-5,
+        affine: bool = True,
+        bias: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
+        groups.check(type(self).__name__, num_features, eps)
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio must be from 0 to 1, not {ratio}")
         if first not in ("in", "bn"):
@@ -48,12 +51,13 @@ class InstanceBatchNorm(nn.Module):
         self.batch = slice(ahead, num_features) if first == "in" else slice(0, ahead)
         of_instance = self.instance.stop - self.instance.start
         # None where a part has no channel.
-        self.IN = nn.InstanceNorm2d(of_instance, eps, affine=True) if of_instance else None
-        self.BN = (
-            BatchNorm(num_features - of_instance, stat_batch=stat_batch, eps=eps, **options)
-            if of_instance < num_features
-            else None
-        )
+        place: dict[str, Any] = {key: options.get(key) for key in ("device", "dtype")}
+        self.IN = nn.InstanceNorm2d(of_instance, eps, affine=affine, **place) if of_instance else None
+        if self.IN is not None and not bias:
+            self.IN.register_parameter("bias", None)
+        options |= {"stat_batch": stat_batch, "eps": eps, "affine": affine, "bias": bias}
+        of_batch = num_features - of_instance
+        self.BN = BatchNorm(of_batch, **options) if of_batch else None
         self.layer_name = ""  # set by convert: errors name the layer
 
     @property
@@ -75,6 +79,9 @@ class InstanceBatchNorm(nn.Module):
         return sorted(present, key=lambda part: part[1].start)
 
     def forward(self, input: Tensor) -> Tensor:
+        groups.check(self.layer_name or type(self).__name__, self.num_features, self.eps, input)
+        if not len(input):
+            return groups.of_no_images(input, *self.parameters())
         if self.IN is not None:
             refuse_single_pixels(self.layer_name or type(self).__name__, input)
         # One affine for every channel of every image: neither split nor put together, the map is read twice.

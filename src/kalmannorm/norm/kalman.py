@@ -42,6 +42,8 @@ class Estimator(TakesBeliefs):
         guard: float | None,
         belief: str,
         predict: str,
+        device: Any,
+        dtype: torch.dtype | None,
     ) -> None:
         if (gain is None) == (prior_values is None):
             raise ValueError(f"one of gain ({gain}) and prior_values ({prior_values}) must be a number, the other None")
@@ -61,14 +63,15 @@ class Estimator(TakesBeliefs):
             raise ValueError(f"noise must be True, False, 'shared' or 'relative', not {noise!r}")
         if guard is not None and guard <= 0:
             raise ValueError(f"guard must be positive or None, not {guard}")
-        self.initial_gain, self.prior_values = gain, prior_values
+        self.channels, self.initial_gain, self.prior_values = channels, gain, prior_values
         self.noise, self.mixture, self.guard, self.belief, self.predict = noise, mixture, guard, belief, predict
         self.gain_logit = self.noise_raw = None
         if learn_gain:  # with prior_values: what learning adds to the logit that they give. [1]: FSDP refuses scalars
-            self.gain_logit = nn.Parameter(torch.tensor([math.log(gain / (1 - gain)) if gain else 0.0]))
+            start = math.log(gain / (1 - gain)) if gain else 0.0
+            self.gain_logit = nn.Parameter(torch.tensor([start], device=device, dtype=dtype))
         if noise:
-            size = 1 if noise == "shared" else channels
-            self.noise_raw = nn.Parameter(torch.full((size,), math.log(math.expm1(INITIAL_NOISE))))
+            size, start = 1 if noise == "shared" else channels, math.log(math.expm1(INITIAL_NOISE))
+            self.noise_raw = nn.Parameter(torch.full((size,), start, device=device, dtype=dtype))
 
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         """x normalized, and the belief to hand on."""
@@ -112,21 +115,25 @@ class Estimator(TakesBeliefs):
         noise = F.softplus(self.noise_raw)
         return Belief(prior.mean, prior.var + (noise * prior.var if self.noise == "relative" else noise))
 
-    def tie_idle(self, weight: Tensor, prior: Belief | None = None) -> Tensor:
+    def tie_idle(self, weight: Tensor | None, prior: Belief | None = None) -> Tensor | None:
         """`weight`, unchanged, as a function of q and R, idle without a prior, and of what made a prior that is not
         used: DDP waits for all their gradients."""
         for idle in (self.gain_logit, self.noise_raw, None if prior is None else prior.mean):
             if idle is not None and idle.requires_grad:
-                weight = weight + 0 * idle.sum()
+                weight = (idle.new_ones(self.channels) if weight is None else weight) + 0 * idle.sum()
         return weight
 
-    def hand_on(self, posterior: Belief, weight: Tensor, bias: Tensor) -> Belief:
+    def hand_on(self, posterior: Belief, weight: Tensor | None, bias: Tensor | None) -> Belief:
         """The belief that the next layer predicts from.
 
         `posterior`: of the un-normalized feature (paper, released code). `output`: N(beta, gamma^2), the distribution
         after an exact normalization (as in Normalization Propagation): a single row, the same for all groups.
         """
-        return posterior if self.belief == "posterior" else Belief(bias[None], weight.square()[None])
+        if self.belief == "posterior":
+            return posterior
+        like = posterior.mean
+        weight = like.new_ones(self.channels) if weight is None else weight
+        return Belief((like.new_zeros(self.channels) if bias is None else bias)[None], weight.square()[None])
 
     def estimator_repr(self) -> str:
         learned = "learned" if self.gain_logit is not None else "fixed"
@@ -178,20 +185,32 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
         predict: str = "both",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        affine: bool = True,
+        bias: bool = True,
+        track_running_stats: bool = True,
         moving_groups: str = "mean",
         moving_unbiased: bool = False,
         first_unbiased: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             num_features,
             stat_batch=stat_batch,
             eps=eps,
             momentum=momentum,
+            affine=affine,
+            bias=bias,
+            track_running_stats=track_running_stats,
             moving_groups=moving_groups,
             moving_unbiased=moving_unbiased,
+            device=device,
+            dtype=dtype,
         )
         self.first_unbiased = first_unbiased
-        self._init_estimator(num_features, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict)
+        self._init_estimator(
+            num_features, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict, device, dtype
+        )
 
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         if self.uses_moving:
@@ -201,6 +220,9 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             tie = torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
             weight = self.tie_idle(self.weight, prior) if tie else self.weight
             return self.normalize_by_moving(x, weight), self.hand_on(moving, self.weight, self.bias)
+        if not len(x):
+            none = Belief(*groups.image_moments(x.detach()))
+            return self.of_no_images(x, *(prior or ())), self.hand_on(none, self.weight, self.bias)
         size = self.group_size(x)
         self.values = values = groups.values(x, size)
         predicted = None if prior is None else self.predicted(prior)
@@ -249,35 +271,52 @@ class KalmanGroupNorm(Estimator):
         belief: str = "posterior",
         predict: str = "both",
         eps: float = 1e-5,
+        affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        groups.check(type(self).__name__, num_channels, eps)
         if num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"{num_groups} groups do not divide {num_channels} channels")
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
-        self.weight = nn.Parameter(torch.ones(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
-        self._init_estimator(num_channels, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict)
+        ones, zeros = (torch.full((num_channels,), value, device=device, dtype=dtype) for value in (1.0, 0.0))
+        self.weight = nn.Parameter(ones) if affine else None
+        self.bias = nn.Parameter(zeros) if affine and bias else None
+        self._init_estimator(
+            num_channels, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict, device, dtype
+        )
 
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
-        refuse_single_values(self.layer_name or type(self).__name__, x, self.num_groups)
+        where = self.layer_name or type(self).__name__
+        groups.check(where, self.num_channels, self.eps, x)
+        refuse_single_values(where, x, self.num_groups)
         images, channels = x.shape[:2]
         if images == 0:
-            raise ValueError(f"{self.layer_name or type(self).__name__}: a batch of no images has no statistics")
+            none = Belief(*groups.image_moments(x.detach()))
+            y = groups.of_no_images(x, *self.parameters(), *(prior or ()))
+            return y, self.hand_on(none, self.weight, self.bias)
         per_group = channels // self.num_groups
         predicted = None
         if prior is not None:
             mean, var = (t.expand(images, -1).unflatten(1, (self.num_groups, per_group)) for t in self.predicted(prior))
             predicted = Belief(mean.mean(2).flatten()[None], (var.mean(2) + mean.var(2, correction=0)).flatten()[None])
         # One image whose channels are the N * num_groups sets of Eq. 8.
-        sets = x.contiguous().view(1, images * self.num_groups, -1)
+        # In the statistics' type: what is rounded to a half one is the result alone.
+        sets = x.contiguous().view(1, images * self.num_groups, -1).to(groups.moments_dtype(x))
         self.values = sets.shape[2]
         used = predicted if predicted is None or self.predict == "both" else (None, predicted.var)
         y, posterior, _ = normalize_by_posterior(
             sets, 1, used, self.gain, None, None, self.eps, self.mixture, self.guard, self.over_ranks
         )
-        weight = self.weight if prior is not None else self.tie_idle(self.weight)
         shape = (1, channels) + (1,) * (x.dim() - 2)
-        y = torch.addcmul(self.bias.view(shape).to(y.dtype), y.view(x.shape), weight.view(shape).to(y.dtype))
+        affine = (self.weight if prior is not None else self.tie_idle(self.weight), self.bias)
+        weight, bias = (None if t is None else t.view(shape).to(y.dtype) for t in affine)
+        y = y.view(x.shape)
+        if weight is not None:
+            y = y * weight if bias is None else torch.addcmul(bias, y, weight)
+        y = y.to(x.dtype).contiguous(memory_format=groups.format_of(x))
         mean, var = (t.view(images, self.num_groups).repeat_interleave(per_group, 1) for t in posterior)
         return y, self.hand_on(Belief(mean, var), self.weight, self.bias)
 

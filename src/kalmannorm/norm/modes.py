@@ -52,7 +52,7 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     stays in eval mode; the model's modes are restored. ValueError: no batch.
     """
     modes = {module: module.training for module in model.modules()}
-    layers = normalizers(model).values()
+    layers = [layer for layer in normalizers(model).values() if layer.running_mean is not None]
     kept = {layer: (layer.momentum, layer.moving_groups) for layer in layers}
     old = {layer: {key: value.clone() for key, value in layer.named_buffers()} for layer in layers}
     model.eval()

@@ -7,6 +7,7 @@ Curved activations: activations.py; the sampling predictor: sampling.py.
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -29,12 +30,17 @@ def full_precision(rule: Callable[P, T]) -> Callable[P, T]:
         device = belief.mean.device.type
         if belief.mean.dtype in (torch.float16, torch.bfloat16):  # as FSDP casts what is passed to a module
             args = Belief(belief.mean.float(), belief.var.float()), *args[1:]  # type: ignore[assignment]
-        if not torch.amp.is_autocast_available(device):  # "meta": shapes alone
-            return rule(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return rule(*args, **kwargs)
 
     return wrapped
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Of a type of devices; "meta", of shapes alone, knows none."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 # --- linear operations ------------------------------------------------------------------------------------------------
@@ -253,6 +259,7 @@ class _RectifiedMoments(torch.autograd.Function):
 
     With a = mean / sd, E the new mean and V the new variance:
     dE = Phi(a) dmean + phi(a) / (2 sd) dvar and dV = 2 E Phi(-a) dmean + (Phi(a) - E phi(a) / sd) dvar.
+    Differentiable twice.
     """
 
     @staticmethod
@@ -264,7 +271,6 @@ class _RectifiedMoments(torch.autograd.Function):
         return rectified, var * share.clamp_min(0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         mean, var = ctx.saved_tensors
         _, above, below, density, rectified = _rectified(mean, var)

@@ -163,10 +163,14 @@ class PopulationNorm(SyncBatchNorm):
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, not {estimator!r}")
         if gamma_decay is not None and (isinstance(gamma_decay, str) or len(gamma_decay) != 2):
             raise ValueError(f"gamma_decay must be (variant, batch), not {gamma_decay!r}")
-        if gamma_decay is not None and (estimator != "whole" or not self.affine):
-            raise ValueError("gamma_decay needs estimator='whole' and a gamma")
+        if gamma_decay is not None and (estimator != "whole" or self.weight is None or self.bias is None):
+            raise ValueError("gamma_decay needs estimator='whole', a gamma and a beta")
+        if estimator != "whole" and self.running_mean is None:
+            raise ValueError(f"estimator={estimator!r} needs moving statistics: track_running_stats=True")
         self.estimator = estimator
         self.decay = None if gamma_decay is None else GammaDecay(num_features, *gamma_decay, gamma_cap)
+        if self.decay is not None:
+            self.decay.to(self.weight)
         self.corrects = True  # whether `memory` is past its warm-up
 
     def set_progress(self, fraction: float) -> None:
@@ -177,9 +181,11 @@ class PopulationNorm(SyncBatchNorm):
         remembers = self.estimator == "frozen" or (self.estimator == "memory" and self.corrects)
         if self.uses_moving or not (remembers or (self.decay is not None and self.training)):
             return super().forward(input)
+        if not len(input) and not self.spans:
+            return self.of_no_images(input)
         if not self.spans:
             self.group_size(input)  # refuses what says nothing
-        size, member, mean, var = self.moments(input, self.stat_batch)
+        size, member, mean, var = self.moments(input, self.group_of)
         if remembers:
             y = self._normalize_by_memory(input, mean[member], var[member])
         else:
@@ -199,8 +205,7 @@ class PopulationNorm(SyncBatchNorm):
         scale = (past_var + self.eps).rsqrt()
         r = (var.detach() + self.eps).sqrt() * scale
         d = (mean.detach() - past_mean) * scale
-        weight, bias = (r * self.weight, self.bias + d * self.weight) if self.affine else (r, d)
-        return groups.normalize(x, 1, mean, var, weight, bias, self.eps)
+        return groups.normalize(x, 1, mean, var, *self.corrected(r, d), self.eps)
 
     def _normalize_watched(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         assert self.decay is not None
@@ -234,9 +239,11 @@ class SplitBatchNorm(SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving:
             return super().forward(input)
+        if not len(input) and not self.spans:
+            return self.of_no_images(input)
         if not self.spans:
             self.group_size(input)  # refuses what says nothing
-        size, member, *of_groups = self.moments(input, self.stat_batch)
+        size, member, *of_groups = self.moments(input, self.group_of)
         _, _, *of_whole = self.moments(input, None)
         mean, var = (
             (whole.expand_as(group) if chosen else group)

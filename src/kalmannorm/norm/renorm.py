@@ -40,7 +40,8 @@ class BatchRenorm(BatchNorm):
             raise ValueError(f"rmax must be at least 1 and dmax at least 0, not {rmax} and {dmax}")
         self.rmax, self.dmax = rmax, dmax
         # A tensor, so that compiled code does not depend on the numbers; follows from the progress, so not saved.
-        self.register_buffer("limits", torch.empty(2), persistent=False)
+        place = {key: options.get(key) for key in ("device", "dtype")}
+        self.register_buffer("limits", torch.empty(2, **place), persistent=False)
         self._reached = (0.0, 0.0)
         self.set_progress(1.0)
 
@@ -64,11 +65,12 @@ class BatchRenorm(BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving or not self.corrects or self.running_mean is None:
             return super().forward(input)
+        if not len(input):
+            return self.of_no_images(input)
         size = self.group_size(input)
         # Constants for the gradient, so it is BN with a gamma and beta of each group's own.
         r, d = once(self, lambda: self.correction(*groups.moments(*groups.image_moments(input.detach()), size)))
-        weight, bias = (r * self.weight, self.bias + d * self.weight) if self.affine else (r, d)
-        return self._normalize_groups(input, size, weight, bias)
+        return self._normalize_groups(input, size, *self.corrected(r, d))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rmax={self.rmax}, dmax={self.dmax}"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalmannorm.norm import groups
 from kalmannorm.norm.switchable import MIXED, SwitchableNorm
 
 # Beyond the circle around the simplex of three, every point of it is a corner.
@@ -84,9 +85,9 @@ class SparseSwitchableNorm(SwitchableNorm):
 
     def __init__(self, num_features: int, **options: Any) -> None:
         super().__init__(num_features, **options)
-        self.register_buffer("radius", torch.zeros(()))
-        self.register_buffer("choice", torch.full((2,), -1))
-        self.register_buffer("chosen_at", torch.zeros(2))
+        self.register_buffer("radius", self.mean_weight.new_zeros(()))
+        self.register_buffer("choice", torch.full((2,), -1, device=self.mean_weight.device))
+        self.register_buffer("chosen_at", self.mean_weight.new_zeros(2))
 
     def set_progress(self, fraction: float) -> None:
         """`fraction` of the training is done: the radius."""
@@ -103,8 +104,9 @@ class SparseSwitchableNorm(SwitchableNorm):
         return self._ratio(0, logits[0]), self._ratio(1, logits[1])
 
     def _ratio(self, which: int, logits: Tensor) -> Tensor:
-        # A copy: the logits themselves may change below, before their gradient is taken.
-        weights = sparsestmax(logits.clone(), self.radius.to(logits.dtype))
+        # A copy: the logits themselves may change below, before their gradient is taken. Halves are too short for sums
+        # of logits.
+        weights = sparsestmax(logits.clone().to(groups.moments_dtype(logits)), self.radius)
         choice = self.choice[which]
         if self.training:
             with torch.no_grad():

@@ -27,8 +27,9 @@ class SwitchableNorm(GroupedStatistics):
 
     def __init__(self, num_features: int, **options: Any) -> None:
         super().__init__(num_features, **options)
-        self.mean_weight = nn.Parameter(torch.ones(len(MIXED)))
-        self.var_weight = nn.Parameter(torch.ones(len(MIXED)))
+        place = {key: options.get(key) for key in ("device", "dtype")}
+        self.mean_weight = nn.Parameter(torch.ones(len(MIXED), **place))
+        self.var_weight = nn.Parameter(torch.ones(len(MIXED), **place))
 
     @property
     def weights(self) -> dict[str, list[float]]:
@@ -44,6 +45,8 @@ class SwitchableNorm(GroupedStatistics):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         refuse_single_pixels(self.where, input)
+        if not len(input):
+            return self.of_no_images(input)
         # Everything follows from the moments of one channel of one image, [N, C].
         in_mean, in_var = groups.image_moments(input)
         ln_mean, ln_var = groups.pooled(in_mean, in_var, 1)

@@ -20,11 +20,8 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous()
-        dist.all_reduce(total)
-        return total
+        return _SumOverRanks.apply(grads[0])
 
 
 class SyncBatchNorm(BatchNorm):
@@ -45,7 +42,7 @@ class SyncBatchNorm(BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.spans:
             return super().forward(input)
-        size, member, mean, var = self.moments(input, self.stat_batch)
+        size, member, mean, var = self.moments(input, self.group_of)
         y = groups.normalize(input, 1, mean[member], var[member], self.weight, self.bias, self.eps)
         self.record(mean.detach(), var.detach(), groups.values(input, size))
         return y
@@ -55,6 +52,8 @@ class SyncBatchNorm(BatchNorm):
         population variance [G, C]; None: the whole batch is one."""
         rank, world = (dist.get_rank(), dist.get_world_size()) if self.spans else (0, 1)
         images = x.shape[0]
+        if images == 0:  # the other processes wait for what this one has to add
+            raise ValueError(f"{self.where}: a batch of no images on one of {world} devices")
         size = stat_batch or images * world
         if images * world % size:
             raise ValueError(f"{self.where}: {images * world} images on {world} devices are no whole groups of {size}")

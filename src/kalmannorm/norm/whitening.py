@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics
+from kalmannorm.norm.moments import without_autocast
 
 AVERAGES = ("whitening", "cov")
 
@@ -20,23 +21,30 @@ class _InverseSqrt(torch.autograd.Function):
     """S^(-1/2) of symmetric positive matrices [..., d, d], by eigenvalues.
 
     Its gradient is taken by the divided differences of l^(-1/2), which are finite where eigenvalues coincide, and not
-    through the eigenvectors, whose derivatives are not.
+    through the eigenvectors, whose derivatives are not. Second derivatives are, and need them to differ.
     """
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(matrix)
-        roots = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
-        ctx.save_for_backward(roots, vectors)
+        roots, vectors = _roots(matrix)
+        ctx.save_for_backward(matrix, roots, vectors)
         return vectors @ (vectors / roots.unsqueeze(-2)).mT
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        roots, vectors = ctx.saved_tensors
+        matrix, roots, vectors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: as functions of the matrix
+            roots, vectors = _roots(matrix)
         row, column = roots.unsqueeze(-1), roots.unsqueeze(-2)
         differences = -1 / (row * column * (row + column))
         symmetric = (grads[0] + grads[0].mT) / 2
         return vectors @ (differences * (vectors.mT @ symmetric @ vectors)) @ vectors.mT
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The square roots of the eigenvalues, and the eigenvectors."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp(min=torch.finfo(values.dtype).tiny).sqrt(), vectors
 
 
 def inverse_sqrt(matrix: Tensor) -> Tensor:
@@ -78,7 +86,10 @@ class Whitening(GroupedStatistics):
         self.group, self.average = min(group, num_features), average
         self.number = -(-num_features // self.group)  # of groups of channels
         self.averaged = (*self.averaged, f"running_{average}")
-        self.register_buffer(self.averaged[-1], self._mask().diagonal(dim1=-2, dim2=-1).diag_embed())
+        start = None
+        if self.running_mean is not None:
+            start = self._mask().diagonal(dim1=-2, dim2=-1).diag_embed().to(self.running_mean)
+        self.register_buffer(self.averaged[-1], start)
 
     def whiten(self, cov: Tensor) -> Tensor:
         """W [..., d, d] of covariances."""
@@ -100,8 +111,10 @@ class Whitening(GroupedStatistics):
         return size
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):  # matrix products in float32 as well
-            return self._normalize(input).to(input.dtype)
+        if not len(input):
+            return self.of_no_images(input)
+        with without_autocast(input.device.type):  # matrix products in float32 as well
+            return self._normalize(input).to(input.dtype).contiguous(memory_format=groups.format_of(input))
 
     def _normalize(self, x: Tensor) -> Tensor:
         wide = x.to(groups.moments_dtype(x)).flatten(2) if x.dim() > 2 else x.to(groups.moments_dtype(x))[..., None]
@@ -161,8 +174,8 @@ class Whitening(GroupedStatistics):
         return cov.diagonal(dim1=-2, dim2=-1).flatten(-2)[..., : self.num_features]
 
     def begin_precise(self) -> None:
-        mean = getattr(self, "running_mean")  # noqa: B009
-        moving: Tensor = getattr(self, self.averaged[-1])
+        assert self.running_mean is not None
+        mean, moving = self.running_mean, getattr(self, self.averaged[-1])
         self._pool = (torch.zeros_like(mean, dtype=torch.float64), torch.zeros_like(moving, dtype=torch.float64), 0)
 
     @torch.no_grad()
