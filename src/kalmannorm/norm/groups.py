@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from kalmannorm.norm.belief import Belief
+
 
 def size(batch: int, stat_batch: int | None) -> int:
     """Images of each group of a batch. `stat_batch` None means the whole batch is one group."""
@@ -38,6 +40,12 @@ def of_no_images(x: Tensor, *others: Tensor | None) -> Tensor:
         if other is not None and other.requires_grad:
             y = y + 0 * other.sum().to(y.dtype)
     return y
+
+
+def belief_of_no_images(x: Tensor) -> Belief:
+    """Of x [0, C, ...]: no rows."""
+    none = x.new_zeros(0, x.shape[1], dtype=moments_dtype(x))
+    return Belief(none, none)
 
 
 def format_of(x: Tensor) -> torch.memory_format:

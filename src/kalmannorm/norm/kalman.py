@@ -221,8 +221,8 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             weight = self.tie_idle(self.weight, prior) if tie else self.weight
             return self.normalize_by_moving(x, weight), self.hand_on(moving, self.weight, self.bias)
         if not len(x):
-            none = Belief(*groups.image_moments(x.detach()))
-            return self.of_no_images(x, *(prior or ())), self.hand_on(none, self.weight, self.bias)
+            y = self.of_no_images(x, *(prior or ()))
+            return y, self.hand_on(groups.belief_of_no_images(x), self.weight, self.bias)
         size = self.group_size(x)
         self.values = values = groups.values(x, size)
         predicted = None if prior is None else self.predicted(prior)
@@ -294,9 +294,8 @@ class KalmanGroupNorm(Estimator):
         refuse_single_values(where, x, self.num_groups)
         images, channels = x.shape[:2]
         if images == 0:
-            none = Belief(*groups.image_moments(x.detach()))
             y = groups.of_no_images(x, *self.parameters(), *(prior or ()))
-            return y, self.hand_on(none, self.weight, self.bias)
+            return y, self.hand_on(groups.belief_of_no_images(x), self.weight, self.bias)
         per_group = channels // self.num_groups
         predicted = None
         if prior is not None:
