@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from kalmannorm import NORMS, KalmanBatchNorm2d, belief_report, convert, fold
+from kalmannorm.norm.modes import finish_gradients
 
 
 def net(width: int = 8) -> nn.Sequential:
@@ -137,6 +138,40 @@ def test_other_checkpoints_are_right_or_refused(norm: str, options: dict[str, An
         torch.testing.assert_close(a, b)
     with pytest.raises(RuntimeError, match=r"2 forwards wait .* or torch's checkpoint"):
         of_several(model, [x, 2 * x], OtherCheckpoint.apply, False)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("variant", ["talk", "fisher", "images"])
+def test_gamma_decay_sees_each_image_once(variant: str, reentrant: bool) -> None:
+    model, x = convert(net(), "pn", stat_batch=2, gamma_decay=(variant, 2.0)), torch.randn(8, 3, 8, 8)
+    found = []
+    for how in (None, reentrant):
+        twin, given = copy.deepcopy(model), x.clone().requires_grad_()
+        y = twin(given) if how is None else checkpoint(twin, given, use_reentrant=how)
+        y.square().mean().backward()
+        finish_gradients(twin)
+        found.append([p.grad for p in twin.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("how", [None, False, True])
+@pytest.mark.parametrize(("norm", "options"), [("brn", {}), ("pn", {"estimator": "memory"})], ids=str)
+def test_compiled_within_a_checkpoint(norm: str, options: dict[str, Any], how: bool | None) -> None:
+    """What moving averages correct is corrected by those of the first forward, as in what runs once, uncompiled."""
+    torch._dynamo.reset()
+    layer, x = NORMS[norm](4, stat_batch=2, **options), torch.randn(8, 4, 5, 5)
+    for step in range(2):
+        layer(x * (step + 2))
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, backend="aot_eager")
+    v = torch.randn_like(x)
+    (layer(x) * v).sum().backward()
+    given = x.clone().requires_grad_()
+    y = compiled(given) if how is None else checkpoint(compiled, given, use_reentrant=how)
+    (y * v).sum().backward()
+    for a, b in zip(layer.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -31,8 +31,11 @@ def once(layer: nn.Module, make: Callable[[], T]) -> T:
     It is kept with the checkpoint, so that any number of them may wait for their backward. RuntimeError: the checkpoint
     is not torch's, and more than one forward waits for its backward.
     """
-    if not layer.training or torch.compiler.is_compiling():
+    if not layer.training:
         return make()
+    if torch.compiler.is_compiling():
+        # Compiled code cannot look for a checkpoint around it; where it is compiled within one, it leaves for this.
+        return torch.compiler.disable(once)(layer, make) if _is_compiled_within() else make()
     again, checkpoints = is_run_again(), _checkpoints()
     if not again and not checkpoints:
         value = make()
@@ -50,6 +53,15 @@ def once(layer: nn.Module, make: Callable[[], T]) -> T:
     for checkpoint, _ in checkpoints[:outer]:  # inside of it, others that run for the first time
         _record(checkpoint, layer).values.append(value)
     return value
+
+
+def _is_compiled_within() -> bool:
+    """Whether a checkpoint is being run as its code is compiled."""
+    return bool(_checkpoints())
+
+
+# torch.compiler.assume_constant_result, which does this, imports the whole compiler.
+_is_compiled_within._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _of_unknown(layer: nn.Module, make: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.norm import groups
-from kalmannorm.norm.checkpoints import once
+from kalmannorm.norm.checkpoints import is_run_again, once
 from kalmannorm.norm.renorm import WARM_UP
 from kalmannorm.norm.sync import SyncBatchNorm
 
@@ -186,12 +186,11 @@ class PopulationNorm(SyncBatchNorm):
         if not self.spans:
             self.group_size(input)  # refuses what says nothing
         size, member, mean, var = self.moments(input, self.group_of)
-        if remembers:
-            y = self._normalize_by_memory(input, mean[member], var[member])
-        else:
-            # Not as a decorator: that imports the whole compiler.
-            apart = torch.compiler.disable if torch.compiler.is_compiling() else lambda function: function
-            y = apart(self._normalize_watched)(input, mean[member], var[member])
+        # Not compiled: hooks, and averages that change before the backward, which would then read them as changed.
+        # Not as a decorator: that imports the whole compiler.
+        apart = torch.compiler.disable if torch.compiler.is_compiling() else lambda function: function
+        normalize = apart(self._normalize_by_memory if remembers else self._normalize_watched)
+        y = normalize(input, mean[member], var[member])
         self.record(mean.detach(), var.detach(), groups.values(input, size))
         return y
 
@@ -211,8 +210,10 @@ class PopulationNorm(SyncBatchNorm):
         assert self.decay is not None
         weight: Tensor = self.weight
         bias: Tensor = self.bias
+        seen = once(self, torch.is_grad_enabled)  # in a checkpoint: by its first forward, if that has a graph
         if torch.is_grad_enabled():
-            self.decay.see_features(x.detach(), mean.detach(), var.detach(), weight.detach(), bias.detach())
+            if not (seen and is_run_again()):
+                self.decay.see_features(x.detach(), mean.detach(), var.detach(), weight.detach(), bias.detach())
             weight, bias = self.decay.watch(weight, bias, len(x))
         return groups.normalize(x, 1, mean, var, weight, bias, self.eps)
 
