@@ -35,13 +35,15 @@ def numbered(numbers: int) -> NDArray[np.uint8]:
     return meanings({number: i for i, number in enumerate(CLASSES.values())}, range(numbers))
 
 
+CITYSCAPES = Source(
+    "cityscapes",
+    tuple(CLASSES),
+    numbered(NUMBERS),
+    _pairs,
+    "get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com (free after "
+    "registration) and unpack both into it",
+)
 SOURCES = {
-    "cityscapes": Source(
-        "cityscapes",
-        tuple(CLASSES),
-        numbered(NUMBERS),
-        _pairs,
-        "get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com (free after "
-        "registration) and unpack both into it",
-    )
-}
+    "cityscapes": CITYSCAPES,
+    "cityscapes_gta5": CITYSCAPES,
+}  # of the latter, GTA5's scenes are tested on as well

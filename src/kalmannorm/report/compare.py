@@ -8,7 +8,7 @@ from kalmannorm.experiments.record import Record, find
 from kalmannorm.report.frame import flat
 
 EPOCHS = 3  # of the curves' ends
-FINALS = ("accuracy", "loss", "box_ap", "mask_ap")
+FINALS = ("accuracy", "loss", "box_ap", "mask_ap", "miou", "pixel_accuracy")
 HOST = ("started", "hardware", "device", "threads", "images_per_s", "seconds")
 
 

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kalmannorm.data import SCENES
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.card import Card, Row
 from kalmannorm.report import effects, quantities, style
 from kalmannorm.report.effects import Cell, Cells, Group
-from kalmannorm.report.plots import Entry, Line, Map, Panel, Point, forest, lines, maps
+from kalmannorm.report.plots import Entry, Line, Map, Panel, Point, forest, label_maps, lines, maps
 from kalmannorm.report.style import Look
 
 if TYPE_CHECKING:
@@ -52,7 +53,22 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
         entries.append(Entry(row.name, points, lost[0] if lost else ""))
     said = f"{_said(card, group)} Ticks: single runs; marks: their mean, over those that learned."
     legend = {column.label: Point(0, *looks[column.key]) for column in columns}
-    return {"": forest(entries, said, "percent after the last epoch", legend)} if entries else {}
+    figures = {"": forest(entries, said, "percent after the last epoch", legend)} if entries else {}
+    return figures | _scenes(card, group, cells)
+
+
+def _scenes(card: Card, group: Group, cells: Cells) -> Figures:
+    """Draw the true and the predicted classes of a few test scenes, a column for each row of the card; of segmenters."""
+    loaded = {row.name: _arrays(cells.cell(card, row, group, card.columns[0]), "scene_true_0") for row in card.rows}
+    found = {name: next(iter(of_seeds.values())) for name, of_seeds in loaded.items() if of_seeds}
+    if not found:
+        return {}
+    run, first = next(iter(found.values()))
+    scenes = range(sum(key.startswith("scene_true_") for key in first))
+    columns = {"truth": [first[f"scene_true_{i}"] for i in scenes]}
+    columns |= {name: [arrays[f"scene_predicted_{i}"] for i in scenes] for name, (_, arrays) in found.items()}
+    said = f"{_said(card, group)} Test scenes by moving statistics, the first seed that learned; white: not labelled."
+    return {"_maps": label_maps(columns, SCENES[run["config"]["dataset"]["name"]].classes, said)}
 
 
 def curves(card: Card, group: Group, cells: Cells) -> Figures:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from kalmannorm.experiments.card import Card
+from kalmannorm.experiments.record import METRICS
 from kalmannorm.report import frame, paper, plots, style, tables
 from kalmannorm.report.claims import Claim, Verdict, tally
 from kalmannorm.report.effects import Cells, Group
@@ -286,7 +287,7 @@ def _runs(runs: pd.DataFrame) -> list[dict[str, Any]]:
                 "loss": _thin(run["train_loss"], 3),
             },
         )
-        one[kind] = _plain(run["accuracy"] if not missing(run["accuracy"]) else run.get("box_ap"))
+        one[kind] = _plain(next((run[key] for key in METRICS if not missing(run.get(key))), None))
         one[f"curve_{kind}"] = _thin(run["curve"], 1)
     return [{key: value for key, value in one.items() if value not in (None, "")} for one in found.values()]
 

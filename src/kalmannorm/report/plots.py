@@ -214,6 +214,31 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
     return figure
 
 
+def label_maps(columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], said: str) -> "Figure":
+    """Maps of classes, [H, W] numbers of `classes` or of none of them, a column for each name; white: none."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    colours = [*(style.of_class(number) for number in range(len(classes))), "#ffffff"]
+    first = next(iter(columns.values()))
+    height = style.WIDTH / len(columns) * sum(one.shape[0] / one.shape[1] for one in first)
+    with style.context():
+        figure = Figure(figsize=(style.WIDTH, height + 1.6), layout="constrained")
+        grid = figure.subplots(len(first), len(columns), squeeze=False)
+        for place, (name, of_column) in enumerate(columns.items()):
+            for axis, one in zip(grid[:, place], of_column, strict=True):
+                shown = np.minimum(one, len(classes))
+                axis.imshow(shown, ListedColormap(colours), vmin=0, vmax=len(classes), interpolation="none")
+                axis.set_axis_off()
+            grid[0, place].set_title(textwrap.fill(name, 90 // len(columns)))
+        seen = np.unique(np.concatenate([one.ravel() for of_column in columns.values() for one in of_column]))
+        patches = [Patch(color=colours[int(i)], label=classes[int(i)]) for i in seen if i < len(classes)]
+        figure.legend(handles=patches, loc="outside upper center", ncols=6, frameon=False)
+        figure.supxlabel(style.wrapped(said), fontsize=7.5, x=0.01, ha="left")
+    return figure
+
+
 def _thinned(values: np.ndarray, most: int = 128) -> np.ndarray:
     """At most so many rows: the means of consecutive ones."""
     every = -(-len(values) // most)

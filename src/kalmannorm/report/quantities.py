@@ -24,8 +24,10 @@ class Quantity(NamedTuple):
 PRECISIONS = tuple(
     f"{kind}_ap{of}" for kind in ("box", "mask") for of in ("", "50", "75", "_small", "_medium", "_large")
 )
+# What a record holds in percent under each kind of statistics; the last two are a segmenter's.
+PERCENT = ("accuracy", *PRECISIONS, "miou", "pixel_accuracy")
 QUANTITIES = {
-    **dict.fromkeys(("accuracy", *PRECISIONS, "gap", "ln_share", "bn_share"), Quantity("points")),
+    **dict.fromkeys((*PERCENT, "gap", "ln_share", "bn_share"), Quantity("points")),
     **dict.fromkeys(("steps_to", "gap_measured", "gap_used"), Quantity("%", log=True)),
     **dict.fromkeys(("relative_gap_measured", "relative_gap_used"), Quantity("%", log=True)),
     "depth_growth": Quantity("", log=False),
@@ -54,7 +56,7 @@ def value(run: Run, quantity: str = "accuracy", at: float | None = None, level: 
         return _share(run, SHARES[quantity])
     if quantity == "gap":  # how far apart the same weights are under online and moving statistics
         return None if missing(run["gap"]) else abs(run["gap"])
-    if quantity in ("accuracy", *PRECISIONS):
+    if quantity in PERCENT:
         return None if missing(run.get(quantity)) else float(run[quantity])
     if quantity not in QUANTITIES:
         raise UserError(f"unknown quantity {quantity!r}; valid: {', '.join(QUANTITIES)}")

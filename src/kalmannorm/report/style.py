@@ -78,6 +78,12 @@ def tint(colour: str, variant: int) -> str:
     return "#" + "".join(f"{(part + towards) // 2:02x}" for part in parts)
 
 
+def of_class(number: int) -> str:
+    """Return the colour of a class on a map: Okabe and Ito's and their shades, again after 24."""
+    hues = (SKY, GREY, "#000000", "#882255", ORANGE, GREEN, "#F0E442", "#E69F00", BLUE, "#CC79A7", "#44AA99", "#332288")
+    return tint(hues[number % 12], number // 12 % 2 * 2)
+
+
 @contextmanager
 def context() -> Iterator[None]:
     """Set fonts and sizes; a figure is made and encoded within it. Nothing of the user's own settings shows."""

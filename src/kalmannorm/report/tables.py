@@ -87,7 +87,8 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
     baselines = dict.fromkeys(base for row in card.rows if (base := _base(card, row)))
     names = " and ".join(card.row(key).name for key in baselines)
     said = [f"Not run: {', '.join(missing)}."] if missing and columns else []
-    what = "Percent" if all(c.value == "accuracy" for c in card.columns) else "COCO's average precision in percent"
+    detects = any(c.value in quantities.PRECISIONS for c in card.columns)
+    what = "COCO's average precision in percent" if detects else "Percent"
     caption = f"{setting(card, group, cells)}. {what} after the last epoch: the mean, in brackets the seeds."
     about = [*said, *trained(card, group, cells)]
     about.append(
