@@ -18,9 +18,12 @@ from test_detection import once, outcome, place
 from kalmannorm import convert
 from kalmannorm.cli import main
 from kalmannorm.data.scenes import IGNORED
+from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.config import compose
 from kalmannorm.models import SEGMENTERS
 from kalmannorm.placement import PLACEMENTS
+from kalmannorm.report import tables
+from kalmannorm.report.effects import Group
 from kalmannorm.train import loop, task_segmentation
 from kalmannorm.train.model import learning_rate
 
@@ -123,6 +126,38 @@ def test_the_network_learns_bands(root, tmp_path):
     record, _ = outcome(tmp_path)
     assert record["curves"]["train_loss"][-1] < 0.5 * record["curves"]["train_loss"][0]
     assert record["final"]["precise"]["pixel_accuracy"] > 80
+
+
+def test_the_tables_have_the_talks_values():
+    """Of both data sets each, at one scale and at several; from one domain to the other."""
+    card = cards.read("talk-table5")
+    printed = {
+        (row.key, column.key): tables.paper_value(card, row, column, Group("", "paper"))
+        for row in card.rows
+        for column in card.columns
+    }
+    assert printed["sn", "ade20k"] == 38.7 and printed["sn", "cityscapes_multi"] == 75.1
+    assert printed["syncbn", "cityscapes"] == 69.7 and printed["kn", "ade20k"] is None
+    card = cards.read("talk-table6-ibn")
+    rows = {row.key: row for row in card.rows}
+    columns = {column.key: column for column in card.columns}
+    assert tables.paper_value(card, rows["ibn_b"], columns["g_c"], Group("", "paper")) == 29.6
+    assert tables.paper_value(card, rows["ibn_a"], columns["c_g_pixel"], Group("", "paper")) == 71.4
+
+
+def test_a_table_and_maps_come_of_the_records(root, tmp_path, capsys):
+    run = once([*TINY, "batch=g8_s2", "schedule.lr=0.1", "norm=bn"])
+    run = [setting for setting in run if not setting.startswith("batch.")]
+    assert main(["train", *run, *place(root, tmp_path)]) == 0
+    record, _ = outcome(tmp_path)
+    capsys.readouterr()
+    assert main(["report", "camvid", f"results={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    values = [record["final"][kind]["miou"] for kind in ("moving", "online", "precise", "multi_scale")]
+    (line,) = [line for line in said.splitlines() if line.startswith("BN (ours)")]
+    assert line.split()[2:] == [f"{v:.2f}" for v in [*values, record["final"]["moving"]["pixel_accuracy"]]]
+    (maps,) = tmp_path.glob("camvid_maps_*.png")
+    assert str(maps) in said and maps.stat().st_size > 10_000
 
 
 def test_a_confusion_matrix_by_hand():

@@ -22,6 +22,10 @@ DATASET = {
     "table6": "coco",
     "talk-table3": "coco",
     "talk-table4": "coco",
+    "talk-table5": "ade20k",
+    "talk-table6-ibn": "gta5",
+    "camvid": "camvid",
+    "camvid-dusk": "camvid_day",
     "talk-ibn-transfer": "cifar10_recoloured",
     "talk-pn": "cifar10_few",
 }  # not on CIFAR-10

@@ -58,7 +58,7 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def _scenes(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw the true and the predicted classes of a few test scenes, a column for each row of the card; of segmenters."""
+    """Draw a few test scenes' true and predicted classes, a column for each row of the card; of segmenters."""
     loaded = {row.name: _arrays(cells.cell(card, row, group, card.columns[0]), "scene_true_0") for row in card.rows}
     found = {name: next(iter(of_seeds.values())) for name, of_seeds in loaded.items() if of_seeds}
     if not found:

@@ -235,7 +235,7 @@ def label_maps(columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[st
         seen = np.unique(np.concatenate([one.ravel() for of_column in columns.values() for one in of_column]))
         patches = [Patch(color=colours[int(i)], label=classes[int(i)]) for i in seen if i < len(classes)]
         figure.legend(handles=patches, loc="outside upper center", ncols=6, frameon=False)
-        figure.supxlabel(style.wrapped(said), fontsize=7.5, x=0.01, ha="left")
+        _words(figure, said)
     return figure
 
 
