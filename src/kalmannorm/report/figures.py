@@ -67,8 +67,10 @@ def _scenes(card: Card, group: Group, cells: Cells) -> Figures:
     scenes = range(sum(key.startswith("scene_true_") for key in first))
     columns = {"truth": [first[f"scene_true_{i}"] for i in scenes]}
     columns |= {name: [arrays[f"scene_predicted_{i}"] for i in scenes] for name, (_, arrays) in found.items()}
-    said = f"{_said(card, group)} Test scenes by moving statistics, the first seed that learned; white: not labelled."
-    return {"_maps": label_maps(columns, SCENES[run["config"]["dataset"]["name"]].classes, said)}
+    said = f"{_said(card, group)} Test scenes of {run['dataset']} by moving statistics, the first seed that learned."
+    return {
+        "_maps": label_maps(columns, SCENES[run["config"]["dataset"]["name"]].classes, f"{said} White: not labelled.")
+    }
 
 
 def curves(card: Card, group: Group, cells: Cells) -> Figures:

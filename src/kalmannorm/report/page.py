@@ -254,8 +254,8 @@ def _column(verdict: Verdict) -> str:
 
 
 def _length(cells: Cells, budget: str) -> str:
-    """ "12 epochs at 16 px"."""
-    runs = cells.runs[cells.runs.budget == budget]
+    """ "12 epochs at 16 px", of classifiers: the papers' claims are about these."""
+    runs = cells.runs[(cells.runs.budget == budget) & cells.runs.accuracy.notna()]
     kinds = runs.groupby(["budget.epochs", "budget.size"]).size()
     return " / ".join(f"{epochs} epochs at {size} px" for epochs, size in kinds.index)
 
