@@ -137,9 +137,9 @@ def test_in_a_browser(tmp_path: Path) -> None:
 
 def test_between_markers() -> None:
     text = "a\n<!-- results -->\nold\n<!-- end -->\nb\n"
-    assert page.between(text, "results", "new\n") == "a\n<!-- results -->\n\nnew\n\n<!-- end -->\nb\n"
+    assert page.between(text, "new\n") == "a\n<!-- results -->\n\nnew\n\n<!-- end -->\nb\n"
     with pytest.raises(ValueError, match="no markers"):
-        page.between("nothing", "results", "new")
+        page.between("nothing", "new")
 
 
 def test_generated_documents_are_those_of_the_committed_records(tmp_path: Path) -> None:

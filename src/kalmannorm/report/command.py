@@ -89,8 +89,8 @@ def write_all(results: Path) -> list[Path]:
         written.append(results / name)
     for name, generate in DOCUMENTS.items():
         document = results.resolve().parent / name
-        if results.name == "results" and document.exists() and "<!-- results -->" in document.read_text():
-            content = page.between(document.read_text(), "results", generate(made, verdicts, cells))
+        if results.name == "results" and document.exists() and page.GENERATED[0] in document.read_text():
+            content = page.between(document.read_text(), generate(made, verdicts, cells))
             write_atomically(document, content.encode())
             written.append(document)
     return written

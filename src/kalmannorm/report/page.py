@@ -30,7 +30,7 @@ BUDGETS = ("paper", "short", "lite")  # the fullest first
 POINTS = 40  # of a curve
 ROOM = 650_000  # characters of pictures: with runs and claims, the page is under 1 MB
 FOREST = 25.0  # points to either side that the claims' picture shows
-GENERATED = ("<!-- {} -->", "<!-- end -->")
+GENERATED = ("<!-- results -->", "<!-- end -->")  # the part of a document that `make report` writes
 
 
 @dataclass
@@ -234,9 +234,9 @@ def readme_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: Ce
     return f"{said}{picture}\n"
 
 
-def between(text: str, name: str, generated: str) -> str:
-    """`text` with what stands between the markers of `name` replaced. ValueError: no such markers."""
-    start, end = GENERATED[0].format(name), GENERATED[1]
+def between(text: str, generated: str) -> str:
+    """`text` with what stands between the markers replaced. ValueError: no such markers."""
+    start, end = GENERATED
     before, found, rest = text.partition(start)
     if not found or end not in rest:
         raise ValueError(f"no markers {start} ... {end}")

@@ -14,8 +14,8 @@ from kalmannorm.runs.worker import Worker
 SAVE_SECONDS = 120  # ahead of the time limit that a run is told to save and leave
 
 
-class Job:
-    """What a job does: one run in a worker process. submitit calls `checkpoint` ahead of a time-out."""
+class Attempt:
+    """What an array job does: one run in a worker process. submitit calls `checkpoint` ahead of a time-out."""
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
@@ -38,7 +38,7 @@ class Job:
             until = time.monotonic() + SAVE_SECONDS - 20
             while self.worker.process.poll() is None and time.monotonic() < until:
                 time.sleep(0.1)
-        return DelayedSubmission(Job(), config, devices)
+        return DelayedSubmission(Attempt(), config, devices)
 
 
 class OnSlurm:
@@ -90,7 +90,7 @@ class OnSlurm:
         for devices in sorted({devices for _, devices in self._new}):
             configs = [config for config, of in self._new if of == devices]
             try:
-                jobs = self._executor(devices).map_array(Job(), configs, [devices] * len(configs))
+                jobs = self._executor(devices).map_array(Attempt(), configs, [devices] * len(configs))
             except RuntimeError as error:  # what sbatch said
                 raise UserError(f"sbatch refused: {' '.join(str(error).split())}") from None
             self._jobs |= {run_id(config): job for config, job in zip(configs, jobs, strict=True)}
