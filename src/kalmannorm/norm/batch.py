@@ -1,5 +1,6 @@
 """Batch Normalization over groups of `stat_batch` images, and what every normalizer of such groups shares."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,51 @@ from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.checkpoints import is_run_again
 
 Probe = Callable[..., None]
+RAGGED = ("error", "measure", "drop")
+_DROPPED = -1
+
+
+def by_whole_groups(normalize: Callable[..., Any]) -> Callable[..., Any]:
+    """A normalizer's method on x [N, C, ...] (and a prior), for batches that do not divide: whole groups first, then
+    the images that are left, as the layer's `ragged` says."""
+
+    @functools.wraps(normalize)
+    def wrapped(self: "GroupedStatistics", input: Tensor, *prior: Belief | None) -> Any:
+        if self.ragged == "error" or self.uses_moving or self.group_of is None or getattr(self, "spans", False):
+            return normalize(self, input, *prior)
+        left = len(input) % self.group_of
+        if left == 0:
+            return normalize(self, input, *prior)
+        whole, results = len(input) - left, []
+        if whole:
+            results.append(normalize(self, input[:whole], *(_rows(one, slice(None, -1)) for one in prior)))
+        self.left = left if self.ragged == "measure" else _DROPPED
+        try:
+            results.append(normalize(self, input[whole:], *(_rows(one, slice(-1, None)) for one in prior)))
+        finally:
+            self.left = 0
+        return (
+            results[0]
+            if len(results) == 1
+            else _together(results[0], results[1], getattr(self, "belief", "") == "output")
+        )
+
+    return wrapped
+
+
+def _rows(prior: Belief | None, chosen: slice) -> Belief | None:
+    """A prior's rows for a part of the images; a single one is for all of them."""
+    return prior if prior is None or len(prior.mean) == 1 else Belief(prior.mean[chosen], prior.var[chosen])
+
+
+def _together(first: Any, second: Any, one_row: bool) -> Any:
+    """What a method returned for either part: y, or y and what is handed on, of which one row may be for all images."""
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    (y, belief), (z, other) = first, second
+    if not one_row:
+        belief = Belief(torch.cat([belief.mean, other.mean]), torch.cat([belief.var, other.var]))
+    return torch.cat([y, z]), belief
 
 
 class GroupedStatistics(_BatchNorm):
@@ -21,6 +67,10 @@ class GroupedStatistics(_BatchNorm):
     In training, and in evaluation with `statistics = "online"`, every group of `stat_batch` images (None: the whole
     batch) is normalized by statistics of its own. In evaluation with `statistics = "moving"` the moving averages
     normalize, for any batch size. State-dict names are those of torch's BatchNorm2d.
+
+    `ragged` says what becomes of the last images of a batch, which fill no whole group: an `error`; or they `measure` a
+    smaller group of their own; or, `drop`ped from all statistics, they are normalized by the moving averages. These
+    are of whole groups alone.
 
     `probe`, where set, is called with the statistics of every group: probe(measured=, used=, prior=), each a detached
     Belief [groups, C] or None. Figures are made of it; it costs nothing when it is None.
@@ -35,6 +85,7 @@ class GroupedStatistics(_BatchNorm):
     has_pending = False  # whether there was any group
     holds_first = True  # whether this process and micro-batch has the batch's first group
     probe: Probe | None = None
+    left = 0  # while images that are left of a batch are normalized: how many measure, or _DROPPED
     layer_name = ""  # set by convert: errors name the layer
     folds = True  # whether its moving statistics say all that a plain BatchNorm needs to compute the same
     # Class, affine and track_running_stats of the layer that it stands for: set by convert, for fold.
@@ -52,6 +103,7 @@ class GroupedStatistics(_BatchNorm):
         track_running_stats: bool = True,
         moving_groups: str = "mean",
         moving_unbiased: bool = True,
+        ragged: str = "error",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,6 +115,11 @@ class GroupedStatistics(_BatchNorm):
             raise ValueError(f"stat_batch must be at least 1, not {stat_batch}")
         if moving_groups not in ("mean", "first"):
             raise ValueError(f"moving_groups must be 'mean' or 'first', not {moving_groups!r}")
+        if ragged not in RAGGED:
+            raise ValueError(f"ragged must be 'error', 'measure' or 'drop', not {ragged!r}")
+        if ragged == "drop" and not track_running_stats:
+            raise ValueError("ragged='drop' needs moving statistics: track_running_stats=True")
+        self.ragged = ragged
         self.stat_batch = stat_batch
         self.moving_groups = moving_groups
         self.moving_unbiased = moving_unbiased
@@ -77,12 +134,15 @@ class GroupedStatistics(_BatchNorm):
 
     @property
     def uses_moving(self) -> bool:
-        return not self.training and self.statistics == "moving" and self.running_mean is not None
+        by_moving = self.left == _DROPPED or (not self.training and self.statistics == "moving")
+        return by_moving and self.running_mean is not None
 
     @property
     def group_of(self) -> int | None:
         """How many images share statistics; None, the whole batch, also where a layer without moving statistics is
         evaluated, as torch's BatchNorm does it."""
+        if self.left > 0:
+            return self.left
         whole = not self.training and self.statistics == "moving" and self.running_mean is None
         return None if whole else self.stat_batch
 
@@ -106,7 +166,10 @@ class GroupedStatistics(_BatchNorm):
 
     def normalize_by_moving(self, x: Tensor, weight: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, False, 0.0, self.eps)
+        moving = self.running_mean, self.running_var
+        if self.left:  # in training: they change before the backward
+            moving = tuple(None if t is None else t.clone() for t in moving)  # type: ignore[assignment]
+        return F.batch_norm(x, *moving, weight, self.bias, False, 0.0, self.eps)
 
     @torch.no_grad()
     def update_moving(self, mean: Tensor, var: Tensor, values: int, *more: Tensor) -> None:
@@ -115,7 +178,7 @@ class GroupedStatistics(_BatchNorm):
         mean, var [groups, C] (population variance) of `values` values each; `more` for the other buffers of `averaged`.
         `momentum=None` is the cumulative average, as in torch.
         """
-        if self.running_mean is None or is_run_again():
+        if self.running_mean is None or self.left or is_run_again():
             return
         if self.moving_unbiased:
             var = var * (values / (values - 1))
@@ -168,7 +231,7 @@ class GroupedStatistics(_BatchNorm):
         detached; population variance of `values` values each."""
         if self.training:
             self.update_moving(mean, var, values, *more)
-        if self.probe is not None:
+        if self.probe is not None and not self.left:
             measured = Belief(mean, var)
             self.probe(measured=measured, used=measured, prior=None)
 
@@ -182,6 +245,7 @@ class BatchNorm(GroupedStatistics):
     x [N, C, H, W] or [N, C] -> y. With `stat_batch` None it computes torch's BatchNorm bit for bit.
     """
 
+    @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving:
             return self.normalize_by_moving(input, self.weight)
@@ -221,7 +285,7 @@ class BatchNorm(GroupedStatistics):
         return groups.merge(y, x.shape)
 
     def _normalize_whole_batch(self, x: Tensor) -> Tensor:
-        if not self.training or self.running_mean is None or is_run_again():
+        if not self.training or self.running_mean is None or self.left or is_run_again():
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)

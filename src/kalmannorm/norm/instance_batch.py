@@ -55,6 +55,8 @@ class InstanceBatchNorm(nn.Module):
         self.IN = nn.InstanceNorm2d(of_instance, eps, affine=affine, **place) if of_instance else None
         if self.IN is not None and not bias:
             self.IN.register_parameter("bias", None)
+        if options.get("ragged", "error") != "error":
+            raise ValueError("ragged: IBN measures whole groups alone")
         options |= {"stat_batch": stat_batch, "eps": eps, "affine": affine, "bias": bias}
         of_batch = num_features - of_instance
         self.BN = BatchNorm(of_batch, **options) if of_batch else None

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm.norm import groups
-from kalmannorm.norm.batch import GroupedStatistics
+from kalmannorm.norm.batch import GroupedStatistics, by_whole_groups
 from kalmannorm.norm.belief import Belief, Carried, Estimated, pick
 from kalmannorm.norm.contract import TakesBeliefs
 from kalmannorm.norm.estimate import normalize_by_posterior
@@ -163,6 +163,7 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
         moving_groups: `mean` over all groups, or only the `first` (released code).
         moving_unbiased: Bessel's correction on the moving variance, as torch's BatchNorm has it.
         first_unbiased: without a prior, hand on the unbiased variance (the released code's fused first layer).
+        ragged: of batches that do not divide: `error`, `measure` or `drop` (GroupedStatistics).
 
     x [N, C, H, W] or [N, C] -> y like x; with `beliefs`, a Belief [rows, C] or an empty tuple, -> (y, Belief [rows,
     C]), with a row per group or a single one for all. ValueError: a batch that does not divide; statistics of a single
@@ -191,6 +192,7 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
         moving_groups: str = "mean",
         moving_unbiased: bool = False,
         first_unbiased: bool = False,
+        ragged: str = "error",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -204,6 +206,7 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             track_running_stats=track_running_stats,
             moving_groups=moving_groups,
             moving_unbiased=moving_unbiased,
+            ragged=ragged,
             device=device,
             dtype=dtype,
         )
@@ -212,6 +215,7 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             num_features, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict, device, dtype
         )
 
+    @by_whole_groups
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         if self.uses_moving:
             assert self.running_mean is not None and self.running_var is not None
@@ -233,7 +237,7 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
         )
         if self.training:
             self.update_moving(*posterior, values)
-        if self.probe is not None:
+        if self.probe is not None and not self.left:
             detached = (b and Belief(b.mean.detach(), b.var.detach()) for b in (posterior, predicted))
             self.probe(measured=measured, **dict(zip(("used", "prior"), detached, strict=True)))
         if prior is None and self.first_unbiased:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.norm import groups
+from kalmannorm.norm.batch import by_whole_groups
 from kalmannorm.norm.checkpoints import is_run_again, once
 from kalmannorm.norm.renorm import WARM_UP
 from kalmannorm.norm.sync import SyncBatchNorm
@@ -177,6 +178,7 @@ class PopulationNorm(SyncBatchNorm):
         """`fraction` of the training is done: whether `memory` is past its warm-up, which is BRN's."""
         self.corrects = fraction > WARM_UP
 
+    @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         remembers = self.estimator == "frozen" or (self.estimator == "memory" and self.corrects)
         if self.uses_moving or not (remembers or (self.decay is not None and self.training)):
@@ -237,6 +239,7 @@ class SplitBatchNorm(SyncBatchNorm):
                 raise ValueError(f"{name} must be None or 'whole', not {value!r}")
         self.mean_batch, self.var_batch = mean_batch, var_batch
 
+    @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving:
             return super().forward(input)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kalmannorm.norm import groups
-from kalmannorm.norm.batch import BatchNorm
+from kalmannorm.norm.batch import BatchNorm, by_whole_groups
 from kalmannorm.norm.checkpoints import once
 
 # The original's schedule in steps: plain BN for 5k, then relaxed linearly, d to its limit at 25k and r at 40k. As
@@ -62,6 +62,7 @@ class BatchRenorm(BatchNorm):
         d = ((mean - self.running_mean) / sigma).clamp(-dmax, dmax)
         return r, d
 
+    @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving or not self.corrects or self.running_mean is None:
             return super().forward(input)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.norm import groups
-from kalmannorm.norm.batch import GroupedStatistics
+from kalmannorm.norm.batch import GroupedStatistics, by_whole_groups
 from kalmannorm.norm.group import refuse_single_pixels
 
 MIXED = ("in", "ln", "bn")  # the order of the weights
@@ -42,6 +42,7 @@ class SwitchableNorm(GroupedStatistics):
         """The weights of MIXED in the mean and in the variance, [3] each."""
         return torch.softmax(self.mean_weight, 0), torch.softmax(self.var_weight, 0)
 
+    @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         refuse_single_pixels(self.where, input)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kalmannorm.norm import groups
-from kalmannorm.norm.batch import BatchNorm
+from kalmannorm.norm.batch import BatchNorm, by_whole_groups
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -39,6 +39,7 @@ class SyncBatchNorm(BatchNorm):
         """Whether groups are of the batch over all processes."""
         return self.spread and self.training and dist.is_initialized()
 
+    @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         if not self.spans:
             return super().forward(input)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.norm import groups
-from kalmannorm.norm.batch import GroupedStatistics
+from kalmannorm.norm.batch import GroupedStatistics, by_whole_groups
 from kalmannorm.norm.moments import without_autocast
 
 AVERAGES = ("whitening", "cov")
@@ -110,6 +110,7 @@ class Whitening(GroupedStatistics):
             )
         return size
 
+    @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         if not len(input):
             return self.of_no_images(input)
