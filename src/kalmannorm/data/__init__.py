@@ -49,11 +49,19 @@ SCENES = {**camvid.SOURCES, **cityscapes.SOURCES, **ade20k.SOURCES, **gta5.SOURC
 
 VARIANTS = {"cifar10_few": "cifar10", "cifar10_recoloured": "cifar10"}  # of other sets, from whose folder they are read
 
+
+def _prepare_playback(name: str, root: Path, archive: Path | None, download: bool) -> Path:
+    from kalmannorm.data import playback  # imports torch
+
+    return playback.prepare(name, root, archive, download)
+
+
 PREPARE: dict[str, Callable[[str, Path, Path | None, bool], Path]] = {  # digits needs no preparing
     "cifar10": cifar.prepare,
     "cifar100": cifar.prepare,
     "svhn": svhn.prepare,
     "svhn_extra": svhn.prepare,
+    "playback": _prepare_playback,
 }
 
 
@@ -69,6 +77,10 @@ def root(option: str | None = None) -> Path:
 
 def source(dataset: Mapping[str, Any], root: Path) -> Source:
     """Return the data set of a run's configuration (conf/dataset). UserError as for `load`."""
+    if dataset.get("frames") is not None:
+        from kalmannorm.data import video  # imports torch
+
+        return video.load(root, dataset)
     if dataset.get("loader") is None:
         return load(dataset["name"], root)
     if dataset["loader"] == "ffcv":

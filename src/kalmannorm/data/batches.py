@@ -54,6 +54,8 @@ class Batches(ABC):
     shard: (rank, world); this rank takes the positions rank::world of every batch (docs/trust.md).
     """
 
+    at_once = 500  # images of an evaluation batch, about; online statistics depend on it (NUMERICS)
+
     def __init__(
         self, count: int, *, batch: int, device: torch.device | str, seed: int = 0, shard: tuple[int, int] = (0, 1)
     ) -> None:

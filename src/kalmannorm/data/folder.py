@@ -36,6 +36,19 @@ JUNK = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Infor
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What the files are: their name, how theirs end, the layout that is expected, how they are read."""
+
+    what: str
+    extensions: tuple[str, ...]
+    layout: str
+    pipeline: str
+
+
+IMAGES = Kind("images", EXTENSIONS, LAYOUT, PIPELINE)
+
+
+@dataclass(frozen=True)
 class Files:
     """The images of one split. `names` are relative to `root`: one array of bytes, not a list of strings, whose
     reference counts would copy the list into every worker that a loader forks."""
@@ -80,7 +93,7 @@ class Images:
 # The listing ---------------------------------------------------------------------------------------------------------
 
 
-def find(root: Path, dataset: Mapping[str, Any]) -> Path:
+def find(root: Path, dataset: Mapping[str, Any], layout: str = LAYOUT) -> Path:
     """Return the folder with train/ and val/: `root/FOLDER`, or `root` itself. UserError: neither has them."""
     places = (root / dataset["folder"], root)
     for place in places:
@@ -88,10 +101,10 @@ def find(root: Path, dataset: Mapping[str, Any]) -> Path:
             return place
     for place in places:
         if (place / "train").is_dir():
-            raise UserError(f"data set {dataset['name']!r}: {place.absolute()} has train/ but no val/; {LAYOUT}")
+            raise UserError(f"data set {dataset['name']!r}: {place.absolute()} has train/ but no val/; {layout}")
     raise UserError(
         f"data set {dataset['name']!r} is not there: looked for train/ and val/ in "
-        f"{' and '.join(str(place.absolute()) for place in places)}; {HOW_TO_GET.get(dataset['name'], LAYOUT)}; "
+        f"{' and '.join(str(place.absolute()) for place in places)}; {HOW_TO_GET.get(dataset['name'], layout)}; "
         f"say where it is by DATA=... or data=...; {ELSE}"
     )
 
@@ -101,27 +114,27 @@ def count_classes(root: Path, dataset: Mapping[str, Any]) -> int:
     return len(_classes(find(root, dataset) / "train"))
 
 
-def load(root: Path, dataset: Mapping[str, Any]) -> Images:
+def load(root: Path, dataset: Mapping[str, Any], kind: Kind = IMAGES) -> Images:
     """Return the files of the data set whose configuration (conf/dataset) is given. UserError: it is missing, or not of
     the layout. `sha256` in the provenance is of the list of files and sizes: to hash 150 GB would take an hour a
     run."""
-    folder = find(root, dataset)
+    folder = find(root, dataset, kind.layout)
     classes = {split: _classes(folder / split) for split in SPLITS}
     if classes["train"] != classes["val"]:
         odd = sorted(set(classes["train"]) ^ set(classes["val"]))
         raise UserError(
             f"{folder}: train/ has {len(classes['train'])} class folders and val/ {len(classes['val'])}, of which "
-            f"{len(odd)} are not in both ({', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}); {LAYOUT}"
+            f"{len(odd)} are not in both ({', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}); {kind.layout}"
         )
     total = hashlib.sha256()
-    train, test = (_files(folder / split, classes[split], total) for split in SPLITS)
+    train, test = (_files(folder / split, classes[split], total, kind) for split in SPLITS)
     provenance = {
         "name": dataset["name"],
         "fidelity": _fidelity((len(train), len(test)), dataset.get("published")),
         "sha256": total.hexdigest(),
         "sha256_of": "names and sizes of the files",
         "files": len(train) + len(test),
-        "loader": PIPELINE,
+        "loader": kind.pipeline,
     }
     return Images(train, test, len(classes["train"]), provenance)
 
@@ -152,8 +165,8 @@ def _ignored(name: str) -> bool:
     return name.startswith(".") or name in JUNK
 
 
-def _files(folder: Path, classes: list[str], total: "hashlib._Hash") -> Files:
-    """Return the images of a split, in torchvision's order; their names and sizes go into the hash `total`."""
+def _files(folder: Path, classes: list[str], total: "hashlib._Hash", kind: Kind) -> Files:
+    """Return the files of a split, in torchvision's order; their names and sizes go into the hash `total`."""
     names: list[bytes] = []
     labels: list[int] = []
     others: list[Path] = []
@@ -163,7 +176,7 @@ def _files(folder: Path, classes: list[str], total: "hashlib._Hash") -> Files:
             for place, files in found:
                 for file in sorted(files):
                     path = Path(place, file)
-                    if path.suffix.lower() not in EXTENSIONS:
+                    if path.suffix.lower() not in kind.extensions:
                         others.append(path)
                         continue
                     names.append(os.fsencode(path.relative_to(folder)))
@@ -172,12 +185,12 @@ def _files(folder: Path, classes: list[str], total: "hashlib._Hash") -> Files:
         except OSError as error:
             raise _unreadable(error, folder) from None
         if not labels or labels[-1] != label:
-            raise UserError(f"{folder / name} has no images ({', '.join(EXTENSIONS)}); {LAYOUT}")
+            raise UserError(f"{folder / name} has no {kind.what} ({', '.join(kind.extensions)}); {kind.layout}")
     if others:
         kinds = sorted({path.suffix or path.name for path in others})
         shown = f"{', '.join(kinds[:5])}{', ...' if len(kinds) > 5 else ''}"
         print(
-            f"kalmannorm: left out {len(others):,} files of {folder} that are no images by their names ({shown}), "
+            f"kalmannorm: left out {len(others):,} files of {folder} that are no {kind.what} by their names ({shown}), "
             f"the first: {others[0]}",
             file=sys.stderr,
         )

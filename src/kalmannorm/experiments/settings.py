@@ -39,6 +39,12 @@ OF_ARCH: Options = {
     "width": (float, lambda value: 0 < value <= 64, "a factor above 0, at most 64"),
     "hidden": (int, lambda value: 0 <= value <= 10**5, "a number of channels from 0 to 100000"),
     "layers": (list[int], lambda four: len(four) == 4 and 1 <= min(four) <= max(four) <= 100, "four numbers of blocks"),
+    "strides": (
+        list[int],
+        lambda three: len(three) == 3 and 1 <= min(three) <= max(three) <= 8,
+        "three numbers from 1 to 8",
+    ),
+    "dropout": (float, lambda value: 0 <= value < 1, "a number from 0, below 1"),
     "frozen_stages": (int | None, lambda value: 0 <= value <= 5, "a number of stages from 0 to 5, or null"),
     "max_size": (int, lambda value: 8 <= value <= 10**4, "a number of pixels from 8 to 10000"),
     "boxes": (int, lambda value: 1 <= value <= 10**4, "a number from 1 to 10000"),
@@ -233,6 +239,21 @@ class FolderDataset(Dataset):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoDataset(Dataset):
+    """A folder of videos."""
+
+    published: list[int] | None = setting("null or [training videos, test videos]", pair_of_counts)
+    folder: str = setting("a folder under the data root", bool)
+    frames: int = setting("a number of frames from 1 to 512", lambda value: 1 <= value <= 512)
+    interval: int = setting("a number of frames from 1 to 64", lambda value: 1 <= value <= 64)
+    views: int = setting("a number of clips from 1 to 100", lambda value: 1 <= value <= 100)
+    flip: bool = setting("true or false")
+    mean: list[float] = MEAN
+    std: list[float] = STD
+    gap_images: int = setting("a number of videos", positive)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CocoDataset(Dataset):
     """Images with boxes and masks of objects, as COCO has them."""
 
@@ -405,7 +426,8 @@ def read_dataset(values: Mapping[str, Any]) -> Dataset:
         if values["task"] not in OF_TASK:
             raise UserError(nearest(str(values["task"]), list(OF_TASK), "dataset.task"))
         return OF_TASK[values["task"]].read(values)
-    return (FolderDataset if "loader" in values else ArrayDataset).read(values)
+    kind = VideoDataset if "frames" in values else FolderDataset if "loader" in values else ArrayDataset
+    return kind.read(values)
 
 
 def read_schedule(values: Mapping[str, Any]) -> Schedule | DetectionSchedule:

@@ -37,6 +37,13 @@ def _segmenter(**options: Any) -> nn.Module:
     return FCNResnet(**options)
 
 
+def _i3d(**options: Any) -> nn.Module:
+    """Build a network of videos."""
+    from kalmannorm.models.i3d import I3D  # imports torchvision, as above
+
+    return I3D(**options)
+
+
 ARCHS: dict[str, Callable[..., nn.Module]] = {
     "inception_cifar": InceptionCifar,
     "inception_v2": InceptionV2,
@@ -52,6 +59,8 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
     "densenet169": partial(_torchvision, "densenet169"),
     "resnext101_32x4d": partial(_of_table_2, "resnext101_32x4d"),
     "se_resnet101": partial(_of_table_2, "se_resnet101"),
+    "i3d_resnet50": _i3d,
+    "i3d_small": _i3d,
 }
 
 # Networks that give each pixel a class: maps [N, classes, H, W] under "out", and under "aux" those of deep supervision.
@@ -72,4 +81,6 @@ LAST_NORMALIZERS: dict[str, tuple[str, ...]] = {
     "densenet169": ("features.norm5",),
     "resnext101_32x4d": ("layer4.2.bn3",),
     "se_resnet101": ("layer4.2.bn3",),
+    "i3d_resnet50": ("layer4.2.bn3",),
+    "i3d_small": ("layer4.0.bn3",),
 }

@@ -24,8 +24,8 @@ class Quantity(NamedTuple):
 PRECISIONS = tuple(
     f"{kind}_ap{of}" for kind in ("box", "mask") for of in ("", "50", "75", "_small", "_medium", "_large")
 )
-# What a record holds in percent under each kind of statistics; the last two are a segmenter's.
-PERCENT = ("accuracy", *PRECISIONS, "miou", "pixel_accuracy")
+# What a record holds in percent under each kind of statistics; top5 of videos, the last two are a segmenter's.
+PERCENT = ("accuracy", "top5", *PRECISIONS, "miou", "pixel_accuracy")
 QUANTITIES = {
     **dict.fromkeys((*PERCENT, "gap", "ln_share", "bn_share"), Quantity("points")),
     **dict.fromkeys(("steps_to", "gap_measured", "gap_used"), Quantity("%", log=True)),

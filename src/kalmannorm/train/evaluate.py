@@ -7,15 +7,13 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kalmannorm.data.batches import Batches
 from kalmannorm.experiments.record import Evaluation
 from kalmannorm.norm.modes import normalizers, precise_statistics, set_statistics, shard_noise, spread_batches
 from kalmannorm.train.ranks import Ranks
 
-# Images per evaluation batch, about; online statistics depend on who shares a batch, so it is part of NUMERICS.
-EVALUATION_BATCH = 500
 # Training batches from which precise statistics are re-estimated.
 PRECISE_BATCHES = 200
 
@@ -26,32 +24,43 @@ def evaluate(
 ) -> Evaluation:
     """Return the accuracy in percent and mean cross-entropy over every image of the split, each counted once.
 
-    A loader that deals the images out needs the `ranks`, all of which return the same.
+    A loader that deals the images out needs the `ranks`, all of which return the same. Where it gives several views of
+    each, [n, views, ...], the mean of their softmax counts, and `top5` is recorded: how often the label is among the
+    five best.
     """
     fill = stat_batch or 1
     shard_noise(model, (loader.rank, loader.world))
     set_statistics(model, statistics)
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=loader.device)
+    correct, among = (torch.zeros((), dtype=torch.int64, device=loader.device) for _ in range(2))
     loss = torch.zeros((), dtype=torch.float64, device=loader.device)
     images = torch.zeros((), dtype=torch.int64, device=loader.device)
     # A CPU's kernels take as little as half the time on channels_last maps, but those by groups of images.
     fast = torch.channels_last if loader.device.type == "cpu" and statistics == "moving" else torch.preserve_format
-    for x, labels, counted in loader.plain(max(1, EVALUATION_BATCH // fill) * fill, fill=fill):
-        x = x.to(memory_format=fast)
-        logits, labels = model(x)[:counted].float(), labels[:counted]
+    for x, labels, counted in loader.plain(max(1, loader.at_once // fill) * fill, fill=fill):
+        several = x.dim() == 6
+        found = _mean_of_views(model, x) if several else model(x.to(memory_format=fast) if x.dim() == 4 else x)
+        logits, labels = found[:counted].float(), labels[:counted]
         correct += (logits.argmax(1) == labels).sum()
+        if several:
+            among += (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum()
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         images += counted
     if ranks is not None and loader.world > 1:
-        correct, loss, images = ranks.sum(correct, loss, images)
+        correct, among, loss, images = ranks.sum(correct, among, loss, images)
     mean_loss = loss.item() / images.item()
     # JSON has no NaN: a loss that is not finite is recorded as absent, its accuracy stays.
-    return {
+    top5: Evaluation = {"top5": 100 * among.item() / images.item()} if several else {}
+    return top5 | {
         "accuracy": 100 * correct.item() / images.item(),
         "loss": mean_loss if np.isfinite(mean_loss) else None,
         "images": int(images.item()),
     }
+
+
+def _mean_of_views(model: nn.Module, x: Tensor) -> Tensor:
+    """x [n, views, ...] -> the logarithm of the views' mean softmax [n, classes]."""
+    return torch.stack([model(view).float().softmax(1) for view in x.unbind(1)]).mean(0).log()
 
 
 def under_both(model: nn.Module, one: Callable[[str], Evaluation]) -> dict[str, Evaluation]:

@@ -8,8 +8,6 @@ from kalmannorm.data.batches import Batches
 from kalmannorm.norm.weight import initialize_weight_norm, is_weight_normalized
 from kalmannorm.train.ranks import Ranks
 
-BATCH = 500  # images at a time, over all processes
-
 
 @torch.no_grad()
 def measure_input(model: nn.Module, train: Batches, ranks: Ranks) -> None:
@@ -21,11 +19,11 @@ def measure_input(model: nn.Module, train: Batches, ranks: Ranks) -> None:
     if not hasattr(model, INPUT_BELIEF[0]):
         return
     sums = torch.zeros(2, 3, dtype=torch.float64, device=train.device)
-    for x, _, counted in train.plain(BATCH // train.world * train.world):
-        wide = x[:counted].double()
-        sums += torch.stack((wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))))
+    for x, _, counted in train.plain(max(1, train.at_once // train.world) * train.world):
+        wide = x[:counted].double().transpose(0, 1).flatten(1)
+        sums += torch.stack((wide.sum(1), wide.square().sum(1)))
     # The mean is close to 0 after preprocessing: E[x^2] - E[x]^2 in float64 does not cancel.
-    mean, square = (total / (train.count * x.shape[2] * x.shape[3]) for total in ranks.sum(*sums))
+    mean, square = (total / (train.count * x[0, 0].numel()) for total in ranks.sum(*sums))
     for name, value in zip(INPUT_BELIEF, (mean, square - mean.square()), strict=True):
         model.get_buffer(name).copy_(value)
 

@@ -17,7 +17,7 @@ from kalmannorm.data.folder import find_unreadable
 from kalmannorm.data.loader import Loader
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.settings import ArrayDataset, FolderDataset
+from kalmannorm.experiments.settings import ArrayDataset, FolderDataset, VideoDataset
 from kalmannorm.files import write_atomically
 from kalmannorm.train.ranks import Ranks
 
@@ -54,6 +54,8 @@ def loaders(config: Config, source: data.Source, ranks: Ranks, whole: bool = Fal
     test_shard = (0, 1) if whole else evaluation_shard(config, ranks)
     if isinstance(source, data.Arrays):
         return _in_memory(config, source, ranks, shard, test_shard)
+    if isinstance(config.dataset, VideoDataset):
+        return _of_videos(config, source, ranks, shard, test_shard)
     return _streamed(config, source, ranks, shard, test_shard)
 
 
@@ -143,4 +145,32 @@ def _streamed(
     return (
         kind(train, batch=config.batch.grad_batch, shard=shard, **common),
         kind(source.test, batch=test_shard[1], shard=test_shard, **common),
+    )
+
+
+def _of_videos(
+    config: Config, source: data.Source, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
+) -> tuple[Batches, Batches]:
+    """Make both; the test videos' clips side by side."""
+    from kalmannorm.data.video import VideoLoader
+
+    dataset, subset = config.dataset, config.budget.subset
+    assert isinstance(dataset, VideoDataset) and isinstance(source, data.Images)
+    common: dict[str, Any] = {
+        "size": config.budget.size,
+        "flip": dataset.flip,
+        "frames": dataset.frames,
+        "interval": dataset.interval,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "device": ranks.device,
+        "seed": config.seed,
+        "workers": data.workers_of(config.workers, ranks.world),
+    }
+    train = source.train
+    if subset is not None:
+        train = train.take(data.class_balanced_subset(train.labels, subset))
+    return (
+        VideoLoader(train, batch=config.batch.grad_batch, shard=shard, views=None, **common),
+        VideoLoader(source.test, batch=test_shard[1], shard=test_shard, views=dataset.views, **common),
     )

@@ -13,7 +13,7 @@ from kalmannorm.conversion.mapping import Mapped
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Tree
-from kalmannorm.experiments.settings import DetectionSchedule, Schedule
+from kalmannorm.experiments.settings import DetectionSchedule, Schedule, VideoDataset
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS, SEGMENTERS
 from kalmannorm.norm import SparseSwitchableNorm
 from kalmannorm.norm.modes import normalizers, seed_noise, set_statistics
@@ -40,7 +40,9 @@ def build(config: Config) -> tuple[nn.Module, tuple[str, ...]]:
     UserError: as of network; statistics of a single value at the budget's resolution, the layer named.
     """
     model = network(config)
-    try_out(model, config, (config.budget.size, config.budget.size))
+    size, dataset = config.budget.size, config.dataset
+    frames = (dataset.frames,) if isinstance(dataset, VideoDataset) else ()
+    try_out(model, config, (*frames, size, size))
     last = LAST_NORMALIZERS[config.arch.name]
     # What is made of several parts has its averages in one of them.
     inner = {name.rpartition(".")[0]: name for name in normalizers(model)}
@@ -106,16 +108,16 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def try_out(model: nn.Module, config: Config, size: tuple[int, int]) -> None:
-    """Try one group of blank images, [height, width], so that statistics of a single value, or a map that vanishes,
-    show at the start."""
+def try_out(model: nn.Module, config: Config, size: tuple[int, ...]) -> None:
+    """Try one group of blank images, [height, width], or clips, [frames, height, width], so that statistics of a single
+    value, or a map that vanishes, show at the start."""
     set_statistics(model, "online")
     model.eval()
     try:
         with torch.no_grad():
             model(torch.zeros(config.batch.stat_batch or 1, 3, *size))
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{config.arch.name} at {size[0]} x {size[1]} pixels: {error}") from None
+        raise UserError(f"{config.arch.name} at {' x '.join(map(str, size))} pixels: {error}") from None
     finally:
         set_statistics(model, "moving")
         model.train()
@@ -130,7 +132,8 @@ def optimizer(model: nn.Module, *, momentum: float, weight_decay: float) -> torc
     whitened_weights = whitened(model).values()
     for layer in whitened_weights:  # the decay is of W, not of the V that is learned
         parametrization_of(layer).weight_decay = weight_decay
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m not in set(whitened_weights)]
+    kinds = nn.Conv2d | nn.Conv3d | nn.Linear
+    layers = [m for m in model.modules() if isinstance(m, kinds) and m not in set(whitened_weights)]
     decayed = [_decayed(m) for m in layers]
     logits = [p for m in model.modules() if isinstance(m, SparseSwitchableNorm) for p in (m.mean_weight, m.var_weight)]
     chosen = {id(p) for p in [*decayed, *logits]}
@@ -141,7 +144,7 @@ def optimizer(model: nn.Module, *, momentum: float, weight_decay: float) -> torc
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
 
 
-def _decayed(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
+def _decayed(layer: nn.Conv2d | nn.Conv3d | nn.Linear) -> torch.Tensor:
     """Return the weight; under weight normalization its g: W = g v / |v| has the norm of g, and v's changes nothing. So
     the penalty on W stays the recipe's, which knows no weight normalization: ours."""
     if is_weight_normalized(layer):

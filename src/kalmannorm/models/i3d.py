@@ -1,0 +1,85 @@
+"""I3D (Carreira & Zisserman 2017) as a ResNet-50: the network of the talk's Table 6, inflated from torchvision's.
+
+Clips [N, 3, frames, H, W] -> logits. The parts are torchvision's under their names, so that ImageNet's weights fit
+(inflate_weights); temporal kernels and strides are those of Non-local Networks (Wang et al. 2018), from memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from kalmannorm.models.resnet import Resnet
+
+STEM, BLOCK = 5, 3  # frames that the stem's kernel sees, and the first kernel of every second block
+
+
+class I3D(Resnet):
+    """torchvision's ResNet of bottleneck blocks with a third dimension.
+
+    layers, width: as Resnet's. strides: in time, of the stem, the pooling behind it, and the one behind stage 1.
+    dropout: ahead of the classifier; it draws from torch's global generator, so that k processes draw something else
+    than one does.
+    """
+
+    def __init__(
+        self,
+        classes: int = 400,
+        *,
+        layers: Sequence[int] = (3, 4, 6, 3),
+        width: float = 1.0,
+        strides: Sequence[int] = (2, 2, 2),
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__(layers, width)
+        self.fc = nn.Linear(self.fc.in_features, classes)
+        _inflate(self)
+        self.conv1: nn.Module = _convolution(self.conv1, STEM, strides[0])
+        self.maxpool = nn.MaxPool3d(3, (strides[1], 2, 2), 1)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage[::2]:
+                block.conv1 = _convolution(block.conv1, BLOCK, 1)
+        self.layer1.append(nn.MaxPool3d((3, 1, 1), (strides[2], 1, 1), (1, 0, 0)))
+        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Dropout(dropout))
+
+
+def _inflate(model: nn.Module) -> None:
+    """Replace what is flat by what is one frame deep."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.Conv2d):
+            setattr(model, name, _convolution(child, 1, 1))
+        elif isinstance(child, nn.BatchNorm2d):
+            setattr(model, name, nn.BatchNorm3d(child.num_features))
+        else:
+            _inflate(child)
+
+
+def _convolution(flat: Any, depth: int, stride: int) -> nn.Conv3d:
+    """Build a convolution of `depth` frames whose response to a still clip is that of `flat`, of one frame or none."""
+    (*_, height, width), (*_, down, across) = flat.kernel_size, flat.stride
+    *_, above, beside = flat.padding
+    deep = nn.Conv3d(
+        flat.in_channels,
+        flat.out_channels,
+        (depth, height, width),
+        (stride, down, across),
+        (depth // 2, int(above), int(beside)),
+        bias=False,
+    )
+    weight = flat.weight if flat.weight.dim() == 4 else flat.weight.sum(2)
+    deep.weight = nn.Parameter(_deepened(weight.detach(), depth))
+    return deep
+
+
+def _deepened(weight: Tensor, depth: int) -> Tensor:
+    return (weight[:, :, None] / depth).expand(-1, -1, depth, -1, -1).clone()
+
+
+def inflate_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights of a flat ResNet as those of `model`: convolutions are repeated over the frames of their kernel,
+    and divided by their number."""
+    deep = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor) and value.dim() == 5}
+    return {
+        key: _deepened(value, deep[key].shape[2]) if key in deep and value.dim() == 4 else value
+        for key, value in weights.items()
+    }
