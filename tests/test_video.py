@@ -25,8 +25,8 @@ from kalmannorm.data.pixels import Unreadable
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import cards
 from kalmannorm.experiments.config import compose
-from kalmannorm.models.detection.parts import Resnet
 from kalmannorm.models.i3d import I3D, inflate_weights
+from kalmannorm.models.resnet import Resnet
 from kalmannorm.report import tables
 from kalmannorm.report.effects import Group
 from kalmannorm.train import checkpoint, loop
