@@ -25,6 +25,7 @@ from kalmannorm.data.pixels import Unreadable
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import cards
 from kalmannorm.experiments.config import compose
+from kalmannorm.experiments.record import run_id
 from kalmannorm.models.i3d import I3D, inflate_weights
 from kalmannorm.models.resnet import Resnet
 from kalmannorm.report import tables
@@ -249,6 +250,25 @@ def test_two_processes_compute_what_one_does(root, tmp_path):
     for kind in ("moving", "online"):
         assert one["final"][kind]["loss"] == pytest.approx(two["final"][kind]["loss"], abs=1e-3)
         assert two["final"][kind]["images"] == 6
+
+
+def test_a_run_may_begin_with_inflated_weights(root, tmp_path):
+    torch.manual_seed(5)
+    flat = Resnet((1, 1, 1, 1), 0.0625).state_dict()
+    torch.save(flat, tmp_path / "weights.pth")
+    given = [*SMALL, "norm=bkn", f"weights={tmp_path / 'weights.pth'}"]
+    assert run_id(compose(given)) != run_id(compose([*SMALL, "norm=bkn"]))
+    config = compose([*given, "schedule.lr=[[1,1e-9]]", *place(root, tmp_path)])
+    assert main(["train", *given, "schedule.lr=[[1,1e-9]]", *place(root, tmp_path)]) == 0
+    record, state = outcome(tmp_path)
+    assert record["weights"] == {
+        "origin": "ImageNet weights from a file, inflated",
+        "sha256": config.arch.options["pretrained"],
+    }
+    for frame in range(5):
+        assert error(state["model"]["conv1.weight"][:, :, frame], flat["conv1.weight"] / 5) < 1e-5
+    torch.save(Resnet((1, 1, 1, 1), 0.125).state_dict(), tmp_path / "weights.pth")
+    assert main(["train", *given, *place(root, tmp_path / "other")]) == 2
 
 
 def test_a_broken_video_is_one_line(root, tmp_path, capsys):

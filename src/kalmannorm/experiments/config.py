@@ -210,7 +210,11 @@ def _resolve(values: dict[str, Any]) -> Config:
     if task is not None:
         values["arch"] |= _resolve_weights(values["arch"], values["weights"], detects)
     elif values["weights"] is not None:
-        raise UserError(f"weights = {values['weights']}: only detectors and segmenters begin with given weights")
+        if "frames" not in values["dataset"]:
+            raise UserError(
+                f"weights = {values['weights']}: only detectors, segmenters and videos' networks begin with them"
+            )
+        values["arch"] |= _resolve_weights(values["arch"], values["weights"], detects)
     if values["device"] == "auto":
         values["device"] = "cuda" if machine.has_gpu() else "cpu"
     on_gpu = str(values["device"]).startswith("cuda")

@@ -7,21 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.errors import UserError
+from kalmannorm.models.i3d import inflate_weights
+
+CLASSIFIER = ("fc.weight", "fc.bias")  # left out
 
 
 def load_pretrained(parts: Iterable[nn.Module], file: str) -> None:
     """Load ImageNet weights of a ResNet-50 by torchvision's names (conv1.weight, layer4.2.bn3.running_var, ...) into
-    the parts of a converted network that have them; its classifier is left out.
+    the parts of a converted network that have them; its classifier is left out. Convolutions over frames get them
+    inflated.
 
     q and R keep their start where the file, of another normalizer, has none. UserError: not such a file; another
     network; a weight that is missing.
     """
-    weights = _read_weights(Path(file).expanduser())
+    flat = _read_weights(Path(file).expanduser())
     for part in parts:
-        state = part.state_dict()
+        state, weights = part.state_dict(), inflate_weights(flat, part)
         chosen = {}
         for key, value in state.items():
             if not isinstance(value, Tensor) or key.endswith(("num_batches_tracked", "_extra_state")):
+                continue
+            if key in CLASSIFIER:
                 continue
             if key not in weights:
                 if key.endswith(("gain_logit", "noise_raw")):

@@ -26,6 +26,7 @@ from kalmannorm.train.gaps import variance_gaps
 from kalmannorm.train.initialize import initialize, measure_input
 from kalmannorm.train.loaders import loaders, open_data, recoloured
 from kalmannorm.train.model import build, learning_rate
+from kalmannorm.train.pretrained import load_pretrained
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.refresh_weights import refresh_weights
 from kalmannorm.train.state import Session, StopRequest
@@ -75,6 +76,12 @@ class Classification(Task):
         }
 
     def begin(self, session: Session, record: Record) -> None:
+        """Load the given weights, or initialize what depends on data."""
+        if self.config.weights is not None:
+            origin = "ImageNet weights from a file, inflated"
+            record["weights"] = {"origin": origin, "sha256": self.config.arch.options["pretrained"]}
+            if session.fresh:
+                load_pretrained([self.model], self.config.weights)
         if session.fresh:
             initialize(self.model, self.train)
 
