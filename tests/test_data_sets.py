@@ -10,10 +10,8 @@ from kalmannorm import data
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config, compose, conf_dir
 
-# Those of classification; COCO, the only one of detection, has tests of its own (test_coco.py).
-NAMES = sorted(
-    file.stem for file in (conf_dir() / "dataset").glob("*.yaml") if OmegaConf.load(file).get("task") != "detection"
-)
+# Those of classification; the others have tests of their own (test_coco.py, test_scenes.py).
+NAMES = sorted(file.stem for file in (conf_dir() / "dataset").glob("*.yaml") if "task" not in OmegaConf.load(file))
 
 
 def composed(name: str, budget: str = "lite") -> Config:
