@@ -71,7 +71,11 @@ def test_the_answer_comes_first_and_numbers_open_their_runs(tmp_path: Path) -> N
     found = check_links(tmp_path)
     text = (tmp_path / "report.html").read_text()
     answer = text.split("<h1>")[1].split("</header>")[0]
-    assert "At budget lite" in answer and "supported" in answer and "KN needs no online statistics" in answer
+    assert (
+        "At budget lite" in answer
+        and "supported" in answer
+        and "Does KN do without online statistics at evaluation? " in answer
+    )
     ids = [record["id"] for record in read_all(tmp_path) if record["config"]["norm"]["name"] == "bkn"]
     assert any(set(ids) == set(link.removeprefix("#runs=").split(",")) for link in found.links)
     names = {path.name for path in written}

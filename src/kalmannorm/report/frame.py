@@ -47,8 +47,7 @@ class Identity:
 
 
 def load(results: str | Path = "results", numerics: int = NUMERICS) -> pd.DataFrame:
-    """All records of a results folder, checked. UserError: a file that is not a whole record, or not that of its
-    configuration: a table must not silently lose a run."""
+    """Return all records of a results folder, checked; a file that is no usable record is named and left out."""
     rows = [row for record in read_all(results) for row in _rows(record, Path(results))]
     columns = ["id", "numerics", "status", "statistics", "seed", "accuracy", "gap", "learned", *ROW, *GROUP, *KIND]
     frame = pd.DataFrame(rows, columns=None if rows else columns)

@@ -29,6 +29,7 @@ MARKS = {"supported": "✓", "contradicted": "✗", "open": "?", "explored": "·
 BUDGETS = ("paper", "short", "lite")  # the fullest first
 POINTS = 40  # of a curve
 ROOM = 650_000  # characters of pictures: with runs and claims, the page is under 1 MB
+ANSWERS = {"supported": "Yes", "contradicted": "No", "open": "Not decided"}  # of the first sentences' questions
 FOREST = 25.0  # points to either side that the claims' picture shows
 GENERATED = ("<!-- results -->", "<!-- end -->")  # the part of a document that `make report` writes
 
@@ -112,7 +113,7 @@ def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
         of = [v for v in (*judged, *ours) if v.claim is claim and v.group]
         fullest = min((v.group.budget for v in of if v.group), key=_fullness)
         words = [_in_words(v, v.group) for v in of if v.group and v.group.budget == fullest]
-        said.append(f"{claim.answer}: {', '.join(words)}.")
+        said.append(f"{claim.answer}{'' if claim.answer.endswith('?') else ':'} {'; '.join(words)}.")
     for budget in sorted({v.group.budget for v in judged if v.group}, key=_fullness):
         counts = tally(v for v in judged if v.group and v.group.budget == budget)
         total = sum(counts.values())
@@ -125,10 +126,11 @@ def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
 
 
 def _in_words(verdict: Verdict, group: Group) -> str:
+    where = f"on {group.dataset}, budget {group.budget}"
     if verdict.state == "explored":
-        return f"{verdict.estimate} on {group.dataset}, budget {group.budget}"
-    paper = f"; paper {value}" if (value := printed(verdict)) else ""
-    return f"{verdict.state} on {group.dataset}, budget {group.budget} ({verdict.estimate}{paper})"
+        return f"{verdict.estimate} {where}"
+    paper = f"; the paper has {value}" if (value := printed(verdict)) else ""
+    return f"{ANSWERS[verdict.state]} {where}: {verdict.estimate}{paper}"
 
 
 def matrix(verdicts: Sequence[Verdict]) -> tuple[list[str], list[tuple[Claim, list[list[Verdict]]]]]:
