@@ -23,7 +23,7 @@ EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
 DATASETS := cifar10 cifar100 svhn svhn_extra playback
 IMAGENET := table1 table4 table5 figure3 talk-resnet50 $(foreach n,3 4 5 6 7,v1-figure$(n))
 
-.PHONY: help setup setup-ffcv demo test test-all lint bench report notebooks clean $(EXPERIMENTS) $(DATASETS:%=data-%)
+.PHONY: help setup setup-ffcv demo test test-all lint bench zoo report notebooks clean $(EXPERIMENTS) $(DATASETS:%=data-%)
 
 help: ## list the targets
 	@echo "targets (variables: DATASET=$(DATASET) BUDGET=$(BUDGET) SEEDS=$(SEEDS) DATA=folder GPUS=n LAUNCHER=local|ray|slurm ARGS='overrides'):"
@@ -88,6 +88,9 @@ lint: $(READY) ## ruff and mypy
 
 bench: $(READY) ## speed and memory, as ratios
 	@$(VENV)/bin/python benchmarks/bench.py --results results
+
+zoo: $(READY) ## convert, train a step, save, load and fold models of torchvision, timm and transformers: results/zoo.md
+	@$(VENV)/bin/python benchmarks/zoo.py
 
 clean: ## remove the environment, runs/ and the demo's results; records stay
 	@rm -rf $(VENV) runs results/demo

@@ -434,3 +434,25 @@ def test_the_backbone_of_a_detection_model() -> None:
     assert before[0].keys() == after[0].keys() and torch.allclose(before[0]["scores"], after[0]["scores"], atol=1e-5)
     sum(model.train()([x[0], x[0]], [TARGET, TARGET]).values()).backward()
     assert model.backbone.body.bn1.weight.grad is not None
+
+
+class DetrFrozenBatchNorm2d(nn.Module):
+    """As DETR has it in Hugging Face's library: its eps is no attribute."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 2.0), ("bias", 0.5), ("running_mean", 0.3), ("running_var", 4.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, var = (b.view(1, -1, 1, 1) for b in self.buffers())
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+def test_frozen_batch_norm_is_known_by_what_it_is() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), DetrFrozenBatchNorm2d(4), nn.ReLU())
+    with pytest.raises(ValueError, match=r"its 1 FrozenBatchNorm2d layers are constants: thaw=True"):
+        convert(model, "bkn")
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(convert(model, "bkn", thaw=True).eval()(x), model(x))

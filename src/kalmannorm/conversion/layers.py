@@ -96,14 +96,16 @@ def _original_of(layer: nn.Module) -> nn.Module:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    return type(module).__name__ == "FrozenBatchNorm2d" and isinstance(getattr(module, "eps", None), float)
+    """By what it is: torchvision's and detectron2's, and DETR's, whose eps of 1e-5 is no attribute."""
+    buffers = ("weight", "bias", "running_mean", "running_var")
+    return type(module).__name__.endswith("FrozenBatchNorm2d") and all(name in module._buffers for name in buffers)
 
 
 def thaw_frozen(root: nn.Module) -> None:
-    """FrozenBatchNorm2d (torchvision's, detectron2's) as BatchNorm2d with the same values."""
+    """FrozenBatchNorm2d as BatchNorm2d with the same values."""
     for name, frozen in list(root.named_modules(remove_duplicate=False)):
         if is_frozen(frozen):
-            layer = nn.BatchNorm2d(len(frozen.weight), frozen.eps)  # type: ignore[arg-type]
+            layer = nn.BatchNorm2d(len(frozen.weight), getattr(frozen, "eps", 1e-5))  # type: ignore[arg-type]
             replace(root, name, carry_over(frozen, layer))
 
 
