@@ -89,7 +89,7 @@ lint: $(READY) ## ruff and mypy
 bench: $(READY) ## speed and memory, as ratios
 	@$(VENV)/bin/python benchmarks/bench.py --results results
 
-zoo: $(READY) ## convert, train a step, save, load and fold models of torchvision, timm and transformers: results/zoo.md
+zoo: $(READY) ## convert, train a step, save, load and fold models of torchvision, timm and transformers: docs/zoo.md
 	@$(VENV)/bin/python benchmarks/zoo.py
 
 clean: ## remove the environment, runs/ and the demo's results; records stay

@@ -1,4 +1,4 @@
-"""Converts models that nobody here wrote, and does with each what one does: results/zoo.md is the table.
+"""Converts models that nobody here wrote, and does with each what one does: docs/zoo.md is the table.
 
     python benchmarks/zoo.py [NAME ...]
 
@@ -31,7 +31,7 @@ from kalmannorm.conversion import untraced
 from kalmannorm.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "results" / "zoo.md"
+TABLE = ROOT / "docs" / "zoo.md"
 IMAGES, STAT_BATCH = 4, 2
 TOLERANCE = 1e-6  # of the folded model's outputs, relative to the largest
 

@@ -115,9 +115,14 @@ def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
         words = [_in_words(v, v.group) for v in of if v.group and v.group.budget == fullest]
         said.append(f"{claim.answer}{'' if claim.answer.endswith('?') else ':'} {'; '.join(words)}.")
     for budget in sorted({v.group.budget for v in judged if v.group}, key=_fullness):
-        counts = tally(v for v in judged if v.group and v.group.budget == budget)
+        of_budget = [v for v in judged if v.group and v.group.budget == budget]
+        counts = tally(of_budget)
         total = sum(counts.values())
-        reduced = "" if budget == "paper" else f", a reduction ({_length(cells, budget)})"
+        reduced = (
+            ""
+            if budget == "paper"
+            else f", a reduction ({_length(cells, budget, {v.group.dataset for v in of_budget if v.group})})"
+        )
         said.append(
             f"At budget {budget}{reduced}, {total} tests of the papers' claims: {counts['supported']} supported, "
             f"{counts['contradicted']} contradicted, {counts['open']} open."
@@ -255,9 +260,9 @@ def _column(verdict: Verdict) -> str:
     return f"{verdict.group.dataset}, {verdict.group.budget}" if verdict.group else ""
 
 
-def _length(cells: Cells, budget: str) -> str:
-    """ "12 epochs at 16 px", of classifiers: the papers' claims are about these."""
-    runs = cells.runs[(cells.runs.budget == budget) & cells.runs.accuracy.notna()]
+def _length(cells: Cells, budget: str, datasets: set[str]) -> str:
+    """Say how long the runs of a budget on these data sets are, as "12 epochs at 16 px"."""
+    runs = cells.runs[(cells.runs.budget == budget) & cells.runs.dataset.isin(datasets)]
     kinds = runs.groupby(["budget.epochs", "budget.size"]).size()
     return " / ".join(f"{epochs} epochs at {size} px" for epochs, size in kinds.index)
 
