@@ -1,6 +1,8 @@
 """What docs/ shows runs."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,3 +38,17 @@ def test_the_normalizer_of_the_example_keeps_the_contract(rms: str, check: str) 
 def test_the_card_of_the_example_is_like_the_others() -> None:
     (card,) = blocks("add-a-normalizer.md", "yaml")
     assert yaml.safe_load(card).keys() == yaml.safe_load((conf_dir() / "norm" / "bn.yaml").read_text()).keys()
+
+
+def test_a_few_lines_of_plain_python_find_the_answer_that_readme_gives() -> None:
+    script = DOCS.parent / "scripts" / "answer.py"
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+    readme = (DOCS.parent / "README.md").read_text()
+    for network, kind, words in (
+        ("resnet32", "paper", "Is KN more accurate than BN with statistics of 2 images, on ResNet-32?"),
+        ("resnet14", "paper", "KN at 2 images against BN at 2, on ResNet-14"),
+        ("resnet32", "robust", "Our preset robust at 2 against BN at 2, on ResNet-32"),
+    ):
+        found = re.search(rf"{network} {kind}: .* against BN (\S+)", said)
+        (line,) = (line for line in readme.splitlines() if words in line)
+        assert found and f" {found[1]} ".replace("-", "−") in line
