@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_converted_runs import net
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from kalmannorm import NORMS, convert
+from kalmannorm import NORMS, convert, fold, precise_statistics
 
 BY_GROUPS = ("bn", "brn", "sn", "ssn", "bkn", "syncbn", "pn", "zca", "itern")
 
@@ -81,3 +82,52 @@ def test_bad_words_are_refused() -> None:
         NORMS["bn"](4, ragged="drop", track_running_stats=False)
     with pytest.raises(ValueError, match="ragged: IBN"):
         NORMS["ibn"](4, ragged="drop")
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("norm", ["bn", "bkn", "brn", "sn", "zca"])
+def test_dropped_images_of_two_forwards_before_one_backward(norm, checkpointed):
+    """They are normalized by the moving averages as each forward found them."""
+
+    def run(apart: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer = NORMS[norm](4, stat_batch=4, ragged="drop", **({"group": 2} if norm == "zca" else {})).double().train()
+        first, second = (torch.randn(5, 4, 6, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        factor = torch.randn(5, 4, 6, 6, dtype=torch.float64)
+
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+            return (y**2 * factor).sum()
+
+        if apart:
+            loss(first).backward()
+            loss(second).backward()
+        else:
+            (loss(first) + loss(second)).backward()
+        return [first.grad, second.grad, layer.weight.grad]
+
+    for together, apart in zip(run(False), run(True), strict=True):
+        assert torch.allclose(together, apart, rtol=1e-9, atol=1e-9)
+
+
+def test_precise_statistics_are_of_whole_groups_alone():
+    """A batch without a whole group counts for nothing, also where it comes first."""
+    torch.manual_seed(0)
+    batches = [torch.randn(1, 3, 5, 5) + 50, torch.randn(4, 3, 5, 5)]
+    for norm, options in (("bn", {}), ("zca", {"group": 3})):
+        model = nn.Sequential(NORMS[norm](3, stat_batch=4, ragged="measure", **options))
+        model[0].running_mean.fill_(100.0)
+        precise_statistics(model, batches)
+        assert torch.allclose(model[0].running_mean, batches[1].mean((0, 2, 3)), atol=1e-5)
+    with pytest.raises(ValueError, match="at least one batch of stat_batch images"):
+        precise_statistics(model, batches[:1])
+
+
+@pytest.mark.parametrize("norm", ["bn", "brn", "pn"])
+def test_fold_of_layers_whose_moving_statistics_are_not_the_originals(norm):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 12, 12) * 3 + 2
+    model = convert(net(), norm, stat_batch=None, track_running_stats=False)
+    for _ in range(2):
+        model.train()(x)
+    assert torch.allclose(fold(model.eval()).eval()(x), model(x), atol=1e-5)

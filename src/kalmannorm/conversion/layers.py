@@ -113,10 +113,10 @@ def plain_batch_norm(layer: Any) -> nn.Module:
     """Of a normalizer that `folds`."""
     if "original" in layer.__dict__:
         return _original_of(layer)
-    kind, affine, track_running_stats = layer.replaced
+    kind, affine, _ = layer.replaced
     if isinstance(layer, Whitening):
         return layer.folded(kind)
-    plain = kind(layer.num_features, layer.eps, layer.momentum, affine, track_running_stats)
+    plain = kind(layer.num_features, layer.eps, layer.momentum, affine, layer.running_mean is not None)
     if layer.bias is None:
         plain.register_parameter("bias", None)
     carry_over(layer, plain)

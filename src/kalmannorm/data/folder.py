@@ -133,7 +133,7 @@ def load(root: Path, dataset: Mapping[str, Any], kind: Kind = IMAGES) -> Images:
     train, test = (_files(folder / split, classes[split], total, kind) for split in SPLITS)
     provenance = {
         "name": dataset["name"],
-        "fidelity": _fidelity((len(train), len(test)), dataset.get("published")),
+        "fidelity": fidelity((len(train), len(test)), dataset.get("published")),
         "sha256": total.hexdigest(),
         "sha256_of": "names and sizes of the files",
         "files": len(train) + len(test),
@@ -223,7 +223,8 @@ def _identity(place: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _fidelity(counts: tuple[int, int], published: list[int] | None) -> str:
+def fidelity(counts: tuple[int, int], published: list[int] | None) -> str:
+    """Say how many files there are beside how many were published."""
     said = f"{counts[0]:,} + {counts[1]:,} files"
     if published is None:
         return f"{said}, content not verified"

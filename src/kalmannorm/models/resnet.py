@@ -1,4 +1,5 @@
-"""torchvision's ResNets of bottleneck blocks, as narrow as one likes: the backbones of detectors and segmenters."""
+"""torchvision's ResNets of bottleneck blocks, as narrow as one likes: the backbones of detectors and
+segmenters, and what I3D inflates."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.belief import Belief
-from kalmannorm.norm.checkpoints import is_run_again
+from kalmannorm.norm.checkpoints import is_run_again, once
 
 Probe = Callable[..., None]
 RAGGED = ("error", "measure", "drop")
@@ -24,7 +24,11 @@ def by_whole_groups(normalize: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(normalize)
     def wrapped(self: "GroupedStatistics", input: Tensor, *prior: Belief | None) -> Any:
-        if self.ragged == "error" or self.uses_moving or self.group_of is None or getattr(self, "spans", False):
+        # What several devices decide together, they decide once a batch.
+        shared = getattr(self, "spans", False) or (
+            getattr(self, "guard", None) is not None and self.pending is not None
+        )
+        if self.ragged == "error" or self.uses_moving or self.group_of is None or shared:
             return normalize(self, input, *prior)
         left = len(input) % self.group_of
         if left == 0:
@@ -37,11 +41,9 @@ def by_whole_groups(normalize: Callable[..., Any]) -> Callable[..., Any]:
             results.append(normalize(self, input[whole:], *(_rows(one, slice(-1, None)) for one in prior)))
         finally:
             self.left = 0
-        return (
-            results[0]
-            if len(results) == 1
-            else _together(results[0], results[1], getattr(self, "belief", "") == "output")
-        )
+        if len(results) == 1:
+            return results[0]
+        return _together(results[0], results[1], getattr(self, "belief", "") == "output")
 
     return wrapped
 
@@ -87,6 +89,8 @@ class GroupedStatistics(_BatchNorm):
     probe: Probe | None = None
     left = 0  # while images that are left of a batch are normalized: how many measure, or _DROPPED
     layer_name = ""  # set by convert: errors name the layer
+    # What an error says may be done about a batch that does not divide.
+    remedy = "; ragged='measure' or 'drop' says what becomes of its last images"
     folds = True  # whether its moving statistics say all that a plain BatchNorm needs to compute the same
     # Class, affine and track_running_stats of the layer that it stands for: set by convert, for fold.
     replaced: tuple[type[_BatchNorm], bool, bool] = (torch.nn.BatchNorm2d, True, True)
@@ -152,7 +156,7 @@ class GroupedStatistics(_BatchNorm):
         try:
             size = groups.size(x.shape[0], self.group_of)
         except ValueError as error:
-            raise ValueError(f"{self.where}: {error}") from None
+            raise ValueError(f"{self.where}: {error}{self.remedy}") from None
         if groups.values(x, size) <= 1:
             raise ValueError(
                 f"{self.where}: statistics of a single value (statistics batch {size} on a feature map "
@@ -164,12 +168,16 @@ class GroupedStatistics(_BatchNorm):
         self._check_input_dim(x)
         return groups.of_no_images(x, *self.parameters(), *others)
 
+    def moving(self) -> list[Tensor]:
+        """The moving averages that normalize. Those of dropped images, which change before the backward: as the forward
+        found them, also where a checkpoint runs it again."""
+        found: list[Tensor] = [getattr(self, name) for name in self.averaged]
+        return once(self, lambda: [average.clone() for average in found]) if self.left else found
+
     def normalize_by_moving(self, x: Tensor, weight: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        moving = self.running_mean, self.running_var
-        if self.left:  # in training: they change before the backward
-            moving = tuple(None if t is None else t.clone() for t in moving)  # type: ignore[assignment]
-        return F.batch_norm(x, *moving, weight, self.bias, False, 0.0, self.eps)
+        mean, var = self.moving()[:2]
+        return F.batch_norm(x, mean, var, weight, self.bias, False, 0.0, self.eps)
 
     @torch.no_grad()
     def update_moving(self, mean: Tensor, var: Tensor, values: int, *more: Tensor) -> None:
@@ -285,8 +293,11 @@ class BatchNorm(GroupedStatistics):
         return groups.merge(y, x.shape)
 
     def _normalize_whole_batch(self, x: Tensor) -> Tensor:
-        if not self.training or self.running_mean is None or self.left or is_run_again():
+        if not self.training or self.running_mean is None or self.running_var is None or self.left:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        if is_run_again():  # copies: a checkpoint counts the tensors that are kept for the backward
+            moving = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(x, *moving, self.weight, self.bias, True, 0.0, self.eps)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum

@@ -18,10 +18,7 @@ def size(batch: int, stat_batch: int | None) -> int:
     if stat_batch is None:
         return batch
     if batch % stat_batch:
-        raise ValueError(
-            f"a batch of {batch} images does not divide into groups of stat_batch = {stat_batch}"
-            "; ragged='measure' or 'drop' says what becomes of its last images"
-        )
+        raise ValueError(f"a batch of {batch} images does not divide into groups of stat_batch = {stat_batch}")
     return stat_batch
 
 

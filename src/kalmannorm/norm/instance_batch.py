@@ -13,7 +13,7 @@ from kalmannorm.norm.group import refuse_single_pixels
 class InstanceBatchNorm(nn.Module):
     """Instance Norm on `ratio` of the channels, Batch Norm of groups of `stat_batch` images on the rest.
 
-    x [N, C, H, W] -> (y like x, None). The parts are named as in the public models, whose state dicts load:
+    x [N, C, H, W] -> y like x. The parts are named as in the public models, whose state dicts load:
     `IN.weight`, `BN.weight`, `BN.running_mean`, ... IN measures every image by its pixels (population variance), in
     evaluation too, and keeps no averages; BN is norm.BatchNorm. A ratio of 0 or 1 leaves one of them.
 

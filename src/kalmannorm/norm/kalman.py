@@ -219,12 +219,17 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         if self.uses_moving:
             assert self.running_mean is not None and self.running_var is not None
-            moving = Belief(self.running_mean[None], self.running_var[None])
+            self._check_input_dim(x)
+            mean, var = self.moving()
+            moving = Belief(mean[None], var[None])
             # A frozen layer's q, R and transition are idle, and DDP waits for their gradients.
             tie = torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
             weight = self.tie_idle(self.weight, prior) if tie else self.weight
-            return self.normalize_by_moving(x, weight), self.hand_on(moving, self.weight, self.bias)
+            y = F.batch_norm(x, mean, var, weight, self.bias, False, 0.0, self.eps)
+            return y, self.hand_on(moving, self.weight, self.bias)
         if not len(x):
+            if self.guard is not None and self.over_ranks:  # the others would wait for its part of the decision
+                raise ValueError(f"{self.where}: a batch of no images on one of several devices, and a guard over all")
             y = self.of_no_images(x, *(prior or ()))
             return y, self.hand_on(groups.belief_of_no_images(x), self.weight, self.bias)
         size = self.group_size(x)

@@ -65,12 +65,14 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
         batch = None
         for batch in batches:
             for layer in layers:
-                new = 1 if layer.stat_batch is None else max(1, len(batch) // layer.stat_batch)
+                new = 1 if layer.stat_batch is None else len(batch) // layer.stat_batch
                 seen[layer] += new
-                layer.momentum = new / seen[layer]  # every group counts the same
+                layer.momentum = new / max(1, seen[layer])  # every group counts the same
             model(batch)
         if batch is None:
             raise ValueError("precise statistics need at least one batch")
+        if not all(seen.values()):
+            raise ValueError("precise statistics need at least one batch of stat_batch images")
         for layer in layers:
             layer.end_precise()
     except BaseException:

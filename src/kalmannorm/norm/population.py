@@ -237,9 +237,10 @@ class SplitBatchNorm(SyncBatchNorm):
         for name, value in (("mean_batch", mean_batch), ("var_batch", var_batch)):
             if value not in (None, "whole"):
                 raise ValueError(f"{name} must be None or 'whole', not {value!r}")
+        if self.ragged != "error":
+            raise ValueError(f"ragged must be 'error' with mean_batch or var_batch, not {self.ragged!r}")
         self.mean_batch, self.var_batch = mean_batch, var_batch
 
-    @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving:
             return super().forward(input)

@@ -60,8 +60,8 @@ class SwitchableNorm(GroupedStatistics):
     def _batch_part(self, x: Tensor, in_mean: Tensor, in_var: Tensor) -> tuple[Tensor, Tensor]:
         """BN's mean and variance for every image, [N, C]."""
         if self.uses_moving:
-            assert self.running_mean is not None and self.running_var is not None
-            return self.running_mean.expand_as(in_mean), self.running_var.expand_as(in_var)
+            mean, var = self.moving()
+            return mean.expand_as(in_mean), var.expand_as(in_var)
         size = self.group_size(x)
         mean, var = groups.moments(in_mean, in_var, size)
         self.record(mean.detach(), var.detach(), groups.values(x, size))

@@ -21,7 +21,8 @@ class _InverseSqrt(torch.autograd.Function):
     """S^(-1/2) of symmetric positive matrices [..., d, d], by eigenvalues.
 
     Its gradient is taken by the divided differences of l^(-1/2), which are finite where eigenvalues coincide, and not
-    through the eigenvectors, whose derivatives are not. Second derivatives are, and need them to differ.
+    through the eigenvectors, whose derivatives are not. Second derivatives go through these: not finite where
+    eigenvalues coincide.
     """
 
     @staticmethod
@@ -121,8 +122,8 @@ class Whitening(GroupedStatistics):
         wide = x.to(groups.moments_dtype(x)).flatten(2) if x.dim() > 2 else x.to(groups.moments_dtype(x))[..., None]
         if self.uses_moving:
             self._check_input_dim(x)
-            assert self.running_mean is not None
-            mean, whitening = self.running_mean[None], self.moving_whitening()[None]
+            moving = self.moving()
+            mean, whitening = moving[0][None], self._whitening_of(moving[-1])[None]
             centered = self._in_groups(wide - mean[..., None])
         else:
             size = self.group_size(x)
@@ -145,7 +146,9 @@ class Whitening(GroupedStatistics):
         """W [..., groups, d, d] of covariances, with eps; zero where channels are not there."""
         mask = self._mask().to(cov)
         present = mask.diagonal(dim1=-2, dim2=-1)
-        diagonal = self.eps * present + self.pad_value * (1 - present)
+        # Each its own where channels are not there: second derivatives need eigenvalues that differ.
+        padding = self.pad_value * torch.arange(1, self.group + 1).to(cov)
+        diagonal = self.eps * present + padding * (1 - present)
         return self.whiten(cov + diagonal.diag_embed()) * mask
 
     def _scaled(self, whitening: Tensor) -> Tensor:
@@ -156,11 +159,13 @@ class Whitening(GroupedStatistics):
 
     def moving_whitening(self) -> Tensor:
         """W [groups, d, d] of the moving statistics."""
-        moving: Tensor = getattr(self, self.averaged[-1])
-        return moving if self.average == "whitening" else self._whiten(moving)
+        return self._whitening_of(getattr(self, self.averaged[-1]))
+
+    def _whitening_of(self, average: Tensor) -> Tensor:
+        return average if self.average == "whitening" else self._whiten(average)
 
     def _record(self, mean: Tensor, cov: Tensor, whitening: Tensor, values: int) -> None:
-        if self._pool is not None:
+        if self._pool is not None and not self.left:
             first, second, seen = self._pool
             wide = self._in_groups(mean.double()[..., None])
             self._pool = (

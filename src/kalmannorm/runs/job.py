@@ -130,7 +130,7 @@ def _log_to(file: Path) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     sys.stdout, sys.stderr = (
-        _Log(open(number, "wb", closefd=False), line_buffering=True)  # noqa: SIM115
+        _Log(open(number, "wb", closefd=False), errors="backslashreplace", line_buffering=True)  # noqa: SIM115
         for number in (1, 2)
     )
     print(f"--- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, process {os.getpid()} on {socket.gethostname()}", flush=True)

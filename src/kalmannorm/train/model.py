@@ -29,7 +29,7 @@ DECAY: dict[str, Callable[[float], float]] = {
 }
 # Of norm.options.weights: how refreshes go (refresh_weights.py); the rest is whiten_weights's.
 REFRESH = ("every", "samples", "momentum")
-# Stands for norm.options.input_belief = data until start.measure_input has seen them.
+# Stands for norm.options.input_belief = data until initialize.measure_input has seen them.
 UNMEASURED = (torch.zeros(3), torch.ones(3))
 
 

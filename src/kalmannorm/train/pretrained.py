@@ -17,8 +17,8 @@ def load_pretrained(parts: Iterable[nn.Module], file: str) -> None:
     the parts of a converted network that have them; its classifier is left out. Convolutions over frames get them
     inflated.
 
-    q and R keep their start where the file, of another normalizer, has none. UserError: not such a file; another
-    network; a weight that is missing.
+    q, R and SN's weights keep their start where the file, of another normalizer, has none. UserError: not such a file;
+    another network; a weight that is missing.
     """
     flat = _read_weights(Path(file).expanduser())
     for part in parts:
@@ -30,7 +30,7 @@ def load_pretrained(parts: Iterable[nn.Module], file: str) -> None:
             if key in CLASSIFIER:
                 continue
             if key not in weights:
-                if key.endswith(("gain_logit", "noise_raw")):
+                if key.endswith(("gain_logit", "noise_raw", "mean_weight", "var_weight")):
                     continue
                 raise UserError(f"weights = {file}: {key} is missing; expected a ResNet-50 by torchvision's names")
             if weights[key].shape != value.shape:

@@ -56,6 +56,11 @@ class Segmentation(Task):
         self.config, self.ranks = config, ranks
         assert isinstance(config.dataset, SegmentationDataset)
         self.dataset = config.dataset
+        if config.norm.name == "wn" or {"input_belief", "weights"} & config.norm.options.keys():
+            raise UserError(
+                f"norm {config.norm.name} on {config.dataset.name}: what begins with a pass over images, or repeats "
+                "one (wn, norm.options.input_belief, preset robust, norm.options.weights), is for classification alone"
+            )
         self.model = network(config)
         try_out(self.model, config, (self.dataset.crop[0], self.dataset.crop[1]))
         self.split, self.other = open_scenes(self.dataset, data.root(config.data), ranks)
