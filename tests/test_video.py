@@ -300,7 +300,7 @@ def test_bad_folders_and_lists(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="get Kinetics-400 from"):
         video.load(tmp_path / "nowhere", settings)
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"pip install 'kalmannorm\[video\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[video\]'"):
         video.load(tmp_path, settings)
 
 
