@@ -298,7 +298,7 @@ def test_unusable_weights_are_named(tmp_path):
         load_pretrained(detector.pretrained_parts(model), str(file))
     with pytest.raises(UserError, match="weights = "):
         config("weights=/nowhere/resnet50.pth")
-    with pytest.raises(UserError, match="only arch=mask_rcnn_c4"):
+    with pytest.raises(UserError, match="only detectors, segmenters and videos' networks"):
         compose([f"weights={file}"])
 
 

@@ -424,7 +424,7 @@ def read_dataset(values: Mapping[str, Any]) -> Dataset:
     """Return the data set of the kind that the settings are of."""
     if "task" in values:
         if values["task"] not in OF_TASK:
-            raise UserError(nearest(str(values["task"]), list(OF_TASK), "dataset.task"))
+            raise UserError(f"dataset.task is {values['task']!r}, expected {' or '.join(OF_TASK)}")
         return OF_TASK[values["task"]].read(values)
     kind = VideoDataset if "frames" in values else FolderDataset if "loader" in values else ArrayDataset
     return kind.read(values)
