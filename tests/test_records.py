@@ -159,6 +159,8 @@ EDITS = {  # what somebody or a fault might change in a whole record, and the wo
     "norms.more": (("norms", "more"), {}),
     "host.seconds": (("host", "seconds"), "an hour"),
     "host.processes": (("host", "processes"), True),
+    "host.threads": (("host", "threads"), 0),
+    "host.train_seconds": (("host", "train_seconds"), -1.0),
     "data": (("data",), ["digits"]),
     "parameters": (("parameters",), -1),
     "status": (("status",), "finished"),
@@ -189,6 +191,12 @@ def test_an_edited_record_is_named_and_left_out_by_everything_that_reads_it(tmp_
         assert re.search(f"left out: .*{complaint}", error) and file.stem not in out
     assert main(["records", "merge", str(tmp_path), "--results", str(tmp_path / "other")]) == 1
     assert re.search(complaint, capsys.readouterr().err) and not (tmp_path / "other").exists()
+
+
+def test_a_loss_that_was_not_finite_is_no_damage(tmp_path):
+    """evaluate() writes null for it; the accuracy beside it counts."""
+    final = {"moving": {"accuracy": 10.0, "loss": None, "images": 360}}
+    assert records.is_done(tmp_path, add(tmp_path, [], final=final).stem)
 
 
 def test_a_stale_record_may_follow_another_schema(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import platform
 import subprocess
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from typing_extensions import TypedDict  # of which the records' schema is made: Python's own does from 3.12 on
 
 from kalmannorm.errors import UserError
@@ -102,19 +105,23 @@ class Commit(TypedDict):
     dirty: bool | None
 
 
+# Finite, from 0 on; a record's schema checks it.
+Measured = Annotated[float, Field(ge=0, lt=math.inf)]
+
+
 class Host(TypedDict, total=False):
     """Time and place of a run: all that may differ between two records of it."""
 
     started: str  # ISO 8601, UTC
     device: str
     hardware: str
-    threads: int
+    threads: Annotated[int, Field(ge=1)]
     git: Commit
     versions: dict[str, str | None]
-    processes: int
-    images_per_s: float | None
-    seconds: float  # of the last process
-    train_seconds: float  # of all processes that worked on the run
+    processes: Annotated[int, Field(ge=1)]
+    images_per_s: Measured | None
+    seconds: Measured  # of the last process
+    train_seconds: Measured  # of all processes that worked on the run
 
 
 def host(device: str) -> Host:

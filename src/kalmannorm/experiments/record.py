@@ -39,7 +39,6 @@ METRICS = ("accuracy", "box_ap", "miou")
 PAIRS = {"box / mask AP": ("box_ap", "mask_ap"), "mIoU / pixel accuracy": ("miou", "pixel_accuracy")}
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(ge=0, lt=math.inf)]
 
 
 def _check_evaluation(values: dict[str, float | str | None]) -> dict[str, float | str | None]:
@@ -53,7 +52,8 @@ def _check_evaluation(values: dict[str, float | str | None]) -> dict[str, float 
             least = 0 if name == "detections" else 1
             right, expected = isinstance(value, float) and value >= least and value.is_integer(), "how many"
         elif name == "loss":
-            right, expected = isinstance(value, float) and 0 <= value < math.inf, "a finite number, 0 or more"
+            # None: it was not finite
+            right, expected = value is None or (isinstance(value, float) and 0 <= value < math.inf), "a number from 0"
         else:
             right = isinstance(value, float) and 0 <= value <= 100
             right, expected = right or (value is None and name != "accuracy"), "percent"

@@ -424,7 +424,8 @@ def read_dataset(values: Mapping[str, Any]) -> Dataset:
     """Return the data set of the kind that the settings are of."""
     if "task" in values:
         if values["task"] not in OF_TASK:
-            raise UserError(f"dataset.task is {values['task']!r}, expected {' or '.join(OF_TASK)}")
+            task = nearest(str(values["task"]), OF_TASK, "task")
+            raise UserError(f"dataset.task is {values['task']!r}, expected a task: {task}")
         return OF_TASK[values["task"]].read(values)
     kind = VideoDataset if "frames" in values else FolderDataset if "loader" in values else ArrayDataset
     return kind.read(values)
