@@ -135,6 +135,20 @@ def test_crops_and_their_classes_stay_together(tmp_path):
         assert (found - torch.tensor(colours[place], dtype=torch.float32)).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("size", [7, 9, 16, 30])
+def test_reduced_classes_lie_where_the_reduced_image_has_them(tmp_path, size):
+    """Of stripes 16 pixels wide, white where the class is 1, each class keeps its side of every edge to the pixel."""
+    stripes = np.broadcast_to(np.arange(160) // 16 % 2, (90, 160)).astype(np.uint8)
+    for split in ("train", "test"):
+        for folder, values in ((split, 255 * stripes[..., None].repeat(3, -1)), (f"{split}annot", stripes)):
+            place = tmp_path / "camvid" / folder
+            place.mkdir(parents=True)
+            Image.fromarray(values).save(place / "scene.png")
+    plain = {"size": size, "crop": (size, round(160 * size / 90)), "scales": [1.0], "flip": False, "batch": 1}
+    x, labels = next(iter(loader(tmp_path, **plain).epoch(0)))
+    assert torch.equal(x[0, 0] > 0, labels[0] == 1)
+
+
 def test_what_a_step_sees_depends_on_nothing_else(tmp_path):
     scene_files.camvid(tmp_path)
     whole = list(loader(tmp_path).epoch(1))

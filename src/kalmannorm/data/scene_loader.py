@@ -72,7 +72,7 @@ class _Decode(Dataset[Sample | str]):
         factor, down, right, mirrored = draw(4).tolist()
         height, width = scaled(image.shape[-2:], self.size * self.scales[int(factor * len(self.scales))])
         image = resize(image, [height, width], InterpolationMode.BILINEAR, antialias=True)
-        classes = resize(classes[None], [height, width], InterpolationMode.NEAREST)[0]
+        classes = resize(classes[None], [height, width], InterpolationMode.NEAREST_EXACT)[0]
         top, left = (int(part * (max(0, side - of) + 1)) for part, side, of in
                      zip((down, right), (height, width), self.crop, strict=True))  # fmt: skip
         image, classes = (each[..., top : top + self.crop[0], left : left + self.crop[1]] for each in (image, classes))
