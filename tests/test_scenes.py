@@ -94,7 +94,10 @@ CASES = {
 def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys, case):
     damage, words = CASES[case]
     damage(scene_files.camvid(tmp_path))
-    assert main(["train", *scene_files.TINY, "norm=gn", f"data={tmp_path}", f"results={tmp_path}"]) == 2
+    assert (
+        main(["train", *scene_files.TINY, "norm=gn", f"data={tmp_path}", f"results={tmp_path}", f"runs={tmp_path}"])
+        == 2
+    )
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert all(word in line for word in words), line
 
