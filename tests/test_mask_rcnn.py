@@ -178,7 +178,7 @@ def test_it_trains_and_detects(norm, carry):
     sum(losses.values()).backward()
     waiting = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not waiting and all(torch.isfinite(loss) for loss in losses.values())
-    beliefs = detector.describe(model)["beliefs"]
+    beliefs = detector.belief_report_of_parts(model)
     after_align = [key for key, lost in beliefs.items() if lost and "roi_align" in lost]
     kalman = norm in ("bkn", "gkn")
     assert after_align == (

@@ -90,7 +90,7 @@ def test_the_same_switch(norm):
     sum(losses.values()).backward()
     assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    beliefs = detector.describe(model)["beliefs"]
+    beliefs = detector.belief_report_of_parts(model)
     without = [key for key, lost in beliefs.items() if lost is not None]
     assert without == (["backbone.body.bn1"] if norm in ("bkn", "gkn") else [])
     assert all(key.startswith("backbone.body.") for key in beliefs)
@@ -169,7 +169,7 @@ def test_beliefs_go_on_into_the_pyramid_and_end_at_regions():
 def belief_of(overrides):
     model = detector.build(compose([*TINY_FPN, *overrides])).train()
     model(*scene(4))
-    return detector.describe(model)["beliefs"]
+    return detector.belief_report_of_parts(model)
 
 
 def test_faster_rcnn():

@@ -12,8 +12,7 @@ from kalmannorm import Belief, convert
 from kalmannorm.experiments.config import compose
 from kalmannorm.norm.modes import normalizers, probing, set_statistics
 from kalmannorm.train.layer_errors import ESTIMATES, Errors, Population, layer_errors
-from kalmannorm.train.model import build
-from kalmannorm.train.task_classification import _describe
+from kalmannorm.train.model import build, describe
 
 
 def online(norm: str, **options: object) -> nn.Module:
@@ -93,8 +92,8 @@ def test_record_describes_gains_and_mixtures() -> None:
     small = ["dataset=digits", "budget=smoke", "arch=resnet14", "device=cpu"]
     described = {}
     for norm in ("bn", "gkn", "sn"):
-        model, last = build(compose([*small, f"norm={norm}"]))
-        described[norm] = SimpleNamespace(**{"mixture": None, **_describe(model, last)})
+        model, _ = build(compose([*small, f"norm={norm}"]))
+        described[norm] = SimpleNamespace(**{"mixture": None, **describe(model, {})})
     assert described["bn"].mixture is None and described["bn"].gains == {}
     assert described["gkn"].order == list(described["gkn"].gains) and "bn" in described["gkn"].order[0]
     assert list(described["sn"].mixture) == described["sn"].order

@@ -262,7 +262,7 @@ def test_a_run_may_begin_with_inflated_weights(root, tmp_path):
     assert main(["train", *given, "schedule.lr=[[1,1e-9]]", *place(root, tmp_path)]) == 0
     record, state = outcome(tmp_path)
     assert record["weights"] == {
-        "origin": "ImageNet weights from a file, inflated",
+        "origin": "ImageNet weights from a file",
         "sha256": config.arch.options["pretrained"],
     }
     for frame in range(5):

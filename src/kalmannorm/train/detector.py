@@ -13,11 +13,10 @@ from kalmannorm.data.batches import mix
 from kalmannorm.data.coco import TrainingBatches
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.record import Norms
 from kalmannorm.experiments.settings import DetectionSchedule, Norm
 from kalmannorm.models.detection.c4 import MaskRCNNC4
 from kalmannorm.models.detection.fpn import MaskRCNNFPN
-from kalmannorm.norm import Estimator, FrozenBatchNorm
+from kalmannorm.norm import FrozenBatchNorm
 from kalmannorm.norm.modes import normalizers, seed_noise
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN
 
@@ -167,19 +166,15 @@ def converted_parts(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if is_converted(m)}
 
 
-def describe(model: nn.Module) -> Norms:
-    """Describe the normalizers after training: order, gains, which had a prior and what took it from the others."""
+def belief_report_of_parts(model: nn.Module) -> dict[str, str | None]:
+    """Return the belief reports of the parts that were converted, as one."""
     beliefs: dict[str, str | None] = {}
     for part, converted in converted_parts(model).items():
         for name, lost in belief_report(converted).items():
             behind_roi_align = part in (HEAD, MASK_HEAD) and lost is not None and lost.startswith("nothing")
             ends = BELIEF_ENDS if _part(model, "backbone") is None else BELIEF_ENDS_AT_HEADS
             beliefs[f"{part}.{name}"] = ends if behind_roi_align else lost
-    return {
-        "order": list(normalizers(model)),
-        "gains": {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)},
-        "beliefs": beliefs,
-    }
+    return beliefs
 
 
 # Weights -------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from kalmannorm.data.folder import find_unreadable
 from kalmannorm.data.loader import Loader
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import Tree
 from kalmannorm.experiments.settings import ArrayDataset, FolderDataset, VideoDataset
 from kalmannorm.files import write_atomically
 from kalmannorm.train.ranks import Ranks
@@ -30,11 +31,24 @@ def open_data(config: Config, ranks: Ranks) -> data.Source:
     if source.classes != dataset.classes:
         raise UserError(f"{dataset.name} has {source.classes} classes, not dataset.classes = {dataset.classes}")
     if isinstance(source, data.Images):
-        if source.provenance["sha256"] != ranks.from_main(source.provenance["sha256"]):
-            raise UserError(f"the processes see different files in {source.train.root.parent}: one folder for all")
+        check_same_files(source.provenance, source.train.root.parent, ranks)
         if isinstance(dataset, FolderDataset) and dataset.unreadable == "skip":
             source = source.without(ranks.from_main(_unreadable(config, source) if ranks.main else None))
     return source
+
+
+def check_same_files(provenance: Tree, folder: Path, ranks: Ranks) -> None:
+    """Raise UserError where this process sees other files in a data set's folder than rank 0 does."""
+    if provenance["sha256"] != ranks.from_main(provenance["sha256"]):
+        raise UserError(f"the processes see different files in {folder}: one folder for all")
+
+
+def workers_beside_network(config: Config, ranks: Ranks) -> int:
+    """Return how many processes decode for a detector or a segmenter: unless asked, none where the network keeps the
+    CPU busy."""
+    if (config.workers, ranks.device.type) == ("auto", "cpu"):
+        return 0
+    return data.workers_of(config.workers, ranks.world)
 
 
 def _unreadable(config: Config, images: data.Images) -> data.folder.Unreadables:

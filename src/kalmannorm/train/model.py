@@ -12,10 +12,10 @@ from kalmannorm.conversion import convert
 from kalmannorm.conversion.mapping import Mapped
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.record import Tree
+from kalmannorm.experiments.record import Norms, Tree
 from kalmannorm.experiments.settings import DetectionSchedule, Schedule, VideoDataset
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS, SEGMENTERS
-from kalmannorm.norm import SparseSwitchableNorm
+from kalmannorm.norm import Estimator, PopulationNorm, SparseSwitchableNorm, SwitchableNorm
 from kalmannorm.norm.modes import normalizers, seed_noise, set_statistics
 from kalmannorm.norm.weight import is_weight_normalized
 from kalmannorm.norm.whitened import parametrization_of, whiten_weights, whitened
@@ -150,6 +150,41 @@ def _decayed(layer: nn.Conv2d | nn.Conv3d | nn.Linear) -> torch.Tensor:
     if is_weight_normalized(layer):
         return layer.parametrizations.weight.original0  # type: ignore[union-attr, return-value]
     return layer.weight
+
+
+def describe(model: nn.Module, beliefs: dict[str, str | None]) -> Norms:
+    """Describe the normalizers after training: order, gains, and the `beliefs` of a belief_report.
+
+    And where there are any, the weights of SN, the choices of SSN with the part of the training after which each was
+    made, and gamma decay's mean coefficient with the number of steps at which it was held at the cap.
+    """
+    gains = {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)}
+    mixture = {name: m.weights for name, m in model.named_modules() if isinstance(m, SwitchableNorm)}
+    sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseSwitchableNorm)}
+    choices = {name: {"chosen": m.chosen, "at": m.chosen_at.tolist()} for name, m in sparse.items()}
+    decays = {name: m.decay for name, m in model.named_modules() if isinstance(m, PopulationNorm) and m.decay}
+    decay = {name: {"zeta": d.zeta.mean().item(), "capped": int(d.capped)} for name, d in decays.items()}
+    described: Norms = {
+        "order": list(normalizers(model)) or list(gains),  # GKN's have no batch statistics
+        "gains": gains,
+        "beliefs": beliefs,
+    }
+    if mixture:
+        described["mixture"] = mixture
+    if choices:
+        described["choices"] = choices
+    if decay:
+        described["gamma_decay"] = decay
+    return described
+
+
+def rate(config: Config, step: int, total_steps: int) -> float:
+    """Return the learning rate of a step (from 0) of a run that is no detector's: learning_rate with the budget's
+    warm-up."""
+    budget, schedule = config.budget, config.schedule
+    assert isinstance(schedule, Schedule)
+    warmup = None if budget.warmup is None else budget.warmup / budget.epochs
+    return learning_rate(step, total_steps, schedule, warmup, config.batch.grad_batch)
 
 
 def learning_rate(

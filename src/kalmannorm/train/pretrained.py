@@ -1,4 +1,4 @@
-"""Weights that a run begins with, from a file: ImageNet's, of a ResNet-50."""
+"""Weights that a run begins with: fresh ones, or ImageNet's of a ResNet-50 from a file."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,9 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.errors import UserError
+from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.record import Record
 from kalmannorm.models.i3d import inflate_weights
 
 CLASSIFIER = ("fc.weight", "fc.bias")  # left out
+
+
+def begin_with_weights(parts: Iterable[nn.Module], config: Config, fresh: bool, record: Record) -> None:
+    """Load the file `config.weights`, where there is one, into the parts of a `fresh` run; say in the record where the
+    weights come from. UserError: as load_pretrained."""
+    origin = "trained from scratch" if config.weights is None else "ImageNet weights from a file"
+    record["weights"] = {"origin": origin, "sha256": config.arch.options.get("pretrained")}
+    if config.weights is not None and fresh:
+        load_pretrained(parts, config.weights)
 
 
 def load_pretrained(parts: Iterable[nn.Module], file: str) -> None:

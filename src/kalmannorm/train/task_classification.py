@@ -15,18 +15,17 @@ from kalmannorm import data
 from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
 from kalmannorm.experiments.config import Config
-from kalmannorm.experiments.record import Curves, Evaluation, Norms, Record
-from kalmannorm.experiments.settings import FolderDataset, Schedule, VideoDataset
+from kalmannorm.experiments.record import Curves, Evaluation, Record
+from kalmannorm.experiments.settings import FolderDataset, VideoDataset
 from kalmannorm.files import write_atomically
-from kalmannorm.norm import Estimator, PopulationNorm, SparseSwitchableNorm, SwitchableNorm
 from kalmannorm.norm.modes import normalizers
 from kalmannorm.train.evaluate import evaluate, precise, under_both
 from kalmannorm.train.first_steps import FirstSteps
 from kalmannorm.train.gaps import variance_gaps
 from kalmannorm.train.initialize import initialize, measure_input
 from kalmannorm.train.loaders import loaders, open_data, recoloured
-from kalmannorm.train.model import build, learning_rate
-from kalmannorm.train.pretrained import load_pretrained
+from kalmannorm.train.model import build, describe, rate
+from kalmannorm.train.pretrained import begin_with_weights
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.refresh_weights import refresh_weights
 from kalmannorm.train.state import Session, StopRequest
@@ -76,20 +75,14 @@ class Classification(Task):
         }
 
     def begin(self, session: Session, record: Record) -> None:
-        """Load the given weights, or initialize what depends on data."""
+        """Load the given weights, and initialize what depends on data."""
         if self.config.weights is not None:
-            origin = "ImageNet weights from a file, inflated"
-            record["weights"] = {"origin": origin, "sha256": self.config.arch.options["pretrained"]}
-            if session.fresh:
-                load_pretrained([self.model], self.config.weights)
+            begin_with_weights([self.model], self.config, session.fresh, record)
         if session.fresh:
             initialize(self.model, self.train)
 
     def rate(self, step: int) -> float:
-        budget, schedule = self.config.budget, self.config.schedule
-        assert isinstance(schedule, Schedule)
-        warmup = None if budget.warmup is None else budget.warmup / budget.epochs
-        return learning_rate(step, self.total, schedule, warmup, self.config.batch.grad_batch)
+        return rate(self.config, step, self.total)
 
     def before_step(self, session: Session, step: int) -> None:
         refresh_weights(self.config, session, self.train, step)
@@ -130,7 +123,7 @@ class Classification(Task):
         if session.epoch < epochs and self.first_steps is None:
             patience = config.budget.stop_at_chance
             record["reason"] = f"at chance for {patience} epochs: ended after {session.epoch} of {epochs}"
-        record["norms"] = _describe(self.model, self.last)
+        record["norms"] = describe(self.model, belief_report(self.model)) | {"last": list(self.last)}
         if not self.ranks.main:
             return {}
         if self.ranks.world > 1:
@@ -165,30 +158,3 @@ def memory_format(config: Config, device: torch.device) -> torch.memory_format:
     """Choose that of the training images. What a CPU's compiler makes of channels_last takes 3/4 of the time."""
     flat = not isinstance(config.dataset, VideoDataset)
     return torch.channels_last if config.compile and device.type == "cpu" and flat else torch.preserve_format
-
-
-def _describe(model: nn.Module, last: tuple[str, ...]) -> Norms:
-    """Describe the normalizers after training: order, gains, which had a prior.
-
-    And where there are any, the weights of SN, the choices of SSN with the part of the training after which each was
-    made, and gamma decay's mean coefficient with the number of steps at which it was held at the cap.
-    """
-    gains = {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)}
-    mixture = {name: m.weights for name, m in model.named_modules() if isinstance(m, SwitchableNorm)}
-    sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseSwitchableNorm)}
-    choices = {name: {"chosen": m.chosen, "at": m.chosen_at.tolist()} for name, m in sparse.items()}
-    decays = {name: m.decay for name, m in model.named_modules() if isinstance(m, PopulationNorm) and m.decay}
-    decay = {name: {"zeta": d.zeta.mean().item(), "capped": int(d.capped)} for name, d in decays.items()}
-    described: Norms = {
-        "order": list(normalizers(model)) or list(gains),  # GKN's have no batch statistics
-        "last": list(last),
-        "gains": gains,
-        "beliefs": belief_report(model),
-    }
-    if mixture:
-        described["mixture"] = mixture
-    if choices:
-        described["choices"] = choices
-    if decay:
-        described["gamma_decay"] = decay
-    return described

@@ -23,7 +23,9 @@ from kalmannorm.train import detector
 from kalmannorm.train.average_precision import evaluate, finds_masks
 from kalmannorm.train.detection_picture import draw_detections
 from kalmannorm.train.evaluate import under_both
-from kalmannorm.train.pretrained import load_pretrained
+from kalmannorm.train.loaders import workers_beside_network
+from kalmannorm.train.model import describe
+from kalmannorm.train.pretrained import begin_with_weights
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.state import Session, StopRequest
 from kalmannorm.train.task import Arrays, Task
@@ -68,14 +70,10 @@ class Detection(Task):
 
     def begin(self, session: Session, record: Record) -> None:
         """Load the given weights, or measure a frozen normalizer's constants; say in the record what was done."""
-        pretrained = self.config.arch.options["pretrained"]
-        origin = "ImageNet weights from a file" if pretrained else "trained from scratch"
-        record["weights"] = {"origin": origin, "sha256": pretrained}
-        if self.config.weights is not None and session.fresh:
-            load_pretrained(detector.pretrained_parts(self.model), self.config.weights)
+        begin_with_weights(detector.pretrained_parts(self.model), self.config, session.fresh, record)
         if self.config.norm.name != "frozen":
             return
-        if pretrained:
+        if self.config.weights is not None:
             record["weights"]["constants"] = "of the file"
             return
         seen = min(detector.CONSTANTS_BATCHES, self.train.steps_per_epoch) * self.train.batch
@@ -117,7 +115,7 @@ class Detection(Task):
         images, ranks = self.images, self.ranks
         seen = choose(self.train.positions, min(self.dataset.train_images_evaluated, self.train.count))
         pictures = {"detections": (images.test, fixed_order(len(images.test.ids))[:SHOWN].tolist())}
-        record["norms"] = detector.describe(self.model)
+        record["norms"] = describe(self.model, detector.belief_report_of_parts(self.model))
         with self.full_precision:
             if seen:
                 pictures["detections-training"] = (images.train, seen[:SHOWN])
@@ -132,7 +130,6 @@ class Detection(Task):
 
 def training_batches(config: Config, images: Coco, ranks: Ranks) -> TrainingBatches:
     """Return the training images of the budget, dealt out to the ranks."""
-    asked = config.workers
     return TrainingBatches(
         images,
         choose(images.train_images, config.budget.subset),
@@ -141,8 +138,7 @@ def training_batches(config: Config, images: Coco, ranks: Ranks) -> TrainingBatc
         seed=config.seed,
         device=ranks.device,
         shard=ranks.shard,
-        # A CPU is busy with the network itself.
-        workers=0 if (asked, ranks.device.type) == ("auto", "cpu") else data.workers_of(asked, ranks.world),
+        workers=workers_beside_network(config, ranks),
     )
 
 

@@ -22,13 +22,12 @@ from kalmannorm.data.scenes import IGNORED, Scenes, Split, load
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Evaluation, Record
-from kalmannorm.experiments.settings import Schedule, SegmentationDataset
-from kalmannorm.norm import Estimator
-from kalmannorm.norm.modes import normalizers, set_statistics, shard_noise, spread_batches
+from kalmannorm.experiments.settings import SegmentationDataset
+from kalmannorm.norm.modes import set_statistics, shard_noise, spread_batches
 from kalmannorm.train.evaluate import precise, under_both
-from kalmannorm.train.loaders import evaluation_shard
-from kalmannorm.train.model import learning_rate, network, try_out
-from kalmannorm.train.pretrained import load_pretrained
+from kalmannorm.train.loaders import check_same_files, evaluation_shard, workers_beside_network
+from kalmannorm.train.model import describe, network, rate, try_out
+from kalmannorm.train.pretrained import begin_with_weights
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.state import Session, StopRequest
 from kalmannorm.train.task import Arrays, Task
@@ -78,7 +77,7 @@ class Segmentation(Task):
         self.model.to(self.ranks.device)
 
     def _loader(self, scenes: Scenes, shard: tuple[int, int], batch: int | None = None) -> SceneLoader:
-        dataset, asked, device = self.dataset, self.config.workers, self.ranks.device
+        dataset = self.dataset
         return SceneLoader(
             scenes,
             size=self.config.budget.size,
@@ -89,27 +88,19 @@ class Segmentation(Task):
             mean=dataset.mean,
             std=dataset.std,
             seed=self.config.seed,
-            device=device,
+            device=self.ranks.device,
             shard=shard,
-            # A CPU is busy with the network itself.
-            workers=0 if (asked, device.type) == ("auto", "cpu") else data.workers_of(asked, self.ranks.world),
+            workers=workers_beside_network(self.config, self.ranks),
         )
 
     def zero_sums(self) -> dict[str, Tensor]:
         return {key: torch.zeros((), dtype=torch.float64, device=self.ranks.device) for key in ("loss", "accuracy")}
 
     def begin(self, session: Session, record: Record) -> None:
-        pretrained = self.config.arch.options["pretrained"]
-        origin = "ImageNet weights from a file" if pretrained else "trained from scratch"
-        record["weights"] = {"origin": origin, "sha256": pretrained}
-        if self.config.weights is not None and session.fresh:
-            load_pretrained([self.model.get_submodule("backbone")], self.config.weights)
+        begin_with_weights([self.model.get_submodule("backbone")], self.config, session.fresh, record)
 
     def rate(self, step: int) -> float:
-        budget, schedule = self.config.budget, self.config.schedule
-        assert isinstance(schedule, Schedule)
-        warmup = None if budget.warmup is None else budget.warmup / budget.epochs
-        return learning_rate(step, self.total, schedule, warmup, self.config.batch.grad_batch)
+        return rate(self.config, step, self.total)
 
     def loss(
         self, forward: nn.Module, batch: tuple[Tensor, Tensor], part: int, parts: int
@@ -165,11 +156,7 @@ class Segmentation(Task):
         return summary(counts) | {"images": loader.count}
 
     def finish(self, record: Record, session: Session, stop: StopRequest) -> Arrays:
-        record["norms"] = {
-            "order": list(normalizers(self.model)),
-            "gains": {name: m.gain_value for name, m in self.model.named_modules() if isinstance(m, Estimator)},
-            "beliefs": belief_report(self.model),
-        }
+        record["norms"] = describe(self.model, belief_report(self.model))
         record["final"] = self.evaluate_all(stop)
         if not self.ranks.main:
             return {}
@@ -203,8 +190,7 @@ def open_scenes(dataset: SegmentationDataset, root: Path, ranks: Ranks) -> tuple
             raise UserError(f"dataset.other = {name} has other classes than {dataset.name}")
         published = dataset.published if name == dataset.name else None
         split = load(name, source, root / source.folder, published, ranks.shard)
-        if split.provenance["sha256"] != ranks.from_main(split.provenance["sha256"]):
-            raise UserError(f"the processes see different files in {root / source.folder}: one folder for all")
+        check_same_files(split.provenance, root / source.folder, ranks)
         found.append(split)
     return found[0], found[1] if len(found) > 1 else None
 
