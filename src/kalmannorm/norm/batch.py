@@ -24,11 +24,7 @@ def by_whole_groups(normalize: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(normalize)
     def wrapped(self: "GroupedStatistics", input: Tensor, *prior: Belief | None) -> Any:
-        # What several devices decide together, they decide once a batch.
-        shared = getattr(self, "spans", False) or (
-            getattr(self, "guard", None) is not None and self.pending is not None
-        )
-        if self.ragged == "error" or self.uses_moving or self.group_of is None or shared:
+        if self.ragged == "error" or self.uses_moving or self.group_of is None or self.decides_for_batch:
             return normalize(self, input, *prior)
         left = len(input) % self.group_of
         if left == 0:
@@ -43,7 +39,7 @@ def by_whole_groups(normalize: Callable[..., Any]) -> Callable[..., Any]:
             self.left = 0
         if len(results) == 1:
             return results[0]
-        return _together(results[0], results[1], getattr(self, "belief", "") == "output")
+        return _together(results[0], results[1], self.one_belief)
 
     return wrapped
 
@@ -88,6 +84,7 @@ class GroupedStatistics(_BatchNorm):
     holds_first = True  # whether this process and micro-batch has the batch's first group
     probe: Probe | None = None
     left = 0  # while images that are left of a batch are normalized: how many measure, or _DROPPED
+    one_belief = False  # whether what it hands on is the same for all images, in one row
     layer_name = ""  # set by convert: errors name the layer
     # What an error says may be done about a batch that does not divide.
     remedy = "; ragged='measure' or 'drop' says what becomes of its last images"
@@ -127,6 +124,11 @@ class GroupedStatistics(_BatchNorm):
         self.stat_batch = stat_batch
         self.moving_groups = moving_groups
         self.moving_unbiased = moving_unbiased
+
+    @property
+    def decides_for_batch(self) -> bool:
+        """Whether several processes decide something on a whole batch, for which they must meet once a batch."""
+        return False
 
     def _check_input_dim(self, input: Tensor) -> None:
         groups.check(self.where, self.num_features, self.eps, input)

@@ -210,10 +210,14 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             device=device,
             dtype=dtype,
         )
-        self.first_unbiased = first_unbiased
+        self.first_unbiased, self.one_belief = first_unbiased, belief == "output"
         self._init_estimator(
             num_features, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict, device, dtype
         )
+
+    @property
+    def decides_for_batch(self) -> bool:
+        return self.guard is not None and self.pending is not None
 
     @by_whole_groups
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:

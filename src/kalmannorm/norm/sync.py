@@ -39,6 +39,10 @@ class SyncBatchNorm(BatchNorm):
         """Whether groups are of the batch over all processes."""
         return self.spread and self.training and dist.is_initialized()
 
+    @property
+    def decides_for_batch(self) -> bool:
+        return self.spans
+
     @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         if not self.spans:
