@@ -15,8 +15,9 @@ import torchvision
 from scene_files import TINY
 from test_detection import once, outcome, place
 
-from kalmannorm import convert
+from kalmannorm import belief_report, convert
 from kalmannorm.cli import main
+from kalmannorm.conversion import INPUT_BELIEF
 from kalmannorm.data.scenes import IGNORED
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.config import compose
@@ -26,6 +27,8 @@ from kalmannorm.report import tables
 from kalmannorm.report.effects import Group
 from kalmannorm.train import loop, task_segmentation
 from kalmannorm.train.model import learning_rate
+from kalmannorm.train.ranks import Ranks
+from kalmannorm.train.task_segmentation import Segmentation, reduced
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +239,22 @@ def test_bad_settings_are_refused_in_one_line(root, tmp_path, capsys, override, 
     assert main(["train", *once([*tiny, "norm=gn", override]), *place(root, tmp_path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert all(word in line for word in words), line
+
+
+def test_the_input_belief_is_that_of_the_training_scenes_as_the_network_sees_them(root, tmp_path):
+    config = compose([*TINY, "norm=bkn", "norm.preset=robust", *place(root, tmp_path)])
+    task = Segmentation(config, Ranks(config))
+    task.load()
+    seen = [reduced(x, config.budget.size).numpy() for images, _, _ in task.train.wholes(1) for x in images]
+    pixels = np.concatenate([x.reshape(3, -1) for x in seen], 1)
+    for name, expected in zip(INPUT_BELIEF, (pixels.mean(1), pixels.var(1)), strict=True):
+        np.testing.assert_allclose(task.model.get_buffer(name)[0], expected, rtol=1e-4)
+    assert set(belief_report(task.model).values()) == {None}  # the first normalizer has a prior too
+
+
+def test_weights_that_depend_on_data_are_refused(root, tmp_path, capsys):
+    assert main(["train", *TINY, "norm=wn", *place(root, tmp_path)]) == 2
+    assert "for classification alone" in capsys.readouterr().err
 
 
 def test_classifiers_refuse_segmenters(capsys):

@@ -57,7 +57,9 @@ class Classification(Task):
         sizes = {"train_images": self.train.count, "test_images": self.test.count}
         self.provenance = self.source.provenance | sizes
         self.model.to(self.ranks.device)
-        measure_input(self.model, self.train, self.ranks)
+        train = self.train
+        plain = train.plain(max(1, train.at_once // train.world) * train.world)
+        measure_input(self.model, (x[:counted] for x, _, counted in plain), self.ranks)
 
     @property
     def end(self) -> int:

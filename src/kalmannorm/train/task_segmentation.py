@@ -25,6 +25,7 @@ from kalmannorm.experiments.record import Evaluation, Record
 from kalmannorm.experiments.settings import SegmentationDataset
 from kalmannorm.norm.modes import set_statistics, shard_noise, spread_batches
 from kalmannorm.train.evaluate import precise, under_both
+from kalmannorm.train.initialize import measure_input
 from kalmannorm.train.loaders import check_same_files, evaluation_shard, workers_beside_network
 from kalmannorm.train.model import describe, network, rate, try_out
 from kalmannorm.train.pretrained import begin_with_weights
@@ -55,10 +56,10 @@ class Segmentation(Task):
         self.config, self.ranks = config, ranks
         assert isinstance(config.dataset, SegmentationDataset)
         self.dataset = config.dataset
-        if config.norm.name == "wn" or {"input_belief", "weights"} & config.norm.options.keys():
+        if config.norm.name == "wn" or "weights" in config.norm.options:
             raise UserError(
-                f"norm {config.norm.name} on {config.dataset.name}: what begins with a pass over images, or repeats "
-                "one (wn, norm.options.input_belief, preset robust, norm.options.weights), is for classification alone"
+                f"norm {config.norm.name} on {config.dataset.name}: weights that depend on data (wn, "
+                "norm.options.weights) are for classification alone"
             )
         self.model = network(config)
         try_out(self.model, config, (self.dataset.crop[0], self.dataset.crop[1]))
@@ -75,6 +76,9 @@ class Segmentation(Task):
         if self.other is not None:
             self.provenance |= {"other": self.other.provenance}
         self.model.to(self.ranks.device)
+        train = self.train.wholes(self.train.world)
+        seen = (reduced(x, config.budget.size) for images, _, counted in train for x in images[:counted])
+        measure_input(self.model, seen, self.ranks)
 
     def _loader(self, scenes: Scenes, shard: tuple[int, int], batch: int | None = None) -> SceneLoader:
         dataset = self.dataset
@@ -238,6 +242,11 @@ def confusion(
     return counts.long().view(classes, classes)
 
 
+def reduced(image: Tensor, short: float) -> Tensor:
+    """Bring an image [3, H, W] to the resolution that the network sees: [1, 3, h, w]."""
+    return F.interpolate(image[None], scaled(image.shape[-2:], short), mode="bilinear", antialias=True)
+
+
 def score(
     model: nn.Module, images: Sequence[Tensor], labels: Sequence[Tensor], size: int, scales: Sequence[float] = (1.0,)
 ) -> list[Tensor]:
@@ -245,12 +254,12 @@ def score(
     mean probabilities."""
     total = [torch.zeros((), device=image.device) for image in images]
     for scale in scales:
-        sides = [scaled(image.shape[-2:], size * scale) for image in images]
+        seen = [reduced(image, size * scale)[0] for image in images]
+        sides = [image.shape[-2:] for image in seen]
         canvas = [max(side) for side in zip(*sides, strict=True)]
         x = images[0].new_zeros(len(images), 3, *canvas)
-        for place, image, (height, width) in zip(x, images, sides, strict=True):
-            resized = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)
-            place[:, :height, :width] = resized[0]
+        for place, image, (height, width) in zip(x, seen, sides, strict=True):
+            place[:, :height, :width] = image
         found = model(x)["out"].float()
         for i, (label, (height, width)) in enumerate(zip(labels, sides, strict=True)):
             own = F.interpolate(found[i : i + 1, :, :height, :width], label.shape, mode="bilinear")[0]
