@@ -139,7 +139,7 @@ def test_second_derivatives(form: Any, mixture: bool, guard: float | None) -> No
 
 
 @pytest.mark.parametrize("sampling", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["native", "plain"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("kind", ["bkn", "gkn"])
 def test_gradients_through_the_prior(kind: str, channels_last: bool, sampling: bool) -> None:
     """normalizer, ReLU, convolution, normalizer: gradients flow through everything, the prior included."""

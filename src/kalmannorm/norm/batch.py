@@ -274,11 +274,11 @@ class BatchNorm(GroupedStatistics):
 
     def _normalize_groups(self, x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Every group by its own statistics; weight, bias [C], or [G, C] of each group's own."""
-        # In channels_last the native kernel knows no groups.
-        if torch.compiler.is_compiling() or groups.format_of(x) != torch.contiguous_format:
+        if torch.compiler.is_compiling():
             mean, var = groups.moments(*groups.image_moments(x), size)
             self.record(mean.detach(), var.detach(), groups.values(x, size))
             return groups.normalize(x, size, mean, var, weight, bias, self.eps)
+        # The native kernel knows groups in contiguous memory alone; copies cost less than plain operations do.
         split = groups.split(x, size).contiguous()
         of_groups = split.shape[1:3]
         dtype = groups.moments_dtype(x)  # which the native kernel takes weight and bias in
@@ -292,7 +292,7 @@ class BatchNorm(GroupedStatistics):
         values = groups.values(x, size)
         population = var * ((values - 1) / values)
         self.record(mean.view(of_groups), population.view(of_groups), values)
-        return groups.merge(y, x.shape)
+        return groups.merge(y, x.shape).contiguous(memory_format=groups.format_of(x))
 
     def _normalize_whole_batch(self, x: Tensor) -> Tensor:
         if not self.training or self.running_mean is None or self.running_var is None or self.left:

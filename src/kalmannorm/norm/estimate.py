@@ -7,7 +7,6 @@ Input x [N, C, ...] in G groups, statistics per (group, channel). Two forms of t
   backward makes one reduction and one elementwise sweep. Differentiable twice, then by plain operations.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,13 +39,15 @@ def normalize_by_posterior(
     shape = (x.shape[0] // size, x.shape[1])
     dtype = groups.moments_dtype(x)
     prior_mean, prior_var = (None if t is None else t.to(dtype).expand(shape) for t in prior or (None, None))
-    # The native kernels know groups only in contiguous memory; on a GPU the plain form is compiled by default.
-    native = x.is_contiguous() and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    form: Callable[..., tuple[Tensor, ...]] = _Native.apply if native else _plain
     gain = torch.as_tensor(gain, dtype=dtype, device=x.device)
-    y, mean, var, measured_mean, measured_var = form(
-        x, size, prior_mean, prior_var, gain, weight, bias, eps, mixture, guard, over_ranks
-    )
+    options = (size, prior_mean, prior_var, gain, weight, bias, eps, mixture, guard, over_ranks)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # The native kernels know groups in contiguous memory alone; copies cost less than plain operations do.
+        y, *found = _Native.apply(x.contiguous(), *options)
+        y = y.contiguous(memory_format=groups.format_of(x))
+    else:  # on a GPU the plain form is compiled by default
+        y, *found = _plain(x, *options)
+    mean, var, measured_mean, measured_var = found
     return y, Belief(mean, var), Belief(measured_mean, measured_var)
 
 
