@@ -49,6 +49,7 @@ COMPARISONS = {
     "grouped-bn": Comparison("BN at stat 2", "torch's BatchNorm at 128", 1.03),
     "kn": Comparison("KN (closed) at stat 2, eager", "BN at stat 2, eager", 1.12),
     "kn-compiled": Comparison("KN (closed) at stat 2, compiled", "BN at stat 2, compiled", 1.03),
+    "channels-last": Comparison("KN (closed) at stat 2 in channels_last, eager", "the same in contiguous memory", None),
     "auto": Comparison("images/s of KN at stat 2 as auto trains it", "images/s in fp32, eager", 1.0, at_least=True),
     "sampling": Comparison("KN (sampling) at stat 2", "KN (closed) at stat 2", None),
     "memory": Comparison("bytes KN at stat 2 saves for backward, ResNet-18", "bytes BN at stat 2 saves", 1.05),
@@ -62,7 +63,7 @@ COMPARISONS = {
 def bench(names: list[str], seconds: float, results: Path | None = None) -> int:
     """Run the named comparisons (none: all), about `seconds` each, and print a line for each. 0 if goals are met.
 
-    `results`: folder in which bench/NAME.json gets the ratios, with machine and commit.
+    `results`: folder in which bench/NAME.json gets the ratios, with machine and commit, and bench/README.md the table.
     """
     for name in names:
         if name not in COMPARISONS:
@@ -79,18 +80,60 @@ def bench(names: list[str], seconds: float, results: Path | None = None) -> int:
             measured = {"comparison": asdict(comparison), "ratios": ratios, "note": note, "host": host}
             text = json.dumps(measured, indent=1, sort_keys=True, allow_nan=False)
             write_atomically(results / "bench" / f"{name}.json", f"{text}\n".encode())
-        middle = statistics.median(ratios)
-        verdict = ""
-        if comparison.goal is not None:
-            met = middle >= comparison.goal if comparison.at_least else middle <= comparison.goal
-            verdict = f"  goal {'>=' if comparison.at_least else '<='} {comparison.goal}: {'met' if met else 'missed'}"
-            missed += not met
-        low, _, high = quartiles(ratios)
-        spread = f" [{low:.3f}, {high:.3f}] n = {len(ratios)}" if len(ratios) > 1 else ""
-        print(
-            f"{name:12} {comparison.this} / {comparison.against}: {middle:.3f}{spread}{verdict}  ({note})", flush=True
-        )
+        missed += _met(comparison, ratios) is False
+        verdict = f"  goal {_goal(comparison, ratios)}" if comparison.goal is not None else ""
+        what = f"{comparison.this} / {comparison.against}"
+        print(f"{name:13} {what}: {_middle_half(ratios)}{verdict}  ({note})", flush=True)
+    if results is not None:
+        write_atomically(results / "bench" / "README.md", _table(results / "bench").encode())
     return 1 if missed else 0
+
+
+def _met(comparison: Comparison, ratios: Sequence[float]) -> bool | None:
+    if comparison.goal is None:
+        return None
+    middle = statistics.median(ratios)
+    return middle >= comparison.goal if comparison.at_least else middle <= comparison.goal
+
+
+def _goal(comparison: Comparison, ratios: Sequence[float]) -> str:
+    """ ">= 0.8: met"; empty without a goal."""
+    if comparison.goal is None:
+        return ""
+    verdict = "met" if _met(comparison, ratios) else "missed"
+    return f"{'>=' if comparison.at_least else '<='} {comparison.goal:g}: {verdict}"
+
+
+def _middle_half(ratios: Sequence[float]) -> str:
+    """ "1.021 [0.984, 1.173] n = 40"."""
+    low, middle, high = quartiles(ratios)
+    return f"{middle:.3f}" + (f" [{low:.3f}, {high:.3f}] n = {len(ratios)}" if len(ratios) > 1 else "")
+
+
+def _table(folder: Path) -> str:
+    """Return the table of all that was measured and kept, in Markdown."""
+    lines = [
+        "Written by `make bench`: ratios of neighbouring steps, both sides alternating in one process; the median, in",
+        "brackets the middle half. ResNet-32 training steps of 128 images of 32 x 32 pixels unless it says otherwise.",
+        "",
+        "| name | ratio | measured | goal | times | machine, commit |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in COMPARISONS:
+        if (file := folder / f"{name}.json").exists():
+            kept = json.loads(file.read_text())
+            comparison, ratios, host = Comparison(**kept["comparison"]), kept["ratios"], kept["host"]
+            machine_ = f"{host['hardware']}, {host['threads']} threads, {(host['git']['commit'] or '')[:7]}"
+            places = (
+                name,
+                f"{comparison.this} / {comparison.against}",
+                _middle_half(ratios),
+                _goal(comparison, ratios),
+                kept["note"],
+                machine_,
+            )
+            lines.append(f"| {' | '.join(places)} |")
+    return "\n".join([*lines, ""])
 
 
 def _compare(this: Step, against: Step, seconds: float, device: torch.device) -> tuple[list[float], str]:
@@ -112,6 +155,12 @@ def _grouped_bn(device: torch.device, seconds: float) -> tuple[list[float], str]
 
 def _kn(device: torch.device, seconds: float) -> tuple[list[float], str]:
     return _compare(training_step(_model("bkn"), device), training_step(_model("bn"), device), seconds, device)
+
+
+def _channels_last(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    x, labels = synthetic_batch()
+    last = training_step(_model("bkn"), device, (x.contiguous(memory_format=torch.channels_last), labels))
+    return _compare(last, training_step(_model("bkn"), device, (x, labels)), seconds, device)
 
 
 def _kn_compiled(device: torch.device, seconds: float) -> tuple[list[float], str]:
@@ -352,6 +401,7 @@ _MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = 
     "grouped-bn": _grouped_bn,
     "kn": _kn,
     "kn-compiled": _kn_compiled,
+    "channels-last": _channels_last,
     "sampling": _sampling,
     "auto": _auto,
     "memory": _memory,
