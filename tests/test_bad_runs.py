@@ -10,7 +10,7 @@ from kalmannorm.cli import main
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import compose
-from kalmannorm.train import checkpoint
+from kalmannorm.train import checkpoint, loop
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]
 
@@ -82,6 +82,24 @@ def test_a_device_that_is_not_there(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     assert "device=cpu" in run_badly(["train", *SMALL[:-1], "device=cuda", *place(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to", "DefaultCPUAllocator: can't allocate memory: you"])
+def test_too_little_memory(tmp_path, capsys, monkeypatch, said):
+    def backward(*arguments):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(loop, "_forward_backward", backward)
+    assert "batch.grad_batch" in run_badly(["train", *SMALL, *place(tmp_path)], capsys)
+
+
+def test_a_compiler_that_fails(tmp_path, capsys, monkeypatch):
+    def backward(*arguments):
+        raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no g++\nhere"), None)
+
+    monkeypatch.setattr(loop, "_forward_backward", backward)
+    error = run_badly(["train", *SMALL, "compile=true", *place(tmp_path)], capsys)
+    assert "compile=false" in error and "no g++" in error
 
 
 def test_records_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -118,6 +118,13 @@ def test_a_path_of_bytes_that_are_no_text() -> None:
     assert split_paths(["results=gr\udcf6sse"])[0] == {"results": "gr\udcf6sse"}
 
 
+@pytest.mark.parametrize("override", ["=1", "", "dataset=../dataset/digits", "dataset=/etc/passwd", "norm=bn.yaml"])
+def test_what_is_no_choice_is_named(override: str) -> None:
+    with pytest.raises(UserError, match=r"expected key=value|unknown (dataset|norm) ") as error:
+        compose(conf_dir(), [override])
+    assert "\n" not in str(error.value)
+
+
 def test_unknown_places_are_no_records(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["records", "list", "runs=x"]) == 2 and "means nothing here" in capsys.readouterr().err
     with pytest.raises(UserError, match="expected key=value"):

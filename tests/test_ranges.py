@@ -13,6 +13,7 @@ from kalmannorm.experiments.record import run_id
 FOLDER = ["dataset=tiny_imagenet_20", "arch=resnet14"]
 DETECTOR = ["dataset=coco-tiny", "arch=mask_rcnn_c4", "schedule=c4_280k", "batch=g8_s2"]
 LINEAR = ["schedule=imagenet_linear"]
+WHITENED = ["norm=wnn"]
 STEPS = ["schedule=released"]
 NUMBERS: dict[str, list[str]] = {  # a setting, and what it cannot be
     "seed": ["-1", "0.5", "1e30", "word", "null", "true", "nan"],
@@ -51,6 +52,15 @@ NUMBERS: dict[str, list[str]] = {  # a setting, and what it cannot be
     "+norm.options.prior_values": ["0", "-1", "word", "nan"],
     "+norm.options.max_groups": ["0", "-4", "1.5", "word", "true"],
     "+norm.options.input_belief": ["word", "5"],
+    "+norm.options.moving_unbiased": ["1", "word"],
+    "+norm.options.affine": ["0", "word"],
+    "norm.options.belief": ["5", "[]", "true"],
+    "+norm.options.group": ["0", "-1", "1.5", "word", "nan", "true"],
+    "+norm.options.iterations": ["0", "-1", "1.5", "1e9", "nan", "true"],
+    "+norm.options.ratio": ["-0.1", "1.1", "word", "nan", "true"],
+    "+norm.options.rmax": ["0.5", "word", "nan"],
+    "+norm.options.gamma_decay": ["8", "word", "[images]", "[1,2,3]"],
+    "+norm.options.weights": ["x", "5", "null", "[]"],
 }
 OTHERS = {  # of other data sets and schedules
     "schedule.lr of steps": (
@@ -81,7 +91,15 @@ OTHERS = {  # of other data sets and schedules
     "dataset.steps": (DETECTOR, ["0", "1.5", "word"]),
     "dataset.train_images_evaluated": (DETECTOR, ["-1", "word"]),
     "dataset.task": (DETECTOR, ["dancing", "null"]),
+    "norm.options.weights.every": (WHITENED, ["0", "-1", "1.5", "word", "nan", "true"]),
+    "norm.options.weights.samples": (WHITENED, ["0", "-1", "1.5", "word"]),
+    "norm.options.weights.eps": (WHITENED, ["0", "-1", "nan", "word"]),
+    "norm.options.weights.momentum": (WHITENED, ["0.9", "word", "null"]),
+    "norm.options.momentum": (["norm=gn"], ["0.1"]),  # it keeps no averages
+    "norm.options.eps": (["norm=none"], ["0.1"]),
+    "arch.pretrained": (["norm=bn"], ["abc"]),  # weights=FILE says it
 }
+ADDED = ("norm.options.momentum", "norm.options.eps", "arch.pretrained")
 
 
 def refused(overrides: list[str]) -> str:
@@ -109,7 +127,7 @@ def test_those_of_other_kinds_too(name: str) -> None:
     base, values = OTHERS[name]
     key = name.partition(" ")[0]
     for value in values:
-        said = refused(["device=cpu", *base, f"{key}={value}"])
+        said = refused(["device=cpu", *base, f"{'+' * (key in ADDED)}{key}={value}"])
         assert key in said and "expected" in said, (value, said)
 
 
@@ -118,7 +136,9 @@ def test_those_of_other_kinds_too(name: str) -> None:
     [
         "+schedule.nesterov=true", "+schedule.warmup_epochs=5", "+dataset.augment=randaugment", "+optimizer=adam",
         "+dataset.budgets.lite.lr=1", "+nesterov=true", "+norm.nesterov=true", "+batch.workers=3", "+budget.lr=1",
-        "+dataset.budgets.mine.epochs_=1",
+        "+dataset.budgets.mine.epochs_=1", "+norm.options.foo=1", "+norm.options.stat_batch=2",
+        "+norm.options.device=cpu", "+norm.options.leaves=[x]", "+norm.options.norm=bn",
+        "+norm.options.weights={kind:wnn,foo:1}",
     ],
 )  # fmt: skip
 def test_a_key_that_nothing_reads_is_refused(added: str) -> None:
@@ -139,10 +159,27 @@ def test_a_key_that_nothing_reads_is_refused(added: str) -> None:
         ("norm=bkn", "norm=kn"),
         ("checkpoint_every=1", "checkpoint_every=0.5"),
         ("workers=0", "workers=1"),
+        ("budget.size=16", "budget.size=16.0"),
+        ("seed=2", "seed=2e0"),
+        ("batch.stat_batch=2", "batch.stat_batch=2.0"),
+        ("arch.hidden=4", "arch.hidden=4.0"),
+        ("norm.options.prior_values=8", "norm.options.prior_values=8.0"),
+        ("+norm.options.max_groups=4", "+norm.options.max_groups=4.0"),
     ],
 )
 def test_equal_settings_are_one_run(one: str, other: str) -> None:
     assert run_id(compose(["device=cpu", one])) == run_id(compose(["device=cpu", other]))
+
+
+def test_a_folder_is_one_however_it_ends() -> None:
+    ids = {run_id(compose(["device=cpu", *FOLDER, f"dataset.folder={name}"])) for name in ("a", "a/", "./a")}
+    assert len(ids) == 1
+
+
+def test_weights_that_are_whitened_need_all_that_is_read() -> None:
+    assert "norm.options.weights.every is missing" in refused(
+        ["device=cpu", "norm=bn", "+norm.options.weights={kind:wnn,samples:10,momentum:zero}"]
+    )
 
 
 @pytest.mark.parametrize(

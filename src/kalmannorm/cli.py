@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import chdir, nullcontext
 from pathlib import Path
 
-from kalmannorm.errors import Stopped, UserError
+from kalmannorm.errors import OUT_OF_MEMORY, Stopped, UserError
 from kalmannorm.runs.placement import HELP
 from kalmannorm.stopping import listening
 
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.startswith("kalmannorm"):
             raise
         return _say(f"{error.name} is not installed: pip install 'kalmannorm[detection]' has all that commands need", 2)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
         return _say("out of memory: pass a smaller batch.grad_batch, or accumulate=2 for half as much at once", 2)
     except OSError as error:
         if error.errno is None:

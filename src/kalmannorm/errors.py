@@ -4,6 +4,9 @@ import difflib
 import signal
 from collections.abc import Iterable
 
+# Words by which libraries' RuntimeErrors say so.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
 
 class UserError(Exception):
     """Bad input, data or surroundings: something the user can put right, as opposed to a bug of ours.

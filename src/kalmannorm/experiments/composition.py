@@ -136,12 +136,12 @@ def _plain(config: "DictConfig", resolve: bool) -> Values:
 def _check_choice(conf: Path, override: str) -> None:
     """Raise UserError for group=name with a name that does not exist, and offer the nearest."""
     group, equals, name = override.partition("=")
-    if not equals:
+    if not group or not equals:
         raise UserError(f"override {override!r}: expected key=value, for example seed=2 or norm=bn")
     if group.lstrip("+~").split(".")[0].split("/")[0] == "hydra":
         raise UserError(f"override {override!r}: Hydra composes here and runs nothing; results= and runs= say where to")
-    if (conf / group).is_dir() and not (conf / group / f"{name}.yaml").exists():
-        raise UserError(nearest(name, sorted(p.stem for p in (conf / group).glob("*.yaml")), group))
+    if (conf / group).is_dir() and name not in (names := sorted(p.stem for p in (conf / group).glob("*.yaml"))):
+        raise UserError(nearest(name, names, group))
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:

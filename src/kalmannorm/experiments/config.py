@@ -205,6 +205,8 @@ def _resolve(values: dict[str, Any]) -> Config:
         from kalmannorm import data
 
         values["dataset"]["classes"] = data.folder.count_classes(data.root(values["data"]), values["dataset"])
+    if "pretrained" in values["arch"]:
+        raise UserError(f"arch.pretrained = {values['arch']['pretrained']}: expected none, weights=FILE says it")
     task = values["dataset"].get("task")
     detects = task == "detection"
     if task is not None:

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import PurePath
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
@@ -34,7 +35,11 @@ def pair_of_counts(two: list[int]) -> bool:
     return len(two) == 2 and min(two) > 0
 
 
-# Options of networks and of normalizers, whose builders refuse unknown ones.
+def anything(value: object) -> bool:
+    return True
+
+
+# Options of networks, whose builders refuse unknown ones.
 OF_ARCH: Options = {
     "width": (float, lambda value: 0 < value <= 64, "a factor above 0, at most 64"),
     "hidden": (int, lambda value: 0 <= value <= 10**5, "a number of channels from 0 to 100000"),
@@ -56,12 +61,26 @@ OF_ARCH: Options = {
 }
 # Options of networks that came later than recorded runs: at these values they are no part of an id.
 UNSAID = {"head_norm": "none", "mask_head": True}
+# All options of normalizers that a run may have; which of them are whose, and what words mean, their builders know.
 OF_NORM: Options = {
     **dict.fromkeys(
-        ("learn_gain", "mixture", "relu", "first_unbiased"), (bool | None, lambda value: True, "true or false")
+        ("learn_gain", "mixture", "relu", "first_unbiased", "moving_unbiased", "affine", "bias"),
+        (bool | None, anything, "true or false"),
+    ),
+    **dict.fromkeys(
+        ("belief", "predict", "transition", "placement", "moving_groups", "ragged", "mean_batch", "var_batch")
+        + ("first", "average", "estimator"),
+        (str | None, anything, "a word"),
     ),
     "gain": (float | None, lambda value: 0 < value <= 1, "a number above 0, at most 1, or null"),
-    **dict.fromkeys(("prior_values", "guard"), (float | None, positive, "a number above 0, or null")),
+    **dict.fromkeys(("prior_values", "guard", "gamma_cap"), (float | None, positive, "a number above 0, or null")),
+    "gamma_decay": (list[Number | str] | None, lambda pair: len(pair) == 2, "null or [variant, number]"),
+    "ratio": (float, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "group": (int, positive, "a whole number from 1"),
+    "iterations": (int, lambda value: 1 <= value <= 100, "a whole number from 1 to 100"),
+    "rmax": (float, lambda value: value >= 1, "a number from 1"),
+    "dmax": (float, lambda value: value >= 0, "a number from 0"),
+    "weights": (dict, anything, "settings, as conf/norm/wnn.yaml has them"),
     "eps": (float | None, lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "momentum": (float | None, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
     **dict.fromkeys(("num_groups", "max_groups"), (int | None, positive, "a whole number from 1")),
@@ -76,7 +95,16 @@ OF_NORM: Options = {
         "data, measured from the training set, or nothing at all",
     ),
 }
+OF_WEIGHTS: Options = {  # of norm.options.weights
+    "kind": (str, anything, "a word"),
+    "momentum": (str, ("transform", "zero").__contains__, "transform or zero"),
+    **dict.fromkeys(("every", "samples"), (int, positive, "a whole number from 1")),
+    **dict.fromkeys(("eps", "outer_eps"), (float, positive, "a number above 0")),
+    "share": (float, lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+}
 AS_GIVEN = ("guard",)  # recorded ids have whole numbers of it in both forms
+# Options that every builder takes, and these normalizers have no use for.
+UNREAD = {"momentum": ("gn", "ln", "in", "gkn", "frozen", "wn", "none"), "eps": ("wn", "none")}
 
 
 def expect(condition: bool, key: str, value: object, expected: str) -> None:
@@ -170,13 +198,12 @@ def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], group: s
 
 
 def typed(value: Any, hint: Any) -> Any:
-    """Return the value in the type: whole numbers as floats where floats are wanted. TypeError: it is of another."""
+    """Return the value in the type, a whole number in the one that is wanted: 16 and 16.0 are one. TypeError: it is of
+    another."""
     if get_origin(hint) is UnionType:
         arms = get_args(hint)
         if value is None and type(None) in arms:
             return None
-        if type(value) is float and value.is_integer() and {int, float} <= set(arms):
-            return int(value)
         for arm in arms:
             try:
                 return typed(value, arm)
@@ -185,6 +212,8 @@ def typed(value: Any, hint: Any) -> Any:
         raise TypeError
     if hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value) + 0.0  # -0.0 is 0.0
+    if hint is int and type(value) is float and value.is_integer():
+        return int(value)
     kind = get_origin(hint) or hint
     if type(value) is not kind or kind is float:
         raise TypeError
@@ -213,6 +242,11 @@ class Dataset(Group):
     name: str = setting("a name", bool)
     classes: int = setting("a number of classes", positive)
     published: list[int] | None = setting("null or [training images, test images]", pair_of_counts, True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if folder := getattr(self, "folder", None):
+            object.__setattr__(self, "folder", str(PurePath(folder)))  # a/ is a
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,11 +349,23 @@ class Norm(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_unknown(self.options, OF_NORM, "norm.options")
         options = checked_options(self.options, OF_NORM, "norm.options")
+        if "weights" in options:
+            refuse_unknown(options["weights"], OF_WEIGHTS, "norm.options.weights")
+            if missing := {"kind", "every", "samples", "momentum"} - options["weights"].keys():
+                raise UserError(
+                    f"norm.options.weights.{min(missing)} is missing: pass norm=wnn, or all of its settings"
+                )
+            options["weights"] = checked_options(options["weights"], OF_WEIGHTS, "norm.options.weights")
         if options.get("gain") == 1 and options.get("learn_gain"):
             raise UserError(
                 "norm.options.gain = 1 cannot be learned: pass norm.options.learn_gain=false, or a gain below 1"
             )
+        for key, names in UNREAD.items():
+            given = options.get(key)
+            unread = given is not None and self.name in names
+            expect(not unread, f"norm.options.{key}", given, f"none: {self.name} has no use for it")
         object.__setattr__(self, "options", options)
 
 

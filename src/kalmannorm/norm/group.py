@@ -14,7 +14,7 @@ from kalmannorm.norm import groups
 def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -> int:
     """`num_groups`, which must divide the channels, or else their largest divisor that is not above `max_groups`."""
     if num_groups is None:
-        return max(g for g in range(1, max_groups + 1) if num_features % g == 0)
+        return max(g for g in range(1, min(max_groups, num_features) + 1) if num_features % g == 0)
     if num_groups < 1 or num_features % num_groups:
         raise ValueError(f"{num_groups} groups do not divide {num_features} channels")
     return num_groups

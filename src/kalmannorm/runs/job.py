@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kalmannorm.errors import Stopped, UserError
+from kalmannorm.errors import OUT_OF_MEMORY, Stopped, UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
 from kalmannorm.files import write_atomically
@@ -87,8 +87,7 @@ def _of_the_machine(error: BaseException) -> bool:
         "DataLoader worker",
         "cuDNN error",
         "CUBLAS",
-        "out of memory",
-        "can't allocate memory",
+        *OUT_OF_MEMORY,
     )
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
 from kalmannorm.files import check_room, clear_unfinished
@@ -157,7 +158,11 @@ def train_epoch(
         set_progress(session.model, done / total)
         task.before_step(session, done)
         session.optimizer.zero_grad(set_to_none=True)
-        _forward_backward(task, session, forward, batch, done)
+        try:
+            _forward_backward(task, session, forward, batch, done)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"compile = true: {reason}; repair the compiler, or pass compile=false") from None
         finish_gradients(session.model)
         session.optimizer.step()
         session.step += 1

@@ -64,7 +64,7 @@ def network(config: Config) -> nn.Module:
     try:
         options = {key: value for key, value in arch.options.items() if key != "pretrained"}
         plain = known[name](classes=config.dataset.classes, **options)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"arch {name}: {error}") from None
     given = {"preset": norm.preset, "predictor": norm.predictor}
     chosen = {key: value for key, value in given.items() if value} | norm.options
