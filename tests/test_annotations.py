@@ -175,6 +175,25 @@ def test_points_beside_a_polygon_are_said_and_change_nothing(
     assert "annotation 1 has points or lines among its polygons" in said and said.count("\n") == 2  # two files
 
 
+def test_a_box_of_corners_that_lies_inside_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path, first(bbox=[20, 8, 26, 14], segmentation=[[20, 8, 26, 8, 26, 14, 20, 14]]))
+    load(tmp_path)
+    assert "annotation 1 has the box [20, 8, 26, 14], elsewhere than its mask" in capsys.readouterr().err
+    written(tmp_path / "right", first(bbox=[19.6, 8.4, 6.3, 5.9], segmentation=[[20, 8, 26, 8, 26, 14, 20, 14]]))
+    load(tmp_path / "right")
+    assert not capsys.readouterr().err
+
+
+def test_a_category_has_one_name(tmp_path: Path) -> None:
+    folder = coco_files.write(tmp_path)
+    file = folder / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["categories"][1]["name"] = "other"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"category 1 of .* is 'kind 1' in train2017 and 'other' in val2017"):
+        load(tmp_path)
+
+
 def test_an_object_without_a_pixel_is_said_and_not_trained_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,6 +299,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "size in words": (lambda c: c["images"][0].update(width="64"), "images entry 1 .*width '64'"),
     "size of 0": (lambda c: c["images"][0].update(height=0), "images entry 1 .*height 0"),
     "category twice": (lambda c: c["categories"].append(c["categories"][0]), "categories entry 4 has the id"),
+    "file twice": (lambda c: c["images"][3].update(file_name="./000000000000.jpg"), "1000 and 1021 are one file"),
     "no list": (lambda c: c.update(annotations={}), "no list of 'annotations'"),
     "other format": (lambda c: c.clear(), "no list of 'images'"),
 }  # fmt: skip

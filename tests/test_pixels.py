@@ -93,6 +93,26 @@ def test_32_bits_are_refused(tmp_path: Path, values: type, scale: float) -> None
         read_rgb(tmp_path / "x.tif")
 
 
+@pytest.mark.parametrize(("bits", "format", "words"), [(8, 2, "have signs"), (16, 1, "one behind the other")])
+def test_what_pillow_would_misread_is_refused(tmp_path: Path, bits: int, format: int, words: str) -> None:
+    """As it reads signed bytes, and planes of 16 bits: to another picture."""
+    planes = np.ascontiguousarray(COLOUR.transpose(2, 0, 1)).astype(f"<u{bits // 8}")
+    size, count = planes.nbytes // 3, 3 if bits == 16 else 1
+    offsets, sizes = [8 + i * size for i in range(count)], [size] * count
+    tags = {256: [32], 257: [24], 258: [bits] * count, 259: [1], 262: [2 if count == 3 else 1], 273: offsets}
+    tags |= {277: [count], 278: [24], 279: sizes, 284: [2], 339: [format] * count}
+    entries, more, end = b"", b"", 8 + planes.nbytes + 2 + 12 * len(tags) + 4
+    for tag, values in tags.items():
+        packed = struct.pack(f"<{len(values)}I", *values)
+        entries += struct.pack("<HHI", tag, 4, len(values))
+        entries += packed if len(values) == 1 else struct.pack("<I", end + len(more))
+        more += packed if len(values) > 1 else b""
+    head = b"II*\0" + struct.pack("<I", 8 + planes.nbytes) + planes.tobytes() + struct.pack("<H", len(tags))
+    (tmp_path / "x.tif").write_bytes(head + entries + b"\0" * 4 + more)
+    with pytest.raises(Unreadable, match=words):
+        read_rgb(tmp_path / "x.tif")
+
+
 # Orientation ---------------------------------------------------------------------------------------------------------
 
 STORED = {  # the stored pixels of a picture whose upright form is `upright`, after EXIF's table, by Pillow's words

@@ -59,7 +59,9 @@ def read(file: Path, root: Path) -> Split:
     content = _parse(file)
     problems: list[str] = []
     categories = {one["id"]: one for one in _checked(content, "categories", _category, problems)}
-    images = _with_headers({one["id"]: one for one in _checked(content, "images", _image, problems)}, root, problems)
+    listed = {one["id"]: one for one in _checked(content, "images", _image, problems)}
+    _refuse_listed_twice(listed, problems)
+    images = _with_headers(listed, root, problems)
     notes: list[str] = []
     annotations = list(_annotations(content["annotations"], images, categories, problems, notes))
     if problems:
@@ -130,6 +132,15 @@ def _image(image: Values) -> Values:
     return image
 
 
+def _refuse_listed_twice(images: dict[int, Values], problems: list[str]) -> None:
+    """Note files that are two images: each would teach that the other's objects are not there."""
+    known: dict[PurePosixPath, int] = {}
+    for identity, image in images.items():
+        other = known.setdefault(PurePosixPath(image["file_name"]), identity)
+        if other != identity:
+            problems.append(f"images {other} and {identity} are one file, {image['file_name']}")
+
+
 Known = tuple[Values, Header, bool]  # an image, its file's header, and whether annotations are to be turned with it
 
 
@@ -197,6 +208,9 @@ def _annotations(
             notes.append(f"{what} has points or lines among its polygons, which have no area: left out")
         elif not found["iscrowd"] and not run_length.area(found["segmentation"]):
             notes.append(f"{what} has a mask without a single pixel: not trained on")
+        elif _apart(found):
+            box = entry["bbox"]
+            notes.append(f"{what} has the box {box}, elsewhere than its mask: is it [left, top, width, height]?")
         yield found
 
 
@@ -218,6 +232,13 @@ def _object(entry: Values, image: Values, header: Header, turned: bool) -> Value
     elif not _is_number(area) or area < 0:
         raise _Wrong(f"has the area {area!r}, expected a number of pixels; without one it is the mask's")
     return {"bbox": list(box), "segmentation": mask, "iscrowd": int(crowd or 0), "area": area}
+
+
+def _apart(annotation: Values) -> bool:
+    """Say whether box and mask are of different places: boxes are rounded, small ones by half of their size."""
+    box = np.array([annotation["bbox"]], dtype=np.float64)
+    around = run_length.toBbox([annotation["segmentation"]])
+    return box[0, 2:].min() >= 4 and float(run_length.iou(box, around, [0])[0, 0]) < 0.5
 
 
 def _box(box: object, width: int, height: int, name: str) -> tuple[float, float, float, float]:

@@ -58,6 +58,11 @@ def load(name: str, root: Path, classes: int) -> Coco:
         raise UserError(f"{_annotations(folder, SPLITS[0])} has {len(categories)} categories, expected {classes}")
     if categories != sorted(test.coco.cats):
         raise UserError(f"the categories of {SPLITS[0]} and {SPLITS[1]} in {folder / 'annotations'} differ")
+    for category in categories:
+        names = [split.coco.cats[category]["name"] for split in (train, test)]
+        if names[0] != names[1] and str(category) not in names:  # which stands for a name that is missing
+            which = " and ".join(f"{name!r} in {split}" for name, split in zip(names, SPLITS, strict=True))
+            raise UserError(f"category {category} of {folder} is {which}: expected one name")
     usable = [i for i, image in enumerate(train.ids) if any(map(trainable, train.coco.imgToAnns[image]))]
     if not usable:
         raise UserError(f"{_annotations(folder, SPLITS[0])} has no image with an object to train on")

@@ -56,6 +56,7 @@ def read_rgb(path: Path) -> "Image":
 
     def read(image: "Image", header: Header) -> "Image":
         upright = image.format == "TIFF"  # Pillow turns these itself while it loads them
+        _refuse_misread(image)
         rgb = _wide(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
         if header.orientation == 1 or upright:
             return rgb
@@ -173,6 +174,19 @@ def _png_exif(path: Path) -> bytes:
                 break
             file.seek(length + 4, os.SEEK_CUR)
     return b""
+
+
+def _refuse_misread(image: "Image") -> None:
+    """Raise ValueError for what Pillow makes another picture of without a word."""
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    if not isinstance(image, TiffImageFile):
+        return
+    bits, planes, formats = (image.tag_v2.get(tag, default) for tag, default in ((258, (1,)), (284, 1), (339, ())))
+    if planes == 2 and max(bits) > 8:
+        raise ValueError("its channels of 16 bits stand one behind the other: convert it to 8 bits")
+    if image.mode == "L" and 2 in formats:
+        raise ValueError("its pixels have signs, and nothing says which is black: convert it to 8 bits without")
 
 
 def _wide(image: "Image") -> "Image":
