@@ -167,7 +167,7 @@ def setting(card: Card, group: Group, cells: Cells) -> str:
     runs = _runs(card, group, cells)
     networks = dict.fromkeys(run["network"] for run in runs)
     length = dict.fromkeys(
-        f"{run['budget.epochs']} epochs of {_count(run)}images at {run['budget.size']} px"
+        f"{run['budget.epochs']} epochs of {_seen(run)} at {run['budget.size']} px"
         for run in [run for run in runs if run["status"] == "done"] or runs
     )
     datasets = dict.fromkeys(run["dataset"] for run in runs)
@@ -389,9 +389,10 @@ def _runs(card: Card, group: Group, cells: Cells) -> list[Any]:
     ]
 
 
-def _count(run: Mapping[str, Any]) -> str:
-    count = _recorded(run, "data.train_images")
-    return f"{int(count):,} " if count else ""
+def _seen(run: Mapping[str, Any]) -> str:
+    """ "50,000 images", "96 videos"; without their number where the run failed before it was known."""
+    count, what = _recorded(run, "data.train_images"), "videos" if _recorded(run, "dataset.frames") else "images"
+    return f"{int(count):,} {what}" if count else what
 
 
 def _recorded(run: Mapping[str, Any], key: str) -> Any:
