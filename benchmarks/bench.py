@@ -5,6 +5,7 @@ interval that holds the middle half of them; single times are printed for orient
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -26,6 +27,7 @@ from kalmannorm.conversion import convert
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.files import write_atomically
 from kalmannorm.models import ARCHS
+from kalmannorm.norm import NORMS
 from kalmannorm.report.speed import quartiles
 from kalmannorm.train.task_classification import memory_format
 from kalmannorm.train.timed_steps import GRAD_BATCH, WARM_UP, Pairs, Step, alternate, synthetic_batch, training_step
@@ -57,6 +59,12 @@ COMPARISONS = {
     "checkpoints": Comparison("5 % of a lite run and its checkpoint", "those steps alone", 1.02),
     "processes": Comparison("images/s of 2 processes", "images/s of 1 process with 2 threads", 0.8, at_least=True),
     "detector": Comparison("images/s of mask_rcnn_fpn", "images/s of torchvision's maskrcnn_resnet50_fpn", None),
+    # What every other normalizer costs.
+    **{
+        f"norm-{name}": Comparison(f"{name}, eager", "BN at stat 2, eager", None)
+        for name in NORMS
+        if name not in ("bn", "bkn")
+    },
 }
 
 
@@ -155,6 +163,11 @@ def _grouped_bn(device: torch.device, seconds: float) -> tuple[list[float], str]
 
 def _kn(device: torch.device, seconds: float) -> tuple[list[float], str]:
     return _compare(training_step(_model("bkn"), device), training_step(_model("bn"), device), seconds, device)
+
+
+def _norm(name: str, device: torch.device, seconds: float) -> tuple[list[float], str]:
+    """At 2 images where it has statistics of several."""
+    return _compare(training_step(_model(name), device), training_step(_model("bn"), device), seconds, device)
 
 
 def _channels_last(device: torch.device, seconds: float) -> tuple[list[float], str]:
@@ -409,6 +422,7 @@ _MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = 
     "checkpoints": _checkpoints,
     "processes": _processes,
     "detector": _detector,
+    **{f"norm-{name}": functools.partial(_norm, name) for name in NORMS},
 }
 
 
