@@ -6,6 +6,11 @@ import numpy as np
 from PIL import Image
 
 TRAIN, VAL = 12, 4  # images a class
+SMALL = [
+    "dataset=image_folder", "dataset.name=toy", "arch=inception_cifar", "arch.width=0.125", "norm=bkn",
+    "batch.grad_batch=8", "batch.stat_batch=2", "schedule=imagenet_linear", "budget=smoke", "budget.size=16",
+    "device=cpu", "workers=0", "precision=fp32", "compile=false",  # not auto: of processes of their own, too
+]  # fmt: skip
 
 
 def image(seed: int, height: int = 24, width: int = 32) -> np.ndarray:

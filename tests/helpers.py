@@ -2,8 +2,10 @@
 step of training."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -246,3 +248,25 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 SAMPLING = {"predictor": "sampling", "stat_batch": 2}
 FEW = ("inception_cifar", "resnet14", "resnet14_preact", "resnet18", "moody", "modern")
+
+
+def net(width: int = 8) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 4),
+    )
+
+
+TALK = Path(__file__).parent / "golden" / "talk"
+
+
+def talk_golden(name: str) -> dict[str, Tensor]:
+    with np.load(TALK / f"{name}.npz") as file:
+        return {key: torch.from_numpy(np.array(file[key])) for key in file.files}

@@ -17,6 +17,8 @@ import folders
 import numpy as np
 import pytest
 import torch
+from folders import SMALL
+from trainings import only_record, place
 
 from kalmannorm import data
 from kalmannorm.cli import main
@@ -279,9 +281,6 @@ def test_crops_are_as_torchvision_draws_them() -> None:
 
 @needs_ffcv
 def test_a_run_on_betons(betons: Path, tmp_path: Path) -> None:
-    from test_imagenet import SMALL
-    from test_run import only_record, place
-
     overrides = [*SMALL, "dataset.loader=ffcv", "dataset.classes=3", f"data={betons}"]
     assert compose(overrides).dataset.loader == "ffcv"
     assert main(["train", *overrides, *place(tmp_path)]) == 0

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import net
 from torch import Tensor, nn
 from torch.func import replace_all_batch_norm_modules_
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,20 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kalmannorm import NORMS, KalmanBatchNorm2d, belief_report, convert, fold
 from kalmannorm.norm.modes import finish_gradients
-
-
-def net(width: int = 8) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 3, padding=1),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(width, 4),
-    )
 
 
 @pytest.fixture(autouse=True)

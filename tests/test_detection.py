@@ -13,6 +13,7 @@ import torch
 from coco_files import TINY, TINY_FPN
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from trainings import assert_same_run, once, outcome, place
 
 from kalmannorm.cli import main
 from kalmannorm.data import coco
@@ -32,26 +33,11 @@ def root(tmp_path_factory):
     return folder
 
 
-def place(root, folder):
-    return [f"data={root}", f"results={folder}", f"runs={folder}"]
-
-
-def once(overrides):
-    """The later one of two of the same setting."""
-    return list({override.partition("=")[0]: override for override in overrides}.values())
-
-
-def outcome(folder):
-    (file,) = (folder / "records").glob("*.json")
-    record = json.loads(file.read_text())
-    return record, checkpoint.load(folder / record["id"], record["id"])
-
-
 @pytest.fixture(scope="module")
 def done(root, tmp_path_factory):
     """A finished run of KN, 3 epochs of 1 step."""
     folder = tmp_path_factory.mktemp("done")
-    overrides = [*TINY, "norm=bkn", "budget.epochs=3", "dataset.train_images_evaluated=2", *place(root, folder)]
+    overrides = [*TINY, "norm=bkn", "budget.epochs=3", "dataset.train_images_evaluated=2", *place(folder, root)]
     assert main(["train", *overrides]) == 0
     return folder, overrides
 
@@ -76,7 +62,7 @@ def test_the_record_is_whole(done):
     assert record["norms"]["beliefs"]["body.layer1.0.bn2"] is None
     assert record["norms"]["beliefs"]["roi_heads.box_head.layer4.0.bn1"] == detector.BELIEF_ENDS
     for picture in ("detections.png", "detections-training.png"):
-        assert (folder / record["id"] / picture).stat().st_size > 1000
+        assert (folder / "runs" / record["id"] / picture).stat().st_size > 1000
 
 
 def test_finished_runs_are_evaluated_again(done, capsys):
@@ -94,7 +80,7 @@ def test_finished_runs_are_evaluated_again(done, capsys):
 def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
     """Stopped by a signal in the second step, which is an epoch's last, and once more in the run's last."""
     _, overrides = done
-    again = [*overrides[:-3], *place(root, tmp_path)]
+    again = [*overrides[:-3], *place(tmp_path, root)]
     steps = []
     stepped = torch.optim.SGD.step
 
@@ -109,16 +95,14 @@ def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
         assert main(["train", *again]) == 128 + signal.SIGTERM
     assert main(["train", *again]) == 0
     assert len(steps) == 3
-    (one, state), (other, same) = outcome(done[0]), outcome(tmp_path)
-    assert {k: v for k, v in one.items() if k != "host"} == {k: v for k, v in other.items() if k != "host"}
-    assert all(torch.equal(state["model"][key], same["model"][key]) for key in state["model"] if "extra" not in key)
+    assert_same_run(done[0], tmp_path)
 
 
 @pytest.mark.parametrize("tiny", [TINY, [*TINY_FPN, "arch.head_norm=bkn"]], ids=["c4", "fpn"])
 def test_going_on_in_mid_epoch_ends_in_the_same_numbers(root, tmp_path, monkeypatch, tiny):
     """Two epochs of 2 steps, stopped by a signal in the third step: the second epoch's first."""
     overrides = once([*tiny, "norm=bkn", "batch.grad_batch=2", "budget.epochs=2"])
-    assert main(["train", *overrides, *place(root, tmp_path / "whole")]) == 0
+    assert main(["train", *overrides, *place(tmp_path / "whole", root)]) == 0
     steps, stepped = [], torch.optim.SGD.step
 
     def step(self, *args):
@@ -128,28 +112,26 @@ def test_going_on_in_mid_epoch_ends_in_the_same_numbers(root, tmp_path, monkeypa
         return stepped(self, *args)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    assert main(["train", *overrides, *place(root, tmp_path / "cut")]) == 128 + signal.SIGUSR1
+    assert main(["train", *overrides, *place(tmp_path / "cut", root)]) == 128 + signal.SIGUSR1
     identity = run_id(compose(overrides))
-    saved = checkpoint.load(tmp_path / "cut" / identity, identity)
+    saved = checkpoint.load(tmp_path / "cut" / "runs" / identity, identity)
     assert (saved["epoch"], saved["step"]) == (1, 1)
-    assert main(["train", *overrides, *place(root, tmp_path / "cut")]) == 0
+    assert main(["train", *overrides, *place(tmp_path / "cut", root)]) == 0
     assert len(steps) == 4
-    (one, state), (other, same) = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
-    assert {k: v for k, v in one.items() if k != "host"} == {k: v for k, v in other.items() if k != "host"}
-    assert all(torch.equal(state["model"][key], same["model"][key]) for key in state["model"] if "extra" not in key)
-    momentum = [saved["optimizer"]["state"] for saved in (state, same)]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    momentum = [outcome(tmp_path / name)[1]["optimizer"]["state"] for name in ("whole", "cut")]
     assert all(torch.equal(momentum[0][i]["momentum_buffer"], momentum[1][i]["momentum_buffer"]) for i in momentum[0])
 
 
 def test_a_run_may_end_within_an_epoch(root, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "FILE_EVERY", 0)
     changes = ["norm=gn", "budget.epochs=2", "batch.grad_batch=2", "dataset.steps=3"]
-    overrides = [*once([*TINY, *changes]), *place(root, tmp_path)]
+    overrides = [*once([*TINY, *changes]), *place(tmp_path, root)]
     assert main(["train", *overrides]) == 0
     record, state = outcome(tmp_path)
     assert record["curves"]["step"] == [2, 3] and (state["epoch"], state["step"]) == (2, 0)
     assert record["final"]["moving"] == record["final"]["online"]
-    assert json.loads((tmp_path / record["id"] / progress.FILE).read_text())["part"] == 1
+    assert json.loads((tmp_path / "runs" / record["id"] / progress.FILE).read_text())["part"] == 1
 
 
 def test_workers_are_those_asked_for(root):
@@ -161,7 +143,7 @@ def test_workers_are_those_asked_for(root):
 
 def test_frozen_constants_are_measured_once(root, tmp_path):
     """With them the first step sees what BN sees: maps of mean 0 and variance 1, about."""
-    overrides = [*TINY, "norm=frozen", "schedule.lr=0.001", *place(root, tmp_path)]
+    overrides = [*TINY, "norm=frozen", "schedule.lr=0.001", *place(tmp_path, root)]
     assert main(["train", *overrides]) == 0
     record, state = outcome(tmp_path)
     assert record["weights"]["constants"] == "measured once, under the initial weights, on 4 training images"
@@ -331,14 +313,13 @@ def test_the_talks_tables_3_and_4():
 def test_a_faster_rcnns_run(root, tmp_path, capsys):
     changes = ["norm=gn", "norm.options.max_groups=32", "arch.head_norm=gn", "arch.mask_head=false"]
     changes.append("dataset.train_images_evaluated=2")
-    place_of = [f"data={root}", f"results={tmp_path}", f"runs={tmp_path}"]
-    assert main(["train", *once([*TINY_FPN, *changes, "schedule=fpn_180k"]), *place_of]) == 0
+    assert main(["train", *once([*TINY_FPN, *changes, "schedule=fpn_180k"]), *place(tmp_path, root)]) == 0
     record, _ = outcome(tmp_path)
     assert "mask_ap" not in record["final"]["moving"] and "loss_mask" not in record["curves"]
     assert f"AP {record['final']['moving']['box_ap']:.2f} / -" in capsys.readouterr().out
     rest = [o for o in TINY if o.startswith(("dataset.", "arch.", "budget", "device"))]
-    settings = [*rest, "batch.grad_batch=4", "dataset.train_images_evaluated=2", f"results={tmp_path}"]
-    assert main(["report", "talk-table3", "dataset=coco", *settings, f"data={root}", f"runs={tmp_path}"]) == 0
+    settings = [*rest, "batch.grad_batch=4", "dataset.train_images_evaluated=2"]
+    assert main(["report", "talk-table3", "dataset=coco", *settings, *place(tmp_path, root)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"GN / GN {record['final']['moving']['box_ap']:.2f}" in said and "not run" in said and "39.3" not in said
 
@@ -348,7 +329,7 @@ def test_table_6_shows_ap(root, done, tmp_path, capsys):
     settings = [
         o for o in overrides if not o.startswith(("norm", "arch=", "dataset=", "schedule", "batch=", "results"))
     ]
-    assert main(["report", "table6", *settings, f"results={folder}", "seeds=1"]) == 0
+    assert main(["report", "table6", *settings, f"results={folder / 'results'}", "seeds=1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     value = outcome(folder)[0]["final"]["moving"]["box_ap"]
     assert f"KN {value:.2f}" in said and "not run" in said and "37.8" not in said  # the paper's are of COCO

@@ -1,18 +1,12 @@
 """Detection on two processes computes what one does."""
 
-import os
-import socket
-
 import coco_files
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from coco_files import TINY, TINY_FPN
-from test_detection import outcome
+from trainings import on_processes, outcome, run_all
 
-from kalmannorm.experiments.config import compose
-from kalmannorm.train import loop, task_detection
+from kalmannorm.train import task_detection
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +23,6 @@ NORMS = {
     "bkn-sampling": ["norm=bkn", "norm.predictor=sampling"],
     "frozen": ["norm=frozen"],
 }
-
-
-def run_all(folder, runs):
-    for name, overrides in runs.items():
-        loop.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
-
-
-def worker(rank, port, folder, runs):
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    dist.init_process_group("gloo")
-    run_all(folder, runs)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -70,10 +45,7 @@ def check_processes(root, folder, norms, tiny=TINY):
         name: [*tiny, *norm, "budget.epochs=2", "schedule.lr=0.001", f"data={root}"] for name, norm in norms.items()
     }
     run_all(folder / "one", runs)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, folder / "two", runs), nprocs=2)
+    on_processes(2, folder / "two", runs)
     print()
     for name in runs:
         (one, state), (two, other) = outcome(folder / "one" / name), outcome(folder / "two" / name)

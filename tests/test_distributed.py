@@ -1,12 +1,10 @@
 """k processes compute what one does: losses, accuracies, moving statistics, final weights; micro-batches likewise."""
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,26 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.cuda._utils import _get_device_index
+from trainings import SPREAD, Runs, assert_same, on_processes, outcome, run_all
 
 import kalmannorm
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import compose
 from kalmannorm.presets import BATCH_STATISTICS
-from kalmannorm.train import checkpoint, loop, ranks
+from kalmannorm.train import checkpoint, ranks
 from kalmannorm.train.ranks import Ranks
 
-SMALL = [
-    "dataset=digits",
-    "budget=smoke",
-    "arch.width=0.125",
-    "device=cpu",
-    "precision=fp32",  # in processes of their own, which know nothing of conftest
-    "compile=false",
-    "batch.grad_batch=16",
-    "budget.subset=96",
-]
 NORMS = {
     "bn": ["norm=bn"],
     "brn": ["norm=brn"],
@@ -85,121 +73,19 @@ SLOW = (
 )
 
 
-Runs = dict[str, list[str]]  # name -> overrides
-
-
 def test_every_normalizer_is_listed_here():
     assert set(kalmannorm.NORMS) == {overrides[0].removeprefix("norm=") for overrides in NORMS.values()}
 
 
 def case(norm: str, stat_batch: int, epochs: int = 1) -> list[str]:
     extra = ["norm.options.gain=0.3"] if norm in ("bkn-released", "bkn-guarded") else []
-    return [*SMALL, *NORMS[norm], f"batch.stat_batch={stat_batch}", f"budget.epochs={epochs}", *extra]
+    return [*SPREAD, *NORMS[norm], f"batch.stat_batch={stat_batch}", f"budget.epochs={epochs}", *extra]
 
 
 def cases(stat_batches: tuple[int, ...], norms: Iterable[str] | None = None) -> Runs:
     """Of all the norms but the slow ones, or those named."""
     chosen = [norm for norm in NORMS if norm not in SLOW] if norms is None else norms
     return {f"{norm}-{stat}": case(norm, stat) for norm in chosen for stat in stat_batches}
-
-
-def run_all(folder: Path, runs: Runs) -> None:
-    """Every case in its own folder, in this process or, where a process group is up, as one of its ranks."""
-    for name, overrides in runs.items():
-        loop.run(compose([*overrides, f"results={folder / name}", f"runs={folder / name}"]))
-
-
-def worker(rank: int, world: int, port: int, folder: Path, runs: Runs) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    dist.init_process_group("gloo")
-    run_all(folder, runs)
-    dist.destroy_process_group()
-
-
-def on_processes(world: int, folder: Path, runs: Runs) -> None:
-    """One spawn for all the cases: starting processes is most of the cost."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (world, port, folder, runs), nprocs=world)
-
-
-def outcome(folder: Path) -> tuple[dict, dict]:
-    (file,) = (folder / "records").glob("*.json")
-    record = json.loads(file.read_text())
-    return record, checkpoint.load(folder / record["id"], record["id"])
-
-
-def differences(one: Path, other: Path) -> dict[str, float]:
-    """Largest differences, of weights and moving statistics relative to the largest entry of each tensor."""
-    (a, state_a), (b, state_b) = outcome(one), outcome(other)
-    assert a["id"] == b["id"] and a["curves"].keys() == b["curves"].keys()
-
-    def largest(keys: list[str]) -> float:
-        found = []
-        for key in keys:
-            x, y = state_a["model"][key].double(), state_b["model"][key].double()
-            found.append(((x - y).abs().max() / x.abs().max().clamp_min(1e-3)).item())
-        return max(found, default=0.0)
-
-    keys = [key for key, value in state_a["model"].items() if isinstance(value, torch.Tensor) and value.numel()]
-    momenta = [
-        (
-            (x["momentum_buffer"] - y["momentum_buffer"]).abs().max() / x["momentum_buffer"].abs().max().clamp_min(1e-3)
-        ).item()
-        for x, y in zip(state_a["optimizer"]["state"].values(), state_b["optimizer"]["state"].values(), strict=True)
-    ]
-    accuracies = [abs(a["final"][kind]["accuracy"] - b["final"][kind]["accuracy"]) for kind in a["final"]]
-    return {
-        "loss": max(abs(x - y) for x, y in zip(a["curves"]["train_loss"], b["curves"]["train_loss"], strict=True)),
-        "gradients": max(momenta),
-        "moving": largest([key for key in keys if "running" in key]),
-        "weights": largest([key for key in keys if "running" not in key]),
-        "accuracy": max(accuracies),
-    }
-
-
-def equal(name: str, one: Path, other: Path, images: int) -> bool:
-    found = differences(one / name, other / name)
-    print(f"{name:18}", "  ".join(f"{key} {value:.1e}" for key, value in found.items()))
-    for folder in (one, other):
-        assert outcome(folder / name)[0]["final"]["online"]["images"] == images
-    return (
-        found["loss"] < 1e-5 and found["moving"] < 1e-3 and found["weights"] < 1e-3
-        and found["gradients"] < 1e-2 and found["accuracy"] <= 100 / images * 1.01
-    )  # fmt: skip
-
-
-def assert_same(
-    folder: Path,
-    runs: Runs,
-    other: Callable[[Path, Runs], None],
-    one_process: Path | None = None,
-    images: int = 360,
-) -> None:
-    """What `other` makes of the runs is what one process makes of them (and has made, in the folder given, at seed 1).
-
-    By rounding, a ReLU's input may fall to the other side of 0, and one pixel's gradient with it: about one small run
-    in twenty, another on every processor, and never in float64. So a case that differs has two more seeds.
-    """
-    for seed in (1, 2, 3):
-        print()
-        seeded = {name: [*run, f"seed={seed}"] for name, run in runs.items()}
-        first = one_process if seed == 1 else None
-        if first is None:
-            run_all(first := folder / f"one-{seed}", seeded)
-        other(folder / f"other-{seed}", seeded)
-        runs = {name: run for name, run in runs.items() if not equal(name, first, folder / f"other-{seed}", images)}
-        if not runs:
-            return
-    raise AssertionError(f"{', '.join(runs)}: not what one process computes, at three seeds")
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +164,7 @@ def launched(monkeypatch, world: int, local_rank: int = 0) -> None:
 def test_batches_that_do_not_divide_are_refused(monkeypatch, overrides, world, words):
     launched(monkeypatch, world)
     with pytest.raises(UserError) as error:
-        Ranks(compose([*SMALL, *overrides]))
+        Ranks(compose([*SPREAD, *overrides]))
     assert all(word in str(error.value) for word in words)
 
 
@@ -288,7 +174,7 @@ def test_all_collectives_wait_for_what_rank_0_does_alone(monkeypatch):
     launched(monkeypatch, 2)
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(dist, name, lambda *_, **options: waits.append(options.get("timeout")))
-    Ranks(compose([*SMALL, "batch.stat_batch=2"]))
+    Ranks(compose([*SPREAD, "batch.stat_batch=2"]))
     assert waits == [ranks.PATIENCE] * 2
 
 
@@ -306,7 +192,7 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch, asked, local_rank, expected)
 
     monkeypatch.setattr(torch, "zeros", tensor)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
-    elsewhere = [setting for setting in SMALL if not setting.startswith("device=")]
+    elsewhere = [setting for setting in SPREAD if not setting.startswith("device=")]
     device = Ranks(compose([*elsewhere, "batch.stat_batch=2", f"device={asked}"])).device
     assert chosen == [expected] and device == torch.device("cuda", expected)
 

@@ -4,13 +4,12 @@ import re
 
 import faulty
 import pytest
-from test_sweep import TABLE7, place, plan
+from sweeps import TABLE7
+from trainings import place
 
 from kalmannorm.cli import main
 from kalmannorm.experiments.cards import load
 from kalmannorm.runs import placement
-
-__all__ = ["plan"]  # the fixture
 
 
 def test_dry_run_predicts_by_the_speed_of_recorded_runs(tmp_path, capsys, plan):

@@ -8,8 +8,8 @@ from pathlib import Path
 import folders
 import pytest
 import torch
-from test_distributed import assert_same, on_processes
-from test_run import assert_same_run, only_record, place
+from folders import SMALL
+from trainings import assert_same, assert_same_run, on_processes, only_record, place
 
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
@@ -18,12 +18,6 @@ from kalmannorm.experiments.config import compose, conf_dir
 from kalmannorm.experiments.record import run_id
 from kalmannorm.report.quantities import accuracy_at
 from kalmannorm.train.model import learning_rate
-
-SMALL = [
-    "dataset=image_folder", "dataset.name=toy", "arch=inception_cifar", "arch.width=0.125", "norm=bkn",
-    "batch.grad_batch=8", "batch.stat_batch=2", "schedule=imagenet_linear", "budget=smoke", "budget.size=16",
-    "device=cpu", "workers=0", "precision=fp32", "compile=false",  # not auto: of processes of their own, too
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

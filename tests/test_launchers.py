@@ -8,15 +8,14 @@ from pathlib import Path
 
 import faulty
 import pytest
-from test_sweep import TABLE7, alive, place, plan, started, statuses, wait_for
+from sweeps import TABLE7, alive, started, statuses, wait_for
+from trainings import place
 
 from kalmannorm.cli import main
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.cards import load
 from kalmannorm.runs import placement, worker
 from kalmannorm.runs import slurm as on_slurm
-
-__all__ = ["plan"]  # the fixture
 
 
 @pytest.fixture

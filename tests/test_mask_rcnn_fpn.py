@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from coco_files import TINY_FPN
+from detectors import SMALL, scene
 from helpers import error
-from test_mask_rcnn import SMALL, scene
 from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 

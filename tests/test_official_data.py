@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torchvision.datasets
-from test_data import RANDOM, Touch, folder_of, images_of
+from array_files import RANDOM, Touch, folder_of, images_of
 
 from kalmannorm import data
 from kalmannorm.data import cifar, svhn

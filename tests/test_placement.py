@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 import torchvision
-from helpers import TABLE_2, Residual, error
-from test_talk_golden import GOLDEN, load
+from helpers import TABLE_2, TALK, Residual, error, talk_golden
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
@@ -16,7 +15,7 @@ from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.norm import BatchNorm, GroupNorm, InstanceBatchNorm, KalmanBatchNorm2d, SparseSwitchableNorm
 from kalmannorm.placement import PLACEMENTS, choices, ibn_a, ibn_b, itern_first
 
-PLACED = json.loads((GOLDEN / "ibn_placement.json").read_text())
+PLACED = json.loads((TALK / "ibn_placement.json").read_text())
 
 
 def test_the_first_pattern_that_matches_counts():
@@ -159,7 +158,7 @@ class Network(nn.Module):
 @pytest.mark.parametrize("placement", ["a", "b"])
 def test_a_bottleneck_is_public_code_s(placement):
     """Outputs, gradients and averages; the public names of its state dict load."""
-    data = load(f"ibn_bottleneck_{placement}")
+    data = talk_golden(f"ibn_bottleneck_{placement}")
     plain = Network()
     if placement == "b":
         from kalmannorm.models.ibn import normalize_sum

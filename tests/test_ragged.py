@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_converted_runs import net
+from helpers import net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_distributed import SMALL
+from trainings import SPREAD
 
 from kalmannorm import data
 from kalmannorm.errors import UserError
@@ -16,7 +16,7 @@ from kalmannorm.train.ranks import Ranks
 
 
 def test_colours_are_changed_and_clipped():
-    config = compose([*SMALL, "+dataset.recolour=true"])
+    config = compose([*SPREAD, "+dataset.recolour=true"])
     source = open_data(config, Ranks(config))
     pixels = np.random.default_rng(0).integers(0, 256, source.test_images.shape, np.uint8)
     source = dataclasses.replace(source, test_images=pixels)
@@ -43,7 +43,7 @@ def test_records_have_an_accuracy_for_each(tmp_path):
         "batch.stat_batch=8",
         "budget.epochs=1",
     ]
-    small = [one for one in SMALL if not one.startswith("arch.")]
+    small = [one for one in SPREAD if not one.startswith("arch.")]
     record = loop.run(compose([*small, *where, "+dataset.recolour=true"]))
     assert list(record["final"]) == ["moving", "online", "precise", "rgb_50", "red_50", "contrast"]
     assert all(0 <= values["accuracy"] <= 100 for values in record["final"].values())

@@ -17,6 +17,7 @@ import faulty
 import numpy as np
 import pytest
 import torch
+from trainings import SMALL, assert_same_run, only_record, place
 
 from kalmannorm import data
 from kalmannorm.cli import main
@@ -29,21 +30,6 @@ from kalmannorm.train.evaluate import evaluate
 from kalmannorm.train.loaders import loaders
 from kalmannorm.train.model import build, learning_rate, optimizer
 from kalmannorm.train.ranks import Ranks
-
-SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "precision=fp32"]
-
-
-def place(folder: Path) -> list[str]:
-    return [f"results={folder / 'results'}", f"runs={folder / 'runs'}"]
-
-
-def only_record(folder: Path) -> dict:
-    (file,) = (folder / "results" / "records").glob("*.json")
-    return json.loads(file.read_text())
-
-
-def comparable(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key != "host"}
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +157,6 @@ def test_two_runs_are_equal_but_for_host(tmp_path, norm):
 
 def command(folder: Path, overrides: list[str]) -> list[str]:
     return [sys.executable, "-m", "kalmannorm", "train", *overrides, *place(folder)]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Records equal but for time and host, weights bitwise."""
-    first, second = only_record(a), only_record(b)
-    assert comparable(first) == comparable(second)
-    weights = [checkpoint.load(x / "runs" / first["id"], first["id"])["model"] for x in (a, b)]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,15 @@
 """Segmentation runs, small: the record, resume, processes, the metric, the network."""
 
-import os
 import signal
-import socket
 
 import numpy as np
 import pytest
 import scene_files
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
 from scene_files import TINY
-from test_detection import once, outcome, place
+from trainings import assert_same_run, on_processes, once, outcome, place
 
 from kalmannorm import belief_report, convert
 from kalmannorm.cli import main
@@ -25,7 +21,7 @@ from kalmannorm.models import SEGMENTERS
 from kalmannorm.placement import PLACEMENTS
 from kalmannorm.report import tables
 from kalmannorm.report.effects import Group
-from kalmannorm.train import loop, task_segmentation
+from kalmannorm.train import task_segmentation
 from kalmannorm.train.model import learning_rate
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.task_segmentation import Segmentation, reduced
@@ -42,7 +38,7 @@ def root(tmp_path_factory):
 def done(root, tmp_path_factory):
     """A finished run of KN, 2 epochs of 2 steps, also tested at dusk."""
     folder = tmp_path_factory.mktemp("done")
-    overrides = [*TINY, "norm=bkn", "budget.epochs=2", "+dataset.other=camvid_dusk", *place(root, folder)]
+    overrides = [*TINY, "norm=bkn", "budget.epochs=2", "+dataset.other=camvid_dusk", *place(folder, root)]
     assert main(["train", *overrides]) == 0
     return folder, overrides
 
@@ -57,7 +53,7 @@ def test_the_record_is_whole(done):
     assert len(record["curves"]["train_loss"]) == 2
     beliefs = record["norms"]["beliefs"]
     assert sum(lost is None for lost in beliefs.values()) >= len(beliefs) - 2
-    with np.load(done[0] / "records" / f"{record['id']}.npz") as arrays:
+    with np.load(done[0] / "results" / "records" / f"{record['id']}.npz") as arrays:
         counts = arrays["confusion_moving"]
         assert counts.sum() == record["final"]["moving"]["pixels"]
         assert record["final"]["moving"]["pixel_accuracy"] == pytest.approx(100 * counts.trace() / counts.sum())
@@ -75,7 +71,7 @@ def test_finished_runs_are_evaluated_again(done, capsys):
 
 def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
     """Stopped by a signal in the first step, in mid-epoch, and once more in the second epoch's last."""
-    again, steps, stepped = [*done[1][:-3], *place(root, tmp_path)], [], torch.optim.SGD.step
+    again, steps, stepped = [*done[1][:-3], *place(tmp_path, root)], [], torch.optim.SGD.step
 
     def step(self, *args):
         steps.append(1)
@@ -87,32 +83,13 @@ def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
     for _ in range(2):
         assert main(["train", *again]) == 128 + signal.SIGTERM
     assert main(["train", *again]) == 0 and len(steps) == 4
-    (one, state), (other, same) = outcome(done[0]), outcome(tmp_path)
-    assert {k: v for k, v in one.items() if k != "host"} == {k: v for k, v in other.items() if k != "host"}
-    assert all(torch.equal(state["model"][key], same["model"][key]) for key in state["model"] if "extra" not in key)
-
-
-def worker(rank, port, folder, overrides):
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    dist.init_process_group("gloo")
-    loop.run(compose([*overrides, f"results={folder}", f"runs={folder}"]))
-    dist.destroy_process_group()
+    assert_same_run(done[0], tmp_path)
 
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(root, done, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, tmp_path, done[1][:-3] + [f"data={root}"]), nprocs=2)
-    (one, state), (two, other) = outcome(done[0]), outcome(tmp_path)
+    on_processes(2, tmp_path, {"two": [*done[1][:-3], f"data={root}"]})
+    (one, state), (two, other) = outcome(done[0]), outcome(tmp_path / "two")
     assert one["id"] == two["id"] and two["host"]["processes"] == 2
     assert one["curves"]["train_loss"] == pytest.approx(two["curves"]["train_loss"], rel=1e-4)
     for key, value in state["model"].items():
@@ -125,7 +102,7 @@ def test_two_processes_compute_what_one_does(root, done, tmp_path):
 
 def test_the_network_learns_bands(root, tmp_path):
     overrides = once([*TINY, "norm=bn", "arch.width=0.25", "budget.epochs=20", "schedule.lr=0.1"])
-    assert main(["train", *overrides, *place(root, tmp_path)]) == 0
+    assert main(["train", *overrides, *place(tmp_path, root)]) == 0
     record, _ = outcome(tmp_path)
     assert record["curves"]["train_loss"][-1] < 0.5 * record["curves"]["train_loss"][0]
     assert record["final"]["precise"]["pixel_accuracy"] > 80
@@ -151,15 +128,15 @@ def test_the_tables_have_the_talks_values():
 def test_a_table_and_maps_come_of_the_records(root, tmp_path, capsys):
     run = once([*TINY, "batch=g8_s2", "schedule.lr=0.1", "norm=bn"])
     run = [setting for setting in run if not setting.startswith(("batch.", "dataset."))]
-    assert main(["train", *run, *place(root, tmp_path)]) == 0
+    assert main(["train", *run, *place(tmp_path, root)]) == 0
     record, _ = outcome(tmp_path)
     capsys.readouterr()
-    assert main(["report", "camvid", f"results={tmp_path}"]) == 0
+    assert main(["report", "camvid", f"results={tmp_path / 'results'}"]) == 0
     said = capsys.readouterr().out
     values = [record["final"][kind]["miou"] for kind in ("moving", "online", "precise", "multi_scale")]
     (line,) = [line for line in said.splitlines() if line.startswith("BN (ours)")]
     assert line.split()[2:] == [f"{v:.2f}" for v in [*values, record["final"]["moving"]["pixel_accuracy"]]]
-    (maps,) = tmp_path.glob("camvid_maps_*.png")
+    (maps,) = (tmp_path / "results").glob("camvid_maps_*.png")
     assert str(maps) in said and maps.stat().st_size > 10_000
 
 
@@ -236,13 +213,13 @@ def test_the_rate_is_poly():
 )
 def test_bad_settings_are_refused_in_one_line(root, tmp_path, capsys, override, words):
     tiny = TINY if "arch" not in override else [setting for setting in TINY if "arch" not in setting]
-    assert main(["train", *once([*tiny, "norm=gn", override]), *place(root, tmp_path)]) == 2
+    assert main(["train", *once([*tiny, "norm=gn", override]), *place(tmp_path, root)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert all(word in line for word in words), line
 
 
 def test_the_input_belief_is_that_of_the_training_scenes_as_the_network_sees_them(root, tmp_path):
-    config = compose([*TINY, "norm=bkn", "norm.preset=robust", *place(root, tmp_path)])
+    config = compose([*TINY, "norm=bkn", "norm.preset=robust", *place(tmp_path, root)])
     task = Segmentation(config, Ranks(config))
     task.load()
     seen = [reduced(x, config.budget.size).numpy() for images, _, _ in task.train.wholes(1) for x in images]
@@ -253,7 +230,7 @@ def test_the_input_belief_is_that_of_the_training_scenes_as_the_network_sees_the
 
 
 def test_weights_that_depend_on_data_are_refused(root, tmp_path, capsys):
-    assert main(["train", *TINY, "norm=wn", *place(root, tmp_path)]) == 2
+    assert main(["train", *TINY, "norm=wn", *place(tmp_path, root)]) == 2
     assert "for classification alone" in capsys.readouterr().err
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import faulty
 import pytest
 from rich.console import Console
+from sweeps import TABLE7, alive, started, statuses, wait_for
+from trainings import SMALL, place
 
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
@@ -29,52 +31,6 @@ from kalmannorm.experiments.cards import load, multirun
 from kalmannorm.experiments.config import compose
 from kalmannorm.runs import display, lock, placement, sweep, worker
 from kalmannorm.runs.display import Board, Job
-
-SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "precision=fp32"]
-TABLE7 = ["table7", *SMALL, "rows=bn_stat2,kn_stat2"]
-
-
-def place(folder: Path) -> list[str]:
-    return [f"results={folder / 'results'}", f"runs={folder / 'runs'}"]
-
-
-@pytest.fixture
-def plan(tmp_path, monkeypatch):
-    """Writes a plan (faulty.py) and returns its file; worker processes of this process follow it."""
-
-    def write(actions: dict[str, list[str]]) -> Path:
-        file = tmp_path / "plan.json"
-        file.write_text(json.dumps(actions))
-        monkeypatch.setattr(worker, "COMMAND", faulty.worker_command(file))
-        return file
-
-    return write
-
-
-def started(file: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, str(faulty.HERE), str(file), *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def statuses(folder: Path) -> dict[str, str]:
-    files = (folder / "results" / "records").glob("*.json")
-    return {file.stem: json.loads(file.read_text())["status"] for file in files}
-
-
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{process}/stat").read_text().split(")")[1].split()[0] != "Z"
-
 
 # --- failures ---
 

@@ -1,24 +1,14 @@
 """The talk's normalizers against public code's numbers (tests/golden/README.md, talk/)."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from helpers import error
+from helpers import error, talk_golden
 from torch import Tensor, nn
 
 from kalmannorm import set_progress
 from kalmannorm.norm import InstanceBatchNorm, IterNorm, PopulationNorm, SparseSwitchableNorm, ZCANorm
 from kalmannorm.norm.modes import finish_gradients
 from kalmannorm.norm.sparse import sparsestmax
-
-GOLDEN = Path(__file__).parent / "golden" / "talk"
-
-
-def load(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return {key: torch.from_numpy(np.array(file[key])) for key in file.files}
 
 
 def run_step(layer: nn.Module, data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +51,7 @@ def compare(layer: nn.Module, data: dict[str, Tensor], buffers: dict[str, str]) 
     ("name", "options"), [("ibn_layer_resnet", {}), ("ibn_layer_densenet", {"ratio": 0.4, "first": "bn"})]
 )
 def test_ibn_layer(name, options):
-    data = load(name)
+    data = talk_golden(name)
     layer = InstanceBatchNorm(data["x"].shape[1], **options)
     theirs = [key.removeprefix("b:") for key in data if key.startswith("b:")]
     assert {key.removeprefix("p:") for key in data if key.startswith("p:")} | set(theirs) == set(layer.state_dict()) - {
@@ -71,7 +61,7 @@ def test_ibn_layer(name, options):
 
 
 def test_sparsestmax_and_its_jacobian():
-    data = load("sparsestmax")
+    data = talk_golden("sparsestmax")
     for i, radius in enumerate(data["radius"]):
         for k, z in enumerate(data["z"]):
             assert (sparsestmax(z, radius) - data["p"][i, k]).abs().max() <= 1e-6, (radius, z)
@@ -85,7 +75,7 @@ def test_sparsestmax_and_its_jacobian():
     [("ssn2d_radius03_population", 0.3), ("ssn2d_radius06_population", 0.6), ("ssn2d_fixed_population", 0.9)],
 )
 def test_ssn_layer(name, radius):
-    data = load(name)
+    data = talk_golden(name)
     layer = SparseSwitchableNorm(data["x"].shape[1], momentum=0.003, moving_unbiased=False)
     assert layer.running_var is not None
     layer.running_var.zero_()  # as theirs starts
@@ -106,13 +96,13 @@ def test_ssn_layer(name, radius):
 
 @pytest.mark.parametrize(("name", "group", "iterations"), [("iternorm_T5_d4", 4, 5), ("iternorm_T3_d8", 8, 3)])
 def test_iternorm(name, group, iterations):
-    data = load(name)
+    data = talk_golden(name)
     layer = IterNorm(data["x"].shape[1], group=group, iterations=iterations)
     compare(layer, data, {"running_mean": "running_mean", "running_wm": "running_whitening"})
 
 
 def test_zca_in_groups_of_channels():
-    data = load("zca_groups")
+    data = talk_golden("zca_groups")
     group, eps = int(data["group"]), float(data["eps"])
     layer = ZCANorm(data["x"].shape[1], group=group, eps=eps, momentum=1.0)
     data = {{"weight": "p:weight", "bias": "p:bias"}.get(key, key): value for key, value in data.items()}
@@ -126,7 +116,7 @@ def test_zca_in_groups_of_channels():
 
 def test_zca_of_pooled_channel_groups():
     """Public code's form: one matrix for all groups, so ours of the groups as if they were images."""
-    data = load("dbn_pooled_d4")
+    data = talk_golden("dbn_pooled_d4")
     channels = data["x"].shape[1]
     layer = ZCANorm(4)
     x = data["x"].clone().requires_grad_()
@@ -140,7 +130,7 @@ def test_zca_of_pooled_channel_groups():
 
 @pytest.mark.parametrize("variant", ["talk", "fisher", "images"])
 def test_gamma_decay(variant):
-    data = load("gamma_decay")
+    data = talk_golden("gamma_decay")
     layer = PopulationNorm(3, gamma_decay=(variant, data["M"].item()), gamma_cap=None, eps=0.0)
     with torch.no_grad():
         layer.weight.copy_(data["gamma"])
@@ -163,7 +153,7 @@ def test_gamma_decay(variant):
 
 
 def test_a_coefficient_is_held_at_the_cap():
-    data = load("gamma_decay")
+    data = talk_golden("gamma_decay")
     layer = PopulationNorm(3, gamma_decay=("fisher", data["M"].item()), gamma_cap=2.0, eps=0.0)
     layer(data["h"]).backward(data["dl"] / len(data["h"]))
     assert layer.weight.grad is not None and layer.decay is not None

@@ -1,21 +1,17 @@
 """Videos: frames and clips, the network, a run of it, the talk's Table 6, playback."""
 
-import json
-import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import video_files
 from helpers import error
 from torch import nn
+from trainings import assert_same_run, on_processes, only_record, outcome, place, run_all
 from video_files import SMALL
 
 from kalmannorm import Belief, belief_report, convert, data, machine
@@ -30,7 +26,6 @@ from kalmannorm.models.i3d import I3D, inflate_weights
 from kalmannorm.models.resnet import Resnet
 from kalmannorm.report import tables
 from kalmannorm.report.effects import Group
-from kalmannorm.train import checkpoint, loop
 from kalmannorm.train.evaluate import evaluate
 from kalmannorm.train.model import build, optimizer
 
@@ -182,19 +177,9 @@ def test_weights_of_convolutions_in_time_decay():
 # --- runs ---
 
 
-def place(root, folder):
-    return [f"data={root}", f"results={folder}", f"runs={folder}"]
-
-
-def outcome(folder):
-    (file,) = (folder / "records").glob("*.json")
-    record = json.loads(file.read_text())
-    return record, checkpoint.load(folder / record["id"], record["id"])
-
-
 def test_a_run_and_going_on_ends_in_the_same_numbers(root, tmp_path, monkeypatch, capsys):
     overrides = [*SMALL, "norm=bkn", "arch.dropout=0.5", "budget.epochs=2"]
-    assert main(["train", *overrides, *place(root, tmp_path / "whole")]) == 0
+    assert main(["train", *overrides, *place(tmp_path / "whole", root)]) == 0
     steps, stepped = [], torch.optim.SGD.step
 
     def step(self, *args):
@@ -204,16 +189,15 @@ def test_a_run_and_going_on_ends_in_the_same_numbers(root, tmp_path, monkeypatch
         return stepped(self, *args)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    assert main(["train", *overrides, *place(root, tmp_path / "cut")]) == 128 + signal.SIGUSR1
-    assert main(["train", *overrides, *place(root, tmp_path / "cut")]) == 0 and len(steps) == 4
-    (one, state), (other, same) = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
-    assert {k: v for k, v in one.items() if k != "host"} == {k: v for k, v in other.items() if k != "host"}
-    assert all(torch.equal(state["model"][key], same["model"][key]) for key in state["model"] if "extra" not in key)
+    assert main(["train", *overrides, *place(tmp_path / "cut", root)]) == 128 + signal.SIGUSR1
+    assert main(["train", *overrides, *place(tmp_path / "cut", root)]) == 0 and len(steps) == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    one = only_record(tmp_path / "whole")
     assert one["data"]["train_images"] == 8 and one["data"]["test_images"] == 6
     for kind in ("moving", "online", "precise"):
         assert one["final"][kind]["images"] == 6 and one["final"][kind]["top5"] == 100
     capsys.readouterr()
-    assert main(["evaluate", one["id"], *place(root, tmp_path / "whole"), "device=cpu"]) == 0
+    assert main(["evaluate", one["id"], *place(tmp_path / "whole", root), "device=cpu"]) == 0
     assert f"{one['final']['precise']['accuracy']:.2f} %  (record" in capsys.readouterr().out
 
 
@@ -224,24 +208,13 @@ def test_on_a_cpu_videos_train_in_float32(monkeypatch):
     assert config.precision == "fp32" and config.compile is False
 
 
-def worker(rank, port, overrides):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo")
-    loop.run(compose(overrides))
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(root, tmp_path):
     overrides = [*SMALL, "norm=bkn", "budget.epochs=2"]
-    loop.run(compose([*overrides, *place(root, tmp_path / "one")]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, [*overrides, *place(root, tmp_path / "two")]), nprocs=2)
-    (one, state), (two, other) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
+    run = {"run": [*overrides, f"data={root}"]}
+    run_all(tmp_path / "one", run)
+    on_processes(2, tmp_path / "two", run)
+    (one, state), (two, other) = outcome(tmp_path / "one" / "run"), outcome(tmp_path / "two" / "run")
     assert one["id"] == two["id"] and two["host"]["processes"] == 2
     assert one["curves"]["train_loss"] == pytest.approx(two["curves"]["train_loss"], abs=1e-4)
     for key, value in state["model"].items():
@@ -258,8 +231,8 @@ def test_a_run_may_begin_with_inflated_weights(root, tmp_path):
     torch.save(flat, tmp_path / "weights.pth")
     given = [*SMALL, "norm=bkn", f"weights={tmp_path / 'weights.pth'}"]
     assert run_id(compose(given)) != run_id(compose([*SMALL, "norm=bkn"]))
-    config = compose([*given, "schedule.lr=[[1,1e-9]]", *place(root, tmp_path)])
-    assert main(["train", *given, "schedule.lr=[[1,1e-9]]", *place(root, tmp_path)]) == 0
+    config = compose([*given, "schedule.lr=[[1,1e-9]]", *place(tmp_path, root)])
+    assert main(["train", *given, "schedule.lr=[[1,1e-9]]", *place(tmp_path, root)]) == 0
     record, state = outcome(tmp_path)
     assert record["weights"] == {
         "origin": "ImageNet weights from a file",
@@ -268,19 +241,19 @@ def test_a_run_may_begin_with_inflated_weights(root, tmp_path):
     for frame in range(5):
         assert error(state["model"]["conv1.weight"][:, :, frame], flat["conv1.weight"] / 5) < 1e-5
     torch.save(Resnet((1, 1, 1, 1), 0.125).state_dict(), tmp_path / "weights.pth")
-    assert main(["train", *given, *place(root, tmp_path / "other")]) == 2
+    assert main(["train", *given, *place(tmp_path / "other", root)]) == 2
 
 
 def test_a_broken_video_is_one_line(root, tmp_path, capsys):
     folder = video_files.write(tmp_path)
     broken = folder / "val" / "darker" / "1.mp4"
     broken.write_bytes(broken.read_bytes()[:200])
-    assert main(["train", *SMALL, "norm=gn", *place(tmp_path, tmp_path / "r")]) == 2
+    assert main(["train", *SMALL, "norm=gn", *place(tmp_path / "r", tmp_path)]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kalmannorm: ")]
     assert len(said) == 1 and str(broken) in said[0] and "leave it out of the folder or the list" in said[0]
     others = [f"{file.parent.name}/{file.name}" for file in (folder / "val").rglob("*.m*") if file != broken]
     (folder / "val.txt").write_text("\n".join(others))
-    assert main(["train", *SMALL, "norm=gn", *place(tmp_path, tmp_path / "r")]) == 0
+    assert main(["train", *SMALL, "norm=gn", *place(tmp_path / "r", tmp_path)]) == 0
     assert outcome(tmp_path / "r")[0]["data"]["test_images"] == 5
 
 

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import error
-from test_talk_golden import load
+from helpers import error, talk_golden
 from torch import nn
 
 from kalmannorm import convert, set_statistics
@@ -20,7 +19,7 @@ D = torch.float64
 
 @pytest.mark.parametrize("name", ["wnn_linear", "wnn_conv"])
 def test_golden(name):
-    data = load(name)
+    data = talk_golden(name)
     size = data["V"].shape[-1]
     layer = nn.Conv2d(5, 3, size, padding=size // 2)
     whiten_weights(layer, "wnn", eps=data["eps"].item())
