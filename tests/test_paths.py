@@ -1,11 +1,14 @@
 """Paths as values, keys that are given twice, and what Hydra would read into either."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from kalmannorm import data
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
+from kalmannorm.experiments import cards
 from kalmannorm.experiments.cards import load, multirun
 from kalmannorm.experiments.composition import compose, split_paths
 from kalmannorm.experiments.config import conf_dir
@@ -116,6 +119,40 @@ def test_numbers_of_options_have_ranges(arguments: list[str], capsys: pytest.Cap
 
 def test_a_path_of_bytes_that_are_no_text() -> None:
     assert split_paths(["results=gr\udcf6sse"])[0] == {"results": "gr\udcf6sse"}
+
+
+@pytest.mark.parametrize("key", ["results", "runs"])
+@pytest.mark.parametrize("place", ["loop", "loop/x", "nowhere", "file/x", "/proc/self/x"])
+@pytest.mark.parametrize("command", [["train"], ["train", "-m"]])
+def test_what_cannot_be_written_is_named_before_the_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    place: str,
+    command: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "source", lambda *_: pytest.fail("data were touched"))
+    Path("loop").symlink_to("loop")
+    Path("nowhere").symlink_to("not/there")
+    Path("file").touch()
+    other = {"results": "runs=u", "runs": "results=r"}[key]
+    assert main([*command, "dataset=digits", "budget=smoke", "device=cpu", f"{key}={place}", other]) == 2
+    said = capsys.readouterr().err
+    assert "cannot write" in said and place in said and "started" not in said
+
+
+def test_one_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["records", "list", "results=a\nb"]) == 2
+    assert capsys.readouterr().err == "kalmannorm: results=a\\nb is no folder: there are no records; name another by results=\n"
+
+
+def test_a_report_beside_names_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / os.fsdecode(b"gr\xf6\xdfe") / "records").mkdir(parents=True)
+    monkeypatch.setattr(cards, "names", list)
+    assert main(["report", f"results={tmp_path}"]) == 0
+    assert b'<a href="gr\xf6\xdfe/records">' in (tmp_path / "report.html").read_bytes()
 
 
 @pytest.mark.parametrize("override", ["=1", "", "dataset=../dataset/digits", "dataset=/etc/passwd", "norm=bn.yaml"])

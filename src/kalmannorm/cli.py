@@ -63,7 +63,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    print(f"kalmannorm: {text}", file=sys.stderr)
+    print("kalmannorm:", text.replace("\n", "\\n"), file=sys.stderr)  # as a path may have it
     return code
 
 

@@ -38,7 +38,7 @@ def clear_unfinished(file: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise UserError where no file can be written to the folder, or to where it will be made: before days of work."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))  # links to nowhere too
     try:
         with tempfile.TemporaryFile(dir=there):
             pass

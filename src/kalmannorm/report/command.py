@@ -85,7 +85,7 @@ def write_all(results: Path) -> list[Path]:
     elsewhere = sorted(str(folder.relative_to(results)) for folder in results.glob("*/records"))
     text = page.render(cells, made, verdicts, absent, plots.inline(drawn, "claims") if drawn else "", elsewhere)
     for name, content in (("report.html", text), ("claims.md", page.claims_file(verdicts))):
-        write_atomically(results / name, content.encode())
+        write_atomically(results / name, content.encode(errors="surrogateescape"))  # names of folders, as they are
         written.append(results / name)
     for name, generate in DOCUMENTS.items():
         document = results.resolve().parent / name

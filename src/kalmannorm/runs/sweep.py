@@ -212,7 +212,7 @@ def _conclude(jobs: list[Job]) -> int:
         print(f"{len(failed)} of {len(jobs)} runs failed; the same command tries them again", file=sys.stderr)
     if refused:
         reasons = list(dict.fromkeys(job.reason for job in refused))
-        message = f"{len(refused)} of {len(jobs)} runs cannot be run: " + "\n  ".join(reasons)
+        message = f"{len(refused)} of {len(jobs)} runs cannot be run: {'; '.join(reasons)}"
         if len(refused) == len(jobs):
             raise UserError(message)
         print(message, file=sys.stderr)
