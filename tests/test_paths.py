@@ -145,7 +145,10 @@ def test_what_cannot_be_written_is_named_before_the_work(
 
 def test_one_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["records", "list", "results=a\nb"]) == 2
-    assert capsys.readouterr().err == "kalmannorm: results=a\\nb is no folder: there are no records; name another by results=\n"
+    assert (
+        capsys.readouterr().err
+        == "kalmannorm: results=a\\nb is no folder: there are no records; name another by results=\n"
+    )
 
 
 def test_a_report_beside_names_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

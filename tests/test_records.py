@@ -162,6 +162,8 @@ EDITS = {  # what somebody or a fault might change in a whole record, and the wo
     "host.threads": (("host", "threads"), 0),
     "host.train_seconds": (("host", "train_seconds"), -1.0),
     "data": (("data",), ["digits"]),
+    "'test_images' is -1, expected how many": (("data", "test_images"), -1),
+    "'fidelity' is [], expected text": (("data", "fidelity"), []),
     "parameters": (("parameters",), -1),
     "status": (("status",), "finished"),
     "surplus": (("surplus",), 1),

@@ -4,10 +4,14 @@ import itertools
 import json
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coco_files
 import pytest
+import scene_files
+import video_files
 
 from kalmannorm import stopping
 from kalmannorm.cli import main
@@ -15,6 +19,9 @@ from kalmannorm.errors import Stopped
 from kalmannorm.experiments import config, record
 from kalmannorm.runs import lock
 from kalmannorm.train import checkpoint, evaluate, loop, state, task_classification
+from kalmannorm.train.task import Task
+from kalmannorm.train.task_detection import Detection
+from kalmannorm.train.task_segmentation import Segmentation
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "batch=g32_s4", "budget.epochs=2"]
 SMALL += ["precision=fp32"]
@@ -132,6 +139,45 @@ def test_every_phase_saves_says_so_and_asks_for_another_start(
     assert bool(list(tmp_path.glob("records/*.json"))) == (phase in WRITTEN)
     assert main(arguments) == 0
     assert result(tmp_path) == whole
+
+
+OTHERS: dict[str, tuple[Callable[[Path], Path], list[str], type[Task]]] = {
+    "detection": (coco_files.write, coco_files.TINY, Detection),
+    "segmentation": (scene_files.camvid, scene_files.TINY, Segmentation),
+    "video": (video_files.write, video_files.SMALL, task_classification.Classification),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_tasks_end_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """In a step, then in an evaluation; the third start comes to an end, and a later evaluation is stopped as well."""
+    write, overrides, task = OTHERS[kind]
+    write(tmp_path)
+    place = [f"data={tmp_path}", f"results={tmp_path}", f"runs={tmp_path / 'u'}"]
+
+    def stopped(arguments: list[str], where: Any, name: str, number: int) -> None:
+        plain = getattr(where, name)
+
+        def called(*arguments: Any, **options: Any) -> Any:
+            signal.raise_signal(number)
+            return plain(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, called)
+            assert main([*arguments, *place]) == 128 + number
+        said = capfd.readouterr().err.splitlines()[-1]
+        assert said == f"kalmannorm: stopped by {signal.Signals(number).name}; the same command goes on"
+
+    stopped(["train", *overrides], loop, "_forward_backward", signal.SIGTERM)
+    (folder,) = (tmp_path / "u").iterdir()
+    saved = checkpoint.load(folder, folder.name)
+    assert saved is not None and saved["epoch"] + saved["step"] == 1
+    stopped(["train", *overrides], task, "evaluate", signal.SIGUSR1)
+    assert not list(tmp_path.glob("records/*"))
+    assert main(["train", *overrides, *place]) == 0
+    stopped(["evaluate", folder.name], task, "evaluate_all", signal.SIGTERM)
 
 
 @pytest.mark.parametrize("arguments", [["sweep", "table7", *SMALL[:4]], ["report"], ["records", "list"]])

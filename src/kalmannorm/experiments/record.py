@@ -94,6 +94,22 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _check_data(data: Tree) -> Tree:
+    """Raise ValueError for what no data set says of itself; one of one's own may say more."""
+    for name, value in data.items():
+        if name in ("name", "fidelity", "sha256", "sha256_of", "loader"):
+            right, expected = isinstance(value, str), "text"
+        elif name in ("train_images", "test_images", "files"):
+            right, expected = type(value) is int and value >= 0, "how many"
+        elif name in ("unreadable", "beton", "other"):
+            right, expected = isinstance(value, dict), "values by name"
+        else:
+            continue
+        if not right:
+            raise ValueError(f"{name!r} is {value!r:.80}, expected {expected}")
+    return data
+
+
 @with_config(ConfigDict(extra="forbid"))
 class Norms(TypedDict, total=False):
     """The normalizers after training, by their names (docs/records.md)."""
@@ -123,7 +139,8 @@ class Record(TypedDict):
     ]  # what determines the result (config.RESULT_KEYS); the id is its hash
     host: machine.Host  # time and place (machine.host), seconds, images per second
     parameters: NotRequired[Count]
-    data: NotRequired[Tree]  # name, fidelity and sha256 of the data set, and how many images of it were used
+    # Name, fidelity and sha256 of the data set, and how many images of it were used
+    data: NotRequired[Annotated[Tree, AfterValidator(_check_data)]]
     curves: NotRequired[Curves]
     final: NotRequired[dict[str, Evaluation]]  # by kind of statistics
     norms: NotRequired[Norms]
