@@ -1,5 +1,6 @@
 """Image folders: the listing, what is said of it, files of all kinds, and the loader that decodes them."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from kalmannorm.data.folder import find_unreadable
 from kalmannorm.data.pixels import Unreadable, read_rgb
 from kalmannorm.data.stream import FolderLoader
 from kalmannorm.errors import UserError
+from kalmannorm.train import loaders
 
 SIZE = 16
 
@@ -236,6 +238,22 @@ def test_unreadable_files_are_found_and_left_out(own: Path) -> None:
     said = left.provenance["unreadable"]
     assert said["count"] == 2 and said["left_out"][0].startswith("train/c1/3.jpg: ") and "val/c2" in said["left_out"][1]
     assert left.train.labels.tolist().count(1) == 11 and all(left.test.path(i).stat().st_size for i in range(11))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "7", '{"train": [], "val": []', "[" * 100_000]
+    + [f'{{"train": {train}, "val": []}}' for train in ("5", "[5]", '[[99, ""]]', '[[-1, ""]]', '[["3", ""]]')],
+)
+def test_a_damaged_list_of_unreadable_files_is_made_anew(own: Path, tmp_path: Path, content: str) -> None:
+    damage(own / "train" / "c1" / "3.jpg", "truncated")
+    images = load(own.parent)
+    file = tmp_path / "unreadable.json"
+    found = find_unreadable(images, 1)
+    file.write_text(json.dumps(found))
+    assert loaders._kept(file, images) == found
+    file.write_text(content)
+    assert loaders._kept(file, images) is None
 
 
 def test_all_unreadable_is_an_error(own: Path) -> None:

@@ -130,7 +130,7 @@ def test_measurements_of_other_settings_have_rows_of_their_own(tmp_path: Path, t
     assert found == ["224x224 px, (128, 32)", "64x64 px, (64, 32)"]
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"id": "x"}', "[]", None])
+@pytest.mark.parametrize("content", ["", "{}", '{"id": "x"}', "[]", "[" * 100_000, None])
 def test_a_damaged_measurement_is_named(tmp_path: Path, timed: list[bool], content: str | None) -> None:
     measure_speed.measure(load(tmp_path))
     (file,) = (tmp_path / "speed").iterdir()

@@ -195,6 +195,16 @@ def test_an_edited_record_is_named_and_left_out_by_everything_that_reads_it(tmp_
     assert re.search(complaint, capsys.readouterr().err) and not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "null", '{"id": 1', "\x00"])
+def test_a_file_that_is_no_record_is_named_and_left_out(tmp_path, capsys, content):
+    file = add(tmp_path, [])
+    file.write_text(content)
+    records._say.cache_clear()
+    assert main(["records", "list", "--results", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert f"left out: {file} is not a usable record" in error and error.count("\n") == 1
+
+
 def test_a_loss_that_was_not_finite_is_no_damage(tmp_path):
     """evaluate() writes null for it; the accuracy beside it counts."""
     final = {"moving": {"accuracy": 10.0, "loss": None, "images": 360}}

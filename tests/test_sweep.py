@@ -235,6 +235,15 @@ def test_the_live_table_shows_what_runs_and_what_failed(tmp_path, monkeypatch):
     assert text.index(jobs[2].identity) > 0 and jobs[7].identity not in text  # no room
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"part": "x", "status": "", "seconds_left": 1}'])
+def test_a_damaged_note_of_progress_is_none(tmp_path, content):
+    job = Job(load("table7", [*TABLE7[1:], *place(tmp_path)]).runs[0], "row", 1, None)
+    job.state = display.RUNNING
+    job.folder.mkdir(parents=True)
+    (job.folder / "progress.json").write_text(content)
+    assert job.progress() == {} and job.seconds_left() is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -64,7 +64,7 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Betons:
         source = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
         expected = {split: source["bytes"][split] for split in SPLITS}
         classes, provenance = int(source["classes"]), {**source["provenance"], "beton": source["written"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / SOURCE} is not usable ({error}): write the .beton files again") from None
     if provenance.get("name") not in (name, "image_folder"):
         raise UserError(f"{folder.absolute()} has the .beton files of {provenance.get('name')!r}, not of {name!r}")

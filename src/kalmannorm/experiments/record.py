@@ -288,7 +288,7 @@ def read_file(path: Path) -> Record:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): change its permissions or move it away") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(_broken(path, f"no valid JSON ({error}); it may be truncated")) from error
     if problem := _problem(record, path.stem):
         raise UserError(_broken(path, problem))

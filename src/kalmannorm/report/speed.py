@@ -33,7 +33,7 @@ def read(results: Path, card: Card) -> list[Measurement]:
             if len({len(seconds) for seconds in pairs}) != 1 or not all(s > 0 for seconds in pairs for s in seconds):
                 raise ValueError
             describe(measurement, card.rows[0].key)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} is not a whole measurement: move it away, or delete it to measure again") from None
         if measurement["experiment"] == card.name:
             found.append(measurement)

@@ -54,11 +54,25 @@ def workers_beside_network(config: Config, ranks: Ranks) -> int:
 def _unreadable(config: Config, images: data.Images) -> data.folder.Unreadables:
     """Find what cannot be read, once for these files, and keep it: to read all of ImageNet takes minutes to an hour."""
     kept = Path(config.runs) / f"unreadable-{images.provenance['sha256'][:16]}.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
+    if (found := _kept(kept, images)) is not None:
+        return found
     found = find_unreadable(images, data.workers_of(config.workers, 1))
     write_atomically(kept, json.dumps(found).encode())
     return found
+
+
+def _kept(file: Path, images: data.Images) -> data.folder.Unreadables | None:
+    """Return the list in a file; None where there is none, or it is damaged and has to be made anew."""
+    try:
+        listed = json.loads(file.read_text())
+        found: data.folder.Unreadables = {}
+        for split, files in (("train", images.train), ("val", images.test)):
+            found[split] = [(index, str(reason)) for index, reason in listed[split]]
+            if not all(type(index) is int and 0 <= index < len(files) for index, _ in found[split]):
+                return None
+        return found
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def loaders(config: Config, source: data.Source, ranks: Ranks, whole: bool = False) -> tuple[Batches, Batches]:
