@@ -23,8 +23,9 @@ AS_THEY_ARE = [
 @pytest.mark.parametrize("path", AS_THEY_ARE)
 def test_paths_are_taken_as_they_are(path: str) -> None:
     for key in ("results", "runs", "data", "weights"):
-        paths, rest = split_paths([f"{key}={path}", "seed=2"])
-        assert paths == {key: path} and rest == ["seed=2"]
+        for added in ("", "+", "++"):
+            paths, rest = split_paths([f"{added}{key}={path}", "seed=2"])
+            assert paths == {key: path} and rest == ["seed=2"]
 
 
 @pytest.mark.parametrize("path", ["2024", "lr=0.1", "a,b", "(x) y", "null"])

@@ -26,7 +26,7 @@ NUMBERS: dict[str, list[str]] = {  # a setting, and what it cannot be
     "deterministic": ["auto", "1", "null"],
     "dataset.pad": ["-1", "100", "word", "1.5", "null", "true"],
     "dataset.flip": ["maybe", "1", "null"],
-    "dataset.classes": ["0", "-1", "word", "1.5", "null"],
+    "dataset.classes": ["0", "-1", "word", "1.5", "null", "auto"],
     "batch.grad_batch": ["0", "-2", "1.5", "word", "null", "true"],
     "batch.stat_batch": ["0", "-2", "1.5", "word", "3", "256", "true"],
     "budget.epochs": ["0", "-1", "1.5", "word", "null", "true"],
@@ -138,7 +138,7 @@ def test_those_of_other_kinds_too(name: str) -> None:
         "+dataset.budgets.lite.lr=1", "+nesterov=true", "+norm.nesterov=true", "+batch.workers=3", "+budget.lr=1",
         "+dataset.budgets.mine.epochs_=1", "+norm.options.foo=1", "+norm.options.stat_batch=2",
         "+norm.options.device=cpu", "+norm.options.leaves=[x]", "+norm.options.norm=bn",
-        "+norm.options.weights={kind:wnn,foo:1}",
+        "+norm.options.weights={kind:wnn,foo:1}", "+arch.foo=1", "+arch={norm_layer:x}", "+schedule={nesterov:true}",
     ],
 )  # fmt: skip
 def test_a_key_that_nothing_reads_is_refused(added: str) -> None:

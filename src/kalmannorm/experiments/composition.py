@@ -56,7 +56,7 @@ def split_paths(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[s
     rest = []
     for override in overrides:
         key, equals, text = override.partition("=")
-        if key in PATHS and equals:
+        if (key := key.lstrip("+")) in PATHS and equals:
             paths[key] = _path(key, text)
         else:
             rest.append(override)

@@ -201,7 +201,7 @@ def check_batches(config: Config, devices: int) -> None:
 
 def _resolve(values: dict[str, Any]) -> Config:
     """Fill in what `auto` and null stand for, so that the record says what ran."""
-    if values["dataset"].get("classes") == "auto":
+    if values["dataset"].get("classes") == "auto" and "folder" in values["dataset"]:
         from kalmannorm import data
 
         values["dataset"]["classes"] = data.folder.count_classes(data.root(values["data"]), values["dataset"])

@@ -39,8 +39,9 @@ def anything(value: object) -> bool:
     return True
 
 
-# Options of networks, whose builders refuse unknown ones.
+# All options of networks that a run may have; which of them are whose, their builders know.
 OF_ARCH: Options = {
+    "pretrained": (str | None, anything, "the sha256 of weights=FILE, or null"),
     "width": (float, lambda value: 0 < value <= 64, "a factor above 0, at most 64"),
     "hidden": (int, lambda value: 0 <= value <= 10**5, "a number of channels from 0 to 100000"),
     "layers": (list[int], lambda four: len(four) == 4 and 1 <= min(four) <= max(four) <= 100, "four numbers of blocks"),
@@ -55,7 +56,12 @@ OF_ARCH: Options = {
     "boxes": (int, lambda value: 1 <= value <= 10**4, "a number from 1 to 10000"),
     "roi_size": (int, lambda value: 1 <= value <= 64, "a number from 1 to 64"),
     "head_norm": (str, HEAD_NORMS.__contains__, f"one of {', '.join(HEAD_NORMS)}"),
-    "mask_head": (bool, lambda value: True, "true or false"),
+    "mask_head": (bool, anything, "true or false"),
+    "roi_belief": (str, ("end", "carry").__contains__, "end or carry"),
+    # torchvision's own
+    "zero_init_residual": (bool, anything, "true or false"),
+    **dict.fromkeys(("groups", "width_per_group"), (int, lambda value: 1 <= value <= 4096, "a number from 1 to 4096")),
+    "replace_stride_with_dilation": (list[bool], lambda three: len(three) == 3, "three of true and false"),
     "proposals": (list[int] | None, pair_of_counts, TWO_COUNTS),
     "candidates": (list[int] | None, pair_of_counts, TWO_COUNTS),
 }
@@ -325,6 +331,7 @@ class Arch(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_unknown(self.options, OF_ARCH, "arch")
         options = checked_options(self.options, OF_ARCH, "arch")
         said = {key: value for key, value in options.items() if key not in UNSAID or value != UNSAID[key]}
         object.__setattr__(self, "options", said)

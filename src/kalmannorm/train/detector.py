@@ -40,8 +40,6 @@ def build(config: Config) -> nn.Module:
     arch.pop("pretrained", None)
     if name not in DETECTORS:
         raise UserError(nearest(name, list(DETECTORS), "detector"))
-    if roi_belief not in ("end", "carry"):
-        raise UserError(f"arch.roi_belief = {roi_belief}: expected end or carry")
     if not isinstance(frozen_stages, int) or not 0 <= frozen_stages <= 4:
         raise UserError(f"arch.frozen_stages = {frozen_stages}: expected 0 to 4 (2: the stem and layer1)")
     if not isinstance(config.schedule, DetectionSchedule):
