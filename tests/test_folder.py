@@ -264,6 +264,21 @@ def test_all_unreadable_is_an_error(own: Path) -> None:
         images.without(find_unreadable(images, 1))
 
 
+def test_a_class_without_an_image_that_can_be_read_is_named(own: Path) -> None:
+    for file in (own / "train" / "c1").rglob("*.jpg"):
+        damage(file, "text")
+    images = load(own.parent)
+    with pytest.raises(UserError, match=r"train/c1 has no image that can be read, the last: train/c1/"):
+        images.without(find_unreadable(images, 1))
+
+
+def test_one_folder_for_both_is_said(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(own / "val")
+    (own / "val").symlink_to("train")
+    load(own.parent)
+    assert "train/ and val/ are one folder" in capsys.readouterr().err
+
+
 # The loader ----------------------------------------------------------------------------------------------------------
 
 

@@ -89,6 +89,9 @@ class Images:
             left[split] = files.take(np.setdiff1d(np.arange(len(files)), bad))
             if len(left[split]) == 0:
                 raise UserError(f"{files.root}: none of its {len(files):,} images can be read, the first: {named[-1]}")
+            if len(gone := np.setdiff1d(files.labels, left[split].labels)):
+                name = os.fsdecode(files.names[np.argmax(files.labels == gone[0])]).partition("/")[0]
+                raise UserError(f"{files.root / name} has no image that can be read, the last: {named[-1]}")
         provenance = {**self.provenance, "unreadable": {"count": len(named), "left_out": named}}
         return replace(self, train=left["train"], test=left["val"], provenance=provenance)
 
@@ -128,6 +131,10 @@ def load(root: Path, dataset: Mapping[str, Any], kind: Kind = IMAGES) -> Images:
         raise UserError(
             f"{folder}: train/ has {len(classes['train'])} class folders and val/ {len(classes['val'])}, of which "
             f"{len(odd)} are not in both ({', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}); {kind.layout}"
+        )
+    if (folder / "train").samefile(folder / "val"):
+        print(
+            f"kalmannorm: {folder}: train/ and val/ are one folder, accuracies of what is trained on", file=sys.stderr
         )
     total = hashlib.sha256()
     train, test = (_files(folder / split, classes[split], total, kind) for split in SPLITS)
