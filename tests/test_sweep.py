@@ -267,9 +267,11 @@ def test_multirun_has_hydra_s_grammar():
     runs = multirun([*SMALL, "norm=bn,bkn", "seed=range(1,4)", "schedule.lr=[[400,0.1]]"]).runs
     assert [(run.norm.name, run.seed) for run in runs] == [(n, s) for n in ("bn", "bkn") for s in (1, 2, 3)]
     assert records.run_id(runs[0]) == records.run_id(compose([*SMALL, "norm=bn", "seed=1", "schedule.lr=[[400,0.1]]"]))
-    for wrong in ("seed=range(", "norm=glob(*)", "norm=bn,bm"):
+    for wrong in ("seed=range(", "norm=glob(*)", "norm=bn,bm", "seed=range(1,1)", "seed=range(0,1000000000)"):
         with pytest.raises(UserError):
             multirun([*SMALL, wrong])
+    with pytest.raises(UserError, match="from 1 to 10,000"):
+        load("table7", ["seeds=1000000000"])
 
 
 def test_seeds_of_a_row_have_the_ids_of_runs_composed_one_by_one():

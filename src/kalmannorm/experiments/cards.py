@@ -1,6 +1,7 @@
 """Experiments: the runs that a card asks for (experiments/card.py), composed."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -11,6 +12,8 @@ from kalmannorm.experiments.card import Card, Column, Row
 from kalmannorm.experiments.composition import PATHS, refuse_repeated
 from kalmannorm.experiments.config import Config, compose
 from kalmannorm.experiments.record import run_id
+
+MOST_RUNS = 10_000  # at once: more is a slip of the finger
 
 
 @dataclass
@@ -119,7 +122,7 @@ def multirun(overrides: list[str]) -> Experiment:
 
     choices = []
     for override in overrides:
-        if override.partition("=")[0] in PATHS:
+        if override.partition("=")[0].lstrip("+") in PATHS:
             choices.append([override])
             continue
         try:
@@ -129,10 +132,13 @@ def multirun(overrides: list[str]) -> Experiment:
             elif isinstance(parsed.value(), Glob):
                 raise UserError(f"override {override!r}: name the values, as in norm=bn,bkn")
             else:
-                choices.append([f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()])
+                values = itertools.islice(parsed.sweep_string_iterator(), MOST_RUNS + 1)
+                choices.append([f"{parsed.get_key_element()}={value}" for value in values])
         except HydraException as error:
             raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from None
     title = " ".join(overrides)
+    if not 1 <= math.prod(map(len, choices)) <= MOST_RUNS:
+        raise UserError(f"{title}: expected from 1 to {MOST_RUNS:,} runs")
     experiment = Experiment(Card("multirun", title, ()))
     configs = [compose(list(combination), among_many=True) for combination in itertools.product(*choices)]
     for config in {run_id(config): config for config in configs}.values():
@@ -159,7 +165,7 @@ def _seeds(text: str) -> list[int]:
     except ValueError:
         raise UserError(f"seeds={text}: expected a number of seeds, or seeds separated by commas") from None
     if numbers and "," not in text:
-        numbers = list(range(1, numbers[0] + 1))
-    if not numbers or min(numbers) < 0:
-        raise UserError(f"seeds={text}: expected at least one seed from 0")
+        numbers = list(range(1, min(numbers[0], MOST_RUNS + 1) + 1))
+    if not numbers or min(numbers) < 0 or len(numbers) > MOST_RUNS:
+        raise UserError(f"seeds={text}: expected seeds from 0, from 1 to {MOST_RUNS:,} of them")
     return numbers
