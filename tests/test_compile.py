@@ -11,7 +11,8 @@ from helpers import Modern, Residual, error
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kalmannorm import convert
+from kalmannorm import compile_blocks, convert, fold
+from kalmannorm.models import ARCHS
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +107,25 @@ def test_batches_of_several_sizes(norm: str) -> None:
         assert error(run(x).detach(), eager(x).detach()) < 1e-5
     for a, b in zip(compiled.buffers(), eager.buffers(), strict=True):
         assert error(a, b) < 1e-5
+
+
+def test_equal_blocks_are_compiled_once() -> None:
+    """A stem, three stages of two and a head: five graphs of blocks, and two of the stem's layers."""
+    torch._dynamo.reset()
+    compiler = CompileCounterWithBackend("aot_eager")
+    eager = convert(ARCHS["resnet14"](classes=4), "bkn", stat_batch=2)
+    blocks = compile_blocks(copy.deepcopy(eager), backend=compiler)
+    x = torch.randn(4, 3, 16, 16)
+    for model in (eager, blocks):
+        model(x).square().mean().backward()
+    assert compiler.frame_count == 7
+    for a, b in zip(eager.parameters(), blocks.parameters(), strict=True):
+        assert error(b.grad, a.grad) < 1e-4
+    for a, b in zip(eager.buffers(), blocks.buffers(), strict=True):
+        assert error(b, a) < 1e-5
+    assert fold(blocks.eval())(x).shape == (4, 4)
+
+
+def test_a_network_without_blocks_is_compiled_whole() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no two blocks of one class: take torch\.compile\(model\)"):
+        compile_blocks(nn.Linear(2, 2))

@@ -253,6 +253,24 @@ def test_fold_and_conversion_of_what_has_no_moving_statistics(norm: str) -> None
         convert(converted, "bn")
 
 
+@pytest.mark.parametrize("norm", ["bn", "bkn", "pn"])
+def test_affine_parameters_that_the_original_has_not(norm: str) -> None:
+    """Asked for, they are learned, and fold keeps them."""
+    original = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
+    model, x = convert(original, norm, stat_batch=2, affine=True), images()
+    model(x).square().sum().backward()
+    with torch.no_grad():
+        model[1].weight -= 0.1 * model[1].weight.grad
+    torch.testing.assert_close(fold(model.eval())(x), model(x))
+    assert not list(convert(original, "bn")[1].parameters())
+
+
+def test_noise_is_shared_where_a_mapping_says_so() -> None:
+    shared = ("bkn", {"noise": "shared"})
+    model = convert(Residual(), {"bn": "bkn", "bn1": shared, "bn2": shared, "*": "bn"})
+    assert model.bn1.noise_raw is model.bn2.noise_raw is not model.bn.noise_raw
+
+
 # --- errors ---
 
 
@@ -269,6 +287,7 @@ def test_fold_and_conversion_of_what_has_no_moving_statistics(norm: str) -> None
         ("gkn", {"num_groups": 5}, "bn: 5 groups do not divide 8 channels"),
         ("gn", {"num_groups": 3}, "bn: 3 groups do not divide 8 channels"),
         ("bkn", {"stat_batch": 0}, "stat_batch must be at least 1, not 0"),
+        ("ibn", {"ratio": 1.0, "gain": 0.3}, "'ibn'.*gain"),
         ("bkn", {"preset": "released", "stat_batch": 4}, r"statistics batch 2 \(0\.1\) and 128 \(0\.95\) only, not 4"),
     ],
 )

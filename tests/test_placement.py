@@ -31,6 +31,7 @@ def test_the_first_pattern_that_matches_counts():
         ({"bn1": "bn", "layer9.*": "in", "*": "bn"}, r"pattern 'layer9\.\*' matches no normalizer's name"),
         ({"*": "bn", "bn1": "in"}, "pattern 'bn1' matches no"),
         ({"bn1": "in"}, "no pattern for the normalizer bn: add"),
+        ({"bn1": "gkn", "*": "bkn"}, "bkn and gkn in one mapping"),
         ({"*": "bm"}, "bn: unknown normalizer 'bm'"),
         ({"bn1": "wn", "*": "bn"}, "wn is for all layers"),
         ({"bn1": ("in", {"ratio": 1}), "*": "bn"}, "'in'.*ratio"),

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kalmannorm.conversion import belief_report, convert, fold
+    from kalmannorm.conversion import belief_report, compile_blocks, convert, fold
     from kalmannorm.norm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm, initialize_weight_norm
     from kalmannorm.norm.belief import Belief
     from kalmannorm.norm.modes import precise_statistics, set_progress, set_statistics
@@ -21,6 +21,7 @@ _HOME = {
     "KalmanGroupNorm": "kalmannorm.norm",
     "NORMS": "kalmannorm.norm",
     "belief_report": "kalmannorm.conversion",
+    "compile_blocks": "kalmannorm.conversion",
     "convert": "kalmannorm.conversion",
     "fold": "kalmannorm.conversion",
     "initialize_weight_norm": "kalmannorm.norm",
@@ -35,6 +36,7 @@ __all__ = [
     "KalmanBatchNorm2d",
     "KalmanGroupNorm",
     "belief_report",
+    "compile_blocks",
     "convert",
     "fold",
     "initialize_weight_norm",

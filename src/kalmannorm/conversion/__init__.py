@@ -2,5 +2,6 @@
 (operations.py), and the way back."""
 
 from kalmannorm.conversion.api import INPUT_BELIEF, belief_report, convert, fold, is_converted, untraced
+from kalmannorm.conversion.compiled import compile_blocks
 
-__all__ = ["INPUT_BELIEF", "belief_report", "convert", "fold", "is_converted", "untraced"]
+__all__ = ["INPUT_BELIEF", "belief_report", "compile_blocks", "convert", "fold", "is_converted", "untraced"]

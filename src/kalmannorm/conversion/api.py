@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -138,12 +139,12 @@ def convert(
             built[layer] = build_normalizer(kind, name, layer, stat_batch, own)
             keep_more(layer, built[layer], name)
         source = built[layer] if name == "" else replace(source, name, built[layer])
+    _refuse_unlike_rows(built.values())
     if norm in NEED_BIAS:
         add_biases(source)
     if norm == "wn":
         normalize_weights(source)
-    if options.get("noise") == "shared":
-        share_noise(list(built.values()))
+    share_noise(built.values())
     known = _keep_input_belief(source, input_belief)
     mark = ("closed" if predictor == "closed" else "sampled") if relu else "ignored"
     for new in built.values():
@@ -186,6 +187,16 @@ def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[
         held = [name for name in layers if name.startswith(f"{path}.")] if isinstance(module, leaves) else []
         if held:
             raise ValueError(f"{path} ({type(module).__name__}) cannot be a leaf: it holds the normalizer {held[0]}")
+
+
+def _refuse_unlike_rows(layers: Iterable[nn.Module]) -> None:
+    """ValueError: Kalman normalizers of both kinds, of which one cannot take the other's beliefs."""
+    estimators = [layer for layer in layers if isinstance(layer, Estimator)]
+    if len(set(map(type, estimators))) > 1 and any(layer.belief == "posterior" for layer in estimators):
+        raise ValueError(
+            "bkn and gkn in one mapping: the one hands on beliefs of groups of images, the other of images. Take one "
+            "of them, or belief='output' for both"
+        )
 
 
 def _is_learned(transition: str, predictor: str) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,7 +39,17 @@ def build_normalizer(
         raise ValueError(f"{name}: {error}") from None
     if hasattr(new, "replaced"):
         new.replaced = (type(old), old.affine, old.track_running_stats)  # type: ignore[assignment]
-    return carry_over(old, new, name)
+    carry_over(old, new, name)
+    if "affine" not in options:  # the original has none: nothing to learn there
+        for key, part in itertools.product(("weight", "bias"), [part for part, _ in _parts(new)]):
+            if getattr(old, key, None) is None and isinstance(parameter := getattr(part, key, None), nn.Parameter):
+                parameter.requires_grad_(False)
+    return new
+
+
+def _parts(layer: nn.Module) -> list[tuple[nn.Module, slice]]:
+    """Where it has channels of its own, and which: it alone, or what it is made of."""
+    return getattr(layer, "parts", [(layer, slice(None))])
 
 
 def _left_out(old: _BatchNorm, norm: str) -> list[str]:
@@ -53,12 +64,9 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
     reference = next(itertools.chain(old.parameters(False), old.buffers(False)), None)
     if reference is not None:
         new.to(reference.device, reference.dtype)
-    parts: list[tuple[nn.Module, slice]] = getattr(new, "parts", [(new, slice(None))])
-    for key, (part, channels) in itertools.product(BATCH_NORM_STATE, parts):
+    for key, (part, channels) in itertools.product(BATCH_NORM_STATE, _parts(new)):
         value, target = getattr(old, key, None), getattr(part, key, None)
-        if isinstance(target, nn.Parameter) and value is None:
-            target.requires_grad_(False)  # the original has none: nothing to learn there
-        elif isinstance(target, Tensor) and value is not None:
+        if isinstance(target, Tensor) and value is not None:
             with torch.no_grad():
                 target.copy_(value[channels] if value.dim() else value)
             if isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter):  # frozen BN's are buffers
@@ -116,6 +124,7 @@ def plain_batch_norm(layer: Any) -> nn.Module:
     kind, affine, _ = layer.replaced
     if isinstance(layer, Whitening):
         return layer.folded(kind)
+    affine = affine or isinstance(layer.weight, nn.Parameter)  # on demand
     plain = kind(layer.num_features, layer.eps, layer.momentum, affine, layer.running_mean is not None)
     if layer.bias is None:
         plain.register_parameter("bias", None)
@@ -130,11 +139,11 @@ def add_biases(root: nn.Module) -> None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels))
 
 
-def share_noise(layers: list[nn.Module]) -> None:
-    """One R for all the layers: the same parameter in each."""
-    first, *others = (layer for layer in layers if isinstance(layer, Estimator))
-    for layer in others:
-        layer.noise_raw = first.noise_raw
+def share_noise(layers: Iterable[nn.Module]) -> None:
+    """One R for all the layers whose noise is shared: the same parameter in each."""
+    sharing = [layer for layer in layers if isinstance(layer, Estimator) and layer.noise == "shared"]
+    for layer in sharing[1:]:
+        layer.noise_raw = sharing[0].noise_raw
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -109,7 +109,7 @@ class GroupedStatistics(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        groups.check(type(self).__name__, num_features, eps)
+        groups.check(self, num_features, eps)
         if not bias:
             self.register_parameter("bias", None)
         if stat_batch is not None and stat_batch < 1:
@@ -131,12 +131,12 @@ class GroupedStatistics(_BatchNorm):
         return False
 
     def _check_input_dim(self, input: Tensor) -> None:
-        groups.check(self.where, self.num_features, self.eps, input)
+        groups.check(self, self.num_features, self.eps, input)
 
     @property
     def where(self) -> str:
         """The layer's name for messages."""
-        return self.layer_name or type(self).__name__
+        return groups.name_of(self)
 
     @property
     def uses_moving(self) -> bool:

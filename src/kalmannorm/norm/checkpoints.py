@@ -8,6 +8,8 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+from kalmannorm.norm.groups import name_of
+
 T = TypeVar("T")
 
 # Code of torch.utils.checkpoint in which a forward runs for the first time, or again; what stands for the checkpoint in
@@ -71,9 +73,9 @@ def _of_unknown(layer: nn.Module, make: Callable[[], T]) -> T:
     value, number = layer.__dict__["_waiting"]
     if number > 1:
         raise RuntimeError(
-            f"{getattr(layer, 'layer_name', '') or type(layer).__name__} is run again, by a checkpoint that is not "
-            f"torch.utils.checkpoint's, and {number} forwards wait for their backward: what it drew or corrected by is "
-            "known of the last one alone. Take the backward of each before the next forward, or torch's checkpoint"
+            f"{name_of(layer)} is run again, by a checkpoint that is not torch.utils.checkpoint's, and {number} "
+            "forwards wait for their backward: what it drew or corrected by is known of the last one alone. Take the "
+            "backward of each before the next forward, or torch's checkpoint"
         )
     layer.__dict__["_waiting"] = value, 0
     return value  # type: ignore[no-any-return]

@@ -39,14 +39,14 @@ class FrozenBatchNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        groups.check(type(self).__name__, num_features, eps)
+        groups.check(self, num_features, eps)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum  # momentum: for fold alone
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((num_features,), value, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        groups.check(self.layer_name or type(self).__name__, self.num_features, self.eps, input)
+        groups.check(self, self.num_features, self.eps, input)
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
     def extra_repr(self) -> str:

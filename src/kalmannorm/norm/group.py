@@ -20,20 +20,20 @@ def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -
     return num_groups
 
 
-def refuse_single_values(where: str, x: Tensor, num_groups: int) -> None:
+def refuse_single_values(layer: nn.Module, x: Tensor, num_groups: int) -> None:
     """ValueError where a group of channels of x [N, C, ...] has one value, whose variance says nothing."""
     if x.shape[0] and x.shape[1:].numel() == num_groups:
         raise ValueError(
-            f"{where}: statistics of a single value ({num_groups} groups of {x.shape[1]} channels on a feature map of "
-            f"{'x'.join(map(str, x.shape[2:])) or '1'}); take fewer groups or keep a larger map there"
+            f"{groups.name_of(layer)}: statistics of a single value ({num_groups} groups of {x.shape[1]} channels on a "
+            f"feature map of {'x'.join(map(str, x.shape[2:])) or '1'}); take fewer groups or keep a larger map there"
         )
 
 
-def refuse_single_pixels(where: str, x: Tensor) -> None:
+def refuse_single_pixels(layer: nn.Module, x: Tensor) -> None:
     """ValueError where a channel of an image of x [N, C, ...] has one value, whose variance says nothing."""
     if x.shape[2:].numel() == 1:
         raise ValueError(
-            f"{where}: statistics of a single value (instance statistics on a feature map of "
+            f"{groups.name_of(layer)}: statistics of a single value (instance statistics on a feature map of "
             f"{'x'.join(map(str, x.shape[2:])) or '1'}); keep a larger map there, or take another normalizer"
         )
 
@@ -59,11 +59,11 @@ class GroupNorm(nn.GroupNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channel_groups(num_features, num_groups, max_groups), num_features, eps, affine, device, dtype)
-        groups.check(type(self).__name__, num_features, eps)
+        groups.check(self, num_features, eps)
         if not bias:
             self.register_parameter("bias", None)
 
     def forward(self, input: Tensor) -> Tensor:
-        groups.check(self.layer_name or type(self).__name__, self.num_channels, self.eps, input)
-        refuse_single_values(self.layer_name or type(self).__name__, input, self.num_groups)
+        groups.check(self, self.num_channels, self.eps, input)
+        refuse_single_values(self, input, self.num_groups)
         return super().forward(input)

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kalmannorm.norm.belief import Belief
 
@@ -23,14 +23,19 @@ def size(batch: int, stat_batch: int | None) -> int:
     return stat_batch
 
 
-def check(where: str, channels: int, eps: float, x: Tensor | None = None) -> None:
+def name_of(layer: nn.Module) -> str:
+    """A normalizer's name for messages. Asked for where there is one to write: compiled code would be of that layer."""
+    return getattr(layer, "layer_name", "") or type(layer).__name__
+
+
+def check(layer: nn.Module, channels: int, eps: float, x: Tensor | None = None) -> None:
     """ValueError for an eps that is none, and for an x that is not [N, C, ...] of these channels."""
     if eps < 0:
-        raise ValueError(f"{where}: eps must not be negative, not {eps}")
+        raise ValueError(f"{name_of(layer)}: eps must not be negative, not {eps}")
     if x is not None and x.dim() < 2:
-        raise ValueError(f"{where}: expected an input [N, C, ...], got {tuple(x.shape)}")
+        raise ValueError(f"{name_of(layer)}: expected an input [N, C, ...], got {tuple(x.shape)}")
     if x is not None and x.shape[1] != channels:
-        raise ValueError(f"{where}: expected {channels} channels, got {tuple(x.shape)}")
+        raise ValueError(f"{name_of(layer)}: expected {channels} channels, got {tuple(x.shape)}")
 
 
 def of_no_images(x: Tensor, *others: Tensor | None) -> Tensor:

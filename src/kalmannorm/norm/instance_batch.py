@@ -40,7 +40,7 @@ class InstanceBatchNorm(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        groups.check(type(self).__name__, num_features, eps)
+        groups.check(self, num_features, eps)
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio must be from 0 to 1, not {ratio}")
         if first not in ("in", "bn"):
@@ -59,7 +59,8 @@ class InstanceBatchNorm(nn.Module):
             raise ValueError("ragged: IBN measures whole groups alone")
         options |= {"stat_batch": stat_batch, "eps": eps, "affine": affine, "bias": bias}
         of_batch = num_features - of_instance
-        self.BN = BatchNorm(of_batch, **options) if of_batch else None
+        batch = BatchNorm(max(of_batch, 1), **options)  # which knows the options, also where it gets no channel
+        self.BN = batch if of_batch else None
         self.layer_name = ""  # set by convert: errors name the layer
 
     @property
@@ -81,11 +82,11 @@ class InstanceBatchNorm(nn.Module):
         return sorted(present, key=lambda part: part[1].start)
 
     def forward(self, input: Tensor) -> Tensor:
-        groups.check(self.layer_name or type(self).__name__, self.num_features, self.eps, input)
+        groups.check(self, self.num_features, self.eps, input)
         if not len(input):
             return groups.of_no_images(input, *self.parameters())
         if self.IN is not None:
-            refuse_single_pixels(self.layer_name or type(self).__name__, input)
+            refuse_single_pixels(self, input)
         # One affine for every channel of every image: neither split nor put together, the map is read twice.
         if self.BN is not None and self.BN.uses_moving:
             mean, var = groups.image_moments(input[:, self.instance])

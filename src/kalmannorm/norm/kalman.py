@@ -290,7 +290,7 @@ class KalmanGroupNorm(Estimator):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        groups.check(type(self).__name__, num_channels, eps)
+        groups.check(self, num_channels, eps)
         if num_groups < 1 or num_channels % num_groups:
             raise ValueError(f"{num_groups} groups do not divide {num_channels} channels")
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
@@ -302,9 +302,8 @@ class KalmanGroupNorm(Estimator):
         )
 
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
-        where = self.layer_name or type(self).__name__
-        groups.check(where, self.num_channels, self.eps, x)
-        refuse_single_values(where, x, self.num_groups)
+        groups.check(self, self.num_channels, self.eps, x)
+        refuse_single_values(self, x, self.num_groups)
         images, channels = x.shape[:2]
         if images == 0:
             y = groups.of_no_images(x, *self.parameters(), *(prior or ()))

@@ -45,7 +45,7 @@ class SwitchableNorm(GroupedStatistics):
     @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        refuse_single_pixels(self.where, input)
+        refuse_single_pixels(self, input)
         if not len(input):
             return self.of_no_images(input)
         # Everything follows from the moments of one channel of one image, [N, C].
