@@ -183,6 +183,30 @@ def test_a_model_in_training_is_exported_whole(options: dict[str, Any]) -> None:
             torch.testing.assert_close(buffers[name], value)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_a_trace_in_training_has_moving_statistics(norm: str) -> None:
+    model, x = convert(Net(), norm, stat_batch=2), images()
+    twin = copy.deepcopy(model)
+    program = torch.jit.trace(twin, (x,), check_trace=False)  # which runs it once
+    model(x)
+    torch.testing.assert_close(program(x), model(x))
+    for a, b in zip(twin.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+        assert not a.requires_grad
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gkn"])
+def test_scripting_is_refused(norm: str) -> None:
+    with pytest.raises(ValueError, match=r"torch\.jit\.script cannot compile .*: script kalmannorm\.fold\(model\)"):
+        torch.jit.script(convert(resnet18(num_classes=4), norm))
+
+
+def test_a_folded_model_is_scripted() -> None:
+    model, x = convert(resnet18(num_classes=4), "bkn", stat_batch=2).eval(), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.script(fold(model))(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 # --- sharded, and replicated ------------------------------------------------------------------------------------------
 
 

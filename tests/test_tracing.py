@@ -1,7 +1,10 @@
 """What convert does with code that torch.fx cannot trace, or would trace wrongly, and with unusual BatchNorm layers."""
 
+import copy
 import random
+import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -460,3 +463,34 @@ def test_frozen_batch_norm_is_known_by_what_it_is() -> None:
         convert(model, "bkn")
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(convert(model, "bkn", thaw=True).eval()(x), model(x))
+
+
+class Waiting(nn.Module):
+    """Is not traced, and waits in the middle of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, wait: Any) -> Tensor:
+        x = self.bn1(self.conv1(x))
+        wait()
+        return self.bn2(self.conv2(x)) if x.isfinite().all() else x
+
+
+def test_forwards_of_two_threads() -> None:
+    """As of DataParallel's replicas: one ends while the other waits."""
+    model, x = convert(Waiting(), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)
+    expected = copy.deepcopy(model)(x, int)
+    first_is_in, second_is_in, first_is_done = (threading.Event() for _ in range(3))
+
+    def second() -> Tensor:
+        first_is_in.wait()
+        return copy.deepcopy(model)(x, lambda: (second_is_in.set(), first_is_done.wait(60)))
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(second)
+        first = copy.deepcopy(model)(x, lambda: (first_is_in.set(), second_is_in.wait(60)))
+        first_is_done.set()
+        assert torch.equal(first, expected) and torch.equal(found.result(), expected)

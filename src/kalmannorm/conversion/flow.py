@@ -14,8 +14,8 @@ from kalmannorm.conversion import runtime
 from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
 from kalmannorm.conversion.rules import Operation
 from kalmannorm.conversion.runtime import apply
-from kalmannorm.norm import contract
 from kalmannorm.norm.belief import Belief, Carried, Returned
+from kalmannorm.norm.contract import running
 
 # Operators by the names of the methods that have their rules.
 _METHODS = {f"__{name}__": name for name in ("add", "sub", "mul", "neg")}
@@ -33,11 +33,11 @@ class Flow(TorchFunctionMode):
         self._place = _place()
 
     def __enter__(self) -> "Flow":
-        self._outer, contract.flow = contract.flow, self
+        self._outer, running.flow = running.flow, self
         return super().__enter__()
 
     def __exit__(self, *args: Any) -> None:
-        contract.flow = self._outer
+        running.flow = self._outer
         super().__exit__(*args)
 
     def is_here(self) -> bool:
@@ -66,11 +66,11 @@ class Flow(TorchFunctionMode):
 
     def through(self, module: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of a module that takes beliefs."""
-        contract.flow = None
+        running.flow = None
         try:
             out = module(*args, beliefs=(self.get(args), self.get(kwargs)), **kwargs)
         finally:
-            contract.flow = self
+            running.flow = self
         y, belief = out[:2]
         self.put(y, belief)
         for position, its in (out.changed or {}).items() if isinstance(out, Returned) else ():
@@ -79,7 +79,7 @@ class Flow(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if contract.flow is not self or not self.is_here():
+        if running.flow is not self or not self.is_here():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         rule = rule_of(func) or rule_of(_METHODS.get(name, name))

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm.norm import groups
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.checkpoints import is_run_again, once
+from kalmannorm.norm.contract import refuse_script
 
 Probe = Callable[..., None]
 RAGGED = ("error", "measure", "drop")
@@ -192,7 +193,7 @@ class GroupedStatistics(_BatchNorm):
             return
         if self.moving_unbiased:
             var = var * (values / (values - 1))
-        parts = [mean, var, *more]
+        parts = [part.detach() for part in (mean, var, *more)]  # torch.jit.trace does not see no_grad
         if self.moving_groups == "first":
             parts = [part[: int(self.holds_first)] for part in parts]
         if self.pending is None:
@@ -247,6 +248,8 @@ class GroupedStatistics(_BatchNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, stat_batch={self.stat_batch}"
+
+    __prepare_scriptable__ = refuse_script
 
 
 class BatchNorm(GroupedStatistics):

@@ -2,6 +2,7 @@
 forward whose beliefs are followed by tensor (conversion/flow.py) finds those of its arguments."""
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,14 @@ from kalmannorm.norm.belief import Estimated, Returned, pick
 # Where a converted model keeps what is known of the conversion, and in that the shapes that it was called with first.
 MARK, SEEN = "_conversion", "seen"
 
-# The flow.Flow that follows beliefs through the forward that is running, or None.
-flow: Any = None
+
+class _Running(threading.local):
+    """Of each thread (DataParallel has several): the flow.Flow that follows beliefs through its forward, or None."""
+
+    flow: Any = None
+
+
+running = _Running()
 
 
 def methods(base: type[nn.Module]) -> dict[str, Any]:
@@ -26,6 +33,7 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
             return base.__call__(self, *args, **kwargs)
         if MARK in self.__dict__ and SEEN not in self.__dict__[MARK] and not torch.compiler.is_compiling():
             self.__dict__[MARK][SEEN] = tree_map_only(Tensor, lambda value: value.detach().to("meta"), (args, kwargs))
+        flow = running.flow
         if flow is None or not flow.is_here():
             return base.__call__(self, *args, **kwargs)
         return flow.through(functools.partial(base.__call__, self), args, kwargs)
@@ -40,7 +48,19 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
         return base.register_forward_pre_hook(self, hook, **options)
 
     own = (__call__, register_forward_hook, register_forward_pre_hook)
-    return {"takes_beliefs": True, **{method.__name__: method for method in own}}
+    return {
+        "takes_beliefs": True,
+        "__prepare_scriptable__": refuse_script,
+        **{method.__name__: method for method in own},
+    }
+
+
+def refuse_script(layer: nn.Module) -> Any:
+    """ValueError: torch.jit.script asks what to compile in a layer's place."""
+    raise ValueError(
+        f"torch.jit.script cannot compile {type(layer).__name__}: script kalmannorm.fold(model), or trace the model in "
+        "evaluation by torch.jit.trace"
+    )
 
 
 class TakesBeliefs(nn.Module):
