@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from kalmannorm.errors import nearest
 from kalmannorm.norm import NORMS, Estimator, Whitening
@@ -147,9 +148,9 @@ def share_noise(layers: Iterable[nn.Module]) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy; weights that hooks compute anew with every forward (pruning, torch.nn.utils.weight_norm), which deepcopy
-    refuses, as the values that they have."""
-    attributes = [value for module in model.modules() for value in module.__dict__.values()]
+    """A copy; what was computed and is kept, which deepcopy refuses (weights of pruning or torch.nn.utils.weight_norm, a
+    module's own caches), as the values that it has."""
+    attributes = tree_leaves([vars(module) for module in model.modules()])
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
