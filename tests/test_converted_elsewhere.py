@@ -14,7 +14,7 @@ from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -146,12 +146,80 @@ def test_weights_that_hooks_compute(how: str, ahead: bool) -> None:
     torch.testing.assert_close(folded(x), model.eval()(x))
 
 
+class Remembering(Net):
+    """Keeps what it computes, in a dict."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = {"stem": self.stem(x)}
+        return super().forward(x)
+
+
+def test_what_a_module_keeps_is_copied() -> None:
+    model, x = convert(Remembering(), "bkn", stat_batch=2), images()
+    model(x)
+    assert fold(model).seen["stem"].shape == (4, 8, 16, 16)
+    assert priors(model, x) == 2
+
+
 def test_observers_of_quantization_see_tensors() -> None:
+    """And a belief passes what they round: weights, and what layers return."""
     original, x = Net().train(), images()
     original.qconfig = get_default_qat_qconfig()
     model = convert(prepare_qat(original), "bkn", stat_batch=2)
     assert model(x).shape == (4, 4)
     assert torch.isfinite(model.last.activation_post_process.activation_post_process.max_val)
+    assert priors(model, x) == 2
+    torch.testing.assert_close(fold(model.eval())(x), model(x))
+
+
+class Doubled(nn.Module):
+    """A weight's double; counts how often it is asked for."""
+
+    calls = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        Doubled.calls += 1
+        return 2 * weight
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("how", ["doubled", "weight norm", "spectral norm", "orthogonal"])
+def test_weights_that_parametrizations_compute(how: str, options: dict[str, Any], ahead: bool) -> None:
+    """Once a step: what a spectral norm keeps is where the original's is."""
+
+    def change(layer: nn.Module) -> None:
+        if how == "doubled":
+            parametrize.register_parametrization(layer, "weight", Doubled())
+        else:
+            known = {"weight norm": "weight_norm", "spectral norm": "spectral_norm", "orthogonal": "orthogonal"}
+            getattr(parametrizations, known[how])(layer)
+
+    original, x = Net(), images()
+    if ahead:
+        change(original.last)
+    model = convert(original, "bkn", stat_batch=2, **options)
+    if not ahead:
+        change(model.last)
+        change(original.last)
+        original.load_state_dict({k: v for k, v in model.state_dict().items() if k in original.state_dict()})
+    Doubled.calls = 0
+    model(x).square().sum().backward()
+    assert Doubled.calls == (how == "doubled")
+    original(x)
+    state = model.state_dict()
+    for name, value in original.state_dict().items():
+        assert "parametrizations" not in name or torch.equal(value, state[name])
+    assert priors(model, x) == (3 if "input_belief" in options else 2)
+    torch.testing.assert_close(fold(model.eval())(x), model(x))
+
+
+def test_lazy_layers_are_refused() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    with pytest.raises(ValueError, match=r"0 \(LazyConv2d\) has no shape yet: call the model once"):
+        convert(model, "bkn")
+    model(images())
+    assert convert(model, "bkn", stat_batch=2)(images()).shape == (4, 4, 14, 14)
 
 
 # --- export and compilers ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
@@ -115,6 +116,7 @@ def convert(
         for name, given in (("preset", preset), ("predictor", predictor), ("input_belief", input_belief)):
             if given is not None:
                 raise ValueError(f"{name} is an option of {' and '.join(KALMAN)}: normalizer {norm!r} has no belief")
+    _refuse_lazy(model)
     source = fold(model) if _MARK in model.__dict__ else copied(model)
     if thaw:
         thaw_frozen(source)
@@ -199,6 +201,12 @@ def _refuse_unlike_rows(layers: Iterable[nn.Module]) -> None:
         )
 
 
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise ValueError(f"{name} ({type(module).__name__}) has no shape yet: call the model once before convert")
+
+
 def _is_learned(transition: str, predictor: str) -> bool:
     if predictor not in ("closed", "sampling"):
         raise ValueError(f"predictor must be 'closed' or 'sampling', not {predictor!r}")
@@ -265,7 +273,11 @@ def _generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, 
 
     `own`: the predictors that its convolutions have of their own, `noise`, `transition` or none.
     """
-    containers = [(name, module) for name, module in source.named_modules() if _is_container(module, leaves)]
+    containers = [
+        (name, module)
+        for name, module in source.named_modules()
+        if _is_container(module, leaves) and "parametrizations" not in name.split(".")  # which see weights alone
+    ]
     traces, as_they_are = _trace(containers)
     predictors = _attach(source, traces, own, known) if own else {}
     summaries: dict[nn.Module, Summary] = {}
@@ -371,7 +383,8 @@ def _attach(
         if layer in predictors or type(layer).forward not in CONVOLUTIONS:
             return
         number = sum(isinstance(module, Noise) for module in source.modules())
-        predictors[layer] = Noise(number, shared=single) if own == "noise" else Transition(layer)
+        # Of a copy, in evaluation: where a spectral norm is read in training, it advances.
+        predictors[layer] = Noise(number, shared=single) if own == "noise" else Transition(copied(layer).eval())
         replace(source, f"{name}_{own}", predictors[layer])
 
     for mode in ("eval", "train"):

@@ -148,8 +148,8 @@ def share_noise(layers: Iterable[nn.Module]) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy; what was computed and is kept, which deepcopy refuses (weights of pruning or torch.nn.utils.weight_norm, a
-    module's own caches), as the values that it has."""
+    """A copy; what was computed and is kept, which deepcopy refuses (weights of pruning, of torch.nn.utils.weight_norm;
+    a module's own caches), as the values that it has."""
     attributes = tree_leaves([vars(module) for module in model.modules()])
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})

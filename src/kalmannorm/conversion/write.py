@@ -109,7 +109,10 @@ class Writer:
         elif node.op == "call_module":
             child = self.module.get_submodule(str(node.target))
             key = type(child)
+            of_constants = len(node.all_input_nodes) > 0 and set(node.all_input_nodes) <= self._constant
             node = self._call(node)
+            if of_constants:  # a weight, quantized
+                self._constant.add(node)
         elif node.target is CHECKPOINT:
             node = self._pair(node, checkpointed, node.args[0], node.args[1:], dict(node.kwargs))
         elif node.target is normalize:

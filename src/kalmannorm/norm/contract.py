@@ -116,7 +116,10 @@ class PlainHook:
         if not isinstance(out, Estimated | Returned):
             return self.hook(module, args, *kwargs, out)
         new = self.hook(module, args, *kwargs, out.y)
-        return None if new is None else Returned(new, None)
+        quantized = (getattr(self.hook, "__module__", None) or "").startswith(
+            "torch.ao."
+        )  # as it was, but for rounding
+        return None if new is None else Returned(new, out[1] if quantized else None)
 
 
 class PlainPreHook:
