@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -384,7 +384,9 @@ def _attach(
             return
         number = sum(isinstance(module, Noise) for module in source.modules())
         # Of a copy, in evaluation: where a spectral norm is read in training, it advances.
-        predictors[layer] = Noise(number, shared=single) if own == "noise" else Transition(copied(layer).eval())
+        predictors[layer] = (
+            Noise(number, shared=single) if own == "noise" else Transition(cast(_ConvNd, copied(layer).eval()))
+        )
         replace(source, f"{name}_{own}", predictors[layer])
 
     for mode in ("eval", "train"):
