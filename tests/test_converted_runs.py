@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import net
 from torch import Tensor, nn
-from torch.func import replace_all_batch_norm_modules_
+from torch.func import functional_call, grad, jvp, replace_all_batch_norm_modules_, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -225,6 +225,53 @@ def test_hooks_see_what_a_module_returns() -> None:
         layer.register_forward_hook(lambda _, args, out: seen.append((type(args[0]), type(out))))
     model(torch.randn(4, 3, 8, 8))
     assert seen == [(Tensor, Tensor)] * len(model)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_backward_hooks_see_gradients_of_what_a_module_returns(ahead: bool) -> None:
+    """And may replace them; also of layers that convert replaces. fold gives them back as they were registered."""
+    seen: list[Any] = []
+
+    def before(_: nn.Module, of_outputs: Any) -> Any:
+        seen.append(of_outputs)
+        return (of_outputs[0].clone(),)
+
+    def after(_: nn.Module, of_inputs: Any, of_outputs: Any) -> Any:
+        seen.append(of_outputs)
+        return (of_inputs[0].clone(),)
+
+    original, x = net(), torch.randn(4, 3, 8, 8)
+    plain = convert(original, "bkn", stat_batch=2)
+    hooked = original if ahead else copy.deepcopy(plain)
+    for layer in (hooked[3], hooked[4]):
+        layer.register_full_backward_pre_hook(before)
+        layer.register_full_backward_hook(after)
+    model = convert(original, "bkn", stat_batch=2) if ahead else hooked
+    for one in (model, plain):
+        one(x).square().sum().backward()
+    assert [len(grads) for grads in seen] == [1] * 4
+    torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
+    assert all(list(layer._backward_hooks.values()) == [after] for layer in fold(model)[3:5])
+
+
+@pytest.mark.parametrize("options", [{}, {"input_belief": "data"}, {"transition": "learned"}], ids=str)
+def test_transforms_of_torch_func(options: dict[str, Any]) -> None:
+    """In evaluation, as through torch's BatchNorm; in training with buffers of one's own."""
+    model, x = convert(net(), "bkn", stat_batch=2, **options), torch.randn(4, 3, 8, 8)
+    parameters, buffers = dict(model.named_parameters()), {k: v.clone() for k, v in model.named_buffers()}
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(functional_call(model, (parameters, buffers), (x,)), twin(x))
+    for name, value in twin.named_buffers():
+        torch.testing.assert_close(buffers[name], value)
+    model.eval()
+    found = grad(lambda given: functional_call(model, given, (x,)).square().sum())(parameters)
+    model(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(
+            found[name], torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        )
+    torch.testing.assert_close(vmap(lambda image: model(image[None])[0])(x), model(x))
+    assert jvp(model, (x,), (x,))[1].shape == (4, 4)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.optim.swa_utils.AveragedModel])

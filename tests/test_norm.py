@@ -446,3 +446,12 @@ def test_precise_statistics_of_normalizers_without_any() -> None:
     precise_statistics(net, [torch.randn(2, 3, 8, 8)])
     with pytest.raises(ValueError, match="at least one batch"):
         precise_statistics(net, [])
+
+
+def test_gradients_of_a_posterior_that_is_read_along_its_groups() -> None:
+    """They come in another order in memory."""
+    layer, weight, prior = KalmanBatchNorm2d(4, stat_batch=2), torch.randn(4, 2), random_belief(2, 4)
+    x, again = leaves(*[torch.randn(4, 4, 5, 5)] * 2)
+    (layer(x, beliefs=prior)[1].var.T * weight).sum().backward()
+    (layer(again, beliefs=prior)[1].var * weight.T.contiguous()).sum().backward()
+    assert torch.equal(x.grad, again.grad)

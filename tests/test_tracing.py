@@ -350,8 +350,6 @@ def test_batch_norm_that_is_something_else_is_refused() -> None:
         convert(pair(ByHand), "bn")
     with pytest.raises(ValueError, match=r"1 \(AlwaysMeasuring\) does not normalize as its base class"):
         convert(pair(AlwaysMeasuring), "bn")
-    with pytest.raises(ValueError, match="uninitialized parameter"):
-        convert(nn.Sequential(conv3x3(3, 4), nn.LazyBatchNorm2d()), "bn")
 
 
 class Clashing(Inherited):
@@ -463,6 +461,37 @@ def test_frozen_batch_norm_is_known_by_what_it_is() -> None:
         convert(model, "bkn")
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(convert(model, "bkn", thaw=True).eval()(x), model(x))
+
+
+class Collecting(nn.Module):
+    """Appends what it computes to a list that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, found: list[Tensor]) -> Tensor:
+        x = self.bn(self.conv(x))
+        found.append(x)
+        return x
+
+
+class Collected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.part = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Collecting()
+        self.last, self.last_bn = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [self.bn(self.conv(x))]
+        self.part(found[0], found)
+        return self.last_bn(self.last(torch.cat(found, 1)))
+
+
+def test_a_list_that_a_part_appends_to() -> None:
+    model, x = convert(Collected(), "bkn", stat_batch=2), images()
+    assert [name for name, why in belief_report(model, x).items() if why is None] == ["part.bn", "last_bn"]
+    torch.testing.assert_close(fold(model.eval())(x), model(x))
 
 
 class Waiting(nn.Module):

@@ -37,7 +37,7 @@ from kalmannorm.conversion.layers import (
 from kalmannorm.conversion.mapping import Mapped, assign
 from kalmannorm.conversion.operations import MODULES_BY_NAME
 from kalmannorm.conversion.report import observe
-from kalmannorm.conversion.trace import Passed, Trace, Untraceable, has_forward_of_its_own, trace, trace_layer
+from kalmannorm.conversion.trace import APPENDS, Passed, Trace, Untraceable, has_forward_of_its_own, trace, trace_layer
 from kalmannorm.conversion.write import Summary
 from kalmannorm.norm import NORMS, Estimator, Whitening, contract, normalize_weights
 from kalmannorm.norm.belief import Belief
@@ -307,6 +307,7 @@ def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dic
     traces: dict[nn.Module, dict[str, Trace]] = {}
     as_they_are: dict[str, str] = {}
     passed: dict[nn.Module, Passed] = {}
+    appending: set[nn.Module] = set()
     for name, module in containers:
         if type(module).forward is nn.Sequential.forward:
             continue
@@ -318,9 +319,20 @@ def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dic
             both = trace(module, known)
         except Untraceable as error:
             as_they_are[name] = f"{type(module).__name__}: {error}"
+            if str(error) == APPENDS:
+                appending.add(module)
             continue
         traces[module] = both
         _note_passed(module, both["train"], passed)
+    # What is appended to a list shows in the forward that handed it on, which was traced without.
+    for name, module in reversed(containers):
+        called = [n for n in traces[module]["train"].graph.nodes if n.op == "call_module"] if module in traces else []
+        parts = [module.get_submodule(str(node.target)) for node in called]
+        if any(part in appending for part in parts):
+            as_they_are[name] = f"{type(module).__name__}: a part {APPENDS}"
+            del traces[module]
+            if passed.get(module, Passed(set(), {}, set())).lists:
+                appending.add(module)
     return traces, as_they_are
 
 

@@ -13,10 +13,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from kalmannorm.errors import nearest
-from kalmannorm.norm import NORMS, Estimator, Whitening
+from kalmannorm.norm import NORMS, Estimator, Whitening, contract
 
 CONSTANT = ("frozen", "wn", "none")  # no parameters, or all of them constants
 OF_IMAGES = ("gn", "ln", "in", "gkn")  # no moving statistics anyway
+HOOKS = [key for key in vars(nn.Module()) if key.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
 BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -61,7 +62,7 @@ def _left_out(old: _BatchNorm, norm: str) -> list[str]:
 
 
 def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
-    """Affine parameters and moving statistics, where both have them; device, type, mode and what is trained, too."""
+    """Affine parameters and moving statistics, where both have them; device, type, mode, what is trained, and hooks."""
     reference = next(itertools.chain(old.parameters(False), old.buffers(False)), None)
     if reference is not None:
         new.to(reference.device, reference.dtype)
@@ -77,6 +78,10 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
             parameter.requires_grad_(parameter.requires_grad and key in BATCH_NORM_STATE)
     if hasattr(new, "layer_name"):
         new.layer_name = name  # type: ignore[assignment]
+    contract.unwrap_hooks(old)
+    new.__dict__.update({key: copy.copy(old.__dict__[key]) for key in HOOKS})
+    if getattr(new, "takes_beliefs", False):
+        contract.wrap_hooks(new)
     return new.train(old.training)
 
 

@@ -56,6 +56,9 @@ class Trace(NamedTuple):
     of_both: bool = False  # whether the forward did not ask which mode it is in
 
 
+APPENDS = "appends to a list that it was given"
+
+
 class Untraceable(ValueError):
     """The forward as it is written cannot become a graph."""
 
@@ -169,6 +172,11 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def create_node(self, kind: str, target: Any, *rest: Any, **more: Any) -> fx.Node:
+        if kind == "call_method" and target in ("append", "extend", "insert"):
+            raise Untraceable(APPENDS)
+        return super().create_node(kind, target, *rest, **more)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if node.op != "placeholder":

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.norm.belief import Belief
-from kalmannorm.norm.moments import full_precision, relu, scale, shift
+from kalmannorm.norm.moments import applied, full_precision, relu, scale, shift
 
 # --- piecewise linear: closed form ------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ def _integrals(mean: Tensor, var: Tensor, name: str, parameter: float) -> tuple[
 
 @full_precision
 def _curved(belief: Belief, name: str, parameter: float = 1.0) -> Belief:
-    return Belief(*_CurvedMoments.apply(belief.mean, belief.var, name, parameter))
+    return Belief(*applied(_CurvedMoments, belief.mean, belief.var, name, parameter))
 
 
 def sigmoid(belief: Belief) -> Belief:

@@ -47,7 +47,16 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
             hook, options = PlainPreHook(hook, options.get("with_kwargs", False)), {**options, "with_kwargs": True}
         return base.register_forward_pre_hook(self, hook, **options)
 
-    own = (__call__, register_forward_hook, register_forward_pre_hook)
+    def register_full_backward_hook(self: nn.Module, hook: Callable[..., Any], prepend: bool = False) -> Any:
+        return base.register_full_backward_hook(self, PlainBackwardHook(hook), prepend)
+
+    def register_full_backward_pre_hook(self: nn.Module, hook: Callable[..., Any], prepend: bool = False) -> Any:
+        return base.register_full_backward_pre_hook(self, PlainBackwardHook(hook), prepend)
+
+    own = (
+        *(__call__, register_forward_hook, register_forward_pre_hook),
+        *(register_full_backward_hook, register_full_backward_pre_hook),
+    )
     return {
         "takes_beliefs": True,
         "__prepare_scriptable__": refuse_script,
@@ -82,6 +91,8 @@ def wrap_hooks(module: nn.Module) -> None:
         if not isinstance(hook, PlainPreHook) and not _is_of_torch(hook):
             module._forward_pre_hooks[key] = PlainPreHook(hook, key in module._forward_pre_hooks_with_kwargs)
             module._forward_pre_hooks_with_kwargs[key] = True
+    for hooks in (module._backward_hooks, module._backward_pre_hooks) if module._is_full_backward_hook else ():
+        hooks.update({key: PlainBackwardHook(hook) for key, hook in hooks.items()})
 
 
 def unwrap_hooks(module: nn.Module) -> None:
@@ -93,6 +104,8 @@ def unwrap_hooks(module: nn.Module) -> None:
             module._forward_pre_hooks[key] = hook.hook
             if not hook.with_kwargs:
                 del module._forward_pre_hooks_with_kwargs[key]
+    for hooks in (module._backward_hooks, module._backward_pre_hooks):
+        hooks.update({key: hook.hook for key, hook in hooks.items() if isinstance(hook, PlainBackwardHook)})
 
 
 def _is_of_torch(hook: Any) -> bool:
@@ -120,6 +133,20 @@ class PlainHook:
             "torch.ao."
         )  # as it was, but for rounding
         return None if new is None else Returned(new, out[1] if quantized else None)
+
+
+class PlainBackwardHook:
+    """A user's backward hook, or backward pre-hook, which are told of gradients of what the module returns: not of
+    beliefs beside it, whose gradients torch leaves out (None)."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, *grads: Any) -> Any:
+        *of_inputs, of_outputs = grads
+        beside = of_outputs[1:] if all(grad is None for grad in of_outputs[1:]) else ()
+        new = self.hook(module, *of_inputs, of_outputs[: len(of_outputs) - len(beside)])
+        return new if new is None or of_inputs else (*new, *beside)
 
 
 class PlainPreHook:

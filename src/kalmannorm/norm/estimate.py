@@ -41,7 +41,7 @@ def normalize_by_posterior(
     prior_mean, prior_var = (None if t is None else t.to(dtype).expand(shape) for t in prior or (None, None))
     gain = torch.as_tensor(gain, dtype=dtype, device=x.device)
     options = (size, prior_mean, prior_var, gain, weight, bias, eps, mixture, guard, over_ranks)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not groups.takes_plain_operations():
         # The native kernels know groups in contiguous memory alone; copies cost less than plain operations do.
         y, *found = _Native.apply(x.contiguous(), *options)
         y = y.contiguous(memory_format=groups.format_of(x))
@@ -158,7 +158,7 @@ class _Native(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: all that follows from what is differentiable itself
             rows, dy = rows.to(mean.dtype), dy.to(mean.dtype)
             total = dy.sum((0, 2)).view(mean.shape)
-            dot = (dy * (rows - mean.view(column))).sum((0, 2)).view(mean.shape) * rstd
+            dot = (dy * (rows - mean.reshape(column))).sum((0, 2)).view(mean.shape) * rstd
             moments = torch.var_mean(rows, (0, 2), correction=0)
             measured_var, measured_mean = (t.view(mean.shape) for t in moments)
             q = None if q is None else torch.where(q == 1, q, gain)
@@ -197,8 +197,8 @@ class _Native(torch.autograd.Function):
         values = rows.shape[0] * rows.shape[2]
         by_x = dmeasured_var * (2 / values)
         constant = dmeasured_mean / values - by_x * measured_mean
-        dx = torch.addcmul(constant.view(column), rows, by_x.view(column))
-        dx = dx.addcmul_(dy, scale.view(column)).to(x.dtype).view(x.shape)
+        dx = torch.addcmul(constant.reshape(column), rows, by_x.reshape(column))
+        dx = dx.addcmul_(dy, scale.reshape(column)).to(x.dtype).view(x.shape)
         dweight = None if weight is None else dot.sum(0)
         dbias = total.sum(0) if ctx.needs_input_grad[6] else None
         return dx, None, dprior_mean, dprior_var, dgain, dweight, dbias, None, None, None, None

@@ -81,6 +81,12 @@ def merge(split: Tensor, shape: torch.Size) -> Tensor:
 # sizes that may change (a compiler's, from the second batch size on) every such view would be minutes of algebra.
 
 
+def takes_plain_operations() -> bool:
+    """Whether autograd functions of our own are not for here: a compiler makes better ones, and torch.func's transforms
+    ask more of them."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def moments_dtype(x: Tensor) -> torch.dtype:
     """Statistics are float32 under autocast too, and float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -91,7 +97,7 @@ def image_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(moments_dtype(x))
     if x.dim() == 2:
         return x, torch.zeros_like(x)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not takes_plain_operations():
         return _ImageMoments.apply(x)  # type: ignore[no-any-return]
     var, mean = torch.var_mean(x, tuple(range(2, x.dim())), correction=0)
     return mean, var

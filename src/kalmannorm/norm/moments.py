@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -43,6 +44,13 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`; in torch.func's transforms, which ask more of a function, the operations of its forward."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return function.forward(SimpleNamespace(save_for_backward=lambda *_: None), *args)
+
+
 # --- linear operations ------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +61,7 @@ def conv(belief: Belief, weight: Tensor, bias: Tensor | None = None, groups: int
     mean' = (sum of the taps of W) mean + bias and var' = (sum of the taps of W^2) var. Exact for independent pixels in
     the interior of the map, for any stride and dilation; the border's zero padding is ignored.
     """
-    mean, var = _ThroughTaps.apply(*belief, weight, groups)
+    mean, var = applied(_ThroughTaps, *belief, weight, groups)
     return Belief(mean if bias is None else mean + bias.to(mean.dtype), var)
 
 
@@ -302,7 +310,7 @@ def relu(belief: Belief) -> Belief:
     The paper's equations have no ReLU and cannot be run literally on a network that has them; the released code
     rectifies a sample instead.
     """
-    return Belief(*_RectifiedMoments.apply(*belief))
+    return Belief(*applied(_RectifiedMoments, *belief))
 
 
 def settled(carried: Carried) -> Carried:
