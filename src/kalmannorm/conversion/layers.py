@@ -78,8 +78,9 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
             parameter.requires_grad_(parameter.requires_grad and key in BATCH_NORM_STATE)
     if hasattr(new, "layer_name"):
         new.layer_name = name  # type: ignore[assignment]
-    contract.unwrap_hooks(old)
-    new.__dict__.update({key: copy.copy(old.__dict__[key]) for key in HOOKS})
+    if not hasattr(old, "activation_post_process"):  # a quantization's observer, whose hook is of that part
+        contract.unwrap_hooks(old)
+        new.__dict__.update({key: copy.copy(old.__dict__[key]) for key in HOOKS})
     if getattr(new, "takes_beliefs", False):
         contract.wrap_hooks(new)
     return new.train(old.training)
