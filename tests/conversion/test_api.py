@@ -44,7 +44,7 @@ def test_kn_is_a_name_in_python_too() -> None:
 
 def test_the_library_needs_torch_and_numpy_alone():
     """What `pip install kalmannorm` brings: the harness's packages stand in extras (pyproject.toml)."""
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     project = tomllib.loads(text)["project"]
     assert {re.split("[><=]", one)[0] for one in project["dependencies"]} == {"torch", "numpy"}
     names = [re.split(r"[><=\[]", one)[0] for extra in ("harness", "detection") for one in project[

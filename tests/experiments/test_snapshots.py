@@ -1,6 +1,6 @@
 """What every experiment runs: a change in conf/ that makes other runs of an experiment shows here.
 
-Where it is meant, write the ids again: `python tests/test_snapshots.py`.
+Where it is meant, write the ids again: `python tests/experiments/test_snapshots.py`.
 """
 
 import io

@@ -14,7 +14,7 @@ from kalmannorm.experiments import card as cards
 from kalmannorm.report import effects, tables
 from kalmannorm.report.effects import Cells, contrast, fit
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def drawn(rows: int, seeds: int, noise: float = 1.0, draw: int = 0) -> dict[str, dict[int, float]]:

@@ -1,6 +1,6 @@
 """The widths of v1's Table 3: BN networks with v1's ratio of parameters, and with those that preset v1 has here.
 
-`python tests/test_v1_table3.py` computes them.
+`python tests/report/test_v1_table3.py` computes them.
 """
 
 import re

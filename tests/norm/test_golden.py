@@ -13,7 +13,7 @@ from kalmannorm import Belief, KalmanBatchNorm2d
 from kalmannorm.norm import moments as belief
 from kalmannorm.norm.sampling import sampled_conv
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 LAYERS = sorted(path.stem for path in GOLDEN.glob("layer_*.npz"))
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 

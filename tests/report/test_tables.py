@@ -15,7 +15,7 @@ from kalmannorm.report.command import groups
 from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.tables import Sheet
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def sheet(results: Path, name: str = "table7", dataset: str = "cifar10") -> Sheet:

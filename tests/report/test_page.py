@@ -18,7 +18,7 @@ from kalmannorm.experiments.record import NUMERICS, read_all
 from kalmannorm.report import command, page
 from kalmannorm.report.compare import compare
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCRIPT = "</script><script>alert(1)</script>"
 

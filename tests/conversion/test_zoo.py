@@ -15,7 +15,7 @@ from zoo import check
 import kalmannorm
 from kalmannorm.conversion import untraced
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def script() -> ModuleType:
