@@ -1,8 +1,8 @@
 """Losses of 20 training steps per normalizer in double precision: a change that alters results shows here first.
 
 Then NUMERICS has to be raised, and the file written again: `python tests/norm/test_golden_losses.py`. In double
-precision every processor finds the same losses; in single precision 20 steps of a small network in groups of two images let the
-rounding of two processors grow to 1 %.
+precision every processor finds the same losses; in single precision 20 steps of a small network in groups of two images
+let the rounding of two processors grow to 1 %.
 """
 
 import json
