@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -49,6 +52,21 @@ def assert_same_run(a: Path, b: Path) -> None:
     (first, state), (second, other) = outcome(a), outcome(b)
     assert comparable(first) == comparable(second)
     assert all(torch.equal(state["model"][key], other["model"][key]) for key in state["model"] if "extra" not in key)
+
+
+def signal_in_steps(monkeypatch: pytest.MonkeyPatch, number: int, *at: int) -> list[int]:
+    """Raise a signal in the optimizer's steps of these numbers, from 1; return a list that grows by every step."""
+    steps: list[int] = []
+    stepped = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD, *args: Any) -> Any:
+        steps.append(1)
+        if len(steps) in at:
+            signal.raise_signal(number)
+        return stepped(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    return steps
 
 
 def run_all(folder: Path, runs: Runs) -> None:

@@ -13,7 +13,7 @@ import torch
 from coco_files import TINY, TINY_FPN
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from trainings import assert_same_run, once, outcome, place
+from trainings import assert_same_run, once, outcome, place, signal_in_steps
 
 from kalmannorm.cli import main
 from kalmannorm.data import coco
@@ -81,16 +81,7 @@ def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
     """Stopped by a signal in the second step, which is an epoch's last, and once more in the run's last."""
     _, overrides = done
     again = [*overrides[:-3], *place(tmp_path, root)]
-    steps = []
-    stepped = torch.optim.SGD.step
-
-    def step(self, *args):
-        steps.append(1)
-        if len(steps) in (2, 3):
-            signal.raise_signal(signal.SIGTERM)
-        return stepped(self, *args)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    steps = signal_in_steps(monkeypatch, signal.SIGTERM, 2, 3)
     for _ in range(2):
         assert main(["train", *again]) == 128 + signal.SIGTERM
     assert main(["train", *again]) == 0
@@ -103,15 +94,7 @@ def test_going_on_in_mid_epoch_ends_in_the_same_numbers(root, tmp_path, monkeypa
     """Two epochs of 2 steps, stopped by a signal in the third step: the second epoch's first."""
     overrides = once([*tiny, "norm=bkn", "batch.grad_batch=2", "budget.epochs=2"])
     assert main(["train", *overrides, *place(tmp_path / "whole", root)]) == 0
-    steps, stepped = [], torch.optim.SGD.step
-
-    def step(self, *args):
-        steps.append(1)
-        if len(steps) == 3:
-            signal.raise_signal(signal.SIGUSR1)
-        return stepped(self, *args)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    steps = signal_in_steps(monkeypatch, signal.SIGUSR1, 3)
     assert main(["train", *overrides, *place(tmp_path / "cut", root)]) == 128 + signal.SIGUSR1
     identity = run_id(compose(overrides))
     saved = checkpoint.load(tmp_path / "cut" / "runs" / identity, identity)

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import folders
 import pytest
-import torch
 from folders import SMALL
-from trainings import assert_same, assert_same_run, on_processes, only_record, place
+from trainings import assert_same, assert_same_run, on_processes, only_record, place, signal_in_steps
 
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
@@ -46,15 +45,7 @@ def test_a_run_s_record_says_what_it_saw(root, tmp_path):
 def test_going_on_in_mid_epoch_with_other_workers_ends_in_the_same_numbers(root, tmp_path, monkeypatch):
     overrides = [*SMALL, "budget.epochs=2", f"data={root}"]
     assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
-    steps, stepped = [], torch.optim.SGD.step
-
-    def step(self, *args):
-        steps.append(1)
-        if len(steps) == 6:
-            signal.raise_signal(signal.SIGUSR1)
-        return stepped(self, *args)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    steps = signal_in_steps(monkeypatch, signal.SIGUSR1, 6)
     assert main(["train", *overrides, *place(tmp_path / "cut")]) == 128 + signal.SIGUSR1
     elsewhere = ["workers=1" if override == "workers=0" else override for override in overrides]
     assert main(["train", *elsewhere, *place(tmp_path / "cut")]) == 0

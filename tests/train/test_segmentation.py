@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from scene_files import TINY
-from trainings import assert_same_run, on_processes, once, outcome, place
+from trainings import assert_same_run, on_processes, once, outcome, place, signal_in_steps
 
 from kalmannorm import belief_report, convert
 from kalmannorm.cli import main
@@ -71,15 +71,8 @@ def test_finished_runs_are_evaluated_again(done, capsys):
 
 def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
     """Stopped by a signal in the first step, in mid-epoch, and once more in the second epoch's last."""
-    again, steps, stepped = [*done[1][:-3], *place(tmp_path, root)], [], torch.optim.SGD.step
-
-    def step(self, *args):
-        steps.append(1)
-        if len(steps) in (1, 4):
-            signal.raise_signal(signal.SIGTERM)
-        return stepped(self, *args)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    again = [*done[1][:-3], *place(tmp_path, root)]
+    steps = signal_in_steps(monkeypatch, signal.SIGTERM, 1, 4)
     for _ in range(2):
         assert main(["train", *again]) == 128 + signal.SIGTERM
     assert main(["train", *again]) == 0 and len(steps) == 4

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import video_files
 from helpers import error
 from torch import nn
-from trainings import assert_same_run, on_processes, only_record, outcome, place, run_all
+from trainings import assert_same_run, on_processes, only_record, outcome, place, run_all, signal_in_steps
 from video_files import SMALL
 
 from kalmannorm import Belief, belief_report, convert, data, machine
@@ -180,15 +180,7 @@ def test_weights_of_convolutions_in_time_decay():
 def test_a_run_and_going_on_ends_in_the_same_numbers(root, tmp_path, monkeypatch, capsys):
     overrides = [*SMALL, "norm=bkn", "arch.dropout=0.5", "budget.epochs=2"]
     assert main(["train", *overrides, *place(tmp_path / "whole", root)]) == 0
-    steps, stepped = [], torch.optim.SGD.step
-
-    def step(self, *args):
-        steps.append(1)
-        if len(steps) == 3:
-            signal.raise_signal(signal.SIGUSR1)
-        return stepped(self, *args)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    steps = signal_in_steps(monkeypatch, signal.SIGUSR1, 3)
     assert main(["train", *overrides, *place(tmp_path / "cut", root)]) == 128 + signal.SIGUSR1
     assert main(["train", *overrides, *place(tmp_path / "cut", root)]) == 0 and len(steps) == 4
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
