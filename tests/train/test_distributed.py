@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.cuda._utils import _get_device_index
-from trainings import SPREAD, Runs, assert_same, on_processes, outcome, run_all
+from trainings import SPREAD, Runs, assert_same, on_processes, outcome, place, run_all
 
 import kalmannorm
 from kalmannorm.errors import UserError
@@ -209,13 +209,12 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 def test_torchrun_trains_once_and_leaves_cleanly(tmp_path):
-    place = [f"results={tmp_path}", f"runs={tmp_path}"]
-    done = torchrun(2, "train", *case("bkn", 2), *place)
+    done = torchrun(2, "train", *case("bkn", 2), *place(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("moving") == 1 and done.stderr.count("epoch 1/1") == 1
     record, _ = outcome(tmp_path)
     assert record["host"]["processes"] == 2
-    again = torchrun(2, "train", *case("bkn", 2), *place)
+    again = torchrun(2, "train", *case("bkn", 2), *place(tmp_path))
     assert again.returncode == 0 and "done already" in again.stdout
 
 
