@@ -129,10 +129,9 @@ class PlainHook:
         if not isinstance(out, Estimated | Returned):
             return self.hook(module, args, *kwargs, out)
         new = self.hook(module, args, *kwargs, out.y)
-        quantized = (getattr(self.hook, "__module__", None) or "").startswith(
-            "torch.ao."
-        )  # as it was, but for rounding
-        return None if new is None else Returned(new, out[1] if quantized else None)
+        # What a quantization's observer returns is what it was, but for rounding.
+        rounds = (getattr(self.hook, "__module__", None) or "").startswith("torch.ao.")
+        return None if new is None else Returned(new, out[1] if rounds else None)
 
 
 class PlainBackwardHook:

@@ -107,8 +107,6 @@ class _ImageMoments(torch.autograd.Function):
     """`image_moments` in two passes, a tenth of the time that torch.var_mean takes on a CPU in eager mode. What is kept
     for backward is x, as there. Differentiable twice."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         pixels = tuple(range(2, x.dim()))
