@@ -10,9 +10,9 @@ from records import config, table7, write_record
 
 from kalmannorm import report
 from kalmannorm.experiments.config import conf_dir
-from kalmannorm.report import claims, paper, quantities
+from kalmannorm.report import claims, page, paper, quantities
 from kalmannorm.report.claims import Claim, Verdict, decide
-from kalmannorm.report.effects import Cells, Effect
+from kalmannorm.report.effects import Cells, Effect, Group
 
 KN_OVER_BN = ("+table7/kn_stat2", "-table7/bn_stat2")
 
@@ -283,3 +283,16 @@ def test_parameters_are_counted_and_speed_is_measured(monkeypatch: pytest.Monkey
 def test_an_estimate_in_words() -> None:
     verdict = Verdict(claim(), "open", effect=Effect(-1.5, 0.5, 8, 3, 0.5, (1, -1), 4), low=-2.5, high=-0.5)
     assert verdict.estimate == "−1.50 [−2.50, −0.50] points (n = 3)"
+
+
+@pytest.mark.parametrize("high, outside", [(0.43, True), (1.6, False)])
+def test_the_answer_says_when_the_papers_value_is_outside_the_interval(
+    tmp_path: Path, high: float, outside: bool
+) -> None:
+    known = claim(answer="Is it?", paper={"cifar10": 1.5})
+    effect, group = Effect(-0.38, 0.2, 8, 3, 0.5, (1, -1), 4), Group("cifar10", "paper")
+    (said, _) = page.answer(
+        [Verdict(known, "open", group=group, effect=effect, low=-1.19, high=high)], Cells(report.load(tmp_path))
+    )
+    assert said.startswith("Is it? Not decided on cifar10, budget paper: −0.38")
+    assert said.endswith("the paper has +1.5, outside the interval." if outside else "the paper has +1.5.")

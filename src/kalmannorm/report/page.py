@@ -134,7 +134,10 @@ def _in_words(verdict: Verdict, group: Group) -> str:
     where = f"on {group.dataset}, budget {group.budget}"
     if verdict.state == "explored":
         return f"{verdict.estimate} {where}"
-    paper = f"; the paper has {value}" if (value := printed(verdict)) else ""
+    value, paper = verdict.claim.printed(group.dataset), ""
+    if value is not None and (shown := printed(verdict)):
+        outside = value < verdict.low or value > verdict.high
+        paper = f"; the paper has {shown}{', outside the interval' if outside else ''}"
     return f"{ANSWERS[verdict.state]} {where}: {verdict.estimate}{paper}"
 
 
