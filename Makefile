@@ -20,7 +20,7 @@ OVERRIDES = $(if $(DATASET),dataset=$(DATASET)) budget=$(BUDGET) seeds=$(SEEDS) 
 WHERE = $(if $(LAUNCHER),launcher=$(LAUNCHER)) $(if $(GPUS),gpus=$(GPUS))
 DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=results/demo
 EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
-DATASETS := cifar10 cifar100 svhn svhn_extra playback
+DATASETS := cifar10 cifar100 svhn svhn_extra playback coco-tiny-maps
 IMAGENET := table1 table4 table5 figure3 talk-resnet50 $(foreach n,3 4 5 6 7,v1-figure$(n))
 
 .PHONY: help setup setup-ffcv demo test test-all lint bench zoo report notebooks clean $(EXPERIMENTS) $(DATASETS:%=data-%)

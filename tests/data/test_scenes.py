@@ -1,13 +1,17 @@
 """Scenes and label maps: the layouts, what is refused, and what a step and an evaluation see of them."""
 
+import json
+
+import coco_files
 import numpy as np
 import pytest
 import scene_files
 import torch
 from PIL import Image
 
+from kalmannorm import data
 from kalmannorm.cli import main
-from kalmannorm.data import SCENES
+from kalmannorm.data import SCENES, coco_maps
 from kalmannorm.data.scene_loader import SceneLoader, scaled
 from kalmannorm.data.scenes import IGNORED, load
 from kalmannorm.errors import UserError
@@ -106,6 +110,35 @@ def test_gta5_needs_its_split(tmp_path):
     (scene_files.gta5(tmp_path) / "split.mat").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"trainIds of .*split\.mat.*read_mapping\.zip"):
         loaded(tmp_path, "gta5")
+
+
+def test_masks_of_coco_are_painted_in_ade20ks_layout(tmp_path, monkeypatch):
+    """Of two masks over a pixel the smaller is seen; categories count from 1 in the order of COCO's ids."""
+    folder = coco_files.write(tmp_path, "coco-tiny")
+    file = folder / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    width, height = content["images"][0]["width"], content["images"][0]["height"]
+    small, large = ([[x, x, y, x, y, y, x, y]] for x, y in ((10, 20), (5, 40)))
+    for number, (category, polygon) in enumerate(((44, small), (7, large)), 900):
+        box = [polygon[0][0], polygon[0][0], *[polygon[0][2] - polygon[0][0]] * 2]
+        one = {"id": number, "image_id": content["images"][0]["id"], "category_id": category, "iscrowd": 0}
+        content["annotations"].append(one | {"bbox": box, "area": box[2] ** 2, "segmentation": polygon})
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != 1000 or one["id"] >= 900]
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr(coco_maps, "COCO_CLASSES", 3)
+    written = data.prepare("coco-tiny-maps", tmp_path)
+    classes = loaded(tmp_path, "coco-tiny-maps").train.read(0)[1]
+    assert classes.shape == (height, width)
+    assert classes[0, 0] == IGNORED and classes[15, 15] == 2 and classes[30, 30] == 1
+    assert len(list(written.glob("*/*/*"))) == 2 * 13
+    with pytest.raises(UserError, match="there already"):
+        data.prepare("coco-tiny-maps", tmp_path)
+
+
+def test_a_sweep_misses_scenes_before_it_starts(tmp_path, capsys):
+    folders = [f"{name}={tmp_path}" for name in ("data", "results", "runs")]
+    assert main(["sweep", "camvid", "budget=smoke", *folders]) == 2
+    assert "'camvid' is not there" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_scenes_are_not_prepared(tmp_path):

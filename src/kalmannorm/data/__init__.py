@@ -4,6 +4,7 @@ What feeds them to a device imports torch and is not imported here: `loader` (ar
 torchvision), `beton_loader` (FFCV's files).
 """
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,18 +51,13 @@ SCENES = {**camvid.SOURCES, **cityscapes.SOURCES, **ade20k.SOURCES, **gta5.SOURC
 VARIANTS = {"cifar10_few": "cifar10", "cifar10_recoloured": "cifar10"}  # of other sets, from whose folder they are read
 
 
-def _prepare_playback(name: str, root: Path, archive: Path | None, download: bool) -> Path:
-    from kalmannorm.data import playback  # imports torch
-
-    return playback.prepare(name, root, archive, download)
-
-
-PREPARE: dict[str, Callable[[str, Path, Path | None, bool], Path]] = {  # digits needs no preparing
-    "cifar10": cifar.prepare,
-    "cifar100": cifar.prepare,
-    "svhn": svhn.prepare,
-    "svhn_extra": svhn.prepare,
-    "playback": _prepare_playback,
+PREPARE = {  # by which module; digits needs no preparing
+    "cifar10": "cifar",
+    "cifar100": "cifar",
+    "svhn": "svhn",
+    "svhn_extra": "svhn",
+    "playback": "playback",
+    "coco-tiny-maps": "coco_maps",
 }
 
 
@@ -105,6 +101,10 @@ def load(name: str, root: Path) -> Arrays:
 
 def prepare(name: str, root: Path, archive: Path | None = None, download: bool = True) -> Path:
     """Get the data set into `root/name`, from `archive`, files already there, or the network; see its module."""
+    if name in PREPARE:
+        module = importlib.import_module(f"kalmannorm.data.{PREPARE[name]}")  # now: some import torch
+        written: Path = module.prepare(name, root, archive, download)
+        return written
     if name == "digits":
         raise UserError("dataset 'digits' comes with scikit-learn: nothing to prepare, `dataset=digits` runs as it is")
     if name.startswith("coco"):
@@ -119,6 +119,4 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
         raise UserError(f"dataset {name!r} is read as it is, from {root / source.folder}: {source.how_to_get}")
     if name in VARIANTS:
         raise UserError(f"dataset {name!r} is read from that of {VARIANTS[name]}: prepare {VARIANTS[name]}")
-    if name not in PREPARE:
-        raise UserError(nearest(name, PREPARE, "dataset"))
-    return PREPARE[name](name, root, archive, download)
+    raise UserError(nearest(name, PREPARE, "dataset"))

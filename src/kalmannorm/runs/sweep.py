@@ -265,6 +265,7 @@ def _check_data(jobs: list[Job]) -> None:
     """Raise UserError where data are missing, before a worker starts or Slurm queues a job that would say so days
     later."""
     from kalmannorm import data
+    from kalmannorm.data.scenes import find
 
     folders = {(job.config.data, job.config.dataset.name): job.config for job in jobs}
     for config in folders.values():
@@ -276,6 +277,9 @@ def _check_data(jobs: list[Job]) -> None:
         elif isinstance(dataset, FolderDataset):
             if dataset.loader == "torchvision":
                 data.folder.find(root, dataset.values())
+        elif scenes := data.SCENES.get(dataset.name):
+            for split in ("train", "test"):
+                find(dataset.name, scenes, root / scenes.folder, split)
         elif dataset.name in data.PREPARE and not (root / dataset.name).exists():
             data.load(dataset.name, root)  # which says what to do
 

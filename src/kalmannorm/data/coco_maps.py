@@ -1,0 +1,53 @@
+"""COCO's masks as label maps, in ADE20K's layout: a few real photographs for the path of ADE20K.
+
+`prepare` paints every object's mask, and every crowd, with its category: 1 to 80, in the order of COCO's ids. Where
+masks overlap the smaller one is seen. What no mask covers is unlabelled (0). Ours, of no paper.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as run_length
+
+from kalmannorm.data import coco
+from kalmannorm.data.ade20k import COCO_CLASSES, FOLDERS
+from kalmannorm.data.annotations import Split, Values
+from kalmannorm.data.arrays import partial
+from kalmannorm.errors import UserError
+
+SOURCE = "coco-tiny"
+
+
+def prepare(name: str, root: Path, archive: Path | None, download: bool) -> Path:
+    """Write the data set to root/name, from root/coco-tiny or the folder `archive` in COCO's layout. UserError: that is
+    missing or damaged; root/name is there already."""
+    folder, target = archive or root / SOURCE, root / name
+    if target.exists():
+        raise UserError(f"{target} is there already: remove it to write it again")
+    found = coco.load(folder.name, folder.parent, COCO_CLASSES)
+    with partial(target) as temporary:
+        for split, into in zip((found.train, found.test), FOLDERS.values(), strict=True):
+            images, maps = (temporary / kind / into for kind in ("images", "annotations"))
+            images.mkdir(parents=True)
+            maps.mkdir(parents=True)
+            for position in range(len(split.ids)):
+                file = split.root / split.image(position)["file_name"]
+                shutil.copyfile(file, images / f"{file.stem}.jpg")
+                Image.fromarray(paint(split, position, found.labels)).save(maps / f"{file.stem}.png")
+        temporary.rename(target)
+    return target
+
+
+def paint(split: Split, position: int, labels: dict[int, int]) -> np.ndarray:
+    """Return the label map uint8 [H, W] of an image: labels[category] of the smallest mask over a pixel, else 0."""
+    image = split.image(position)
+    map_ = np.zeros((image["height"], image["width"]), np.uint8)
+    for annotation in sorted(split.annotations(position), key=_area, reverse=True):
+        map_[run_length.decode(annotation["segmentation"]) > 0] = labels[annotation["category_id"]]
+    return map_
+
+
+def _area(annotation: Values) -> int:
+    return int(run_length.area(annotation["segmentation"]))
