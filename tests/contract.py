@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from kalmannorm import NORMS, Belief, KalmanGroupNorm, convert, fold, set_statistics
 from kalmannorm.norm import BatchRenorm, Estimator, FrozenBatchNorm, GroupedStatistics
+from kalmannorm.presets import NEED_BIAS
 
 D = torch.float64
 IMAGES, CHANNELS, STAT_BATCH = 8, 6, 2
@@ -337,6 +338,18 @@ def compiled(norm: str) -> None:
         assert error(b, a) < 1e-5
 
 
+def unknown_options(norm: str) -> None:
+    """In one line, with the option that was meant."""
+    for name, meant in (("stat_bach", "stat_batch"), ("epss", "eps"), ("leafs", "leaves")):
+        line = f"normalizer '{norm}': unknown option '{name}'; did you mean '{meant}'\\? valid: .*"
+        with pytest.raises(ValueError, match=f"^{line}$"):
+            convert(Residual(), norm, **{name: 1})
+    if norm not in NEED_BIAS:
+        line = f"^\\*: normalizer '{norm}': unknown option 'epss'; did you mean 'eps'\\? valid: .*$"
+        with pytest.raises(ValueError, match=line):
+            convert(Residual(), {"*": (norm, {"epss": 1})})
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     check.__name__: check
     for check in (
@@ -354,5 +367,6 @@ CHECKS: dict[str, Callable[[str], None]] = {
         determinism,
         network,
         compiled,
+        unknown_options,
     )
 }

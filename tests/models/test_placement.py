@@ -11,6 +11,7 @@ from torchvision.models.resnet import Bottleneck
 
 from kalmannorm import convert, fold, set_progress
 from kalmannorm.conversion.mapping import assign
+from kalmannorm.conversion.mapping import choices as normalizers
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.norm import BatchNorm, GroupNorm, InstanceBatchNorm, KalmanBatchNorm2d, SparseSwitchableNorm
 from kalmannorm.placement import PLACEMENTS, choices, ibn_a, ibn_b, itern_first
@@ -20,7 +21,8 @@ PLACED = json.loads((TALK / "ibn_placement.json").read_text())
 
 def test_the_first_pattern_that_matches_counts():
     layers = ["bn1", "layer1.0.bn1", "layer1.0.bn2", "layer4.0.bn1"]
-    found = assign({"layer[1-3].*.bn1": ("ibn", {"ratio": 0.4}), "layer*": "gn", "*": "bn"}, layers)
+    mapping = {"layer[1-3].*.bn1": ("ibn", {"ratio": 0.4}), "layer*": "gn", "*": "bn"}
+    found = assign(normalizers(mapping, {}), layers)
     expected = [("bn", {}), ("ibn", {"ratio": 0.4}), ("gn", {}), ("gn", {})]
     assert found == dict(zip(layers, expected, strict=True))
 
@@ -32,14 +34,22 @@ def test_the_first_pattern_that_matches_counts():
         ({"*": "bn", "bn1": "in"}, "pattern 'bn1' matches no"),
         ({"bn1": "in"}, "no pattern for the normalizer bn: add"),
         ({"bn1": "gkn", "*": "bkn"}, "bkn and gkn in one mapping"),
-        ({"*": "bm"}, "bn: unknown normalizer 'bm'"),
+        ({"*": "bm"}, r"\*: unknown normalizer 'bm'; valid: bn, "),
         ({"bn1": "wn", "*": "bn"}, "wn is for all layers"),
         ({"bn1": ("in", {"ratio": 1}), "*": "bn"}, "'in'.*ratio"),
+        ({"bn1": ("bn", {"stat_batch": 4}), "*": "bn"}, "bn1: stat_batch is one for all layers"),
+        ({"bn1": ("bn",), "*": "bn"}, r"bn1: must be a name of NORMS, or \(name, options\), not \('bn',\)"),
+        (nn.GroupNorm, "norm must be a name of NORMS or a mapping of layer names to such, not <class"),
     ],
 )
 def test_bad_mappings_are_named(mapping, message):
     with pytest.raises(ValueError, match=message):
         convert(Residual(), mapping)
+
+
+def test_presets_without_a_belief_are_refused():
+    with pytest.raises(ValueError, match="preset is an option of bkn and gkn"):
+        convert(Residual(), {"*": "bn"}, preset="talk")
 
 
 def test_options_beside_a_mapping_are_refused():

@@ -1,12 +1,14 @@
 """Every entry of NORMS against the contract (contract.py); exact reductions of one normalizer to another."""
 
+from typing import Any
+
 import pytest
 import torch
 from contract import CHANNELS, CHECKS, IMAGES, STAT_BATCH, D, build, images
 from helpers import affine, error, moving
 from torch import Tensor, nn
 
-from kalmannorm import NORMS, set_progress, set_statistics
+from kalmannorm import NORMS, KalmanBatchNorm2d, set_progress, set_statistics
 from kalmannorm.norm.switchable import MIXED
 
 
@@ -14,6 +16,26 @@ from kalmannorm.norm.switchable import MIXED
 @pytest.mark.parametrize("norm", NORMS)
 def test_contract(norm: str, check: str) -> None:
     CHECKS[check](norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_constructors_refuse_unknown_options(norm: str) -> None:
+    """By the name of NORMS and by the class, as the ValueError of other bad options and the TypeError of Python's."""
+    for builds in (NORMS[norm], type(NORMS[norm](CHANNELS))):
+        for kind in (ValueError, TypeError):
+            with pytest.raises(kind, match=r"^\w+: unknown option 'gian'; .*valid: [^']*$"):
+                builds(gian=0.3)
+
+
+def test_a_constructor_knows_what_a_subclass_hands_on() -> None:
+    class Own(KalmanBatchNorm2d):
+        def __init__(self, channels: int, *, own: int = 1, **options: Any) -> None:
+            super().__init__(channels, **options)
+            self.own = own
+
+    assert Own(channels=4, own=2, gain=0.3).gain_value == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="Own: unknown option 'onw'; did you mean 'own'"):
+        Own(4, onw=2)
 
 
 # --- exact reductions (KN and GKN at gain 1: test_norm.py; SyncBN on k processes: test_distributed.py) ---

@@ -34,17 +34,17 @@ from kalmannorm.conversion.layers import (
     share_noise,
     thaw_frozen,
 )
-from kalmannorm.conversion.mapping import Mapped, assign
+from kalmannorm.conversion.mapping import Mapped, assign, choices
 from kalmannorm.conversion.operations import MODULES_BY_NAME
 from kalmannorm.conversion.report import observe
 from kalmannorm.conversion.trace import APPENDS, Passed, Trace, Untraceable, has_forward_of_its_own, trace, trace_layer
 from kalmannorm.conversion.write import Summary
-from kalmannorm.norm import NORMS, Estimator, Whitening, contract, normalize_weights
+from kalmannorm.norm import Estimator, Whitening, contract, normalize_weights
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.moments import Transition
 from kalmannorm.norm.sampling import Noise
 from kalmannorm.norm.whitened import fold_weights
-from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, SYNONYMS, preset_options
+from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 
 INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a converted model
 INPUT_COUNT = "input_belief_batches"  # of a model that sees them itself: how many batches they are of
@@ -94,28 +94,21 @@ def convert(
     no belief; a model without BatchNorm.
     """
     relu, learned = True, False
-    norm = _plainly_named(norm)
     leaves, thaw = tuple(options.pop("leaves", ())), options.pop("thaw", False)
-    if not isinstance(norm, str):
-        if options:
-            raise ValueError(f"{next(iter(options))}: options of normalizers stand in the mapping, (name, options)")
-        for entry in norm.values():
-            if (name := entry if isinstance(entry, str) else entry[0]) in NEED_BIAS:
-                raise ValueError(f"{name} is for all layers of a network: give it alone, not in a mapping")
-        predictor = predictor or PRESETS[preset or "paper"]["predictor"]
-    elif norm not in NORMS:
-        raise ValueError(f"unknown normalizer {norm!r}; valid: {', '.join(NORMS)}")
-    elif norm in KALMAN:
-        preset = preset or "paper"
-        options = preset_options(preset, norm, stat_batch, options)
-        predictor = predictor or PRESETS[preset]["predictor"]
-        relu, learned = options.pop("relu", True), _is_learned(options.pop("transition", "weight"), predictor)
-        of_preset = options.pop("input_belief", None)  # never given twice: it is an argument of this function
-        input_belief = of_preset if input_belief is None else input_belief
-    else:
+    kinds = choices(norm, options)
+    if not any(kind in KALMAN for kind, _ in kinds.values()):
         for name, given in (("preset", preset), ("predictor", predictor), ("input_belief", input_belief)):
             if given is not None:
                 raise ValueError(f"{name} is an option of {' and '.join(KALMAN)}: normalizer {norm!r} has no belief")
+    for pattern, (kind, own) in kinds.items():
+        if kind in KALMAN:
+            preset = preset or "paper"
+            own = preset_options(preset, kind, stat_batch, own)
+            predictor = predictor or PRESETS[preset]["predictor"]
+            relu, learned = own.pop("relu", True), _is_learned(own.pop("transition", "weight"), predictor)
+            of_preset = own.pop("input_belief", None)  # never given twice: it is an argument of this function
+            input_belief = of_preset if input_belief is None else input_belief
+            kinds[pattern] = kind, own
     _refuse_lazy(model)
     source = fold(model) if _MARK in model.__dict__ else copied(model)
     if thaw:
@@ -126,25 +119,18 @@ def convert(
         if isinstance(m, _BatchNorm) and not type(m).__module__.startswith("kalmannorm.norm")
     }
     _check(source, layers, leaves)
-    chosen = assign({"*": (norm, options)} if isinstance(norm, str) else norm, layers)
+    chosen = assign(kinds, layers)
     built: dict[_BatchNorm, nn.Module] = {}  # a layer can have several names
     for name, layer in layers.items():
         if layer not in built:
             kind, own = chosen[name]
-            if kind not in NORMS:
-                raise ValueError(f"{name}: unknown normalizer {kind!r}; valid: {', '.join(NORMS)}")
-            if kind in KALMAN and not isinstance(norm, str):
-                own = preset_options(preset or "paper", kind, stat_batch, own)
-                relu, learned = own.pop("relu", True), _is_learned(own.pop("transition", "weight"), str(predictor))
-                of_preset = own.pop("input_belief", None)
-                input_belief = of_preset if input_belief is None else input_belief
             built[layer] = build_normalizer(kind, name, layer, stat_batch, own)
             keep_more(layer, built[layer], name)
         source = built[layer] if name == "" else replace(source, name, built[layer])
     _refuse_unlike_rows(built.values())
-    if norm in NEED_BIAS:
+    if kind in NEED_BIAS:  # of all layers
         add_biases(source)
-    if norm == "wn":
+    if kind == "wn":
         normalize_weights(source)
     share_noise(built.values())
     known = _keep_input_belief(source, input_belief)
@@ -167,16 +153,6 @@ def convert(
             classes.become(source, classes.WITHOUT_BELIEF)
     source.__dict__[_MARK] = {"normalizers": list(layers), "as_they_are": as_they_are}
     return source
-
-
-def _plainly_named(norm: str | Mapped) -> str | Mapped:
-    """The same without synonyms: KN is BKN."""
-    if isinstance(norm, str):
-        return SYNONYMS.get(norm, norm)
-    return {
-        pattern: SYNONYMS.get(entry, entry) if isinstance(entry, str) else (SYNONYMS.get(entry[0], entry[0]), entry[1])
-        for pattern, entry in norm.items()
-    }
 
 
 def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:

@@ -1,7 +1,6 @@
 """One layer for another: what a normalizer takes over from the BatchNorm layer that it replaces, and gives back."""
 
 import copy
-import inspect
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -12,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from kalmannorm.errors import nearest
 from kalmannorm.norm import NORMS, Estimator, Whitening, contract
+from kalmannorm.norm.options import options_of
 
 CONSTANT = ("frozen", "wn", "none")  # no parameters, or all of them constants
 OF_IMAGES = ("gn", "ln", "in", "gkn")  # no moving statistics anyway
@@ -24,16 +23,11 @@ BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batche
 def build_normalizer(
     norm: str, name: str, old: _BatchNorm, stat_batch: int | None, options: dict[str, Any]
 ) -> nn.Module:
-    known = inspect.signature(NORMS[norm]).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        valid = sorted(known.keys() - {"num_features", "stat_batch"})
-        for key in options.keys() - known.keys():
-            raise ValueError(f"normalizer {norm!r}: {nearest(key, valid, 'option')}")
+    known = options_of(NORMS[norm])
     try:
         kept: dict[str, Any] = {"eps": old.eps, "momentum": old.momentum}
         if norm not in CONSTANT:
-            any_option = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-            kept |= {key: False for key in _left_out(old, norm) if any_option or key in known}
+            kept |= {key: False for key in _left_out(old, norm) if known is None or key in known}
         new = NORMS[norm](old.num_features, stat_batch=stat_batch, **{**kept, **options})
     except TypeError as error:
         raise ValueError(f"normalizer {norm!r}: {error}") from None

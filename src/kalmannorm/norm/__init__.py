@@ -15,6 +15,7 @@ from kalmannorm.norm.constant import FrozenBatchNorm, NoNorm
 from kalmannorm.norm.group import GroupNorm, channel_groups
 from kalmannorm.norm.instance_batch import InstanceBatchNorm
 from kalmannorm.norm.kalman import Estimator, KalmanBatchNorm2d, KalmanGroupNorm
+from kalmannorm.norm.options import hands_on
 from kalmannorm.norm.population import PopulationNorm, SplitBatchNorm
 from kalmannorm.norm.renorm import BatchRenorm
 from kalmannorm.norm.sparse import SparseSwitchableNorm
@@ -25,6 +26,7 @@ from kalmannorm.norm.whitening import IterNorm, Whitening, ZCANorm
 from kalmannorm.presets import SYNONYMS
 
 
+@hands_on(SplitBatchNorm)
 def _bn(num_features: int, *, mean_batch: str | None = None, var_batch: str | None = None, **options: Any) -> BatchNorm:
     if mean_batch is var_batch is None:
         return BatchNorm(num_features, **options)
@@ -32,40 +34,47 @@ def _bn(num_features: int, *, mean_batch: str | None = None, var_batch: str | No
 
 
 # Those that know no statistics batch and no moving averages are handed both all the same, and ignore them.
+@hands_on(GroupNorm)
 def _gn(
     num_features: int, *, stat_batch: int | None = None, momentum: float | None = None, **options: Any
 ) -> GroupNorm:
     return GroupNorm(num_features, **options)
 
 
+@hands_on(GroupNorm, "num_groups", "max_groups")
 def _ln(
     num_features: int, *, stat_batch: int | None = None, momentum: float | None = None, **options: Any
 ) -> GroupNorm:
     return GroupNorm(num_features, num_groups=1, **options)
 
 
+@hands_on(GroupNorm, "num_groups", "max_groups")
 def _in(
     num_features: int, *, stat_batch: int | None = None, momentum: float | None = None, **options: Any
 ) -> GroupNorm:
     return GroupNorm(num_features, num_groups=num_features, **options)
 
 
+@hands_on(FrozenBatchNorm)
 def _frozen(num_features: int, *, stat_batch: int | None = None, **options: Any) -> FrozenBatchNorm:
     return FrozenBatchNorm(num_features, **options)
 
 
+@hands_on(WeightNorm)
 def _wn(
     num_features: int, *, stat_batch: int | None = None, eps: float | None = None, momentum: float | None = None
 ) -> WeightNorm:
     return WeightNorm()
 
 
+@hands_on(NoNorm)
 def _none(
     num_features: int, *, stat_batch: int | None = None, eps: float | None = None, momentum: float | None = None
 ) -> NoNorm:
     return NoNorm()
 
 
+@hands_on(KalmanGroupNorm)
 def _gkn(
     num_features: int,
     *,

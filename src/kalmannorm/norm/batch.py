@@ -13,6 +13,7 @@ from kalmannorm.norm import groups
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.checkpoints import is_run_again, once
 from kalmannorm.norm.contract import refuse_script
+from kalmannorm.norm.options import TakesOptions
 
 Probe = Callable[..., None]
 RAGGED = ("error", "measure", "drop")
@@ -60,7 +61,7 @@ def _together(first: Any, second: Any, one_row: bool) -> Any:
     return torch.cat([y, z]), belief
 
 
-class GroupedStatistics(_BatchNorm):
+class GroupedStatistics(TakesOptions, _BatchNorm):
     """Parameters, moving statistics and the choice of statistics of a normalizer over groups of `stat_batch` images.
 
     In training, and in evaluation with `statistics = "online"`, every group of `stat_batch` images (None: the whole

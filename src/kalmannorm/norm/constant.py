@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.norm import groups
+from kalmannorm.norm.options import TakesOptions
 
 
-class FrozenBatchNorm(nn.Module):
+class FrozenBatchNorm(TakesOptions, nn.Module):
     """Frozen BN ("BN*" in the paper's Table 6): an affine of constants, in training and evaluation.
 
     gamma, beta, mean and variance are buffers by the names of torch's BatchNorm2d, whose checkpoints load; convert
@@ -53,8 +54,11 @@ class FrozenBatchNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}"
 
 
-class NoNorm(nn.Module):
+class NoNorm(TakesOptions, nn.Module):
     """No normalizer: x -> x. The convolutions' biases, which convert adds, are in beta's place."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(self, input: Tensor) -> Tensor:
         # A copy, as of every normalizer: an in-place ReLU behind it must not reach x, which a shortcut may use too.

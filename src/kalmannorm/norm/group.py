@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.norm import groups
+from kalmannorm.norm.options import TakesOptions
 
 
 def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -> int:
@@ -38,7 +39,7 @@ def refuse_single_pixels(layer: nn.Module, x: Tensor) -> None:
         )
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(TakesOptions, nn.GroupNorm):
     """torch's GroupNorm with errors that name the layer: x [N, C, ...] -> y.
 
     32 groups as in its paper; the released code takes 4 on CIFAR (`max_groups=4`).

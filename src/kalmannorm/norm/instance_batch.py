@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import BatchNorm
 from kalmannorm.norm.group import refuse_single_pixels
+from kalmannorm.norm.options import TakesOptions
 
 
-class InstanceBatchNorm(nn.Module):
+class InstanceBatchNorm(TakesOptions, nn.Module):
     """Instance Norm on `ratio` of the channels, Batch Norm of groups of `stat_batch` images on the rest.
 
     x [N, C, H, W] -> y like x. The parts are named as in the public models, whose state dicts load:
@@ -26,6 +27,7 @@ class InstanceBatchNorm(nn.Module):
     """
 
     folds = False
+    hands_on = BatchNorm
 
     def __init__(
         self,

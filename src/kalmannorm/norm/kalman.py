@@ -14,6 +14,7 @@ from kalmannorm.norm.contract import TakesBeliefs
 from kalmannorm.norm.estimate import normalize_by_posterior
 from kalmannorm.norm.group import refuse_single_values
 from kalmannorm.norm.moments import plain
+from kalmannorm.norm.options import TakesOptions
 
 INITIAL_NOISE = 0.02  # R's start, per channel: no source gives it
 
@@ -257,7 +258,7 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
         return f"{super().extra_repr()}, {self.estimator_repr()}"
 
 
-class KalmanGroupNorm(Estimator):
+class KalmanGroupNorm(TakesOptions, Estimator):
     """Group Kalman Normalization, GKN (paper 3.3): GN's statistics, corrected by the same image's belief.
 
     Rows are images. An image's prior is its belief [N, C] (+ R per channel) averaged over each group of channels, with
