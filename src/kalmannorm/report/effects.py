@@ -153,12 +153,12 @@ class Cells:
 
 
 class Fit(NamedTuple):
-    """The model of some rows: one spread (standard deviation of a run) for all of them."""
+    """The least-squares model of some rows: one spread (standard deviation of a run) for all of them."""
 
     rows: tuple[Any, ...]
-    means: np.ndarray  # [R] least-squares level of each row
-    covariance: np.ndarray  # [R, R] of the levels, over the variance
-    null: np.ndarray  # [R, K] directions of the rows that the runs do not tell from seeds
+    levels: np.ndarray  # [R + S] of rows, then of seeds; as far as the runs tell them apart
+    covariance: np.ndarray  # [R + S, R + S] of the levels, over the variance
+    told: np.ndarray  # [R + S, R + S] projects on the sums of levels that the runs determine
     spread: float  # nan where nothing is left to estimate it from
     df: int
     counts: tuple[int, ...]  # runs of each row
@@ -192,7 +192,7 @@ class Effect(NamedTuple):
 
 def t_quantile(df: float, family: int = 1) -> float:
     """Return the Student-t quantile of a two-sided interval at 95 % for `family` intervals at once."""
-    from scipy.special import stdtrit  # without the second that importing scipy.stats takes
+    from scipy.special import stdtrit
 
     return float(stdtrit(df, 1 - (1 - CONFIDENCE) / (2 * family)))
 
@@ -205,39 +205,37 @@ def interval(values: Sequence[float]) -> float:
 
 
 def fit(values: Mapping[Any, Mapping[int, float]], seeds: bool = True) -> Fit:
-    """Return the model of `values`: row -> seed -> value. `seeds` False: value = row alone, for the level of a row.
-
-    The seeds' levels are eliminated from the normal equations: what is solved is as large as there are rows, not runs.
-    """
+    """Return the model of `values`: row -> seed -> value. `seeds` False: value = row alone, for the level of a row."""
     rows = tuple(row for row in values if values[row])
-    every = sorted({seed for row in rows for seed in values[row]})
-    runs = np.array([[values[row].get(seed, np.nan) for seed in every] for row in rows]).reshape(len(rows), len(every))
-    there = np.isfinite(runs)
-    share = there / there.sum(0) * seeds  # of a row's run in its seed's level
-    found = np.where(there, runs, 0.0)
-    eigenvalues, directions = np.linalg.eigh(np.diag(there.sum(1)) - share @ there.T)
-    told = eigenvalues > 1e-9 * max(1, len(every))
-    covariance = directions[:, told] / eigenvalues[told] @ directions[:, told].T
-    means = covariance @ (found.sum(1) - share @ found.sum(0))
-    left = np.where(there, runs - means[:, None], 0.0)
-    left -= np.where(there, left.sum(0) / there.sum(0) * seeds, 0.0)
-    df = int(there.sum() - told.sum()) - len(every) * seeds
-    spread = math.sqrt(float((left**2).sum()) / df) if df else math.nan
-    counts = tuple(map(int, there.sum(1)))
-    return Fit(rows, means, covariance, directions[:, ~told], spread, df, counts, _bartlett(values))
+    every = sorted({seed for row in rows for seed in values[row]}) if seeds else []
+    runs = [(place, seed, value) for place, row in enumerate(rows) for seed, value in values[row].items()]
+    found = np.array([value for *_, value in runs])
+    design = np.zeros((len(runs), len(rows) + len(every)))
+    for run, (place, seed, _) in zip(design, runs, strict=True):
+        run[place] = 1
+        if seeds:
+            run[len(rows) + every.index(seed)] = 1
+    normal = design.T @ design
+    covariance = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)
+    levels = covariance @ design.T @ found
+    told = covariance @ normal
+    df = len(runs) - round(float(np.trace(told)))
+    spread = math.sqrt(float(((found - design @ levels) ** 2).sum()) / df) if df else math.nan
+    return Fit(rows, levels, covariance, told, spread, df, tuple(len(values[row]) for row in rows), _equal(values))
 
 
 def effect(of: Fit, weights: Mapping[Any, float]) -> Effect | None:
     """Return a contrast of rows. None where a row has no run, or no common seeds connect the rows."""
     if not all(row in of.rows for row in weights):
         return None
-    vector = np.array([weights.get(row, 0.0) for row in of.rows])
-    if np.abs(vector @ of.null).max(initial=0) > 1e-9:
+    vector = np.zeros(len(of.levels))
+    vector[: len(of.rows)] = [weights.get(row, 0.0) for row in of.rows]
+    if not np.allclose(of.told @ vector, vector, atol=1e-9):
         return None
     error = of.spread * math.sqrt(max(0.0, float(vector @ of.covariance @ vector)))
     n = min(of.counts[of.rows.index(row)] for row in weights)
     # Rounded: whether -0.345 is printed as -0.34 or -0.35 must not hang on the machine's linear algebra.
-    mean, error, spread = (round(float(x), 12) for x in (of.means @ vector, error, of.spread))
+    mean, error, spread = (round(float(x), 12) for x in (of.levels @ vector, error, of.spread))
     return Effect(mean, error, of.df, n, spread, tuple(weights.values()), len(of.rows), of.equal)
 
 
@@ -316,17 +314,11 @@ def signed(value: float) -> str:
     return f"{'−' if value < 0 else '+'}{text}"
 
 
-def _bartlett(values: Mapping[Any, Mapping[int, float]]) -> float:
-    """p of the test of equal variances over the rows with two values or more; nan where that is no test."""
-    from scipy.special import chdtrc
+def _equal(values: Mapping[Any, Mapping[int, float]]) -> float:
+    """Return p of Bartlett's test over the rows with two values or more; nan where that is no test."""
+    from scipy.stats import bartlett  # half a second
 
     several = [list(of.values()) for of in values.values() if len(of) > 1]
-    variances = [float(np.var(of, ddof=1)) for of in several]
-    if len(several) < 2 or min(variances) <= 0:
+    if len(several) < 2 or min(map(np.ptp, several)) <= 0:
         return math.nan
-    dfs = np.array([len(of) - 1 for of in several])
-    total = dfs.sum()
-    pooled = float(dfs @ variances) / total
-    statistic = total * math.log(pooled) - float(dfs @ np.log(variances))
-    correction = 1 + (float((1 / dfs).sum()) - 1 / total) / (3 * (len(several) - 1))
-    return float(chdtrc(len(several) - 1, statistic / correction))
+    return float(bartlett(*several).pvalue)
