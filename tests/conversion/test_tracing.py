@@ -177,6 +177,11 @@ class Attending(nn.Module):
         return self.bn2(x.transpose(2, 3).contiguous() if x.mean() > 0 else x)
 
 
+def test_a_belief_passes_a_subsampling_where_nothing_is_traced() -> None:
+    model = convert(Chain(lambda self, x: x[:, :, ::2, ::2] if x.sum() < 1e9 else x), "bkn", stat_batch=2)
+    assert "" in untraced(model) and belief_report(model, images())["bn2"] is None
+
+
 def test_what_lost_a_belief_where_nothing_is_traced() -> None:
     assert belief_report(convert(Attending(), "bkn"), images())["bn2"] == "softmax (softmax)"
 

@@ -51,6 +51,36 @@ def test_conv_is_the_interior_of_a_constant_map(stride: int, dilation: int, grou
     assert error(out.var, valid(b.var, weight.square(), None)) < 1e-13
 
 
+CONVOLUTIONS = [F.linear, F.conv1d, F.conv2d, F.conv3d]
+
+
+@pytest.mark.parametrize(
+    ("axes", "how"),
+    [(0, {}), (1, {"stride": 2}), (2, {"groups": 2}), (2, {"stride": 2, "dilation": 2, "groups": 2}), (3, {})],
+    ids=str,
+)
+def test_covariance_behind_a_convolution_is_that_of_samples(axes: int, how: dict[str, int]) -> None:
+    """Of inputs whose channels are correlated and whose pixels are not; its diagonal is the variance's rule."""
+    groups, samples = how.get("groups", 1), 40_000
+    c_in, c_out, size = 4 // groups, 6 // groups, (3, 2, 3)[:axes]
+    weight = torch.randn(6, c_in, *size, dtype=D)
+    root = torch.randn(groups, c_in, c_in, dtype=D)
+    # Maps of one output pixel each, at strides and dilations too: those of different images are independent.
+    pixels = [how.get("dilation", 1) * (n - 1) + 1 for n in size]
+    x = torch.einsum("gij,ngj...->ngi...", root, torch.randn(samples, groups, c_in, *pixels, dtype=D)).flatten(1, 2)
+    y = CONVOLUTIONS[axes](x, weight, **how).flatten(1).view(samples, groups, c_out)
+    found = belief.conv_covariance(root @ root.mT, weight, groups)
+    for group, predicted in enumerate(found):
+        var = predicted.diagonal()
+        # A covariance's standard error is sqrt((S_ij^2 + S_ii S_jj) / samples).
+        tolerance = 5 * ((predicted.square() + var[:, None] * var) / samples).sqrt()
+        assert ((torch.cov(y[:, group].T) - predicted).abs() < tolerance).all()
+    b = random_belief(1, 4, D)
+    rule = belief.conv(b, weight, groups=groups) if axes else belief.linear(b, weight)
+    of_diagonal = belief.conv_covariance(b.var.view(groups, -1).diag_embed(), weight, groups)
+    assert error(of_diagonal.diagonal(dim1=-2, dim2=-1).reshape(1, -1), rule.var) < 1e-13
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(bias: bool) -> None:
     b = random_belief(3, 4, D)

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from helpers import error, talk_golden
 from torch import nn
 
-from kalmannorm import convert, set_statistics
+from kalmannorm import Belief, convert, set_statistics
+from kalmannorm.conversion.flow import beliefs_of_inputs
 from kalmannorm.models import ARCHS
 from kalmannorm.norm.modes import finish_gradients
+from kalmannorm.norm.moments import relu
 from kalmannorm.norm.whitened import fold_weights, parametrization_of, refresh, whiten_weights, whitened
 from kalmannorm.train.model import optimizer
 
@@ -138,6 +140,41 @@ def test_post_gwnn_whitens_outputs():
     layer = whitened(model)["conv"]
     out = F.conv2d(x, layer.weight, None, 1, 1).transpose(0, 1).flatten(1).detach()
     assert error(torch.cov(out, correction=0), torch.eye(16, dtype=D)) < 1e-6
+
+
+def test_covariances_of_no_data_are_those_of_samples():
+    """Independent Gaussian pixels and channels behind Batch Norm, then a ReLU: as the prediction has it, but for the
+    border. Q by it is what the samples' covariance gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6))
+    nn.init.uniform_(model[0].weight, 0.5, 1.5)
+    nn.init.normal_(model[0].bias)
+    whiten_weights(model, "post_gwnn")
+    model = convert(model, "bn", stat_batch=64).double()
+    x = torch.randn(64, 4, 34, 34, dtype=D) * 3 + 1
+    conv = model.get_submodule("2")
+    state = copy.deepcopy(model.state_dict())
+    beliefs = beliefs_of_inputs(model, x[:1])
+    assert list(beliefs) == [conv] and model.training
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    found = []
+    for inputs in (None, beliefs):
+        model.load_state_dict(state)
+        refresh(model, [x], inputs=inputs)
+        found.append(parametrization_of(conv).outer.clone())
+    assert error(found[1], found[0]) < 0.03
+    refresh(model, [x], inputs=beliefs)  # of the output before Q
+    assert torch.equal(parametrization_of(conv).outer, found[1])
+
+
+def test_beliefs_of_inputs_go_through_blocks_and_miss_the_first_layer():
+    model = network("post_gwnn")
+    beliefs = beliefs_of_inputs(model, samples()[:1])
+    layers = whitened(model)
+    assert set(layers.values()) - set(beliefs) == {layers["conv"]}
+    bn = model.get_submodule("bn")
+    expected = relu(Belief(bn.bias[None], bn.weight.square()[None]))
+    assert error(beliefs[layers["blocks.0.conv1"]].var, expected.var.detach()) < 1e-6
 
 
 def test_weight_decay_is_of_the_weight_itself():

@@ -164,6 +164,7 @@ def command(folder: Path, overrides: list[str]) -> list[str]:
     [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"], ["norm=brn"], ["norm=wn"], ["norm=ssn"],
      ["norm=pn", "norm.options.gamma_decay=[images,8]"],
      ["norm=eigennet", "norm.options.weights.every=2", "norm.options.weights.samples=64"],
+     ["norm=post_gwnn", "norm.options.weights.every=3", "+norm.options.weights.covariance=predicted"],
      ["norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"]],
 )  # fmt: skip
 def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, extra):

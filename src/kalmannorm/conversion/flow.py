@@ -3,6 +3,7 @@
 The rules are the same, applied as functions are called; modules that take beliefs find those of their arguments here.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,14 @@ from kalmannorm.conversion import runtime
 from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
 from kalmannorm.conversion.rules import Operation
 from kalmannorm.conversion.runtime import apply
+from kalmannorm.norm import GroupedStatistics
 from kalmannorm.norm.belief import Belief, Carried, Returned
 from kalmannorm.norm.contract import running
+from kalmannorm.norm.moments import plain
 
-# Operators by the names of the methods that have their rules.
-_METHODS = {f"__{name}__": name for name in ("add", "sub", "mul", "neg")}
+# Operators by the functions, or names of methods, that have their rules.
+_METHODS: dict[str, Any] = {"__getitem__": operator.getitem}
+_METHODS |= {f"__{name}__": name for name in ("add", "sub", "mul", "neg")}
 _METHODS |= {f"__i{name}__": f"{name}_" for name in ("add", "sub", "mul")}
 _METHODS |= {"__radd__": "add", "__rmul__": "mul", "__truediv__": "div", "__itruediv__": "div_"}
 _CONSTANT = object()  # stands for the belief of what is made of parameters alone
@@ -146,3 +150,37 @@ def follow(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: An
             return y
         found = {i: flow.get(value) for i, value in enumerate(args) if isinstance(value, Tensor)}
         return Returned(y, flow.get(y), {i: its for i, its in found.items() if its is not None} or None)
+
+
+@torch.no_grad()
+def beliefs_of_inputs(model: nn.Module, x: Tensor) -> dict[nn.Module, Belief]:
+    """What convolutions and linear layers take in, by the parameters alone: behind every normalizer that is measured
+    stands N(beta, gamma^2), and the table's rules lead from there; where there is none before, or no rule, the layer is
+    missing. `model`: a converted one, of which nothing changes; x: whole groups of images, whose shape alone counts.
+    """
+    found: dict[nn.Module, Belief] = {}
+    modes = {module: module.training for module in model.modules()}
+    hooks = []
+    with Flow() as flow:
+
+        def normalized(layer: nn.Module, args: Any, y: Tensor) -> None:
+            bias, weight = (getattr(layer, key).detach()[None] for key in ("bias", "weight"))
+            flow.put(y, Belief(bias, weight.square()))
+
+        def takes(layer: nn.Module, args: Any) -> None:
+            if (belief := plain(flow.get(args[0]))) is not None:
+                found[layer] = belief
+
+        for module in model.modules():
+            if isinstance(module, GroupedStatistics):
+                hooks.append(module.register_forward_hook(normalized))
+            elif isinstance(module, nn.Conv2d | nn.Linear):
+                hooks.append(module.register_forward_pre_hook(takes))
+        try:
+            model.eval()(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, training in modes.items():
+                module.training = training
+    return found

@@ -104,6 +104,7 @@ OF_NORM: Options = {
 OF_WEIGHTS: Options = {  # of norm.options.weights
     "kind": (str, anything, "a word"),
     "momentum": (str, ("transform", "zero").__contains__, "transform or zero"),
+    "covariance": (str, ("measured", "predicted").__contains__, "measured or predicted"),
     **dict.fromkeys(("every", "samples"), (int, positive, "a whole number from 1")),
     **dict.fromkeys(("eps", "outer_eps"), (float, positive, "a number above 0")),
     "share": (float, lambda value: 0 < value <= 1, "a number above 0, at most 1"),

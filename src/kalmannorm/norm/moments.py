@@ -125,6 +125,17 @@ def linear(belief: Belief, weight: Tensor, bias: Tensor | None = None) -> Belief
     return Belief(mean, F.linear(belief.var, weight.square()))
 
 
+def conv_covariance(covariance: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """Through a convolution or linear layer, with the whole matrix: [..., groups, C_in / groups, C_in / groups] -> the
+    same of the outputs, for the channels of each group.
+
+    S' = sum over the taps of W S W^T, of which `conv` predicts the diagonal, where S is diagonal. Exact where pixels
+    are independent, in the interior of the map.
+    """
+    taps = weight.to(covariance.dtype).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return torch.einsum("goit,...gij,gpjt->...gop", taps, covariance, taps)
+
+
 def _mix(rows: Tensor, matrix: Tensor, groups: int) -> Tensor:
     """rows [R, C_in] times matrix [C_out, C_in / groups], block-diagonal over the groups -> [R, C_out]."""
     if groups == 1:

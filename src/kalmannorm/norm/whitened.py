@@ -6,7 +6,7 @@ with the bias d - (sum of the taps of V P) c, and so exact at zero-padded border
 normalizers know nothing of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kalmannorm.norm.batch import GroupedStatistics
+from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.moments import conv_covariance
 from kalmannorm.norm.whitening import inverse_sqrt
 
 KINDS = ("wnn", "pre_gwnn", "post_gwnn", "eigennet")
@@ -196,6 +198,7 @@ def refresh(
     *,
     momentum: str = "transform",
     generator: torch.Generator | None = None,
+    inputs: Mapping[nn.Module, Belief] | None = None,
 ) -> None:
     """New P, Q and c of all whitened layers, from one pass over `batches` [N, C, H, W]; V and d such that the model
     computes what it did (but for `pre_gwnn` and `post_gwnn`, see whiten_weights).
@@ -203,7 +206,9 @@ def refresh(
     Statistics are those of the samples in groups, as in training, in evaluation mode: nothing else of the model
     changes. The optimizer's momentum is that of the same gradients of W, through the new P and Q; or with "zero"
     forgotten. In a distributed run every process calls it with its part of the samples. `generator` draws EigenNet's
-    labels. ValueError: no batch, or another `momentum`.
+    labels. `inputs` (conversion.flow.beliefs_of_inputs): post-GWNN's Q of these layers is of the covariance that
+    follows from what they take in and their weights (moments.conv_covariance), and not of a measured one.
+    ValueError: no batch, or another `momentum`.
     """
     if momentum not in MOMENTA:
         raise ValueError(f"momentum must be 'transform' or 'zero', not {momentum!r}")
@@ -212,7 +217,7 @@ def refresh(
     for layer in layers.values():
         for each in moments[layer]:
             each.over_ranks()
-        _renew(layer, *moments[layer], optimizer, momentum)
+        _renew(layer, *moments[layer], optimizer, momentum, (inputs or {}).get(layer))
 
 
 def _measure(
@@ -272,6 +277,7 @@ def _renew(
     outer: _Moments,
     optimizer: torch.optim.Optimizer | None,
     momentum: str,
+    believed: Belief | None,
 ) -> None:
     whitening = parametrization_of(layer)
     v: nn.Parameter = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
@@ -295,8 +301,13 @@ def _renew(
         scaled = outer.moment() / outer.moment().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
         new_outer = _root(scaled, whitening.outer_eps)
     elif whitening.kind == "post_gwnn":  # of the output before Q
-        undo = torch.linalg.inv(double.outer)
-        new_outer = _root(undo @ outer.covariance() @ undo.mT, whitening.eps)
+        if believed is None:
+            undo = torch.linalg.inv(double.outer)
+            before = undo @ outer.covariance() @ undo.mT
+        else:
+            var = believed.var.double().view(whitening.groups, -1)
+            before = conv_covariance(var.diag_embed(), v, whitening.groups)
+        new_outer = _root(before, whitening.eps)
     double.inner.copy_(new_inner)
     double.outer.copy_(new_outer)
     new_center = inner.mean.flatten()
@@ -347,7 +358,6 @@ def _difference(new: Tensor, old: Tensor, covariance: Tensor, groups: int) -> Te
     """Root mean square of the outputs' change over that of the outputs, taps as if independent."""
 
     def size(weight: Tensor) -> Tensor:
-        parts = weight.unflatten(0, (groups, -1)).reshape(groups, -1, weight.shape[1], weight[0, 0].numel())
-        return torch.einsum("goit,gij,gojt->", parts, covariance, parts).clamp(min=0)
+        return conv_covariance(covariance, weight, groups).diagonal(dim1=-2, dim2=-1).sum().clamp(min=0)
 
     return (size(new - old) / size(old).clamp(min=1e-30)).sqrt()

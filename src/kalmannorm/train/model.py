@@ -28,7 +28,7 @@ DECAY: dict[str, Callable[[float], float]] = {
     "poly": lambda done: (1 - done) ** 0.9,
 }
 # Of norm.options.weights: how refreshes go (refresh_weights.py); the rest is whiten_weights's.
-REFRESH = ("every", "samples", "momentum")
+REFRESH = ("every", "samples", "momentum", "covariance")
 # Stands for norm.options.input_belief = data until initialize.measure_input has seen them.
 UNMEASURED = (torch.zeros(3), torch.ones(3))
 
