@@ -25,6 +25,7 @@ PARAMETERS = {  # at 10 classes
     "resnet32_preact": 464_154,
     "resnet110": 1_727_962,
     "resnet110_preact": 1_727_962,
+    "resnet18_cifar": 11_173_962,
     "inception_v2": 11_285_224 - 990 * 1025,
     "resnet50": 25_557_032 - 990 * 2049,
     "resnet101": 44_549_160 - 990 * 2049,
@@ -65,7 +66,8 @@ def test_last_normalizers_see_what_is_pooled(name: str) -> None:
     model = ARCHS[name]().eval()
     last = [model.get_submodule(n) for n in LAST_NORMALIZERS[name]]
     assert all(isinstance(m, nn.BatchNorm2d) for m in last)
-    pooled = {"inception_cifar": 512, "inception_v2": 1024, "resnet50": 2048, "resnet101": 2048}.get(name, 64)
+    wide = {"inception_cifar": 512, "resnet18_cifar": 512, "inception_v2": 1024, "resnet50": 2048, "resnet101": 2048}
+    pooled = wide.get(name, 64)
     assert sum(m.num_features for m in last) == model.fc.in_features == pooled
     order: list[nn.Module] = []
     for module in model.modules():
@@ -75,6 +77,20 @@ def test_last_normalizers_see_what_is_pooled(name: str) -> None:
     branches = len(last)
     assert order[-1] is model.fc and order[-2] is last[-1]
     assert set(last) <= set(order[-(2 + 3 * branches) :])
+
+
+@pytest.mark.parametrize("name", ["resnet14", "resnet14_preact", "resnet18_cifar"])
+def test_dropout_is_of_the_pooled_features(name: str) -> None:
+    torch.manual_seed(0)
+    model = convert(ARCHS[name](dropout=0.5), "bkn", stat_batch=2)
+    (dropout,) = (m for m in model.modules() if isinstance(m, nn.Dropout))
+    seen: list[Tensor] = []
+    dropout.register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    x = torch.randn(2, 3, 16, 16)
+    model(x)
+    (features, dropped) = seen
+    assert features.dim() == 2 and 0.3 < (dropped == 0).float().mean() - (features == 0).float().mean() < 0.7
+    assert torch.equal(model.eval()(x), model(x))
 
 
 @pytest.mark.parametrize("name", ["resnet32", "resnet32_preact", "resnet110", "resnet110_preact"])

@@ -13,7 +13,7 @@ from torch import nn
 
 from kalmannorm.models.inception_cifar import InceptionCifar
 from kalmannorm.models.inception_v2 import InceptionV2
-from kalmannorm.models.resnet_cifar import ResNet
+from kalmannorm.models.resnet_cifar import ResNet, conv3x3, he_init
 
 
 def _torchvision(name: str, classes: int = 1000, **options: Any) -> nn.Module:
@@ -21,6 +21,20 @@ def _torchvision(name: str, classes: int = 1000, **options: Any) -> nn.Module:
     import torchvision  # slow to import, and most runs do without
 
     return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
+
+
+def _resnet18_cifar(classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    """Build torchvision's ResNet-18 for images of 32 pixels: a stem of 3x3 without a stride, no pooling behind it.
+
+    `dropout`: of the pooled features.
+    """
+    model = _torchvision("resnet18", classes)
+    model.conv1 = conv3x3(3, 64)
+    he_init(model.conv1)
+    model.maxpool = nn.Identity()
+    if dropout:
+        model.fc = nn.Sequential(nn.Dropout(dropout), model.get_submodule("fc"))
+    return model
 
 
 def _of_table_2(name: str, **options: Any) -> nn.Module:
@@ -53,6 +67,7 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
     "resnet32_preact": partial(ResNet, 5, preact=True),
     "resnet110": partial(ResNet, 18),
     "resnet110_preact": partial(ResNet, 18, preact=True),
+    "resnet18_cifar": _resnet18_cifar,
     "resnet50": partial(_torchvision, "resnet50"),
     "resnet101": partial(_torchvision, "resnet101"),
     "densenet121": partial(_torchvision, "densenet121"),
@@ -75,6 +90,7 @@ LAST_NORMALIZERS: dict[str, tuple[str, ...]] = {
     "resnet32_preact": ("bn_last",),
     "resnet110": ("blocks.53.bn2",),
     "resnet110_preact": ("bn_last",),
+    "resnet18_cifar": ("layer4.1.bn2",),
     "resnet50": ("layer4.2.bn3",),
     "resnet101": ("layer4.2.bn3",),
     "densenet121": ("features.norm5",),

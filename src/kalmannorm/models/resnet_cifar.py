@@ -62,9 +62,9 @@ class PreactBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """x [N, 3, H, W] -> logits [N, classes]; depth 6 n + 2."""
+    """x [N, 3, H, W] -> logits [N, classes]; depth 6 n + 2. `dropout`: of the pooled features."""
 
-    def __init__(self, n: int, classes: int = 10, preact: bool = False) -> None:
+    def __init__(self, n: int, classes: int = 10, preact: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
         self.preact = preact
         self.conv, self.bn = conv3x3(3, 16), nn.BatchNorm2d(16)
@@ -79,6 +79,7 @@ class ResNet(nn.Module):
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.bn_last = nn.BatchNorm2d(64) if preact else nn.Identity()
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.fc = nn.Linear(64, classes)
         he_init(self)
 
@@ -86,4 +87,4 @@ class ResNet(nn.Module):
         x = self.blocks(F.relu(self.bn(self.conv(x))))
         if self.preact:
             x = F.relu(self.bn_last(x))
-        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return self.fc(self.dropout(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)))
