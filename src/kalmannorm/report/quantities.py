@@ -30,7 +30,7 @@ QUANTITIES = {
     **dict.fromkeys((*PERCENT, "gap", "ln_share", "bn_share"), Quantity("points")),
     **dict.fromkeys(("steps_to", "gap_measured", "gap_used"), Quantity("%", log=True)),
     **dict.fromkeys(("relative_gap_measured", "relative_gap_used"), Quantity("%", log=True)),
-    "depth_growth": Quantity("", log=False),
+    **dict.fromkeys(("depth_growth", "zeta_growth", "loss", "train_loss"), Quantity("")),
     **{
         f"{what}_{moment}": Quantity("%", log=True)
         for what in ("posterior_error", "first_error", "posterior_spread")
@@ -56,7 +56,12 @@ def value(run: Run, quantity: str = "accuracy", at: float | None = None, level: 
         return _share(run, SHARES[quantity])
     if quantity == "gap":  # how far apart the same weights are under online and moving statistics
         return None if missing(run["gap"]) else abs(run["gap"])
-    if quantity in PERCENT:
+    if quantity == "train_loss":  # the last epoch's
+        losses = run.get("train_loss")
+        return float(losses[-1]) if isinstance(losses, list) and not missing(losses[-1]) else None
+    if quantity == "zeta_growth":
+        return _zeta_growth(run.get("norms") or {})
+    if quantity in (*PERCENT, "loss"):
         return None if missing(run.get(quantity)) else float(run[quantity])
     if quantity not in QUANTITIES:
         raise UserError(f"unknown quantity {quantity!r}; valid: {', '.join(QUANTITIES)}")
@@ -115,6 +120,14 @@ def _share(run: Run, place: int) -> float | None:
     mixed = (run.get("norms") or {}).get("mixture") or {}
     weights = [layer[moment][place] for layer in mixed.values() for moment in ("mean", "var")]
     return 100 * math.fsum(weights) / len(weights) if weights else None
+
+
+def _zeta_growth(norms: Mapping[str, Any]) -> float | None:
+    """Return how ln of gamma decay's mean coefficient grows with depth."""
+    found = norms.get("gamma_decay") or {}
+    names = [name for name in norms.get("order") or [] if name in found]
+    growth = _growth(names, np.array([found[name]["zeta"] for name in names])) if len(names) > 2 else math.nan
+    return growth if math.isfinite(growth) else None
 
 
 def _of_arrays(run: Run) -> Mapping[str, float]:
