@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from kalmannorm import belief_report, convert, fold
+from kalmannorm import belief_report, convert, fold, set_statistics
 from kalmannorm.conversion import untraced
 from kalmannorm.norm.moments import Predictor
 
@@ -236,6 +236,34 @@ def test_exported_models_compute_the_same(export: Any, options: dict[str, Any]) 
     run = program.module() if export is torch.export.export else program
     other = images()
     torch.testing.assert_close(run(other), model(other))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_models_in_evaluation_export_to_onnx(options: dict[str, Any], dynamo: bool, tmp_path: Path) -> None:
+    """Without the beliefs, which nothing uses there."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x, file = converted(**options), images(), str(tmp_path / "model.onnx")
+    model(x)
+    model.eval()
+    torch.onnx.export(model, (x,), file, input_names=["image"], dynamo=dynamo, verbose=False)
+    (found,) = onnxruntime.InferenceSession(file).run(None, {"image": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_draws_are_not_exported(tmp_path: Path) -> None:
+    """Those of evaluation would differ from call to call; ONNX has none at all. Training's go on."""
+    model, x = converted(predictor="sampling"), images()
+    program = torch.export.export(model, (x,)).module()
+    assert not torch.equal(program(x), program(x))
+    line = r"draws of the sampling predictor cannot be exported: export kalmannorm\.fold\(model\.eval\(\)\)"
+    with pytest.raises(torch.onnx.OnnxExporterError, match=line):
+        torch.onnx.export(model, (x,), str(tmp_path / "model.onnx"), verbose=False)
+    set_statistics(model.eval(), "online")
+    for export in (torch.export.export, torch.jit.trace):
+        with pytest.raises(ValueError, match=line):
+            export(model, (x,))
 
 
 @pytest.mark.parametrize("options", [option for option in OPTIONS if "predictor" not in option], ids=str)

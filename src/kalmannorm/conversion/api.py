@@ -151,7 +151,11 @@ def convert(
                 classes.become(module, classes.REFUSING)
         if returns_belief:
             classes.become(source, classes.WITHOUT_BELIEF)
-    source.__dict__[_MARK] = {"normalizers": list(layers), "as_they_are": as_they_are}
+    source.__dict__[_MARK] = {
+        "normalizers": list(layers),
+        "as_they_are": as_they_are,
+        contract.RETURNS: returns_belief,
+    }
     return source
 
 

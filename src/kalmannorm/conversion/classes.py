@@ -34,7 +34,7 @@ _HELPERS: dict[str, Any] = {
     **{function.__name__: function for function in (runtime.of_convolution, runtime.of_linear)},
     **{function.__name__: function for function in (runtime.of_transition, runtime.of_sample)},
     **{function.__name__: function for function in (runtime.of_transposed, runtime.transposed)},
-    **{function.__name__: function for function in (runtime.refuse_torch_sync, runtime.seen_input)},
+    **{function.__name__: function for function in (runtime.refuse_torch_sync, runtime.seen_input, contract.used)},
     **{cls.__name__: cls for cls in (Belief, Carried, Estimated, Returned, Tensor)},
     "linear": F.linear,
     "Predictor": Predictor,
@@ -343,7 +343,7 @@ def root_code(
     if input_belief == "argument":
         head = head.replace(first, f"{first}, {first}_belief=None", 1)
     if known:
-        lines += [f"    given = pick(beliefs, 0, {first!r})", f"    given = {known} if given is None else given"]
+        lines += [f"    given = pick(beliefs, 0, {first!r})", f"    given = used({known} if given is None else given)"]
     else:
         lines += [f"    given = pick(beliefs, 0, {first!r})"]
     lines += ["    if isinstance(given, Belief) and _RELU != 'closed':", "        given = Carried(given, '', _RELU)"]

@@ -12,17 +12,39 @@ from torch.utils._pytree import tree_map_only
 
 from kalmannorm.norm.belief import Estimated, Returned, pick
 
-# Where a converted model keeps what is known of the conversion, and in that the shapes that it was called with first.
-MARK, SEEN = "_conversion", "seen"
+# Where a converted model keeps what is known of the conversion, and in that the shapes that it was called with first,
+# and whether it returns a belief.
+MARK, SEEN, RETURNS = "_conversion", "seen", "returns_belief"
 
 
 class _Running(threading.local):
-    """Of each thread (DataParallel has several): the flow.Flow that follows beliefs through its forward, or None."""
+    """Of each thread (DataParallel has several): the flow.Flow that follows beliefs through its forward, or None; and
+    whether no belief is of any use."""
 
     flow: Any = None
+    idle = False
 
 
 running = _Running()
+
+
+def used(belief: Any) -> Any:
+    return None if running.idle else belief
+
+
+def is_traced() -> bool:
+    """By torch.export or torch.jit.trace, which would keep what nothing uses: draws, which ONNX has not, among it."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def _traced(model: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A call of a converted model, without beliefs where all of its normalizers are moving averages' affine maps."""
+    measuring = (m for m in model.modules() if isinstance(m, TakesBeliefs) and not getattr(m, "uses_moving", False))
+    outer, running.idle = running.idle, not model.__dict__[MARK][RETURNS] and next(measuring, None) is None
+    try:
+        return call(model, *args, **kwargs)
+    finally:
+        running.idle = outer
 
 
 def methods(base: type[nn.Module]) -> dict[str, Any]:
@@ -35,6 +57,8 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
             self.__dict__[MARK][SEEN] = tree_map_only(Tensor, lambda value: value.detach().to("meta"), (args, kwargs))
         flow = running.flow
         if flow is None or not flow.is_here():
+            if MARK in self.__dict__ and is_traced():
+                return _traced(self, base.__call__, args, kwargs)
             return base.__call__(self, *args, **kwargs)
         return flow.through(functools.partial(base.__call__, self), args, kwargs)
 

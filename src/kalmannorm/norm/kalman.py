@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics, by_whole_groups
 from kalmannorm.norm.belief import Belief, Carried, Estimated, pick
-from kalmannorm.norm.contract import TakesBeliefs
+from kalmannorm.norm.contract import TakesBeliefs, used
 from kalmannorm.norm.estimate import normalize_by_posterior
 from kalmannorm.norm.group import refuse_single_values
 from kalmannorm.norm.moments import plain
@@ -83,7 +83,7 @@ class Estimator(TakesBeliefs):
         y, belief = self.estimate(input, plain(pick(beliefs, 0, "input")))
         if beliefs is None:
             return y
-        return Estimated(y, belief if self.on_relu == "closed" else Carried(belief, "", self.on_relu))
+        return Estimated(y, used(belief if self.on_relu == "closed" else Carried(belief, "", self.on_relu)))
 
     @property
     def gain(self) -> Tensor | float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.checkpoints import once
+from kalmannorm.norm.contract import is_traced
 from kalmannorm.norm.moments import Predictor, full_precision
 
 
@@ -35,7 +36,15 @@ class Noise(Predictor):
         self.step = int(state)
 
     def forward(self, belief: Belief, x: Tensor) -> Tensor:
-        """belief [rows, C] and the feature map x [N, C, H, W] it stands for -> draws [rows, C, H, W]."""
+        """belief [rows, C] and the feature map x [N, C, H, W] it stands for -> draws [rows, C, H, W].
+
+        ValueError: in a trace of evaluation, whose draws would differ from call to call; in an export to ONNX.
+        """
+        if is_traced() and (not self.training or torch.onnx.is_in_onnx_export()):
+            raise ValueError(
+                "draws of the sampling predictor cannot be exported: export kalmannorm.fold(model.eval()), or the "
+                "model in evaluation by moving statistics"
+            )
         # Not as a decorator: that imports the whole compiler, half of this module's time to import.
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._draw)(belief, x)
