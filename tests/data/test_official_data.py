@@ -26,7 +26,7 @@ import torchvision.datasets
 from array_files import RANDOM, Touch, folder_of, images_of
 
 from kalmannorm import data
-from kalmannorm.data import cifar, svhn
+from kalmannorm.data import cifar
 from kalmannorm.errors import UserError
 
 # Official CIFAR archives ---------------------------------------------------------------------------------------------
@@ -113,7 +113,9 @@ def test_prepare_cifar(name: str, place: str, tmp_path: Path, monkeypatch: pytes
     assert out == root / name and archive.exists()
     assert_prepared(root, name, arrays, "official archive, md5 verified")
     source = json.loads((out / "source.json").read_text())
-    assert source["dataset"] == name and source["archive_md5"] == hashlib.md5(archive.read_bytes()).hexdigest()
+    assert source["dataset"] == name and source["archive_md5"] == {
+        archive.name: hashlib.md5(archive.read_bytes()).hexdigest()
+    }
     assert source["exact_images"] == {"train": len(arrays["train_labels"]), "test": len(arrays["test_labels"])}
 
 
@@ -415,20 +417,20 @@ def test_unexpected_mat_files_are_refused(
 def test_svhn_md5_and_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mat(tmp_path, "test", 12, monkeypatch)
     with pytest.raises(UserError, match=r"train_32x32\.mat is not there and downloading is off"):
-        svhn.prepare("svhn", tmp_path, download=False)
+        data.prepare("svhn", tmp_path, download=False)
     with pytest.raises(UserError, match=r"could not download http://127\.0\.0\.1:9/"):
         write_mat(tmp_path, "train", 12, monkeypatch)
         (tmp_path / "train_32x32.mat").unlink()
-        svhn.prepare("svhn", tmp_path)
+        data.prepare("svhn", tmp_path)
     write_mat(tmp_path, "train", 12, monkeypatch)
     path = tmp_path / "train_32x32.mat"
     path.write_bytes(path.read_bytes()[:-100])
     monkeypatch.setattr(scipy.io, "loadmat", lambda *_, **__: pytest.fail("read before its md5 was right"))
     with pytest.raises(UserError, match=r"train_32x32\.mat has md5 "):
-        svhn.prepare("svhn", tmp_path)
+        data.prepare("svhn", tmp_path)
     monkeypatch.undo()
     lists = {split: ["", f"{split}_32x32.mat", hashlib.md5((tmp_path / f"{split}_32x32.mat").read_bytes()).hexdigest()]
              for split in ("train", "test")}  # fmt: skip
     monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", lists)
     with pytest.raises(UserError, match=r"cannot read .*train_32x32\.mat"):
-        svhn.prepare("svhn", tmp_path)
+        data.prepare("svhn", tmp_path)

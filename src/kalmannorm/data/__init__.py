@@ -6,7 +6,8 @@ torchvision), `beton_loader` (FFCV's files).
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +37,12 @@ __all__ = [
 
 Source = Arrays | Images | Betons
 
-DATASETS: dict[str, Callable[[Path], Arrays]] = {
-    "digits": digits.load,
-    "cifar10": cifar.load_cifar10,
-    "cifar10_few": cifar.load_few,
-    "cifar10_recoloured": cifar.load_recoloured,
-    "cifar100": cifar.load_cifar100,
-    "svhn": svhn.load,
-    "svhn_extra": svhn.load_extra,
-}
-
-SCENES = {**camvid.SOURCES, **cityscapes.SOURCES, **ade20k.SOURCES, **gta5.SOURCES}  # read by scenes.load
-
+OFFICIAL = {each.name: each for each in (cifar.CIFAR10, cifar.CIFAR100, svhn.SVHN, svhn.SVHN_EXTRA)}
 VARIANTS = {"cifar10_few": "cifar10", "cifar10_recoloured": "cifar10"}  # of other sets, from whose folder they are read
-
-
-PREPARE = {  # by which module; digits needs no preparing
-    "cifar10": "cifar",
-    "cifar100": "cifar",
-    "svhn": "svhn",
-    "svhn_extra": "svhn",
-    "playback": "playback",
-    "coco-tiny-maps": "coco_maps",
-}
+DATASETS = ("digits", *OFFICIAL, *VARIANTS)  # in memory
+MADE = {"playback": "playback", "coco-tiny-maps": "coco_maps"}  # of other data, by which module
+PREPARE = (*OFFICIAL, *MADE)  # digits needs no preparing
+SCENES = {**camvid.SOURCES, **cityscapes.SOURCES, **ade20k.SOURCES, **gta5.SOURCES}  # read by scenes.load
 
 
 def root(option: str | None = None) -> Path:
@@ -96,15 +80,20 @@ def load(name: str, root: Path) -> Arrays:
     """Return the data set `name`, checked. UserError if there is none of that name, or it is missing or damaged."""
     if name not in DATASETS:
         raise UserError(nearest(name, DATASETS, "dataset"))
-    return DATASETS[name](root)
+    if name == "digits":
+        return digits.load()
+    arrays = OFFICIAL[VARIANTS.get(name, name)].load(root)
+    return replace(arrays, provenance=arrays.provenance | {"name": name})
 
 
 def prepare(name: str, root: Path, archive: Path | None = None, download: bool = True) -> Path:
     """Get the data set into `root/name`, from `archive`, files already there, or the network; see its module."""
-    if name in PREPARE:
-        module = importlib.import_module(f"kalmannorm.data.{PREPARE[name]}")  # now: some import torch
-        written: Path = module.prepare(name, root, archive, download)
-        return written
+    if name in OFFICIAL:
+        return OFFICIAL[name].prepare(root, archive, download)
+    if name in MADE:
+        module = importlib.import_module(f"kalmannorm.data.{MADE[name]}")  # now: they import torch
+        made: Path = module.prepare(root / name, archive)
+        return made
     if name == "digits":
         raise UserError("dataset 'digits' comes with scikit-learn: nothing to prepare, `dataset=digits` runs as it is")
     if name.startswith("coco"):

@@ -20,10 +20,10 @@ from kalmannorm.errors import UserError
 SOURCE = "coco-tiny"
 
 
-def prepare(name: str, root: Path, archive: Path | None, download: bool) -> Path:
-    """Write the data set to root/name, from root/coco-tiny or the folder `archive` in COCO's layout. UserError: that is
-    missing or damaged; root/name is there already."""
-    folder, target = archive or root / SOURCE, root / name
+def prepare(target: Path, archive: Path | None) -> Path:
+    """Write the data set to `target`, from coco-tiny beside it or the folder `archive` in COCO's layout. UserError: that
+    is missing or damaged; `target` is there already."""
+    folder = archive or target.parent / SOURCE
     if target.exists():
         raise UserError(f"{target} is there already: remove it to write it again")
     found = coco.load(folder.name, folder.parent, COCO_CLASSES)

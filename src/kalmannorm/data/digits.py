@@ -1,7 +1,5 @@
 """Handwritten digits that come with scikit-learn: 1,797 real 8x8 images, no download (UCI, Alpaydin & Kaynak 1998)."""
 
-from pathlib import Path
-
 import numpy as np
 
 from kalmannorm.data.arrays import Arrays, digest
@@ -9,8 +7,8 @@ from kalmannorm.data.arrays import Arrays, digest
 TEST_IMAGES = 360  # a fifth, stratified; the split is fixed (random_state 0), the same in every run
 
 
-def load(root: Path) -> Arrays:
-    """Load the digits at their native 8x8, grey repeated over three channels; `root` is not needed.
+def load() -> Arrays:
+    """Load the digits at their native 8x8, grey repeated over three channels.
 
     8x8 is too small for the networks here: `arrays.resize` brings them to the size of the budget.
     """

