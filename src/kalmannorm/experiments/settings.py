@@ -250,11 +250,6 @@ class Dataset(Group):
     classes: int = setting("a number of classes", positive)
     published: list[int] | None = setting("null or [training images, test images]", pair_of_counts, True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if folder := getattr(self, "folder", None):
-            object.__setattr__(self, "folder", str(PurePath(folder)))  # a/ is a
-
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayDataset(Dataset):
@@ -266,32 +261,36 @@ class ArrayDataset(Dataset):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderDataset(Dataset):
-    """A folder of images."""
+class FilesDataset(Dataset):
+    """A folder of files, one folder a class."""
 
-    published: list[int] | None = setting("null or [training images, test images]", pair_of_counts)
+    published: list[int] | None = setting("null or [training files, test files]", pair_of_counts)
     folder: str = setting("a folder under the data root", bool)
-    loader: str = setting(" or ".join(LOADERS), LOADERS.__contains__)
-    unreadable: str = setting(" or ".join(UNREADABLE), UNREADABLE.__contains__)
     flip: bool = setting("true or false")
     mean: list[float] = MEAN
     std: list[float] = STD
-    gap_images: int = setting("a number of images", positive)
+    gap_images: int = setting("a number of images, or videos", positive)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "folder", str(PurePath(self.folder)))  # a/ is a
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoDataset(Dataset):
-    """A folder of videos."""
+class FolderDataset(FilesDataset):
+    """Images as files."""
 
-    published: list[int] | None = setting("null or [training videos, test videos]", pair_of_counts)
-    folder: str = setting("a folder under the data root", bool)
+    loader: str = setting(" or ".join(LOADERS), LOADERS.__contains__)
+    unreadable: str = setting(" or ".join(UNREADABLE), UNREADABLE.__contains__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoDataset(FilesDataset):
+    """Videos as files."""
+
     frames: int = setting("a number of frames from 1 to 512", lambda value: 1 <= value <= 512)
     interval: int = setting("a number of frames from 1 to 64", lambda value: 1 <= value <= 64)
     views: int = setting("a number of clips from 1 to 100", lambda value: 1 <= value <= 100)
-    flip: bool = setting("true or false")
-    mean: list[float] = MEAN
-    std: list[float] = STD
-    gap_images: int = setting("a number of videos", positive)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,21 +393,27 @@ class Batch(Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule(Group):
+class SGD(Group):
+    """What is common to all schedules."""
+
+    GROUP = "schedule"
+    name: str = setting("a name", bool)
+    epochs: int | None = setting("a positive number of epochs", positive, optional=True)
+    momentum: float = setting("a number from 0, below 1", lambda value: 0 <= value < 1)
+    weight_decay: float = setting("a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(SGD):
     """Learning rates of a classifier.
 
     `lr` is [[last epoch, rate], ...] of a run whose length is the last of these epochs, or with `decay` one rate, that
     is taken to 0. With `lr_batch` rates are meant for steps of that many images.
     """
 
-    GROUP = "schedule"
-    name: str = setting("a name", bool)
-    epochs: int | None = setting("a positive number of epochs", positive, optional=True)
     lr: list[list[Number]] | float = setting("a rate above 0, or [[last epoch, rate], ...]")
     decay: str | None = setting(" or ".join(DECAYS), DECAYS.__contains__, optional=True)
     lr_batch: int | None = setting("a positive number of images", positive, optional=True)
-    momentum: float = setting("a number from 0, below 1", lambda value: 0 <= value < 1)
-    weight_decay: float = setting("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
     def __post_init__(self) -> None:
         pairs = "[[last epoch, rate], ...], for example [[30,0.1],[60,0.01]]"
@@ -434,13 +439,10 @@ class Schedule(Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionSchedule(Group):
+class DetectionSchedule(SGD):
     """Learning rates of a detector, in steps of a run of `of_steps`, for `of_batch` images a step."""
 
-    GROUP = "schedule"
-    name: str = setting("a name", bool)
     of_steps: int = setting("a positive number of steps", positive)
-    epochs: int | None = setting("a positive number of epochs", positive, optional=True)
     lr: float = setting("a rate above 0", positive)
     of_batch: int = setting("a positive number of images", positive)
     warmup: int = setting("a number of steps from 0", not_negative)
@@ -448,8 +450,6 @@ class DetectionSchedule(Group):
         "steps in ascending order after which the rate is a tenth",
         lambda drops: ascending(drops) and min(drops, default=1) > 0,
     )
-    momentum: float = setting("a number from 0, below 1", lambda value: 0 <= value < 1)
-    weight_decay: float = setting("a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 @dataclass(frozen=True, kw_only=True)

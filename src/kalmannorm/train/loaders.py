@@ -18,7 +18,7 @@ from kalmannorm.data.loader import Loader
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Tree
-from kalmannorm.experiments.settings import ArrayDataset, FolderDataset, VideoDataset
+from kalmannorm.experiments.settings import ArrayDataset, FilesDataset, FolderDataset, VideoDataset
 from kalmannorm.files import write_atomically
 from kalmannorm.train.ranks import Ranks
 
@@ -82,9 +82,7 @@ def loaders(config: Config, source: data.Source, ranks: Ranks, whole: bool = Fal
     test_shard = (0, 1) if whole else evaluation_shard(config, ranks)
     if isinstance(source, data.Arrays):
         return _in_memory(config, source, ranks, shard, test_shard)
-    if isinstance(config.dataset, VideoDataset):
-        return _of_videos(config, source, ranks, shard, test_shard)
-    return _streamed(config, source, ranks, shard, test_shard)
+    return _of_files(config, source, ranks, shard, test_shard)
 
 
 def evaluation_shard(config: Config, ranks: Ranks) -> tuple[int, int]:
@@ -148,57 +146,33 @@ def recoloured(config: Config, source: data.Source, train: Batches, device: torc
     }
 
 
-def _streamed(
+def _of_files(
     config: Config, source: data.Images | data.Betons, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
 ) -> tuple[Batches, Batches]:
-    """Make both, normalized by the data set's `mean` and `std`."""
+    """Make both, normalized by the data set's `mean` and `std`; the clips of a test video side by side."""
     from kalmannorm.data.beton_loader import BetonLoader  # here, as torchvision's transforms take a second to import
     from kalmannorm.data.stream import FolderLoader
-
-    dataset, subset = config.dataset, config.budget.subset
-    assert isinstance(dataset, FolderDataset)
-    common: dict[str, Any] = {
-        "size": config.budget.size,
-        "flip": dataset.flip,
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "device": ranks.device,
-        "seed": config.seed,
-        "workers": data.workers_of(config.workers, ranks.world),
-    }
-    kind: Any = BetonLoader if isinstance(source, data.Betons) else FolderLoader
-    train = source.train
-    if subset is not None:
-        train = train.take(data.class_balanced_subset(train.labels, subset))
-    return (
-        kind(train, batch=config.batch.grad_batch, shard=shard, **common),
-        kind(source.test, batch=test_shard[1], shard=test_shard, **common),
-    )
-
-
-def _of_videos(
-    config: Config, source: data.Source, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
-) -> tuple[Batches, Batches]:
-    """Make both; the test videos' clips side by side."""
     from kalmannorm.data.video import VideoLoader
 
-    dataset, subset = config.dataset, config.budget.subset
-    assert isinstance(dataset, VideoDataset) and isinstance(source, data.Images)
+    dataset, train = config.dataset, source.train
+    assert isinstance(dataset, FilesDataset)
     common: dict[str, Any] = {
         "size": config.budget.size,
         "flip": dataset.flip,
-        "frames": dataset.frames,
-        "interval": dataset.interval,
         "mean": dataset.mean,
         "std": dataset.std,
         "device": ranks.device,
         "seed": config.seed,
         "workers": data.workers_of(config.workers, ranks.world),
     }
-    train = source.train
-    if subset is not None:
-        train = train.take(data.class_balanced_subset(train.labels, subset))
+    views = {}
+    kind: Any = BetonLoader if isinstance(source, data.Betons) else FolderLoader
+    if isinstance(dataset, VideoDataset):
+        kind, views = VideoLoader, {"views": dataset.views}
+        common |= {"frames": dataset.frames, "interval": dataset.interval}
+    if config.budget.subset is not None:
+        train = train.take(data.class_balanced_subset(train.labels, config.budget.subset))
     return (
-        VideoLoader(train, batch=config.batch.grad_batch, shard=shard, views=None, **common),
-        VideoLoader(source.test, batch=test_shard[1], shard=test_shard, views=dataset.views, **common),
+        kind(train, batch=config.batch.grad_batch, shard=shard, **common),
+        kind(source.test, batch=test_shard[1], shard=test_shard, **common, **views),
     )

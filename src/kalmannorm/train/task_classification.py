@@ -16,7 +16,7 @@ from kalmannorm.conversion import belief_report
 from kalmannorm.data.batches import Batches
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Curves, Evaluation, Record
-from kalmannorm.experiments.settings import FolderDataset, VideoDataset
+from kalmannorm.experiments.settings import FilesDataset, VideoDataset
 from kalmannorm.files import write_atomically
 from kalmannorm.norm.modes import normalizers
 from kalmannorm.train.evaluate import evaluate, precise, under_both
@@ -139,7 +139,7 @@ class Classification(Task):
             return {}
         stat_batch, dataset = config.batch.stat_batch, config.dataset
         assert stat_batch is not None
-        images = dataset.gap_images if isinstance(dataset, FolderDataset | VideoDataset) else None
+        images = dataset.gap_images if isinstance(dataset, FilesDataset) else None
         arrays, raw = variance_gaps(self.model, self.train, self.last, config.batch.grad_batch, stat_batch, images)
         content = io.BytesIO()
         np.savez(content, **raw)  # type: ignore[arg-type]
