@@ -26,7 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from kalmannorm.data.annotations import Split, Values, read
 from kalmannorm.data.batches import mix
 from kalmannorm.data.pixels import Unreadable, read_rgb
-from kalmannorm.data.workers import begin_worker
+from kalmannorm.data.workers import Named, begin_worker
 from kalmannorm.errors import UserError
 
 SPLITS = ("train2017", "val2017")
@@ -151,19 +151,6 @@ class Images(Dataset[Item]):
         return image, target | {"image_id": self.split.ids[position], "key": key}
 
 
-class _Named(Dataset[Item | str]):
-    """The same, or what is wrong with a file: an exception would lose its form on its way out of a worker."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __getitem__(self, item: tuple[int, bool, int]) -> Item | str:
-        try:
-            return self.images[item]
-        except UserError as error:
-            return str(error)
-
-
 @dataclass(frozen=True)
 class Batch:
     """This process's part of a step's images, on the device; `canvas`: what the whole step's images are padded to."""
@@ -226,7 +213,7 @@ class TrainingBatches:
         rank, world = self.shard
         mine = [[self._item(i, epoch) for i in batch[rank::world]] for batch in order]
         loader = DataLoader(
-            _Named(self.images),
+            Named(self.images),
             batch_sampler=mine,
             num_workers=self.workers,
             collate_fn=list,

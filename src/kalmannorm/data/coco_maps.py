@@ -21,8 +21,8 @@ SOURCE = "coco-tiny"
 
 
 def prepare(target: Path, archive: Path | None) -> Path:
-    """Write the data set to `target`, from coco-tiny beside it or the folder `archive` in COCO's layout. UserError: that
-    is missing or damaged; `target` is there already."""
+    """Write the data set to `target`, from coco-tiny beside it or the folder `archive` in COCO's layout. UserError:
+    that is missing or damaged; `target` is there already."""
     folder = archive or target.parent / SOURCE
     if target.exists():
         raise UserError(f"{target} is there already: remove it to write it again")

@@ -19,7 +19,6 @@ from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, 
 from kalmannorm.data.batches import Counted
 from kalmannorm.data.scenes import IGNORED, Scenes
 from kalmannorm.data.stream import PLAIN, Decoding, Sample
-from kalmannorm.errors import UserError
 
 Wholes = tuple[list[Tensor], list[Tensor], int]  # images, their classes, and how many of them count
 
@@ -49,8 +48,8 @@ class SceneLoader(Decoding):
             yield x, [label.to(self.device) for label in labels], counted  # type: ignore[misc]
 
 
-class _Decode(Dataset[Sample | str]):
-    """(index, key) -> image and classes; or what is wrong with the files."""
+class _Decode(Dataset[Sample]):
+    """(index, key) -> image and classes."""
 
     def __init__(
         self, scenes: Scenes, size: int, crop: Sequence[int], scales: Sequence[float], flip: bool, fill: list[int]
@@ -58,12 +57,9 @@ class _Decode(Dataset[Sample | str]):
         self.scenes, self.size, self.crop, self.scales, self.flip = scenes, size, crop, scales, flip
         self.fill = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1)
 
-    def __getitem__(self, drawn: tuple[int, int]) -> Sample | str:
+    def __getitem__(self, drawn: tuple[int, int]) -> Sample:
         index, key = drawn
-        try:
-            picture, numbers = self.scenes.read(index)
-        except UserError as error:
-            return str(error)
+        picture, numbers = self.scenes.read(index)
         image, classes = pil_to_tensor(picture), torch.from_numpy(np.ascontiguousarray(numbers))
         return (image, classes) if key == PLAIN else self._crop(image, classes, key)
 

@@ -17,8 +17,8 @@ from torchvision.transforms import v2
 
 from kalmannorm.data.batches import Batch, Batches, Counted, mix
 from kalmannorm.data.folder import Files
-from kalmannorm.data.pixels import Unreadable, read_rgb
-from kalmannorm.data.workers import begin_worker
+from kalmannorm.data.pixels import read_rgb
+from kalmannorm.data.workers import Named, begin_worker
 from kalmannorm.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect of the random-resized crop (torchvision's defaults)
@@ -118,18 +118,18 @@ def _claimed(images: Tensor, labels: Tensor, copied: torch.cuda.Event) -> Batch:
 
 
 class Decoding(Stream):
-    """Batches of what a data set makes of (index, key), a sample or what is wrong with its file.
+    """Batches of what a data set makes of (index, key).
 
     workers: processes that decode, 0: this one. remedy: what to do about a bad file.
     """
 
     remedy = ""
 
-    def __init__(self, decode: Dataset[Sample | str], count: int, *, workers: int = 0, **options: Any) -> None:
+    def __init__(self, decode: Dataset[Sample], count: int, *, workers: int = 0, **options: Any) -> None:
         super().__init__(count, **options)
         self._plan = _Plan()
         self._loader = DataLoader(
-            decode,
+            Named(decode),
             batch_sampler=self._plan,  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=_together,
@@ -168,8 +168,8 @@ class _Plan:
             yield list(zip(indices.tolist(), keys.tolist() if self.augment else [PLAIN] * len(keys), strict=True))
 
 
-class _Decode(Dataset[Sample | str]):
-    """(index, key) -> image and label; or what is wrong with the file: an exception would lose its form on the way."""
+class _Decode(Dataset[Sample]):
+    """(index, key) -> image and label."""
 
     def __init__(self, files: Files, size: int, flip: bool) -> None:
         self.files = files
@@ -177,13 +177,9 @@ class _Decode(Dataset[Sample | str]):
         self.augment = v2.Compose([v2.RandomResizedCrop(size, SCALE, RATIO), mirror, v2.PILToTensor()])
         self.plain = v2.Compose([v2.Resize(round(size * RESIZE)), v2.CenterCrop(size), v2.PILToTensor()])
 
-    def __getitem__(self, drawn: tuple[int, int]) -> Sample | str:
+    def __getitem__(self, drawn: tuple[int, int]) -> Sample:
         index, key = drawn
-        try:
-            image = read_rgb(self.files.path(index))
-        except Unreadable as error:
-            return str(error)
-        label = int(self.files.labels[index])
+        image, label = read_rgb(self.files.path(index)), int(self.files.labels[index])
         if key == PLAIN:
             return self.plain(image), label
         with torch.random.fork_rng(devices=[]):

@@ -148,20 +148,17 @@ class VideoLoader(Decoding):
         self.mean, self.std = (each.view(3, 1, 1, 1) for each in (self.mean, self.std))
 
 
-class _Decode(Dataset[Sample | str]):
-    """(index, key) -> clip and label; or what is wrong with the file."""
+class _Decode(Dataset[Sample]):
+    """(index, key) -> clip and label."""
 
     def __init__(self, files: Files, size: int, flip: bool, frames: int, interval: int, views: int | None) -> None:
         self.files, self.size, self.flip, self.frames, self.interval = files, size, flip, frames, interval
         self.starts = [0.5] if views in (None, 1) else [view / (views - 1) for view in range(views or 0)]
         self.views = views
 
-    def __getitem__(self, drawn: tuple[int, int]) -> Sample | str:
+    def __getitem__(self, drawn: tuple[int, int]) -> Sample:
         index, key = drawn
-        try:
-            pixels = self._plain(index) if key == PLAIN else self._augmented(index, key)
-        except Unreadable as error:
-            return str(error)
+        pixels = self._plain(index) if key == PLAIN else self._augmented(index, key)
         return pixels, int(self.files.labels[index])
 
     def _augmented(self, index: int, key: int) -> Tensor:
