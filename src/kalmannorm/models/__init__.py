@@ -7,6 +7,7 @@ torchvision's models cannot say it themselves.
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -37,25 +38,9 @@ def _resnet18_cifar(classes: int = 10, dropout: float = 0.0) -> nn.Module:
     return model
 
 
-def _of_table_2(name: str, **options: Any) -> nn.Module:
-    """Build a network of the talk's Table 2 that torchvision has no name for."""
-    from kalmannorm.models import se_resnet  # imports torchvision, as above
-
-    build: Callable[..., nn.Module] = getattr(se_resnet, name)
-    return build(**options)
-
-
-def _segmenter(**options: Any) -> nn.Module:
-    from kalmannorm.models.segmentation import FCNResnet  # imports torchvision, as above
-
-    return FCNResnet(**options)
-
-
-def _i3d(**options: Any) -> nn.Module:
-    """Build a network of videos."""
-    from kalmannorm.models.i3d import I3D  # imports torchvision, as above
-
-    return I3D(**options)
+def _of(module: str, name: str, **options: Any) -> nn.Module:
+    """Build a network of a module that imports torchvision, as above."""
+    return getattr(import_module(f"kalmannorm.models.{module}"), name)(**options)
 
 
 ARCHS: dict[str, Callable[..., nn.Module]] = {
@@ -72,14 +57,16 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
     "resnet101": partial(_torchvision, "resnet101"),
     "densenet121": partial(_torchvision, "densenet121"),
     "densenet169": partial(_torchvision, "densenet169"),
-    "resnext101_32x4d": partial(_of_table_2, "resnext101_32x4d"),
-    "se_resnet101": partial(_of_table_2, "se_resnet101"),
-    "i3d_resnet50": _i3d,
-    "i3d_small": _i3d,
+    "resnext101_32x4d": partial(_of, "se_resnet", "resnext101_32x4d"),
+    "se_resnet101": partial(_of, "se_resnet", "se_resnet101"),
+    "i3d_resnet50": partial(_of, "i3d", "I3D"),
+    "i3d_small": partial(_of, "i3d", "I3D"),
 }
 
 # Networks that give each pixel a class: maps [N, classes, H, W] under "out", and under "aux" those of deep supervision.
-SEGMENTERS: dict[str, Callable[..., nn.Module]] = {"fcn_resnet50": _segmenter, "fcn_resnet14": _segmenter}
+SEGMENTERS: dict[str, Callable[..., nn.Module]] = dict.fromkeys(
+    ("fcn_resnet50", "fcn_resnet14"), partial(_of, "segmentation", "FCNResnet")
+)
 
 LAST_NORMALIZERS: dict[str, tuple[str, ...]] = {
     "inception_cifar": ("blocks.2.b1.bn", "blocks.2.b3.1.bn", "blocks.2.b5.1.bn", "blocks.2.pool.bn"),
