@@ -17,7 +17,8 @@ def test_what_is_seen_is_what_the_layer_computed():
     torch.manual_seed(0)
     layer = KalmanBatchNorm2d(3, stat_batch=2, gain=0.25, learn_gain=False, noise=False, mixture=False, eps=1e-3)
     prior = Belief(torch.full((2, 3), 5.0), torch.full((2, 3), 4.0))
-    with FirstSteps(nn.ModuleDict({"bn": layer})) as watched:
+    watched = FirstSteps(nn.ModuleDict({"bn": layer}))
+    with watched.watching():
         layer.probe(measured=Belief(torch.zeros(2, 3), torch.ones(2, 3)), used=prior, prior=prior)
         layer.eval()
         layer.probe(measured=Belief(torch.zeros(2, 3), torch.ones(2, 3)), used=prior, prior=None)  # evaluation
@@ -32,7 +33,8 @@ def test_what_is_seen_is_what_the_layer_computed():
 def test_gradients_are_relative_to_the_weights():
     torch.manual_seed(0)
     model = convert(Residual(), "bkn", stat_batch=2).train()
-    with FirstSteps(model) as watched:
+    watched = FirstSteps(model)
+    with watched.watching():
         for _ in range(2):
             model.zero_grad()
             model(torch.randn(4, 3, 6, 6)).square().sum().backward()

@@ -4,7 +4,6 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -71,18 +70,15 @@ class Board:
 
     def __post_init__(self) -> None:
         self._console = Console(stderr=True)
-        self._live: Live | None = None
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=2, transient=True)
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> "Board":
-        if self._live is not None:
+        if self._console.is_terminal:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.stop()
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
 
     def say(self, job: Job, text: str) -> None:
         """Show one event of a run."""

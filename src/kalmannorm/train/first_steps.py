@@ -1,7 +1,7 @@
 """What becomes of a network in its first steps, layer by layer: why Kalman Normalization dies where it does."""
 
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kalmannorm.norm.batch import GroupedStatistics, Probe
 from kalmannorm.norm.belief import Belief
-from kalmannorm.norm.modes import normalizers
+from kalmannorm.norm.modes import normalizers, probing
 
 # Per normalizer: how far the predicted mean is from the measured one, in measured standard deviations; predicted over
 # measured variance, as a geometric mean; and the mean square of what the normalizer puts out before gamma and beta.
@@ -17,31 +17,22 @@ QUANTITIES = ("offsets", "variance_ratios", "scales")
 
 
 class FirstSteps:
-    """Watch a training's steps: a context around them, then `arrays`. Eager steps alone can be watched."""
+    """Watch a training's steps: the context `watching` around them, then `arrays`. Eager steps alone can be watched."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = normalizers(model)
+        self.model = model
         self.weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-        self.seen: dict[str, list[Tensor]] = {name: [] for name in self.layers}  # per step [QUANTITIES]
+        self.seen: dict[str, list[Tensor]] = {name: [] for name in normalizers(model)}  # per step [QUANTITIES]
         self.gradients: list[list[Tensor]] = [[] for _ in self.weights]  # per step, its norm over the weight's
 
-    def __enter__(self) -> "FirstSteps":
-        for name, layer in self.layers.items():
-            layer.probe = self._probe(name, layer)
-        self.hooks = [
-            weight.register_post_accumulate_grad_hook(self._gradient(seen))
-            for weight, seen in zip(self.weights, self.gradients, strict=True)
-            if weight.requires_grad
-        ]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for layer in self.layers.values():
-            layer.probe = None
-        for hook in self.hooks:
-            hook.remove()
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        probes = {name: self._probe(name, layer) for name, layer in normalizers(self.model).items()}
+        with probing(self.model, probes), ExitStack() as hooks:
+            for weight, seen in zip(self.weights, self.gradients, strict=True):
+                if weight.requires_grad:
+                    hooks.callback(weight.register_post_accumulate_grad_hook(self._gradient(seen)).remove)
+            yield
 
     def _probe(self, name: str, layer: GroupedStatistics) -> Probe:
         def probe(*, measured: Belief, used: Belief, prior: Belief | None) -> None:

@@ -3,9 +3,8 @@
 import json
 import sys
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -19,7 +18,7 @@ FILE = "progress.json"  # in the run's folder, for who watches from another proc
 FILE_EVERY = 2.0  # seconds
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Seconds and images of this process, and how the run goes. A context: it leaves the terminal clean."""
 
     def __init__(self, identity: str, config: Config, quiet: bool = False) -> None:
@@ -46,16 +45,13 @@ class Progress:
     def seconds(self) -> float:
         return time.perf_counter() - self._began
 
-    def __enter__(self) -> "Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def begin(self, first: int, total: int, batch: int, folder: Path, curves: Curves) -> None:
         """Start, or go on, after `first` of `total` steps of `batch` images; `curves`: of the epochs before."""
         self._first, self._total, self._batch = first, total, batch
+        self._bar.start()
         self._task = self._bar.add_task(self.title, total=total, completed=first, status="")
         self._training = time.perf_counter()
         if self.quiet:
