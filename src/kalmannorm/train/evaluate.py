@@ -63,13 +63,6 @@ def _mean_of_views(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([model(view).float().softmax(1) for view in x.unbind(1)]).mean(0).log()
 
 
-def under_both(model: nn.Module, one: Callable[[str], Evaluation]) -> dict[str, Evaluation]:
-    """Make `one` evaluation each under moving and online statistics; without batch statistics both are one, made
-    once."""
-    moving = one("moving")
-    return {"moving": moving, "online": one("online") if normalizers(model) else moving}
-
-
 def precise(model: nn.Module, train: Batches, epoch: int, one: Callable[[nn.Module], Evaluation]) -> Evaluation:
     """Make `one` evaluation by precise statistics (mean of variances), in this process alone.
 

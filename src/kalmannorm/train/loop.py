@@ -68,6 +68,7 @@ def _run(config: Config, ranks: Ranks) -> records.Record:
             task.begin(session, record)
             with task.watching():
                 evaluated = _fit(task, session, progress, stop)
+            spread_batches(task.model, False)
             with arithmetic(config, ranks.device):
                 record["final"] = evaluated or task.evaluate(stop)
                 arrays = task.finish(record, session, stop)

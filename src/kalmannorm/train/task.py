@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Curves, Evaluation, Record, Tree
+from kalmannorm.norm.modes import normalizers
+from kalmannorm.train.model import rate
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.state import Session, StopRequest
 
@@ -77,9 +79,9 @@ class Task(ABC):
     def begin(self, session: Session, record: Record) -> None:
         """Do what precedes the first step, in a fresh run or one that goes on (`session`)."""
 
-    @abstractmethod
     def rate(self, step: int) -> float:
         """Return the learning rate of a step (from 0) of the run."""
+        return rate(self.config, step, self.total)
 
     def before_step(self, session: Session, step: int) -> None:  # noqa: B027, most tasks have nothing to do
         """Do what is due before a step (from 0) of the run."""
@@ -97,8 +99,13 @@ class Task(ABC):
         """Return the curves' values of training from the sums over `steps` steps and all processes."""
 
     @abstractmethod
+    def evaluate_under(self, statistics: str, stop: StopRequest) -> Evaluation:
+        """Return the metric under "moving" or "online" statistics, on all images of the test set. Stopped: a signal."""
+
     def evaluate(self, stop: StopRequest) -> dict[str, Evaluation]:
-        """Return the metric under moving and online statistics, on all images of the test set. Stopped: a signal."""
+        """Return the metric under both. Without batch statistics they are one, and evaluated once."""
+        moving = self.evaluate_under("moving", stop)
+        return {"moving": moving, "online": self.evaluate_under("online", stop) if normalizers(self.model) else moving}
 
     def ends_early(self, curves: Curves) -> bool:
         """Say whether the run ends after this epoch, whatever its budget."""

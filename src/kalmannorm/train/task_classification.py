@@ -19,12 +19,12 @@ from kalmannorm.experiments.record import Curves, Evaluation, Record
 from kalmannorm.experiments.settings import FilesDataset, VideoDataset
 from kalmannorm.files import write_atomically
 from kalmannorm.norm.modes import normalizers
-from kalmannorm.train.evaluate import evaluate, precise, under_both
+from kalmannorm.train.evaluate import evaluate, precise
 from kalmannorm.train.first_steps import FirstSteps
 from kalmannorm.train.gaps import variance_gaps
 from kalmannorm.train.initialize import initialize, measure_input
 from kalmannorm.train.loaders import loaders, open_data, recoloured
-from kalmannorm.train.model import build, describe, rate
+from kalmannorm.train.model import build, describe
 from kalmannorm.train.pretrained import begin_with_weights
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.refresh_weights import refresh_weights
@@ -67,7 +67,7 @@ class Classification(Task):
         return min(self.config.budget.stop_after or self.total, self.total)
 
     def watching(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.first_steps is None else self.first_steps
+        return nullcontext() if self.first_steps is None else self.first_steps.watching()
 
     def zero_sums(self) -> dict[str, Tensor]:
         device = self.ranks.device
@@ -82,9 +82,6 @@ class Classification(Task):
             begin_with_weights([self.model], self.config, session.fresh, record)
         if session.fresh:
             initialize(self.model, self.train)
-
-    def rate(self, step: int) -> float:
-        return rate(self.config, step, self.total)
 
     def before_step(self, session: Session, step: int) -> None:
         refresh_weights(self.config, session, self.train, step)
@@ -104,13 +101,10 @@ class Classification(Task):
         correct = 100 * sums["correct"].item() / (steps * self.train.batch)
         return {"train_loss": sums["loss"].item() / steps, "train_accuracy": correct}
 
-    def evaluate(self, stop: StopRequest) -> dict[str, Evaluation]:
-        def one(statistics: str) -> Evaluation:
-            found = evaluate(self.model, self.test, statistics, self.config.batch.stat_batch, self.ranks)
-            stop.check()
-            return found
-
-        return under_both(self.model, one)
+    def evaluate_under(self, statistics: str, stop: StopRequest) -> Evaluation:
+        found = evaluate(self.model, self.test, statistics, self.config.batch.stat_batch, self.ranks)
+        stop.check()
+        return found
 
     def ends_early(self, curves: Curves) -> bool:
         """Say whether the last `budget.stop_at_chance` epochs after the warm-up have learned next to nothing."""

@@ -18,11 +18,9 @@ from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Evaluation, Record
 from kalmannorm.experiments.settings import CocoDataset, DetectionSchedule
 from kalmannorm.models.detection.parts import LOSSES
-from kalmannorm.norm.modes import spread_batches
 from kalmannorm.train import detector
 from kalmannorm.train.average_precision import evaluate, finds_masks
 from kalmannorm.train.detection_picture import draw_detections
-from kalmannorm.train.evaluate import under_both
 from kalmannorm.train.loaders import workers_beside_network
 from kalmannorm.train.model import describe
 from kalmannorm.train.pretrained import begin_with_weights
@@ -98,18 +96,13 @@ class Detection(Task):
         values = (sums["losses"] / steps).tolist()
         return {"train_loss": sum(values), **dict(zip(self.losses, values, strict=True))}
 
-    def evaluate(self, stop: StopRequest) -> dict[str, Evaluation]:
-        def one(statistics: str) -> Evaluation:
-            everything, stat_batch = list(range(len(self.images.test.ids))), self.config.batch.stat_batch
-            found = evaluate(
-                self.model, self.images.test, self.images.labels, everything, statistics, stat_batch, self.ranks
-            )
-            stop.check()
-            return found
-
-        spread_batches(self.model, False)
+    def evaluate_under(self, statistics: str, stop: StopRequest) -> Evaluation:
+        images, stat_batch = self.images, self.config.batch.stat_batch
+        everything = list(range(len(images.test.ids)))
         with self.full_precision:
-            return under_both(self.model, one)
+            found = evaluate(self.model, images.test, images.labels, everything, statistics, stat_batch, self.ranks)
+        stop.check()
+        return found
 
     def finish(self, record: Record, session: Session, stop: StopRequest) -> Arrays:
         images, ranks = self.images, self.ranks

@@ -23,11 +23,11 @@ from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Evaluation, Record
 from kalmannorm.experiments.settings import SegmentationDataset
-from kalmannorm.norm.modes import set_statistics, shard_noise, spread_batches
-from kalmannorm.train.evaluate import precise, under_both
+from kalmannorm.norm.modes import set_statistics, shard_noise
+from kalmannorm.train.evaluate import precise
 from kalmannorm.train.initialize import measure_input
 from kalmannorm.train.loaders import check_same_files, evaluation_shard, workers_beside_network
-from kalmannorm.train.model import describe, network, rate, try_out
+from kalmannorm.train.model import describe, network, try_out
 from kalmannorm.train.pretrained import begin_with_weights
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.state import Session, StopRequest
@@ -103,9 +103,6 @@ class Segmentation(Task):
     def begin(self, session: Session, record: Record) -> None:
         begin_with_weights([self.model.get_submodule("backbone")], self.config, session.fresh, record)
 
-    def rate(self, step: int) -> float:
-        return rate(self.config, step, self.total)
-
     def loss(
         self, forward: nn.Module, batch: tuple[Tensor, Tensor], part: int, parts: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -125,9 +122,8 @@ class Segmentation(Task):
             "train_accuracy": 100 * sums["accuracy"].item() / steps,
         }
 
-    def evaluate(self, stop: StopRequest) -> dict[str, Evaluation]:
-        spread_batches(self.model, False)
-        return under_both(self.model, lambda statistics: self._evaluated(statistics, self.model, self.test, stop))
+    def evaluate_under(self, statistics: str, stop: StopRequest) -> Evaluation:
+        return self._evaluated(statistics, self.model, self.test, stop)
 
     def evaluate_all(self, stop: StopRequest) -> dict[str, Evaluation]:
         """Evaluate also by precise statistics, at several scales, and on the other data set."""
