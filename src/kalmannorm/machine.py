@@ -49,11 +49,16 @@ def allotted_gpus() -> tuple[str, ...] | None:
 @functools.cache
 def multiplies_bfloat16() -> bool:
     """Say whether the CPU has instructions for products of bfloat16 matrices."""
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_of_cpu("flags").split())
+
+
+def _of_cpu(what: str) -> str:
+    """Return what Linux says of the first processor; nothing elsewhere."""
     try:
-        flags = next(line for line in CPUS.read_text().splitlines() if line.startswith("flags")).split()
-    except (OSError, StopIteration):
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+        lines = CPUS.read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(what)), "")
 
 
 def visible_gpus() -> tuple[str, ...]:
@@ -129,23 +134,16 @@ def host(device: str) -> Host:
     import torch
 
     on_gpu = device.startswith("cuda")
+    processor = _of_cpu("model name") or platform.processor() or "unknown processor"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
-        "hardware": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {_processor()}",
+        "hardware": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()}, {processor}",
         "threads": torch.get_num_threads(),
         "git": _git(),
         "versions": {name: _version(name) for name in ("torch", "torchvision", "numpy", "kalmannorm")}
         | {"python": platform.python_version()},
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
 
 
 def _version(package: str) -> str | None:
@@ -158,15 +156,11 @@ def _version(package: str) -> str | None:
 @functools.cache  # what this process imported, not what the checkout holds when a long sweep ends
 def _git() -> Commit:
     here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

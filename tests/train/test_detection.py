@@ -136,7 +136,7 @@ def test_frozen_constants_are_measured_once(root, tmp_path):
     ranks = Ranks(config)
     batches = task_detection.training_batches(config, coco.load("coco", root, 3), ranks)
     model = detector.build(config)
-    assert detector.measure_constants(model, config, batches) == 4
+    detector.measure_constants(model, config, batches)
     for key, value in constants.items():
         assert torch.equal(model.state_dict()[key], value)
     (batch,) = batches.epoch(0)

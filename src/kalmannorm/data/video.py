@@ -35,11 +35,7 @@ CLIPS_AT_ONCE = 16  # in evaluation, about
 MOST_PIXELS = 2**26  # of a frame: where it is no video
 
 
-class Videos(Images):
-    """A data set as video files."""
-
-
-def load(root: Path, dataset: Mapping[str, Any]) -> Videos:
+def load(root: Path, dataset: Mapping[str, Any]) -> Images:
     """Return the files of the data set. UserError: it is missing, or not of the layout; PyAV is missing; a list names a
     file that is not there."""
     try:
@@ -62,7 +58,7 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Videos:
             "fidelity": folder.fidelity(counts, dataset.get("published")),
             "sha256": listed.hexdigest(),
         }
-    return Videos(train, test, found.classes, provenance)
+    return Images(train, test, found.classes, provenance)
 
 
 def _listed(files: Files) -> Files:

@@ -25,10 +25,6 @@ class Experiment:
     keys: list[str] = field(default_factory=list)  # row of each run
 
 
-def names() -> list[str]:
-    return cards.names()
-
-
 def load(name: str, arguments: list[str]) -> Experiment:
     """Load the card `name` under `arguments`: overrides of every run, and
 

@@ -185,9 +185,9 @@ def pretrained_parts(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches) -> int:
+def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches) -> None:
     """Give frozen normalizers constants where no pretrained weights did: means and variances under the weights as they
-    are, over CONSTANTS_BATCHES training batches (mean over the batches). Returns the number of images seen."""
+    are, over CONSTANTS_BATCHES training batches (mean over the batches)."""
     norm = Norm(name="bn", preset=None, predictor=None, options={})
     plain = replace(config, norm=norm, batch=replace(config.batch, stat_batch=None))
     twin = build(plain).to(batches.device)
@@ -199,11 +199,8 @@ def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches
     for layer in measured.values():
         layer.momentum = None  # torch's word for a cumulative average
     twin.train()
-    seen = 0
     for batch in islice(batches.epoch(0), CONSTANTS_BATCHES):
         twin(batch.images, batch.targets, batch.canvas)
-        seen += len(batch.images)
     for name, layer in measured.items():
         for key in constants:
             getattr(model.get_submodule(name), key).copy_(getattr(layer, key))
-    return seen

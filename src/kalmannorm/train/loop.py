@@ -50,11 +50,9 @@ def _run(config: Config, ranks: Ranks) -> records.Record:
     task = open_task(config, ranks)
     if ranks.main:
         check_room(folder, checkpoint_bytes(task.model))
-        for file in (
-            records.path(config.results, identity),
-            records.path(config.results, identity).with_suffix(".npz"),
-        ):
-            clear_unfinished(file)
+        file = records.path(config.results, identity)
+        clear_unfinished(file)
+        clear_unfinished(file.with_suffix(".npz"))
     task.load()
     parameters = sum(p.numel() for p in task.model.parameters())
     record = records.begin(config, parameters, task.provenance, str(ranks.device), ranks.world)

@@ -78,19 +78,14 @@ def _finished(run: str, overrides: list[str]) -> tuple[records.Record, Config, d
             f"expected only {', '.join(f'{key}=' for key in PLACE)} here: a run's settings are in its record"
         )
     place = compose(overrides)
-    record = _find(place.results, run)
+    record = records.find(place.results, run)
+    if record["status"] != "done":
+        raise UserError(f"run {record['id']} failed ({record['reason']}): there is nothing to evaluate")
+    if record["numerics"] != records.NUMERICS:
+        raise UserError(f"run {record['id']} was made by NUMERICS {record['numerics']}, this is {records.NUMERICS}")
     config = Config.read({**place.values(), **record["config"]})
     folder = Path(config.runs) / record["id"]
     state = checkpoint.load(folder, record["id"])
     if state is None:
         raise UserError(f"no weights of run {record['id']} in {folder}: pass runs=FOLDER, or train it")
     return record, config, state["model"]
-
-
-def _find(results: str, run: str) -> records.Record:
-    record = records.find(results, run)
-    if record["status"] != "done":
-        raise UserError(f"run {record['id']} failed ({record['reason']}): there is nothing to evaluate")
-    if record["numerics"] != records.NUMERICS:
-        raise UserError(f"run {record['id']} was made by NUMERICS {record['numerics']}, this is {records.NUMERICS}")
-    return record
