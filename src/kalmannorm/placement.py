@@ -69,11 +69,7 @@ def itern_first(model: nn.Module) -> Placed:
     return {first: "itern", "*": "bn"}
 
 
-PLACEMENTS: dict[str, Callable[[nn.Module], Placed]] = {
-    "ibn_a": ibn_a,
-    "ibn_b": ibn_b,
-    "itern_first": itern_first,
-}
+PLACEMENTS: dict[str, Callable[[nn.Module], Placed]] = {"ibn_a": ibn_a, "ibn_b": ibn_b, "itern_first": itern_first}
 
 _KNOWN = "ResNets with torchvision's names, DenseNets of torchvision's and this project's post-activation ResNets"
 

@@ -1,5 +1,4 @@
-"""The variants of Kalman Normalization, as their sources have them (paper, released code, talk, v1). Imports nothing
-heavy."""
+"""The variants of Kalman Normalization, as paper, released code, talk and v1 have them. Imports nothing heavy."""
 
 from typing import Any
 

@@ -46,8 +46,7 @@ SCENES = {**camvid.SOURCES, **cityscapes.SOURCES, **ade20k.SOURCES, **gta5.SOURC
 
 
 def root(option: str | None = None) -> Path:
-    """Return the folder that holds the data sets: the option, else the environment variable KALMANNORM_DATA, else
-    ./data."""
+    """Return the folder of the data sets: the option, else the environment's KALMANNORM_DATA, else ./data."""
     chosen = option or os.environ.get("KALMANNORM_DATA") or "data"
     try:
         return Path(chosen).expanduser()
@@ -69,8 +68,7 @@ def source(dataset: Mapping[str, Any], root: Path) -> Source:
 
 
 def workers_of(asked: int | str, world: int) -> int:
-    """Return the workers of one of `world` processes: those asked for; "auto": its share of this machine's cores, up to
-    16."""
+    """Return the workers of one of `world` processes; "auto": its share of this machine's cores, up to 16."""
     if asked != "auto":
         return int(asked)
     return max(1, min(16, machine.cores() // (machine.launch().local_world if world > 1 else 1)))

@@ -32,8 +32,6 @@ SOURCES = {
         "annotations/ into it",
     ),
     "coco-tiny-maps": _source(
-        "coco-tiny-maps",
-        COCO_CLASSES,
-        "`kalmannorm data prepare coco-tiny-maps` paints it from the masks of coco-tiny",
+        "coco-tiny-maps", COCO_CLASSES, "`kalmannorm data prepare coco-tiny-maps` paints it from the masks of coco-tiny"
     ),
 }

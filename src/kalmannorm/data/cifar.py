@@ -39,8 +39,7 @@ CIFAR100 = Official("cifar100", 100, COUNTS, lambda: _files(100))
 
 
 def _members(file: BinaryIO, path: Path) -> dict[str, bytes]:
-    """Read the archive's regular files into memory. One member that is not a plain file or leads outside refuses it
-    all."""
+    """Read the archive's files into memory. UserError: one that is not a plain file or leads outside."""
     members = {}
     try:
         with tarfile.open(fileobj=file, mode="r:*") as tar:

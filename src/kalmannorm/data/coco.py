@@ -49,8 +49,7 @@ class Coco:
 
 
 def load(name: str, root: Path, classes: int) -> Coco:
-    """Return the set `name` from its folder under `root`, checked. UserError: whatever is missing, damaged or
-    inconsistent."""
+    """Return the set `name` from its folder under `root`. UserError: what is missing, damaged or inconsistent."""
     folder = find(name, root)
     train, test = (read(_annotations(folder, split), folder / split) for split in SPLITS)
     categories = sorted(train.coco.cats)
@@ -99,8 +98,7 @@ def find(name: str, root: Path) -> Path:
 
 
 def _digest(folder: Path, *splits: Split) -> str:
-    """Hash by sha256 both annotation files, and every image's name and number of bytes (not its 20 GB of
-    pixels)."""
+    """Hash by sha256 both annotation files, and every image's name and size (not its 20 GB of pixels)."""
     total = hashlib.sha256()
     for split, found in zip(SPLITS, splits, strict=True):
         with _annotations(folder, split).open("rb") as file:

@@ -122,8 +122,7 @@ def count_classes(root: Path, dataset: Mapping[str, Any]) -> int:
 
 def load(root: Path, dataset: Mapping[str, Any], kind: Kind = IMAGES) -> Images:
     """Return the files of the data set whose configuration (conf/dataset) is given. UserError: it is missing, or not of
-    the layout. `sha256` in the provenance is of the list of files and sizes: to hash 150 GB would take an hour a
-    run."""
+    the layout. `sha256` in the provenance is of names and sizes: to hash 150 GB would take an hour a run."""
     folder = find(root, dataset, kind.layout)
     classes = {split: _classes(folder / split) for split in SPLITS}
     if classes["train"] != classes["val"]:
@@ -208,8 +207,7 @@ def _files(folder: Path, classes: list[str], total: "hashlib._Hash", kind: Kind)
 
 
 def _walk(place: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
-    """Yield every folder under `place` with the files in it, as os.walk has them; links are followed. UserError: a
-    loop."""
+    """Yield every folder under `place` with its files, as os.walk does, along links too. UserError: a loop."""
     own = _identity(place)
     if own in above:
         raise UserError(f"{place} links to a folder that holds it: remove the link")

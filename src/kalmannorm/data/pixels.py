@@ -78,8 +78,7 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
 
 
 def look(path: Path) -> Header:
-    """Read size and orientation, without decoding the pixels. Unreadable: as for `read_rgb`, as far as this shows
-    it."""
+    """Read size and orientation, without decoding the pixels. Unreadable: as for `read_rgb`, if it shows."""
     return _open(path, lambda _, header: header)
 
 

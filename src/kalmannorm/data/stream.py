@@ -108,8 +108,7 @@ class Stream(Batches):
 
 
 def _claimed(images: Tensor, labels: Tensor, copied: torch.cuda.Event) -> Batch:
-    """Return the batch, for the stream that asks: it waits for the copy, and the memory is not reused before it is
-    done."""
+    """Return the batch to the stream that asks, which waits for the copy and keeps the memory until it is done."""
     current = torch.cuda.current_stream(images.device)
     current.wait_event(copied)
     images.record_stream(current)

@@ -14,16 +14,14 @@ GRACE = 20  # seconds that a worker lives on after SIGTERM
 
 
 def begin_worker(number: int) -> None:
-    """Settle a worker's signals: those that ask a run to stop reach its whole process group: the run needs its workers
-    to end the step."""
+    """Settle a worker's signals: what asks a run to stop reaches its workers too, and it needs them to end the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # also how an interpreter that ends ends its workers
 
 
 class Named(Dataset[T | str]):
-    """What a data set gives, or what is wrong with a file: an exception would lose its form on its way out of a
-    worker."""
+    """What a data set gives, or what is wrong with a file: an exception would not leave a worker in its form."""
 
     def __init__(self, dataset: Dataset[T]) -> None:
         self.dataset = dataset

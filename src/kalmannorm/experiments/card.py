@@ -136,8 +136,7 @@ def read(name: str) -> Card:
 
 
 def parse(tree: Mapping[str, Any]) -> Card:
-    """Make a card from what its file holds. TypeError: an unknown key, with its name; KeyError: one that is
-    missing."""
+    """Make a card from what its file holds. TypeError: an unknown key, named; KeyError: a missing one."""
     rows = tuple(_row(one) for row in tree["rows"] for one in _swept(row))
     columns = tuple(map(_column, tree.get("columns", ["moving"])))
     return Card(**{**tree, "rows": rows, "columns": columns})

@@ -60,8 +60,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
 
 
 def chosen(name: str, arguments: Sequence[str]) -> tuple[Card, dict[str, str], list[str]]:
-    """Return the card with the rows and columns that the arguments choose; its own arguments; the overrides of every
-    run."""
+    """Return the card with the rows and columns that are chosen; its own arguments; the overrides of every run."""
     refuse_repeated(arguments)
     card = cards.read(name)
     own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows", "columns")}
@@ -110,8 +109,7 @@ def _columns(card: Card, wanted: str | None, overrides: list[str]) -> tuple[Card
 
 
 def multirun(overrides: list[str]) -> Experiment:
-    """Return the runs that Hydra's --multirun makes of `overrides`: the combinations of norm=bn,bkn and
-    seed=range(1,4)."""
+    """Return the runs that Hydra's --multirun makes: all combinations of norm=bn,bkn and seed=range(1,4)."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException

@@ -179,8 +179,7 @@ def begin(config: Config, parameters: int, data: Tree, device: str, processes: i
 
 
 def add_speed(record: Record, images: int, train_seconds: float, seconds: float) -> None:
-    """Note that `images` were trained on in `train_seconds`, of all processes of the run; `seconds`: of this one, with
-    evaluation."""
+    """Note how many images were trained on in `train_seconds`; `seconds`: of the last process, with evaluation."""
     record["host"] |= {
         "seconds": round(seconds, 1),
         "train_seconds": round(train_seconds, 1),
@@ -272,8 +271,7 @@ def files(results: str | Path) -> list[Path]:
 
 
 def read_all(results: str | Path) -> list[Record]:
-    """Return all records of a results folder, by id; none where there is no folder. A file that is no usable record is
-    named and left out."""
+    """Return all records of a results folder, by id. A file that is no usable record is named and left out."""
     return [record for path in files(results) if (record := _usable(path))]
 
 

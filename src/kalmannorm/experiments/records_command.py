@@ -17,8 +17,7 @@ HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "de
 
 
 def show(results: str, overrides: list[str]) -> int:
-    """Print the records whose configuration fits `overrides`, a row each, stale ones marked; of detectors box / mask
-    AP."""
+    """Print the records whose configuration fits `overrides`, a row each; stale ones are marked."""
     _expect_folder(results)
     every = read_all(results)
     tests = [_test(override, every) for override in overrides]

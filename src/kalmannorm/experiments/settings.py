@@ -205,8 +205,7 @@ def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], group: s
 
 
 def typed(value: Any, hint: Any) -> Any:
-    """Return the value in the type, a whole number in the one that is wanted: 16 and 16.0 are one. TypeError: it is of
-    another."""
+    """Return the value in the type: of whole numbers, 16 and 16.0 are one. TypeError: it is of another."""
     if get_origin(hint) is UnionType:
         arms = get_args(hint)
         if value is None and type(None) in arms:

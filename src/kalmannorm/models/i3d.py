@@ -76,8 +76,7 @@ def _deepened(weight: Tensor, depth: int) -> Tensor:
 
 
 def inflate_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return weights of a flat ResNet as those of `model`: convolutions are repeated over the frames of their kernel,
-    and divided by their number."""
+    """Return a flat ResNet's weights as those of `model`: kernels repeated over the frames, divided by their number."""
     deep = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor) and value.dim() == 5}
     return {
         key: _deepened(value, deep[key].shape[2]) if key in deep and value.dim() == 4 else value

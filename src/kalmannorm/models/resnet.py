@@ -1,5 +1,4 @@
-"""torchvision's ResNets of bottleneck blocks, as narrow as one likes: the backbones of detectors and
-segmenters, and what I3D inflates."""
+"""torchvision's bottleneck ResNets, as narrow as one likes: for detectors, segmenters, and I3D."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -105,8 +105,7 @@ class Board:
         return [f"about {duration(guess)} left"]
 
     def _render(self) -> Group:
-        """Draw the table: running and failed runs first, then what room there is for: the last that were done, the next
-        to come."""
+        """Draw the table: running and failed runs, and as room is left, the last that were done and the next."""
         table = Table(box=None, padding=(0, 1), show_header=False)
         order = (RUNNING, ELSEWHERE, FAILED, REFUSED, DONE, WAITING)
         rows = sorted(self.jobs, key=lambda job: (order.index(job.state), -job.began if job.state == DONE else 0))

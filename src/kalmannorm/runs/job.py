@@ -81,14 +81,7 @@ def _of_the_machine(error: BaseException) -> bool:
     kinds: tuple[type[BaseException], ...] = (OSError, MemoryError, ImportError, EOFError)
     if torch := sys.modules.get("torch"):
         kinds += (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
-    words = (
-        "CUDA error",
-        "NCCL",
-        "DataLoader worker",
-        "cuDNN error",
-        "CUBLAS",
-        *OUT_OF_MEMORY,
-    )
+    words = ("CUDA error", "NCCL", "DataLoader worker", "cuDNN error", "CUBLAS", *OUT_OF_MEMORY)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 

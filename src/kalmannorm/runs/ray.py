@@ -60,8 +60,7 @@ class OnRay:
         self._running: dict[Any, tuple[str, int, Any]] = {}  # by the pending result: run, devices, actor
 
     def room(self, devices: int) -> bool:
-        """Say whether there is room. One run on several devices counts as that many, whatever share of a GPU the others
-        have."""
+        """Say whether there is room. A run on several devices takes all of each, whatever share the others have."""
         return sum(self._slots(held) for _, held, _ in self._running.values()) + self._slots(devices) <= self.parallel
 
     def start(self, config: Config, devices: int) -> None:

@@ -65,15 +65,13 @@ class OnSlurm:
         self._new.append((config, devices))
 
     def ended(self, timeout: float) -> list[tuple[str, Outcome]]:
-        """Return the ids and outcomes of the jobs that ended, after `timeout` seconds; first submits what was handed
-        over."""
+        """Submit what was handed over, and return the ids and outcomes of what ended within `timeout` seconds."""
         self._submit()
         time.sleep(timeout)
         return [(identity, _outcome(self._jobs.pop(identity))) for identity in list(self._jobs) if self._done(identity)]
 
     def ask_to_stop(self) -> None:
-        """Call scancel: Slurm sends SIGTERM, and SIGKILL after its KillWait. A job still in the queue is gone at
-        once."""
+        """Call scancel: Slurm sends SIGTERM, and SIGKILL after its KillWait. What still waits is gone at once."""
         self._new.clear()
         for job in self._jobs.values():
             job.cancel(check=False)

@@ -249,8 +249,7 @@ def _announce(experiment: Experiment, jobs: list[Job], missing: list[Job], list_
 
 
 def _devices(config: Config, asked: int) -> int:
-    """Return the devices of a run: as many as asked for, or the most below that its statistics groups can be dealt to.
-    UserError: none."""
+    """Return the most devices, up to those asked for, that the statistics groups can be dealt to. UserError: none."""
     for devices in range(asked, 1, -1):
         try:
             check_batches(config, devices)
@@ -262,8 +261,7 @@ def _devices(config: Config, asked: int) -> int:
 
 
 def _check_data(jobs: list[Job]) -> None:
-    """Raise UserError where data are missing, before a worker starts or Slurm queues a job that would say so days
-    later."""
+    """Raise UserError where data are missing, before Slurm queues a job that would say so days later."""
     from kalmannorm import data
     from kalmannorm.data.scenes import find
 

@@ -67,8 +67,7 @@ def evaluate(
 
 
 def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, bool]]]:
-    """Deal out this rank's groups of `size` images in the fixed random order, as (number, whether it counts): the first
-    images fill the last group, uncounted."""
+    """Deal out this rank's groups of `size` images, in the fixed order, as (number, False where it only fills one)."""
     order = fixed_order(count).tolist()
     for start in range(ranks.rank * size, count, ranks.world * size):
         real = order[start : start + size]
@@ -98,8 +97,7 @@ def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, i
 def average_precision(
     split: Split, ids: list[int], detections: Detections, kinds: Mapping[str, str] = KINDS
 ) -> Evaluation:
-    """Compute pycocotools' box and mask AP of `detections` on the images `ids`, in percent, and how many of both there
-    were."""
+    """Compute pycocotools' box and mask AP of `detections` on the images `ids`, in percent, and count both."""
     values: Evaluation = {"images": len(ids), "detections": len(detections)}
     for name, kind in kinds.items():
         with contextlib.redirect_stdout(io.StringIO()):

@@ -20,12 +20,7 @@ COLOURS = ["#D55E00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7"]  # 
 
 @torch.no_grad()
 def draw_detections(
-    model: nn.Module,
-    split: Split,
-    labels: dict[int, int],
-    positions: Sequence[int],
-    device: torch.device,
-    file: Path,
+    model: nn.Module, split: Split, labels: dict[int, int], positions: Sequence[int], device: torch.device, file: Path
 ) -> None:
     """Write boxes, names and masks of the sure detections on the images at these positions as a PNG file."""
     model.eval()

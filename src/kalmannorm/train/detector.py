@@ -33,8 +33,7 @@ CONSTANTS_BATCHES = 10
 
 
 def build(config: Config) -> nn.Module:
-    """Build the converted detector, with fresh weights from the run's seed. UserError: an unknown architecture or
-    option."""
+    """Build the converted detector, with fresh weights from the seed. UserError: an unknown architecture or option."""
     name, arch, norm = config.arch.name, dict(config.arch.options), config.norm
     frozen_stages, roi_belief = arch.pop("frozen_stages", None), arch.pop("roi_belief", "end")
     arch.pop("pretrained", None)

@@ -16,8 +16,7 @@ PLACE = ("epoch", "step")  # curves that say where a point lies
 
 
 def write(folder: Path, curves: Curves, times: Sequence[float]) -> None:
-    """Write the curves of a run, one value an epoch each, which ended at `times` (seconds since 1970). UserError: no
-    space, no permission."""
+    """Write the curves of a run, whose epochs ended at `times` (since 1970). UserError: no space, no permission."""
     write_atomically(folder / FOLDER / NAME, encode(curves, times))
 
 

@@ -24,8 +24,7 @@ from kalmannorm.train.ranks import Ranks
 
 
 def open_data(config: Config, ranks: Ranks) -> data.Source:
-    """Open the data set and check it. UserError: it is missing or damaged, or has another number of classes than
-    configured."""
+    """Open the data set. UserError: it is missing or damaged, or has another number of classes than configured."""
     dataset = config.dataset
     source = data.source(dataset.values(), data.root(config.data))
     if source.classes != dataset.classes:
@@ -44,8 +43,7 @@ def check_same_files(provenance: Tree, folder: Path, ranks: Ranks) -> None:
 
 
 def workers_beside_network(config: Config, ranks: Ranks) -> int:
-    """Return how many processes decode for a detector or a segmenter: unless asked, none where the network keeps the
-    CPU busy."""
+    """Return how many processes decode for a detector or segmenter: of itself none where the CPU has the network."""
     if (config.workers, ranks.device.type) == ("auto", "cpu"):
         return 0
     return data.workers_of(config.workers, ranks.world)

@@ -179,8 +179,7 @@ def describe(model: nn.Module, beliefs: dict[str, str | None]) -> Norms:
 
 
 def rate(config: Config, step: int, total_steps: int) -> float:
-    """Return the learning rate of a step (from 0) of a run that is no detector's: learning_rate with the budget's
-    warm-up."""
+    """Return learning_rate at a step (from 0) of a run that is no detector's, with the budget's warm-up."""
     budget, schedule = config.budget, config.schedule
     assert isinstance(schedule, Schedule)
     warmup = None if budget.warmup is None else budget.warmup / budget.epochs

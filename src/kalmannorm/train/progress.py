@@ -63,8 +63,7 @@ class Progress(AbstractContextManager["Progress"]):
             events.write(folder, curves, self._times)
 
     def step(self, done: int, loss: float, accuracy: float | None = None) -> None:
-        """Show that `done` steps of the run are done; over the epoch's, mean loss and, of a classifier, accuracy
-        (percent)."""
+        """Show that `done` steps are done, and the epoch's mean loss and, of a classifier, accuracy in percent."""
         self.images = (done - self._first) * self._batch
         rate = self.images / (time.perf_counter() - self._training)
         correct = "" if accuracy is None else f"accuracy {accuracy:.1f} %  "

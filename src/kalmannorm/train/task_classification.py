@@ -1,5 +1,4 @@
-"""Classification: a label for an image or a video, cross-entropy, accuracy under moving, online and precise
-statistics."""
+"""Classification of images and videos: cross-entropy, accuracy under moving, online and precise statistics."""
 
 import io
 import math
@@ -71,10 +70,7 @@ class Classification(Task):
 
     def zero_sums(self) -> dict[str, Tensor]:
         device = self.ranks.device
-        return {
-            "loss": torch.zeros((), device=device),
-            "correct": torch.zeros((), dtype=torch.int64, device=device),
-        }
+        return {"loss": torch.zeros((), device=device), "correct": torch.zeros((), dtype=torch.int64, device=device)}
 
     def begin(self, session: Session, record: Record) -> None:
         """Load the given weights, and initialize what depends on data."""
@@ -92,10 +88,7 @@ class Classification(Task):
         x, labels = batch[0].to(memory_format=self.layout)[part::parts], batch[1][part::parts]
         logits = forward(x)
         loss = F.cross_entropy(logits.float(), labels) / parts
-        return loss, {
-            "loss": loss.detach() / self.ranks.world,
-            "correct": (logits.detach().argmax(1) == labels).sum(),
-        }
+        return loss, {"loss": loss.detach() / self.ranks.world, "correct": (logits.detach().argmax(1) == labels).sum()}
 
     def means(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
         correct = 100 * sums["correct"].item() / (steps * self.train.batch)

@@ -117,10 +117,7 @@ class Segmentation(Task):
         }
 
     def means(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
-        return {
-            "train_loss": sums["loss"].item() / steps,
-            "train_accuracy": 100 * sums["accuracy"].item() / steps,
-        }
+        return {"train_loss": sums["loss"].item() / steps, "train_accuracy": 100 * sums["accuracy"].item() / steps}
 
     def evaluate_under(self, statistics: str, stop: StopRequest) -> Evaluation:
         return self._evaluated(statistics, self.model, self.test, stop)
@@ -246,8 +243,7 @@ def reduced(image: Tensor, short: float) -> Tensor:
 def score(
     model: nn.Module, images: Sequence[Tensor], labels: Sequence[Tensor], size: int, scales: Sequence[float] = (1.0,)
 ) -> list[Tensor]:
-    """Return the scores of every image [3, H, W] at its label map's resolution: [classes, h, w]; of several scales the
-    mean probabilities."""
+    """Return every image's scores at its label map's resolution [classes, h, w]: of several scales mean softmax."""
     total = [torch.zeros((), device=image.device) for image in images]
     for scale in scales:
         seen = [reduced(image, size * scale)[0] for image in images]
@@ -264,8 +260,7 @@ def score(
 
 
 def summary(counts: Tensor) -> Evaluation:
-    """Return mean intersection over union, of the classes that occur or are predicted, and pixel accuracy, in
-    percent."""
+    """Return mean intersection over union, of classes that occur or are predicted, and pixel accuracy: percent."""
     both, exact = counts.double(), counts.diag().double()
     union = both.sum(0) + both.sum(1) - exact
     return {

@@ -48,8 +48,7 @@ def training_step(
     compiled: bool = False,
     precision: str = "fp32",
 ) -> Step:
-    """Make a step of forward, backward and optimizer as the harness trains, on one fixed batch; None: noise of CIFAR's
-    size."""
+    """Make a step as the harness trains, on one fixed batch; None: noise of CIFAR's size."""
     model.to(device).train()
     x, labels = (part.to(device) for part in batch or synthetic_batch())
     optim = optimizer(model, **RECIPE)

@@ -156,11 +156,7 @@ class RegionHeads(RoIHeads):
             )
         ]
         classifier, box_reg = (torch.stack(losses).mean() for losses in zip(*box_losses, strict=True))
-        return {
-            "loss_classifier": classifier,
-            "loss_box_reg": box_reg,
-            "loss_mask": torch.stack(mask_losses).mean(),
-        }
+        return {"loss_classifier": classifier, "loss_box_reg": box_reg, "loss_mask": torch.stack(mask_losses).mean()}
 
     def _detect(
         self, image_map: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]], belief: Any
