@@ -36,23 +36,23 @@ def clear_unfinished(file: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, remedy: str = "name another by results= or runs=") -> None:
     """Raise UserError where no file can be written to the folder, or to where it will be made: before days of work."""
     there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))  # links to nowhere too
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=there):  # os.access says yes to root even on read-only file systems
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; name another by results= or runs=") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy}") from None
 
 
-def check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int, remedy: str = "pass runs=FOLDER") -> None:
     """Make the folder and raise UserError where it takes no file, or has no room for `needed` bytes."""
-    write_atomically(folder / ".probe", b"")
-    (folder / ".probe").unlink()
+    check_writable(folder, remedy)
+    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; pass runs=FOLDER")
+        raise UserError(f"{folder}: {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} MiB needed; {remedy}")
 
 
 def _sync(folder: Path) -> None:

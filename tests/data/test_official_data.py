@@ -298,21 +298,21 @@ def test_download_off(tmp_path: Path) -> None:
 def test_not_enough_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_archive(tmp_path / "cifar-10-python.tar.gz", cifar_members()[0], monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 9 * 10**8, 10**8))  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"not enough disk under .*: 100 MB free, 185 MB needed"):
+    with pytest.raises(UserError, match=r": 95 MiB free, 176 MiB needed; give another by --root"):
         data.prepare("cifar10", tmp_path)
     assert not (tmp_path / "cifar10").exists()
 
 
 def test_no_write_permission(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to the data root .*file/sets"):
+    with pytest.raises(UserError, match=r"cannot write to .*file/sets: .*; give another by --root"):
         data.prepare("cifar10", tmp_path / "file" / "sets")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_root(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match=r"cannot write to the data root"):
+    with pytest.raises(UserError, match=r"cannot write to .*; give another by --root"):
         data.prepare("cifar10", tmp_path)
 
 

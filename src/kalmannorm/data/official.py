@@ -3,8 +3,6 @@ read before their md5 is right."""
 
 import hashlib
 import http.client
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from kalmannorm.data.arrays import Arrays, is_complete, partial, read_folder, write_folder
 from kalmannorm.errors import UserError
+from kalmannorm.files import check_room
 
 Part = tuple[str, NDArray[np.uint8], NDArray[np.int64]]  # "train" or "test", images [n, 32, 32, 3], labels [n]
 
@@ -60,7 +59,8 @@ class Official:
         else:
             paths = [archive / file.name if archive.is_dir() else archive for file in files]
         arrays_size = sum(self.counts) * (32 * 32 * 3 + 8)
-        check_room(root, arrays_size + sum(file.size for file, path in zip(files, paths, strict=True) if path is None))
+        needed = arrays_size + sum(file.size for file, path in zip(files, paths, strict=True) if path is None)
+        check_room(root.absolute(), needed, "give another by --root, DATA=... or KALMANNORM_DATA")
         parts: list[Part] = []
         for file, found in zip(files, paths, strict=True):
             if found is None and not download:
@@ -84,25 +84,6 @@ class Official:
         }
         write_folder(folder, arrays, source)
         return folder
-
-
-def check_room(root: Path, need: int) -> None:
-    """Make `root` if it is not there; UserError if it cannot be written to or has less than `need` bytes free."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):  # os.access says yes to root even on read-only file systems
-            pass
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the data root {root.absolute()}: {error.strerror or error}; "
-            "give another by --root, DATA=... or the environment variable KALMANNORM_DATA"
-        ) from error
-    free = shutil.disk_usage(root).free
-    if free < need:
-        raise UserError(
-            f"not enough disk under {root.absolute()}: {free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB needed; "
-            "make room or give another root by --root, DATA=... or the environment variable KALMANNORM_DATA"
-        )
 
 
 def _find(name: str, *places: Path) -> Path | None:
