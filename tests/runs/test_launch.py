@@ -183,7 +183,7 @@ def test_without_locks_there_is_one_warning_and_work_goes_on(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(lock, "_said", set())
+    lock._warn.cache_clear()
     for run in ("a", "b"):
         with lock.hold(tmp_path, run), lock.hold(tmp_path, run):
             assert lock.holder(tmp_path, run) is None

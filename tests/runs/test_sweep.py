@@ -200,7 +200,7 @@ def test_slots_of_gpus(monkeypatch):
     pool = Local(placement.split(["gpus=0,1,2", "per_gpu=2"])[0], "cuda", 1)
     assert [slot.gpu for slot in pool.slots] == ["0", "1", "2", "0", "1", "2"] and pool.devices == 3
     assert pool.slots[1].worker._environment["CUDA_VISIBLE_DEVICES"] == "1"
-    pool.slots[0].run = "a"
+    pool.running["a"] = pool.slots[:1]
     assert [slot.gpu for slot in pool._free(3)] == ["1", "2", "0"] and pool.room(3) and not pool.room(4)
 
 

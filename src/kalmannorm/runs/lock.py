@@ -8,6 +8,7 @@ at all (Lustre without its option, NFS without its daemon), that is said once an
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import socket
@@ -21,7 +22,6 @@ from pathlib import Path
 from kalmannorm.errors import UserError
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-_said: set[int] = set()  # devices of the file systems that were warned of
 
 
 class Busy(UserError):
@@ -75,33 +75,25 @@ def _lock(handle: int, tries: int = 1) -> bool:
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
-            _warn(handle, error)
+            _warn(os.fstat(handle).st_dev, error.strerror)
             return True
     return False
 
 
-def _warn(handle: int, error: OSError) -> None:
-    device = os.fstat(handle).st_dev
-    if device not in _said:
-        _said.add(device)
-        print(
-            f"kalmannorm: the file system of runs= has no locks ({error.strerror}): nothing keeps two processes from "
-            "one run at once, which costs time and spoils nothing",
-            file=sys.stderr,
-        )
+@functools.cache  # once for a file system
+def _warn(device: int, reason: str) -> None:
+    print(
+        f"kalmannorm: the file system of runs= has no locks ({reason}): nothing keeps two processes from one run at "
+        "once, which costs time and spoils nothing",
+        file=sys.stderr,
+    )
 
 
 def _owner(handle: int) -> str:
     try:
         owner = json.loads(os.pread(handle, 1000, 0))
         return " ".join(f"process {owner['pid']} on {owner['host']} since {owner['since']}".split())
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        OSError,
-    ):  # it is just writing its name; or the file is damaged
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):  # it is just writing its name, or damaged
         return "another process"
 
 

@@ -1,8 +1,9 @@
 """launcher=local: a pool of worker processes on this machine, one for every slot."""
 
+import itertools
 import os
 import select
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config
@@ -15,14 +16,12 @@ from kalmannorm.runs.worker import Worker
 CPU_SLOTS = 4  # at most, where nobody says how many
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """Room for a run on one device: a share of a GPU, or some CPU threads (gpu None)."""
 
     gpu: str | None
     worker: Worker
-    run: str | None = None  # that holds it
-    partners: list["Slot"] = field(default_factory=list)  # whose devices the run holds as well
 
 
 class Local:
@@ -36,6 +35,7 @@ class Local:
         said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # OpenMP takes a list, for nested loops
         threads = options.threads or (int(said) if said.isdecimal() else 0) or max(1, cores() // len(places))
         self.slots = [Slot(gpu, Worker(gpu, threads)) for gpu in places]
+        self.running: dict[str, list[Slot]] = {}  # by run: what it holds, its worker first
         self.devices = len(gpus) or len(places)  # most that a run can have
         what = f"GPUs {', '.join(gpus)}" if gpus else device
         self.title = f"{len(places)} at once on {what}, {threads} CPU threads each"
@@ -48,30 +48,21 @@ class Local:
         return len(self._free(devices)) == devices
 
     def start(self, config: Config, devices: int) -> None:
-        first, *partners = self._free(devices)
-        for slot in (first, *partners):
-            slot.run = run_id(config)
-        first.partners = partners
-        gpus = None if first.gpu is None or not partners else ",".join(str(slot.gpu) for slot in (first, *partners))
-        first.worker.start(config, devices, gpus)
+        slots = self._free(devices)
+        self.running[run_id(config)] = slots
+        gpus = None if slots[0].gpu is None or devices == 1 else ",".join(str(slot.gpu) for slot in slots)
+        slots[0].worker.start(config, devices, gpus)
 
     def ended(self, timeout: float) -> list[tuple[str, Outcome]]:
         """Return the ids and outcomes of the runs that ended; wait `timeout` seconds for the first."""
-        active = {slot.worker.fileno(): slot for slot in self.slots if slot.run and not self._is_partner(slot)}
-        readable, _, _ = select.select(list(active), [], [], timeout)
-        outcomes = []
-        for slot in (active[handle] for handle in readable):
-            assert slot.run is not None
-            outcomes.append((slot.run, slot.worker.outcome()))
-            for held in (slot, *slot.partners):
-                held.run = None
-            slot.partners = []
-        return outcomes
+        answers = {slots[0].worker.fileno(): run for run, slots in self.running.items()}
+        readable, _, _ = select.select(list(answers), [], [], timeout)
+        ended = [answers[handle] for handle in readable]
+        return [(run, self.running.pop(run)[0].worker.outcome()) for run in ended]
 
     def ask_to_stop(self) -> None:
-        for slot in self.slots:
-            if slot.run and not self._is_partner(slot):
-                slot.worker.ask_to_stop()
+        for first, *_ in self.running.values():
+            first.worker.ask_to_stop()
 
     def kill(self) -> None:
         for slot in self.slots:
@@ -81,14 +72,12 @@ class Local:
         for slot in self.slots:
             slot.worker.close()
 
-    def _is_partner(self, slot: Slot) -> bool:
-        return any(slot in other.partners for other in self.slots)
-
     def _free(self, devices: int) -> list[Slot]:
         """Return the free slots for a run: each on another GPU."""
+        taken = list(itertools.chain.from_iterable(self.running.values()))
         chosen: list[Slot] = []
         for slot in self.slots:
-            if slot.run is None and (slot.gpu is None or slot.gpu not in [other.gpu for other in chosen]):
+            if slot not in taken and (slot.gpu is None or slot.gpu not in [other.gpu for other in chosen]):
                 chosen.append(slot)
         return chosen[:devices]
 
