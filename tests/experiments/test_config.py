@@ -227,7 +227,7 @@ def test_every_norm_is_known_to_the_library():
     assert archs == set(ARCHS) | set(DETECTORS) | set(SEGMENTERS)
 
 
-@pytest.mark.parametrize("name", cards.names())
+@pytest.mark.parametrize("name", card.names())
 def test_experiments_expand_to_distinct_runs(name):
     expanded = cards.load(name, ["dataset=digits", "seeds=2"])
     ids = [run_id(config) for config in expanded.runs]

@@ -50,7 +50,7 @@ def ids(name: str) -> dict[str, dict[str, str]]:
     return {budget: {key: run_id(run) for key, run in runs.items()} for budget, runs in composed(name).items()}
 
 
-@pytest.mark.parametrize("name", cards.names())
+@pytest.mark.parametrize("name", card.names())
 def test_experiment_runs_what_it_ran(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, before = ids(name), json.loads(FILE.read_text()).get(name)
     if now != before:
@@ -86,4 +86,4 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({name: ids(name) for name in cards.names()}, indent=1, sort_keys=True) + "\n")
+    FILE.write_text(json.dumps({name: ids(name) for name in card.names()}, indent=1, sort_keys=True) + "\n")

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 from kalmannorm.errors import UserError, nearest
@@ -21,8 +21,8 @@ class Experiment:
     """A card, with the rows and columns that were chosen, and the runs that it asks for."""
 
     card: Card
-    runs: list[Config] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)  # row of each run
+    runs: list[Config]
+    keys: list[str]  # row of each run
 
 
 def load(name: str, arguments: list[str]) -> Experiment:
@@ -40,23 +40,17 @@ def load(name: str, arguments: list[str]) -> Experiment:
     seeds = _seeds(own.get("seeds", str(card.seeds)))
     if any(override.startswith("seed=") for override in overrides):
         raise UserError("seed: an experiment takes seeds=N (1 to N) or seeds=4,7 (these); seeds=4, is that one alone")
-    experiment = Experiment(card)
-    known: set[str] = set()
+    found: dict[str, tuple[str, Config]] = {}  # by id: key and run
     for row in card.rows:
         for column in card.columns_of(row) if card.has_columns_of_runs else [None]:
             of_row = cards.overrides(card.settings(row, column))
             config = compose(_last_of_each(of_row, overrides, ["seed=0"]), among_many=True)
             for seed in seeds:
                 run = replace(config, seed=seed)
-                if run_id(run) not in known:
-                    known.add(run_id(run))
-                    experiment.runs.append(run)
-                    experiment.keys.append(f"{row.key} {column.key}" if column else row.key)
+                found.setdefault(run_id(run), (f"{row.key} {column.key}" if column else row.key, run))
     # Seed by seed, so that a sweep that is cut short has whole comparisons.
-    order = sorted(range(len(experiment.runs)), key=lambda i: experiment.runs[i].seed)
-    experiment.runs = [experiment.runs[i] for i in order]
-    experiment.keys = [experiment.keys[i] for i in order]
-    return experiment
+    ordered = sorted(found.values(), key=lambda one: one[1].seed)
+    return Experiment(card, [run for _, run in ordered], [key for key, _ in ordered])
 
 
 def chosen(name: str, arguments: Sequence[str]) -> tuple[Card, dict[str, str], list[str]]:
@@ -133,12 +127,9 @@ def multirun(overrides: list[str]) -> Experiment:
     title = " ".join(overrides)
     if not 1 <= math.prod(map(len, choices)) <= MOST_RUNS:
         raise UserError(f"{title}: expected from 1 to {MOST_RUNS:,} runs")
-    experiment = Experiment(Card("multirun", title, ()))
     configs = [compose(list(combination), among_many=True) for combination in itertools.product(*choices)]
-    for config in {run_id(config): config for config in configs}.values():
-        experiment.runs.append(config)
-        experiment.keys.append("multirun")
-    return experiment
+    runs = list({run_id(config): config for config in configs}.values())
+    return Experiment(Card("multirun", title, ()), runs, ["multirun"] * len(runs))
 
 
 def _choose(rows: tuple[Row, ...], wanted: str | None) -> tuple[Row, ...]:

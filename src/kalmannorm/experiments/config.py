@@ -32,19 +32,6 @@ from kalmannorm.experiments.settings import (
 )
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, WHOLE_BATCH, preset_options
 
-# What determines a run's result, and so its id; the rest says where it runs.
-RESULT_KEYS = (
-    "dataset",
-    "arch",
-    "norm",
-    "batch",
-    "schedule",
-    "budget",
-    "seed",
-    "precision",
-    "compile",
-    "deterministic",
-)
 GROUPS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "dataset": read_dataset,
     "arch": Arch.read,
@@ -53,6 +40,8 @@ GROUPS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "schedule": read_schedule,
     "budget": Budget.read,
 }
+# What determines a run's result, and so its id; the rest says where it runs.
+RESULT_KEYS = (*GROUPS, "seed", "precision", "compile", "deterministic")
 # What a data set says of a budget: of all, of detectors, of scenes.
 OF_BUDGET = (
     *("epochs", "warmup", "subset", "size"),
@@ -207,21 +196,16 @@ def _resolve(values: dict[str, Any]) -> Config:
         values["dataset"]["classes"] = data.folder.count_classes(data.root(values["data"]), values["dataset"])
     if "pretrained" in values["arch"]:
         raise UserError(f"arch.pretrained = {values['arch']['pretrained']}: expected none, weights=FILE says it")
-    task = values["dataset"].get("task")
+    task, weights, of_videos = values["dataset"].get("task"), values["weights"], "frames" in values["dataset"]
     detects = task == "detection"
-    if task is not None:
-        values["arch"] |= _resolve_weights(values["arch"], values["weights"], detects)
-    elif values["weights"] is not None:
-        if "frames" not in values["dataset"]:
-            raise UserError(
-                f"weights = {values['weights']}: only detectors, segmenters and videos' networks begin with them"
-            )
-        values["arch"] |= _resolve_weights(values["arch"], values["weights"], detects)
+    if weights is not None and task is None and not of_videos:
+        raise UserError(f"weights = {weights}: only detectors, segmenters and videos' networks begin with them")
+    if weights is not None or task is not None:
+        values["arch"] |= _resolve_weights(values["arch"], weights, detects)
     if values["device"] == "auto":
         values["device"] = "cuda" if machine.has_gpu() else "cpu"
     on_gpu = str(values["device"]).startswith("cuda")
     # Of a convolution over two frames torch's CPU kernels give a bfloat16 gradient that is not finite.
-    of_videos = "frames" in values["dataset"]
     fast = on_gpu or (machine.multiplies_bfloat16() and not detects and not of_videos)
     automatic = [key for key in ("precision", "compile") if values[key] == "auto"]
     if "precision" in automatic:
