@@ -250,14 +250,11 @@ def find_unreadable(images: Images, workers: int) -> Unreadables:
     found: Unreadables = {}
     with ThreadPool(max(1, workers)) as pool:  # Pillow decodes without holding the interpreter
         for split, files in (("train", images.train), ("val", images.test)):
-            reasons: Iterable[str] = pool.imap(_reason, _paths(files), chunksize=16)
+            paths = (files.path(index) for index in range(len(files)))
+            reasons: Iterable[str] = pool.imap(_reason, paths, chunksize=16)
             reasons = track(reasons, f"reading {files.root}", len(files), console=console, transient=True)
             found[split] = [(index, reason) for index, reason in enumerate(reasons) if reason]
     return found
-
-
-def _paths(files: Files) -> Iterator[Path]:
-    return (files.path(index) for index in range(len(files)))
 
 
 def _reason(path: Path) -> str:
