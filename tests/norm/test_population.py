@@ -65,6 +65,16 @@ def test_gamma_decay_is_one_over_the_batch():
     assert error(found[0], 2 * found[1]) < 1e-6
 
 
+@pytest.mark.parametrize("variant", ["images", "fisher", "talk"])
+def test_a_constant_channel_keeps_a_finite_coefficient(variant):
+    layer = PopulationNorm(3, gamma_decay=(variant, 8))
+    x = torch.randn(16, 3, 4, 4)
+    x[:, 1] = 0
+    layer(x).cos().mean().backward()
+    finish_gradients(layer)
+    assert torch.isfinite(layer.decay.zeta).all() and torch.isfinite(layer.weight.grad).all()
+
+
 def test_coefficients_are_averaged_and_kept_in_the_state_dict():
     torch.manual_seed(0)
     layer, single = (PopulationNorm(5, gamma_decay=("images", 8)) for _ in range(2))

@@ -4,16 +4,18 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
-from helpers import error, talk_golden
+from helpers import Residual, error, talk_golden
 from torch import nn
 
-from kalmannorm import Belief, convert, set_statistics
+from kalmannorm import Belief, convert, fold, set_statistics
 from kalmannorm.conversion.flow import beliefs_of_inputs
 from kalmannorm.models import ARCHS
 from kalmannorm.norm.modes import finish_gradients
 from kalmannorm.norm.moments import relu
-from kalmannorm.norm.whitened import fold_weights, parametrization_of, refresh, whiten_weights, whitened
+from kalmannorm.norm.whitened import KINDS, fold_weights, parametrization_of, refresh, whiten_weights, whitened
 from kalmannorm.train.model import optimizer
 
 D = torch.float64
@@ -203,6 +205,97 @@ def test_folds_back_to_plain_layers():
     fold_weights(model)
     assert not whitened(model) and names <= set(model.state_dict())
     assert error(outputs(model, x), before) < 1e-5
+
+
+def test_fold_of_a_converted_model_writes_the_weights_back():
+    model = network("eigennet")
+    refresh(model, [samples()])
+    x = samples(seed=3)
+    model(x)
+    plain = fold(model)
+    assert not whitened(plain) and len(whitened(model)) == 14
+    assert plain.state_dict().keys() == ARCHS["resnet14"]().state_dict().keys()
+    assert error(plain.eval()(x).detach(), model.eval()(x).detach()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_dict_has_all_of_it(kind):
+    """Training goes on as it would, the next refresh included."""
+    model, fresh = network(kind, D), network(kind, D)
+    refresh(model, [samples(D)])
+    train(model, steps=1)
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    for one in (model, fresh):
+        refresh(one, [samples(D, seed=5)])
+        train(one, steps=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["pre_gwnn", "eigennet"])
+def test_compiled_is_eager(kind):
+    """Also after a refresh, which changes buffers."""
+    torch._dynamo.reset()
+    eager = small(kind)
+    compiled = copy.deepcopy(eager)
+    run = torch.compile(compiled, backend="aot_eager")
+    for seed in range(2):
+        for one, forward in ((eager, eager), (compiled, run)):
+            one.zero_grad()
+            refresh(one, [samples(D, seed=5 + seed)])
+            forward(samples(D, seed=seed)).square().mean().backward()
+        for (name, a), b in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+            assert (b.grad - a.grad).abs().max() < 1e-10, name
+
+
+def small(kind):
+    torch.manual_seed(0)
+    plain = Residual()
+    whiten_weights(plain, kind)
+    return convert(plain, "bn", stat_batch=4).to(D)
+
+
+def step_of_a_process(rank, folder):
+    """A refresh and a step under DDP on every second image: whole groups. EigenNet's labels differ by process."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for kind in KINDS[:3]:
+        steps_of(torch.nn.parallel.DistributedDataParallel(small(kind)), slice(rank, None, 2), folder / f"{kind}.pt")
+    dist.destroy_process_group()
+
+
+def steps_of(model, images, file):
+    inner = getattr(model, "module", model)
+    optim = optimizer(inner, momentum=0.9, weight_decay=1e-3)
+    for step in range(2):
+        x, labels = samples(D, seed=step)[images], (torch.arange(32) % 10)[images]
+        refresh(inner, [x], optim, inputs=beliefs_of_inputs(inner, x) if step else None)
+        optim.zero_grad()
+        F.cross_entropy(model(x), labels % 4).backward()
+        finish_gradients(inner)
+        for group in optim.param_groups:
+            group["lr"] = 0.01
+        optim.step()
+    torch.save(inner.state_dict(), file)
+
+
+def test_two_processes_refresh_as_one(tmp_path):
+    mp.spawn(step_of_a_process, (tmp_path,), nprocs=2)
+    for kind in KINDS[:3]:
+        steps_of(small(kind), slice(None), tmp_path / "one.pt")
+        found, expected = (torch.load(tmp_path / f"{name}.pt") for name in (kind, "one"))
+        for key, value in expected.items():
+            if "running" not in key:  # averaged over processes where they are read
+                assert (found[key] - value).abs().max() < 1e-8 * max(1, value.abs().max()), (kind, key)
+
+
+def test_many_equal_eigenvalues_do_not_stop_a_refresh():
+    """A covariance of few samples: most eigenvalues of P are one, at which a singular value decomposition may fail."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 14**2, 10))
+    whiten_weights(plain, "eigennet")
+    model = convert(plain, "bn", stat_batch=4).to(D)
+    before = outputs(model, samples(D))
+    refresh(model, [samples(D, seed=5)])
+    assert error(outputs(model, samples(D)), before) < 1e-9
 
 
 def test_grouped_convolutions_are_whitened_by_group():

@@ -165,7 +165,10 @@ def command(folder: Path, overrides: list[str]) -> list[str]:
      ["norm=pn", "norm.options.gamma_decay=[images,8]"],
      ["norm=eigennet", "norm.options.weights.every=2", "norm.options.weights.samples=64"],
      ["norm=post_gwnn", "norm.options.weights.every=3", "+norm.options.weights.covariance=predicted"],
-     ["norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"]],
+     ["norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"],
+     *(pytest.param([f"norm={norm}"], marks=pytest.mark.slow) for norm in ("ibn", "zca", "itern")),
+     *(pytest.param([f"norm={kind}", "norm.options.weights.every=3", "norm.options.weights.samples=64"],
+                    marks=pytest.mark.slow) for kind in ("wnn", "pre_gwnn"))],
 )  # fmt: skip
 def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, extra):
     """Stopped by a signal within the second epoch, and once more at its end, before it is evaluated."""

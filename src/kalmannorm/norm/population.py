@@ -61,6 +61,7 @@ class GammaDecay(nn.Module):
         """x [N, C, ...] is normalized by mean, var [N, C] of each image's group."""
         if self.variant == "constant":
             return
+        var = torch.where(var > 0, var, 1)  # of a channel that is constant, a dead one, h~ is 0
         own_mean, own_var = groups.image_moments(x)
         deviation = own_mean - mean
         square = (own_var + deviation.square()) / var

@@ -49,7 +49,7 @@ class WhitenedWeight(nn.Module):
         return self._between(self.outer, v, self.inner)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return self._between(torch.linalg.pinv(self.outer), weight, torch.linalg.pinv(self.inner)).detach()
+        return self._between(self._inverse(self.outer), weight, self._inverse(self.inner)).detach()
 
     def decay(self, v: Tensor) -> Tensor:
         """The gradient of |W|^2 / 2 at V."""
@@ -61,7 +61,7 @@ class WhitenedWeight(nn.Module):
 
     def push_forward(self, gradient: Tensor) -> Tensor:
         """W's gradient where `gradient` is V's."""
-        return self._between(torch.linalg.pinv(self.outer).mT, gradient, torch.linalg.pinv(self.inner).mT)
+        return self._between(self._inverse(self.outer).mT, gradient, self._inverse(self.inner).mT)
 
     def of_center(self, weight: Tensor) -> Tensor:
         """(sum of the taps of W) c, [C_out]."""
@@ -69,6 +69,13 @@ class WhitenedWeight(nn.Module):
         return torch.einsum(
             "goi,gi->go", taps.unflatten(0, (self.groups, -1)), self.center.view(self.groups, -1)
         ).flatten()
+
+    def _inverse(self, matrix: Tensor) -> Tensor:
+        """Of a P or Q; where rows were dropped (they are orthogonal then), the pseudo-inverse."""
+        if self.kind != "pre_gwnn":
+            return torch.linalg.inv(matrix)
+        squares = matrix.square().sum(-1, keepdim=True)
+        return (matrix / torch.where(squares > 0, squares, 1)).mT
 
     def _between(self, left: Tensor, weight: Tensor, right: Tensor) -> Tensor:
         parts = weight.unflatten(0, (self.groups, -1)).reshape(self.groups, -1, weight.shape[1], weight[0, 0].numel())
@@ -153,6 +160,9 @@ def whitened_parameters(model: nn.Module) -> list[tuple[WhitenedWeight, nn.Param
 def fold_weights(model: nn.Module) -> None:
     """Write W (and the bias) back in the place of V (and d), for good."""
     for layer in whitened(model).values():
+        kind = type(layer)  # shared by the model's copies, and changed by what is removed
+        body = {key: value for key, value in kind.__dict__.items() if key not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(kind.__name__, kind.__bases__, body)
         for key in ("bias", "weight"):
             if parametrize.is_parametrized(layer, key):
                 parametrize.remove_parametrizations(layer, key)
