@@ -77,7 +77,7 @@ class Generated:
             exec(compile(self.code, filename, "exec"), scope)
             forward: Any = scope["forward"]
             forward.__doc__, forward.__signature__ = base.forward.__doc__, inspect.signature(base.forward)
-            forward.__wrapped__ = base.forward  # whose arguments torch.fx looks at
+            forward.__wrapped__ = _without_beliefs(base, scope)
             body = {"forward": forward, "converted": self, "__reduce_ex__": _reduce}
             body |= contract.methods(base) if "beliefs" in self.code else {}
             body |= _OF_GRAPH_MODULES if issubclass(base, fx.GraphModule) else {}
@@ -327,6 +327,15 @@ def _head(cls: type[nn.Module], names: dict[str, Any]) -> tuple[str, dict[str, s
     if "beliefs=None" not in head:
         head.append("beliefs=None")
     return ", ".join(head), arguments
+
+
+def _without_beliefs(cls: type[nn.Module], scope: dict[str, Any]) -> Any:
+    """The generated forward by the original's parameters alone: what torch.fx looks at, and what is left of it where a
+    wrapper is taken off again (accelerate's mixed precision)."""
+    head, arguments = _head(cls, scope)
+    head, handed = head.replace(", beliefs=None", ""), ", ".join(["self", *arguments.values()])
+    exec(f"def plainly({head}):\n    return forward({handed})\n", scope)
+    return scope["plainly"]
 
 
 # Around the forward of a model as a whole: what is known of its input, and what it returns.
