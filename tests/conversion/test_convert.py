@@ -2,6 +2,7 @@
 
 import copy
 import linecache
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -351,6 +352,37 @@ def test_a_frozen_network_stays_frozen() -> None:
     for norm in ("bkn", "gkn", "sn"):
         model = convert(net, norm)
         assert [name for name, p in model.named_parameters() if p.requires_grad] == ["4.bias"]
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gkn"])
+def test_parameters_that_are_shared_stay_shared(norm: str) -> None:
+    """By layers, and by what penalizes them (network slimming)."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    net[4].weight = net[1].weight
+    net.slimmed = nn.ParameterList([net[1].bias])
+    model = convert(net, norm)
+    folded = fold(model) if norm != "gkn" else model
+    for copied in (model, folded):
+        assert copied[1].weight is copied[4].weight and copied[1].bias is copied.slimmed[0]
+    own = [{id(p) for p in one.parameters()} for one in ((net, model, folded) if norm != "gkn" else (net, model))]
+    assert len(set().union(*own)) == sum(map(len, own))
+
+
+def test_a_forward_that_calls_the_original_is_refused() -> None:
+    """In silence the copy was the original: its layers were used, and trained."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model, inner = convert(net, "bkn", stat_batch=2), net.forward
+    net.forward = lambda x: inner(2 * x)
+    for name, whole in (("the model", net), ("0", nn.Sequential(net))):
+        with pytest.raises(ValueError, match=rf"{name} \(Sequential\): its forward is a function that calls the model"):
+            convert(whole, "bkn")
+    model.forward = lambda x: type(model).forward(model, 2 * x)
+    with pytest.raises(ValueError, match="its forward is a function that calls the model"):
+        fold(model)
+    net.forward = MethodType(lambda self, x: nn.Sequential.forward(self, 2 * x), net)
+    model = convert(net, "bkn", stat_batch=2)
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters()) and net[0].weight.grad is None
 
 
 def test_a_normalizer_that_is_called_twice_has_a_prior_if_both_calls_have() -> None:

@@ -332,9 +332,26 @@ def test_shapes_that_do_not_fit_are_named(norm: str) -> None:
                 layer(torch.randn(shape))
         with pytest.raises(ValueError, match=r"blocks\.3\.bn1: expected an input \[N, C, \.\.\.\], got \(4,\)"):
             layer(torch.randn(4))
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            with pytest.raises(ValueError, match=rf"blocks\.3\.bn1: expected .* floating-point type, got {dtype}"):
+                layer(torch.ones(4, 4, 5, 5, dtype=dtype))
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
     with pytest.raises(ValueError, match=r"eps must not be negative, not -1\.0"):
         build(norm, 4, eps=-1.0)
+
+
+@all_layers
+def test_parameters_are_reset(norm: str) -> None:
+    """As torch's layers do it, by which models that were built without memory get their values."""
+    if not hasattr(layer := build(norm, 4, stat_batch=2), "reset_parameters"):
+        return
+    fresh = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(7)
+    layer.reset_parameters()  # type: ignore[operator]
+    for (name, value), start in zip(layer.named_parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(value, start, msg=name)
 
 
 def without(what: str) -> Callable[[int], nn.Module]:

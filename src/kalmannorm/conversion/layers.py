@@ -1,6 +1,7 @@
 """One layer for another: what a normalizer takes over from the BatchNorm layer that it replaces, and gives back."""
 
 import copy
+import inspect
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -61,11 +62,15 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
     if reference is not None:
         new.to(reference.device, reference.dtype)
     for key, (part, channels) in itertools.product(BATCH_NORM_STATE, _parts(new)):
-        value, target = getattr(old, key, None), getattr(part, key, None)
-        if isinstance(target, Tensor) and value is not None:
+        value: Any = getattr(old, key, None)
+        target: Any = getattr(part, key, None)
+        learned = isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter)  # frozen BN's are buffers
+        if learned and value.shape == target.shape:  # itself, which other layers, and lists, may hold too
+            setattr(part, key, value)
+        elif isinstance(target, Tensor) and value is not None:
             with torch.no_grad():
                 target.copy_(value[channels] if value.dim() else value)
-            if isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter):  # frozen BN's are buffers
+            if learned:
                 target.requires_grad_(value.requires_grad)
     if isinstance(gamma := getattr(old, "weight", None), nn.Parameter) and not gamma.requires_grad:
         for key, parameter in new.named_parameters(recurse=False):  # q and R, new, are as frozen as gamma
@@ -149,10 +154,31 @@ def share_noise(layers: Iterable[nn.Module]) -> None:
 
 def copied(model: nn.Module) -> nn.Module:
     """A copy; what was computed and is kept, which deepcopy refuses (weights of pruning, of torch.nn.utils.weight_norm;
-    a module's own caches), as the values that it has."""
+    a module's own caches), as the values that it has. ValueError: a forward that would go on calling the original."""
+    _refuse_foreign_forwards(model)
     attributes = tree_leaves([vars(module) for module in model.modules()])
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+
+
+def _refuse_foreign_forwards(model: nn.Module) -> None:
+    modules = set(model.modules())
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if any(one in modules for one in _modules_of(getattr(forward, "__func__", forward))):
+            raise ValueError(
+                f"{name or 'the model'} ({type(module).__name__}): its forward is a function that calls the model by "
+                "another name than self, so that a copy's would call it too: set it after the copy is made"
+            )
+
+
+def _modules_of(function: Any) -> list[nn.Module]:
+    """What a function names beside its arguments, copies of which share it: modules, and those of bound methods."""
+    if not inspect.isfunction(function):
+        return []
+    named = inspect.getclosurevars(function)
+    values = [getattr(value, "__self__", value) for value in (*named.nonlocals.values(), *named.globals.values())]
+    return [value for value in values if isinstance(value, nn.Module)]
 
 
 def replace(root: nn.Module, name: str, new: nn.Module) -> nn.Module:

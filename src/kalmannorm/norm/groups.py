@@ -29,13 +29,15 @@ def name_of(layer: nn.Module) -> str:
 
 
 def check(layer: nn.Module, channels: int, eps: float, x: Tensor | None = None) -> None:
-    """ValueError for an eps that is none, and for an x that is not [N, C, ...] of these channels."""
+    """ValueError for an eps that is none, and for an x that is not [N, C, ...] of these channels and real numbers."""
     if eps < 0:
         raise ValueError(f"{name_of(layer)}: eps must not be negative, not {eps}")
     if x is not None and x.dim() < 2:
         raise ValueError(f"{name_of(layer)}: expected an input [N, C, ...], got {tuple(x.shape)}")
     if x is not None and x.shape[1] != channels:
         raise ValueError(f"{name_of(layer)}: expected {channels} channels, got {tuple(x.shape)}")
+    if x is not None and not x.is_floating_point():
+        raise ValueError(f"{name_of(layer)}: expected an input of a floating-point type, got {x.dtype}")
 
 
 def of_no_images(x: Tensor, *others: Tensor | None) -> Tensor:

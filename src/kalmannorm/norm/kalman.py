@@ -68,11 +68,18 @@ class Estimator(TakesBeliefs):
         self.noise, self.mixture, self.guard, self.belief, self.predict = noise, mixture, guard, belief, predict
         self.gain_logit = self.noise_raw = None
         if learn_gain:  # with prior_values: what learning adds to the logit that they give. [1]: FSDP refuses scalars
-            start = math.log(gain / (1 - gain)) if gain else 0.0
-            self.gain_logit = nn.Parameter(torch.tensor([start], device=device, dtype=dtype))
+            self.gain_logit = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         if noise:
-            size, start = 1 if noise == "shared" else channels, math.log(math.expm1(INITIAL_NOISE))
-            self.noise_raw = nn.Parameter(torch.full((size,), start, device=device, dtype=dtype))
+            self.noise_raw = nn.Parameter(torch.empty(1 if noise == "shared" else channels, device=device, dtype=dtype))
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """q and R as they start."""
+        if self.gain_logit is not None:
+            self.gain_logit.fill_(math.log(self.initial_gain / (1 - self.initial_gain)) if self.initial_gain else 0.0)
+        if self.noise_raw is not None:
+            self.noise_raw.fill_(math.log(math.expm1(INITIAL_NOISE)))
 
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         """x normalized, and the belief to hand on."""
@@ -216,6 +223,11 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             num_features, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict, device, dtype
         )
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "initial_gain"):  # not yet, while BatchNorm is made
+            self._start()
+
     @property
     def decides_for_batch(self) -> bool:
         return self.guard is not None and self.pending is not None
@@ -301,6 +313,12 @@ class KalmanGroupNorm(TakesOptions, Estimator):
         self._init_estimator(
             num_channels, gain, prior_values, learn_gain, noise, mixture, guard, belief, predict, device, dtype
         )
+
+    def reset_parameters(self) -> None:
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
+        self._start()
 
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         groups.check(self, self.num_channels, self.eps, x)

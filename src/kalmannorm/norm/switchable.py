@@ -31,6 +31,12 @@ class SwitchableNorm(GroupedStatistics):
         self.mean_weight = nn.Parameter(torch.ones(len(MIXED), **place))
         self.var_weight = nn.Parameter(torch.ones(len(MIXED), **place))
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name in ("mean_weight", "var_weight"):
+            if name in self._parameters:  # not yet, while BatchNorm is made
+                nn.init.ones_(self._parameters[name])  # type: ignore[arg-type]
+
     @property
     def weights(self) -> dict[str, list[float]]:
         """The weights of MIXED in the mean and in the variance, as numbers, for records."""
