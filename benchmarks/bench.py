@@ -28,6 +28,7 @@ from kalmannorm.errors import UserError, nearest
 from kalmannorm.files import write_atomically
 from kalmannorm.models import ARCHS
 from kalmannorm.norm import NORMS
+from kalmannorm.norm.whitened import KINDS, whiten_weights
 from kalmannorm.report.speed import quartiles
 from kalmannorm.train.task_classification import memory_format
 from kalmannorm.train.timed_steps import GRAD_BATCH, WARM_UP, Pairs, Step, alternate, synthetic_batch, training_step
@@ -65,6 +66,7 @@ COMPARISONS = {
         for name in NORMS
         if name not in ("bn", "bkn")
     },
+    **{f"weights-{kind}": Comparison(f"BN, weights of {kind}, eager", "BN at stat 2, eager", None) for kind in KINDS},
 }
 
 
@@ -168,6 +170,15 @@ def _kn(device: torch.device, seconds: float) -> tuple[list[float], str]:
 def _norm(name: str, device: torch.device, seconds: float) -> tuple[list[float], str]:
     """At 2 images where it has statistics of several."""
     return _compare(training_step(_model(name), device), training_step(_model("bn"), device), seconds, device)
+
+
+def _weights(kind: str, device: torch.device, seconds: float) -> tuple[list[float], str]:
+    """Between refreshes."""
+    torch.manual_seed(0)
+    plain = ARCHS["resnet32"]()
+    whiten_weights(plain, kind)
+    this = training_step(convert(plain, "bn", stat_batch=2), device)
+    return _compare(this, training_step(_model("bn"), device), seconds, device)
 
 
 def _channels_last(device: torch.device, seconds: float) -> tuple[list[float], str]:
@@ -423,6 +434,7 @@ _MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = 
     "processes": _processes,
     "detector": _detector,
     **{f"norm-{name}": functools.partial(_norm, name) for name in NORMS},
+    **{f"weights-{kind}": functools.partial(_weights, kind) for kind in KINDS},
 }
 
 

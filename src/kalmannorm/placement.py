@@ -61,15 +61,29 @@ def ibn_b(model: nn.Module) -> Placed:
     return {stem: "in", "*": "bn"}
 
 
+def zca_first(model: nn.Module) -> Placed:
+    """Place ZCA whitening at the first normalizer, as in its ResNets for CIFAR and ImageNet; all else is Batch Norm."""
+    return _first("zca", model)
+
+
 def itern_first(model: nn.Module) -> Placed:
     """Place IterNorm at the first normalizer, as in its ResNets for ImageNet; all else is Batch Norm."""
+    return _first("itern", model)
+
+
+def _first(norm: str, model: nn.Module) -> Placed:
     first = next((name for name, m in model.named_modules() if isinstance(m, _BatchNorm)), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no BatchNorm layer")
-    return {first: "itern", "*": "bn"}
+    return {first: norm, "*": "bn"}
 
 
-PLACEMENTS: dict[str, Callable[[nn.Module], Placed]] = {"ibn_a": ibn_a, "ibn_b": ibn_b, "itern_first": itern_first}
+PLACEMENTS: dict[str, Callable[[nn.Module], Placed]] = {
+    "ibn_a": ibn_a,
+    "ibn_b": ibn_b,
+    "zca_first": zca_first,
+    "itern_first": itern_first,
+}
 
 _KNOWN = "ResNets with torchvision's names, DenseNets of torchvision's and this project's post-activation ResNets"
 

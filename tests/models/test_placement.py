@@ -14,7 +14,7 @@ from kalmannorm.conversion.mapping import assign
 from kalmannorm.conversion.mapping import choices as normalizers
 from kalmannorm.models import ARCHS, LAST_NORMALIZERS
 from kalmannorm.norm import BatchNorm, GroupNorm, InstanceBatchNorm, KalmanBatchNorm2d, SparseSwitchableNorm
-from kalmannorm.placement import PLACEMENTS, choices, ibn_a, ibn_b, itern_first
+from kalmannorm.placement import PLACEMENTS, choices, ibn_a, ibn_b, itern_first, zca_first
 
 PLACED = json.loads((TALK / "ibn_placement.json").read_text())
 
@@ -112,11 +112,20 @@ def test_placement_is_public_code_s(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "layers"), [("densenet169", 14149480, 17), ("resnext101_32x4d", 44177704, 30)]
+    ("name", "parameters", "layers"),
+    [
+        ("densenet169", 14149480, 17),
+        ("resnext101_32x4d", 44177704, 30),
+        ("resnet34", 21797672, 13),
+        ("resnet152", 60192808, 47),
+        ("densenet201", 20013928, 22),
+        ("resnext50_32x4d", 25028904, 13),
+    ],
 )
-def test_the_talk_s_other_networks(name, parameters, layers):
+def test_placement_a_on_other_networks(name, parameters, layers):
+    """The talk's and public code's: in ResNets every block of three stages, in DenseNets every third layer of three."""
     with torch.device("meta"):
-        plain = ARCHS[name]()
+        plain = (ARCHS.get(name) or getattr(torchvision.models, name))()
         model = convert(plain, ibn_a(plain))
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert sum(isinstance(m, InstanceBatchNorm) for m in model.modules()) == layers
@@ -145,6 +154,7 @@ def test_cifar_resnets_spare_the_last_stage():
     assert model.get_submodule("blocks.1.IN").weight.grad.any()
     plain = ARCHS["resnet14"]()
     assert itern_first(plain) == {"bn": "itern", "*": "bn"}
+    assert zca_first(plain) == {"bn": "zca", "*": "bn"}
 
 
 @pytest.mark.parametrize("place", [ibn_a, ibn_b])
