@@ -18,24 +18,17 @@ _RELEASED_GAINS = {2: 0.1, 128: 0.95}
 
 _LEARNED = {"gain": 0.5, "learn_gain": True, "noise": True, "guard": None}
 _OWN_TRANSITION = {**_LEARNED, "transition": "learned", "mixture": True}
+_ALL_GROUPS = {"moving_groups": "mean", "first_unbiased": False}
 
 # `predictor` and `transition` (absent: the convolution's weight) are read by convert; `batch` holds the options that
 # exist only where groups of images share statistics (BKN); `estimator` goes to every Kalman normalizer.
 PRESETS: dict[str, dict[str, Any]] = {
     # Paper Eq. 7, with the covariance as 3.2 defines it, Cov(x - mu): of a mixture, which v1's appendix, the talk and
     # the released code write out. Gain and R learned. No source gives the gain's start: 0.5 is ours.
-    "paper": {
-        "predictor": "closed",
-        "estimator": {**_LEARNED, "mixture": True},
-        "batch": {"moving_groups": "mean", "first_unbiased": False},
-    },
+    "paper": {"predictor": "closed", "estimator": {**_LEARNED, "mixture": True}, "batch": _ALL_GROUPS},
     # Eq. 7 to the letter, without the mixture's term: the variance does not know how wrong the predicted mean was, and
     # post-activation ResNets stay at chance unless the rate is warmed up (docs/method.md).
-    "eq7": {
-        "predictor": "closed",
-        "estimator": {**_LEARNED, "mixture": False},
-        "batch": {"moving_groups": "mean", "first_unbiased": False},
-    },
+    "eq7": {"predictor": "closed", "estimator": {**_LEARNED, "mixture": False}, "batch": _ALL_GROUPS},
     # Ours: predict from what the normalizers put out, N(beta, gamma^2), not from beliefs about what went in; the prior
     # counts as much as a fixed number of measured values; the first belief is that of the images (paper 3.3).
     "robust": {
@@ -48,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "belief": "output",
             "input_belief": "data",
         },
-        "batch": {"moving_groups": "mean", "first_unbiased": False},
+        "batch": _ALL_GROUPS,
     },
     # The authors' CIFAR script: sampled prior, fixed gain, mixture term, fall-back to the measurement, moving averages
     # of the first group only, a fused first layer whose variance is unbiased.
@@ -60,16 +53,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The talk's and v1's equations: a transition matrix of each layer's own, learned; the mixture term; in v1 one R for
     # all layers. Both are an interpretation: the sources give neither the matrix's size (no size fits v1's parameter
     # count) nor its start, and their equations have no ReLU.
-    "talk": {
-        "predictor": "closed",
-        "estimator": _OWN_TRANSITION,
-        "batch": {"moving_groups": "mean", "first_unbiased": False},
-    },
-    "v1": {
-        "predictor": "closed",
-        "estimator": {**_OWN_TRANSITION, "noise": "shared"},
-        "batch": {"moving_groups": "mean", "first_unbiased": False},
-    },
+    "talk": {"predictor": "closed", "estimator": _OWN_TRANSITION, "batch": _ALL_GROUPS},
+    "v1": {"predictor": "closed", "estimator": {**_OWN_TRANSITION, "noise": "shared"}, "batch": _ALL_GROUPS},
 }
 
 

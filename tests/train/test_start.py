@@ -15,7 +15,7 @@ from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import compose
 from kalmannorm.norm import BatchRenorm
 from kalmannorm.train import loop
-from kalmannorm.train.initialize import initialize, measure_input
+from kalmannorm.train.from_data import initialize, measure_input
 from kalmannorm.train.loaders import loaders
 from kalmannorm.train.model import build
 from kalmannorm.train.ranks import Ranks

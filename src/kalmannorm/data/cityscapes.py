@@ -43,7 +43,4 @@ CITYSCAPES = Source(
     "get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com (free after "
     "registration) and unpack both into it",
 )
-SOURCES = {
-    "cityscapes": CITYSCAPES,
-    "cityscapes_gta5": CITYSCAPES,
-}  # of the latter, GTA5's scenes are tested on as well
+SOURCES = dict.fromkeys(("cityscapes", "cityscapes_gta5"), CITYSCAPES)  # of the latter, GTA5 is tested on as well

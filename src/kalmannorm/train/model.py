@@ -27,9 +27,9 @@ DECAY: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "poly": lambda done: (1 - done) ** 0.9,
 }
-# Of norm.options.weights: how refreshes go (refresh_weights.py); the rest is whiten_weights's.
+# Of norm.options.weights: how refreshes go (from_data.py); the rest is whiten_weights's.
 REFRESH = ("every", "samples", "momentum", "covariance")
-# Stands for norm.options.input_belief = data until initialize.measure_input has seen them.
+# Stands for norm.options.input_belief = data until from_data.measure_input has seen them.
 UNMEASURED = (torch.zeros(3), torch.ones(3))
 
 

@@ -36,9 +36,8 @@ def load_pretrained(parts: Iterable[nn.Module], file: str) -> None:
         state, weights = part.state_dict(), inflate_weights(flat, part)
         chosen = {}
         for key, value in state.items():
-            if not isinstance(value, Tensor) or key.endswith(("num_batches_tracked", "_extra_state")):
-                continue
-            if key in CLASSIFIER:
+            left_out = key in CLASSIFIER or key.endswith(("num_batches_tracked", "_extra_state"))
+            if left_out or not isinstance(value, Tensor):
                 continue
             if key not in weights:
                 if key.endswith(("gain_logit", "noise_raw", "mean_weight", "var_weight")):

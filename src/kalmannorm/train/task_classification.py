@@ -20,13 +20,12 @@ from kalmannorm.files import write_atomically
 from kalmannorm.norm.modes import normalizers
 from kalmannorm.train.evaluate import evaluate, precise
 from kalmannorm.train.first_steps import FirstSteps
+from kalmannorm.train.from_data import initialize, measure_input, refresh_weights
 from kalmannorm.train.gaps import variance_gaps
-from kalmannorm.train.initialize import initialize, measure_input
 from kalmannorm.train.loaders import loaders, open_data, recoloured
 from kalmannorm.train.model import build, describe
 from kalmannorm.train.pretrained import begin_with_weights
 from kalmannorm.train.ranks import Ranks
-from kalmannorm.train.refresh_weights import refresh_weights
 from kalmannorm.train.state import Session, StopRequest
 from kalmannorm.train.task import Arrays, Task
 

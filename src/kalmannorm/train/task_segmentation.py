@@ -25,7 +25,7 @@ from kalmannorm.experiments.record import Evaluation, Record
 from kalmannorm.experiments.settings import SegmentationDataset
 from kalmannorm.norm.modes import set_statistics, shard_noise
 from kalmannorm.train.evaluate import precise
-from kalmannorm.train.initialize import measure_input
+from kalmannorm.train.from_data import measure_input
 from kalmannorm.train.loaders import check_same_files, evaluation_shard, workers_beside_network
 from kalmannorm.train.model import describe, network, try_out
 from kalmannorm.train.pretrained import begin_with_weights
