@@ -68,7 +68,8 @@ class OnSlurm:
         """Submit what was handed over, and return the ids and outcomes of what ended within `timeout` seconds."""
         self._submit()
         time.sleep(timeout)
-        return [(identity, _outcome(self._jobs.pop(identity))) for identity in list(self._jobs) if self._done(identity)]
+        ended = [identity for identity, job in self._jobs.items() if job.done()]
+        return [(identity, _outcome(self._jobs.pop(identity))) for identity in ended]
 
     def ask_to_stop(self) -> None:
         """Call scancel: Slurm sends SIGTERM, and SIGKILL after its KillWait. What still waits is gone at once."""
@@ -80,9 +81,6 @@ class OnSlurm:
 
     def close(self) -> None:
         pass
-
-    def _done(self, identity: str) -> bool:
-        return bool(self._jobs[identity].done())
 
     def _submit(self) -> None:
         for devices in sorted({devices for _, devices in self._new}):

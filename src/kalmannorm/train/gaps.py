@@ -45,9 +45,6 @@ class Gaps:
             if self.keep:
                 self.raw[key].append(gap.half())
 
-    def binned(self, key: str) -> Tensor:
-        return (self.sums[key] / self.counts).float()
-
     def relative(self, key: str, eps: float) -> float:
         """Return the mean over channels and groups of the gap over the moving variance (+ the normalizer's eps)."""
         per_channel = self.sums[key].sum(1) / self.counts.sum()
@@ -93,7 +90,9 @@ def variance_gaps(
     for key in KINDS if any(isinstance(layer, Estimator) for layer in layers.values()) else KINDS[:1]:
         relative = [probe.relative(key, layers[name].eps) for name, probe in probes.items()]
         arrays[f"layer_gap_{key}"] = np.array(relative, dtype=np.float32)
-        arrays[f"gap_{key}"] = torch.cat([probes[name].binned(key) for name in last]).numpy()
+        arrays[f"gap_{key}"] = (
+            torch.cat([probes[name].sums[key] / probes[name].counts for name in last]).float().numpy()
+        )
         raw[key] = np.concatenate(
             [np.concatenate([part.numpy() for part in probes[name].raw[key]]) for name in last], 1
         )

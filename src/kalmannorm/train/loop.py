@@ -49,7 +49,8 @@ def _run(config: Config, ranks: Ranks) -> records.Record:
     folder = Path(config.runs) / identity
     task = open_task(config, ranks)
     if ranks.main:
-        check_room(folder, checkpoint_bytes(task.model))
+        weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
+        check_room(folder, 4 * weights + 2**26)  # checkpoints: weights and momentum, old and new at once
         file = records.path(config.results, identity)
         clear_unfinished(file)
         clear_unfinished(file.with_suffix(".npz"))
@@ -211,8 +212,3 @@ def micro_batches(session: Session, forward: nn.Module, parts: int, step: int) -
 def _due(config: Config, done: float, total: int) -> bool:
     """Say whether a checkpoint is due after `done` steps."""
     return done % max(1, round(config.checkpoint_every * total)) == 0 or done == total
-
-
-def checkpoint_bytes(model: nn.Module) -> int:
-    """Return the room that checkpoints take: weights and momentum, old and new at once."""
-    return 4 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2**26

@@ -125,14 +125,9 @@ class Transform(GeneralizedRCNNTransform):
         super().__init__(size, max_size, IMAGENET_MEAN, IMAGENET_STD, size_divisible=CANVAS)
 
     def batch_images(self, images: list[Tensor], size_divisible: int = CANVAS) -> Tensor:
-        largest = [max(image.shape[side] for image in images) for side in (1, 2)]
-        height, width = (max(own, asked) for own, asked in zip(padded_to(*largest), self.canvas, strict=True))
+        largest = [math.ceil(max(image.shape[side] for image in images) / CANVAS) * CANVAS for side in (1, 2)]
+        height, width = map(max, largest, self.canvas)
         batch = images[0].new_zeros(len(images), 3, height, width)
         for place, image in zip(batch, images, strict=True):
             place[:, : image.shape[1], : image.shape[2]] = image
         return batch
-
-
-def padded_to(height: int, width: int) -> tuple[int, int]:
-    """Return the next multiples of CANVAS."""
-    return math.ceil(height / CANVAS) * CANVAS, math.ceil(width / CANVAS) * CANVAS
