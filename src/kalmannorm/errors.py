@@ -16,6 +16,12 @@ class UserError(Exception):
     """
 
 
+def absent(name: str, found: str, remedy: str) -> UserError:
+    """Return the error for a data set that is not there: what was looked for and where, and how to get it."""
+    remedies = f"{remedy}, or say where it is by DATA=... or data=...; `dataset=digits` runs without any download"
+    return UserError(f"data set {name!r} is not there: {found}; {remedies}")
+
+
 class Stopped(BaseException):
     """A signal asked a run to leave; what it had is saved.
 

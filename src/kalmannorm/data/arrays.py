@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, absent
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")  # also the order in which sha256 takes them
 SOURCE = "source.json"
@@ -68,11 +68,8 @@ def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int
     folder = root / name
     if not is_complete(folder):
         missing = ", ".join(f"{array}.npy" for array in ARRAYS if not (folder / f"{array}.npy").is_file())
-        raise UserError(
-            f"data set {name!r} is not there: looked in {folder.absolute()}, missing {missing}; get it by "
-            f"`make data-{name} DATA={root}` or `kalmannorm data prepare {name} --root {root}`; "
-            "`dataset=digits` runs without any download"
-        )
+        remedy = f"get it by `make data-{name} DATA={root}` or `kalmannorm data prepare {name} --root {root}`"
+        raise absent(name, f"looked in {folder.absolute()}, missing {missing}", remedy)
     arrays = {array: _read(folder / f"{array}.npy") for array in ARRAYS}
     for split in ("train", "test"):
         _check(folder, split, arrays[f"{split}_images"], arrays[f"{split}_labels"], classes)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kalmannorm.data.folder import ELSE, SPLITS
-from kalmannorm.errors import UserError
+from kalmannorm.data.folder import SPLITS
+from kalmannorm.errors import UserError, absent
 
 SOURCE = "beton.json"  # beside the two files: what they were made from, and how
 PIPELINE = "FFCV; crops and flips keyed by (seed, epoch, position), not FFCV's own, which ignore the seed"
@@ -55,11 +55,9 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Betons:
     places = (root / dataset["folder"], root)
     folder = next((place for place in places if (place / SOURCE).is_file()), None)
     if folder is None:
-        raise UserError(
-            f"data set {name!r} is not there as .beton files: looked for {SOURCE} in "
-            f"{' and '.join(str(place.absolute()) for place in places)}; write them from the image folder by "
-            f"`kalmannorm data ffcv {name} --root FOLDER`, or pass dataset.loader=torchvision; {ELSE}"
-        )
+        looked = f"looked for {SOURCE} in {' and '.join(str(place.absolute()) for place in places)}"
+        write = f"write .beton files by `kalmannorm data ffcv {name} --root FOLDER`"
+        raise absent(name, looked, f"{write}, or pass dataset.loader=torchvision")
     try:
         source = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
         expected = {split: source["bytes"][split] for split in SPLITS}

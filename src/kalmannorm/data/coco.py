@@ -27,7 +27,7 @@ from kalmannorm.data.annotations import Split, Values, read
 from kalmannorm.data.batches import mix
 from kalmannorm.data.pixels import Unreadable, read_rgb
 from kalmannorm.data.workers import Named, begin_worker
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, absent
 
 SPLITS = ("train2017", "val2017")
 OFFICIAL = (118_287, 5_000)
@@ -89,11 +89,9 @@ def find(name: str, root: Path) -> Path:
     for split in SPLITS:
         file, images = _annotations(folder, split), folder / split
         if missing := [str(path) for path, there in ((file, file.is_file()), (images, images.is_dir())) if not there]:
-            raise UserError(
-                f"data set {name!r} is not there: {' and '.join(missing)} missing; get train2017, val2017 and the "
-                f"annotations of 2017 from cocodataset.org and unpack them into {folder.absolute()}, or name another "
-                "root by data=FOLDER; `dataset=digits` runs without any download"
-            )
+            where = f"from cocodataset.org and unpack them into {folder.absolute()}"
+            remedy = f"get train2017, val2017 and the annotations of 2017 {where}"
+            raise absent(name, f"{' and '.join(missing)} missing", remedy)
     return folder
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalmannorm.data.pixels import EXTENSIONS, Unreadable, read_rgb
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, absent
 
 SPLITS = ("train", "val")
 HOW_TO_GET = {
@@ -33,7 +33,6 @@ HOW_TO_GET = {
 READ_AS_IT_IS = ("imagenet", "kinetics", "tiny_imagenet_20", "image_folder")
 LAYOUT = "expected torchvision's ImageFolder layout, train/CLASS/*.jpg and val/CLASS/*.jpg"
 PIPELINE = "torchvision; crops and flips keyed by (seed, epoch, position)"
-ELSE = "`dataset=digits` runs without any download"
 Unreadables = dict[str, list[tuple[int, str]]]  # of each split: the images' numbers, and the reasons
 JUNK = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # hidden by their makers
 
@@ -108,11 +107,8 @@ def find(root: Path, dataset: Mapping[str, Any], layout: str = LAYOUT) -> Path:
     for place in places:
         if (place / "train").is_dir():
             raise UserError(f"data set {dataset['name']!r}: {place.absolute()} has train/ but no val/; {layout}")
-    raise UserError(
-        f"data set {dataset['name']!r} is not there: looked for train/ and val/ in "
-        f"{' and '.join(str(place.absolute()) for place in places)}; {HOW_TO_GET.get(dataset['name'], layout)}; "
-        f"say where it is by DATA=... or data=...; {ELSE}"
-    )
+    looked = f"looked for train/ and val/ in {' and '.join(str(place.absolute()) for place in places)}"
+    raise absent(dataset["name"], looked, HOW_TO_GET.get(dataset["name"], layout))
 
 
 def count_classes(root: Path, dataset: Mapping[str, Any]) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kalmannorm import machine
 from kalmannorm.data.pixels import Unreadable, look, read_numbers, read_rgb
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, absent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -149,10 +149,7 @@ def find(name: str, source: Source, folder: Path, split: str) -> Scenes:
     """Return the scenes of a split, "train" or "test", not checked. UserError: there are none."""
     scenes = Scenes(source.pairs(folder, split), source.table) if folder.is_dir() else None
     if not scenes:
-        raise UserError(
-            f"data set {name!r} is not there: no {split} scenes in {folder.absolute()}; {source.how_to_get}; say where "
-            "it is by data=FOLDER, the folder above; `dataset=digits` runs without any download"
-        )
+        raise absent(name, f"no {split} scenes in {folder.absolute()}", source.how_to_get)
     return scenes
 
 
