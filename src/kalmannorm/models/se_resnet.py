@@ -8,13 +8,11 @@ from torchvision.models.resnet import Bottleneck, ResNet
 class SqueezeExcitation(nn.Module):
     """x * sigmoid(W2 relu(W1 mean of x over its pixels)), linear layers without bias, reduction 16."""
 
-    def __init__(self, channels: int, reduction: int = 16) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.fc = nn.Sequential(
-            nn.Linear(channels, channels // reduction, bias=False),
-            nn.ReLU(inplace=True),
-            nn.Linear(channels // reduction, channels, bias=False),
-        )
+        narrow = channels // 16
+        layers = nn.Linear(channels, narrow, bias=False), nn.ReLU(), nn.Linear(narrow, channels, bias=False)
+        self.fc = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.fc(x.mean((2, 3))))[:, :, None, None]

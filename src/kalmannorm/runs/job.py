@@ -39,7 +39,7 @@ class Outcome:
     reason: str = ""
 
 
-def attempt(config: Config, devices: int = 1, gpus: str | None = None) -> Outcome:
+def attempt(config: Config, devices: int, gpus: str | None) -> Outcome:
     """Train a run here. With several devices: by torchrun, whose processes see `gpus` (None: what this one sees).
 
     From then on this process writes to the run's log.

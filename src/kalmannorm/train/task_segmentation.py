@@ -210,15 +210,14 @@ def confusion(
     classes: int,
     size: int,
     *,
-    scales: Sequence[float] = (1.0,),
-    group: int | None = None,
-    ranks: Ranks | None = None,
+    scales: Sequence[float],
+    group: int | None,
+    ranks: Ranks,
 ) -> Tensor:
     """Count the labelled pixels of all scenes by class and predicted class: int64 [classes, classes].
 
     size: of the short side that the network sees. group: scenes that share online statistics, padded to one size; None:
-    moving ones, and the scenes one by one. A loader that deals the scenes out needs the `ranks`, all of which return
-    the same.
+    moving ones, and the scenes one by one. All ranks return the same.
     """
     shard_noise(model, (loader.rank, loader.world))
     set_statistics(model, "online" if group else "moving")
@@ -230,7 +229,7 @@ def confusion(
         for each, label in list(zip(scores, labels, strict=True))[:counted]:
             pairs = label.long() * classes + each.argmax(0)
             counts += torch.bincount(pairs[label != IGNORED], minlength=classes**2)
-    if loader.world > 1 and ranks is not None:
+    if loader.world > 1:
         (counts,) = ranks.sum(counts)
     return counts.long().view(classes, classes)
 
