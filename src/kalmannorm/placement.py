@@ -16,7 +16,7 @@ Placed = dict[str, str | tuple[str, Mapping[str, Any]]]
 
 
 def ibn_a(model: nn.Module) -> Placed:
-    """IBN-Net's placement a: Instance Norm on half of the channels of the first normalizer of every residual block of
+    """Place as IBN-Net a: Instance Norm on half of the channels of the first normalizer of every residual block of
     the stages 1 to 3 (of DenseNets: of every third dense layer of the blocks 1 to 3, on 40 % of its channels, the last
     ones); all else is Batch Norm.
 
@@ -40,7 +40,7 @@ def ibn_a(model: nn.Module) -> Placed:
 
 
 def ibn_b(model: nn.Module) -> Placed:
-    """IBN-Net's placement b: Instance Norm in the stem, and a new one, `IN`, after the addition and before the last
+    """Place as IBN-Net b: Instance Norm in the stem, and a new one, `IN`, after the addition and before the last
     ReLU of the last block of the stages 1 and 2; all else is Batch Norm. The new layers are added to `model` itself.
 
     `model`: a ResNet of torchvision's, or one of this project's post-activation ResNets for CIFAR: the stem and the end

@@ -59,8 +59,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_options(preset: str, norm: str, stat_batch: int | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Options of normalizer `norm` ("bkn" or "gkn") in a preset, under those given. ValueError: an unknown preset; the
-    released code's gain for a statistics batch that it does not have."""
+    """Return the options of normalizer `norm` ("bkn" or "gkn") in a preset, under those given. ValueError: an unknown
+    preset; the released code's gain for a statistics batch that it does not have."""
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; valid: {', '.join(PRESETS)}")
     chosen = PRESETS[preset]

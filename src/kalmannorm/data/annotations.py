@@ -184,7 +184,7 @@ def _annotations(
     problems: list[str],
     notes: list[str],
 ) -> Iterator[Values]:
-    """Those that are right, in one form, numbered from 1."""
+    """Yield the annotations that are right, in one form, numbered from 1."""
     bad_images = bool(problems)  # whose annotations are no problem of their own
     for number, entry in enumerate(entries):
         what = f"annotation {entry.get('id', f'number {number + 1}') if isinstance(entry, dict) else number + 1}"
@@ -215,7 +215,7 @@ def _annotations(
 
 
 def _object(entry: Values, image: Values, header: Header, turned: bool) -> Values:
-    """Box, mask, area and crowd flag of an annotation of an image, on the upright picture."""
+    """Return box, mask, area and crowd flag of an annotation, on the upright picture."""
     width, height = (header.width, header.height) if turned else header.upright
     box = _box(entry.get("bbox"), width, height, image["file_name"])
     if not entry.get("segmentation"):

@@ -251,7 +251,7 @@ def _enlarge(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def class_balanced_subset(labels: NDArray[np.int64], count: int, seed: int = 0) -> NDArray[np.int64]:
-    """Indices, ascending, of `count` images with equally many of each class, up to one.
+    """Return the indices, ascending, of `count` images with equally many of each class, up to one.
 
     Drawn by `RandomState`, whose stream numpy never changes. Raises UserError if the set or a class is too small.
     """

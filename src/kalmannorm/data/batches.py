@@ -110,7 +110,7 @@ class Batches(ABC):
         return fixed_order(self.count)
 
     def _dealt(self, batch: int, order: Tensor, fill: int) -> Iterator[tuple[Tensor, int]]:
-        """This rank's part of every batch of `plain`: indices int64 [n], and how many of them count."""
+        """Yield this rank's part of every batch of `plain`: indices int64 [n], and how many of them count."""
         for start in range(0, len(order), batch):
             real = min(batch, len(order) - start)
             groups = -(-real // fill)  # rounded up

@@ -51,7 +51,7 @@ class BetonLoader(Stream):
                     decoding.output_queue.get(timeout=0.1)
 
     def _loader(self, augment: bool) -> Any:
-        """FFCV's loader; compiled at its first use, seconds each for training and evaluation."""
+        """Return FFCV's loader, compiled at its first use: seconds each for training and evaluation."""
         if augment not in self._compiled:
             from ffcv.loader import Loader, OrderOption
             from ffcv.transforms import ToTensor

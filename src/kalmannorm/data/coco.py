@@ -188,7 +188,7 @@ class TrainingBatches:
         return self.count // self.batch
 
     def order(self, epoch: int) -> list[list[int]]:
-        """Per step the indices (into `positions`) of its images: of one orientation, but for what is left over."""
+        """Return each step's images (indices into `positions`): of one orientation, but for what is left over."""
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         shuffled: list[int] = torch.randperm(self.count, generator=generator).tolist()
         wide = [i for i in shuffled if self.shapes[i][1] >= self.shapes[i][0]]
@@ -233,7 +233,7 @@ class TrainingBatches:
 
 
 def resized(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
-    """Height and width after torchvision's resizing of the short side to `size`, the long one to at most `max_size`."""
+    """Return the size that torchvision resizes to: the short side to `size`, the long one to at most `max_size`."""
     scale = min(size / min(height, width), max_size / max(height, width))
     return math.floor(height * scale), math.floor(width * scale)
 

@@ -64,7 +64,7 @@ def measure(experiment: Experiment, dry_run: bool = False) -> int:
 
 
 def _identity(name: str, parts: dict[str, Tree], host: machine.Host) -> str:
-    """12 hexadecimal digits of the setting and the hardware."""
+    """Hash the setting and the hardware: 12 hexadecimal digits."""
     of = {"experiment": name, "configs": parts, "where": where(host)}
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -28,7 +28,7 @@ class Local:
     """Runs on the slots of this machine. A run on k devices holds k slots, and torchrun is started in the first."""
 
     def __init__(self, options: Options, device: str, runs: int) -> None:
-        """For so many `runs`. UserError: GPUs that are not there."""
+        """Make room for so many `runs`. UserError: GPUs that are not there."""
         gpus = _gpus(options, device)
         # Small networks use two runs of one thread better than one run of two; each takes memory for its data.
         places = gpus * options.per_gpu if gpus else (None,) * (options.slots or min(runs, cores(), CPU_SLOTS))

@@ -33,7 +33,7 @@ class OnRay:
     """Runs on a Ray cluster. An actor lives on from run to run, so imports are paid once."""
 
     def __init__(self, options: Options, device: str) -> None:
-        """UserError: no ray, no cluster there, no GPU in it."""
+        """Connect to the cluster. UserError: no ray, no cluster there, no GPU in it."""
         try:
             import ray
         except ImportError:

@@ -45,7 +45,7 @@ class OnSlurm:
     """Runs as Slurm jobs. All are handed over at once, an array for each number of devices; Slurm schedules them."""
 
     def __init__(self, options: Options, device: str, runs: str) -> None:
-        """UserError: no submitit, no Slurm here, parameters that submitit does not know."""
+        """Check what a job needs. UserError: no submitit, no Slurm here, parameters that submitit does not know."""
         if options.per_gpu > 1:
             raise UserError(f"per_gpu={options.per_gpu}: Slurm hands out whole GPUs; pass per_gpu=1")
         self._on_gpu = device == "cuda"

@@ -122,5 +122,5 @@ def _of_kind(detections: Detections, kind: str) -> Detections:
 
 
 def finds_masks(model: nn.Module) -> bool:
-    """Whether a detector finds masks beside boxes."""
+    """Say whether a detector finds masks beside boxes."""
     return model.roi_heads.mask_predictor is not None  # type: ignore[union-attr]

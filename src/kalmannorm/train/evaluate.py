@@ -59,7 +59,7 @@ def evaluate(
 
 
 def _mean_of_views(model: nn.Module, x: Tensor) -> Tensor:
-    """x [n, views, ...] -> the logarithm of the views' mean softmax [n, classes]."""
+    """Return the logarithm of the views' mean softmax [n, classes]; x [n, views, ...]."""
     return torch.stack([model(view).float().softmax(1) for view in x.unbind(1)]).mean(0).log()
 
 

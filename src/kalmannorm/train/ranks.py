@@ -33,7 +33,7 @@ class Ranks:
     """rank, world and device of this process; collectives that do nothing where there is one process."""
 
     def __init__(self, config: Config) -> None:
-        """UserError: a device that is not there; batches that do not divide among the processes."""
+        """Meet the other processes. UserError: a device that is not there; batches that do not divide among them."""
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; before CUDA starts
             torch.use_deterministic_algorithms(True)
