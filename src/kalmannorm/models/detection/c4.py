@@ -173,7 +173,7 @@ class RegionHeads(RoIHeads):
         return [dict(zip(("boxes", "scores", "labels", "masks"), own, strict=True)) for own in together]
 
     def _conv5(self, image_map: Tensor, boxes: Tensor, image: Tensor, belief: Any) -> Tensor:
-        """Compute features [R, C, roi_size / 2, roi_size / 2] of boxes [R, 4] on the images of the numbers `image` [R]."""
+        """Compute features [R, C, roi_size / 2, roi_size / 2] of boxes [R, 4] on the images `image` [R]."""
         rows = torch.cat([image[:, None].to(boxes.dtype), boxes], 1)
         # As many samples a bin as it has cells, and no half-pixel shift: as Detectron's C4 models.
         regions = roi_align(image_map, rows, self.roi_size, 1 / STRIDE, sampling_ratio=0, aligned=False)
