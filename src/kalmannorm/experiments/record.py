@@ -266,13 +266,18 @@ def files(results: str | Path) -> list[Path]:
     folder = results / "records"
     if any(path.exists() and not path.is_dir() for path in (results, folder)):
         raise UserError(f"{results} is not a results folder: expected a folder with a folder 'records' in it")
-    # A hidden file is one that its writer has not renamed to its final name.
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    return sorted(folder.glob("[!.]*.json"))  # a hidden file is one that its writer has not renamed yet
 
 
 def read_all(results: str | Path) -> list[Record]:
     """Return all records of a results folder, by id. A file that is no usable record is named and left out."""
-    return [record for path in files(results) if (record := _usable(path))]
+    found = []
+    for path in files(results):
+        try:
+            found.append(read_file(path))
+        except UserError as error:
+            _say(f"left out: {error}")
+    return found
 
 
 def current(found: Iterable[Record]) -> list[Record]:
@@ -291,15 +296,6 @@ def read_file(path: Path) -> Record:
     if problem := _problem(record, path.stem):
         raise UserError(_broken(path, problem))
     return record  # type: ignore[no-any-return]
-
-
-def _usable(path: Path) -> Record | None:
-    """Return the record in a file; None, and name it, where read_file refuses it."""
-    try:
-        return read_file(path)
-    except UserError as error:
-        _say(f"left out: {error}")
-        return None
 
 
 @functools.cache  # once a process, however often the folder is read
