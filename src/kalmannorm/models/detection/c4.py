@@ -24,6 +24,7 @@ from kalmannorm.models.detection.parts import (
     Transform,
     anchor_sides,
     give_keys,
+    in_float32,
     proposal_network,
 )
 from kalmannorm.models.resnet import Resnet
@@ -72,10 +73,10 @@ class MaskRCNNC4(nn.Module):
         self.roi_heads = RegionHeads(
             None,
             nn.Sequential(OrderedDict(layer4=resnet.layer4)),
-            FastRCNNPredictor(conv5, classes + 1),
+            in_float32(FastRCNNPredictor(conv5, classes + 1)),
             **HEADS,
             batch_size_per_image=boxes,
-            mask_predictor=MaskRCNNPredictor(conv5, max(8, round(256 * width)), classes + 1),
+            mask_predictor=in_float32(MaskRCNNPredictor(conv5, max(8, round(256 * width)), classes + 1)),
         )
         self.roi_heads.fg_bg_sampler = KeyedSampler(boxes, 0.25, salt=1)
         self.roi_heads.boxes, self.roi_heads.roi_size = boxes, roi_size
@@ -138,7 +139,7 @@ class RegionHeads(RoIHeads):
         conv5 = self._conv5(image_map, regions.flatten(0, 1), image, belief).unflatten(0, (self.boxes, number))
         own_features = [conv5[:count, n] for n, count in enumerate(counts)]
 
-        logits, deltas = self._predict_boxes(torch.cat(own_features))
+        logits, deltas = self.box_predictor(torch.cat(own_features).mean((2, 3)))
         of_images = zip(logits.split(counts), deltas.split(counts), labels, box_targets, strict=True)
         box_losses = [fastrcnn_loss(ls, ds, [own], [wanted]) for ls, ds, own, wanted in of_images]
 
@@ -147,7 +148,7 @@ class RegionHeads(RoIHeads):
         mask_losses = [
             maskrcnn_loss(own, [boxes[chosen]], [target["masks"]], [target["labels"]], [matches[chosen]])
             for own, boxes, chosen, target, matches in zip(
-                masks.float().split([int(chosen.sum()) for chosen in positive]),
+                masks.split([int(chosen.sum()) for chosen in positive]),
                 proposals,
                 positive,
                 targets,
@@ -162,11 +163,11 @@ class RegionHeads(RoIHeads):
         self, image_map: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]], belief: Any
     ) -> list[dict[str, Tensor]]:
         conv5 = self._conv5(image_map, torch.cat(proposals), _image_of(proposals), belief)
-        logits, deltas = self._predict_boxes(conv5)
+        logits, deltas = self.box_predictor(conv5.mean((2, 3)))
         boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
         if sum(map(len, boxes)):
             conv5 = self._conv5(image_map, torch.cat(boxes), _image_of(boxes), belief)
-            masks = maskrcnn_inference(self.mask_predictor(conv5).float(), labels)
+            masks = maskrcnn_inference(self.mask_predictor(conv5), labels)
         else:
             masks = [image_map.new_zeros(0, 1, self.roi_size, self.roi_size) for _ in boxes]
         together = zip(boxes, scores, labels, masks, strict=True)
@@ -182,10 +183,6 @@ class RegionHeads(RoIHeads):
         if belief is not None and self.rows_are_images:
             belief = type(belief)(*(rows[image] for rows in belief))
         return self.box_head(regions, belief)
-
-    def _predict_boxes(self, conv5: Tensor) -> tuple[Tensor, Tensor]:
-        logits, deltas = self.box_predictor(conv5.mean((2, 3)))
-        return logits.float(), deltas.float()
 
 
 def _image_of(boxes: list[Tensor]) -> Tensor:

@@ -29,6 +29,7 @@ from kalmannorm.models.detection.parts import (
     Transform,
     anchor_sides,
     give_keys,
+    in_float32,
     proposal_network,
 )
 from kalmannorm.models.resnet import Resnet
@@ -76,11 +77,11 @@ class MaskRCNNFPN(GeneralizedRCNN):
         else:
             box_head = TwoMLPHead(channels * 7**2, hidden)
         masks: dict[str, Any] = {}
-        box_predictor = _BoxPredictor(hidden, classes + 1)
+        box_predictor = in_float32(FastRCNNPredictor(hidden, classes + 1))
         if mask_head:
             masks["mask_roi_pool"] = _align(14, size)
             masks["mask_head"] = MaskRCNNHeads(channels, (channels,) * CONVOLUTIONS, 1, norm_layer)
-            masks["mask_predictor"] = _MaskPredictor(channels, channels, classes + 1)
+            masks["mask_predictor"] = in_float32(MaskRCNNPredictor(channels, channels, classes + 1))
         heads = _ImageByImage(_align(7, size), box_head, box_predictor, **HEADS, batch_size_per_image=boxes, **masks)
         heads.fg_bg_sampler = KeyedSampler(boxes, 0.25, salt=1)
         super().__init__(backbone, rpn, heads, Transform(size, max_size))
@@ -119,19 +120,6 @@ class _ImageByImage(RoIHeads):
                 maps = {level: of_level[own] for level, of_level in features.items()}
                 each.append(super().forward(maps, proposals[own], image_shapes[own], targets[own])[1])
         return [], {name: torch.stack([losses[name] for losses in each]).mean() for name in each[0]}
-
-
-class _BoxPredictor(FastRCNNPredictor):
-    """In float32 under autocast too, as FullPrecisionHead."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits, deltas = super().forward(x)
-        return logits.float(), deltas.float()
-
-
-class _MaskPredictor(MaskRCNNPredictor):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).float()
 
 
 def _align(side: int, size: int) -> MultiScaleRoIAlign:

@@ -6,10 +6,11 @@ is drawn (anchors and regions for the losses) is keyed by the image.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
@@ -21,6 +22,8 @@ CANVAS = 32  # padded images are a multiple of it, as torchvision's are
 ANCHORS, RATIOS, ANCHORS_AT = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0), 800
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # what torchvision's weights expect
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")
+
+Head = TypeVar("Head", bound=nn.Module)
 
 # Options of torchvision's RoIHeads, at its defaults, which have none there.
 HEADS: Mapping[str, Any] = {
@@ -46,7 +49,7 @@ def proposal_network(
     candidates, in training and in evaluation."""
     network = ProposalNetwork(
         anchors,
-        FullPrecisionHead(channels, anchors.num_anchors_per_location()[0]),
+        in_float32(RPNHead(channels, anchors.num_anchors_per_location()[0])),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=256,
@@ -81,12 +84,10 @@ class ProposalNetwork(RegionProposalNetwork):
         return first, second
 
 
-class FullPrecisionHead(RPNHead):
-    """Boxes decoded from bfloat16 would be off by pixels: what leaves the head is float32 under autocast too."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = super().forward(x)
-        return [t.float() for t in logits], [t.float() for t in deltas]
+def in_float32(head: Head) -> Head:
+    """Let what leaves a head be float32 under autocast too: boxes decoded from bfloat16 would be off by pixels."""
+    head.register_forward_hook(lambda *call: tree_map(Tensor.float, call[-1]))
+    return head
 
 
 class KeyedSampler(BalancedPositiveNegativeSampler):
