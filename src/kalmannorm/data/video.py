@@ -138,7 +138,15 @@ class VideoLoader(Decoding):
     remedy = "; repair it, or leave it out of the folder or the list"
 
     def __init__(
-        self, files: Files, *, size: int, flip: bool, frames: int, interval: int, views: int | None, **options: Any
+        self,
+        files: Files,
+        *,
+        size: int,
+        flip: bool,
+        frames: int,
+        interval: int,
+        views: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(_Decode(files, size, flip, frames, interval, views), len(files), **options)
         self.mean, self.std = (each.view(3, 1, 1, 1) for each in (self.mean, self.std))
