@@ -8,7 +8,7 @@ file, is brought to its end first; in a run of several processes, what is under 
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -20,21 +20,26 @@ _depth = 0  # of `finishing`
 
 
 @contextmanager
+def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let `handler` have these signals while the context lasts."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
 def listening() -> Iterator[None]:
     """Raise Stopped when a signal asks for it, while the context lasts. May be nested; the main thread alone can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    if _note not in before.values():
+    if all(signal.getsignal(number) is not _note for number in STOP_SIGNALS):
         _asked.clear()
-    for number in STOP_SIGNALS:
-        signal.signal(number, _note)
-    try:
+    with handling(STOP_SIGNALS, _note):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

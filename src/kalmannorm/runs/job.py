@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
 from kalmannorm.files import write_atomically
 from kalmannorm.runs.lock import Busy, hold
-from kalmannorm.stopping import listening
+from kalmannorm.stopping import STOP_SIGNALS, handling, listening
 
 LOG = "log.txt"
 
@@ -143,12 +142,8 @@ def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) ->
             asked.append(number)
             process.terminate()  # torchrun hands SIGTERM down, and SIGUSR1 would end it
 
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
+        with handling(STOP_SIGNALS, pass_on):
             code = process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
         if answer.exists():
             return Outcome(**json.loads(answer.read_text()))
         if asked:

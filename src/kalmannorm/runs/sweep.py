@@ -4,8 +4,6 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +20,7 @@ from kalmannorm.runs.display import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, W
 from kalmannorm.runs.job import LOG, Outcome, write_failed
 from kalmannorm.runs.lock import holder
 from kalmannorm.runs.placement import Options, split
+from kalmannorm.stopping import STOP_SIGNALS, handling
 
 LOOK_EVERY = 2.0  # seconds between looks at a run that another process has
 STOP_SECONDS = 120.0  # that runs get to save themselves
@@ -100,8 +99,8 @@ def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> N
     """Start runs where there is room and settle those that ended, until none is left."""
     waiting, elsewhere = deque(jobs), list[Job]()
     running: dict[str, Job] = {}
-    looked = 0.0
-    with _signals() as asked:
+    looked, asked = 0.0, list[int]()  # the signals that asked the sweep to stop, in order
+    with handling((signal.SIGINT, *STOP_SIGNALS), lambda number, _: asked.append(number)):
         while waiting or running or elsewhere:
             while waiting and launcher.room(waiting[0].devices) and not asked:
                 job = waiting.popleft()
@@ -185,19 +184,6 @@ def _stop(running: dict[str, Job], launcher: Launcher, asked: list[int]) -> None
     if running:
         launcher.kill()
     raise KeyboardInterrupt if asked[0] == signal.SIGINT else Stopped(asked[0])
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect the signals that asked the sweep to stop while the context lasts, in order."""
-    asked: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda n, _: asked.append(n)) for number in numbers}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _conclude(jobs: list[Job]) -> int:
