@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kalmannorm import NORMS, KalmanBatchNorm2d, belief_report, convert, fold
 from kalmannorm.norm.modes import finish_gradients
+from kalmannorm.norm.moments import Predictor
 
 
 @pytest.fixture(autouse=True)
@@ -279,6 +280,40 @@ def test_transforms_of_torch_func(options: dict[str, Any]) -> None:
 def test_wrappers_say_what_to_pass(wrap: Any, function: Any) -> None:
     with pytest.raises(ValueError, match=r"holds a converted model: pass its \.(_orig_mod|module)$"):
         function(wrap(convert(net(), "bkn", stat_batch=2)))
+
+
+def test_wrapped_models_and_others_are_not_converted() -> None:
+    with pytest.raises(
+        ValueError, match=r"OptimizedModule is wrapped: convert its \._orig_mod, and wrap what comes out"
+    ):
+        convert(torch.compile(net(), backend="eager"), "bkn")
+    for thing in (None, nn.Sequential, net().state_dict()):
+        for function in (lambda m: convert(m, "bkn"), fold, belief_report):
+            with pytest.raises(ValueError, match=r"a model must be a torch\.nn\.Module, not <class"):
+                function(thing)
+
+
+def test_fold_goes_by_what_is_there() -> None:
+    """Normalizers that were removed, replaced, moved or added afterwards are what they are now."""
+    model = convert(net(), "bkn", stat_batch=2)
+    place = next(i for i, layer in enumerate(model) if isinstance(layer, KalmanBatchNorm2d))
+    channels = model[place].num_features
+    model[place] = nn.GroupNorm(1, channels)
+    model.insert(0, nn.BatchNorm2d(3))
+    model(x := torch.randn(4, 3, 8, 8))
+    plain = fold(model.eval())
+    assert [type(a).__name__ for a in plain] == [
+        type(a).__name__.replace("KalmanBatchNorm2d", "BatchNorm2d") for a in model
+    ]
+    torch.testing.assert_close(plain(x), model(x))
+
+
+@pytest.mark.parametrize("options", [{"predictor": "sampling"}, {"transition": "learned"}], ids=str)
+def test_children_are_called_in_turn(options: dict[str, Any]) -> None:
+    """Predictors among them hand on what they get."""
+    model, x = convert(net(), "bkn", stat_batch=2, **options).eval(), torch.randn(4, 3, 8, 8)
+    assert any(isinstance(child, Predictor) for child in model)
+    torch.testing.assert_close(nn.Sequential(*model.children())(x), model(x))
 
 
 def test_a_replica_computes_with_its_own_layers() -> None:

@@ -121,6 +121,32 @@ def test_precise_statistics_that_fail_leave_the_old_ones(batches: list[Tensor]) 
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
 
 
+def test_precise_statistics_of_what_loaders_give() -> None:
+    """(x, y), and named arguments; what gives nothing to measure is refused."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = KalmanBatchNorm2d(4, stat_batch=2)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.norm(image)
+
+    x, y = 2 * torch.randn(4, 4, 5, 5) + 1, torch.arange(4)
+    found = []
+    for batches in ([x], [(x, y)], [[x, y]], iter([{"image": x}])):
+        net = Net()
+        precise_statistics(net, batches)
+        found.append(net.norm.running_mean)
+    assert found[0].abs().sum() > 1 and all(torch.equal(found[0], other) for other in found)
+    with pytest.raises(ValueError, match=r"batches must be several, .* not one Tensor \(4, 4, 5, 5\)"):
+        precise_statistics(Net(), x)
+    with pytest.raises(
+        ValueError, match=r"BatchNorm2d has BatchNorm layers of torch's alone: call kalmannorm\.convert"
+    ):
+        precise_statistics(nn.BatchNorm2d(4), [x])
+
+
 @pytest.mark.parametrize("stat_batch", [2, None])
 def test_probes_see_every_group(stat_batch: int | None) -> None:
     model = nn.ModuleDict(

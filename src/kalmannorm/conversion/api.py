@@ -49,6 +49,7 @@ from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a converted model
 INPUT_COUNT = "input_belief_batches"  # of a model that sees them itself: how many batches they are of
 _MARK = contract.MARK
+_NORMALIZER = "_normalizer"  # of a layer that convert put in
 # Forwards of layers whose beliefs are computed inside of them.
 CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 TRANSPOSED = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
@@ -94,7 +95,7 @@ def convert(
     no belief; a model without BatchNorm.
     """
     relu, learned = True, False
-    leaves, thaw = tuple(options.pop("leaves", ())), options.pop("thaw", False)
+    leaves, thaw = _classes(options.pop("leaves", ())), options.pop("thaw", False)
     kinds = choices(norm, options)
     if not any(kind in KALMAN for kind, _ in kinds.values()):
         for name, given in (("preset", preset), ("predictor", predictor), ("input_belief", input_belief)):
@@ -109,6 +110,8 @@ def convert(
             of_preset = own.pop("input_belief", None)  # never given twice: it is an argument of this function
             input_belief = of_preset if input_belief is None else input_belief
             kinds[pattern] = kind, own
+    _refuse_no_module(model)
+    _refuse_wrapped(model)
     _refuse_lazy(model)
     source = fold(model) if _MARK in model.__dict__ else copied(model)
     if thaw:
@@ -125,6 +128,7 @@ def convert(
         if layer not in built:
             kind, own = chosen[name]
             built[layer] = build_normalizer(kind, name, layer, stat_batch, own)
+            built[layer].__dict__[_NORMALIZER] = True
             keep_more(layer, built[layer], name)
         source = built[layer] if name == "" else replace(source, name, built[layer])
     _refuse_unlike_rows(built.values())
@@ -152,11 +156,30 @@ def convert(
         if returns_belief:
             classes.become(source, classes.WITHOUT_BELIEF)
     source.__dict__[_MARK] = {
-        "normalizers": list(layers),
         "as_they_are": as_they_are,
         contract.RETURNS: returns_belief,
     }
     return source
+
+
+def _classes(leaves: Any) -> tuple[type[nn.Module], ...]:
+    found = (leaves,) if isinstance(leaves, type) else tuple(leaves)
+    for one in found:
+        if not isinstance(one, type):
+            raise ValueError(f"leaves must be classes of modules, not {one!r}")
+    return found
+
+
+def _refuse_no_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"a model must be a torch.nn.Module, not {model if isinstance(model, type) else type(model)}")
+
+
+def _refuse_wrapped(model: Any) -> None:
+    """ValueError: compiled or distributed, so that code or gradients of a copy would be the original's."""
+    for name, wrapped in (("_orig_mod", "_orig_mod" in model._modules), ("module", hasattr(model, "reducer"))):
+        if wrapped:
+            raise ValueError(f"{type(model).__name__} is wrapped: convert its .{name}, and wrap what comes out")
 
 
 def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
@@ -395,6 +418,7 @@ def is_converted(model: nn.Module) -> bool:
 
 
 def _conversion(model: nn.Module, otherwise: str) -> dict[str, Any]:
+    _refuse_no_module(model)
     if not is_converted(model):
         for name in ("_orig_mod", "module"):  # compiled; averaged, distributed
             if isinstance(inner := getattr(model, name, None), nn.Module) and is_converted(inner):
@@ -446,13 +470,14 @@ def fold(model: nn.Module) -> nn.Module:
     Same keys, same outputs in eval mode with moving statistics; needs no kalmannorm. A copy. ValueError: a normalizer
     without moving statistics.
     """
-    names = _conversion(model, "there is nothing to fold")["normalizers"]
+    _conversion(model, "there is nothing to fold")
     plain = copied(model)
     for module in plain.modules():
         _restore(module)
     folded: dict[nn.Module, nn.Module] = {}
-    for name in names:
-        layer = plain.get_submodule(name)
+    for name, layer in list(plain.named_modules(remove_duplicate=False)):
+        if _NORMALIZER not in layer.__dict__:  # another's, also where one stood
+            continue
         if not getattr(layer, "folds", False) or (
             layer.running_mean is None and isinstance(layer, Estimator | Whitening)
         ):

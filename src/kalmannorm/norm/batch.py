@@ -114,8 +114,8 @@ class GroupedStatistics(TakesOptions, _BatchNorm):
         groups.check(self, num_features, eps)
         if not bias:
             self.register_parameter("bias", None)
-        if stat_batch is not None and stat_batch < 1:
-            raise ValueError(f"stat_batch must be at least 1, not {stat_batch}")
+        if stat_batch is not None and (type(stat_batch) is not int or stat_batch < 1):
+            raise ValueError(f"stat_batch must be a whole number of at least 1, or None, not {stat_batch!r}")
         if moving_groups not in ("mean", "first"):
             raise ValueError(f"moving_groups must be 'mean' or 'first', not {moving_groups!r}")
         if ragged not in RAGGED:

@@ -5,10 +5,12 @@ The paper calls moving "Option A" and online "Option B", v1 the other way round:
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.norm import (
     BatchRenorm,
@@ -44,13 +46,19 @@ def set_statistics(model: nn.Module, statistics: str) -> None:
 
 
 @torch.no_grad()
-def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def precise_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     """Re-estimate the moving statistics from the given batches of inputs, with the weights as they are.
+
+    Of batches (x, y), tuples or lists, the model is given the first; those that are dicts are its named arguments.
 
     Mean over all groups of all batches of what normalizes (KN: the posterior), variances included: the definition
     "mean of variances", not the pooled one (whitening takes the pooled covariance). Everything but the normalizers
-    stays in eval mode; the model's modes are restored. ValueError: no batch.
+    stays in eval mode; the model's modes are restored. ValueError: no batch; a model that was not converted.
     """
+    if isinstance(batches, Tensor):
+        raise ValueError(f"batches must be several, [x] or a loader, not one Tensor {tuple(batches.shape)}")
+    if not normalizers(model) and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has BatchNorm layers of torch's alone: call kalmannorm.convert first")
     modes = {module: module.training for module in model.modules()}
     layers = [layer for layer in normalizers(model).values() if layer.running_mean is not None]
     kept = {layer: (layer.momentum, layer.moving_groups) for layer in layers}
@@ -64,11 +72,14 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
         seen = dict.fromkeys(layers, 0)  # groups so far
         batch = None
         for batch in batches:
+            args = [] if isinstance(batch, dict) else [batch[0] if isinstance(batch, list | tuple) else batch]
+            named = batch if isinstance(batch, dict) else {}
+            images = len(next(iter([*args, *named.values()])))
             for layer in layers:
-                new = 1 if layer.stat_batch is None else len(batch) // layer.stat_batch
+                new = 1 if layer.stat_batch is None else images // layer.stat_batch
                 seen[layer] += new
                 layer.momentum = new / max(1, seen[layer])  # every group counts the same
-            model(batch)
+            model(*args, **named)
         if batch is None:
             raise ValueError("precise statistics need at least one batch")
         if not all(seen.values()):

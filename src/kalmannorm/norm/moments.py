@@ -159,7 +159,11 @@ def _mixed_rows(out: Tensor, rows: Tensor, groups: int) -> Tensor:
 
 class Predictor(nn.Module):
     """What a convolution predicts with beside its weight: it stands next to it in the model, and is not called by it
-    when the model is run plainly."""
+    when the model is run plainly. Called as one of a model's children in turn (a Sequential that is made of them), it
+    hands its input on."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else super().__call__(*args, **kwargs)
 
 
 class Transition(Predictor):
