@@ -109,6 +109,23 @@ def test_untraceable_parts_run_as_they_are(part: type[nn.Module]) -> None:
     assert equal(fold(converted).eval()(x := images()), model.eval()(x))
 
 
+def test_scripted_parts_are_left_as_they_are() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.norm = scripted, nn.BatchNorm2d(8)
+            self.conv, self.last = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.conv(self.norm(self.part(x))))
+
+    model, x = convert(Net(), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)
+    assert belief_report(model, x)["last"] is None
+    torch.testing.assert_close(fold(model.eval())(x), model(x))
+
+
 def test_leaves() -> None:
     """Code whose tracing goes wrong unnoticed is marked by hand."""
     model = Holding(Counting())

@@ -345,6 +345,8 @@ def _note_passed(module: nn.Module, traced: Trace, passed: dict[nn.Module, Passe
         if node.op != "call_module":
             continue
         child = module.get_submodule(str(node.target))
+        if isinstance(child, torch.jit.ScriptModule):  # its class has no signature
+            continue
         parameters = list(inspect.signature(type(child).forward).parameters)[1:]
         known = passed.setdefault(child, Passed(set(), {}, set()))
         for name, value in (dict(zip(parameters, node.args, strict=False)) | node.kwargs).items():
