@@ -9,7 +9,7 @@ from helpers import net
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, replace_all_batch_norm_modules_, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from kalmannorm import NORMS, KalmanBatchNorm2d, belief_report, convert, fold
 from kalmannorm.norm.modes import finish_gradients
@@ -99,6 +99,28 @@ def test_several_checkpoints_wait_for_one_backward(norm: str, options: dict[str,
     found = of_several(model, batches, lambda net, x: checkpoint(net, x, use_reentrant=how == "reentrant"), apart)
     assert len(expected) == len(found) > 10
     for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [{}, {"predictor": "sampling"}, {"transition": "learned"}], ids=str)
+def test_checkpoints_of_a_sequential_in_segments(options: dict[str, Any], reentrant: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self, segments: int) -> None:
+            super().__init__()
+            self.segments, self.features = segments, net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.segments:
+                return checkpoint_sequential(self.features, self.segments, x, use_reentrant=reentrant)
+            return self.features(x)
+
+    model, plain = (convert(Net(segments), "bkn", stat_batch=2, **options) for segments in (2, 0))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    assert belief_report(model, x) == belief_report(plain, x)
+    assert None in belief_report(model, x).values()
+    for a, b in zip(gradients(model, x, None), gradients(plain, x, None), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -13,7 +13,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.modules.conv import _ConvNd
 
 from kalmannorm.conversion.operations import SIGNS, make_dict, rule_of, rule_of_class
-from kalmannorm.conversion.trace import CHECKPOINT, Trace, normalize
+from kalmannorm.conversion.trace import CHECKPOINT, IN_SEGMENTS, Trace, normalize
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.moments import Predictor
 
@@ -80,8 +80,10 @@ class Search:
         if node.op == "call_module":
             name = f"{path}.{node.target}" if path else str(node.target)
             return self._module(module.get_submodule(str(node.target)), name, args, kwargs, first)
-        if node.target is CHECKPOINT:
+        if node.target in (CHECKPOINT, IN_SEGMENTS):
             called = node.args[0]
+            if node.target is IN_SEGMENTS:
+                args = (None, *args[2:], *kwargs.values())
             name = str(called.target) if isinstance(called, fx.Node) else ""
             return self._module(module.get_submodule(name), f"{path}.{name}" if path else name, args[1:], {}, args[1])
         if node.target is normalize:

@@ -30,7 +30,8 @@ _classes: dict[Any, type[nn.Module]] = {}
 # What generated code may call.
 _HELPERS: dict[str, Any] = {
     **{function.__name__: function for function in (runtime.call, runtime.belief_of, runtime.changed, runtime.lost)},
-    **{function.__name__: function for function in (runtime.checkpointed, runtime.normalized, follow, pick, plain)},
+    **{function.__name__: function for function in (runtime.checkpointed, runtime.in_segments, runtime.normalized)},
+    **{function.__name__: function for function in (follow, pick, plain)},
     **{function.__name__: function for function in (runtime.of_convolution, runtime.of_linear)},
     **{function.__name__: function for function in (runtime.of_transition, runtime.of_sample)},
     **{function.__name__: function for function in (runtime.of_transposed, runtime.transposed)},

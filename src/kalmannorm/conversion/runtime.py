@@ -1,6 +1,7 @@
 """What generated forwards call: modules with the beliefs of their arguments, and the rules of operations."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from kalmannorm.conversion.operations import BY_NAME, FUNCTIONS, rule_of_class
 from kalmannorm.conversion.pixelwise import of_last_axis, of_map
 from kalmannorm.conversion.rules import Operation, Rule
-from kalmannorm.conversion.trace import CHECKPOINT
+from kalmannorm.conversion.trace import CHECKPOINT, IN_SEGMENTS
 from kalmannorm.norm import moments
 from kalmannorm.norm.belief import Belief, Carried
 from kalmannorm.norm.checkpoints import once
@@ -116,6 +117,19 @@ def checkpointed(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beli
         return tuple(out)
 
     return tree_unflatten(list(CHECKPOINT(run, *tensors, **own)), form[0])
+
+
+def in_segments(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
+    """checkpoint_sequential(module, segments, input, ...): all of as many parts but the last are checkpoints."""
+    given = inspect.signature(IN_SEGMENTS).bind(module, *args, **kwargs)
+    segments, x = given.arguments["segments"], given.arguments["input"]
+    belief = beliefs[1] if len(beliefs) > 1 else keyword_beliefs.get("input")
+    options = {"use_reentrant": given.arguments.get("use_reentrant", True), **given.arguments.get("kwargs", {})}
+    length = sum(not isinstance(child, moments.Predictor) for child in module)
+    size = length // segments
+    for start in range(0, size * (segments - 1), size):
+        x, belief = checkpointed(module[start : start + size], (x,), options, (belief,), {})
+    return call(module[size * (segments - 1) : length], (x,), {}, (belief,), {})
 
 
 def seen_input(model: Any, x: Tensor) -> Belief:

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm.conversion.operations import make_dict
 
 CHECKPOINT = torch.utils.checkpoint.checkpoint
+IN_SEGMENTS = torch.utils.checkpoint.checkpoint_sequential
 
 # Augmented assignments, x += y, by their names in `operator`: tensors do them in place.
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod")
@@ -165,7 +166,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # what is made of a buffer is made of it in every forward, not once
 
     def __init__(self, passed: Passed) -> None:
-        super().__init__(autowrap_modules=(math,), autowrap_functions=(CHECKPOINT,))
+        super().__init__(autowrap_modules=(math,), autowrap_functions=(CHECKPOINT, IN_SEGMENTS))
         self._autowrap_search.append(torch.utils.checkpoint)
         self.passed = passed
         self.asked: dict[str, str] = {}
@@ -176,6 +177,8 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, *rest: Any, **more: Any) -> fx.Node:
         if kind == "call_method" and target in ("append", "extend", "insert"):
             raise Untraceable(APPENDS)
+        if target is IN_SEGMENTS and isinstance(rest[0][0], list | tuple):
+            raise Untraceable("checkpoint_sequential of a list")
         return super().create_node(kind, target, *rest, **more)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -13,8 +13,8 @@ from torch.fx.node import map_aggregate
 
 from kalmannorm.conversion.operations import CURVES, MODULES, SIGNS, VIEWS, WEIGHTED, make_dict, same_items
 from kalmannorm.conversion.pixelwise import PRODUCTS
-from kalmannorm.conversion.runtime import belief_of, call, changed, checkpointed, key_of, lost, normalized
-from kalmannorm.conversion.trace import CHECKPOINT, IN_PLACE, normalize
+from kalmannorm.conversion.runtime import belief_of, call, changed, checkpointed, in_segments, key_of, lost, normalized
+from kalmannorm.conversion.trace import CHECKPOINT, IN_PLACE, IN_SEGMENTS, normalize
 from kalmannorm.norm.belief import pick
 
 
@@ -113,8 +113,9 @@ class Writer:
             node = self._call(node)
             if of_constants:  # a weight, quantized
                 self._constant.add(node)
-        elif node.target is CHECKPOINT:
-            node = self._pair(node, checkpointed, node.args[0], node.args[1:], dict(node.kwargs))
+        elif node.target in (CHECKPOINT, IN_SEGMENTS):
+            function = checkpointed if node.target is CHECKPOINT else in_segments
+            node = self._pair(node, function, node.args[0], node.args[1:], dict(node.kwargs))
         elif node.target is normalize:
             node = self._normalization(node)
         elif set(node.all_input_nodes) <= self._constant:
