@@ -173,7 +173,7 @@ def _recomputed(
     ours, base = (effects.identity(card, one, column) for one in (row, card.row(row.baseline or str(card.baseline))))
     at = group._replace(dataset=ours.dataset or group.dataset)
     ours, base = (dataclasses.replace(one, dataset=None) for one in (ours, base))
-    pool = effects.pool(cells, [card], at, kind, {ours.network, base.network})
+    pool = effects.pool(cells, [card], at, kind, {(row.network, row.length) for row in (ours, base)})
     chosen = cells.of(ours, at, kind)
     points = [
         (key, run["seed"], by_id.value[run["id"], kind])

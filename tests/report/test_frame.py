@@ -93,6 +93,20 @@ def test_a_width_that_a_row_names_is_no_setting_of_others(tmp_path: Path) -> Non
     assert not cells.groups([effects.identity(cards.read("table7"), cards.read("table7").row("bn_stat2"))])
 
 
+def test_a_length_that_a_column_names_is_no_group_of_others(tmp_path: Path) -> None:
+    for epochs, warmup, moving in ((5, 0.8333, 60.0), (12, 2, 70.0), (7, 1, 65.0)):
+        one = config("bn", arch="resnet14")
+        write_record(tmp_path, {**one, "budget": {**one["budget"], "epochs": epochs, "warmup": warmup}}, 1, moving)
+    cells = Cells(report.load(tmp_path))
+    card = cards.read("epochs")
+    bn, found = card.row("bn"), cells.groups(effects.identities(card))
+    assert [group.budget for group in found] == ["lite", "lite epochs=7 warmup=1"]
+    of_columns = [cells.cell(card, bn, found[0], column) for column in card.columns]
+    assert [[run["accuracy"] for run in cell.runs] for cell in of_columns] == [[60.0], [70.0], []]
+    others = cells.groups(effects.identities(cards.read("variants")))
+    assert [group.budget for group in others] == ["lite", "lite epochs=7 warmup=1"]
+
+
 def test_an_option_at_its_default_is_the_same_row() -> None:
     def identity(**settings: object) -> frame.Identity:
         return frame.identity(json.dumps({key.replace("__", "."): value for key, value in settings.items()}))

@@ -136,12 +136,11 @@ def _make(card: Card, cells: Cells, results: Path, wanted: Any) -> Iterator[Made
 
 def groups(card: Card, cells: Cells) -> list[Group]:
     """Those in which a card has runs."""
-    rows = [
-        effects.identity(card, row, column)
-        for row in card.rows
-        for column in (card.columns_of(row) if card.has_columns_of_runs else [None])
+    return [
+        group
+        for group in cells.groups(effects.identities(card))
+        if (group.length == effects.FIRST_STEPS) == (card.kind == "death")
     ]
-    return [group for group in cells.groups(rows) if (group.length == effects.FIRST_STEPS) == (card.kind == "death")]
 
 
 def _fits(group: Group, named: dict[str, str]) -> bool:

@@ -123,25 +123,29 @@ class Cells:
         width = group.width if row.width is None else row.width
         schedule = row.rates or group.schedule or row.schedule or self.default_schedule
         whole = (row.network, width, row.normalizer, row.grad_batch, row.stat_batch)
-        return self._found.get((*whole, row.dataset or group.dataset, group.budget, schedule, statistics), Cell())
+        budget = f"{group.budget} {row.length}".strip()
+        return self._found.get((*whole, row.dataset or group.dataset, budget, schedule, statistics), Cell())
 
     def groups(self, rows: Iterable[Identity]) -> list[Group]:
         """Those in which any of the rows has runs, the papers' length first; of a data set that a row fixes, "".
 
-        A width or a schedule that some row of a card names is that row's, and no group of others.
+        A width, a schedule or a length that some row of a card names is that row's, and no group of others.
         """
         found = set()
         for row in rows:
             own = row.rates or row.schedule or self.default_schedule
             for group in self._by_row.get((row.network, row.normalizer, row.grad_batch, row.stat_batch), ()):
+                _, _, length = group.budget.partition(" ")
                 if (
                     row.dataset in (None, group.dataset)
                     and (group.width not in named("width") if row.width is None else group.width == row.width)
                     and (group.schedule == own or not (row.rates or group.schedule in named("rates")))
+                    and (length == row.length or not (row.length or length in named("length")))
                 ):
+                    budget = group.length if row.length else group.budget
                     dataset = "" if row.dataset else group.dataset
                     width = 1.0 if row.width is not None else group.width
-                    found.add(Group(dataset, group.budget, "" if group.schedule == own else group.schedule, width))
+                    found.add(Group(dataset, budget, "" if group.schedule == own else group.schedule, width))
         return sorted(found, key=lambda g: (g.budget != "paper", g.width != 1, g.schedule, g.dataset, g.budget))
 
     @functools.cached_property
@@ -256,26 +260,24 @@ def compare(
     kinds: Collection[tuple[str, ...]],
 ) -> Effect | None:
     """Return a contrast of rows with the spread pooled over the rows of their networks that ran as one of `kinds`."""
-    pooled = pool(cells, own, group, statistics, {row.network for row in weights})
+    pooled = pool(cells, own, group, statistics, {(row.network, row.length) for row in weights})
     return contrast({row: values_of(cell, value) for row, cell in pooled.items() if cell.kind in kinds}, weights)
 
 
 def pool(
-    cells: Cells, own: Iterable[Card], group: Group, statistics: str, networks: Iterable[str]
+    cells: Cells, own: Iterable[Card], group: Group, statistics: str, trained: Collection[tuple[str, str]]
 ) -> dict[Identity, Cell]:
-    """Return the rows whose spread is pooled: those of all tables and of the cards `own`, of these networks, each with
-    its runs on the group's data.
+    """Return the rows whose spread is pooled: those of all tables and of the cards `own`, of these networks and
+    lengths, each with its runs on the group's data.
 
     So the same difference has the same interval in every table and in the claims.
     """
     tables = [card for card in map(cards.read, cards.names()) if card.kind == "table"]
     found = {}
     for card in {card.name: card for card in (*tables, *own)}.values():
-        for row in card.rows:
-            for column in card.columns_of(row) if card.has_columns_of_runs else [None]:
-                one = replace(identity(card, row, column), dataset=None)
-                if one.network in networks and one not in found:
-                    found[one] = cells.of(one, group, statistics)
+        for one in (replace(one, dataset=None) for one in identities(card)):
+            if (one.network, one.length) in trained and one not in found:
+                found[one] = cells.of(one, group, statistics)
     return found
 
 
@@ -287,9 +289,18 @@ def values_of(cell: Cell, value: Value) -> dict[int, float]:
 
 @functools.cache
 def named(what: str) -> frozenset[Any]:
-    """Return the widths, or `rates`, that rows of cards name."""
-    rows = (identity(card, row) for card in map(cards.read, cards.names()) for row in card.rows)
-    return frozenset(getattr(row, what) for row in rows) - {None}
+    """Return the widths, `rates` or lengths that rows of cards name."""
+    every = (one for card in map(cards.read, cards.names()) for one in identities(card))
+    return frozenset(getattr(one, what) for one in every) - {None}
+
+
+def identities(card: Card) -> list[Identity]:
+    """Return what the runs of a card are in the frame: of each row, or of its columns that have runs of their own."""
+    return [
+        identity(card, row, column)
+        for row in card.rows
+        for column in (card.columns_of(row) if card.has_columns_of_runs else [None])
+    ]
 
 
 def identity(card: Card, row: Row, column: Column | None = None) -> Identity:

@@ -43,6 +43,7 @@ class Identity:
     width: float | None = None
     schedule: str | None = None  # that another may take the place of
     rates: str | None = None  # a schedule of the row's own
+    length: str = ""  # of its own, as in "lite epochs=5"
     dataset: str | None = None  # where a column fixes it
 
 
@@ -132,6 +133,7 @@ def identity(text: str) -> Identity:
         width=float(chosen["arch.width"]) if "arch.width" in chosen else None,
         schedule=chosen["schedule"] if "schedule" in settings else None,
         rates=_words(chosen["schedule"], rates) if own else None,
+        length=_words("", dict(sorted(_under("budget", chosen).items()))).strip(),
     )
 
 
