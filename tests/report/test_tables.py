@@ -106,6 +106,21 @@ def test_every_format_says_the_same(tmp_path: Path) -> None:
     assert 'href="#runs=' in tables.page_html(found) and "<script" not in tables.page_html(found)
 
 
+def test_batches_are_columns_and_networks_blocks_with_a_best_each(tmp_path: Path) -> None:
+    for arch, level in (("resnet14", 70.0), ("resnet32", 80.0)):
+        for number, (norm, preset) in enumerate((("bn", "paper"), ("bkn", "paper"), ("bkn", "robust"))):
+            write_record(tmp_path, config(norm, 2, arch=arch, preset=preset), 1, level + number)
+    write_record(tmp_path, config("bn", 128, arch="resnet14"), 1, 75.0)
+    card, group, cells = cards.read("variants"), Group("cifar10", "lite"), Cells(report.load(tmp_path))
+    found = tables.table(tables.by_batch(card, group, cells), group, cells)
+    assert found.header == ("moving, stat 2", "moving, stat 128", "online, stat 2", "online, stat 128")
+    shown = {place: row[0] for place, row in zip(found.index, found.rows, strict=True)}
+    assert list(shown) == [(a, n) for a in ("resnet14", "resnet32") for n in ("BN", "KN", "KN, preset robust (ours)")]
+    assert [place.text for place in shown.values()] == ["70.00", "71.00", "72.00", "80.00", "81.00", "82.00"]
+    assert [place.best for place in shown.values()] == [False, False, True] * 2
+    assert found.rows[0][1].text == "75.00" and not found.rows[0][1].best
+
+
 def test_blocks_are_ruled(tmp_path: Path) -> None:
     for arch in ("inception_cifar", "resnet32"):
         write_record(tmp_path, config("bn", arch=arch), 1, 50.0)

@@ -120,7 +120,8 @@ def _make(card: Card, cells: Cells, results: Path, wanted: Any) -> Iterator[Made
         return
     for group in groups(card, cells):
         if wanted(group):
-            sheet = tables.table(card, group, cells) if card.kind == "table" else None
+            shown = tables.by_batch(card, group, cells) if card.kind == "stat_batch" else card
+            sheet = tables.table(shown, group, cells) if shown.kind == "table" else None
             files = _write_sheet(results, sheet) if sheet else []
             pictures: dict[str, str] = {}
             for behind, figure in figures.DRAW[card.kind](card, group, cells).items():

@@ -170,8 +170,8 @@ def figure5(card: Card, group: Group, cells: Cells) -> Figures:
         values = [arrays[f"layer_gap_{what}"] for _, arrays in runs.values() if f"layer_gap_{what}" in arrays]
         label = f"{name}: {sample if what == 'measured' else posterior}"
         drawn += [_over_layers(label, look, values, run)] if values else []
-    names = quantities.layers(run, len(one["layer_gap_measured"]))
-    panel = Panel("", drawn, "mean gap / moving variance", log=True, names=names)
+    layers = quantities.layers(run, len(one["layer_gap_measured"]))
+    panel = Panel("", drawn, "mean gap / moving variance", log=True, names=layers)
     by_layer = lines([[panel]], f"{_said(card, group)} Normalizers in network order. {READING}")
     return {"": by_channel, "_layers": by_layer}
 

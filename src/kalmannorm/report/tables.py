@@ -68,8 +68,7 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
         papers = {row.key: paper_value(card, row, column, group) for row in card.rows if row.has(column)}
         found = differences(card, group, column, cells)
         of_columns[column.label] = found
-        means = {key: mean for key, cell in of_rows.items() if math.isfinite(mean := _mean(cell, column))}
-        best = max(means, key=lambda key: means[key], default="") if len(means) > 1 and column.steps_to is None else ""
+        best = _best(card, column, of_rows)
         shown = {"paper": any(v is not None for v in papers.values()), "Δ": any(found.values())}
         header += [column.label, *(f"{column.label}: {name}" for name, there in shown.items() if there)]
         for row, line in zip(card.rows, places, strict=True):
@@ -77,7 +76,7 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
                 line += [Place("")] * (1 + sum(shown.values()))
                 continue
             marks = [_mark(notes, note) for note in cell.notes]
-            line.append(Place(value(cell, column), cell.ids, row.key == best, ",".join(marks)))
+            line.append(Place(value(cell, column), cell.ids, row.key in best, ",".join(marks)))
             if shown["paper"]:
                 line.append(Place(_printed(card, row, column, papers[row.key])))
             if shown["Δ"]:
@@ -85,15 +84,15 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
             records.append(_record(card, row, column, group, cell, papers[row.key], found.get(row.key)))
     missing = [column.label for column in card.columns if column not in columns]
     baselines = dict.fromkeys(base for row in card.rows if (base := _base(card, row)))
-    names = " and ".join(card.row(key).name for key in baselines)
-    said = [f"Not run: {', '.join(missing)}."] if missing and columns else []
+    names = " and ".join(dict.fromkeys(card.row(key).label for key in baselines))
+    said = [f"Not run: {'; '.join(missing)}."] if missing and columns else []
     detects = any(c.value in quantities.PRECISIONS for c in card.columns)
     what = "COCO's average precision in percent" if detects else "Percent"
     caption = f"{setting(card, group, cells)}. {what} after the last epoch: the mean, in brackets the seeds."
     about = [*said, *trained(card, group, cells)]
     about.append(
-        f"With {SEEDS_SHOWN} seeds and more, ± half the 95 % interval. The best mean of a column is bold. Where runs "
-        "failed or stayed at chance: how many learned, and the mean of those."
+        f"With {SEEDS_SHOWN} seeds and more, ± half the 95 % interval. The best mean of a column, in each block, is "
+        "bold. Where runs failed or stayed at chance: how many learned, and the mean of those."
     )
     if baselines:
         about.append(
@@ -107,6 +106,26 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
     stem = f"{card.name}_{group.stem}"
     rows = tuple(map(tuple, places))
     return Sheet(stem, card.title, caption, tuple(about), tuple(header), index, rows, tuple(notes), tuple(records))
+
+
+def by_batch(card: Card, group: Group, cells: Cells) -> Card:
+    """Return a card of rows at several batches as a table of those that ran: a block for each network, a column for
+    each batch and kind of statistics."""
+    batches = sorted({row.runs["batch"] for row in card.rows}, key=_stat_batch)
+    columns = [
+        replace(of, key=f"{of.key}_{batch}", label=f"{of.label}, stat {_stat_batch(batch)}", runs={"batch": batch})
+        for of in card.columns
+        for batch in batches
+    ]
+    rows: dict[tuple[str, str], Row] = {}
+    for row in sorted(card.rows, key=lambda row: [one.runs["arch"] for one in card.rows].index(row.runs["arch"])):
+        if any(cells.cell(card, row, group, column).n for column in card.columns):
+            at = (row.runs["arch"], row.label)
+            own = tuple(column.key for column in columns if column.runs["batch"] == row.runs["batch"])
+            runs = {key: value for key, value in row.runs.items() if key != "batch"}
+            before = rows.get(at, replace(row, block=row.runs["arch"], runs=runs, columns=()))
+            rows[at] = replace(before, columns=(*(before.columns or ()), *own))
+    return replace(card, kind="table", rows=tuple(rows.values()), columns=tuple(columns))
 
 
 def differences(card: Card, group: Group, column: Column, cells: Cells) -> dict[str, Effect | None]:
@@ -334,6 +353,11 @@ def _latex(said: str) -> str:
     return "".join(LATEX.get(character, character) for character in said)
 
 
+def _stat_batch(batch: str) -> int:
+    """2 of g128_s2."""
+    return int(batch.rpartition("s")[2])
+
+
 def _base(card: Card, row: Row) -> str | None:
     return row.baseline or card.baseline
 
@@ -348,6 +372,15 @@ def _value(column: Column) -> effects.Value:
         return lambda run: quantities.steps_to(run, level)
     at = column.at[0] / column.at[1] if column.at else None
     return lambda run: quantities.value(run, column.value, at)
+
+
+def _best(card: Card, column: Column, cells: Mapping[str, Cell]) -> set[str]:
+    """Return the row with the best mean of each block in which several have one."""
+    means: dict[str, dict[str, float]] = {}
+    for row in card.rows:
+        if row.key in cells and column.steps_to is None and math.isfinite(mean := _mean(cells[row.key], column)):
+            means.setdefault(row.block, {})[row.key] = mean
+    return {max(of, key=lambda key: of[key]) for of in means.values() if len(of) > 1}
 
 
 def _mean(cell: Cell, column: Column) -> float:
