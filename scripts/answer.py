@@ -10,7 +10,8 @@ found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
 for file in (Path(__file__).parents[1] / "results" / "records").glob("*.json"):
     run = json.loads(file.read_text())
     of = {group: run["config"][group] for group in ("dataset", "budget", "norm", "arch", "batch")}
-    if (of["dataset"]["name"], of["budget"]["name"], of["batch"]["stat_batch"]) == ("cifar10", "lite", 2):
+    length = (of["budget"]["name"], of["budget"]["epochs"], of["budget"]["warmup"])
+    if of["dataset"]["name"] == "cifar10" and length == ("lite", 12, 2) and of["batch"]["stat_batch"] == 2:
         row = of["arch"]["name"], of["norm"]["preset"] or of["norm"]["name"]
         found[row][run["config"]["seed"]] = run["final"]["moving"]["accuracy"]
 for (network, kind), seeds in sorted(found.items()):
