@@ -269,9 +269,14 @@ CONVS = {
     "groups": lambda: nn.Conv2d(6, 4, 3, padding=1, groups=2),
     "stride": lambda: nn.Conv2d(6, 5, 3, stride=2, padding=1),
     "not square": lambda: nn.Conv2d(6, 5, (1, 3), (2, 1), (0, 2), (1, 2)),
+    "films": lambda: nn.Conv3d(6, 4, (2, 3, 1), padding=1, groups=2),
+    "sequences": lambda: nn.Conv1d(6, 5, 3),
     "without a bias": lambda: nn.Conv2d(6, 5, 3, bias=False),
     "linear": lambda: nn.Linear(6, 5),
 }
+
+
+SIZES = {"linear": (), "films": (3, 5, 4), "sequences": (9,)}
 
 
 @pytest.mark.parametrize("kind", ["wnn", "pre_gwnn", "post_gwnn"])
@@ -285,10 +290,7 @@ def test_whitened_weights(name: str, kind: str) -> None:
     mix = torch.randn(6, 6, dtype=D)
     optim = torch.optim.SGD(layer.parameters(), lr=0.0, momentum=0.5)
     for step in range(2):
-        x = (
-            torch.einsum("dc,nc...->nd...", mix, torch.randn(20, 6, *(() if name == "linear" else (5, 6)), dtype=D))
-            + step
-        )
+        x = torch.einsum("dc,nc...->nd...", mix, torch.randn(20, 6, *SIZES.get(name, (5, 6)), dtype=D)) + step
         optim.zero_grad()
         upstream = layer(x).detach().cos()
         (layer(x) * upstream).sum().backward()
@@ -311,11 +313,9 @@ def test_whitened_weights(name: str, kind: str) -> None:
             if bias is not None:
                 assert error(whitening.center.unflatten(0, (groups, -1))[g], inputs.mean(1)) < 1e-10
         if kind == "post_gwnn":
-            raw = nn.utils.parametrize.type_before_parametrizations(layer)
-            v = layer.parametrizations.weight.original.detach()
-            out = F.linear(x, v) if raw is nn.Linear else F.conv2d(
-                x, v, None, layer.stride, layer.padding, layer.dilation, groups
-            )  # fmt: skip
+            plain = CONVS[name]().double()
+            plain.weight = nn.Parameter(layer.parametrizations.weight.original.detach())
+            out = plain(x).detach()
             for g, outputs in enumerate(rows(out).unflatten(0, (groups, -1))):
                 q = whitening.outer[g]
                 assert error(q, root(torch.cov(outputs, correction=0), 0.1)) < 1e-8

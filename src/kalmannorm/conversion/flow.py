@@ -19,6 +19,7 @@ from kalmannorm.norm import GroupedStatistics
 from kalmannorm.norm.belief import Belief, Carried, Returned
 from kalmannorm.norm.contract import running
 from kalmannorm.norm.moments import plain
+from kalmannorm.norm.whitened import Layer
 
 # Operators by the functions, or names of methods, that have their rules.
 _METHODS: dict[str, Any] = {"__getitem__": operator.getitem}
@@ -174,7 +175,7 @@ def beliefs_of_inputs(model: nn.Module, x: Tensor) -> dict[nn.Module, Belief]:
         for module in model.modules():
             if isinstance(module, GroupedStatistics):
                 hooks.append(module.register_forward_hook(normalized))
-            elif isinstance(module, nn.Conv2d | nn.Linear):
+            elif isinstance(module, Layer):
                 hooks.append(module.register_forward_pre_hook(takes))
         try:
             model.eval()(x)

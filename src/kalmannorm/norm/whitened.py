@@ -20,6 +20,7 @@ from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.moments import conv_covariance
 from kalmannorm.norm.whitening import inverse_sqrt
 
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 KINDS = ("wnn", "pre_gwnn", "post_gwnn", "eigennet")
 MOMENTA = ("transform", "zero")
 
@@ -33,9 +34,9 @@ class WhitenedWeight(nn.Module):
     refreshes: Tensor  # so far
     jump: Tensor  # change of the outputs at the last one: root mean square, over that of the outputs around their mean
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, kind: str, eps: float, outer_eps: float, share: float) -> None:
+    def __init__(self, layer: Layer, kind: str, eps: float, outer_eps: float, share: float) -> None:
         super().__init__()
-        self.groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        self.groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         self.kind, self.eps, self.outer_eps, self.share = kind, eps, outer_eps, share
         self.weight_decay = 0.0  # of W, by finish_gradients: an optimizer's own would be of V
         c_out, c_in = (size // self.groups for size in (layer.weight.shape[0], layer.weight.shape[1] * self.groups))
@@ -104,7 +105,7 @@ class WhitenedBias(nn.Module):
 def whiten_weights(
     model: nn.Module, kind: str, *, eps: float = 0.01, outer_eps: float = 1.0, share: float = 0.99
 ) -> None:
-    """Parametrize every Conv2d and Linear of `model`; until the first refresh P and Q are the identity, c is 0.
+    """Parametrize every convolution and Linear of `model`; until the first refresh P and Q are the identity, c is 0.
 
     kind:
         `wnn`: P = (S + eps)^(-1/2) of the covariance S of the layer's input over images and pixels (ZCA; PRONG).
@@ -123,7 +124,7 @@ def whiten_weights(
     if kind not in KINDS:
         raise ValueError(f"whitened weights are of kind {', '.join(KINDS)}, not {kind!r}")
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, Layer):
             if parametrize.is_parametrized(layer):
                 raise ValueError(f"{name}: its weight is parametrized already")
             weight = WhitenedWeight(layer, kind, eps, outer_eps, share)
@@ -140,12 +141,12 @@ def parametrization_of(layer: nn.Module) -> WhitenedWeight:
     return found
 
 
-def whitened(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+def whitened(model: nn.Module) -> dict[str, Layer]:
     """The layers with whitened weights, by name."""
     return {
         name: m
         for name, m in model.named_modules()
-        if isinstance(m, nn.Conv2d | nn.Linear)
+        if isinstance(m, Layer)
         and parametrize.is_parametrized(m, "weight")
         and isinstance(m.parametrizations.weight[0], WhitenedWeight)  # type: ignore[index, union-attr]
     }
@@ -232,7 +233,7 @@ def refresh(
 
 def _measure(
     model: nn.Module,
-    layers: dict[str, nn.Conv2d | nn.Linear],
+    layers: dict[str, Layer],
     batches: Iterable[Tensor],
     generator: torch.Generator | None,
 ) -> dict[nn.Module, tuple[_Moments, _Moments]]:
@@ -282,7 +283,7 @@ def _measure(
 
 @torch.no_grad()
 def _renew(
-    layer: nn.Conv2d | nn.Linear,
+    layer: Layer,
     inner: _Moments,
     outer: _Moments,
     optimizer: torch.optim.Optimizer | None,
@@ -329,7 +330,7 @@ def _renew(
         if has_center and isinstance(of_d := _momentum(optimizer, layer), Tensor):
             # W's gradient has a part through the bias, whose c has changed.
             moved = of_d.double()[:, None] * _per_group(center - new_center, whitening, weight)
-            gradient = gradient + (moved if weight.dim() == 2 else moved[..., None, None])
+            gradient = gradient + moved.view(*moved.shape, *(1,) * (weight.dim() - 2))
         buffer.copy_(double.pull_back(gradient) if momentum == "transform" else torch.zeros_like(gradient))
     v.copy_(new_v)
     whitening.to(v.dtype)

@@ -9,6 +9,7 @@ from kalmannorm.conversion import INPUT_BELIEF
 from kalmannorm.conversion.flow import beliefs_of_inputs
 from kalmannorm.data.batches import Batches, mix
 from kalmannorm.experiments.config import Config
+from kalmannorm.experiments.settings import VideoDataset
 from kalmannorm.norm.weight import initialize_weight_norm, is_weight_normalized
 from kalmannorm.norm.whitened import refresh
 from kalmannorm.train.ranks import Ranks
@@ -62,8 +63,10 @@ def refresh_weights(config: Config, session: Session, train: Batches, step: int)
     at_a_time = max(1, REFRESH_BATCH // size) * size
     inputs = None
     if weights.get("covariance") == "predicted":
-        pixels = config.budget.size
-        inputs = beliefs_of_inputs(session.model, torch.zeros(size, 3, pixels, pixels, device=session.ranks.device))
+        dataset, pixels = config.dataset, config.budget.size
+        frames = (dataset.frames,) if isinstance(dataset, VideoDataset) else ()
+        blank = torch.zeros(size, 3, *frames, pixels, pixels, device=session.ranks.device)
+        inputs = beliefs_of_inputs(session.model, blank)
     refresh(
         session.model,
         (x for x, _, _ in train.plain(at_a_time, images, fill=size)),
