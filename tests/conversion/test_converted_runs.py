@@ -124,6 +124,29 @@ def test_checkpoints_of_a_sequential_in_segments(options: dict[str, Any], reentr
         torch.testing.assert_close(a, b)
 
 
+def test_a_loop_in_a_checkpoint_is_reported() -> None:
+    """As timm has it: a function of several modules, which are called in turn."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.features = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)), net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            def run(x: Tensor) -> Tensor:
+                for layer in self.features:
+                    x = layer(x)
+                return x
+
+            return checkpoint(run, self.stem(x), use_reentrant=False)
+
+    report = belief_report(convert(Net(), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8))
+    first, *rest = report.values()
+    assert str(first).startswith("nothing: ") and {str(why).partition(":")[0] for why in rest} == {
+        "a checkpoint of several modules that are called in turn"
+    }
+
+
 class OtherCheckpoint(torch.autograd.Function):
     """One that is not torch's."""
 

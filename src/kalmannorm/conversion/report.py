@@ -12,8 +12,10 @@ from kalmannorm.conversion.layers import copied
 from kalmannorm.conversion.rules import Operation
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import Carried, pick
+from kalmannorm.norm.contract import running
 
 NOTHING = "nothing: no normalizer before it, and the input's distribution is not given"
+CHECKPOINTED = "a checkpoint of several modules that are called in turn: nothing is known in it of what it is given"
 
 
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str | None]:
@@ -52,7 +54,8 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         name = names[layer]
         x = args[0] if args else next(iter(kwargs.values()))
         prior = pick(kwargs.get("beliefs"), 0, "input")
-        why = None if prior is not None else reasons.get(id(x), NOTHING)
+        inside = running.flow is not None and not running.flow.is_here()
+        why = None if prior is not None else reasons.get(id(x), CHECKPOINTED if inside else NOTHING)
         if isinstance(prior, Carried) and prior.axes:
             why = "its axis 1 is not that of the channels"
         found[name] = found.get(name) or why
