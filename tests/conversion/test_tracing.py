@@ -275,6 +275,76 @@ class Buffered(nn.Module):
         return self.bn(self.conv(x)) * (self.level.view(1, -1, 1, 1) * 2)
 
 
+class Settings(nn.Module):
+    """Reads what its class says, and a dict."""
+
+    doubles = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.more = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), {"scale": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x)) * self.more["scale"]
+        return 2 * x if self.doubles else x
+
+
+def test_settings_of_classes_and_dicts_are_not_frozen() -> None:
+    model, x = convert(Settings(), "bkn", stat_batch=2).eval(), torch.randn(4, 3, 8, 8)
+    once = model(x)
+    model.doubles = True  # type: ignore[assignment]
+    torch.testing.assert_close(model(x), 2 * once)
+    model.more["scale"] = 3.0  # type: ignore[index, operator]
+    torch.testing.assert_close(model(x), 6 * once)
+
+
+class Numbered(nn.Module):
+    """Counts by a buffer and by one of its part's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.conv.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.conv.calls = self.conv.calls + 2
+        return self.bn(self.conv(x)) * self.calls * self.conv.calls
+
+
+def test_buffers_that_a_forward_sets_stay_tensors() -> None:
+    """What tracing put in their place is taken back."""
+    model, x = convert(Numbered(), "bkn", stat_batch=2).eval(), torch.randn(4, 3, 8, 8)
+    assert model.calls == 0 == model.conv.calls  # type: ignore[union-attr]
+    once = model(x)
+    torch.testing.assert_close(model(x), 4 * once)
+    assert model.calls == 2 and model.conv.calls == 4  # type: ignore[union-attr]
+
+
+def test_batch_norm_is_found_by_its_class() -> None:
+    """By code that freezes layers, and by a forward that asks."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.parts:
+                x = 2 * part(x) if isinstance(part, nn.BatchNorm2d) else part(x)
+            return x
+
+    model, x = convert(Net(), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    before = model.parts[1].running_mean.clone()  # type: ignore[union-attr, index, operator]
+    y = model(x)
+    assert torch.equal(model.parts[1].running_mean, before)  # type: ignore[index, union-attr, arg-type]
+    torch.testing.assert_close(y, fold(model)(x))
+
+
 def test_buffers_are_not_frozen() -> None:
     model = Buffered()
     converted = convert(model, "bn")

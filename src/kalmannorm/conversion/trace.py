@@ -79,6 +79,8 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
     frozen = _frozen(module, passed)
     tracer = _Tracer(passed)
     before, modes, drawn = dict(module.__dict__), {m: m.training for m in module.modules()}, _random_state()
+    plain = [m for m in modes if not isinstance(m, torch.jit.ScriptModule)]
+    tables = [(table, dict(table)) for m in plain for table in (m._parameters, m._buffers, m._modules)]
     try:
         for each in modes:
             each.training = training
@@ -88,7 +90,8 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
         if _random_state() != drawn:
             raise Untraceable("it draws random numbers, which would stay the same ever after")
         left = {key: value for key, value in module.__dict__.items() if before.get(key, before) is not value}
-        if any(not key.startswith("_tensor_constant") and key != "training" for key in left):
+        changed = any(len(table) != len(was) or any(table[k] is not was[k] for k in was) for table, was in tables)
+        if changed or any(not key.startswith("_tensor_constant") and key != "training" for key in left):
             raise Untraceable("its forward sets attributes")
         before |= left
     except Untraceable:
@@ -98,6 +101,9 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
         raise Untraceable(first) from error
     finally:
         _restore_random_state(drawn)
+        for table, was in tables:
+            table.clear()
+            table.update(was)  # type: ignore[arg-type]
         module.__dict__.clear()
         module.__dict__.update(before)
         for each, mode in modes.items():
@@ -259,15 +265,23 @@ class _Reading:
                 reading.asked_mode = True
             if name.startswith("_") or name == "training":
                 return value
-            if isinstance(value, Plain) or (type(value) in (tuple, list) and all(isinstance(v, Plain) for v in value)):
+            if _is_plain(value):
                 found = objects.get(id(self))
-                if found is not None and name in object.__getattribute__(self, "__dict__"):
+                own = name in object.__getattribute__(self, "__dict__")
+                if found is not None and (own or any(_is_plain(vars(base).get(name, reading)) for base in cls.__mro__)):
                     read[f"{found[0]}.{name}"] = value
             return value
 
         body = {"__getattribute__": getter, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         self.made[cls] = type(cls)(cls.__name__, (cls,), body)
         return self.made[cls]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number, a word or none; or a list, a tuple or a dict of these."""
+    if type(value) is dict:
+        value = (*value, *value.values())
+    return isinstance(value, Plain) or (type(value) in (tuple, list) and all(isinstance(v, Plain) for v in value))
 
 
 def _expression(path: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.norm import groups
@@ -61,12 +61,13 @@ def _together(first: Any, second: Any, one_row: bool) -> Any:
     return torch.cat([y, z]), belief
 
 
-class GroupedStatistics(TakesOptions, _BatchNorm):
+class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
     """Parameters, moving statistics and the choice of statistics of a normalizer over groups of `stat_batch` images.
 
     In training, and in evaluation with `statistics = "online"`, every group of `stat_batch` images (None: the whole
     batch) is normalized by statistics of its own. In evaluation with `statistics = "moving"` the moving averages
-    normalize, for any batch size. State-dict names are those of torch's BatchNorm2d.
+    normalize, for any batch size. State-dict names are those of torch's BatchNorm2d, which it is for whoever looks for
+    such layers (to freeze them); it takes inputs of other dimensions too.
 
     `ragged` says what becomes of the last images of a batch, which fill no whole group: an `error`; or they `measure` a
     smaller group of their own; or, `drop`ped from all statistics, they are normalized by the moving averages. These
