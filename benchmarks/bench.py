@@ -58,6 +58,7 @@ COMPARISONS = {
     "memory": Comparison("bytes KN at stat 2 saves for backward, ResNet-18", "bytes BN at stat 2 saves", 1.05),
     "loop": Comparison("images/s of kalmannorm train", "images/s of the bare step", 0.95, at_least=True),
     "checkpoints": Comparison("5 % of a lite run and its checkpoint", "those steps alone", 1.02),
+    "restart": Comparison("time to the first compiled step, KN at 16 pixels", "time without a compile cache", None),
     "processes": Comparison("images/s of 2 processes", "images/s of 1 process with 2 threads", 0.8, at_least=True),
     "detector": Comparison("images/s of mask_rcnn_fpn", "images/s of torchvision's maskrcnn_resnet50_fpn", None),
     # What every other normalizer costs.
@@ -317,6 +318,27 @@ def _checkpoints(device: torch.device, seconds: float) -> tuple[list[float], str
     return [(a + b) / a for a, b in pairs], f"{saves:.0f} ms a checkpoint, {steps:.0f} ms the steps"
 
 
+def _restart(device: torch.device, seconds: float) -> tuple[list[float], str]:
+    """Two processes in a row, whose compile cache begins empty: the processor's seconds of each, with those of the
+    compilers that it starts. Other processes of the machine take none of them."""
+    import resource
+    import subprocess
+    import tempfile
+
+    step = "bench.training_step(bench._model('bkn'), device, bench.synthetic_batch(size=16), compiled=True)()"
+    code = f"import bench; device = bench.torch.device('{device}'); {step}"
+    print("compiling a ResNet-32: two minutes on a CPU", file=sys.stderr)
+    spent = [0.0]
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(2):
+            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+            subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
+            used = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent.append(used.ru_utime + used.ru_stime)
+    cold, warm = spent[1], spent[2] - spent[1]
+    return [warm / cold], f"{warm:.1f} s against {cold:.1f} s of the processor"
+
+
 def _processes(device: torch.device, seconds: float) -> tuple[list[float], str]:
     """Two processes of one thread, 64 images each, and in turn one of two threads with all 128; on CPU."""
     import socket
@@ -431,6 +453,7 @@ _MEASURE: dict[str, Callable[[torch.device, float], tuple[list[float], str]]] = 
     "memory": _memory,
     "loop": _loop,
     "checkpoints": _checkpoints,
+    "restart": _restart,
     "processes": _processes,
     "detector": _detector,
     **{f"norm-{name}": functools.partial(_norm, name) for name in NORMS},
