@@ -1,6 +1,7 @@
 """torchvision's FPN model as an architecture of the harness: its names, its losses, the same switch for normalizers."""
 
 import copy
+import pickle
 import re
 from types import SimpleNamespace
 
@@ -170,6 +171,13 @@ def belief_of(overrides):
     model = detector.build(compose([*TINY_FPN, *overrides])).train()
     model(*scene(4))
     return detector.belief_report_of_parts(model)
+
+
+def test_a_detector_is_pickled_whole():
+    model, (images, _) = small().eval(), scene(1)
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images), rtol=0, atol=0)
 
 
 def test_faster_rcnn():

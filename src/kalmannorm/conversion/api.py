@@ -132,9 +132,9 @@ def convert(
             keep_more(layer, built[layer], name)
         source = built[layer] if name == "" else replace(source, name, built[layer])
     _refuse_unlike_rows(built.values())
-    if kind in NEED_BIAS:  # of all layers
+    if norm in NEED_BIAS:
         add_biases(source)
-    if kind == "wn":
+    if norm == "wn":
         normalize_weights(source)
     share_noise(built.values())
     known = _keep_input_belief(source, input_belief)
@@ -155,10 +155,7 @@ def convert(
                 classes.become(module, classes.REFUSING)
         if returns_belief:
             classes.become(source, classes.WITHOUT_BELIEF)
-    source.__dict__[_MARK] = {
-        "as_they_are": as_they_are,
-        contract.RETURNS: returns_belief,
-    }
+    source.__dict__[_MARK] = {"as_they_are": as_they_are, contract.RETURNS: returns_belief}
     return source
 
 

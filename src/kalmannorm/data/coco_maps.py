@@ -43,10 +43,10 @@ def prepare(target: Path, archive: Path | None) -> Path:
 def paint(split: Split, position: int, labels: dict[int, int]) -> np.ndarray:
     """Return the label map uint8 [H, W] of an image: labels[category] of the smallest mask over a pixel, else 0."""
     image = split.image(position)
-    map_ = np.zeros((image["height"], image["width"]), np.uint8)
+    painted = np.zeros((image["height"], image["width"]), np.uint8)
     for annotation in sorted(split.annotations(position), key=_area, reverse=True):
-        map_[run_length.decode(annotation["segmentation"]) > 0] = labels[annotation["category_id"]]
-    return map_
+        painted[run_length.decode(annotation["segmentation"]) > 0] = labels[annotation["category_id"]]
+    return painted
 
 
 def _area(annotation: Values) -> int:

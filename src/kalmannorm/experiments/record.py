@@ -179,7 +179,7 @@ def begin(config: Config, parameters: int, data: Tree, device: str, processes: i
 
 
 def add_speed(record: Record, images: int, train_seconds: float, seconds: float) -> None:
-    """Note how many images were trained on in `train_seconds`; `seconds`: of the last process, with evaluation."""
+    """Note how many images were trained on in `train_seconds`; `seconds`: of this process, with evaluation."""
     record["host"] |= {
         "seconds": round(seconds, 1),
         "train_seconds": round(train_seconds, 1),

@@ -57,7 +57,7 @@ class FrozenBatchNorm(TakesOptions, nn.Module):
 class NoNorm(TakesOptions, nn.Module):
     """No normalizer: x -> x. The convolutions' biases, which convert adds, are in beta's place."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # of its own, for TakesOptions: nn.Module's takes any
         super().__init__()
 
     def forward(self, input: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Estimator(TakesBeliefs):
 
     values = 1  # of which each statistic was measured last: with prior_values the gain depends on it
     on_relu = "closed"  # what a ReLU does to the belief that is handed on (belief.Carried): set by convert
-    spread = False  # whether a batch is spread over processes (statistics.spread_batches)
+    spread = False  # whether a batch is spread over processes (modes.spread_batches)
     gain_logit: Tensor | None
     noise_raw: Tensor | None
 

@@ -28,11 +28,11 @@ class SyncBatchNorm(BatchNorm):
     """BN whose groups of `stat_batch` images (None: the whole batch) are of the batch over all processes.
 
     x [N, C, ...], rank r holding the images r, r + k, ... of k N, -> y. Where batches are not spread over
-    processes (statistics.spread_batches; always in evaluation) it is BatchNorm. torch's own refuses CPU tensors and
+    processes (modes.spread_batches; always in evaluation) it is BatchNorm. torch's own refuses CPU tensors and
     knows no groups.
     """
 
-    spread = False  # set by statistics.spread_batches
+    spread = False  # set by modes.spread_batches
 
     @property
     def spans(self) -> bool:

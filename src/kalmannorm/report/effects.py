@@ -225,7 +225,9 @@ def fit(values: Mapping[Any, Mapping[int, float]], seeds: bool = True) -> Fit:
     told = covariance @ normal
     df = len(runs) - round(float(np.trace(told)))
     spread = math.sqrt(float(((found - design @ levels) ** 2).sum()) / df) if df else math.nan
-    return Fit(rows, levels, covariance, told, spread, df, tuple(len(values[row]) for row in rows), _equal(values))
+    return Fit(
+        rows, levels, covariance, told, spread, df, tuple(len(values[row]) for row in rows), _equal_variances(values)
+    )
 
 
 def effect(of: Fit, weights: Mapping[Any, float]) -> Effect | None:
@@ -325,7 +327,7 @@ def signed(value: float) -> str:
     return f"{'−' if value < 0 else '+'}{text}"
 
 
-def _equal(values: Mapping[Any, Mapping[int, float]]) -> float:
+def _equal_variances(values: Mapping[Any, Mapping[int, float]]) -> float:
     """Return p of Bartlett's test over the rows with two values or more; nan where that is no test."""
     from scipy.stats import bartlett  # half a second
 

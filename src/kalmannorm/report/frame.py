@@ -117,7 +117,7 @@ def identity(text: str) -> Identity:
     """Return what a card's settings, as JSON, stand for."""
     settings: dict[str, Any] = json.loads(text)
     chosen = {**_defaults(), **{key.lstrip("+"): value for key, value in settings.items()}}
-    batch = dict(zip(("grad_batch", "stat_batch"), _batch(chosen["batch"]), strict=True)) | _under("batch", chosen)
+    batch = dict(zip(("grad_batch", "stat_batch"), batch_sizes(chosen["batch"]), strict=True)) | _under("batch", chosen)
     known = norm_defaults(chosen["norm"])
     norm = {"name": known["name"], **_under("norm", chosen)}
     norm["options"] = {**(known.get("options") or {}), **_under("norm.options", chosen)}
@@ -234,8 +234,8 @@ def _under(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
 
 
-def _batch(name: str) -> tuple[int, int]:
-    """(128, 2) of g128_s2."""
+def batch_sizes(name: str) -> tuple[int, int]:
+    """Return (128, 2) of g128_s2: images of a gradient, and of a statistics batch."""
     grad, stat = name.removeprefix("g").split("_s")
     return int(grad), int(stat)
 

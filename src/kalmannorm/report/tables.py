@@ -15,6 +15,7 @@ from kalmannorm.experiments.card import Card, Column, Row
 from kalmannorm.experiments.record import reached
 from kalmannorm.report import effects, paper, quantities
 from kalmannorm.report.effects import SEEDS_SHOWN, Cell, Cells, Effect, Group, signed
+from kalmannorm.report.frame import batch_sizes
 
 WIDTH = 100  # characters of a terminal line
 WIDE = 130  # characters of a row, from which LaTeX would print a third of its text's size or less
@@ -111,14 +112,15 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
 def by_batch(card: Card, group: Group, cells: Cells) -> Card:
     """Return a card of rows at several batches as a table of those that ran: a block for each network, a column for
     each batch and kind of statistics."""
-    batches = sorted({row.runs["batch"] for row in card.rows}, key=_stat_batch)
+    networks = list(dict.fromkeys(row.runs["arch"] for row in card.rows))
+    batches = sorted({row.runs["batch"] for row in card.rows}, key=batch_sizes)
     columns = [
-        replace(of, key=f"{of.key}_{batch}", label=f"{of.label}, stat {_stat_batch(batch)}", runs={"batch": batch})
+        replace(of, key=f"{of.key}_{batch}", label=f"{of.label}, stat {batch_sizes(batch)[1]}", runs={"batch": batch})
         for of in card.columns
         for batch in batches
     ]
     rows: dict[tuple[str, str], Row] = {}
-    for row in sorted(card.rows, key=lambda row: [one.runs["arch"] for one in card.rows].index(row.runs["arch"])):
+    for row in sorted(card.rows, key=lambda row: networks.index(row.runs["arch"])):
         if any(cells.cell(card, row, group, column).n for column in card.columns):
             at = (row.runs["arch"], row.label)
             own = tuple(column.key for column in columns if column.runs["batch"] == row.runs["batch"])
@@ -351,11 +353,6 @@ def _in_latex(place: Place) -> str:
 
 def _latex(said: str) -> str:
     return "".join(LATEX.get(character, character) for character in said)
-
-
-def _stat_batch(batch: str) -> int:
-    """2 of g128_s2."""
-    return int(batch.rpartition("s")[2])
 
 
 def _base(card: Card, row: Row) -> str | None:

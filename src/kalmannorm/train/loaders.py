@@ -43,7 +43,8 @@ def check_same_files(provenance: Tree, folder: Path, ranks: Ranks) -> None:
 
 
 def workers_beside_network(config: Config, ranks: Ranks) -> int:
-    """Return how many processes decode for a detector or segmenter: of itself none where the CPU has the network."""
+    """Return how many processes decode for a detector or segmenter: none on a CPU, which the network fills, unless
+    asked for."""
     if (config.workers, ranks.device.type) == ("auto", "cpu"):
         return 0
     return data.workers_of(config.workers, ranks.world)

@@ -86,8 +86,12 @@ class ProposalNetwork(RegionProposalNetwork):
 
 def in_float32(head: Head) -> Head:
     """Let what leaves a head be float32 under autocast too: boxes decoded from bfloat16 would be off by pixels."""
-    head.register_forward_hook(lambda *call: tree_map(Tensor.float, call[-1]))
+    head.register_forward_hook(_to_float32)
     return head
+
+
+def _to_float32(head: nn.Module, args: Any, out: Any) -> Any:
+    return tree_map(Tensor.float, out)
 
 
 class KeyedSampler(BalancedPositiveNegativeSampler):
