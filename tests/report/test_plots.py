@@ -134,3 +134,13 @@ def test_an_interval_beyond_the_picture_ends_in_arrows() -> None:
     (axis,) = figure.axes
     arrows = [(line.get_marker(), line.get_xydata().tolist()) for line in axis.lines if line.get_marker() in ("<", ">")]
     assert arrows == [("<", [[-3.0, 1.0]]), (">", [[3.0, 1.0]])] and axis.get_xlim() == (-3.0, 3.0)
+
+
+def test_a_row_whose_runs_were_lost_is_no_heading() -> None:
+    entries = [
+        plots.Entry("block"),
+        plots.Entry("lost", note="0 of 1 learned"),
+        plots.Entry("one", [Point(1, "r", "o")]),
+    ]
+    (axis,) = plots.forest(entries, "", "points", {}).axes
+    assert [label.get_fontweight() for label in axis.get_yticklabels()] == ["bold", "normal", "normal"]

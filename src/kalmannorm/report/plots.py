@@ -113,7 +113,7 @@ class Point(NamedTuple):
 
 @dataclass
 class Entry:
-    """One line of a forest; without points a heading."""
+    """One line of a forest; without points and note a heading."""
 
     label: str
     points: list[Point] = field(default_factory=list)
@@ -145,7 +145,7 @@ def forest(
             axis.text(0.995, place, entry.note, color=style.GREY, va="center", ha="right", transform=at)
         axis.set_yticks(range(len(entries)), [entry.label for entry in entries])
         for label, entry in zip(axis.get_yticklabels(), entries, strict=True):
-            label.set_fontweight("normal" if entry.points else "bold")
+            label.set_fontweight("normal" if entry.points or entry.note else "bold")
         axis.set_ylim(len(entries) - 0.4, -0.6)
         axis.tick_params(axis="y", length=0)
         if around is not None:
