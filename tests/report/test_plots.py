@@ -140,7 +140,7 @@ def test_a_row_whose_runs_were_lost_is_no_heading() -> None:
     entries = [
         plots.Entry("block"),
         plots.Entry("lost", note="0 of 1 learned"),
-        plots.Entry("one", [Point(1, "r", "o")]),
+        plots.Entry("one", [plots.Point(1.0, style.GREY, "o")]),
     ]
     (axis,) = plots.forest(entries, "", "points", {}).axes
     assert [label.get_fontweight() for label in axis.get_yticklabels()] == ["bold", "normal", "normal"]
