@@ -1,5 +1,6 @@
 """Pictures: what they draw, and what they must not suggest."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,31 @@ def test_a_row_whose_runs_were_lost_is_no_heading() -> None:
     ]
     (axis,) = plots.forest(entries, "", "points", {}).axes
     assert [label.get_fontweight() for label in axis.get_yticklabels()] == ["bold", "normal", "normal"]
+
+
+def test_the_conditioning_of_the_first_steps_is_drawn_step_by_step(tmp_path: Path) -> None:
+    watched = config("bn", 128, arch="resnet14", budget="start")
+    watched["budget"]["stop_after"], watched["schedule"]["lr"] = 300, [[400, 0.03]]
+    identity = write_record(tmp_path, watched, 1, 10)
+    arrays = {"condition_inputs": np.full((20, 2), [[4.0, 9.0]]), "condition_gradients": np.full((20, 2), 2.0)}
+    np.savez(tmp_path / "records" / f"{identity}.npz", losses=np.arange(20.0), **arrays)
+    figure = drawn(tmp_path, "talk-conditioning", Group("cifar10", "start"))[""]
+    inputs, _, both, loss = (axis for axis in figure.axes if axis.get_visible() and axis.lines)
+    for axis, value in ((inputs, 6.0), (both, 12.0)):  # geometric means over the two convolutions
+        (line,) = axis.lines
+        np.testing.assert_allclose(line.get_ydata(), value)
+    np.testing.assert_allclose(loss.lines[0].get_ydata(), np.arange(4.5, 15))  # means over 10 steps
+
+
+def test_what_ssn_chose_is_counted_by_layer(tmp_path: Path) -> None:
+    choices = {"a.bn1": {"chosen": ["in", "bn"], "at": [0.5, 0.8]}, "a.bn2": {"chosen": ["bn", "bn"], "at": [0.8, 0.8]}}
+    file = tmp_path / "records" / f"{write_record(tmp_path, config('ssn', arch='resnet14'), 1, 60)}.json"
+    record = json.loads(file.read_text())
+    record["norms"] |= {"order": list(choices), "choices": choices}
+    file.write_text(json.dumps(record))
+    figure = drawn(tmp_path, "talk-ssn")["_choices"]
+    means, variances = (axis for axis in figure.axes if axis.get_visible())
+    marks = [line.get_xydata().tolist() for line in means.lines if line.get_marker() not in ("", "None", None)]
+    assert marks == [[[0.0, 1.0]], [[1.0, 1.0]]]  # IN in the first layer, BN in the second
+    marks = [line.get_xydata().tolist() for line in variances.lines if line.get_marker() not in ("", "None", None)]
+    assert marks == [[[0.0, 1.0], [1.0, 1.0]]]

@@ -10,6 +10,8 @@ from torch import nn
 
 from kalmannorm import Belief, KalmanBatchNorm2d, convert
 from kalmannorm.cli import main
+from kalmannorm.norm.whitened import refresh, whiten_weights
+from kalmannorm.train.conditioning import Conditioning, condition_number
 from kalmannorm.train.first_steps import FirstSteps
 
 
@@ -54,4 +56,31 @@ def test_a_run_of_the_first_steps_alone(tmp_path: Path):
     arrays = np.load(file.with_suffix(".npz"))
     layers = len(record["norms"]["order"])
     assert arrays["scales"].shape == (3, layers) and np.isfinite(arrays["scales"]).all()
+    assert arrays["losses"].shape == (3,) and arrays["condition_inputs"].shape == arrays["gradients"].shape
     assert np.isnan(arrays["offsets"][:, 0]).all() and np.isfinite(arrays["offsets"][:, -1]).all()
+
+
+def test_a_condition_number_is_of_the_worst_group_and_of_what_learns():
+    matrix = torch.diag(torch.tensor([4.0, 1.0, 0.0]))[None]
+    assert condition_number(matrix) == 4  # a channel that is never active does not count
+    assert condition_number(torch.cat([matrix, torch.diag(torch.tensor([9.0, 1.0, 3.0]))[None]])) == 9
+    assert condition_number(matrix, torch.diag(torch.tensor([0.5, 1.0, 1.0]))[None]) == 1
+    assert condition_number(torch.zeros(1, 3, 3)) == 1
+
+
+def test_a_refresh_conditions_the_inputs_of_whitened_weights():
+    torch.manual_seed(0)
+    mixing = torch.randn(3, 3)
+    x = torch.einsum("ij,njhw->nihw", mixing, torch.randn(64, 3, 6, 6))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
+    model(x)
+    whiten_weights(model, "wnn", eps=1e-6)
+    watched = Conditioning(model)
+    for _ in range(2):
+        with watched.watching():
+            model(x).square().sum().backward()
+        refresh(model, [x])
+    seen = watched.arrays()
+    values = torch.linalg.eigvalsh(torch.cov(x.transpose(0, 1).flatten(1)))
+    np.testing.assert_allclose(seen["condition_inputs"][:, 0], [values[-1] / values[0], 1], rtol=1e-3)
+    assert seen["condition_gradients"].shape == (2, 1) and (seen["condition_gradients"] > 1).all()

@@ -170,7 +170,7 @@ def fold_weights(model: nn.Module) -> None:
 
 
 @dataclass
-class _Moments:
+class Moments:
     """Sums over samples of rows [groups, C, samples]: in float64, where E[x x^T] - E[x] E[x]^T does not cancel."""
 
     count: float = 0.0
@@ -236,9 +236,9 @@ def _measure(
     layers: dict[str, Layer],
     batches: Iterable[Tensor],
     generator: torch.Generator | None,
-) -> dict[nn.Module, tuple[_Moments, _Moments]]:
+) -> dict[nn.Module, tuple[Moments, Moments]]:
     """Of every layer's input, and of its output or its gradient."""
-    moments: dict[nn.Module, tuple[_Moments, _Moments]] = {m: (_Moments(), _Moments()) for m in layers.values()}
+    moments: dict[nn.Module, tuple[Moments, Moments]] = {m: (Moments(), Moments()) for m in layers.values()}
     kinds: dict[nn.Module, str] = {layer: parametrization_of(layer).kind for layer in layers.values()}
     backwards = "eigennet" in kinds.values()
     if generator is None:
@@ -284,8 +284,8 @@ def _measure(
 @torch.no_grad()
 def _renew(
     layer: Layer,
-    inner: _Moments,
-    outer: _Moments,
+    inner: Moments,
+    outer: Moments,
     optimizer: torch.optim.Optimizer | None,
     momentum: str,
     believed: Belief | None,

@@ -140,7 +140,7 @@ def groups(card: Card, cells: Cells) -> list[Group]:
     return [
         group
         for group in cells.groups(effects.identities(card))
-        if (group.length == effects.FIRST_STEPS) == (card.kind == "death")
+        if (group.length == effects.FIRST_STEPS) == (card.kind in figures.OF_FIRST_STEPS)
     ]
 
 

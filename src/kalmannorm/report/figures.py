@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 Figures = dict[str, "Figure"]  # by what stands behind the card's name in the file's; none where nothing was run
 Arrays = dict[str, np.ndarray]
+OF_FIRST_STEPS = ("death", "conditioning")  # kinds of cards that draw what was watched (train/first_steps.py)
 FIRST_STEPS = {
     "offsets": "|prior mean - measured| / sd",
     "variance_ratios": "prior / measured variance",
     "scales": "mean square, normalized",
     "gradients": "gradient / weight",
 }
+SMOOTHED = 10  # steps of a training loss
 READING = "Line: mean over the seeds that learned; band: from the lowest to the highest; hollow: one seed."
+OF_SN = {"IN": Look("#000000", "^", ":"), "LN": Look(style.GREY, "D", "--"), "BN": Look(style.ORANGE, "s", "-")}
 STATISTICS = {"online": (style.BLUE, "o"), "moving": (style.ORANGE, "s")}
 COLUMNS = tuple(zip((style.BLUE, style.ORANGE, style.GREEN, "#CC79A7", style.GREY), style.MARKERS, strict=False))
 
@@ -54,7 +57,38 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
     said = f"{_said(card, group)} Ticks: single runs; marks: their mean, over those that learned."
     legend = {column.label: Point(0, *looks[column.key]) for column in columns}
     figures = {"": forest(entries, said, "percent after the last epoch", legend)} if entries else {}
-    return figures | _scenes(card, group, cells)
+    return figures | _scenes(card, group, cells) | _choices(card, group, cells)
+
+
+def _choices(card: Card, group: Group, cells: Cells) -> Figures:
+    """Draw which statistics every layer of SSN chose for good: how many of the runs that learned chose each."""
+    found = []
+    for row in card.rows:
+        for column in card.columns:
+            learned = [run for run in cells.cell(card, row, group, column).learned if _norms(run, "choices")]
+            if learned:
+                chosen = [[of["chosen"] for of in (_norms(run, "choices") or {}).values()] for run in learned]
+                found.append((f"{row.name}, {column.label}", quantities.layers(learned[0], len(chosen[0])), chosen))
+    rows = [
+        [
+            _chosen(f"{title}: {moment}", names, [[of[i] for of in run] for run in chosen])
+            for title, names, chosen in found
+        ]
+        for i, moment in enumerate(("means", "variances"))
+    ]
+    said = f"{_said(card, group)} Statistics that every layer chose for good, and in how many of the runs that learned."
+    return {"_choices": lines(rows, said)} if found else {}
+
+
+def _chosen(title: str, names: Sequence[str], runs: Sequence[Sequence[str | None]]) -> Panel:
+    """Return how many of the runs, of which each has a choice per layer, chose IN, LN and BN."""
+    places = range(len(names))
+    counts = {norm: [float(sum(run[i] == norm.lower() for run in runs)) for i in places] for norm in OF_SN}
+    drawn = []
+    for (norm, look), of in zip(OF_SN.items(), counts.values(), strict=True):
+        at: list[float | None] = [float(i) for i in places if of[i]]
+        drawn.append(Line(norm, look, at, [[n] for n in of if n], apart=frozenset(range(len(at)))))
+    return Panel(title, drawn, "runs", names=names, limits=(0, len(runs) + 0.5))
 
 
 def _scenes(card: Card, group: Group, cells: Cells) -> Figures:
@@ -232,7 +266,6 @@ def layer_errors(card: Card, group: Group, cells: Cells) -> Figures:
 
 def mixture(card: Card, group: Group, cells: Cells) -> Figures:
     """Switchable Norm's weights of IN, LN and BN against the statistics batch."""
-    looks = {"IN": Look("#000000", "^", ":"), "LN": Look(style.GREY, "D", "--"), "BN": Look(style.ORANGE, "s", "-")}
     shares: dict[float | None, np.ndarray] = {}  # statistics batch -> [layers and seeds, means or variances, weights]
     for row in card.rows:
         layers = [
@@ -249,7 +282,7 @@ def mixture(card: Card, group: Group, cells: Cells) -> Figures:
     panels = [
         Panel(
             f"weights of the {moment}",
-            [Line(name, look, list(shares), quartiles(j, i)) for i, (name, look) in enumerate(looks.items()) if shares],
+            [Line(name, look, list(shares), quartiles(j, i)) for i, (name, look) in enumerate(OF_SN.items()) if shares],
             "weight",
             "images that share statistics",
             limits=(0, 1),
@@ -274,6 +307,37 @@ def death(card: Card, group: Group, cells: Cells) -> Figures:
     if not any(found.values()):
         return {}
     return {"": maps(list(found.items()), _said(card, group), "steps, from the first on", "layers, from the first on")}
+
+
+def conditioning(card: Card, group: Group, cells: Cells) -> Figures:
+    """Draw how well conditioned learning is, step by step (train/conditioning.py), and the training loss."""
+    watched = {r.name: _arrays(cells.cell(card, r, group), "condition_inputs", of_all=True) for r in card.rows}
+    look = _looks(card)
+
+    def panel(title: str, vertical: str, of: Callable[[Arrays], np.ndarray], log: bool = True) -> Panel:
+        found = Panel(title, [], vertical, "steps", log)
+        for name, runs in watched.items():
+            values = list(zip(*(of(arrays) for _, arrays in runs.values()), strict=False))
+            plain = Look(look[name].colour, "", look[name].dashes)
+            found.lines += [Line(name, plain, [float(i + 1) for i in range(len(values))], values)] if values else []
+        return found
+
+    def condition(*factors: str) -> Callable[[Arrays], np.ndarray]:
+        return lambda arrays: np.exp(sum(np.log(arrays[f"condition_{factor}"]).mean(1) for factor in factors))
+
+    number = "condition number"
+    conditions = [
+        panel("of the inputs, E[o oᵀ]", number, condition("inputs")),
+        panel("of the gradients, E[dh dhᵀ]", number, condition("gradients")),
+        panel("of both: of the block", number, condition("inputs", "gradients")),
+    ]
+    smooth = np.full(SMOOTHED, 1 / SMOOTHED)
+    loss = panel("training loss", "cross-entropy", lambda arrays: np.convolve(arrays["losses"], smooth, "valid"), False)
+    said = (
+        f"{_said(card, group)} Condition numbers: as the weights that learn see them, geometric mean over the "
+        f"convolutions. Loss: mean over {SMOOTHED} steps."
+    )
+    return _lines([conditions, [loss]], said)
 
 
 def _lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", ticks: Sequence[float] = ()) -> Figures:
@@ -383,6 +447,7 @@ DRAW: Mapping[str, Draw] = {
     "layer_errors": layer_errors,
     "mixture": mixture,
     "death": death,
+    "conditioning": conditioning,
     "stat_batch": against("images that share statistics", "log", _stat_batch, "{0.network}"),
     "initial_gain": against("initial gain q", "logit", _gain, "{0.network}, statistics of {0.stat_batch}"),
     "learning_rate": against("highest learning rate", "log", _highest_rate, "{0.network}"),

@@ -65,7 +65,7 @@ def lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", tic
         grid = figure.subplots(len(rows), max(map(len, rows)), sharey="row", squeeze=False)
         shown: dict[str, tuple[Look, list[int]]] = {}
         for axes, panels in zip(grid, rows, strict=True):
-            for axis, panel in zip(axes, panels, strict=True):
+            for axis, panel in zip(axes, panels, strict=False):
                 for place, line in enumerate(panel.lines):
                     _line(axis, line, place)
                     counts = [len(of) for of in line.values if len(of)]

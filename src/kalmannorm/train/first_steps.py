@@ -1,4 +1,5 @@
-"""What becomes of a network in its first steps, layer by layer: why Kalman Normalization dies where it does."""
+"""What becomes of a network in its first steps, layer by layer: why Kalman Normalization dies where it does, and what
+whitening does for how well conditioned the learning is."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from kalmannorm.norm.batch import GroupedStatistics, Probe
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.modes import normalizers, probing
+from kalmannorm.train.conditioning import Conditioning
 
 # Per normalizer: how far the predicted mean is from the measured one, in measured standard deviations; predicted over
 # measured variance, as a geometric mean; and the mean square of what the normalizer puts out before gamma and beta.
@@ -24,11 +26,13 @@ class FirstSteps:
         self.weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
         self.seen: dict[str, list[Tensor]] = {name: [] for name in normalizers(model)}  # per step [QUANTITIES]
         self.gradients: list[list[Tensor]] = [[] for _ in self.weights]  # per step, its norm over the weight's
+        self.losses: list[Tensor] = []  # of the training, per micro-batch
+        self.conditioning = Conditioning(model)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         probes = {name: self._probe(name, layer) for name, layer in normalizers(self.model).items()}
-        with probing(self.model, probes), ExitStack() as hooks:
+        with probing(self.model, probes), self.conditioning.watching(), ExitStack() as hooks:
             for weight, seen in zip(self.weights, self.gradients, strict=True):
                 if weight.requires_grad:
                     hooks.callback(weight.register_post_accumulate_grad_hook(self._gradient(seen)).remove)
@@ -57,7 +61,8 @@ class FirstSteps:
         return hook
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return `steps` [T], QUANTITIES [T, normalizers] each (NaN: no prior), and `gradients` [T, convolutions]."""
+        """Return `steps` and `losses` [T], QUANTITIES [T, normalizers] each (NaN: no prior), `gradients` and those of
+        Conditioning [T, convolutions]."""
         steps = min((len(values) for values in self.seen.values()), default=0)
         if not steps:
             return {}
@@ -66,4 +71,6 @@ class FirstSteps:
         gradients = [torch.stack(values[:steps]) for values in self.gradients if len(values) >= steps]
         if gradients:
             arrays["gradients"] = torch.stack(gradients, 1).numpy()
-        return {"steps": np.arange(1, steps + 1), **arrays}
+        if self.losses:
+            arrays["losses"] = torch.stack(self.losses).unflatten(0, (steps, -1)).sum(1).cpu().numpy()
+        return {"steps": np.arange(1, steps + 1), **arrays, **self.conditioning.arrays()}

@@ -87,6 +87,8 @@ class Classification(Task):
         x, labels = batch[0].to(memory_format=self.layout)[part::parts], batch[1][part::parts]
         logits = forward(x)
         loss = F.cross_entropy(logits.float(), labels) / parts
+        if self.first_steps is not None:
+            self.first_steps.losses.append(loss.detach())
         return loss, {"loss": loss.detach() / self.ranks.world, "correct": (logits.detach().argmax(1) == labels).sum()}
 
     def means(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
