@@ -122,7 +122,11 @@ def test_one_seed_decides_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     write_record(tmp_path, config("bn"), 1, 60.0)
     write_record(tmp_path, config("bkn"), 1, 90.0)
     (found,) = judged(monkeypatch, tmp_path, claim())
-    assert found.state == "open" and "one seed" in found.why and found.estimate.startswith("+30.00 points")
+    assert (
+        found.state == "open"
+        and "no interval: 0 of at least 3 degrees of freedom" in found.why
+        and found.estimate.startswith("+30.00 points")
+    )
 
 
 def test_nothing_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -201,8 +205,22 @@ def test_stability_is_a_difference_of_shares(monkeypatch: pytest.MonkeyPatch, tm
         write_record(tmp_path, config("bn"), seed, 60.0)
         write_record(tmp_path, config("bkn"), seed, 60.0 if seed % 2 else 10.0, 10.0)
     (found,) = judged(monkeypatch, tmp_path, claim(expect="less", quantity="lost"))
-    assert found.effect is not None and found.measured == pytest.approx(100 * (21 / 42 - 1 / 42))
-    assert found.state == "contradicted" and "20 of 40 runs of one side" in found.notes[0]
+    assert found.effect is not None and found.measured == pytest.approx(50)
+    assert found.state == "contradicted" and "20 of 40 runs of one side" in found.why
+    # Newcombe (1998), method 10: 32.6 to 65.1 by hand, from Wilson's 35.2 to 64.8 % and 0 to 8.76 %.
+    assert (found.low, found.high) == (pytest.approx(32.8, abs=0.1), pytest.approx(64.8, abs=0.1))
+
+
+def test_without_lost_runs_shares_have_no_interval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table7(tmp_path)
+    (found,) = judged(monkeypatch, tmp_path, claim(expect="less", quantity="lost"))
+    assert found.state == "open" and found.estimate == "+0 points (n = 3)" and "0 of 3 runs" in found.why
+
+
+def test_two_seeds_are_shown_without_an_interval(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table7(tmp_path, seeds=2)
+    (found,) = judged(monkeypatch, tmp_path, claim())
+    assert found.state == "open" and found.estimate == "+2.00 (+2.00, +2.00) points (n = 2)"
 
 
 # Quantities
@@ -225,7 +243,7 @@ def test_steps_are_read_between_evaluations() -> None:
 
 
 def test_fewer_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for seed in (1, 2, 3):
+    for seed in (1, 2, 3, 4):
         curves = {"epoch": [1, 2], "step": [100, 200], "online": [50.0, 50.0]}
         write_record(tmp_path, config("bn"), seed, curves={**curves, "moving": [30.0, 60.0 + 0.1 * seed]})
         write_record(tmp_path, config("bkn"), seed, curves={**curves, "moving": [60.2 + 0.1 * seed, 70.0]})

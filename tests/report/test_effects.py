@@ -93,6 +93,14 @@ def test_nothing_to_compare() -> None:
     assert found is not None and found.mean == pytest.approx(1) and math.isnan(found.half_width())
 
 
+def test_an_interval_needs_three_degrees_of_freedom() -> None:
+    for rows, seeds in ((2, 3), (2, 4)):
+        found = contrast(drawn(rows, seeds), {"r1": 1, "r0": -1})
+        assert found is not None and math.isfinite(found.half_width()) == (found.df >= 3) and found.spread > 0
+        assert np.mean(found.seeds) == pytest.approx(found.mean)
+    assert math.isnan(effects.interval([1, 2, 3])) and effects.interval([1, 2, 3, 4]) == pytest.approx(2.0542, abs=1e-4)
+
+
 def test_equal_variances_are_scipys() -> None:
     from scipy import stats
 

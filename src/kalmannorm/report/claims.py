@@ -3,8 +3,9 @@
 The rule: a claim is supported where the whole interval of its effect lies on the claimed side of the bound,
 contradicted where it lies on the other side, else open. The intervals of the family (the papers' claims, in the papers'
 settings, at one budget) hold all at once at 95 % (Bonferroni). Other settings and our own readings are explored: an
-interval for each alone, and no verdict. Runs that failed or stayed at chance count against the side that the claim
-favours: with one of them it is not supported, with more than half, and more than the other side, contradicted.
+interval for each alone, and no verdict. With less than three degrees of freedom, or three lost runs where these are
+compared, there is no interval. Runs that failed or stayed at chance count against the side that the claim favours: with
+one of them it is not supported, with more than half, and more than the other side, contradicted.
 """
 
 import functools
@@ -20,7 +21,7 @@ from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Row
 from kalmannorm.report import effects, quantities, speed
-from kalmannorm.report.effects import FIRST_STEPS, Cell, Cells, Effect, Group, signed
+from kalmannorm.report.effects import FIRST_STEPS, LEAST, Cell, Cells, Effect, Group, Shares, signed
 from kalmannorm.report.frame import Identity
 from kalmannorm.report.quantities import QUANTITIES, Quantity
 
@@ -127,7 +128,7 @@ class Verdict:
     state: State
     why: str = ""
     group: Group | None = None
-    effect: Effect | None = None
+    effect: Effect | Shares | None = None
     low: float = math.nan  # of the interval that decides, as shown
     high: float = math.nan
     family: int = 0  # how many intervals hold at once
@@ -143,10 +144,12 @@ class Verdict:
 
     @property
     def estimate(self) -> str:
-        """ "+1.2 [−0.3, +2.7] points (n = 3)"."""
+        """ "+1.2 [−0.3, +2.7] points (n = 3)"; without an interval the seeds, "+1.2 (+1.1, +1.3) points (n = 2)"."""
         if not math.isfinite(self.measured):
             return ""
         between = f" [{signed(self.low)}, {signed(self.high)}]" if math.isfinite(self.low + self.high) else ""
+        if not between and isinstance(self.effect, Effect) and self.effect.seeds[1:]:
+            between = f" ({', '.join(signed(self.claim.percent(seed)) for seed in self.effect.seeds)})"
         counted = f" (n = {self.effect.n})" if self.effect else ""
         return f"{signed(self.measured)}{between} {self.claim.measure.unit}".rstrip() + counted
 
@@ -290,14 +293,8 @@ def _stability(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cell
     ids = tuple(dict.fromkeys(identity for of in sides.values() for cell in of for identity in cell.ids))
     if not n or not m:
         return Verdict(claim, "not run", "no run of one side", group)
-    # Agresti and Caffo (2000): a success and a failure more on each side.
-    p, q = (lost + 1) / (n + 2), (others + 1) / (m + 2)
-    error = 100 * math.sqrt(p * (1 - p) / (n + 2) + q * (1 - q) / (m + 2))
-    found = Effect(100 * (p - q), error, 10_000, min(n, m), error, (1, -1), 2)
-    said = (
-        f"{lost} of {n} runs of one side were lost, {others} of {m} of the other; the interval is Agresti and Caffo's",
-    )
-    return Verdict(claim, "open", "", group, found, notes=said, ids=ids)
+    said = f"{lost} of {n} runs of one side were lost, {others} of {m} of the other"
+    return Verdict(claim, "open", said, group, Shares(lost, n, others, m), ids=ids)
 
 
 def _in_family(verdict: Verdict) -> bool:
@@ -317,17 +314,22 @@ def _decide(verdict: Verdict, family: int) -> Verdict:
     why = verdict.why
     low = high = math.nan
     if found is not None:
-        half = found.half_width(family if judged else 1)
-        low, high = (claim.percent(found.mean + sign * half) for sign in (-1, 1))
-        if judged and math.isfinite(half):
-            state = decide(claim, found.mean - half, found.mean + half)
+        bounds = found.interval(family if judged else 1)
+        low, high = map(claim.percent, bounds)
+        if math.isnan(low):
+            few = (
+                f"{found.df} of at least {LEAST} degrees of freedom"
+                if isinstance(found, Effect)
+                else f"fewer than {LEAST}"
+            )
+            why = "; ".join(filter(None, [why, f"no interval: {few}"]))
+        elif judged:
+            state = decide(claim, *bounds)
             if verdict.lost and state == "supported":
                 state = "open"
-        elif judged:
-            why = why or "one seed of each row: no spread to compare with"
-        if state == "open" and not why and math.isfinite(found.spread) and claim.quantity != "lost":
-            widths_ = ", ".join(f"{_half(claim, found, n, family)} with {n}" for n in SEEDS if n > found.n)
-            why = f"half the interval would be {widths_} seeds of these rows" if widths_ else ""
+            if state == "open" and not why and isinstance(found, Effect):
+                widths_ = ", ".join(f"{_half(claim, found, n, family)} with {n}" for n in SEEDS if n > found.n)
+                why = f"half the interval would be {widths_} seeds of these rows" if widths_ else ""
     if judged and verdict.lost == "most":
         state = "contradicted"
     return replace(verdict, state=state, why=why, low=low, high=high, family=family if judged else 1)

@@ -2,8 +2,9 @@
 
 The one model: value = row + seed, by least squares, over the runs of the rows that are given (those of a card, of one
 network on one data set). Its residuals give one variance for all rows, so that rows of two seeds each have an interval
-between them; a test of equal variances stands beside it. Runs that failed or stayed at chance are no part of it: a mean
-over what learned and what did not says nothing of either. They are counted.
+between them; a test of equal variances stands beside it. An interval needs three degrees of freedom, as four seeds of
+a row give: with fewer the values of the seeds are shown, and nothing is decided. Runs that failed or stayed at chance
+are no part of it: a mean over what learned and what did not says nothing of either. They are counted.
 """
 
 import functools
@@ -26,7 +27,7 @@ from kalmannorm.report.frame import Identity
 CONFIDENCE = 0.95
 LONGEST = 60  # characters of a group in a file's name
 FIRST_STEPS = "start"  # a budget that draws a training's first steps: no accuracy is read from it
-SEEDS_SHOWN = 4  # with fewer, a cell shows the seeds' values and not their interval
+LEAST = 3  # degrees of freedom of an interval; of shares, runs that were lost
 Run = Mapping[str, Any]  # a row of the frame
 Value = Callable[[Run], float | None]
 
@@ -179,19 +180,51 @@ class Effect(NamedTuple):
     spread: float
     weights: tuple[float, ...]
     rows: int  # of the model
+    seeds: tuple[float, ...] = ()  # the same sum of each seed that all of the rows have
     equal: float = math.nan  # p of Bartlett's test that rows with two runs or more have one variance; nan: no test
 
     def half_width(self, family: int = 1) -> float:
         """Of the interval that holds for all of `family` at once (Bonferroni) at 95 %; nan where there is none."""
-        if self.df < 1 or not math.isfinite(self.error):
-            return math.nan
-        return t_quantile(self.df, family) * self.error
+        return t_quantile(self.df, family) * self.error if self.df >= LEAST else math.nan
+
+    def interval(self, family: int = 1) -> tuple[float, float]:
+        half = self.half_width(family)
+        return self.mean - half, self.mean + half
 
     def half_width_of(self, seeds: int, family: int = 1) -> float:
         """Return what `seeds` of each row of the model would give if the spread stayed."""
-        df = (seeds - 1) * max(1, self.rows - 1)
         error = self.spread * math.sqrt(sum(w**2 for w in self.weights) / seeds)
-        return t_quantile(df, family) * error if df else math.nan
+        return self._replace(df=(seeds - 1) * max(1, self.rows - 1), error=error).half_width(family)
+
+
+class Shares(NamedTuple):
+    """Runs that were lost, of two sides: the difference in percent."""
+
+    lost: int
+    of: int
+    others: int
+    of_others: int
+    equal = math.nan  # there is no variance to compare
+
+    @property
+    def mean(self) -> float:
+        return 100 * (self.lost / self.of - self.others / self.of_others)
+
+    @property
+    def n(self) -> int:
+        return min(self.of, self.of_others)
+
+    def interval(self, family: int = 1) -> tuple[float, float]:
+        """Return Newcombe's interval (1998, method 10), of Wilson's for each side."""
+        from scipy.stats import binomtest
+
+        if self.lost + self.others < LEAST:
+            return math.nan, math.nan
+        confidence = 1 - (1 - CONFIDENCE) / family
+        sides = ((self.lost, self.of), (self.others, self.of_others))
+        (low, high), (below, above) = (binomtest(*of).proportion_ci(confidence, "wilson") for of in sides)
+        p, q = self.lost / self.of, self.others / self.of_others
+        return 100 * (p - q - math.hypot(p - low, above - q)), 100 * (p - q + math.hypot(high - p, q - below))
 
 
 def t_quantile(df: float, family: int = 1) -> float:
@@ -202,10 +235,9 @@ def t_quantile(df: float, family: int = 1) -> float:
 
 
 def interval(values: Sequence[float]) -> float:
-    """Return half the 95 % Student-t interval of the mean of independent values; nan of one."""
-    return (
-        t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if values[1:] else math.nan
-    )
+    """Return half the 95 % Student-t interval of the mean of independent values; nan of too few."""
+    df = len(values) - 1
+    return t_quantile(df) * float(np.std(values, ddof=1)) / math.sqrt(df + 1) if df >= LEAST else math.nan
 
 
 def fit(values: Mapping[Any, Mapping[int, float]], seeds: bool = True) -> Fit:
@@ -242,14 +274,17 @@ def effect(of: Fit, weights: Mapping[Any, float]) -> Effect | None:
     n = min(of.counts[of.rows.index(row)] for row in weights)
     # Rounded: whether -0.345 is printed as -0.34 or -0.35 must not hang on the machine's linear algebra.
     mean, error, spread = (round(float(x), 12) for x in (of.levels @ vector, error, of.spread))
-    return Effect(mean, error, of.df, n, spread, tuple(weights.values()), len(of.rows), of.equal)
+    return Effect(mean, error, of.df, n, spread, tuple(weights.values()), len(of.rows), equal=of.equal)
 
 
 def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> Effect | None:
     """Return a contrast under row + seed; under the rows alone for a level, or where no common seeds connect the
     rows."""
     found = effect(fit(values), weights) if abs(sum(weights.values())) < 1e-9 else None
-    return found or effect(fit(values, seeds=False), weights)
+    found = found or effect(fit(values, seeds=False), weights)
+    common = set.intersection(*(set(values.get(row, ())) for row in weights))
+    each = (math.fsum(weight * values[row][seed] for row, weight in weights.items()) for seed in sorted(common))
+    return found and found._replace(seeds=tuple(each))
 
 
 def compare(

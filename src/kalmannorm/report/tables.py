@@ -1,11 +1,10 @@
 """Tables: a card's cells in one group as a Sheet, and a Sheet as HTML, LaTeX, Markdown, CSV and text."""
 
 import html
-import io
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -14,17 +13,19 @@ import pandas as pd
 from kalmannorm.experiments.card import Card, Column, Row
 from kalmannorm.experiments.record import reached
 from kalmannorm.report import effects, paper, quantities
-from kalmannorm.report.effects import SEEDS_SHOWN, Cell, Cells, Effect, Group, signed
+from kalmannorm.report.effects import LEAST, Cell, Cells, Effect, Group, signed
 from kalmannorm.report.frame import batch_sizes
 
 WIDTH = 100  # characters of a terminal line
 WIDE = 130  # characters of a row, from which LaTeX would print a third of its text's size or less
 LOW = 20  # rows that a page's width has room for, with what stands below
-LATEX = {
-    **{character: f"\\{character}" for character in "{}&%$#_"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"},
-    **{">": r"\textgreater{}", "±": r"$\pm$", "−": r"$-$", "×": r"$\times$", "–": "--", "Δ": r"$\Delta$"},
-}
+LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "{}&%$#_"},
+        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"},
+        **{">": r"\textgreater{}", "±": r"$\pm$", "−": r"$-$", "×": r"$\times$", "–": "--", "Δ": r"$\Delta$"},
+    }
+)
 
 
 class Place(NamedTuple):
@@ -50,63 +51,77 @@ class Sheet:
     notes: tuple[str, ...] = ()  # of mark a, b, ... in this order
     records: tuple[Mapping[str, object], ...] = field(default=(), repr=False)  # the lines of its CSV
 
-    @property
-    def empty(self) -> bool:
-        """Whether no place has runs behind it."""
-        return not any(place.ids for row in self.rows for place in row)
-
 
 def table(card: Card, group: Group, cells: Cells) -> Sheet:
     """Return the cells of a card in one group, each with the printed value and the difference to its baseline."""
-    columns = [c for c in card.columns if any(_cell(card, row, group, c, cells).n for row in card.rows)]
+    every = {(r.key, c.key): cells.cell(card, r, group, c) for r in card.rows for c in card.columns_of(r)}
+    ran = {key for key, cell in every.items() if cell.n}
+    columns = [column for column in card.columns if column.key in {key for _, key in ran}] or card.columns
+    rows = [row for row in card.rows if row.key in {key for key, _ in ran}] or card.rows
     header: list[str] = []
     notes: list[str] = []
     records: list[Mapping[str, object]] = []
-    of_columns: dict[str, Mapping[str, Effect | None]] = {}
-    places: list[list[Place]] = [[] for _ in card.rows]
-    for column in columns or card.columns:
-        of_rows = {row.key: _cell(card, row, group, column, cells) for row in card.rows if row.has(column)}
+    spreads: list[str] = []
+    places: list[list[Place]] = [[] for _ in rows]
+    for column in columns:
+        of_rows = {row.key: every[row.key, column.key] for row in card.rows if row.has(column)}
         papers = {row.key: paper_value(card, row, column, group) for row in card.rows if row.has(column)}
         found = differences(card, group, column, cells)
-        of_columns[column.label] = found
         best = _best(card, column, of_rows)
-        shown = {"paper": any(v is not None for v in papers.values()), "Δ": any(found.values())}
+        shown = {"paper": any(papers[row.key] is not None for row in rows if row.has(column)), "Δ": any(found.values())}
         header += [column.label, *(f"{column.label}: {name}" for name, there in shown.items() if there)]
-        for row, line in zip(card.rows, places, strict=True):
+        spreads += _spreads(column.label, found)
+        records += [
+            _record(card, row, column, of_rows[row.key], papers[row.key], found.get(row.key))
+            for row in card.rows
+            if row.has(column)
+        ]
+        for row, line in zip(rows, places, strict=True):
             if (cell := of_rows.get(row.key)) is None:
                 line += [Place("")] * (1 + sum(shown.values()))
                 continue
-            marks = [_mark(notes, note) for note in cell.notes]
-            line.append(Place(value(cell, column), cell.ids, row.key in best, ",".join(marks)))
+            notes += [note for note in cell.notes if note not in notes]
+            marks = ",".join(letter(notes.index(note)) for note in cell.notes)
+            line.append(Place(value(cell, column), cell.ids, row.key in best, marks))
             if shown["paper"]:
                 line.append(Place(_printed(card, row, column, papers[row.key])))
             if shown["Δ"]:
                 line.append(Place(difference(found.get(row.key)), cell.ids if found.get(row.key) else ()))
-            records.append(_record(card, row, column, group, cell, papers[row.key], found.get(row.key)))
-    missing = [column.label for column in card.columns if column not in columns]
-    baselines = dict.fromkeys(base for row in card.rows if (base := _base(card, row)))
+    baselines = dict.fromkeys(base for row in card.rows if (base := row.baseline or card.baseline))
     names = " and ".join(dict.fromkeys(card.row(key).label for key in baselines))
-    said = [f"Not run: {'; '.join(missing)}."] if missing and columns else []
     detects = any(c.value in quantities.PRECISIONS for c in card.columns)
     what = "COCO's average precision in percent" if detects else "Percent"
-    caption = f"{setting(card, group, cells)}. {what} after the last epoch: the mean, in brackets the seeds."
-    about = [*said, *trained(card, group, cells)]
+    missing = [column.label for column in card.columns if column not in columns]
+    blocks: dict[str, list[str]] = {}
+    for row in card.rows:
+        blocks.setdefault(row.block, []).extend([] if row in rows else [row.name])
+    missing += [f"{block}: {'; '.join(of)}".removeprefix(": ") for block, of in blocks.items() if of]
+    about = [f"Not run: {'; '.join(missing)}."] if missing else []
+    about += trained(card, group, cells)
     about.append(
-        f"With {SEEDS_SHOWN} seeds and more, ± half the 95 % interval. The best mean of a column, in each block, is "
+        f"With {LEAST + 1} seeds and more, ± half the 95 % interval. The best mean of a column, in each block, is "
         "bold. Where runs failed or stayed at chance: how many learned, and the mean of those."
     )
     if baselines:
         about.append(
             f"Δ: difference to {names}, with its 95 % interval under the variance pooled over all tables' rows of the "
-            "network (one interval at a time: verdicts are the claims')."
+            f"network, from {LEAST} degrees of freedom on (one interval at a time: verdicts are the claims')."
         )
-        about += _spreads(of_columns)
+    if spreads:
+        about.append(f"Standard deviation of a run, pooled: {'; '.join(spreads)}.")
     if of := card.paper_setting or card.paper_dataset:
         about.append(f"Paper: printed values ({of}), never measured ones.")
-    index = tuple((row.block, row.name) for row in card.rows)
-    stem = f"{card.name}_{group.stem}"
-    rows = tuple(map(tuple, places))
-    return Sheet(stem, card.title, caption, tuple(about), tuple(header), index, rows, tuple(notes), tuple(records))
+    return Sheet(
+        stem=f"{card.name}_{group.stem}",
+        title=card.title,
+        caption=f"{setting(card, group, cells)}. {what} after the last epoch: the mean, in brackets the seeds.",
+        about=tuple(about),
+        header=tuple(header),
+        index=tuple((row.block, row.name) for row in rows),
+        rows=tuple(map(tuple, places)),
+        notes=tuple(notes),
+        records=tuple(records),
+    )
 
 
 def by_batch(card: Card, group: Group, cells: Cells) -> Card:
@@ -135,9 +150,9 @@ def differences(card: Card, group: Group, column: Column, cells: Cells) -> dict[
     found: dict[str, Effect | None] = {}
     if column.steps_to is not None:
         return found
-    of_rows = {row.key: (row, _cell(card, row, group, column, cells)) for row in card.rows if row.has(column)}
+    of_rows = {row.key: (row, cells.cell(card, row, group, column)) for row in card.rows if row.has(column)}
     for key, (row, cell) in of_rows.items():
-        base = _base(card, row)
+        base = row.baseline or card.baseline
         if not base or base == key or base not in of_rows or cell.kind != of_rows[base][1].kind:
             continue
         ours, theirs = (effects.identity(card, one, column) for one in (row, of_rows[base][0]))
@@ -156,11 +171,11 @@ def value(cell: Cell, column: Column) -> str:
     if not found:
         return lost or ("not reached" if column.steps_to is not None else "no value")
     digits = 0 if column.steps_to is not None else 2
-    mean = f"{sum(found) / len(found):,.{digits}f}"
-    if len(found) >= SEEDS_SHOWN:
-        shown = f"{mean} ± {effects.interval(found):.{digits}f} (n = {len(found)})"
-    else:
-        shown = f"{mean} ({', '.join(f'{one:,.{digits}f}' for one in found)})" if found[1:] else mean
+    shown = f"{sum(found) / len(found):,.{digits}f}"
+    if math.isfinite(half := effects.interval(found)):
+        shown += f" ± {half:.{digits}f} (n = {len(found)})"
+    elif found[1:]:
+        shown += f" ({', '.join(f'{one:,.{digits}f}' for one in found)})"
     return f"{lost}: {shown}" if lost else shown
 
 
@@ -168,9 +183,8 @@ def difference(found: Effect | None) -> str:
     """ "+9.38 [+6.77, +11.99]"."""
     if found is None:
         return ""
-    half = found.half_width()
-    between = f" [{signed(found.mean - half)}, {signed(found.mean + half)}]" if math.isfinite(half) else ""
-    return signed(found.mean) + between
+    low, high = found.interval()
+    return signed(found.mean) + (f" [{signed(low)}, {signed(high)}]" if math.isfinite(low) else "")
 
 
 def paper_value(card: Card, row: Row, column: Column, group: Group) -> float | None:
@@ -186,29 +200,25 @@ def paper_value(card: Card, row: Row, column: Column, group: Group) -> float | N
 def setting(card: Card, group: Group, cells: Cells) -> str:
     """ "CIFAR-10, small Inception, budget lite (12 epochs of 50,000 images at 16 px)", from the runs."""
     runs = _runs(card, group, cells)
-    networks = dict.fromkeys(run["network"] for run in runs)
     length = dict.fromkeys(
-        f"{run['budget.epochs']} epochs of {_seen(run)} at {run['budget.size']} px"
-        for run in [run for run in runs if run["status"] == "done"] or runs
+        f"{run['budget.epochs']} epochs of {_seen(run)} at {run['budget.size']} px" for run in _whole(runs)
     )
-    datasets = dict.fromkeys(run["dataset"] for run in runs)
-    words = [*datasets, *networks, f"budget {group.budget} ({' / '.join(length)})"]
-    words += [f"schedule {group.schedule}"] if group.schedule else []
-    return ", ".join([*words, *([f"width {group.width:g}"] if group.width != 1 else [])])
+    words = [*dict.fromkeys(run["dataset"] for run in runs), *dict.fromkeys(run["network"] for run in runs)]
+    words += [f"budget {group.budget} ({' / '.join(length)})", f"schedule {group.schedule}" if group.schedule else ""]
+    return ", ".join(filter(None, [*words, f"width {group.width:g}" if group.width != 1 else ""]))
 
 
 def trained(card: Card, group: Group, cells: Cells) -> list[str]:
     """Data, seeds and arithmetic of the runs, in sentences."""
-    runs = _runs(card, group, cells)
-    whole = [run for run in runs if run["status"] == "done"] or runs  # a run that failed early knows no data
-    data = dict.fromkeys(
-        f"{run['dataset']}: {_recorded(run, 'data.fidelity') or 'exactness not recorded'}" for run in whole
-    )
-    seeds = sorted({int(run["seed"]) for run in runs})
-    arithmetic = dict.fromkeys(str(run["arithmetic"]) for run in runs)
-    said = [f"Data: {'; '.join(data)}."] if data else []
-    if runs:
-        said.append(f"Seeds {', '.join(map(str, seeds))}; {' / '.join(arithmetic)}; schedule {runs[0]['schedule']}.")
+    if not (runs := _runs(card, group, cells)):
+        return []
+    exact = (f"{run['dataset']}: {_recorded(run, 'data.fidelity') or 'exactness not recorded'}" for run in _whole(runs))
+    seeds = ", ".join(map(str, sorted({int(run["seed"]) for run in runs})))
+    arithmetic = " / ".join(dict.fromkeys(str(run["arithmetic"]) for run in runs))
+    said = [
+        f"Data: {'; '.join(dict.fromkeys(exact))}.",
+        f"Seeds {seeds}; {arithmetic}; schedule {runs[0]['schedule']}.",
+    ]
     weights = [run["weights"] for run in runs if isinstance(run["weights"], dict)]
     for what, key in (("Weights", "origin"), ("Constants of frozen BN", "constants")):
         origins = dict.fromkeys(str(of[key]) for of in weights if of.get(key))
@@ -227,88 +237,64 @@ def latex(sheet: Sheet) -> str:
 
     A wide one of few rows lies on its side (rotating), where it is shrunk half as much.
     """
-    frame = _frame(sheet, _in_latex, _latex)
-    styler = frame.style
     blocks = any(block for block, _ in sheet.index)
-    body = styler.to_latex(
+    body = _written(sheet, _latex, r"\textbf{{{}}}", r"\textsuperscript{{{}}}").style.to_latex(
         hrules=True,
         clines="skip-last;data" if blocks else None,
         column_format=("ll" if blocks else "l") + "r" * len(sheet.header),
         multirow_align="naive",
     )
     title = sheet.title.partition(": ")[2] or sheet.title
-    title = title[0].upper() + title[1:]
     notes = [rf"\textsuperscript{{{letter(i)}}} {_latex(note)}." for i, note in enumerate(sheet.notes)]
-    below = [_latex(sheet.caption), *(_latex(said) for said in sheet.about), *notes]
-    label = re.sub("[^A-Za-z0-9-]", "-", sheet.stem)
+    below = [*map(_latex, (sheet.caption, *sheet.about)), *notes]
     texts = [sheet.header, *([place.text for place in row] for row in sheet.rows)]
     longest = [max(map(len, column)) for column in zip(*texts, strict=True)]
     wide = sum(longest) > WIDE and len(sheet.rows) <= LOW
     environment = "sidewaystable" if wide else "table"
-    return "\n".join(
-        [
-            f"% \\usepackage{{booktabs,graphicx{',rotating' if wide else ''}}}",
-            rf"\begin{{{environment}}}",
-            r"\centering",
-            rf"\caption{{{_latex(title)}.}}\label{{tab:{label}}}",
-            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            body.strip().removesuffix(r"\end{tabular}") + r"\end{tabular}}",
-            r"\par\smallskip\raggedright\scriptsize " + " ".join(below),
-            rf"\end{{{environment}}}",
-            "",
-        ]
-    )
+    return rf"""% \usepackage{{booktabs,graphicx{",rotating" if wide else ""}}}
+\begin{{{environment}}}
+\centering
+\caption{{{_latex(title[0].upper() + title[1:])}.}}\label{{tab:{re.sub("[^A-Za-z0-9-]", "-", sheet.stem)}}}
+\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{%
+{body.strip()}}}
+\par\smallskip\raggedright\scriptsize {" ".join(below)}
+\end{{{environment}}}
+"""
 
 
-def page_html(sheet: Sheet, opens: str = "#runs=") -> str:
+def page_html(sheet: Sheet) -> str:
     """Write the table alone; each number a link that opens its runs."""
-
-    def written(place: Place) -> str:
-        text = html.escape(place.text)
-        text = f"<b>{text}</b>" if place.best else text
-        text = f'<a href="{opens}{",".join(place.ids)}">{text}</a>' if place.ids and place.text else text
-        return text + (f"<sup>{place.marks}</sup>" if place.marks else "")
-
-    styler = _frame(sheet, written, html.escape).style
-    styler.set_table_attributes('class="numbers"').set_uuid(sheet.stem)
-    text = styler.to_html(sparse_index=True)
+    frame = _written(sheet, html.escape, "<b>{}</b>", "<sup>{}</sup>", '<a href="#runs={}">{}</a>')
+    text = frame.style.set_table_attributes('class="numbers"').set_uuid(sheet.stem).to_html(sparse_index=True)
     text = re.sub(r"<style.*?</style>\n", "", text, flags=re.DOTALL)
     return re.sub(r' (id|class)="(?!numbers)[^"]*"', "", text)
 
 
 def markdown(sheet: Sheet) -> str:
     """Write a pipe table, the caption above it and the notes below."""
-
-    def written(place: Place) -> str:
-        text = escape_markdown(place.text)
-        return (f"**{text}**" if place.best and text else text) + (f"<sup>{place.marks}</sup>" if place.marks else "")
-
-    lines = [["", *map(escape_markdown, sheet.header)], [":--", *[":-:"] * len(sheet.header)]]
+    escaped = escape_markdown
+    frame = _written(sheet, escaped, "**{}**", "<sup>{}</sup>")
+    lines = [["", *frame.columns], [":--", *[":-:"] * len(sheet.header)]]
     block = ""
-    for (of, label), row in zip(sheet.index, sheet.rows, strict=True):
+    for (of, label), row in zip(sheet.index, frame.to_numpy(), strict=True):
         if of != block:
-            lines.append([f"**{escape_markdown(of)}**", *[""] * len(row)])
+            lines.append([f"**{escaped(of)}**", *[""] * len(row)])
             block = of
-        lines.append([escape_markdown(label), *map(written, row)])
+        lines.append([escaped(label), *row])
     parts = [
-        f"**{escape_markdown(sheet.title)}.** {escape_markdown(sheet.caption)}",
+        f"**{escaped(sheet.title)}.** {escaped(sheet.caption)}",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        *(f"<sup>{letter(i)}</sup> {escape_markdown(note)}" for i, note in enumerate(sheet.notes)),
-        escape_markdown(" ".join(sheet.about)),
+        *(f"<sup>{letter(i)}</sup> {escaped(note)}" for i, note in enumerate(sheet.notes)),
+        escaped(" ".join(sheet.about)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def text(sheet: Sheet) -> str:
     """Write aligned columns for the terminal."""
-    lines = [["", *sheet.header]]
-    for (block, label), row in zip(sheet.index, sheet.rows, strict=True):
-        marked = [f"{place.text}{f' [{place.marks}]' if place.marks else ''}" for place in row]
-        lines.append([f"{block}: {label}" if block else label, *marked])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    drawn = [
-        "  ".join(place.ljust(width) for place, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    body = _written(sheet, str, "{}", " [{}]").to_numpy()
+    labels = [f"{block}: {label}" if block else label for block, label in sheet.index]
+    drawn = aligned([["", *sheet.header], *([label, *row] for label, row in zip(labels, body, strict=True))])
     notes = [f"[{letter(i)}] {note}" for i, note in enumerate(sheet.notes)]
     said = [textwrap.fill(part, WIDTH) for part in (*notes, *sheet.about)]
     return "\n".join([f"{sheet.title}.", textwrap.fill(sheet.caption, WIDTH), "", *drawn, "", *said, ""])
@@ -316,15 +302,21 @@ def text(sheet: Sheet) -> str:
 
 def csv(sheet: Sheet) -> str:
     """Write the long form: a line for each place, or what the sheet has as records; numbers unrounded."""
-    out = io.StringIO()
-    pd.DataFrame(sheet.records).to_csv(out, index=False, lineterminator="\n")
-    return out.getvalue()
+    return pd.DataFrame(sheet.records).to_csv(index=False, lineterminator="\n")
 
 
 def files(sheet: Sheet) -> dict[str, bytes]:
     """Return its files by name."""
     texts = {"md": markdown(sheet), "csv": csv(sheet), "tex": latex(sheet)}
     return {f"{sheet.stem}.{ending}": content.encode() for ending, content in texts.items()}
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Pad the places of lines to columns; lines may be short."""
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
+    return [
+        "  ".join(place.ljust(width) for place, width in zip(line, widths, strict=False)).rstrip() for line in lines
+    ]
 
 
 def letter(place: int) -> str:
@@ -337,30 +329,23 @@ def escape_markdown(said: str) -> str:
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", said).replace("&", "&amp;").replace("<", "&lt;")
 
 
-def _frame(sheet: Sheet, written: Any, escaped: Any) -> pd.DataFrame:
+def _latex(said: str) -> str:
+    return said.translate(LATEX)
+
+
+def _written(sheet: Sheet, escaped: Callable[[str], str], best: str, mark: str, link: str = "{1}") -> pd.DataFrame:
+    """Return the places as text, by the formats of what is bold, of marks, and of (runs, text) where there are runs."""
+
+    def written(place: Place) -> str:
+        text = escaped(place.text)
+        text = best.format(text) if place.best and text else text
+        text = link.format(",".join(place.ids), text) if place.ids and text else text
+        return text + (mark.format(place.marks) if place.marks else "")
+
     blocks = any(block for block, _ in sheet.index)
     labels = [(escaped(block), escaped(label)) for block, label in sheet.index]
     index: Any = pd.MultiIndex.from_tuples(labels) if blocks else [label for _, label in labels]
-    body = [[written(place) for place in row] for row in sheet.rows]
-    return pd.DataFrame(body, index=index, columns=[escaped(name) for name in sheet.header])
-
-
-def _in_latex(place: Place) -> str:
-    text = _latex(place.text)
-    text = rf"\textbf{{{text}}}" if place.best and text else text
-    return text + (rf"\textsuperscript{{{place.marks}}}" if place.marks else "")
-
-
-def _latex(said: str) -> str:
-    return "".join(LATEX.get(character, character) for character in said)
-
-
-def _base(card: Card, row: Row) -> str | None:
-    return row.baseline or card.baseline
-
-
-def _cell(card: Card, row: Row, group: Group, column: Column, cells: Cells) -> Cell:
-    return cells.cell(card, row, group, column) if row.has(column) else Cell()
+    return pd.DataFrame([list(map(written, row)) for row in sheet.rows], index, list(map(escaped, sheet.header)))
 
 
 def _value(column: Column) -> effects.Value:
@@ -375,14 +360,10 @@ def _best(card: Card, column: Column, cells: Mapping[str, Cell]) -> set[str]:
     """Return the row with the best mean of each block in which several have one."""
     means: dict[str, dict[str, float]] = {}
     for row in card.rows:
-        if row.key in cells and column.steps_to is None and math.isfinite(mean := _mean(cells[row.key], column)):
-            means.setdefault(row.block, {})[row.key] = mean
+        found = list(effects.values_of(cells.get(row.key, Cell()), _value(column)).values())
+        if found and column.steps_to is None and not cells[row.key].lost:
+            means.setdefault(row.block, {})[row.key] = sum(found) / len(found)
     return {max(of, key=lambda key: of[key]) for of in means.values() if len(of) > 1}
-
-
-def _mean(cell: Cell, column: Column) -> float:
-    found = list(effects.values_of(cell, _value(column)).values())
-    return sum(found) / len(found) if found and not cell.lost else math.nan
 
 
 def _printed(card: Card, row: Row, column: Column, printed: float | None) -> str:
@@ -394,51 +375,43 @@ def _printed(card: Card, row: Row, column: Column, printed: float | None) -> str
     return f"{printed:,}" + (f" ({row.paper_batch[0]}, {row.paper_batch[1]})" if elsewhere and row.paper_batch else "")
 
 
-def _spreads(found: Mapping[str, Mapping[str, Effect | None]]) -> list[str]:
-    """Return the pooled spreads behind the differences of each column."""
-    said = []
-    for column, of_rows in found.items():
-        words = [
-            f"{one.spread:.2f} ({one.df} degrees of freedom{_equal(one)})" for one in of_rows.values() if one and one.df
-        ]
-        said += [f"{column}: {' / '.join(dict.fromkeys(words))}"] if words else []
-    return [f"Standard deviation of a run, pooled: {'; '.join(said)}."] if said else []
-
-
-def _equal(of: Effect) -> str:
-    return "" if math.isnan(of.equal) else f"; that all rows have the same: p = {of.equal:.2g}"
-
-
-def _runs(card: Card, group: Group, cells: Cells) -> list[Any]:
-    return [
-        run
-        for row in card.rows
-        for column in card.columns_of(row)
-        for cell in [cells.cell(card, row, group, column)]
-        for run in (*cell.runs, *cell.failed)
+def _spreads(column: str, found: Mapping[str, Effect | None]) -> list[str]:
+    """Return the pooled spreads behind the differences of a column."""
+    words = [
+        f"{one.spread:.2f} ({one.df} degrees of freedom"
+        + ("" if math.isnan(one.equal) else f"; that all rows have the same: p = {one.equal:.2g}")
+        + ")"
+        for one in found.values()
+        if one and one.df
     ]
+    return [f"{column}: {' / '.join(dict.fromkeys(words))}"] if words else []
 
 
-def _seen(run: Mapping[str, Any]) -> str:
+def _runs(card: Card, group: Group, cells: Cells) -> list[effects.Run]:
+    of_rows = (cells.cell(card, row, group, column) for row in card.rows for column in card.columns_of(row))
+    return [run for cell in of_rows for run in (*cell.runs, *cell.failed)]
+
+
+def _whole(runs: list[effects.Run]) -> list[effects.Run]:
+    """Leave out runs that failed, unless all did: one that failed early knows no data."""
+    return [run for run in runs if run["status"] == "done"] or runs
+
+
+def _seen(run: effects.Run) -> str:
     """ "50,000 images", "96 videos"; without their number where the run failed before it was known."""
     count, what = _recorded(run, "data.train_images"), "videos" if _recorded(run, "dataset.frames") else "images"
     return f"{int(count):,} {what}" if count else what
 
 
-def _recorded(run: Mapping[str, Any], key: str) -> Any:
+def _recorded(run: effects.Run, key: str) -> Any:
     """Return a value of the record; None where it has none, which the frame has as nan."""
     return None if pd.isna(found := run.get(key)) else found
 
 
-def _mark(notes: list[str], note: str) -> str:
-    if note not in notes:
-        notes.append(note)
-    return letter(notes.index(note))
-
-
 def _record(
-    card: Card, row: Row, column: Column, group: Group, cell: Cell, printed: float | None, found: Effect | None
+    card: Card, row: Row, column: Column, cell: Cell, printed: float | None, found: Effect | None
 ) -> dict[str, object]:
+    """Return a line of the CSV; pandas leaves nan and None empty."""
     values = effects.values_of(cell, _value(column))
     own = effects.identity(card, row, column)
     return {
@@ -450,13 +423,13 @@ def _record(
         "runs": cell.n,
         "learned": len(cell.learned),
         "mean": sum(values.values()) / len(values) if values else "",
-        "half_width": effects.interval(list(values.values())) if len(values) > 1 else "",
+        "half_width": effects.interval(list(values.values())),
         "seeds": " ".join(map(str, values)),
         "values": " ".join(f"{one:.6g}" for one in values.values()),
-        "paper": "" if printed is None else printed,
+        "paper": printed,
         "difference": found.mean if found else "",
-        "difference_half_width": found.half_width() if found and found.df else "",
-        "spread": found.spread if found and found.df else "",
+        "difference_half_width": found.half_width() if found else "",
+        "spread": found.spread if found else "",
         "df": found.df if found else "",
         "records": " ".join(cell.ids),
         "notes": "; ".join(cell.notes),
