@@ -10,7 +10,7 @@ one of them it is not supported, with more than half, and more than the other si
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -136,6 +136,26 @@ class Verdict:
     ids: tuple[str, ...] = ()
     count: float = math.nan  # of parameters, of speed: there is no effect
     lost: Literal["", "some", "most"] = ""  # runs of the favoured side failed or stayed at chance: `why` says how many
+
+    @property
+    def judged(self) -> bool:
+        return self.state in ("supported", "contradicted", "open")
+
+    @property
+    def explored(self) -> bool:
+        """Whether an interval for it alone is all that there is."""
+        return self.state == "explored" and self.effect is not None
+
+    @property
+    def place(self) -> str:
+        """ "cifar10, lite"; "" of what is counted and timed."""
+        return f"{self.group.dataset}, {self.group.budget}" if self.group else ""
+
+    @property
+    def printed(self) -> str:
+        """Return the paper's value on these data, as printed: "+1.5"; "" where there is none."""
+        value = self.claim.printed(self.group.dataset if self.group else "")
+        return "" if value is None or self.claim.than > 50 else f"{value:+g}".replace("-", "−")
 
     @property
     def measured(self) -> float:
@@ -300,9 +320,7 @@ def _stability(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cell
 def _in_family(verdict: Verdict) -> bool:
     """Say whether it is a claim of the papers in their setting, whatever the budget."""
     group, claim = verdict.group, verdict.claim
-    return (
-        not claim.ours and group is not None and group.width == 1 and not group.schedule and group.dataset in claim.of
-    )
+    return not claim.ours and group is not None and group.main and group.dataset in claim.of
 
 
 def _decide(verdict: Verdict, family: int) -> Verdict:
@@ -364,12 +382,4 @@ def _timed(claim: Claim, results: Path) -> list[Verdict]:
         pairs = len(measurement["seconds"][plus])
         why = f"the middle half of {pairs} pairs of steps; {speed.describe(measurement, plus)}"
         found.append(Verdict(claim, decide(claim, low, high), why, low=low, high=high, count=middle))
-    return found
-
-
-def tally(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """Say how many verdicts there are of each state."""
-    found: dict[str, int] = dict.fromkeys(("supported", "contradicted", "open", "explored", "not run"), 0)
-    for verdict in verdicts:
-        found[verdict.state] += 1
     return found

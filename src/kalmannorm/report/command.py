@@ -126,11 +126,9 @@ def _make(card: Card, cells: Cells, results: Path, wanted: Any) -> Iterator[Made
             pictures: dict[str, str] = {}
             for behind, figure in figures.DRAW[card.kind](card, group, cells).items():
                 stem = f"{card.name}{behind}_{group.stem}"
-                main = group.width == 1 and not group.schedule  # others are linked: the page is to stay small
-                pictures |= (
-                    {behind: plots.inline(picture, stem)} if (picture := _write(results, stem, figure, main)) else {}
-                )
-                files += [f"{stem}.png", *([f"{stem}.pdf"] if main else [])]
+                picture = _write(results, stem, figure, group.main)  # others are linked: the page is to stay small
+                pictures |= {behind: plots.inline(picture, stem)} if picture else {}
+                files += [f"{stem}.png", *([f"{stem}.pdf"] if group.main else [])]
             if sheet or pictures or files:
                 yield Made(card, group, sheet, pictures, files)
 

@@ -41,6 +41,11 @@ class Group(NamedTuple):
     width: float = 1.0
 
     @property
+    def main(self) -> bool:
+        """Whether it is the papers' setting, whatever the budget."""
+        return self.width == 1 and not self.schedule
+
+    @property
     def label(self) -> str:
         """ "cifar10, budget lite, schedule released_warmup, width 0.25"."""
         said = [self.dataset, f"budget {self.budget}", f"schedule {self.schedule}" if self.schedule else ""]
