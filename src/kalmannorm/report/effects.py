@@ -209,7 +209,7 @@ class Shares(NamedTuple):
     of: int
     others: int
     of_others: int
-    equal = math.nan  # there is no variance to compare
+    equal: float = math.nan  # there is no variance to compare
 
     @property
     def mean(self) -> float:
