@@ -7,28 +7,34 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from kalmannorm import machine
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments import composition
 from kalmannorm.experiments.settings import (
+    STRICT,
     Arch,
     Batch,
     Budget,
     Dataset,
     DetectionSchedule,
     Group,
+    Int,
+    Name,
     Norm,
+    Part,
+    Positive,
     Schedule,
     expect,
-    positive,
     read_dataset,
     read_schedule,
     refuse_unknown,
-    setting,
 )
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, WHOLE_BATCH, preset_options
 
@@ -49,13 +55,10 @@ OF_BUDGET = (
     "crop",
 )
 LOOK_AT_ALL = ("guard", "mean_batch", "var_batch")  # options by which a layer looks at the whole batch at once
-MOST_WORKERS = 1024
-DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
-NUMBER_LIKE = "a folder; one that reads as a number in quotes, {}='\"2024\"'"
 COMPILE_FROM = 1000  # steps that pay for the compiler on a CPU
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config(Group):
     """One run: what determines its result, and where it runs."""
 
@@ -65,47 +68,33 @@ class Config(Group):
     batch: Batch
     schedule: Schedule | DetectionSchedule
     budget: Budget
-    seed: int = setting("an integer from 0", lambda seed: 0 <= seed < 2**63)
-    precision: str = setting("fp32, bf16 or auto", ("fp32", "bf16").__contains__)
-    compile: bool = setting("true, false or auto")
-    deterministic: bool = setting("true or false")
+    seed: Annotated[Int, Field(ge=0, lt=2**63)]
+    precision: Literal["fp32", "bf16"]
+    compile: bool
+    deterministic: bool
     # Where it runs.
-    device: str = setting("cpu, cuda, cuda:N or auto", lambda name: bool(DEVICE.fullmatch(name)), default="cpu")
-    # Root of the data sets; None: $KALMANNORM_DATA, else ./data
-    data: str | None = setting(NUMBER_LIKE.format("data"), default=None)
-    results: str = setting(NUMBER_LIKE.format("results"), bool, default="results")
-    runs: str = setting(NUMBER_LIKE.format("runs"), bool, default="runs")
-    weights: str | None = setting("a file, or null", default=None)
-    accumulate: int = setting("a positive number of micro-batches", positive, default=1)
-    workers: int | str = setting(
-        f"auto or a number of processes up to {MOST_WORKERS}",
-        lambda n: n == "auto" or (n != str(n) and 0 <= n <= MOST_WORKERS),
-        default="auto",
-    )
-    # Of the run's steps
-    checkpoint_every: float = setting("a part of the run, above 0, at most 1", lambda part: 0 < part <= 1, default=0.05)
+    device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")] = "cpu"
+    data: str | None = None  # root of the data sets; None: $KALMANNORM_DATA, else ./data
+    results: Name = "results"
+    runs: Name = "runs"
+    weights: str | None = None
+    accumulate: Positive = 1  # micro-batches
+    workers: Literal["auto"] | Annotated[Int, Field(ge=0, le=1024)] = "auto"
+    checkpoint_every: Part = 0.05  # of the run's steps
 
     def __post_init__(self) -> None:
-        """Check what is of no group, and groups against each other. UserError."""
-        super().__post_init__()
+        """Check groups against each other. UserError."""
         subset, grad = self.budget.subset, self.batch.grad_batch
         expect(subset is None or subset >= grad, "budget.subset", subset, f"null or at least one step's {grad} images")
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
         """Make a configuration from plain values, as `values` returns them. UserError: unknown ones, bad ones."""
-        refuse_unknown(values, {one.name: one for one in fields(cls)})
-        if missing := [key for key in RESULT_KEYS if key not in values]:
-            raise UserError(f"the configuration has no {', '.join(missing)}")
-        settings: dict[str, Any] = {key: GROUPS[key](of) if key in GROUPS else of for key, of in values.items()}
-        return cls(**settings)
+        return super().read({key: GROUPS[key](of) if key in GROUPS else of for key, of in values.items()})
 
     def values(self) -> dict[str, Any]:
         """Return all settings as plain values."""
-        return {
-            one.name: getattr(self, one.name).values() if one.name in GROUPS else getattr(self, one.name)
-            for one in fields(self)
-        }
+        return {key: of.values() if key in GROUPS else of for key, of in super().values().items()}
 
     def result(self) -> dict[str, Any]:
         """Return what determines the result, as plain values: what the id is made of, and a record holds."""
@@ -135,7 +124,7 @@ def compose(overrides: list[str], among_many: bool = False) -> Config:
     """
     values = composition.compose(conf_dir(), overrides, among_many)
     for budget, own in values["dataset"].pop("budgets").items():  # the chosen one stands under `budget`
-        refuse_unknown(own, dict.fromkeys(OF_BUDGET), f"dataset.budgets.{budget}")
+        refuse_unknown(own, OF_BUDGET, f"dataset.budgets.{budget}")
     _check_names(values)
     return _resolve(values)
 
