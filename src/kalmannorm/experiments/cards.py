@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Column, Row
-from kalmannorm.experiments.composition import PATHS, refuse_repeated
+from kalmannorm.experiments.composition import PATHS, parse, refuse_repeated
 from kalmannorm.experiments.config import Config, compose
 from kalmannorm.experiments.record import run_id
 
@@ -44,7 +44,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
     for row in card.rows:
         for column in card.columns_of(row) if card.has_columns_of_runs else [None]:
             of_row = cards.overrides(card.settings(row, column))
-            config = compose(_last_of_each(of_row, overrides, ["seed=0"]), among_many=True)
+            config = compose(_last_of_each(of_row, overrides, ["seed=0"]))
             for seed in seeds:
                 run = replace(config, seed=seed)
                 found.setdefault(run_id(run), (f"{row.key} {column.key}" if column else row.key, run))
@@ -104,30 +104,25 @@ def _columns(card: Card, wanted: str | None, overrides: list[str]) -> tuple[Card
 
 def multirun(overrides: list[str]) -> Experiment:
     """Return the runs that Hydra's --multirun makes: all combinations of norm=bn,bkn and seed=range(1,4)."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Glob
-    from hydra.errors import HydraException
 
     choices = []
     for override in overrides:
         if override.partition("=")[0].lstrip("+") in PATHS:
             choices.append([override])
             continue
-        try:
-            parsed = OverridesParser.create().parse_override(override)
-            if not parsed.is_sweep_override():
-                choices.append([override])
-            elif isinstance(parsed.value(), Glob):
-                raise UserError(f"override {override!r}: name the values, as in norm=bn,bkn")
-            else:
-                values = itertools.islice(parsed.sweep_string_iterator(), MOST_RUNS + 1)
-                choices.append([f"{parsed.get_key_element()}={value}" for value in values])
-        except HydraException as error:
-            raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from None
+        parsed = parse(override)
+        if not parsed.is_sweep_override():
+            choices.append([override])
+        elif isinstance(parsed.value(), Glob):
+            raise UserError(f"override {override!r}: name the values, as in norm=bn,bkn")
+        else:
+            values = itertools.islice(parsed.sweep_string_iterator(), MOST_RUNS + 1)
+            choices.append([f"{parsed.get_key_element()}={value}" for value in values])
     title = " ".join(overrides)
     if not 1 <= math.prod(map(len, choices)) <= MOST_RUNS:
         raise UserError(f"{title}: expected from 1 to {MOST_RUNS:,} runs")
-    configs = [compose(list(combination), among_many=True) for combination in itertools.product(*choices)]
+    configs = [compose(list(combination)) for combination in itertools.product(*choices)]
     runs = list({run_id(config): config for config in configs}.values())
     return Experiment(Card("multirun", title, ()), runs, ["multirun"] * len(runs))
 

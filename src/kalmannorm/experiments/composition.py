@@ -1,14 +1,12 @@
-"""conf/ and overrides to plain values: Hydra composes.
+"""conf/ and overrides to plain values, in Hydra's grammar: config.yaml's choices of groups, then the overrides.
 
-Hydra takes a tenth of a second for a configuration, and a report has hundreds of them, of a few dozen files: the groups
-are composed once each and put together here. What is more than choices of groups and changes of settings, or is
-wrong, is left to Hydra as a whole.
+Hydra's own composition takes a tenth of a second, and a report has hundreds of them, of a few dozen files, which are
+read once here.
 """
 
 import copy
 import functools
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kalmannorm.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 Values = dict[str, Any]
@@ -25,19 +24,33 @@ PATHS = ("data", "results", "runs", "weights")
 OPTIONAL = ("data", "weights")  # of them, those that null leaves to their default
 
 
-def compose(conf: Path, overrides: Sequence[str], among_many: bool = False) -> Values:
+def compose(conf: Path, overrides: Sequence[str]) -> Values:
     """Return the configuration of conf/config.yaml under the overrides, interpolations resolved.
 
-    `among_many`: it is one of many, which have most of their groups in common. For a single one that would take longer.
-    UserError: what Hydra refuses, in one line; a choice that does not exist, with the nearest that does; a setting that
-    is given twice.
+    UserError: an override that cannot be, in one line; a choice that does not exist, with the nearest that does; a
+    setting that is given twice.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     refuse_repeated(overrides)
     paths, rest = split_paths(overrides)
     for override in rest:
         _check_choice(conf, override)
-    composed = _of_parts(conf, rest) if among_many else None
-    return (_by_hydra(conf, rest) if composed is None else composed) | paths
+    parsed = [parse(override) for override in rest]
+    values = copy.deepcopy(_file(conf, "config"))
+    chosen = {group: name for choice in values.pop("defaults") if choice != "_self_" for group, name in choice.items()}
+    chosen |= {one.key_or_group: one.value() for one in parsed if _chooses(conf, one)}
+    values |= {group: copy.deepcopy(_file(conf / group, name)) for group, name in chosen.items()}
+    whole = OmegaConf.create(values, flags={"struct": True})
+    for one in parsed:
+        if not _chooses(conf, one):
+            _change(whole, one)
+    try:
+        resolved: Any = OmegaConf.to_container(whole, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {' '.join(str(error).split())}") from None
+    return {**resolved, **paths}
 
 
 def refuse_repeated(overrides: Sequence[str]) -> None:
@@ -75,62 +88,58 @@ def _path(key: str, text: str) -> str | None:
     return os.path.expanduser(path)  # noqa: PTH111, which raises where nobody has such a home
 
 
-def _of_parts(conf: Path, overrides: Sequence[str]) -> Values | None:
-    """Return what Hydra would compose, from groups that it composed before; None where that is for Hydra to say."""
+def parse(override: str) -> "Override":
+    """Read an override. UserError: it is none in Hydra's grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException:
-        return None
-    names = [override.key_or_group for override in parsed]
-    if len(set(names)) < len(names) or not all(
-        override.type is OverrideType.CHANGE and override.package is None and not override.is_sweep_override()
-        for override in parsed
-    ):
-        return None
-    chosen = {name: override.value() for name, override in zip(names, parsed, strict=True) if (conf / name).is_dir()}
-    values = copy.deepcopy(_unresolved(conf, ()))
-    for group, option in chosen.items():
-        values[group] = copy.deepcopy(_unresolved(conf, (f"{group}={option}",))[group])
-    whole = OmegaConf.create(values, flags={"struct": True})
-    try:
-        for name, override in zip(names, parsed, strict=True):
-            if name not in chosen:
-                OmegaConf.update(whole, name, override.value(), merge=True)
-        return _plain(whole, resolve=True)
-    except OmegaConfBaseException:
-        return None
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from None
 
 
 @functools.cache
-def _unresolved(conf: Path, overrides: tuple[str, ...]) -> Values:
-    return _by_hydra(conf, overrides, resolve=False)
-
-
-def _by_hydra(conf: Path, overrides: Sequence[str], resolve: bool = True) -> Values:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        with initialize_config_dir(str(conf), version_base="1.3"):
-            return _plain(hydra_compose("config", list(overrides)), resolve)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, overrides)) from None
-
-
-def _plain(config: "DictConfig", resolve: bool) -> Values:
+def _file(folder: Path, name: str) -> Values:
+    """Read a file of conf/, under those of its own folder that its `defaults` name."""
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(config, resolve=resolve)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    values: Values = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))  # type: ignore[assignment]
+    if name == "config":
+        return values
+    for other in values.pop("defaults", []):
+        values = {**_file(folder, other), **values}
+    return values
+
+
+def _chooses(conf: Path, override: "Override") -> bool:
+    plain = not (override.is_add() or override.is_force_add() or override.is_delete() or override.package)
+    return plain and (conf / override.key_or_group).is_dir() and not override.is_sweep_override()
+
+
+def _change(whole: "DictConfig", override: "Override") -> None:
+    """Change, add or delete a setting. UserError: it is not there, or there already."""
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    said, key, value = f"override {override.input_line!r}", override.key_or_group, override.value()
+    if override.is_sweep_override() or override.package is not None:
+        raise UserError(f"{said}: expected one value of one setting; --multirun makes a run of each value")
+    parent, _, name = key.rpartition(".")
+    try:
+        if override.is_delete():
+            node = OmegaConf.select(whole, parent) if parent else None
+            if node is None or name not in node:
+                raise UserError(f"{said}: there is no setting {key!r}")
+            with open_dict(node):
+                del node[name]
+        elif override.is_add() and OmegaConf.select(whole, key) is not None and not isinstance(value, dict | list):
+            raise UserError(f"{said}: {key} is there already: leave out the +")
+        else:
+            added = override.is_add() or override.is_force_add()
+            OmegaConf.update(whole, key, value, merge=True, force_add=added)
+    except OmegaConfBaseException:
+        raise UserError(f"{said}: there is no setting {key!r}; see conf/ for what there is") from None
 
 
 def _check_choice(conf: Path, override: str) -> None:
@@ -142,22 +151,3 @@ def _check_choice(conf: Path, override: str) -> None:
         raise UserError(f"override {override!r}: Hydra composes here and runs nothing; results= and runs= say where to")
     if (conf / group).is_dir() and name not in (names := sorted(p.stem for p in (conf / group).glob("*.yaml"))):
         raise UserError(nearest(name, names, group))
-
-
-def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """Give Hydra's message in one line that names the override."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    for override in overrides:
-        try:
-            parser.parse_override(override)
-        except HydraException as unreadable:
-            return f"override {override!r}: {str(unreadable).splitlines()[0]}"
-    text = " ".join(str(error).split())
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = match[1]
-        override = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
-        return f"override {override!r}: there is no setting {key!r}; see conf/ for what there is"
-    return f"configuration: {text}"

@@ -1,4 +1,4 @@
-"""From overrides to one run's configuration: composed by Hydra, resolved, checked before any data is touched."""
+"""From overrides to one run's configuration: composed, resolved, checked before any data is touched."""
 
 import functools
 import hashlib
@@ -117,12 +117,9 @@ def conf_dir() -> Path:
     return found
 
 
-def compose(overrides: list[str], among_many: bool = False) -> Config:
-    """Return the configuration of one run. `among_many`: it is one of many (composition.py).
-
-    UserError: unknown names or values, impossible combinations.
-    """
-    values = composition.compose(conf_dir(), overrides, among_many)
+def compose(overrides: list[str]) -> Config:
+    """Return the configuration of one run. UserError: unknown names or values, impossible combinations."""
+    values = composition.compose(conf_dir(), overrides)
     for budget, own in values["dataset"].pop("budgets").items():  # the chosen one stands under `budget`
         refuse_unknown(own, OF_BUDGET, f"dataset.budgets.{budget}")
     _check_names(values)

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import PurePath
-from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from pydantic.dataclasses import dataclass
@@ -142,21 +142,22 @@ def checked(kind: Any, values: Mapping[str, Any], group: str) -> Any:
     """Return the values as a settings class has them. UserError: an unknown setting, a missing one, a value that cannot
     be."""
     prefix = f"{group}." if group else ""
-    refuse_unknown(values, get_type_hints(kind), group)
+    options = is_typeddict(kind)
+    refuse_unknown(values, kind.__annotations__ if options else kind.__pydantic_fields__, group)
     try:
-        return _adapter(kind).validate_python(values) if is_typeddict(kind) else kind(**values)
+        return _adapter(kind).validate_python(values) if options else kind(**values)
     except ValidationError as error:
         every = error.errors(include_url=False)
         name = str(every[0]["loc"][0])
         if every[0]["type"] == "missing":
             raise UserError(f"{prefix}{name} is missing") from None
         words = dict.fromkeys(expected(one["msg"]) for one in every if one["loc"][0] == name)
-        raise UserError(f"{prefix}{name} = {values[name]}: {' or '.join(words)}") from None
+        raise UserError(f"{prefix}{name} = {values[name]}: expected {' or '.join(words)}") from None
 
 
 def expected(message: str) -> str:
-    """Say what pydantic expected in the words of this project."""
-    return message.replace("Input should be ", "expected ").replace(" should ", ", expected to ", 1)
+    """Say what pydantic found that a value should be."""
+    return "to " + message.partition(" should ")[2].replace("a valid boolean", "true or false")
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], group: str = "") -> None:

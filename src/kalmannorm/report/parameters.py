@@ -43,7 +43,7 @@ def sheet(card: Card) -> Sheet:
 
 def count(settings: Settings) -> int:
     """Count the parameters of the network that runs of these settings train."""
-    return _count(json.dumps(compose(cards.overrides(settings), among_many=True).result()))
+    return _count(json.dumps(compose(cards.overrides(settings)).result()))
 
 
 @functools.cache  # a report counts for the table and for the claims
