@@ -62,11 +62,19 @@ def test_what_is_composed_is_what_hydra_composes(group):
 
 
 @pytest.mark.parametrize(
-    "overrides", [["+norm.options.input_belief=data"], ["~schedule.momentum=0.9"], ["++seed=3"],
-                  ["+norm.options={input_belief:data}"], ["++norm.options.eps=1"], ["norm.options.gain=null"], ["schedule.lr=[[1,1e-2]]"]]
-)  # fmt: skip
-def test_settings_are_added_and_deleted_as_hydra_does(overrides):
-    assert composition.compose(conf_dir(), overrides) == by_hydra(overrides)
+    "override",
+    [
+        "+norm.options.input_belief=data",
+        "+norm.options={input_belief:data}",
+        "++norm.options.eps=1",
+        "norm.options.gain=null",
+        "~schedule.momentum=0.9",
+        "schedule.lr=[[1,1e-2]]",
+        "++seed=3",
+    ],
+)
+def test_settings_are_added_and_deleted_as_hydra_does(override):
+    assert composition.compose(conf_dir(), [override]) == by_hydra([override])
 
 
 @pytest.mark.parametrize(
