@@ -229,9 +229,9 @@ def test_defaults_are_no_part_of_an_id():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["arch.head_norm=xn"], "arch.head_norm = xn: expected one of none, bn, gn"),
-        (["arch.head_norm=null"], "arch.head_norm = None: expected one of"),
-        (["arch.mask_head=1"], "arch.mask_head = 1: expected true or false"),
+        (["arch.head_norm=xn"], "arch.head_norm = xn: expected to be 'none', 'bn', 'gn'"),
+        (["arch.head_norm=null"], "arch.head_norm = None: expected to be 'none'"),
+        (["arch.mask_head=1"], "arch.mask_head = 1: expected to be true or false"),
         (["norm=gkn", "arch.head_norm=bkn"], "the body's beliefs have other rows"),
         (["norm=bkn", "norm.predictor=sampling", "arch.head_norm=bkn"], "pass norm.predictor=closed"),
         (["norm=bkn", "+arch.roi_belief=carry", "arch.head_norm=bkn"], "pass arch.roi_belief=end"),

@@ -272,11 +272,11 @@ def test_bad_folders_and_lists(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("dataset.frames=0", "dataset.frames = 0: expected a number of frames from 1 to 512"),
+        ("dataset.frames=0", "dataset.frames = 0: expected to be greater than or equal to 1"),
         ("dataset.interval=0", "dataset.interval = 0: expected"),
-        ("dataset.views=0", "dataset.views = 0: expected a number of clips"),
-        ("arch.strides=[1,1]", "arch.strides = [1, 1]: expected three numbers"),
-        ("arch.dropout=1", "arch.dropout = 1: expected a number from 0, below 1"),
+        ("dataset.views=0", "dataset.views = 0: expected to be greater than or equal to 1"),
+        ("arch.strides=[1,1]", "arch.strides = [1, 1]: expected to have at least 3 items"),
+        ("arch.dropout=1", "arch.dropout = 1: expected to be less than 1"),
     ],
 )
 def test_settings_have_ranges(override, words):
