@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import Tensor, fx, nn
 from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,9 +17,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.models import resnet18
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from kalmannorm import belief_report, convert, fold, set_statistics
+from kalmannorm import KalmanBatchNorm2d, KalmanGroupNorm, belief_report, convert, fold, set_statistics
 from kalmannorm.conversion import untraced
 from kalmannorm.norm.moments import Predictor
 
@@ -115,10 +116,65 @@ def test_graphs_and_their_copies_keep_beliefs(graph: Any, options: dict[str, Any
     torch.testing.assert_close(last(folded(x)), last(model.eval()(x)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options", [*OPTIONS[:2], OPTIONS[3], {"input_belief": (torch.zeros(3), torch.ones(3))}], ids=str
+)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_a_converted_model_is_traced(name: str, options: dict[str, Any]) -> None:
+    """The graph has beliefs: it computes what the model does in training as well, and keeps the same statistics."""
+    model = convert(getattr(torchvision.models, name)(num_classes=4), "bkn", stat_batch=2, **options)
+    x = torch.randn(4, 3, 64, 64)
+    for mode in (True, False):
+        one, other = (copy.deepcopy(model).train(mode) for _ in range(2))
+        graph = pickle.loads(pickle.dumps(fx.symbolic_trace(other)))
+        assert torch.equal(*(seeded(run, x) for run in (one, graph)))
+        state = graph.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in one.state_dict().items() if key in state)
+        assert sum("running_var" in key for key in state) == sum("running_var" in key for key in one.state_dict())
+
+
+def seeded(model: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    return model(x)
+
+
+def test_features_of_a_converted_model() -> None:
+    """In both modes, by the names that the original has."""
+    names = ["conv1", "layer1.0.bn2", "layer2", "layer4.1"]
+    original = resnet18(num_classes=4)
+    for module in original.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # else the features of a normalizer are those of the ReLU behind it
+    model = convert(original, "bkn", stat_batch=2)
+    extractor = create_feature_extractor(copy.deepcopy(model), names)
+    for mode in (True, False):
+        whole = copy.deepcopy(model).train(mode)
+        seen: dict[str, Tensor] = {}
+        for name in names:
+            whole.get_submodule(name).register_forward_hook(lambda m, _, y, n=name, s=seen: s.update({n: y.clone()}))
+        x = torch.randn(4, 3, 64, 64)
+        whole(x)
+        found = copy.deepcopy(extractor).train(mode)(x)
+        assert found.keys() == seen.keys() and all(torch.equal(found[name], seen[name]) for name in names)
+    assert set(get_graph_node_names(original)[0]) <= set(get_graph_node_names(model)[0])
+
+
+def test_a_normalizer_is_a_leaf_of_a_graph() -> None:
+    layers = [KalmanBatchNorm2d(4, stat_batch=2), KalmanGroupNorm(2, 4)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layers[0], nn.ReLU(), layers[1])
+    graph = fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3"]
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(graph.eval()(x), model.eval()(x))
+
+
 @pytest.mark.parametrize("graph", [feature_extractor, fx.symbolic_trace])
-def test_tracing_afterwards_is_refused(graph: Any) -> None:
-    with pytest.raises(ValueError, match=r"cannot be traced by torch\.fx.*create_feature_extractor"):
-        graph(convert(resnet18(), "bkn", stat_batch=2))
+def test_tracing_what_cannot_be_traced_is_refused(graph: Any) -> None:
+    whole = convert(feature_extractor(resnet18()), "bkn", stat_batch=2)
+    with pytest.raises(ValueError, match=r"GraphModule cannot be traced by torch\.fx.*create_feature_extractor"):
+        graph(whole)
+    with pytest.raises(ValueError, match=r"ResNet cannot be traced by torch\.fx"):
+        graph(convert(resnet18(), "bkn", stat_batch=2, input_belief="data"))
 
 
 # --- weights that hooks compute, and hooks of others ------------------------------------------------------------------

@@ -36,7 +36,7 @@ _HELPERS: dict[str, Any] = {
     **{function.__name__: function for function in (runtime.of_transition, runtime.of_sample)},
     **{function.__name__: function for function in (runtime.of_transposed, runtime.transposed)},
     **{function.__name__: function for function in (runtime.refuse_torch_sync, runtime.seen_input, contract.used)},
-    **{cls.__name__: cls for cls in (Belief, Carried, Estimated, Returned, Tensor)},
+    **{cls.__name__: cls for cls in (Belief, Carried, Estimated, Returned, Tensor, fx.Proxy)},
     "linear": F.linear,
     "Predictor": Predictor,
 }
@@ -293,7 +293,7 @@ def sequential_summary(module: nn.Sequential, summaries: dict[nn.Module, Summary
 
 
 def _guards(traced: Trace) -> list[str]:
-    asked = {"tensor": "Tensor", "list": "(list, tuple)"}
+    asked = {"tensor": "(Tensor, Proxy)", "list": "(list, tuple)"}
     return [
         *(f"isinstance({name}, {asked[kind]})" for name, kind in traced.asked.items()),
         *(_equals(name, value) for name, value in traced.read.items()),

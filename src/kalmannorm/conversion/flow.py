@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kalmannorm.conversion import runtime
+from kalmannorm.conversion import retrace, runtime
 from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
 from kalmannorm.conversion.rules import Operation
 from kalmannorm.conversion.runtime import apply
@@ -139,7 +139,7 @@ def _kind(func: Any, name: str, args: Any, beliefs: tuple[Any, ...]) -> str:
 @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
 def follow(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, beliefs: Any) -> Any:
     """A forward as it is, with beliefs: what it returns, or Returned where beliefs were given."""
-    runtime.refuse_proxies(args)
+    retrace.refuse(module, args)
     with Flow() as flow:
         if isinstance(beliefs, Belief | Carried):
             beliefs = ((beliefs,), {})

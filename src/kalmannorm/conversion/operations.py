@@ -171,12 +171,14 @@ def rule_of(target: Key) -> Rule | None:
 
 
 def rule_of_class(cls: type[nn.Module]) -> tuple[Rule | None, tuple[str, ...]]:
-    """Of the modules of a class, and the attributes that are its arguments. Of one that is derived from a class with a
-    rule, if it computes the same."""
-    for base in cls.__mro__:
-        if base in MODULES and cls.forward is base.forward:
-            return MODULES[base]
-    return MODULES_BY_NAME.get(cls.__name__), ()
+    """Of the modules of a class, and the attributes that are its arguments."""
+    cls = class_of_rule(cls)
+    return MODULES.get(cls) or (MODULES_BY_NAME.get(cls.__name__), ())
+
+
+def class_of_rule(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class with a rule that one is derived from, if it computes the same; else itself."""
+    return next((base for base in cls.__mro__ if base in MODULES and cls.forward is base.forward), cls)
 
 
 # Their results may share memory with their input: what is changed in place under one name changes under the other.

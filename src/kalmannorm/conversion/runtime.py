@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from kalmannorm.conversion.operations import BY_NAME, FUNCTIONS, rule_of_class
+from kalmannorm.conversion import retrace
+from kalmannorm.conversion.operations import BY_NAME, FUNCTIONS, MODULES, MODULES_BY_NAME, class_of_rule, rule_of_class
 from kalmannorm.conversion.pixelwise import of_last_axis, of_map
 from kalmannorm.conversion.rules import Operation, Rule
 from kalmannorm.conversion.trace import CHECKPOINT, IN_SEGMENTS
 from kalmannorm.norm import moments
 from kalmannorm.norm.belief import Belief, Carried
 from kalmannorm.norm.checkpoints import once
+from kalmannorm.norm.contract import proxy_among
 from kalmannorm.norm.sampling import sampled_conv
 
 # While a report is made: observer(operation, what ran, its belief or why there is none).
@@ -30,14 +32,22 @@ def key_of(target: Any) -> str:
     return f"{getattr(target, '__module__', None) or 'torch'}.{getattr(target, '__name__', target)}"
 
 
+def key_of_class(cls: type[nn.Module]) -> str:
+    """A name for the rule of a class of modules, as a graph of a converted model has it."""
+    return f"class {class_of_rule(cls).__name__}"
+
+
 _RULES: dict[str, Rule] = {key_of(target): rule for target, rule in FUNCTIONS.items()}
+_RULES |= {key_of_class(cls): rule for cls, (rule, _) in MODULES.items()}
+_RULES |= {f"class {name}": rule for name, rule in MODULES_BY_NAME.items()}
 
 
 def call(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
     """(y, belief of y, ...) of any module: one that takes beliefs is handed them, another's class has a rule."""
-    refuse_proxies(args)
+    traced = bool(args) and isinstance(args[0], fx.Proxy)
     if getattr(module, "takes_beliefs", False):
-        return module(*args, **kwargs, beliefs=(beliefs, keyword_beliefs))
+        given = beliefs, keyword_beliefs
+        return retrace.call(module, args, kwargs, given) if traced else module(*args, **kwargs, beliefs=given)
     if type(module) is nn.SyncBatchNorm:
         raise ValueError(_TORCH_SYNC.format("a layer"))
     y = module(*args, **kwargs)
@@ -45,16 +55,9 @@ def call(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any
     operation = Operation(y, args, kwargs, beliefs, keyword_beliefs)
     if attributes:
         operation = operation._replace(args=(operation.x, *(getattr(module, name) for name in attributes)), kwargs={})
+    if traced:
+        return y, belief_of(key_of_class(type(module)), *operation[:5])
     return y, apply(rule, operation, module)
-
-
-def refuse_proxies(args: Any) -> None:
-    """ValueError: torch.fx traces a converted model, and would take beliefs for constants."""
-    if args and isinstance(args[0], fx.Proxy):
-        raise ValueError(
-            "a converted model cannot be traced by torch.fx. Trace first and convert what comes out, as in "
-            "kalmannorm.convert(create_feature_extractor(model, ...), ...); or take torch.export"
-        )
 
 
 def refuse_torch_sync(container: nn.Module) -> None:
@@ -72,6 +75,9 @@ _TORCH_SYNC = (
 
 def belief_of(key: str, y: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any, kind: str = "") -> Any:
     """The belief of a function's or a method's value, by the name that key_of gives it."""
+    if isinstance(y, fx.Proxy):
+        known = proxy_among((beliefs, keyword_beliefs)) is not None
+        return retrace.record(belief_of, key, y, args, kwargs, beliefs, keyword_beliefs, kind) if known else None
     rule = _RULES.get(key) or BY_NAME.get(key.rpartition(".")[2])
     return apply(rule, Operation(y, args, kwargs, beliefs, keyword_beliefs, kind), key)
 
@@ -134,6 +140,8 @@ def in_segments(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_belie
 
 def seen_input(model: Any, x: Tensor) -> Belief:
     """The belief of the model's input: mean and variance of what it saw in training, this batch included."""
+    if model.training:
+        retrace.refuse(model, (x,))
     return once(model, functools.partial(_see_input, model, x))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
 from kalmannorm.norm.belief import Estimated, Returned, pick
@@ -30,6 +31,20 @@ running = _Running()
 
 def used(belief: Any) -> Any:
     return None if running.idle else belief
+
+
+def proxy_among(values: Any) -> Any:
+    """Return a torch.fx.Proxy in a structure of arguments, or None: torch.fx traces what calls."""
+    found: list[Any] = []
+    map_aggregate(values, lambda value: found.append(value) if isinstance(value, fx.Proxy) else None)
+    return found[0] if found else None
+
+
+def record_layer(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Return the proxy of a layer's call: in the graph it is a leaf, as torch's own layers are."""
+    tracer = proxy_among((args, kwargs)).tracer
+    path = tracer.path_of_module(layer)
+    return tracer.call_module(layer, lambda *a, **k: tracer.create_proxy("call_module", path, a, k), args, kwargs)
 
 
 def is_traced() -> bool:
@@ -102,8 +117,18 @@ class TakesBeliefs(nn.Module):
     takes_beliefs: bool
 
 
+def _or_leaf(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], fx.Proxy):
+            return record_layer(self, args, kwargs)
+        return call(self, *args, **kwargs)
+
+    return __call__
+
+
 for _name, _method in methods(nn.Module).items():
-    setattr(TakesBeliefs, _name, _method)
+    setattr(TakesBeliefs, _name, _or_leaf(_method) if _name == "__call__" else _method)
 
 
 def wrap_hooks(module: nn.Module) -> None:
