@@ -24,19 +24,43 @@ with.
 import functools
 import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments.config import conf_dir
 
 Settings = Mapping[str, Any]
+KNOWN = ConfigDict(extra="forbid")
 
 
-@dataclass(frozen=True)
+def _column(written: Any) -> Any:
+    """Give a column its label: a name alone is a kind of statistics, a key is what it is called."""
+    if isinstance(written, str):
+        return {"key": written, "label": written, "statistics": written}
+    return {"label": written.get("key"), **written} if isinstance(written, dict) else written
+
+
+def _swept(rows: Iterable[Any]) -> list[Any]:
+    """Put in place of a row with a `sweep` one for each combination of the swept values."""
+    found = []
+    for row in rows:
+        if not isinstance(row, dict) or "sweep" not in row:
+            found.append(row)
+            continue
+        plain = {key: value for key, value in row.items() if key != "sweep"}
+        for values in itertools.product(*row["sweep"].values()):
+            runs = {**row["runs"], **dict(zip(row["sweep"], values, strict=True))}
+            found.append({**plain, "key": "_".join(map(str, (row["key"], *values))), "runs": runs})
+    return found
+
+
+@dataclass(frozen=True, config=KNOWN)
 class Column:
     """What a column shows of its runs."""
 
@@ -44,12 +68,12 @@ class Column:
     label: str = ""
     statistics: str = "moving"
     value: str = "accuracy"
-    steps_to: float | None = None
-    at: tuple[float, float] | None = None
+    steps_to: int | float | None = None
+    at: tuple[int | float, int | float] | None = None
     runs: Settings = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN)
 class Row:
     """Runs that differ in nothing but their seed, and in what a card leaves open."""
 
@@ -73,19 +97,19 @@ class Row:
         return f"{self.label} (ours)" if self.ours else self.label
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN)
 class Card:
     """One file of conf/experiment."""
 
     name: str
     title: str
-    rows: tuple[Row, ...]
-    columns: tuple[Column, ...] = (Column("moving", "moving"),)
+    rows: Annotated[tuple[Row, ...], BeforeValidator(_swept)]
+    columns: tuple[Annotated[Column, BeforeValidator(_column)], ...] = (Column("moving", "moving"),)
     kind: str = "table"
     runs: Settings = field(default_factory=dict)
     seeds: int = 1
     devices: int = 1
-    seconds: float = 0
+    seconds: int | float = 0
     baseline: str | None = None
     paper: str | None = None
     paper_dataset: str = ""
@@ -130,16 +154,14 @@ def read(name: str) -> Card:
     if name not in names():
         raise UserError(nearest(name, names(), "experiment"))
     try:
-        return parse(yaml.safe_load((conf_dir() / "experiment" / f"{name}.yaml").read_text()))
+        tree = yaml.safe_load((conf_dir() / "experiment" / f"{name}.yaml").read_text())
+        return TypeAdapter(Card).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"conf/experiment/{name}.yaml is no card: {' '.join(str(error).split())}") from None
-
-
-def parse(tree: Mapping[str, Any]) -> Card:
-    """Make a card from what its file holds. TypeError: an unknown key, named; KeyError: a missing one."""
-    rows = tuple(_row(one) for row in tree["rows"] for one in _swept(row))
-    columns = tuple(map(_column, tree.get("columns", ["moving"])))
-    return Card(**{**tree, "rows": rows, "columns": columns})
+        reason = " ".join(str(error).split())
+    raise UserError(f"conf/experiment/{name}.yaml is no card: {reason}")
 
 
 def overrides(settings: Settings) -> list[str]:
@@ -151,29 +173,3 @@ def _literal(value: object) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_literal, value))}]"
     return str(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _row(tree: Mapping[str, Any]) -> Row:
-    lists = {key: tuple(tree[key]) for key in ("columns", "paper_batch") if key in tree}
-    return Row(**{**tree, **lists})
-
-
-def _column(tree: str | Mapping[str, Any]) -> Column:
-    if isinstance(tree, str):
-        return Column(tree, tree, tree)
-    lists = {"at": tuple(tree["at"])} if "at" in tree else {}
-    return Column(**{"label": tree["key"], **tree, **lists})
-
-
-def _swept(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows that a row stands for: itself, or one per combination of its swept values."""
-    swept = dict(row.get("sweep", {}))
-    plain = {key: value for key, value in row.items() if key != "sweep"}
-    return [
-        plain
-        | {
-            "key": "_".join(map(str, (row["key"], *values))),
-            "runs": {**row["runs"], **dict(zip(swept, values, strict=True))},
-        }
-        for values in itertools.product(*swept.values())
-    ]
