@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmannorm.experiments.record import Record, find
+from kalmannorm.report import tables
 from kalmannorm.report.frame import flat
 
 EPOCHS = 3  # of the curves' ends
@@ -23,7 +24,9 @@ def compare(results: Path, first: str, second: str) -> str:
     lines += [["result"], *_beside([_results(run) for run in runs])]
     lines += [["curves, the last epochs"], *_beside([_curves(run) for run in runs])]
     lines += [["data and host, where they differ"], *_differing([_around(run) for run in runs])]
-    return _aligned(lines)
+    headings = ["" if len(line) > 1 else f"\n{line[0]}" for line in lines]
+    rows = tables.aligned([line if len(line) > 1 else [""] for line in lines])
+    return "\n".join(heading or f"  {row}" for heading, row in zip(headings, rows, strict=True))
 
 
 def _status(run: Record) -> str:
@@ -69,15 +72,3 @@ def _written(value: object, sign: str = "") -> str:
     if isinstance(value, int | float):
         return f"{value:{sign},}" if isinstance(value, int) else f"{value:{sign}.4g}"
     return "–" if value is None else str(value)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Headings (lines of one place) stand alone, the others in columns."""
-    rows = [line for line in lines if len(line) > 1]
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    return "\n".join(
-        f"\n{line[0]}"
-        if len(line) == 1
-        else "  " + "  ".join(place.ljust(width) for place, width in zip(line, widths, strict=False)).rstrip()
-        for line in lines
-    )

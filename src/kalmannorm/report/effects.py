@@ -162,19 +162,6 @@ class Cells:
         return found
 
 
-class Fit(NamedTuple):
-    """The least-squares model of some rows: one spread (standard deviation of a run) for all of them."""
-
-    rows: tuple[Any, ...]
-    levels: np.ndarray  # [R + S] of rows, then of seeds; as far as the runs tell them apart
-    covariance: np.ndarray  # [R + S, R + S] of the levels, over the variance
-    told: np.ndarray  # [R + S, R + S] projects on the sums of levels that the runs determine
-    spread: float  # nan where nothing is left to estimate it from
-    df: int
-    counts: tuple[int, ...]  # runs of each row
-    equal: float  # as of Effect
-
-
 class Effect(NamedTuple):
     """A weighted sum of rows with its standard error."""
 
@@ -245,51 +232,55 @@ def interval(values: Sequence[float]) -> float:
     return t_quantile(df) * float(np.std(values, ddof=1)) / math.sqrt(df + 1) if df >= LEAST else math.nan
 
 
-def fit(values: Mapping[Any, Mapping[int, float]], seeds: bool = True) -> Fit:
-    """Return the model of `values`: row -> seed -> value. `seeds` False: value = row alone, for the level of a row."""
-    rows = tuple(row for row in values if values[row])
-    every = sorted({seed for row in rows for seed in values[row]}) if seeds else []
-    runs = [(place, seed, value) for place, row in enumerate(rows) for seed, value in values[row].items()]
+def effect(
+    values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float], seeds: bool = True
+) -> Effect | None:
+    """Return a weighted sum of rows by least squares on `values`: row -> seed -> value.
+
+    `seeds` False: value = row alone. None where a row has no run, or no common seeds connect the rows.
+    """
+    runs = [(row, seed, value) for row, of in values.items() for seed, value in of.items()]
+    rows = list(dict.fromkeys(row for row, *_ in runs))
+    every = sorted({seed for _, seed, _ in runs}) if seeds else []
+    if not all(row in rows for row in weights):
+        return None
+    places = {place: i for i, place in enumerate([*rows, *every])}
+    design = np.zeros((len(runs), len(places)))
+    for run, (row, seed, _) in zip(design, runs, strict=True):
+        run[[places[row], *([places[seed]] if seeds else [])]] = 1
     found = np.array([value for *_, value in runs])
-    design = np.zeros((len(runs), len(rows) + len(every)))
-    for run, (place, seed, _) in zip(design, runs, strict=True):
-        run[place] = 1
-        if seeds:
-            run[len(rows) + every.index(seed)] = 1
+    sought = np.array([weights.get(place, 0.0) for place in places])
     normal = design.T @ design
-    covariance = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)
+    covariance = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)  # of rows and seeds, over the variance
+    told = covariance @ normal  # projects on the sums of them that the runs determine
+    if not np.allclose(told @ sought, sought, atol=1e-9):
+        return None
     levels = covariance @ design.T @ found
-    told = covariance @ normal
     df = len(runs) - round(float(np.trace(told)))
     spread = math.sqrt(float(((found - design @ levels) ** 2).sum()) / df) if df else math.nan
-    return Fit(
-        rows, levels, covariance, told, spread, df, tuple(len(values[row]) for row in rows), _equal_variances(values)
-    )
-
-
-def effect(of: Fit, weights: Mapping[Any, float]) -> Effect | None:
-    """Return a contrast of rows. None where a row has no run, or no common seeds connect the rows."""
-    if not all(row in of.rows for row in weights):
-        return None
-    vector = np.zeros(len(of.levels))
-    vector[: len(of.rows)] = [weights.get(row, 0.0) for row in of.rows]
-    if not np.allclose(of.told @ vector, vector, atol=1e-9):
-        return None
-    error = of.spread * math.sqrt(max(0.0, float(vector @ of.covariance @ vector)))
-    n = min(of.counts[of.rows.index(row)] for row in weights)
+    error = spread * math.sqrt(max(0.0, float(sought @ covariance @ sought)))
     # Rounded: whether -0.345 is printed as -0.34 or -0.35 must not hang on the machine's linear algebra.
-    mean, error, spread = (round(float(x), 12) for x in (of.levels @ vector, error, of.spread))
-    return Effect(mean, error, of.df, n, spread, tuple(weights.values()), len(of.rows), equal=of.equal)
+    mean, error, spread = (round(float(x), 12) for x in (levels @ sought, error, spread))
+    common = set.intersection(*(set(values[row]) for row in weights))
+    each = (math.fsum(weight * values[row][seed] for row, weight in weights.items()) for seed in sorted(common))
+    return Effect(
+        mean=mean,
+        error=error,
+        df=df,
+        n=min(len(values[row]) for row in weights),
+        spread=spread,
+        weights=tuple(weights.values()),
+        rows=len(rows),
+        seeds=tuple(each),
+        equal=_equal_variances(values),
+    )
 
 
 def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> Effect | None:
     """Return a contrast under row + seed; under the rows alone for a level, or where no common seeds connect the
     rows."""
-    found = effect(fit(values), weights) if abs(sum(weights.values())) < 1e-9 else None
-    found = found or effect(fit(values, seeds=False), weights)
-    common = set.intersection(*(set(values.get(row, ())) for row in weights))
-    each = (math.fsum(weight * values[row][seed] for row, weight in weights.items()) for seed in sorted(common))
-    return found and found._replace(seeds=tuple(each))
+    found = effect(values, weights) if abs(sum(weights.values())) < 1e-9 else None
+    return found or effect(values, weights, seeds=False)
 
 
 def compare(
@@ -355,16 +346,8 @@ def identity(card: Card, row: Row, column: Column | None = None) -> Identity:
 def signed(value: float) -> str:
     """ "+1.23", "−0.4"."""
     size = abs(value)
-    text = (
-        f"{size:,.0f}"
-        if size >= 1000
-        else f"{size:.1f}"
-        if size >= 100
-        else f"{size:.2f}"
-        if size >= 0.1
-        else f"{size:.2g}"
-    )
-    return f"{'−' if value < 0 else '+'}{text}"
+    written = next((of for least, of in ((1000, ",.0f"), (100, ".1f"), (0.1, ".2f")) if size >= least), ".2g")
+    return f"{'−' if value < 0 else '+'}{size:{written}}"
 
 
 def _equal_variances(values: Mapping[Any, Mapping[int, float]]) -> float:

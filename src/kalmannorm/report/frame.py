@@ -65,40 +65,39 @@ def check(runs: pd.DataFrame, numerics: int = NUMERICS) -> pd.DataFrame:
     one = runs.drop_duplicates("id").set_index("id").reindex(columns=few)  # all of them would take ten times as long
     one["row"] = one.groupby([*ROW, *GROUP], dropna=False).ngroup()
     one["kind"] = one.groupby(KIND, dropna=False).ngroup()
-    current = one[one.numerics == numerics]
-    done = current[current.status == "done"].sort_values("host.started", kind="stable")
+    stale = one[one.numerics != numerics]
+    current = one[one.numerics == numerics].sort_values("host.started", kind="stable")
+    done, failed = current[current.status == "done"], current[current.status == "failed"]
     kinds = done.groupby(["row", "kind"]).seed.nunique().reset_index(name="seeds")
     kinds["runs"] = kinds.kind.map(done.kind.value_counts())
-    used_kind = done.row.map(kinds.sort_values(["seeds", "runs", "kind"]).groupby("row").kind.last())
-    same = done[done.kind == used_kind]
-    used = same[~same.duplicated(["row", "seed"])]
-    failed = current[current.status == "failed"]
-    again = failed.set_index(["row", "seed"]).index.isin(done.set_index(["row", "seed"]).index)
+    chosen = done.row.map(kinds.sort_values(["seeds", "runs", "kind"]).groupby("row").kind.last())
+    other, same = done[done.kind != chosen], done[done.kind == chosen]
+    again = same[same.duplicated(["row", "seed"])]
+    first = same.drop_duplicates(["row", "seed"]).reset_index().set_index(["row", "seed"]).id
+    retried = failed.set_index(["row", "seed"]).index.isin(done.set_index(["row", "seed"]).index)
 
     state = pd.Series("used", one.index)
-    state[failed.index] = "failed"
-    state[done.index.difference(used.index)] = "left out"
-    state[failed.index[again]] = "left out"
-    state[one.index.difference(current.index)] = "stale"
+    for name, of in (("stale", stale), ("failed", failed), ("left out", failed[retried]), ("left out", other)):
+        state[of.index] = name
+    state[again.index] = "left out"
+
+    values = one.drop_duplicates("kind").set_index("kind")
+
+    def otherwise(run: Any) -> str:
+        usual = values.loc[chosen[run.name]]
+        said = [f"{run.arithmetic} where the others are {usual.arithmetic}"] * (run.arithmetic != usual.arithmetic)
+        return " and ".join([*said, *["other data than the others'"] * (run["data.sha256"] != usual["data.sha256"])])
 
     notes: dict[Any, list[str]] = {identity: [] for identity in one.index}
-    for identity, made_by in one.numerics[one.index.difference(current.index)].items():
-        notes[identity].append(f"stale: made by NUMERICS {made_by}, this is {numerics}")
-    values = one.drop_duplicates("kind").set_index("kind")[KIND]
-    for identity, run in done[done.kind != used_kind].iterrows():
-        chosen = values.loc[used_kind.loc[str(identity)]]
-        differing = [f"{run.arithmetic} where the others are {chosen.arithmetic}"] * (
-            run.arithmetic != chosen.arithmetic
-        )
-        differing += ["other data than the others'"] * (run["data.sha256"] != chosen["data.sha256"])
-        notes[identity].append(f"left out: {' and '.join(differing)}")
-    first = used.reset_index().set_index(["row", "seed"]).id
-    for identity, run in same[same.duplicated(["row", "seed"])].iterrows():
-        notes[identity].append(f"left out: seed {run.seed} has two records, {first[run.row, run.seed]} is used")
-    for identity, reason in failed.reason.items():
-        notes[identity].append(f"failed: {reason or 'no reason recorded'}")
-    for identity in done.index[~done.learned.astype(bool)]:
-        notes[identity].append("at chance under any statistics")
+    for of, words in (
+        (stale, lambda run: f"stale: made by NUMERICS {run.numerics}, this is {numerics}"),
+        (other, lambda run: f"left out: {otherwise(run)}"),
+        (again, lambda run: f"left out: seed {run.seed} has two records, {first[run.row, run.seed]} is used"),
+        (failed, lambda run: f"failed: {run.reason or 'no reason recorded'}"),
+        (done[~done.learned.astype(bool)], lambda run: "at chance under any statistics"),
+    ):
+        for identity, run in of.iterrows():
+            notes[identity].append(words(run))
     said = {identity: "; ".join(of_run) for identity, of_run in notes.items()}
     return runs.assign(state=runs.id.map(state), note=runs.id.map(said))
 
