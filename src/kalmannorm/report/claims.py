@@ -23,12 +23,13 @@ from kalmannorm.experiments.card import Row
 from kalmannorm.report import effects, quantities, speed
 from kalmannorm.report.effects import FIRST_STEPS, LEAST, Cell, Cells, Effect, Group, Shares, signed
 from kalmannorm.report.frame import Identity
-from kalmannorm.report.quantities import QUANTITIES, Quantity
+from kalmannorm.report.quantities import QUANTITIES
 
 HERE = Path(__file__).parent
 UNJUDGED = ("smoke", FIRST_STEPS)  # budgets whose accuracies mean nothing
 SEEDS = (3, 5, 10)  # for how many an open claim says what its interval would be
-OTHERS = {"parameters": Quantity("parameters"), "speed": Quantity("%"), "lost": Quantity("points")}
+UNITS = {of: quantity.unit for of, quantity in QUANTITIES.items()}
+UNITS |= {"steps_to": "%", "parameters": "parameters", "speed": "%", "lost": "points"}
 
 State = Literal["supported", "contradicted", "open", "explored", "not run"]
 
@@ -93,8 +94,13 @@ class Claim:
         return f"{self.expect} than {self.than:g}"
 
     @property
-    def measure(self) -> Quantity:
-        return Quantity("%") if self.relative else {**QUANTITIES, **OTHERS}[self.quantity]
+    def unit(self) -> str:
+        return "%" if self.relative else UNITS[self.quantity]
+
+    @property
+    def log(self) -> bool:
+        """Whether logarithms are compared."""
+        return self.quantity == "steps_to" or (self.quantity in QUANTITIES and QUANTITIES[self.quantity].log)
 
     @property
     def of(self) -> tuple[str, ...]:
@@ -108,16 +114,15 @@ class Claim:
 
     def percent(self, value: float) -> float:
         """Return a compared value as it is shown: percent where logarithms are compared."""
-        return 100 * math.expm1(value) if self.measure.log else value
+        return 100 * math.expm1(value) if self.log else value
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Between which the compared value is claimed to lie."""
-        of = [math.log1p(bound / 100) if self.measure.log else bound for bound in (self.than, self.margin)]
-        low, high = {"greater": (of[0], math.inf), "less": (-math.inf, of[0])}.get(
-            self.expect, (of[0] - of[1], of[0] + of[1])
-        )
-        return low, high
+        than, margin = (math.log1p(bound / 100) if self.log else bound for bound in (self.than, self.margin))
+        if self.expect == "equal":
+            return than - margin, than + margin
+        return (than, math.inf) if self.expect == "greater" else (-math.inf, than)
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ class Verdict:
         if not between and isinstance(self.effect, Effect) and self.effect.seeds[1:]:
             between = f" ({', '.join(signed(self.claim.percent(seed)) for seed in self.effect.seeds)})"
         counted = f" (n = {self.effect.n})" if self.effect else ""
-        return f"{signed(self.measured)}{between} {self.claim.measure.unit}".rstrip() + counted
+        return f"{signed(self.measured)}{between} {self.claim.unit}".rstrip() + counted
 
 
 @functools.cache
@@ -201,7 +206,7 @@ def decide(claim: Claim, low: float, high: float) -> Literal["supported", "contr
 def _claim(tree: Mapping[str, Any]) -> Claim:
     lists = {key: tuple(tree[key]) for key in ("datasets", "budgets", "conflict", "at") if key in tree}
     found = Claim(**{**tree, **lists, "contrast": tuple(map(_term, tree["contrast"]))})
-    if found.quantity not in {**QUANTITIES, **OTHERS}:
+    if found.quantity not in UNITS:
         raise UserError(f"claims.yaml: {found.id} has an unknown quantity {found.quantity!r}")
     return found
 
@@ -259,7 +264,7 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
     return replace(verdict, effect=found, why=why, lost=lost)
 
 
-def _value(claim: Claim, sides: Sequence[Cell]) -> effects.Value | None:
+def _value(claim: Claim, sides: Sequence[Cell]) -> quantities.Value | None:
     """Return what is compared, of one run."""
     if _within_runs(claim):
         first, second = (term.statistics for term in claim.contrast)
@@ -272,9 +277,8 @@ def _value(claim: Claim, sides: Sequence[Cell]) -> effects.Value | None:
         if not against:
             return None
         level = claim.level * min(float(run["accuracy"]) for run in against)
-        return lambda run: quantities.value(run, "steps_to", level=level)
-    at = claim.at[0] / claim.at[1] if claim.at else None
-    return lambda run: quantities.value(run, claim.quantity, at)
+        return lambda run: math.log(steps) if (steps := quantities.steps_to(run, level)) and steps < math.inf else None
+    return quantities.value(claim.quantity, claim.at)
 
 
 def _within_runs(claim: Claim) -> bool:
@@ -283,7 +287,7 @@ def _within_runs(claim: Claim) -> bool:
     return len(others) == 1 and (one.card, one.row, one.column) == (others[0].card, others[0].row, others[0].column)
 
 
-def _lost(claim: Claim, sides: Sequence[Cell], value: effects.Value) -> tuple[str, Literal["", "some", "most"]]:
+def _lost(claim: Claim, sides: Sequence[Cell], value: quantities.Value) -> tuple[str, Literal["", "some", "most"]]:
     """Say which runs were lost, if any of the side that the claim favours; "most": more than half and than the other's,
     which contradicts the claim."""
     parts: dict[int, list[tuple[int, int]]] = {1: [], -1: []}
@@ -346,15 +350,12 @@ def _decide(verdict: Verdict, family: int) -> Verdict:
             if verdict.lost and state == "supported":
                 state = "open"
             if state == "open" and not why and isinstance(found, Effect):
-                widths_ = ", ".join(f"{_half(claim, found, n, family)} with {n}" for n in SEEDS if n > found.n)
-                why = f"half the interval would be {widths_} seeds of these rows" if widths_ else ""
+                halves = {n: claim.percent(found.half_width_of(n, family)) for n in SEEDS if n > found.n}
+                with_ = ", ".join(f"{half:.2g} with {n}" for n, half in halves.items())
+                why = f"half the interval would be {with_} seeds of these rows" if halves else ""
     if judged and verdict.lost == "most":
         state = "contradicted"
     return replace(verdict, state=state, why=why, low=low, high=high, family=family if judged else 1)
-
-
-def _half(claim: Claim, found: Effect, seeds: int, family: int) -> str:
-    return f"{claim.percent(found.half_width_of(seeds, family)):.2g}"
 
 
 def _count(claim: Claim) -> Verdict:

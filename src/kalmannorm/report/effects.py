@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,13 +23,12 @@ from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Column, Row
 from kalmannorm.report import frame
 from kalmannorm.report.frame import Identity
+from kalmannorm.report.quantities import Run, Value
 
 CONFIDENCE = 0.95
 LONGEST = 60  # characters of a group in a file's name
 FIRST_STEPS = "start"  # a budget that draws a training's first steps: no accuracy is read from it
 LEAST = 3  # degrees of freedom of an interval; of shares, runs that were lost
-Run = Mapping[str, Any]  # a row of the frame
-Value = Callable[[Run], float | None]
 
 
 class Group(NamedTuple):

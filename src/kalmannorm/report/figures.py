@@ -346,23 +346,23 @@ def _lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", ti
     return {"": lines(drawn, said, scale, ticks)} if drawn else {}
 
 
-def _curve(run: effects.Run) -> bool:
+def _curve(run: quantities.Run) -> bool:
     return isinstance(run["curve"], list) and len(run["curve"]) > 1
 
 
-def _together(runs: Sequence[effects.Run]) -> tuple[list[float | None], list[list[float]]]:
+def _together(runs: Sequence[quantities.Run]) -> tuple[list[float | None], list[list[float]]]:
     """Return the steps of some runs' evaluations, as far as all of them got, and the accuracies at each."""
     places = list(zip(*(run["curve"] for run in runs), strict=False))
     values = [[np.nan if value is None else value for value in place] for place in places]
     return runs[0]["step"][: len(places)], values
 
 
-def _norms(run: effects.Run, key: str) -> dict[str, Any] | None:
+def _norms(run: quantities.Run, key: str) -> dict[str, Any] | None:
     return (run["norms"] or {}).get(key)
 
 
 def _final(cell: Cell, quantity: str = "accuracy") -> dict[int, float]:
-    return effects.values_of(cell, lambda run: quantities.value(run, quantity))
+    return effects.values_of(cell, quantities.value(quantity))
 
 
 def _looks(card: Card) -> dict[str, Look]:
@@ -376,7 +376,7 @@ def _by_network(card: Card) -> dict[str, list[Row]]:
     return found
 
 
-def _arrays(cell: Cell, having: str = "gap_measured", of_all: bool = False) -> dict[int, tuple[effects.Run, Arrays]]:
+def _arrays(cell: Cell, having: str = "gap_measured", of_all: bool = False) -> dict[int, tuple[quantities.Run, Arrays]]:
     """Return, by seed, the runs that learned, or all of them, and the arrays beside their record, which has `having`
     among them."""
     found = {}
@@ -390,7 +390,7 @@ def _arrays(cell: Cell, having: str = "gap_measured", of_all: bool = False) -> d
     return found
 
 
-def _over_layers(label: str, look: Look, runs: Sequence[np.ndarray], run: effects.Run) -> Line:
+def _over_layers(label: str, look: Look, runs: Sequence[np.ndarray], run: quantities.Run) -> Line:
     """Return values per layer of some seeds; parallel branches of a block are not joined."""
     names = quantities.layers(run, len(runs[0]))
     branches = [_branch(name) for name in names]
@@ -410,7 +410,7 @@ def _branch(name: str) -> tuple[tuple[str, ...], str]:
     return block, rest[0] if len(rest) > 1 else ""
 
 
-def _last(run: effects.Run, arrays: Arrays) -> dict[str, int]:
+def _last(run: quantities.Run, arrays: Arrays) -> dict[str, int]:
     """Return the last normalizers with their channels, by what their names do not share; {} where that is not known."""
     names = [name.split(".") for name in _norms(run, "last") or []]
     sizes = [int(size) for size in arrays.get("last_channels", ())]

@@ -170,7 +170,7 @@ def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
     """Measured effects in points with the intervals that decide, beside the paper's."""
     colours = {"supported": style.GREEN, "contradicted": style.ORANGE, "open": style.GREY}
     paper_point = Point(0, "#000000", "D", filled=False)
-    shown = [v for v in verdicts if v.judged and v.claim.measure.unit == "points" and math.isfinite(v.low)]
+    shown = [v for v in verdicts if v.judged and v.claim.unit == "points" and math.isfinite(v.low)]
     entries: list[Entry] = []
     for v in sorted(shown, key=lambda v: _fullness(v.group.budget if v.group else "")):
         value = v.claim.printed(v.group.dataset if v.group else "")

@@ -6,27 +6,21 @@ from typing import Any
 
 import yaml
 
+from kalmannorm.report.frame import flat
+
 
 @functools.cache
 def values() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("paper_values.yaml").read_text())
-    return found
+    """Return what is printed, by dotted path."""
+    return flat(yaml.safe_load(Path(__file__).with_name("paper_values.yaml").read_text()), "")
 
 
 def printed(path: str) -> float | None:
-    """Return the printed value at a dotted path, whose keys may hold dots; None where nothing is printed."""
-    node: Any = values()
-    rest = path
-    while rest and isinstance(node, dict):
-        key = next(
-            (key for key in sorted(map(str, node), key=len, reverse=True) if f"{rest}.".startswith(f"{key}.")), None
-        )
-        if key is None:
-            return None
-        node, rest = node[key], rest[len(key) + 1 :]
-    return float(node) if isinstance(node, int | float) and not rest else None
+    """Return the printed value at a dotted path; None where nothing is printed."""
+    found = values().get(path)
+    return float(found) if isinstance(found, int | float) else None
 
 
 def conflicts() -> list[str]:
     """Where the sources contradict themselves or each other."""
-    return [str(said) for said in values()["neurips"]["text"]["inconsistent"]]
+    return [str(said) for said in values()["neurips.text.inconsistent"]]

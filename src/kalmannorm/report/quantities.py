@@ -1,7 +1,7 @@
 """What is read off one run: a final value, one on the way, the steps to a level, gaps, errors, shares."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,62 +10,15 @@ import numpy as np
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 
-Run = Mapping[str, Any]
-
-
-class Quantity(NamedTuple):
-    """How a quantity is compared. Logarithms are compared by subtraction: an effect of d is 100 (e^d - 1) percent."""
-
-    unit: str
-    log: bool = False
-
-
+Run = Mapping[str, Any]  # a row of the frame
+Value = Callable[[Run], float | None]
 # A detector's: COCO's average precision; at IoU 0.5 and 0.75, of small, medium and large objects.
 PRECISIONS = tuple(
     f"{kind}_ap{of}" for kind in ("box", "mask") for of in ("", "50", "75", "_small", "_medium", "_large")
 )
 # What a record holds in percent under each kind of statistics; top5 of videos, the last two are a segmenter's.
 PERCENT = ("accuracy", "top5", *PRECISIONS, "miou", "pixel_accuracy")
-QUANTITIES = {
-    **dict.fromkeys((*PERCENT, "gap", "ln_share", "bn_share"), Quantity("points")),
-    **dict.fromkeys(("steps_to", "gap_measured", "gap_used"), Quantity("%", log=True)),
-    **dict.fromkeys(("relative_gap_measured", "relative_gap_used"), Quantity("%", log=True)),
-    **dict.fromkeys(("depth_growth", "zeta_growth", "loss", "train_loss"), Quantity("")),
-    **{
-        f"{what}_{moment}": Quantity("%", log=True)
-        for what in ("posterior_error", "first_error", "posterior_spread")
-        for moment in ("mean", "var")
-    },
-}
-SHARES = {"ln_share": 1, "bn_share": 2}  # places in a Switchable Norm's weights: IN, LN, BN
 EPS = 1e-5  # torch's default for normalizers, which the models here keep: a channel that is always 0 divides by it
-
-
-def value(run: Run, quantity: str = "accuracy", at: float | None = None, level: float | None = None) -> float | None:
-    """Return a quantity of QUANTITIES, its logarithm where it has `log`; None where the record does not have it.
-
-    `at`: of an accuracy, after this part of the run's steps instead of its end. `level`: of steps_to, in percent.
-    """
-    if quantity == "accuracy" and at is not None:
-        return accuracy_at(run, at)
-    if quantity == "steps_to":
-        assert level is not None
-        steps = steps_to(run, level)
-        return math.log(steps) if steps is not None and math.isfinite(steps) else None
-    if quantity in SHARES:
-        return _share(run, SHARES[quantity])
-    if quantity == "gap":  # how far apart the same weights are under online and moving statistics
-        return None if missing(run["gap"]) else abs(run["gap"])
-    if quantity == "train_loss":  # the last epoch's
-        losses = run.get("train_loss")
-        return float(losses[-1]) if isinstance(losses, list) and not missing(losses[-1]) else None
-    if quantity == "zeta_growth":
-        return _zeta_growth(run.get("norms") or {})
-    if quantity in (*PERCENT, "loss"):
-        return None if missing(run.get(quantity)) else float(run[quantity])
-    if quantity not in QUANTITIES:
-        raise UserError(f"unknown quantity {quantity!r}; valid: {', '.join(QUANTITIES)}")
-    return _of_arrays(run).get(quantity)
 
 
 def accuracy_at(run: Run, part: float) -> float | None:
@@ -114,28 +67,8 @@ def layers(run: Run, count: int) -> list[str]:
     return names if len(names) == count else [str(i + 1) for i in range(count)]
 
 
-def _share(run: Run, place: int) -> float | None:
-    """Return a weight of Switchable Norm in percent: mean over layers, and over the weights of the means and the
-    variances."""
-    mixed = (run.get("norms") or {}).get("mixture") or {}
-    weights = [layer[moment][place] for layer in mixed.values() for moment in ("mean", "var")]
-    return 100 * math.fsum(weights) / len(weights) if weights else None
-
-
-def _zeta_growth(norms: Mapping[str, Any]) -> float | None:
-    """Return how ln of gamma decay's mean coefficient grows with depth."""
-    found = norms.get("gamma_decay") or {}
-    names = [name for name in norms.get("order") or [] if name in found]
-    growth = _growth(names, np.array([found[name]["zeta"] for name in names])) if len(names) > 2 else math.nan
-    return growth if math.isfinite(growth) else None
-
-
-def _of_arrays(run: Run) -> Mapping[str, float]:
-    return _read(str(run["id"]), str(run["results"]), tuple((run.get("norms") or {}).get("order") or ()))
-
-
 @cache
-def _read(identity: str, results: str, order: tuple[str, ...]) -> dict[str, float]:
+def _of_arrays(identity: str, results: str, order: tuple[str, ...]) -> dict[str, float]:
     """Return the logarithms of the mean variance gaps (of the measurement; of what normalizes), how the relative gap
     grows with depth, and by how much the posterior's errors are above the measurement's."""
     try:
@@ -172,3 +105,80 @@ def _growth(names: Sequence[str], gaps: np.ndarray) -> float:
 
 def _log(number: Any) -> float:
     return math.log(number) if number > 0 else math.nan
+
+
+def _number(found: Any) -> float | None:
+    return None if missing(found) else float(found)
+
+
+def _recorded(key: str) -> Value:
+    return lambda run: _number(run.get(key))
+
+
+def _last_loss(run: Run) -> float | None:
+    losses = run.get("train_loss")
+    return _number(losses[-1]) if isinstance(losses, list) else None
+
+
+def _share(place: int) -> Value:
+    """Return what reads a weight (IN, LN, BN) of Switchable Norm in percent: mean over layers, means and variances."""
+
+    def share(run: Run) -> float | None:
+        mixed = (run.get("norms") or {}).get("mixture") or {}
+        weights = [layer[moment][place] for layer in mixed.values() for moment in ("mean", "var")]
+        return 100 * math.fsum(weights) / len(weights) if weights else None
+
+    return share
+
+
+def _zeta_growth(run: Run) -> float | None:
+    """Return how ln of gamma decay's mean coefficient grows with depth."""
+    norms = run.get("norms") or {}
+    found = norms.get("gamma_decay") or {}
+    names = [name for name in norms.get("order") or [] if name in found]
+    return _number(_growth(names, np.array([found[name]["zeta"] for name in names]))) if len(names) > 2 else None
+
+
+def _array(key: str) -> Value:
+    return lambda run: _of_arrays(
+        str(run["id"]), str(run["results"]), tuple((run.get("norms") or {}).get("order") or ())
+    ).get(key)
+
+
+class Quantity(NamedTuple):
+    """How a quantity is read off a run and compared. Logarithms are compared by subtraction: an effect of d is
+    100 (e^d - 1) percent."""
+
+    unit: str
+    read: Value
+    log: bool = False
+
+
+OF_ARRAYS = (
+    *(f"{gap}_{of}" for gap in ("gap", "relative_gap") for of in ("measured", "used")),
+    *(f"{what}_{of}" for what in ("posterior_error", "first_error", "posterior_spread") for of in ("mean", "var")),
+)
+QUANTITIES = {
+    **{key: Quantity("points", _recorded(key)) for key in PERCENT},
+    # How far apart the same weights are under online and moving statistics.
+    "gap": Quantity("points", lambda run: None if missing(run["gap"]) else abs(run["gap"])),
+    "ln_share": Quantity("points", _share(1)),
+    "bn_share": Quantity("points", _share(2)),
+    **{key: Quantity("%", _array(key), log=True) for key in OF_ARRAYS},
+    "depth_growth": Quantity("", _array("depth_growth")),
+    "zeta_growth": Quantity("", _zeta_growth),
+    "loss": Quantity("", _recorded("loss")),
+    "train_loss": Quantity("", _last_loss),
+}
+
+
+def value(quantity: str = "accuracy", at: tuple[float, float] | None = None) -> Value:
+    """Return what reads a quantity off a run, its logarithm where it has `log`; None where the record does not have it.
+
+    `at`: of an accuracy, after this part of the whole of the run's steps instead of its end.
+    """
+    if at is not None:
+        return lambda run: accuracy_at(run, at[0] / at[1])
+    if quantity not in QUANTITIES:
+        raise UserError(f"unknown quantity {quantity!r}; valid: {', '.join(QUANTITIES)}")
+    return QUANTITIES[quantity].read

@@ -348,12 +348,11 @@ def _written(sheet: Sheet, escaped: Callable[[str], str], best: str, mark: str, 
     return pd.DataFrame([list(map(written, row)) for row in sheet.rows], index, list(map(escaped, sheet.header)))
 
 
-def _value(column: Column) -> effects.Value:
+def _value(column: Column) -> quantities.Value:
     if column.steps_to is not None:
         level = column.steps_to
         return lambda run: quantities.steps_to(run, level)
-    at = column.at[0] / column.at[1] if column.at else None
-    return lambda run: quantities.value(run, column.value, at)
+    return quantities.value(column.value, column.at)
 
 
 def _best(card: Card, column: Column, cells: Mapping[str, Cell]) -> set[str]:
@@ -387,23 +386,23 @@ def _spreads(column: str, found: Mapping[str, Effect | None]) -> list[str]:
     return [f"{column}: {' / '.join(dict.fromkeys(words))}"] if words else []
 
 
-def _runs(card: Card, group: Group, cells: Cells) -> list[effects.Run]:
+def _runs(card: Card, group: Group, cells: Cells) -> list[quantities.Run]:
     of_rows = (cells.cell(card, row, group, column) for row in card.rows for column in card.columns_of(row))
     return [run for cell in of_rows for run in (*cell.runs, *cell.failed)]
 
 
-def _whole(runs: list[effects.Run]) -> list[effects.Run]:
+def _whole(runs: list[quantities.Run]) -> list[quantities.Run]:
     """Leave out runs that failed, unless all did: one that failed early knows no data."""
     return [run for run in runs if run["status"] == "done"] or runs
 
 
-def _seen(run: effects.Run) -> str:
+def _seen(run: quantities.Run) -> str:
     """ "50,000 images", "96 videos"; without their number where the run failed before it was known."""
     count, what = _recorded(run, "data.train_images"), "videos" if _recorded(run, "dataset.frames") else "images"
     return f"{int(count):,} {what}" if count else what
 
 
-def _recorded(run: effects.Run, key: str) -> Any:
+def _recorded(run: quantities.Run, key: str) -> Any:
     """Return a value of the record; None where it has none, which the frame has as nan."""
     return None if pd.isna(found := run.get(key)) else found
 
