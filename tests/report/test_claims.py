@@ -118,6 +118,13 @@ def test_supported_contradicted_and_their_numbers(monkeypatch: pytest.MonkeyPatc
     assert "seeds of these rows" in near.why
 
 
+def test_a_column_may_fix_the_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table7(tmp_path)
+    pair = ("+table8/inception_kn_stat2@cifar10", "-table8/inception_bn_stat2@cifar10")
+    fixed, named = judged(monkeypatch, tmp_path, claim(pair), claim())
+    assert fixed.effect is not None and fixed.effect == named.effect
+
+
 def test_one_seed_decides_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_record(tmp_path, config("bn"), 1, 60.0)
     write_record(tmp_path, config("bkn"), 1, 90.0)

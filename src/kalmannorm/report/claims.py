@@ -251,12 +251,11 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
         return replace(verdict, why="no run of the other side learned")
     why, lost = _lost(claim, sides, value)
     own = {term.card: cards.read(term.card) for term in claim.contrast}.values()
-    places = [replace(row, dataset=None) for row in rows]
-    weights: dict[Identity, float] = {}
-    for place, term in zip(places, claim.contrast, strict=True):
-        weights[place] = weights.get(place, 0) + term.sign
+    weights = dict.fromkeys(rows, 0.0)
+    for row, term in zip(rows, claim.contrast, strict=True):
+        weights[row] += term.sign
     if _within_runs(claim):  # online minus moving of the same weights: one value a run
-        weights = {places[0]: 1.0}
+        weights = {rows[0]: 1.0}
     statistics = claim.contrast[0].statistics
     found = effects.compare(cells, own, group, statistics, weights, value, kinds)
     if found is None and not lost:

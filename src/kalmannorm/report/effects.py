@@ -291,9 +291,14 @@ def compare(
     value: Value,
     kinds: Collection[tuple[str, ...]],
 ) -> Effect | None:
-    """Return a contrast of rows with the spread pooled over the rows of their networks that ran as one of `kinds`."""
-    pooled = pool(cells, own, group, statistics, {(row.network, row.length) for row in weights})
-    return contrast({row: values_of(cell, value) for row, cell in pooled.items() if cell.kind in kinds}, weights)
+    """Return a contrast of rows with the spread pooled over the rows of their networks that ran as one of `kinds`.
+
+    Where columns fix the data set, it is that of the rows.
+    """
+    at = group._replace(dataset=next((row.dataset for row in weights if row.dataset), group.dataset))
+    pooled = pool(cells, own, at, statistics, {(row.network, row.length) for row in weights})
+    values = {row: values_of(cell, value) for row, cell in pooled.items() if cell.kind in kinds}
+    return contrast(values, {replace(row, dataset=None): weight for row, weight in weights.items()})
 
 
 def pool(

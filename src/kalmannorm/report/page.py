@@ -134,8 +134,8 @@ def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
     for budget in sorted({v.group.budget for v in judged if v.group}, key=_fullness):
         of_budget = [v for v in judged if v.group and v.group.budget == budget]
         counts = Counter(v.state for v in of_budget)
-        length = _length(cells, budget, {v.group.dataset for v in of_budget if v.group})
-        reduced = "" if budget == "paper" else f", a reduction ({length})"
+        datasets = {v.group.dataset for v in of_budget if v.group}
+        reduced = "" if budget == "paper" else f", a reduction ({_length(cells, budget, datasets)})"
         said.append(
             f"At budget {budget}{reduced}, {len(of_budget)} tests of the papers' claims: {counts['supported']} "
             f"supported, {counts['contradicted']} contradicted, {counts['open']} open."

@@ -150,15 +150,12 @@ def differences(card: Card, group: Group, column: Column, cells: Cells) -> dict[
     found: dict[str, Effect | None] = {}
     if column.steps_to is not None:
         return found
-    of_rows = {row.key: (row, cells.cell(card, row, group, column)) for row in card.rows if row.has(column)}
-    for key, (row, cell) in of_rows.items():
-        base = row.baseline or card.baseline
-        if not base or base == key or base not in of_rows or cell.kind != of_rows[base][1].kind:
-            continue
-        ours, theirs = (effects.identity(card, one, column) for one in (row, of_rows[base][0]))
-        at = group._replace(dataset=ours.dataset or group.dataset)
-        weights = {replace(ours, dataset=None): 1, replace(theirs, dataset=None): -1}
-        found[key] = effects.compare(cells, [card], at, column.statistics, weights, _value(column), [cell.kind])
+    kinds = {row.key: cells.cell(card, row, group, column).kind for row in card.rows if row.has(column)}
+    for key, kind in kinds.items():
+        base = card.row(key).baseline or card.baseline
+        if base and base != key and kinds.get(base) == kind:
+            weights = {effects.identity(card, card.row(of), column): sign for of, sign in ((key, 1), (base, -1))}
+            found[key] = effects.compare(cells, [card], group, column.statistics, weights, _value(column), [kind])
     return found
 
 
