@@ -157,7 +157,7 @@ def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
         for part in names
     )
     width = config["arch"].get("width")
-    found = [values["accuracy"] for values in final.values() if "accuracy" in values]
+    found = {kind: values["accuracy"] for kind, values in final.items() if "accuracy" in values}
     shared |= {
         "config": config,
         "training": record.get("final_on_training_images"),
@@ -177,18 +177,12 @@ def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
             ]
         ),
         "data.sha256": f"{data.get('sha256') or data.get('fidelity') or ''}{config['arch'].get('pretrained') or ''}",
-        "learned": not found or max(found) > CHANCE * 100 / config["dataset"].get("classes", 1),
-        "gap": _difference(final, "online", "moving"),
+        "learned": not found or max(found.values()) > CHANCE * 100 / config["dataset"].get("classes", 1),
+        "gap": found["online"] - found["moving"] if {"online", "moving"} <= found.keys() else None,
         **{key: curve.get(key) for key in ("epoch", "step", "train_loss", "lr")},
     }
     kinds = list(final) or list(STATISTICS)
     return [shared | {"statistics": kind, "curve": curve.get(kind), **final.get(kind, {})} for kind in kinds]
-
-
-def _difference(final: Mapping[str, Any], one: str, other: str) -> float | None:
-    """Return the points between two kinds of statistics of the same weights."""
-    first, second = ((final.get(kind) or {}).get("accuracy") for kind in (one, other))
-    return None if first is None or second is None else first - second
 
 
 def own_options(norm: Mapping[str, Any], stat_batch: int | None) -> dict[str, Any]:

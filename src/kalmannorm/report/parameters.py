@@ -13,23 +13,18 @@ from kalmannorm.report.tables import Place, Sheet
 
 def sheet(card: Card) -> Sheet:
     """Make a sheet: a row per network, a column per normalizer with runs of its own."""
-    header, rows, records, differing = [], [], [], []
-    for column in card.columns:
-        header += [column.label, f"{column.label}: paper"]
+    header = [name for column in card.columns for name in (column.label, f"{column.label}: paper")]
+    rows, records, differing = [], [], []
     for row in card.rows:
         line: list[Place] = []
         for column in card.columns:
             parameters = count(card.settings(row, column))
             printed = paper.printed(f"{card.paper}.{row.key}.{column.key}")
-            line += [
-                Place(f"{parameters / 1e6:.2f} ({parameters:,})"),
-                Place("–" if printed is None else f"{printed:.2f}"),
-            ]
-            records.append(
-                {"network": row.key, "normalizer": column.key, "parameters": parameters, "paper_millions": printed}
-            )
-            if printed is not None and f"{parameters / 1e6:.2f}" != f"{printed:.2f}":
-                differing.append(f"{row.label} with {column.label}")
+            shown, there = f"{parameters / 1e6:.2f}", "–" if printed is None else f"{printed:.2f}"
+            line += [Place(f"{shown} ({parameters:,})"), Place(there)]
+            differing += [f"{row.label} with {column.label}"] if there not in (shown, "–") else []
+            of = {"network": row.key, "normalizer": column.key}
+            records.append(of | {"parameters": parameters, "paper_millions": printed})
         rows.append(tuple(line))
     said = "Millions, in brackets exactly, counted from the models. "
     said += f"Not the printed digits: {', '.join(differing)}." if differing else "All equal the printed digits."
