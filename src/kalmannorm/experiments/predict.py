@@ -61,4 +61,4 @@ def _rates(done: list[Record], kind: Kind) -> dict[Hashable, list[float]]:
 
 def _images(record: Record) -> int:
     """Count the images of its training set."""
-    return int(record["data"]["train_images"])
+    return record["data"]["train_images"]

@@ -13,7 +13,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NotRequired
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
@@ -94,20 +94,21 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _check_data(data: Tree) -> Tree:
-    """Raise ValueError for what no data set says of itself; one of one's own may say more."""
-    for name, value in data.items():
-        if name in ("name", "fidelity", "sha256", "sha256_of", "loader"):
-            right, expected = isinstance(value, str), "text"
-        elif name in ("train_images", "test_images", "files"):
-            right, expected = type(value) is int and value >= 0, "how many"
-        elif name in ("unreadable", "beton", "other"):
-            right, expected = isinstance(value, dict), "values by name"
-        else:
-            continue
-        if not right:
-            raise ValueError(f"{name!r} is {value!r:.80}, expected {expected}")
-    return data
+@with_config(ConfigDict(extra="allow"))
+class Data(TypedDict, total=False):
+    """What a data set says of itself, and how many images of it were used; one of one's own may say more."""
+
+    name: str
+    fidelity: str
+    sha256: str
+    sha256_of: str
+    loader: str
+    train_images: Count
+    test_images: Count
+    files: Count
+    unreadable: dict[str, Any]
+    beton: dict[str, Any]
+    other: dict[str, Any]  # the data set that a segmenter is tested on as well
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -139,8 +140,7 @@ class Record(TypedDict):
     ]  # what determines the result (config.RESULT_KEYS); the id is its hash
     host: machine.Host  # time and place (machine.host), seconds, images per second
     parameters: NotRequired[Count]
-    # Name, fidelity and sha256 of the data set, and how many images of it were used
-    data: NotRequired[Annotated[Tree, AfterValidator(_check_data)]]
+    data: NotRequired[Data]
     curves: NotRequired[Curves]
     final: NotRequired[dict[str, Evaluation]]  # by kind of statistics
     norms: NotRequired[Norms]
@@ -173,7 +173,7 @@ def begin(config: Config, parameters: int, data: Tree, device: str, processes: i
         "reason": None,
         "config": config.result(),
         "parameters": parameters,
-        "data": data,
+        "data": cast(Data, data),
         "host": machine.host(device) | {"processes": processes},
     }
 
