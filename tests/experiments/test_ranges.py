@@ -138,7 +138,8 @@ def test_those_of_other_kinds_too(name: str) -> None:
         "+dataset.budgets.lite.lr=1", "+nesterov=true", "+norm.nesterov=true", "+batch.workers=3", "+budget.lr=1",
         "+dataset.budgets.mine.epochs_=1", "+norm.options.foo=1", "+norm.options.stat_batch=2",
         "+norm.options.device=cpu", "+norm.options.leaves=[x]", "+norm.options.norm=bn",
-        "+norm.options.weights={kind:wnn,foo:1}", "+arch.foo=1", "+arch={norm_layer:x}", "+schedule={nesterov:true}",
+        "+norm.options.weights={kind:wnn,foo:1}", "+arch.foo=1", "+arch.options=1", "+batch.GROUP=x",
+        "+arch={norm_layer:x}", "+schedule={nesterov:true}",
     ],
 )  # fmt: skip
 def test_a_key_that_nothing_reads_is_refused(added: str) -> None:

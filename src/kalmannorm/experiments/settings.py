@@ -190,10 +190,8 @@ class Group:
 
     def values(self) -> dict[str, Any]:
         """Return plain values, as they stand in conf/ and in records."""
-        found = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {
-            one.name: found[one.name] for one in fields(self) if found[one.name] is not None or one.default is MISSING
-        }
+        every = ((one, getattr(self, one.name)) for one in fields(self))
+        return {one.name: value for one, value in every if value is not None or one.default is MISSING}
 
 
 # The groups ---------------------------------------------------------------------------------------------------------
