@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from helpers import Residual
 from torch import nn
@@ -47,13 +48,17 @@ def test_gradients_are_relative_to_the_weights():
     np.testing.assert_allclose(seen["gradients"][1], expected, rtol=1e-5)
 
 
-def test_a_run_of_the_first_steps_alone(tmp_path: Path):
-    small = ["dataset=digits", "budget=start", "budget.stop_after=3", "arch.width=0.125", "device=cpu"]
+@pytest.mark.parametrize("norm", ["bkn", "wnn"])
+def test_a_run_of_the_first_steps_alone(tmp_path: Path, norm: str):
+    small = ["dataset=digits", "budget=start", "budget.stop_after=3", "arch.width=0.125", "device=cpu", f"norm={norm}"]
     assert main(["train", *small, f"results={tmp_path}", f"runs={tmp_path / 'runs'}"]) == 0
     (file,) = (tmp_path / "records").glob("*.json")
     record = json.loads(file.read_text())
     assert record["status"] == "done" and record["reason"] is None and record["curves"]["epoch"] == [1]
     arrays = np.load(file.with_suffix(".npz"))
+    assert np.isfinite(arrays["gradients"]).all()
+    if norm != "bkn":
+        return
     layers = len(record["norms"]["order"])
     assert arrays["scales"].shape == (3, layers) and np.isfinite(arrays["scales"]).all()
     assert arrays["losses"].shape == (3,) and arrays["condition_inputs"].shape == arrays["gradients"].shape

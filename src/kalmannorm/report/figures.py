@@ -1,5 +1,6 @@
 """What each kind of card shows of its runs in one group (`DRAW`), by the three ways to draw of plots.py."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ FIRST_STEPS = {
 }
 SMOOTHED = 10  # steps of a training loss
 READING = "Line: mean over the seeds that learned; band: from the lowest to the highest; hollow: one seed."
+SN_OF, TILE = ("in", "ln", "bn"), 8
 OF_SN = {"IN": Look("#000000", "^", ":"), "LN": Look(style.GREY, "D", "--"), "BN": Look(style.ORANGE, "s", "-")}
 STATISTICS = {"online": (style.BLUE, "o"), "moving": (style.ORANGE, "s")}
 COLUMNS = tuple(zip((style.BLUE, style.ORANGE, style.GREEN, "#CC79A7", style.GREY), style.MARKERS, strict=False))
@@ -61,34 +63,20 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def _choices(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw which statistics every layer of SSN chose for good: how many of the runs that learned chose each."""
-    found = []
-    for row in card.rows:
-        for column in card.columns:
-            learned = [run for run in cells.cell(card, row, group, column).learned if _norms(run, "choices")]
-            if learned:
-                chosen = [[of["chosen"] for of in (_norms(run, "choices") or {}).values()] for run in learned]
-                found.append((f"{row.name}, {column.label}", quantities.layers(learned[0], len(chosen[0])), chosen))
-    rows = [
-        [
-            _chosen(f"{title}: {moment}", names, [[of[i] for of in run] for run in chosen])
-            for title, names, chosen in found
-        ]
-        for i, moment in enumerate(("means", "variances"))
-    ]
-    said = f"{_said(card, group)} Statistics that every layer chose for good, and in how many of the runs that learned."
-    return {"_choices": lines(rows, said)} if found else {}
-
-
-def _chosen(title: str, names: Sequence[str], runs: Sequence[Sequence[str | None]]) -> Panel:
-    """Return how many of the runs, of which each has a choice per layer, chose IN, LN and BN."""
-    places = range(len(names))
-    counts = {norm: [float(sum(run[i] == norm.lower() for run in runs)) for i in places] for norm in OF_SN}
-    drawn = []
-    for (norm, look), of in zip(OF_SN.items(), counts.values(), strict=True):
-        at: list[float | None] = [float(i) for i in places if of[i]]
-        drawn.append(Line(norm, look, at, [[n] for n in of if n], apart=frozenset(range(len(at)))))
-    return Panel(title, drawn, "runs", names=names, limits=(0, len(runs) + 0.5))
+    """Draw which statistics every layer of SSN chose for good, in every run that learned."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for row, column in itertools.product(card.rows, card.columns):
+        norms = [run["norms"] for run in cells.cell(card, row, group, column).learned if _norms(run, "choices")]
+        chosen = [[of["choices"][name]["chosen"] for name in of["order"] if name in of["choices"]] for of in norms]
+        for i, moment in enumerate(("mean", "variance") if chosen else ()):
+            numbers = [[SN_OF.index(layer[i]) for layer in run] for run in chosen]
+            tiles = np.kron(np.array(numbers).T, np.ones((TILE, TILE), int))
+            tiles[TILE - 1 :: TILE], tiles[:, TILE - 1 :: TILE] = len(SN_OF), len(SN_OF)  # white lines between them
+            columns[f"{column.label}: {moment}"] = [tiles]
+    said = (
+        f"{_said(card, group)} What SSN's layers chose for good, from the first (above) to the last; a column a seed."
+    )
+    return {"_choices": label_maps(columns, [name.upper() for name in SN_OF], said)} if columns else {}
 
 
 def _scenes(card: Card, group: Group, cells: Cells) -> Figures:

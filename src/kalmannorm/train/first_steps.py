@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from kalmannorm.norm.batch import GroupedStatistics, Probe
 from kalmannorm.norm.belief import Belief
@@ -23,7 +24,7 @@ class FirstSteps:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+        self.weights = [_learned(m) for m in model.modules() if isinstance(m, nn.Conv2d)]
         self.seen: dict[str, list[Tensor]] = {name: [] for name in normalizers(model)}  # per step [QUANTITIES]
         self.gradients: list[list[Tensor]] = [[] for _ in self.weights]  # per step, its norm over the weight's
         self.losses: list[Tensor] = []  # of the training, per micro-batch
@@ -31,6 +32,7 @@ class FirstSteps:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Watch the steps inside."""
         probes = {name: self._probe(name, layer) for name, layer in normalizers(self.model).items()}
         with probing(self.model, probes), self.conditioning.watching(), ExitStack() as hooks:
             for weight, seen in zip(self.weights, self.gradients, strict=True):
@@ -74,3 +76,10 @@ class FirstSteps:
         if self.losses:
             arrays["losses"] = torch.stack(self.losses).unflatten(0, (steps, -1)).sum(1).cpu().numpy()
         return {"steps": np.arange(1, steps + 1), **arrays, **self.conditioning.arrays()}
+
+
+def _learned(layer: nn.Conv2d) -> Tensor:
+    """Return what is learned of a weight: V of a whitened one."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return layer.weight
+    return next(layer.parametrizations.weight.parameters(recurse=False))  # type: ignore[union-attr, operator]
