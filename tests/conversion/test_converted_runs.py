@@ -1,6 +1,7 @@
 """Converted models whose forward runs twice, or on nothing, and what others do to them after the conversion."""
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -124,27 +125,63 @@ def test_checkpoints_of_a_sequential_in_segments(options: dict[str, Any], reentr
         torch.testing.assert_close(a, b)
 
 
-def test_a_loop_in_a_checkpoint_is_reported() -> None:
+class Looping(nn.Module):
     """As timm has it: a function of several modules, which are called in turn."""
 
-    class Net(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.stem, self.features = how, nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)), net()
+
+    def run(self, x: Tensor) -> Tensor:
+        for layer in self.features:
+            x = layer(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.how == "plain":
+            return self.run(x) if x.sum() < 1e9 else x  # so that it runs as it is, as the others do
+        if self.how == "list":
+            return checkpoint_sequential(list(self.features), 2, x, use_reentrant=False)
+        if self.how == "module":
+            return torch.utils.checkpoint.checkpoint(lambda x: self.features(x), x, use_reentrant=False)
+        return checkpoint(self.run, x, use_reentrant=self.how == "reentrant")
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not", "list", "module"])
+@pytest.mark.parametrize("options", [{}, {"predictor": "sampling"}], ids=str)
+def test_a_loop_in_a_checkpoint_hands_beliefs_on(options: dict[str, Any], how: str) -> None:
+    model, plain = (convert(Looping(kind), "bkn", stat_batch=2, **options) for kind in (how, "plain"))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    first, *rest = belief_report(model, x).values()
+    assert str(first).startswith("nothing: ") and set(rest) == {None}
+    for a, b in zip(gradients(model, x, None), gradients(plain, x, None), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_checkpoint_that_is_not_known_by_name_is_reported() -> None:
+    class Net(Looping):
         def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.features = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)), net()
+            super().__init__("")
+            self.held = functools.partial(checkpoint, use_reentrant=False)
 
         def forward(self, x: Tensor) -> Tensor:
-            def run(x: Tensor) -> Tensor:
-                for layer in self.features:
-                    x = layer(x)
-                return x
+            return self.held(self.run, self.stem(x))
 
-            return checkpoint(run, self.stem(x), use_reentrant=False)
-
-    report = belief_report(convert(Net(), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8))
-    first, *rest = report.values()
+    first, *rest = belief_report(convert(Net(), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)).values()
     assert str(first).startswith("nothing: ") and {str(why).partition(":")[0] for why in rest} == {
         "a checkpoint of several modules that are called in turn"
     }
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_of_parts_outside_of_the_forward_warns(reentrant: bool) -> None:
+    """It calls them one by one, without beliefs."""
+    model = convert(net(), "bkn", stat_batch=2)
+    x = torch.randn(4, 3, 8, 8).requires_grad_()
+    with pytest.warns(UserWarning, match="without beliefs, in a checkpoint outside of the forward"):
+        checkpoint_sequential(model, 2, x, use_reentrant=reentrant)
 
 
 class OtherCheckpoint(torch.autograd.Function):

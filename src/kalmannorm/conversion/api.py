@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from kalmannorm.conversion import classes
 from kalmannorm.conversion.attach import Search
+from kalmannorm.conversion.flow import stand_ins
 from kalmannorm.conversion.layers import (
     add_biases,
     build_normalizer,
@@ -49,7 +50,6 @@ from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a converted model
 INPUT_COUNT = "input_belief_batches"  # of a model that sees them itself: how many batches they are of
 _MARK = contract.MARK
-_NORMALIZER = "_normalizer"  # of a layer that convert put in
 # Forwards of layers whose beliefs are computed inside of them.
 CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 TRANSPOSED = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
@@ -128,7 +128,7 @@ def convert(
         if layer not in built:
             kind, own = chosen[name]
             built[layer] = build_normalizer(kind, name, layer, stat_batch, own)
-            built[layer].__dict__[_NORMALIZER] = True
+            built[layer].__dict__[contract.NORMALIZER] = True
             keep_more(layer, built[layer], name)
         source = built[layer] if name == "" else replace(source, name, built[layer])
     _refuse_unlike_rows(built.values())
@@ -151,7 +151,11 @@ def convert(
             classes.become(source, *classes.root_code(type(source), known, mark, returns_belief))
     else:
         for module in list(source.modules()):
-            if any(child in built.values() for child in module.children()) and _is_container(module, leaves):
+            if not _is_container(module, leaves):
+                continue
+            if any(name == "type" for _, name, _ in stand_ins(type(module))):
+                classes.become(module, classes.ASKING)
+            elif any(child in built.values() for child in module.children()):
                 classes.become(module, classes.REFUSING)
         if returns_belief:
             classes.become(source, classes.WITHOUT_BELIEF)
@@ -251,9 +255,11 @@ def _is_container(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> boo
     """Whether a module has a forward to write beliefs into: not one of torch's own, nor what has a rule as a whole."""
     if isinstance(module, (Estimator, torch.jit.ScriptModule, *leaves)) or type(module).__name__ in MODULES_BY_NAME:
         return False
-    if "forward" in module.__dict__ or classes.generated(type(module)) is not None:
+    if classes.generated(type(module)) is not None:
         return False
-    if type(module).forward in (nn.Module.forward, nn.ModuleList.forward):
+    if "forward" in module.__dict__:  # set on the instance
+        return any(isinstance(part, Estimator) for part in module.modules())
+    if type(module).forward in classes.NO_FORWARD:
         return False
     own = ("torch.nn.", "kalmannorm.norm.")
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith(own)
@@ -288,6 +294,11 @@ def _generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, 
         elif isinstance(module, _ConvNd | nn.Linear):
             _generate_layer(module, predictors, own)
     for _, module in reversed(containers):
+        if "forward" in module.__dict__:
+            classes.become(module, classes.AS_IT_IS)
+            module.__dict__["forward"] = classes.Followed(module.__dict__["forward"])
+            summaries[module] = Summary()
+            continue
         if type(module).forward is nn.Sequential.forward:
             summaries[module] = classes.sequential_summary(module, summaries)  # type: ignore[arg-type]
             classes.become(module, classes.SEQUENTIAL, {}, summaries[module])
@@ -309,6 +320,9 @@ def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dic
     passed: dict[nn.Module, Passed] = {}
     appending: set[nn.Module] = set()
     for name, module in containers:
+        if "forward" in module.__dict__:
+            as_they_are[name] = f"{type(module).__name__}: its forward was set on the instance"
+            continue
         if type(module).forward is nn.Sequential.forward:
             continue
         if isinstance(module, fx.GraphModule) and type(module).__mro__[1] is not fx.GraphModule:
@@ -360,13 +374,15 @@ def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str
     kind: Any = type(layer)
     parametrized = parametrize.is_parametrized(layer)
     base = kind.__bases__[0] if parametrized else kind
+    if "forward" in layer.__dict__:
+        return
     if base.forward is nn.Linear.forward:
         code = classes.LINEAR
     elif base.__name__ == "Conv2dSame":
         code = classes.OTHER_CONVOLUTION
     elif base.forward in TRANSPOSED:
         code = classes.TRANSPOSED
-    elif base.forward not in CONVOLUTIONS or "forward" in layer.__dict__:
+    elif base.forward not in CONVOLUTIONS:
         return
     elif not own:
         code = classes.CONVOLUTION
@@ -475,7 +491,7 @@ def fold(model: nn.Module) -> nn.Module:
         _restore(module)
     folded: dict[nn.Module, nn.Module] = {}
     for name, layer in list(plain.named_modules(remove_duplicate=False)):
-        if _NORMALIZER not in layer.__dict__:  # another's, also where one stood
+        if contract.NORMALIZER not in layer.__dict__:  # another's, also where one stood
             continue
         if not getattr(layer, "folds", False) or (
             layer.running_mean is None and isinstance(layer, Estimator | Whitening)

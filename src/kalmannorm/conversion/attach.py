@@ -12,8 +12,9 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.conv import _ConvNd
 
+from kalmannorm.conversion.names import CHECKPOINT
 from kalmannorm.conversion.operations import SIGNS, make_dict, rule_of, rule_of_class
-from kalmannorm.conversion.trace import CHECKPOINT, IN_SEGMENTS, Trace, normalize
+from kalmannorm.conversion.trace import IN_SEGMENTS, Trace, normalize
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.moments import Predictor
 

@@ -10,6 +10,7 @@ import itertools
 import linecache
 import math
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from kalmannorm.conversion import runtime
-from kalmannorm.conversion.flow import follow
-from kalmannorm.conversion.trace import Trace
+from kalmannorm.conversion.flow import follow, stand_ins
+from kalmannorm.conversion.names import class_of, lending
+from kalmannorm.conversion.trace import Trace, expression_of
 from kalmannorm.conversion.write import Summary, Writer, summary_of_class
 from kalmannorm.norm import contract
 from kalmannorm.norm.belief import Belief, Carried, Estimated, Returned, pick
@@ -35,6 +37,7 @@ _HELPERS: dict[str, Any] = {
     **{function.__name__: function for function in (runtime.of_convolution, runtime.of_linear)},
     **{function.__name__: function for function in (runtime.of_transition, runtime.of_sample)},
     **{function.__name__: function for function in (runtime.of_transposed, runtime.transposed)},
+    **{function.__name__: function for function in (runtime.has_parts, class_of, lending, stand_ins)},
     **{function.__name__: function for function in (runtime.refuse_torch_sync, runtime.seen_input, contract.used)},
     **{cls.__name__: cls for cls in (Belief, Carried, Estimated, Returned, Tensor, fx.Proxy)},
     "linear": F.linear,
@@ -172,11 +175,26 @@ def restore(module: nn.Module) -> None:
     """The module has its own class again."""
     made = generated(type(module))
     if made is not None:
+        if isinstance(followed := module.__dict__.get("forward"), Followed):
+            module.__dict__["forward"] = followed.forward
         module.__class__ = made.original
         contract.unwrap_hooks(module)
 
 
+class Followed:
+    """A forward that was set on an instance, run as it is."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = self.__wrapped__ = forward
+
+    def __call__(self, *args: Any, beliefs: Any = None, **kwargs: Any) -> Any:
+        return follow(self.forward, None, args, kwargs, beliefs)
+
+
 # --- code -------------------------------------------------------------------------------------------------------------
+
+
+NO_FORWARD = nn.Module.forward, nn.ModuleList.forward  # of what holds modules alone
 
 
 def _layer_code(y: str, predictor: str, arguments: str = "input") -> str:
@@ -222,6 +240,14 @@ def forward(self, *args, **kwargs):
     return _base.forward(self, *args, **kwargs)
 """
 
+# One that asks for classes.
+ASKING = """\
+def forward(self, *args, **kwargs):
+    refuse_torch_sync(self)
+    with lending(stand_ins(class_of(self))):
+        return _base.forward(self, *args, **kwargs)
+"""
+
 # A part that is to return a belief, and has none.
 WITHOUT_BELIEF = """\
 def forward(self, *args, **kwargs):
@@ -241,7 +267,7 @@ def container_code(
     """Code, the names that it uses, and the summary of a module with these traces."""
     parts: dict[str, str] = {}
     names: dict[str, Any] = {}
-    summary, guards = Summary(), dict[str, None]()
+    summary, guards, kinds = Summary(), dict[str, None](), dict[type, str]()
     for mode, traced in traces.items():
         writer = Writer(module, traced.graph, summaries)
         code = traced.graph.python_code("self")
@@ -259,7 +285,13 @@ def container_code(
             summary.mutates | writer.summary.mutates,
             summary.aliases | writer.summary.aliases,
         )
+        names |= traced.names
+        guards |= dict.fromkeys(_structure(module, traced.graph))
+        for layer, kind in traced.kinds.items():
+            kinds.setdefault(kind, f"_class_{len(kinds)}")
+            guards[f"class_of({layer}) is {kinds[kind]}"] = None
         guards |= dict.fromkeys(_guards(traced))
+    names |= {name: kind for kind, name in kinds.items()}
     head, arguments = _head(type(module), names)
     frozen = next(iter(traces.values())).frozen
     same = len(set(parts.values())) == 1
@@ -290,6 +322,21 @@ def sequential_summary(module: nn.Sequential, summaries: dict[nn.Module, Summary
         whole &= bool(one.curve)
         curve = one.curve.replace("{}", curve) if whole else ""
     return Summary(curve, frozenset({0} if mutates else ()), frozenset({0} if aliases else ()))
+
+
+def _structure(module: nn.Module, graph: fx.Graph) -> list[str]:
+    """That a module has the parts that it had, and those in which parts are called."""
+    owners = {""}
+    for node in graph.nodes:
+        path = str(node.target).split(".") if node.op in ("call_module", "get_attr") else ()
+        owners |= {".".join(path[:i]) for i in range(len(path))}
+    lists = {name for name, part in module.named_modules() if type(part).forward in NO_FORWARD}
+    listed = {name for name in lists if name.rpartition(".")[0] in owners | lists}
+    return [
+        f"has_parts({expression_of(name)}, {runtime.parts_of(owner)!r})"
+        for name in sorted(owners | listed)
+        if isinstance(owner := module.get_submodule(name), nn.Module)
+    ]
 
 
 def _guards(traced: Trace) -> list[str]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kalmannorm.conversion import retrace, runtime
+from kalmannorm.conversion.names import CHECKPOINT, Loan, Surroundings, class_of, lending
 from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
-from kalmannorm.conversion.rules import Operation
-from kalmannorm.conversion.runtime import apply
+from kalmannorm.conversion.rules import Operation, fields_of
+from kalmannorm.conversion.runtime import apply, call, checkpointed
 from kalmannorm.norm import GroupedStatistics
 from kalmannorm.norm.belief import Belief, Carried, Returned
 from kalmannorm.norm.contract import running
@@ -54,17 +55,17 @@ class Flow(TorchFunctionMode):
         """The belief of a tensor as it is now, or those of a structure of tensors."""
         if isinstance(value, list | tuple):
             return tuple(map(self.get, value))
-        if isinstance(value, dict):
-            return {key: self.get(one) for key, one in value.items()}
+        if (items := fields_of(value)) is not None:
+            return {key: self.get(one) for key, one in items.items()}
         tensor, version, belief = self._known.get(id(value), (None, 0, None))
         return belief if tensor is not None and tensor is value and tensor._version == version else None
 
     def put(self, value: Any, belief: Any) -> None:
         if isinstance(value, Tensor) and belief is not None and not isinstance(belief, dict):
             self._known[id(value)] = (value, value._version, belief)
-        elif isinstance(value, dict) and isinstance(belief, dict):
+        elif isinstance(belief, dict) and (items := fields_of(value)) is not None:
             for key, one in belief.items():
-                self.put(value.get(key), one)
+                self.put(items.get(key), one)
         elif isinstance(value, list | tuple) and isinstance(belief, list | tuple):
             for one, its in zip(value, belief, strict=False):
                 self.put(one, its)
@@ -137,20 +138,49 @@ def _kind(func: Any, name: str, args: Any, beliefs: tuple[Any, ...]) -> str:
 
 
 @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
-def follow(forward: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any, beliefs: Any) -> Any:
-    """A forward as it is, with beliefs: what it returns, or Returned where beliefs were given."""
+def follow(forward: Callable[..., Any], module: nn.Module | None, args: Any, kwargs: Any, beliefs: Any) -> Any:
+    """A forward, or another function, as it is, with beliefs: what it returns, or Returned where beliefs were given."""
     retrace.refuse(module, args)
-    with Flow() as flow:
+    with Flow() as flow, lending(stand_ins(class_of(module))):
         if isinstance(beliefs, Belief | Carried):
             beliefs = ((beliefs,), {})
         if beliefs:
             flow.put(args, beliefs[0])
             flow.put(kwargs, beliefs[1])
-        y = forward(module, *args, **kwargs)
+        y = forward(*args, **kwargs) if module is None else forward(module, *args, **kwargs)
         if beliefs is None:
             return y
         found = {i: flow.get(value) for i, value in enumerate(args) if isinstance(value, Tensor)}
         return Returned(y, flow.get(y), {i: its for i, its in found.items() if its is not None} or None)
+
+
+def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands for torch's in a forward that runs as it is: beliefs go in and out as plain tensors."""
+    flow = running.flow
+    if flow is None or not flow.is_here():
+        return CHECKPOINT(function, *args, **kwargs)
+    y, belief = checkpointed(function, args, kwargs, flow.get(args), flow.get(kwargs), _call)
+    flow.put(y, belief)
+    return y
+
+
+def _call(function: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
+    if isinstance(function, nn.Module):
+        return call(function, args, kwargs, beliefs, keyword_beliefs)
+    return follow(function, None, args, kwargs, (beliefs, keyword_beliefs))
+
+
+_stand_ins: dict[type, list[Loan]] = {}
+
+
+def stand_ins(cls: type) -> list[Loan]:
+    """What stands for type() and for checkpoint() in the functions that a forward may call, while it runs as it is."""
+    if cls not in _stand_ins:
+        around = Surroundings(cls)
+        asking = {id(scope): (scope, "type", class_of) for scope in around.asking}
+        checkpointing = {(id(scope), name): (scope, name, _checkpoint) for scope, name in around.checkpointing}
+        _stand_ins[cls] = [*asking.values(), *checkpointing.values()]
+    return _stand_ins[cls]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kalmannorm.conversion import runtime
 from kalmannorm.conversion.layers import copied
-from kalmannorm.conversion.rules import Operation
+from kalmannorm.conversion.rules import Operation, fields_of
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import Carried, pick
 from kalmannorm.norm.contract import running
@@ -93,8 +93,8 @@ def _has_belief(structure: Any) -> bool:
 def _tensors(structure: Any) -> list[Tensor]:
     if isinstance(structure, Tensor):
         return [structure]
-    if isinstance(structure, dict):
-        structure = list(structure.values())
+    if (items := fields_of(structure)) is not None:
+        structure = list(items.values())
     if isinstance(structure, list | tuple):
         return [tensor for item in structure for tensor in _tensors(item)]
     return []

@@ -32,7 +32,7 @@ def call(module: nn.Module, args: Any, kwargs: Any, beliefs: Any) -> Any:
     return y, belief
 
 
-def refuse(module: nn.Module, args: Any) -> None:
+def refuse(module: nn.Module | None, args: Any) -> None:
     """ValueError: torch.fx traces a module whose beliefs are not in its code, and would take them for constants."""
     if args and isinstance(args[0], fx.Proxy):
         raise ValueError(

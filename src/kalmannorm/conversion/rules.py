@@ -5,6 +5,7 @@ belief of the operation's value, or, as a string, why there is none (an empty on
 """
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -48,6 +49,13 @@ class Operation(NamedTuple):
         if self.belief is None or not isinstance(self.x, Tensor):
             return None
         return located(self.belief, self.x.dim())
+
+
+def fields_of(value: Any) -> dict[Any, Any] | None:
+    """What a dict or a data class holds."""
+    if isinstance(value, dict):
+        return value
+    return vars(value) if is_dataclass(value) and hasattr(value, "__dict__") else None
 
 
 Rule = Callable[[Operation], Any]

@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kalmannorm.conversion import retrace
+from kalmannorm.conversion.names import CHECKPOINT
 from kalmannorm.conversion.operations import BY_NAME, FUNCTIONS, MODULES, MODULES_BY_NAME, class_of_rule, rule_of_class
 from kalmannorm.conversion.pixelwise import of_last_axis, of_map
 from kalmannorm.conversion.rules import Operation, Rule
-from kalmannorm.conversion.trace import CHECKPOINT, IN_SEGMENTS
+from kalmannorm.conversion.trace import IN_SEGMENTS
 from kalmannorm.norm import moments
 from kalmannorm.norm.belief import Belief, Carried
 from kalmannorm.norm.checkpoints import once
@@ -51,13 +52,22 @@ def call(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any
     if type(module) is nn.SyncBatchNorm:
         raise ValueError(_TORCH_SYNC.format("a layer"))
     y = module(*args, **kwargs)
-    rule, attributes = rule_of_class(type(module))
+    rule, attributes = (None, ()) if "forward" in vars(module) else rule_of_class(type(module))
     operation = Operation(y, args, kwargs, beliefs, keyword_beliefs)
     if attributes:
         operation = operation._replace(args=(operation.x, *(getattr(module, name) for name in attributes)), kwargs={})
     if traced:
         return y, belief_of(key_of_class(type(module)), *operation[:5])
     return y, apply(rule, operation, module)
+
+
+def parts_of(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, part in module._modules.items() if part is not None)
+
+
+def has_parts(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether no part was added, removed or set to None."""
+    return parts_of(module) == names
 
 
 def refuse_torch_sync(container: nn.Module) -> None:
@@ -109,9 +119,11 @@ def normalized(base: type[nn.Module], layer: nn.Module, x: Tensor, belief: Any) 
     return base.forward(layer, x), None
 
 
-def checkpointed(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
+def checkpointed(
+    module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any, called: Callable[..., Any] = call
+) -> Any:
     """checkpoint(module, *args, **kwargs) with beliefs through it, as plain tensors: reentrant checkpoints see no
-    tensors inside of other things."""
+    tensors inside of other things. `called` calls the module with beliefs."""
     names = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
     own = {key: value for key, value in kwargs.items() if key in names}
     rest = {key: value for key, value in kwargs.items() if key not in names}
@@ -119,7 +131,7 @@ def checkpointed(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beli
     form: list[Any] = []
 
     def run(*tensors: Any) -> Any:
-        out, *form[:] = tree_flatten(call(module, *tree_unflatten(tensors, spec))[:2])
+        out, *form[:] = tree_flatten(called(module, *tree_unflatten(tensors, spec))[:2])
         return tuple(out)
 
     return tree_unflatten(list(CHECKPOINT(run, *tensors, **own)), form[0])

@@ -4,14 +4,16 @@ What tracing freezes (plain attributes that the forward read, options, whether a
 becomes a condition under which the generated forward holds.
 """
 
+import copy
 import inspect
 import math
 import operator
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partialmethod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,18 +22,19 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kalmannorm.conversion.names import CHECKPOINT, Plain, Surroundings, class_of, is_plain, lending, plain_parts
 from kalmannorm.conversion.operations import make_dict
+from kalmannorm.norm.checkpoints import is_within
 
-CHECKPOINT = torch.utils.checkpoint.checkpoint
 IN_SEGMENTS = torch.utils.checkpoint.checkpoint_sequential
 
 # Augmented assignments, x += y, by their names in `operator`: tensors do them in place.
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod")
 
 # Libraries whose objects are left alone.
-_NOT_READ = ("builtins", "torch", "collections", "functools", "types")
+_DEPTH = 3  # of attributes of a module's attributes
+_NOT_READ = ("builtins", "torch", "collections", "functools")
 
-Plain = bool | int | float | str | None
 _batch_norm = inspect.signature(F.batch_norm)
 
 
@@ -52,9 +55,11 @@ class Trace(NamedTuple):
 
     graph: fx.Graph
     asked: dict[str, str]  # arguments that were asked whether they are a `tensor` or a `list`, and said yes
-    read: dict[str, Plain]  # plain attributes, by the expression that reads them
+    read: dict[str, Plain]  # plain attributes and globals, by the expression that reads them
     frozen: dict[str, Plain]  # arguments that the graph takes for these values
     of_both: bool = False  # whether the forward did not ask which mode it is in
+    names: Mapping[str, Any] = MappingProxyType({})  # what those expressions name: modules of globals
+    kinds: Mapping[str, type] = MappingProxyType({})  # classes of layers that it asked for, by the layer's expression
 
 
 APPENDS = "appends to a list that it was given"
@@ -78,22 +83,24 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
     """
     frozen = _frozen(module, passed)
     tracer = _Tracer(passed)
-    before, modes, drawn = dict(module.__dict__), {m: m.training for m in module.modules()}, _random_state()
-    plain = [m for m in modes if not isinstance(m, torch.jit.ScriptModule)]
-    tables = [(table, dict(table)) for m in plain for table in (m._parameters, m._buffers, m._modules)]
+    modes, drawn = {m: m.training for m in module.modules()}, _random_state()
+    around = Surroundings(type(module), set(map(type, modes)))
+    outside, constants = copy.deepcopy(around.plain), dict[str, Tensor]()
     try:
         for each in modes:
             each.training = training
         reading = _Reading(module)
-        with reading as read:
+        for _, each in reading.objects.values():
+            around.kept.contents(vars(each))
+        stand_ins = {"type": reading.class_of, "isinstance": reading.isinstance}
+        asking = [(scope, *item) for scope in around.asking for item in stand_ins.items()]
+        with reading as read, lending(asking):
             graph = tracer.trace(module, concrete_args=frozen or None)
         if _random_state() != drawn:
             raise Untraceable("it draws random numbers, which would stay the same ever after")
-        left = {key: value for key, value in module.__dict__.items() if before.get(key, before) is not value}
-        changed = any(len(table) != len(was) or any(table[k] is not was[k] for k in was) for table, was in tables)
-        if changed or any(not key.startswith("_tensor_constant") and key != "training" for key in left):
-            raise Untraceable("its forward sets attributes")
-        before |= left
+        constants = {key: module.__dict__.pop(key) for key in list(vars(module)) if key.startswith("_tensor_constant")}
+        if around.kept.take_back():
+            raise Untraceable("its forward sets attributes, or what is outside of it")
     except Untraceable:
         raise
     except Exception as error:
@@ -101,15 +108,15 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
         raise Untraceable(first) from error
     finally:
         _restore_random_state(drawn)
-        for table, was in tables:
-            table.clear()
-            table.update(was)  # type: ignore[arg-type]
-        module.__dict__.clear()
-        module.__dict__.update(before)
+        around.kept.take_back()
+        module.__dict__.update(constants)
         for each, mode in modes.items():
             each.training = mode
+    if around.homeless:
+        raise Untraceable(f"it reads globals of {around.homeless}, which is no module that can be imported")
     _erase_frozen(graph, frozen)
-    return Trace(graph, tracer.asked, read, frozen, not reading.asked_mode)
+    read |= outside
+    return Trace(graph, tracer.asked, read, frozen, not reading.asked_mode, around.modules, reading.kinds)
 
 
 def _frozen(module: nn.Module, passed: Passed) -> dict[str, Plain]:
@@ -183,6 +190,8 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, *rest: Any, **more: Any) -> fx.Node:
         if kind == "call_method" and target in ("append", "extend", "insert"):
             raise Untraceable(APPENDS)
+        if kind.startswith("call_") and is_within():
+            raise Untraceable("it calls a checkpoint by another name")
         if target is IN_SEGMENTS and isinstance(rest[0][0], list | tuple):
             raise Untraceable("checkpoint_sequential of a list")
         return super().create_node(kind, target, *rest, **more)
@@ -225,27 +234,32 @@ class _Reading:
         self.objects: dict[int, tuple[str, Any]] = {}
         self.made: dict[type, type] = {}
         self.asked_mode = False
+        self.kinds: dict[str, type] = {}
         for path, each in module.named_modules():
-            self.objects[id(each)] = _expression(path), each
-        for expression, each in list(self.objects.values()):
-            for key, value in each.__dict__.items():
-                kind = type(value)
-                own = kind.__module__.partition(".")[0] not in (
-                    "builtins",
-                    "torch",
-                    "collections",
-                    "functools",
-                    "types",
-                )
-                if not key.startswith("_") and own and hasattr(value, "__dict__") and not isinstance(value, type):
-                    self.objects.setdefault(id(value), (f"{expression}.{key}", value))
+            self.objects[id(each)] = expression_of(path), each
+        last = list(self.objects.values())
+        for _ in range(_DEPTH):
+            held = [
+                (f"{expression}.{key}", value)
+                for expression, each in last
+                for key, value in each.__dict__.items()
+                if not key.startswith("_")
+                and hasattr(value, "__dict__")
+                and not isinstance(value, type)
+                and type(value).__module__.partition(".")[0] not in _NOT_READ
+                and id(value) not in self.objects
+            ]
+            self.objects |= {id(value): (expression, value) for expression, value in reversed(held)}
+            last = held
 
     def __enter__(self) -> dict[str, Plain]:
-        for _, each in self.objects.values():
+        for expression, each in self.objects.values():
             cls = type(each)
             try:
                 each.__class__ = self._reading_class(cls)
-            except TypeError:  # slots, an extension's own layout
+            except TypeError:  # slots, an extension's own layout: whatever it holds may be read
+                for key, value in each.__dict__.items():
+                    self.read |= plain_parts(f"{expression}.{key}", value)
                 continue
             self.classes.append((each, cls))
         return self.read
@@ -254,37 +268,58 @@ class _Reading:
         for each, cls in self.classes:
             each.__class__ = cls
 
+    def class_of(self, value: Any, *body: Any, **options: Any) -> type:
+        """type(value), in the forward: of a layer it is noted."""
+        if body:
+            return type(value, *body, **options)
+        if issubclass(type(value), fx.Proxy):
+            if type(value) is _Proxy:
+                raise Untraceable("it asks for the type of what it computed")
+            return value.__class__  # type: ignore[no-any-return]
+        self._note(value)
+        return class_of(value)
+
+    def isinstance(self, value: Any, kinds: Any) -> bool:
+        """As the builtin, in the forward: of a layer it is noted."""
+        if type(value) is _Proxy:
+            raise Untraceable("it asks for the type of what it computed")
+        self._note(value)
+        return isinstance(value, kinds)
+
+    def _note(self, value: Any) -> None:
+        if issubclass(type(value), nn.Module) and id(value) in self.objects:
+            self.kinds[self.objects[id(value)][0]] = class_of(value)
+
     def _reading_class(self, cls: type) -> type:
         if cls in self.made:
             return self.made[cls]
         reading, read, objects = self, self.read, self.objects
 
         def getter(self: Any, name: str) -> Any:
+            if name == "__class__":
+                return class_of(self)
             value = cls.__getattribute__(self, name)  # type: ignore[call-arg]
             if name == "training":
                 reading.asked_mode = True
             if name.startswith("_") or name == "training":
                 return value
-            if _is_plain(value):
-                found = objects.get(id(self))
+            found = objects.get(id(self))
+            if found is not None and (parts := plain_parts(f"{found[0]}.{name}", value)):
                 own = name in object.__getattribute__(self, "__dict__")
-                if found is not None and (own or any(_is_plain(vars(base).get(name, reading)) for base in cls.__mro__)):
-                    read[f"{found[0]}.{name}"] = value
+                if own or any(is_plain(vars(base).get(name, reading)) for base in cls.__mro__):
+                    for expression, part in parts.items():
+                        read.setdefault(expression, copy.deepcopy(part))
             return value
 
-        body = {"__getattribute__": getter, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        body = {
+            **{"__getattribute__": getter, "watches": cls},
+            **{"__module__": cls.__module__, "__qualname__": cls.__qualname__},
+        }
         self.made[cls] = type(cls)(cls.__name__, (cls,), body)
         return self.made[cls]
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether it is a number, a word or none; or a list, a tuple or a dict of these."""
-    if type(value) is dict:
-        value = (*value, *value.values())
-    return isinstance(value, Plain) or (type(value) in (tuple, list) and all(isinstance(v, Plain) for v in value))
-
-
-def _expression(path: str) -> str:
+def expression_of(path: str) -> str:
     """self.layers[0].bn as code: getattr(self.layers, "0").bn."""
     written = "self"
     for part in path.split(".") if path else ():

@@ -5,16 +5,18 @@ which tensors are changed in place under another name. The rest is left to the r
 """
 
 import operator
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
+from kalmannorm.conversion.names import CHECKPOINT
 from kalmannorm.conversion.operations import CURVES, MODULES, SIGNS, VIEWS, WEIGHTED, make_dict, same_items
 from kalmannorm.conversion.pixelwise import PRODUCTS
 from kalmannorm.conversion.runtime import belief_of, call, changed, checkpointed, in_segments, key_of, lost, normalized
-from kalmannorm.conversion.trace import CHECKPOINT, IN_PLACE, IN_SEGMENTS, normalize
+from kalmannorm.conversion.trace import IN_PLACE, IN_SEGMENTS, normalize
 from kalmannorm.norm.belief import pick
 
 
@@ -164,7 +166,7 @@ class Writer:
 
     def _function(self, node: fx.Node) -> None:
         target, name = node.target, f"{node.name}_belief"
-        if target is make_dict or (isinstance(target, type) and issubclass(target, dict)):
+        if target is make_dict or (isinstance(target, type) and (issubclass(target, dict) or is_dataclass(target))):
             keys, values = node.args if target is make_dict else (tuple(node.kwargs), tuple(node.kwargs.values()))
             with self.graph.inserting_after(node):
                 self._belief[node] = self._add(same_items, keys, self._beliefs_of(values), name=name)

@@ -57,6 +57,11 @@ def once(layer: nn.Module, make: Callable[[], T]) -> T:
     return value
 
 
+def is_within() -> bool:
+    """Whether this forward is in one of torch's checkpoints."""
+    return not torch.compiler.is_compiling() and bool(_checkpoints())
+
+
 def _is_compiled_within() -> bool:
     """Whether a checkpoint is being run as its code is compiled."""
     return bool(_checkpoints())

@@ -3,6 +3,7 @@ forward whose beliefs are followed by tensor (conversion/flow.py) finds those of
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
 from kalmannorm.norm.belief import Estimated, Returned, pick
+from kalmannorm.norm.checkpoints import is_within
 
+NORMALIZER = "_normalizer"  # of a layer that convert put in
 # Where a converted model keeps what is known of the conversion, and in that the shapes that it was called with first,
 # and whether it returns a belief.
 MARK, SEEN, RETURNS = "_conversion", "seen", "returns_belief"
@@ -71,6 +74,12 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
         if MARK in self.__dict__ and SEEN not in self.__dict__[MARK] and not torch.compiler.is_compiling():
             self.__dict__[MARK][SEEN] = tree_map_only(Tensor, lambda value: value.detach().to("meta"), (args, kwargs))
         flow = running.flow
+        if flow is None and MARK not in self.__dict__ and base is not nn.Module and is_within():
+            warnings.warn(
+                "a part of a converted model is called without beliefs, in a checkpoint outside of the forward of the "
+                "model: its first normalizers only measure. Let the model's forward call the checkpoint",
+                stacklevel=2,
+            )
         if flow is None or not flow.is_here():
             if MARK in self.__dict__ and is_traced():
                 return _traced(self, base.__call__, args, kwargs)
