@@ -146,6 +146,6 @@ def _seeds(text: str) -> list[int]:
         raise UserError(f"seeds={text}: expected a number of seeds, or seeds separated by commas") from None
     if numbers and "," not in text:
         numbers = list(range(1, min(numbers[0], MOST_RUNS + 1) + 1))
-    if not numbers or min(numbers) < 0 or len(numbers) > MOST_RUNS:
-        raise UserError(f"seeds={text}: expected seeds from 0, from 1 to {MOST_RUNS:,} of them")
+    if not numbers or min(numbers) < 0 or max(numbers) >= 2**63 or len(numbers) > MOST_RUNS:
+        raise UserError(f"seeds={text}: expected seeds from 0 to 2^63 - 1, from 1 to {MOST_RUNS:,} of them")
     return numbers

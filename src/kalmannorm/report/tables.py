@@ -57,7 +57,8 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
     every = {(r.key, c.key): cells.cell(card, r, group, c) for r in card.rows for c in card.columns_of(r)}
     ran = {key for key, cell in every.items() if cell.n}
     columns = [column for column in card.columns if column.key in {key for _, key in ran}] or card.columns
-    rows = [row for row in card.rows if row.key in {key for key, _ in ran}] or card.rows
+    printed = {r.key for r in card.rows for c in columns if r.has(c) and paper_value(card, r, c, group) is not None}
+    rows = [row for row in card.rows if row.key in printed | {key for key, _ in ran}] or card.rows
     header: list[str] = []
     notes: list[str] = []
     records: list[Mapping[str, object]] = []
