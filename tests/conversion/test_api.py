@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+import torch
 import torchvision
 
 import kalmannorm as kn
@@ -73,3 +75,12 @@ def test_a_command_without_the_harness_says_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "kalmannorm[detection]" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["a", torch.ones(2), [1]], ids=str)
+@pytest.mark.parametrize("option", ["eps", "gain", "momentum", "learn_gain"])
+def test_an_option_of_the_wrong_kind_is_refused_by_its_name(option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be "):
+        kn.KalmanBatchNorm2d(4, **{option: value})
+    with pytest.raises(ValueError, match=f"{option} must be "):
+        kn.convert(torchvision.models.mnasnet0_5(), "bkn", **{option: value})

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -42,14 +43,32 @@ def refuse_unknown(of: str, build: Callable[..., Any], given: dict[str, Any], mo
             raise UnknownOption(f"{of}: {nearest(name, valid, 'option')}")
 
 
+_NUMBERS: dict[Any, tuple[type, ...]] = {
+    float: (numbers.Real,),
+    float | None: (numbers.Real, type(None)),
+    bool: (bool, int),
+}
+
+
+def _refuse_kind(of: str, parameter: inspect.Parameter, value: object) -> None:
+    """ValueError: what is no number, where one is wanted."""
+    kinds = _NUMBERS.get(parameter.annotation)
+    if kinds is not None and not isinstance(value, kinds):
+        wanted = "True or False" if kinds[0] is bool else "a number or None" if len(kinds) > 1 else "a number"
+        raise ValueError(f"{of}: {parameter.name} must be {wanted}, not {value!r}")
+
+
 def _refusing(build: Callable[..., Any], call: Build) -> Build:
     """`call`, a class's constructor or the function itself, for what `build` knows."""
-    by_place = inspect.signature(call).parameters
+    signature = inspect.signature(call)
+    by_place = signature.parameters
 
     @functools.wraps(call)
     def checked(*args: Any, **options: Any) -> Any:
         name = type(args[0]).__name__ if isinstance(build, type) else build.__name__.strip("_")
         refuse_unknown(name, build, {key: value for key, value in options.items() if key not in by_place})
+        for key, value in signature.bind_partial(*args, **options).arguments.items():
+            _refuse_kind(name, by_place[key], value)
         return call(*args, **options)
 
     return cast(Build, checked)
