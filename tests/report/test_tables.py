@@ -1,6 +1,7 @@
 """Tables: what stands in a cell, in every format; whose value is the paper's."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -163,3 +164,16 @@ def test_latex_compiles_and_fits_the_page(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     assert "Output written" in done.stdout and "Overfull" not in done.stdout and "too large" not in done.stdout
+
+
+def test_the_lowest_loss_is_the_best(tmp_path: Path) -> None:
+    for norm, batch, loss in (("pn", 256, 2.0), ("bn", 8, 1.5)):
+        of = config(norm, batch, arch="resnet14", dataset="cifar10_few")
+        of["batch"]["grad_batch"] = 256
+        file = tmp_path / "records" / f"{write_record(tmp_path, of, 1, 50.0)}.json"
+        record = json.loads(file.read_text())
+        record["final"]["precise"]["loss"] = loss
+        file.write_text(json.dumps(record))
+    found = sheet(tmp_path, "talk-pn", "cifar10_few")
+    loss = found.header.index("test loss, precise")
+    assert [line[loss].best for line in found.rows] == [False, True] and "cross-entropy" in found.caption

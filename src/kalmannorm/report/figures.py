@@ -39,7 +39,11 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
     """Draw a table's accuracies: the mean, and a tick for every run. The paper's values stand in the table."""
     entries: list[Entry] = []
     columns = [
-        c for c in card.columns if c.steps_to is None and any(cells.cell(card, r, group, c).runs for r in card.rows)
+        c
+        for c in card.columns
+        if c.steps_to is None
+        and not quantities.QUANTITIES[c.value].lower
+        and any(cells.cell(card, r, group, c).runs for r in card.rows)
     ]
     looks = {
         column.key: STATISTICS.get(column.key, COLUMNS[place % len(COLUMNS)]) for place, column in enumerate(columns)

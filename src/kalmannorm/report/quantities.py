@@ -152,6 +152,7 @@ class Quantity(NamedTuple):
     unit: str
     read: Value
     log: bool = False
+    lower: bool = False  # is better
 
 
 OF_ARRAYS = (
@@ -167,8 +168,8 @@ QUANTITIES = {
     **{key: Quantity("%", _array(key), log=True) for key in OF_ARRAYS},
     "depth_growth": Quantity("", _array("depth_growth")),
     "zeta_growth": Quantity("", _zeta_growth),
-    "loss": Quantity("", _recorded("loss")),
-    "train_loss": Quantity("", _last_loss),
+    "loss": Quantity("", _recorded("loss"), lower=True),
+    "train_loss": Quantity("", _last_loss, lower=True),
 }
 
 

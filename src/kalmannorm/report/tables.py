@@ -92,6 +92,8 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
     names = " and ".join(dict.fromkeys(card.row(key).label for key in baselines))
     detects = any(c.value in quantities.PRECISIONS for c in card.columns)
     what = "COCO's average precision in percent" if detects else "Percent"
+    if any(quantities.QUANTITIES[column.value].lower for column in columns):
+        what += ", loss as cross-entropy,"
     missing = [column.label for column in card.columns if column not in columns]
     blocks: dict[str, list[str]] = {}
     for row in card.rows:
@@ -360,7 +362,8 @@ def _best(card: Card, column: Column, cells: Mapping[str, Cell]) -> set[str]:
         found = list(effects.values_of(cells.get(row.key, Cell()), _value(column)).values())
         if found and column.steps_to is None and not cells[row.key].lost:
             means.setdefault(row.block, {})[row.key] = sum(found) / len(found)
-    return {max(of, key=lambda key: of[key]) for of in means.values() if len(of) > 1}
+    best = min if quantities.QUANTITIES[column.value].lower else max
+    return {best(of, key=lambda key: of[key]) for of in means.values() if len(of) > 1}
 
 
 def _printed(card: Card, row: Row, column: Column, printed: float | None) -> str:
