@@ -265,3 +265,27 @@ def test_a_layer_with_a_forward_on_the_instance_has_no_rule() -> None:
     report = belief_report(converted := convert(model.eval(), "bkn", stat_batch=2), x := torch.randn(4, 3, 6, 6))
     assert report["bn"] == "part.2 (ReLU)"
     torch.testing.assert_close(converted.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("place", ["block", "conv"])
+def test_a_forward_set_on_a_part_after_the_conversion(place: str) -> None:
+    """It runs as it is, and hands no belief on."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+            self.block = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+            self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(self.block(self.stem(x))))
+
+    model, x = convert(Parts(), "bkn", stat_batch=2), torch.randn(4, 3, 12, 12)
+    assert belief_report(model, x)["bn"] is None
+    part = model.get_submodule(place)
+    part.forward = MethodType(lambda self, x: x * 2, part)
+    assert "before it" in str(belief_report(model, x)["bn"])
+    before = model.block(model.stem(x)) if place == "conv" else model.stem(x)
+    after = (lambda y: y) if place == "conv" else model.conv
+    torch.testing.assert_close(model(x), model.bn(after(2 * before)))

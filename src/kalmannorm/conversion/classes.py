@@ -184,6 +184,8 @@ def restore(module: nn.Module) -> None:
 class Followed:
     """A forward that was set on an instance, run as it is."""
 
+    takes_beliefs = True
+
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = self.__wrapped__ = forward
 

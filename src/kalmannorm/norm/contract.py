@@ -69,6 +69,10 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
     """The methods of such a module, whose class is derived from `base`."""
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        replaced = "forward" in self.__dict__ and not hasattr(self.__dict__["forward"], "takes_beliefs")
+        if "beliefs" in kwargs and replaced:  # by one that was set on the instance since
+            del kwargs["beliefs"]
+            return Returned(base.__call__(self, *args, **kwargs), None)
         if "beliefs" in kwargs:
             return base.__call__(self, *args, **kwargs)
         if MARK in self.__dict__ and SEEN not in self.__dict__[MARK] and not torch.compiler.is_compiling():
@@ -80,7 +84,7 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
                 "model: its first normalizers only measure. Let the model's forward call the checkpoint",
                 stacklevel=2,
             )
-        if flow is None or not flow.is_here():
+        if flow is None or replaced or not flow.is_here():
             if MARK in self.__dict__ and is_traced():
                 return _traced(self, base.__call__, args, kwargs)
             return base.__call__(self, *args, **kwargs)
