@@ -1,14 +1,15 @@
 """`kalmannorm report`: an experiment's table or figure from the records, all of them, or two runs beside each other."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
-from kalmannorm.experiments.card import Card
+from kalmannorm.experiments.card import Card, Row
 from kalmannorm.experiments.cards import chosen
 from kalmannorm.experiments.composition import refuse_repeated, split_paths
 from kalmannorm.files import write_atomically
@@ -18,6 +19,7 @@ from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.page import Made
 from kalmannorm.report.tables import Sheet
 
+ALONE = ("gains", "layer_errors", "mixture", "death", "conditioning")  # kinds of cards that say something of one run
 GROUPED = ("dataset", "budget", "schedule")
 DOCUMENTS = {"docs/results.md": page.results_markdown, "README.md": page.readme_markdown}
 
@@ -73,7 +75,7 @@ def write_all(results: Path) -> list[Path]:
     absent = []
     for card in map(cards.read, cards.names()):
         if not card.same_as:
-            found = list(_make(card, cells, results, lambda group: True))
+            found = list(_make(card, cells, results, partial(_compares, card, cells=cells)))
             made += found
             absent += [] if found else [card]
     verdicts = claims.evaluate(cells, results)
@@ -140,6 +142,19 @@ def groups(card: Card, cells: Cells) -> list[Group]:
         for group in cells.groups(effects.identities(card))
         if (group.length == effects.FIRST_STEPS) == (card.kind in figures.OF_FIRST_STEPS)
     ]
+
+
+def _compares(card: Card, group: Group, cells: Cells) -> bool:
+    """Say whether two normalizers ran there, of the several of a card that compares them: one alone answers nothing.
+    Tables with printed values are always shown."""
+
+    def normalizers(rows: Iterable[Row]) -> set[str]:
+        return {effects.identity(card, row).normalizer for row in rows}
+
+    ran = [r for r in card.rows if any(cells.cell(card, r, group, column).runs for column in card.columns_of(r))]
+    if card.kind in ALONE or card.paper or any(row.paper for row in card.rows):
+        return True
+    return len(normalizers(ran)) >= min(2, len(normalizers(card.rows)))
 
 
 def _fits(group: Group, named: dict[str, str]) -> bool:

@@ -304,32 +304,39 @@ def death(card: Card, group: Group, cells: Cells) -> Figures:
 def conditioning(card: Card, group: Group, cells: Cells) -> Figures:
     """Draw how well conditioned learning is, step by step (train/conditioning.py), and the training loss."""
     watched = {r.name: _arrays(cells.cell(card, r, group), "condition_inputs", of_all=True) for r in card.rows}
-    look = _looks(card)
-
-    def panel(title: str, vertical: str, of: Callable[[Arrays], np.ndarray], log: bool = True) -> Panel:
-        found = Panel(title, [], vertical, "steps", log)
-        for name, runs in watched.items():
-            values = list(zip(*(of(arrays) for _, arrays in runs.values()), strict=False))
-            plain = Look(look[name].colour, "", look[name].dashes)
-            found.lines += [Line(name, plain, [float(i + 1) for i in range(len(values))], values)] if values else []
-        return found
+    watched = {name: runs for name, runs in watched.items() if runs}
+    smooth = np.full(SMOOTHED, 1 / SMOOTHED)
 
     def condition(*factors: str) -> Callable[[Arrays], np.ndarray]:
         return lambda arrays: np.exp(sum(np.log(arrays[f"condition_{factor}"]).mean(1) for factor in factors))
 
-    number = "condition number"
-    conditions = [
-        panel("of the inputs, E[o oᵀ]", number, condition("inputs")),
-        panel("of the gradients, E[dh dhᵀ]", number, condition("gradients")),
-        panel("of both: of the block", number, condition("inputs", "gradients")),
-    ]
-    smooth = np.full(SMOOTHED, 1 / SMOOTHED)
-    loss = panel("training loss", "cross-entropy", lambda arrays: np.convolve(arrays["losses"], smooth, "valid"), False)
+    def panels(vertical: str, log: bool, of: Mapping[str, Callable[[Arrays], np.ndarray]]) -> list[Panel]:
+        found, highest = [Panel(title, [], vertical, "steps", log) for title in of], dict.fromkeys(watched, 0.0)
+        lowest = np.inf
+        for panel, value in zip(found, of.values(), strict=True):
+            for place, (name, runs) in enumerate(watched.items()):
+                values = list(zip(*(value(arrays) for _, arrays in runs.values()), strict=False))
+                look = Look(style.of_class(place), "", "-")
+                panel.lines.append(Line(name, look, [float(i + 1) for i in range(len(values))], values))
+                highest[name], lowest = max(highest[name], np.max(values)), min(lowest, np.min(values))
+        top = 1.2 * sorted(highest.values())[-2:][0]  # one that runs away would leave nothing to see of the others
+        for panel in found:
+            panel.limits = (0.9 * lowest, top)
+        return found
+
+    if not watched:
+        return {}
+    conditions = {
+        "of the inputs, E[o oᵀ]": condition("inputs"),
+        "of the gradients, E[dh dhᵀ]": condition("gradients"),
+        "of both: of the block": condition("inputs", "gradients"),
+    }
+    loss = {"training loss": lambda arrays: np.convolve(arrays["losses"], smooth, "valid")}
     said = (
         f"{_said(card, group)} Condition numbers: as the weights that learn see them, geometric mean over the "
-        f"convolutions. Loss: mean over {SMOOTHED} steps."
+        f"convolutions. Loss: mean over {SMOOTHED} steps. A line that runs away is cut off."
     )
-    return _lines([conditions, [loss]], said)
+    return _lines([panels("condition number", True, conditions), panels("cross-entropy", False, loss)], said)
 
 
 def _lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", ticks: Sequence[float] = ()) -> Figures:

@@ -186,13 +186,13 @@ def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
 
 
 def own_options(norm: Mapping[str, Any], stat_batch: int | None) -> dict[str, Any]:
-    """Return the options of a normalizer that are not those of its preset and of conf/norm."""
+    """Return the options of a normalizer that are not those of its preset and of conf/norm, nested ones dotted."""
     known = norm_defaults(norm["name"])
     defaults = {key: value for key, value in (known.get("options") or {}).items() if value is not None}
     if norm["name"] in KALMAN:
         preset = norm.get("preset") or known["preset"]
         defaults = preset_options(preset, norm["name"], stat_batch, defaults) if preset in PRESETS else {}
-    given = {key: value for key, value in (norm.get("options") or {}).items() if value is not None}
+    given = {key: value for key, value in flat(norm.get("options") or {}, "").items() if value is not None}
     # Some normalizers have no options by default: then every one is of the run's own.
     return {key: value for key, value in sorted(given.items()) if key not in defaults or defaults[key] != value}
 

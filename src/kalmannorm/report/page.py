@@ -274,8 +274,9 @@ def _command(config: Mapping[str, Any]) -> str:
     said += [f"arch.width={config['arch']['width']}"] if config["arch"].get("width", 1) != 1 else []
     if preset := config["norm"].get("preset"):
         said.append(f"norm.preset={preset}")
-        given = frame.own_options(config["norm"], config["batch"].get("stat_batch"))
-        said += [f"norm.options.{key}={json.dumps(value).strip(chr(34))}" for key, value in given.items()]
+    known = frame.norm_defaults(config["norm"]["name"]).get("options") or {}
+    for key, value in frame.own_options(config["norm"], config["batch"].get("stat_batch")).items():
+        said.append(f"{'' if key in known else '++'}norm.options.{key}={json.dumps(value).strip(chr(34))}")
     return " ".join(["kalmannorm train", *said, f"seed={config['seed']}"])
 
 
