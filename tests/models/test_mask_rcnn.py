@@ -283,8 +283,8 @@ def test_unusable_weights_are_named(tmp_path):
     ("override", "words"),
     [
         ("arch.name=mask_rcnn_c5", "mask_rcnn_c4"),
-        ("arch.roi_belief=keep", "expected end or carry"),
-        ("arch.frozen_stages=7", "from 0 to 5"),
+        ("arch.roi_belief=keep", "expected to be 'end' or 'carry'"),
+        ("arch.frozen_stages=7", "less than or equal to 5"),
         ("norm=brn", "follows a schedule"),
         ("schedule=released", "pass schedule=c4_280k"),
     ],

@@ -90,8 +90,8 @@ def test_classes_of_a_missing_folder_cannot_be_counted(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("dataset.loader=dali", ["dataset.loader = dali", "torchvision or ffcv"]),
-        ("dataset.unreadable=maybe", ["dataset.unreadable = maybe", "fail or skip"]),
+        ("dataset.loader=dali", ["dataset.loader = dali", "'torchvision' or 'ffcv'"]),
+        ("dataset.unreadable=maybe", ["dataset.unreadable = maybe", "'fail' or 'skip'"]),
         ("workers=-1", ["workers = -1", "auto"]),
     ],
 )

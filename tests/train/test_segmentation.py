@@ -196,7 +196,7 @@ def test_the_rate_is_poly():
     [
         ("arch=resnet14", ["segmentation on camvid", "unknown arch 'resnet14'", "fcn_resnet14"]),
         ("dataset.classes=7", ["camvid has 11 classes", "dataset.classes = 7"]),
-        ("dataset.crop=[32]", ["dataset.crop = [32]", "[height, width]"]),
+        ("dataset.crop=[32]", ["dataset.crop = [32]", "at least 2 items"]),
         ("+dataset.other=cityscapes", ["cityscapes has 19 classes"]),
         ("+dataset.other=camvid_dawn", ["camvid_dawn", "camvid_dusk"]),
         ("schedule=c4_280k", ["c4_280k"]),
