@@ -304,7 +304,7 @@ def test_a_faster_rcnns_run(root, tmp_path, capsys):
     settings = [*rest, "batch.grad_batch=4", "dataset.train_images_evaluated=2"]
     assert main(["report", "talk-table3", "dataset=coco", *settings, *place(tmp_path, root)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"GN / GN {record['final']['moving']['box_ap']:.2f}" in said and "not run" in said and "39.3" not in said
+    assert f"GN / GN {record['final']['moving']['box_ap']:.2f}" in said and "Not run" in said and "39.3" not in said
 
 
 def test_table_6_shows_ap(root, done, tmp_path, capsys):
@@ -315,7 +315,7 @@ def test_table_6_shows_ap(root, done, tmp_path, capsys):
     assert main(["report", "table6", *settings, f"results={folder / 'results'}", "seeds=1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     value = outcome(folder)[0]["final"]["moving"]["box_ap"]
-    assert f"KN {value:.2f}" in said and "not run" in said and "37.8" not in said  # the paper's are of COCO
+    assert f"KN {value:.2f}" in said and "Not run" in said and "37.8" not in said  # the paper's are of COCO
     assert "average precision" in said and "trained from scratch" in said and "top-1" not in said
     seen = outcome(folder)[0]["final_on_training_images"]
     assert f"On training images, box / mask: bkn {seen['box_ap']:.2f} / {seen['mask_ap']:.2f}" in said
