@@ -180,7 +180,7 @@ def _refuse_wrapped(model: Any) -> None:
     """ValueError: compiled or distributed, so that code or gradients of a copy would be the original's."""
     for name, wrapped in (("_orig_mod", "_orig_mod" in model._modules), ("module", hasattr(model, "reducer"))):
         if wrapped:
-            raise ValueError(f"{type(model).__name__} is wrapped: convert its .{name}, and wrap what comes out")
+            raise ValueError(f"{type(model).__name__} is wrapped: convert its .{name} before it is wrapped")
 
 
 def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
