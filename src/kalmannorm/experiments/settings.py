@@ -157,7 +157,8 @@ def checked(kind: Any, values: Mapping[str, Any], group: str) -> Any:
 
 def expected(message: str) -> str:
     """Say what pydantic found that a value should be."""
-    return "to " + message.partition(" should ")[2].replace("a valid boolean", "true or false")
+    said = message.partition(" should ")[2].partition(" after validation")[0]
+    return "to " + said.replace("a valid boolean", "true or false")
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], group: str = "") -> None:
