@@ -32,6 +32,7 @@ help: ## list the targets
 	@printf '  %-16s%s\n' data-NAME "prepare a data set from its official archive: $(DATASETS)"
 	@echo "of ImageNet (BUDGET=paper SEEDS=1 unless given): $(IMAGENET)"
 
+# Where Python may not write bytecode (PYTHONDONTWRITEBYTECODE), every process would compile torch anew: seconds each.
 setup: $(READY) ## make the environment in .venv (python >= 3.11 and the package registry)
 
 $(READY): pyproject.toml
@@ -40,7 +41,7 @@ $(READY): pyproject.toml
 	@echo "making the environment in $(VENV), once"
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	@$(VENV)/bin/uv pip install --python $(VENV)/bin/python -e '.[dev]'
+	@$(VENV)/bin/uv pip install --compile-bytecode --python $(VENV)/bin/python -e '.[dev]'
 	@touch $@
 
 setup-ffcv: $(READY) ## FFCV for dataset.loader=ffcv: its Debian or Ubuntu packages (as root or by sudo), then into .venv
