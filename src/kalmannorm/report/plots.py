@@ -313,7 +313,7 @@ def encode(figure: "Figure", kinds: Iterable[str] = ("png", "pdf")) -> dict[str,
     found = {}
     with style.context():
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # once is enough
+        figure.set_layout_engine(None)  # once is enough: with "none", savefig draws all twice
         for kind in kinds:
             out = io.BytesIO()
             figure.savefig(out, format=kind, dpi=150, metadata=metadata[kind])
