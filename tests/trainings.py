@@ -1,6 +1,7 @@
 """Real trainings in tests: where they write, what they left, and the same on several processes."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -18,8 +19,14 @@ from kalmannorm.train import checkpoint, loop
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "precision=fp32"]
 # Also in processes of their own, which know nothing of conftest.
-SPREAD = [*SMALL, "compile=false", "batch.grad_batch=16", "budget.subset=96"]
+SPREAD = [*SMALL, "compile=false", "batch.grad_batch=16", "budget.subset=48", "checkpoint_every=1"]
 Runs = dict[str, list[str]]  # name -> overrides
+# Processes that do not each wait for torch: forked off a server that has imported it, and computed nothing.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(
+    ["kalmannorm.train.run", "kalmannorm.train.task_classification", "torch._dynamo", "torchvision",
+     "tensorboard.compat.proto.event_pb2", "sklearn.datasets"]
+)  # fmt: skip
 
 
 def place(folder: Path, root: Path | None = None) -> list[str]:
@@ -75,12 +82,17 @@ def run_all(folder: Path, runs: Runs) -> None:
         loop.run(compose([*overrides, *place(folder / name)]))
 
 
+def fork(function: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
+    """Call function(number, *arguments) in each of the processes, and wait for them."""
+    mp.start_processes(function, arguments, nprocs=processes, start_method="forkserver")
+
+
 def on_processes(world: int, folder: Path, runs: Runs) -> None:
-    """One spawn for all the runs: starting processes is most of the cost."""
+    """Every run on `world` processes, which are started once for all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, (world, port, folder, runs), nprocs=world)
+    fork(_rank, (world, port, folder, runs), world)
 
 
 def _rank(rank: int, world: int, port: int, folder: Path, runs: Runs) -> None:

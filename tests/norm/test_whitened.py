@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from helpers import Residual, error, talk_golden
 from torch import nn
+from trainings import fork
 
 from kalmannorm import Belief, convert, fold, set_statistics
 from kalmannorm.conversion.flow import beliefs_of_inputs
@@ -278,7 +278,7 @@ def steps_of(model, images, file):
 
 
 def test_two_processes_refresh_as_one(tmp_path):
-    mp.spawn(step_of_a_process, (tmp_path,), nprocs=2)
+    fork(step_of_a_process, (tmp_path,), 2)
     for kind in KINDS[:3]:
         steps_of(small(kind), slice(None), tmp_path / "one.pt")
         found, expected = (torch.load(tmp_path / f"{name}.pt") for name in (kind, "one"))

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainings import FORKED
 
 from kalmannorm.cli import main
 from kalmannorm.train import checkpoint
@@ -20,10 +20,9 @@ from kalmannorm.train import checkpoint
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-SMALL = [
-    "dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "budget.subset=512", "budget.epochs=8",
-]  # fmt: skip
-SHORT = [*SMALL[:-2], "budget.subset=256", "budget.epochs=3"]
+SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]
+KILLED = [*SMALL, "batch.grad_batch=32", "budget.subset=128", "budget.epochs=6"]
+SHORT = [*SMALL, "budget.subset=256", "budget.epochs=3"]
 
 
 def job(folder: str, extra: list[str]) -> None:
@@ -31,15 +30,7 @@ def job(folder: str, extra: list[str]) -> None:
     fsync = os.fsync
     os.fsync = lambda handle: (time.sleep(0.02), fsync(handle))[1]
     torch.set_num_threads(1)
-    raise SystemExit(main(["train", *SMALL, *extra, f"results={folder}/results", f"runs={folder}/runs"]))
-
-
-@pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
-    """Processes that do not each wait for torch: forked off a server that has imported it, and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kalmannorm.train.run", "tensorboard.compat.proto.event_pb2", "sklearn.datasets"])
-    return context
+    raise SystemExit(main(["train", *KILLED, *extra, f"results={folder}/results", f"runs={folder}/runs"]))
 
 
 def records_of(folder: Path) -> dict[str, dict]:
@@ -62,9 +53,9 @@ def unfinished(folder: Path) -> set[Path]:
     return set(folder.glob("runs/*/.checkpoint.pt.*"))
 
 
-@pytest.mark.parametrize("extra", [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"]])
-def test_killed_twenty_times_and_still_the_same_numbers(tmp_path, processes, extra):
-    alone = processes.Process(target=job, args=(str(tmp_path / "alone"), extra))
+@pytest.mark.parametrize("extra", [["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"]])
+def test_killed_twenty_times_and_still_the_same_numbers(tmp_path, extra):
+    alone = FORKED.Process(target=job, args=(str(tmp_path / "alone"), extra))
     alone.start()
     alone.join()
     assert alone.exitcode == 0
@@ -75,7 +66,7 @@ def test_killed_twenty_times_and_still_the_same_numbers(tmp_path, processes, ext
         copies += 1
         folder = tmp_path / f"killed-{copies}"
         while True:
-            process = processes.Process(target=job, args=(str(folder), extra))
+            process = FORKED.Process(target=job, args=(str(folder), extra))
             left = unfinished(folder)
             process.start()
             process.join(rng.uniform(0, whole) if kills < KILLS else None)

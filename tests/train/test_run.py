@@ -24,6 +24,7 @@ from kalmannorm.cli import main
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import compose
+from kalmannorm.models import ARCHS, LAST_NORMALIZERS, ResNet
 from kalmannorm.runs import worker
 from kalmannorm.train import checkpoint, loop, task_classification
 from kalmannorm.train.evaluate import evaluate
@@ -172,7 +173,8 @@ def command(folder: Path, overrides: list[str]) -> list[str]:
 )  # fmt: skip
 def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, extra):
     """Stopped by a signal within the second epoch, and once more at its end, before it is evaluated."""
-    overrides = [*SMALL, *extra, "budget.epochs=3", "budget.subset=512"]
+    four_steps = ["budget.epochs=3", "budget.subset=128", "batch.grad_batch=32", "checkpoint_every=1"]
+    overrides = [*SMALL, *extra, *four_steps]
     assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
     steps = []
     stepped, evaluated = torch.optim.SGD.step, task_classification.evaluate
@@ -376,21 +378,29 @@ def test_bf16_is_an_option(tmp_path):
     assert only_record(tmp_path)["config"]["precision"] == "bf16"
 
 
+@pytest.fixture
+def shallow(monkeypatch) -> list[str]:
+    """SMALL with half as many blocks as the smallest ResNet: a compiler's time grows with them."""
+    monkeypatch.setitem(ARCHS, "resnet14", partial(ResNet, 1))
+    monkeypatch.setitem(LAST_NORMALIZERS, "resnet14", ("blocks.2.bn2",))
+    return [*(one for one in SMALL if not one.startswith("arch.")), "arch=resnet14"]
+
+
 @pytest.mark.slow
-def test_a_compiled_run_learns_like_an_eager_one(tmp_path):
+def test_a_compiled_run_learns_like_an_eager_one(tmp_path, shallow):
     for flag in ("true", "false"):
-        assert main(["train", *SMALL, f"compile={flag}", *place(tmp_path / flag)]) == 0
+        assert main(["train", *shallow, f"compile={flag}", *place(tmp_path / flag)]) == 0
     a, b = (only_record(tmp_path / flag)["curves"]["train_loss"][0] for flag in ("true", "false"))
     assert math.isclose(a, b, rel_tol=1e-3)
 
 
 @pytest.mark.slow
-def test_every_run_of_a_process_is_compiled(tmp_path, monkeypatch):
+def test_every_run_of_a_process_is_compiled(tmp_path, monkeypatch, shallow):
     """A sweep's worker trains one after the other; the compiler counts the models of a process, and then gives up."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for batch in (128, 64):
-            overrides = [*SMALL, "norm=bkn", "compile=true", f"batch.grad_batch={batch}", "budget.subset=128"]
+            overrides = [*shallow, "norm=bkn", "compile=true", f"batch.grad_batch={batch}", "budget.subset=128"]
             assert main(["train", *overrides, *place(tmp_path / str(batch))]) == 0
 
 
