@@ -69,7 +69,7 @@ def test_killed_twenty_times_and_still_the_same_numbers(tmp_path, extra):
             process = FORKED.Process(target=job, args=(str(folder), extra))
             left = unfinished(folder)
             process.start()
-            process.join(rng.uniform(0, whole) if kills < KILLS else None)
+            process.join(rng.uniform(0, whole / 2) if kills < KILLS else None)
             if kills % 4 == 3:  # a quarter of them falls into a save
                 while process.is_alive() and not unfinished(folder) - left:
                     time.sleep(0.001)
