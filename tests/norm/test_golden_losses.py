@@ -85,7 +85,6 @@ def test_losses_are_those_of_the_file(case):
     golden = torch.tensor(json.loads(FILE.read_text())["losses"][case], dtype=torch.float64)
     found = losses(case)
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), golden, rtol=1e-8, atol=0)
-    assert losses(case) == found
     assert found[-1] < found[0]
 
 
