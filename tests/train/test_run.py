@@ -218,8 +218,8 @@ def test_a_killed_process_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_scheduler_s_signal_saves_and_leaves(tmp_path, number):
+def test_a_scheduler_s_signal_saves_and_leaves(tmp_path):
+    """A real process; other phases, and the other signal, are in test_stopping.py."""
     overrides = [*SMALL, "budget.epochs=100"]
     process = subprocess.Popen(command(tmp_path, overrides), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -227,8 +227,8 @@ def test_a_scheduler_s_signal_saves_and_leaves(tmp_path, number):
     for line in process.stderr:
         lines.append(line)
         if "epoch 1/100" in line:
-            process.send_signal(number)
-    assert process.wait() == 128 + number
+            process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 128 + signal.SIGUSR1
     assert "the same command goes on" in lines[-1]
     assert checkpoint.load(next((tmp_path / "runs").iterdir()), records.run_id(compose(overrides)))["epoch"] >= 1
 
