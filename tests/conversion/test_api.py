@@ -77,6 +77,13 @@ def test_a_command_without_the_harness_says_what_to_install():
     assert done.returncode == 2 and "kalmannorm[detection]" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["thaw", "relu", "returns_belief", "noise"])
+def test_a_tensor_is_no_switch(option: str) -> None:
+    for value in (torch.tensor(True), torch.ones(2)):
+        with pytest.raises(ValueError, match=f"{option} must be True"):
+            kn.convert(torchvision.models.mnasnet0_5(), "bkn", **{option: value})
+
+
 @pytest.mark.parametrize("value", ["a", torch.ones(2), [1]], ids=str)
 @pytest.mark.parametrize("option", ["eps", "gain", "momentum", "learn_gain"])
 def test_an_option_of_the_wrong_kind_is_refused_by_its_name(option: str, value: object) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from helpers import net
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, replace_all_batch_norm_modules_, vmap
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.func import functional_call, grad, jvp, replace_all_batch_norm_modules_, stack_module_state, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from kalmannorm import NORMS, KalmanBatchNorm2d, belief_report, convert, fold
@@ -176,12 +178,53 @@ def test_a_checkpoint_that_is_not_known_by_name_is_reported() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"predictor": "sampling"}, {"transition": "learned"}, {"input_belief": "data"}], ids=str
+)
+def test_segments_of_a_model_from_outside_are_the_model(options: dict[str, Any], reentrant: bool) -> None:
+    """Though checkpoint_sequential calls its children one by one."""
+    model, x = convert(net(), "bkn", stat_batch=2, **options), torch.randn(4, 3, 8, 8)
+    found = []
+    for segments in (0, 1, 3):
+        twin, given = copy.deepcopy(model), x.clone().requires_grad_()
+        y = checkpoint_sequential(twin, segments, given, use_reentrant=reentrant) if segments else twin(given)
+        y.square().sum().backward()
+        found.append([y, given.grad, *(p.grad for p in twin.parameters() if p.grad is not None), *twin.buffers()])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(b, a)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_of_parts_outside_of_the_forward_warns(reentrant: bool) -> None:
-    """It calls them one by one, without beliefs."""
-    model = convert(net(), "bkn", stat_batch=2)
+    """It calls them without beliefs."""
+    model = convert(Looping("plain"), "bkn", stat_batch=2)
     x = torch.randn(4, 3, 8, 8).requires_grad_()
-    with pytest.warns(UserWarning, match="without beliefs, in a checkpoint outside of the forward"):
-        checkpoint_sequential(model, 2, x, use_reentrant=reentrant)
+    with pytest.warns(UserWarning, match="without beliefs, by code that convert has not seen"):
+        checkpoint(model.features, x, use_reentrant=reentrant)
+
+
+def test_parts_put_together_anew_warn_and_are_converted_again() -> None:
+    model, x = convert(nn.Sequential(net()[:3], net()[3:]), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)
+    parts = nn.Sequential(*model.children())
+    with pytest.warns(UserWarning, match="without beliefs, by code that convert has not seen"):
+        parts(x)
+    again = convert(parts, "bkn", stat_batch=2)
+    assert belief_report(again, x)["1.4"] is None
+    torch.testing.assert_close(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [{}, {"predictor": "sampling"}], ids=str)
+def test_wrappers_of_activation_checkpoints(options: dict[str, Any], reentrant: bool) -> None:
+    """Made after the conversion, as apply_activation_checkpointing does."""
+    plain = convert(nn.Sequential(net()[:3], net()[3:]), "bkn", stat_batch=2, **options)
+    model, x = copy.deepcopy(plain), torch.randn(4, 3, 8, 8)
+    impl = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    model[1] = checkpoint_wrapper(model[1], checkpoint_impl=impl)
+    assert set(list(belief_report(model, x).values())[1:]) == {None}
+    for a, b in zip(gradients(model, x, None), gradients(plain, x, None), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class OtherCheckpoint(torch.autograd.Function):
@@ -310,6 +353,23 @@ def test_hooks_see_what_a_module_returns() -> None:
     assert seen == [(Tensor, Tensor)] * len(model)
 
 
+@pytest.mark.parametrize("place", ["2", "3"])
+@pytest.mark.parametrize("how", ["replaces", "in place", "before", "looks"])
+def test_a_belief_ends_where_a_hook_changes_a_value(how: str, place: str) -> None:
+    model = convert(net(), "bkn", stat_batch=2)
+    layer = model.get_submodule(place)
+    hooks: dict[str, Any] = {
+        "replaces": lambda _, args, y: 10 * y,
+        "in place": lambda _, args, y: (y.mul_(10), None)[1],
+    }
+    if how == "before":
+        layer.register_forward_pre_hook(lambda _, args: (10 * args[0],))
+    else:
+        layer.register_forward_hook(hooks.get(how, lambda _, args, y: None))
+    why = belief_report(model, torch.randn(4, 3, 8, 8))["4"]
+    assert why is None if how == "looks" else str(why).startswith(f"{place} ({type(layer).__name__}: a hook or a ")
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 def test_backward_hooks_see_gradients_of_what_a_module_returns(ahead: bool) -> None:
     """And may replace them; also of layers that convert replaces. fold gives them back as they were registered."""
@@ -357,6 +417,62 @@ def test_transforms_of_torch_func(options: dict[str, Any]) -> None:
     assert jvp(model, (x,), (x,))[1].shape == (4, 4)
 
 
+def test_an_ensemble_by_stacked_states() -> None:
+    models, x = [convert(net(), "bkn", stat_batch=2).eval() for _ in range(3)], torch.randn(4, 3, 8, 8)
+    state, base = stack_module_state(models), copy.deepcopy(models[0]).to("meta")
+    found = vmap(lambda *given: functional_call(base, given, (x,)))(*state)
+    torch.testing.assert_close(found, torch.stack([model(x) for model in models]))
+
+
+def test_moving_averages_are_taken_anew() -> None:
+    """update_bn takes cumulative ones, of an average of models too."""
+    model, batches = convert(net(), "bkn", stat_batch=2), [torch.randn(4, 3, 8, 8) * i + i for i in range(1, 4)]
+    twin = torch.optim.swa_utils.AveragedModel(model)
+    for one in (model, twin):
+        torch.optim.swa_utils.update_bn(batches, one)
+    means = torch.stack([model[0](x).mean((0, 2, 3)) for x in batches])
+    torch.testing.assert_close(model[1].running_mean, means.mean(0))
+    assert model[1].momentum == 0.1
+    torch.testing.assert_close(twin.module[4].running_var, model[4].running_var)
+
+
+def test_a_convolution_and_its_normalizer_are_fused() -> None:
+    model, x = convert(net(), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)
+    model(x)
+    fused = copy.deepcopy(model.eval())
+    for i in (0, 3):
+        fused[i], fused[i + 1] = fuse_conv_bn_eval(fused[i], fused[i + 1]), nn.Identity()
+    torch.testing.assert_close(fused(x), model(x))
+
+
+def initialize(layer: nn.Module) -> None:
+    """As torch's documentation has it."""
+    if type(layer) is nn.Conv2d:
+        nn.init.constant_(layer.weight, 0.5)
+    elif type(layer) is nn.BatchNorm2d or layer.__class__ is nn.Linear:
+        nn.init.constant_(layer.weight, 0.25)
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_apply_finds_layers_by_their_class(norm: str) -> None:
+    model = convert(net(), norm, stat_batch=2)
+    assert model.apply(initialize) is model
+    assert [float(model[i].weight.detach().max()) for i in (0, 1, 8)] == [0.5, 0.25, 0.25]
+    assert "type" not in globals() and model[0].__class__ is type(model[0])
+
+
+class Asking(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).add_(1) if x.sum() < 1e9 else x
+
+
+def test_an_untraced_forward_in_inference_mode() -> None:
+    model, x = convert(Asking(*net()), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)
+    expected = copy.deepcopy(model)(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
+
+
 @pytest.mark.parametrize("wrap", [torch.compile, torch.optim.swa_utils.AveragedModel])
 @pytest.mark.parametrize("function", [fold, belief_report])
 def test_wrappers_say_what_to_pass(wrap: Any, function: Any) -> None:
@@ -367,10 +483,23 @@ def test_wrappers_say_what_to_pass(wrap: Any, function: Any) -> None:
 def test_wrapped_models_and_others_are_not_converted() -> None:
     with pytest.raises(ValueError, match=r"OptimizedModule is wrapped: convert its \._orig_mod before it is wrapped"):
         convert(torch.compile(net(), backend="eager"), "bkn")
+    model = net()
+    model[3] = torch.compile(model[3], backend="eager")
+    with pytest.raises(ValueError, match=r"^3 \(OptimizedModule\) is wrapped: convert its \._orig_mod before"):
+        convert(model, "bkn")
     for thing in (None, nn.Sequential, net().state_dict()):
         for function in (lambda m: convert(m, "bkn"), fold, belief_report):
             with pytest.raises(ValueError, match=r"a model must be a torch\.nn\.Module, not <class"):
                 function(thing)
+
+
+def test_a_part_that_is_compiled_afterwards_hands_beliefs_on() -> None:
+    model, x = convert(nn.Sequential(net()[:3], net()[3:]), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)
+    expected, report = copy.deepcopy(model)(x), belief_report(model, x)
+    model[1] = torch.compile(model[1], backend="eager")
+    assert belief_report(model, x) == report
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(fold(model).eval()(x), model.eval()(x))
 
 
 def test_fold_goes_by_what_is_there() -> None:

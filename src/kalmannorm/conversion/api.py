@@ -43,6 +43,7 @@ from kalmannorm.conversion.write import Summary
 from kalmannorm.norm import Estimator, Whitening, contract, normalize_weights
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.moments import Transition
+from kalmannorm.norm.options import refuse_kind
 from kalmannorm.norm.sampling import Noise
 from kalmannorm.norm.whitened import fold_weights
 from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
@@ -96,6 +97,8 @@ def convert(
     """
     relu, learned = True, False
     leaves, thaw = _classes(options.pop("leaves", ())), options.pop("thaw", False)
+    for name, switch in (("thaw", thaw), ("returns_belief", returns_belief), ("relu", options.get("relu", True))):
+        refuse_kind("convert", name, bool, switch)
     kinds = choices(norm, options)
     if not any(kind in KALMAN for kind, _ in kinds.values()):
         for name, given in (("preset", preset), ("predictor", predictor), ("input_belief", input_belief)):
@@ -113,14 +116,13 @@ def convert(
     _refuse_no_module(model)
     _refuse_wrapped(model)
     _refuse_lazy(model)
-    source = fold(model) if _MARK in model.__dict__ else copied(model)
+    source = _folded(model) if _MARK in model.__dict__ else copied(model)
     if thaw:
         thaw_frozen(source)
-    layers: dict[str, _BatchNorm] = {
-        name: m
-        for name, m in source.named_modules(remove_duplicate=False)
-        if isinstance(m, _BatchNorm) and not type(m).__module__.startswith("kalmannorm.norm")
-    }
+    layers = _batch_norms(source)
+    if not layers and any(contract.NORMALIZER in module.__dict__ for module in source.modules()):
+        source = _folded(source)  # put together from parts of a converted model
+        layers = _batch_norms(source)
     _check(source, layers, leaves)
     chosen = assign(kinds, layers)
     built: dict[_BatchNorm, nn.Module] = {}  # a layer can have several names
@@ -153,7 +155,7 @@ def convert(
         for module in list(source.modules()):
             if not _is_container(module, leaves):
                 continue
-            if any(name == "type" for _, name, _ in stand_ins(type(module))):
+            if any(name in ("type", "class_of") for _, name, _ in stand_ins(type(module))):
                 classes.become(module, classes.ASKING)
             elif any(child in built.values() for child in module.children()):
                 classes.become(module, classes.REFUSING)
@@ -161,6 +163,14 @@ def convert(
             classes.become(source, classes.WITHOUT_BELIEF)
     source.__dict__[_MARK] = {"as_they_are": as_they_are, contract.RETURNS: returns_belief}
     return source
+
+
+def _batch_norms(source: nn.Module) -> dict[str, _BatchNorm]:
+    return {
+        name: module
+        for name, module in source.named_modules(remove_duplicate=False)
+        if isinstance(module, _BatchNorm) and not type(module).__module__.startswith("kalmannorm.norm")
+    }
 
 
 def _classes(leaves: Any) -> tuple[type[nn.Module], ...]:
@@ -178,9 +188,11 @@ def _refuse_no_module(model: Any) -> None:
 
 def _refuse_wrapped(model: Any) -> None:
     """ValueError: compiled or distributed, so that code or gradients of a copy would be the original's."""
-    for name, wrapped in (("_orig_mod", "_orig_mod" in model._modules), ("module", hasattr(model, "reducer"))):
-        if wrapped:
-            raise ValueError(f"{type(model).__name__} is wrapped: convert its .{name} before it is wrapped")
+    for path, part in model.named_modules():
+        for name, wrapped in (("_orig_mod", "_orig_mod" in part._modules), ("module", hasattr(part, "reducer"))):
+            if wrapped:
+                kind = f"{path} ({type(part).__name__})" if path else type(part).__name__
+                raise ValueError(f"{kind} is wrapped: convert its .{name} before it is wrapped")
 
 
 def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
@@ -486,9 +498,19 @@ def fold(model: nn.Module) -> nn.Module:
     without moving statistics.
     """
     _conversion(model, "there is nothing to fold")
+    return _folded(model)
+
+
+def _folded(model: nn.Module) -> nn.Module:
     plain = copied(model)
     for module in plain.modules():
         _restore(module)
+        if module.__dict__.pop(_MARK, None) is None:
+            continue
+        for name in INPUT_BELIEF:
+            if name in module._non_persistent_buffers_set or INPUT_COUNT in module._buffers:
+                delattr(module, name)
+        module._buffers.pop(INPUT_COUNT, None)
     folded: dict[nn.Module, nn.Module] = {}
     for name, layer in list(plain.named_modules(remove_duplicate=False)):
         if contract.NORMALIZER not in layer.__dict__:  # another's, also where one stood
@@ -507,11 +529,6 @@ def fold(model: nn.Module) -> nn.Module:
             delete(plain, name)
         module.__dict__.pop("predictor", None)
     fold_weights(plain)
-    for name in INPUT_BELIEF:
-        if name in plain._non_persistent_buffers_set or INPUT_COUNT in plain._buffers:
-            delattr(plain, name)
-    plain._buffers.pop(INPUT_COUNT, None)
-    plain.__dict__.pop(_MARK, None)
     return plain
 
 

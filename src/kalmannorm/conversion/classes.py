@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from kalmannorm.conversion import runtime
-from kalmannorm.conversion.flow import follow, stand_ins
+from kalmannorm.conversion.flow import apply_to, follow, stand_ins
 from kalmannorm.conversion.names import class_of, lending
 from kalmannorm.conversion.trace import Trace, expression_of
 from kalmannorm.conversion.write import Summary, Writer, summary_of_class
@@ -82,12 +82,18 @@ class Generated:
             forward: Any = scope["forward"]
             forward.__doc__, forward.__signature__ = base.forward.__doc__, inspect.signature(base.forward)
             forward.__wrapped__ = _without_beliefs(base, scope)
-            body = {"forward": forward, "converted": self, "__reduce_ex__": _reduce}
+            body = {"forward": forward, "converted": self, "__reduce_ex__": _reduce, "apply": _apply}
+            body["__class__"] = contract.own_class
             body |= contract.methods(base) if "beliefs" in self.code else {}
             body |= _OF_GRAPH_MODULES if issubclass(base, fx.GraphModule) else {}
+            body |= {"children": runtime.children_of} if self.code == SEQUENTIAL else {}
             body |= {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
             _classes[key] = type(base)(base.__name__, (base,), body)  # type: ignore[misc]
         return _classes[key]
+
+
+def _apply(self: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+    return apply_to(self, fn)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

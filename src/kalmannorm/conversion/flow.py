@@ -5,7 +5,9 @@ The rules are the same, applied as functions are called; modules that take belie
 
 import operator
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from kalmannorm.conversion.names import CHECKPOINT, Loan, Surroundings, class_of
 from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
 from kalmannorm.conversion.rules import Operation, fields_of
 from kalmannorm.conversion.runtime import apply, call, checkpointed
-from kalmannorm.norm import GroupedStatistics
+from kalmannorm.norm import GroupedStatistics, contract
 from kalmannorm.norm.belief import Belief, Carried, Returned
 from kalmannorm.norm.contract import running
 from kalmannorm.norm.moments import plain
@@ -58,11 +60,11 @@ class Flow(TorchFunctionMode):
         if (items := fields_of(value)) is not None:
             return {key: self.get(one) for key, one in items.items()}
         tensor, version, belief = self._known.get(id(value), (None, 0, None))
-        return belief if tensor is not None and tensor is value and tensor._version == version else None
+        return belief if tensor is not None and tensor is value and contract.version(tensor) == version else None
 
     def put(self, value: Any, belief: Any) -> None:
         if isinstance(value, Tensor) and belief is not None and not isinstance(belief, dict):
-            self._known[id(value)] = (value, value._version, belief)
+            self._known[id(value)] = (value, contract.version(value), belief)
         elif isinstance(belief, dict) and (items := fields_of(value)) is not None:
             for key, one in belief.items():
                 self.put(items.get(key), one)
@@ -92,6 +94,8 @@ class Flow(TorchFunctionMode):
         beliefs = tuple(map(self._get_or_constant, args))  # before an operation in place changes what they are of
         keyword_beliefs = {key: self._get_or_constant(value) for key, value in kwargs.items()}
         y = func(*args, **kwargs)
+        if name == "__setitem__" or (args and y is args[0] and y.is_inference()):  # changes that are not counted there
+            self._known.pop(id(args[0]), None)
         if isinstance(y, Tensor) and _only_constants(beliefs) and _only_constants(keyword_beliefs.values()):
             self.put(y, _CONSTANT)
         elif runtime.observer is not None or any(map(_is_belief, (*beliefs, *keyword_beliefs.values()))):
@@ -170,16 +174,24 @@ def _call(function: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: 
     return follow(function, None, args, kwargs, (beliefs, keyword_beliefs))
 
 
-_stand_ins: dict[type, list[Loan]] = {}
+def apply_to(module: nn.Module, function: Callable[[nn.Module], None]) -> nn.Module:
+    """module.apply(function), for which layers are of their own classes."""
+    of = getattr(function, "__func__", function)
+    with lending(stand_ins(of) if isinstance(of, FunctionType) else []):
+        return nn.Module.apply(module, function)
 
 
-def stand_ins(cls: type) -> list[Loan]:
+_stand_ins: WeakKeyDictionary[type | FunctionType, list[Loan]] = WeakKeyDictionary()
+
+
+def stand_ins(cls: type | FunctionType) -> list[Loan]:
     """What stands for type() and for checkpoint() in the functions that a forward may call, while it runs as it is."""
     if cls not in _stand_ins:
         around = Surroundings(cls)
         asking = {id(scope): (scope, "type", class_of) for scope in around.asking}
         checkpointing = {(id(scope), name): (scope, name, _checkpoint) for scope, name in around.checkpointing}
-        _stand_ins[cls] = [*asking.values(), *checkpointing.values()]
+        by_attribute: list[Loan] = [(contract.lent, "class_of", class_of)] if around.asks_class else []
+        _stand_ins[cls] = [*asking.values(), *checkpointing.values(), *by_attribute]
     return _stand_ins[cls]
 
 

@@ -164,7 +164,7 @@ def copied(model: nn.Module) -> nn.Module:
 def _refuse_foreign_forwards(model: nn.Module) -> None:
     modules = set(model.modules())
     for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
+        forward = None if "_orig_mod" in module._modules else module.__dict__.get("forward")  # compiled: made anew
         if any(one in modules for one in _modules_of(getattr(forward, "__func__", forward))):
             raise ValueError(
                 f"{name or 'the model'} ({type(module).__name__}): its forward is a function that calls the model by "

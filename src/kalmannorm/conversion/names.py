@@ -97,29 +97,32 @@ def _identities(value: Any) -> list[Any]:
 
 
 class Surroundings:
-    """Of the forward of `cls`, and of the functions and methods that it may call; `others`: whose methods too.
+    """Of the forward of `cls`, or of a function, and of the functions and methods that it may call; `others`: whose
+    methods too.
 
     `plain`: values by expressions, in which `modules` are names of modules, as generated code knows them. `asking`:
-    the globals of functions that call type() or isinstance(). `checkpointing`: where they find torch's checkpoint.
+    the globals of functions that call type() or isinstance(); `asks_class`: whether one reads `layer.__class__`.
+    `checkpointing`: where they find torch's checkpoint.
     """
 
-    def __init__(self, cls: type, others: Iterable[type] = ()) -> None:
+    def __init__(self, cls: type | FunctionType, others: Iterable[type] = ()) -> None:
         self.plain: dict[str, Any] = {}
         self.modules: dict[str, tuple[str, str]] = {}
         self.asking: list[Scope] = []
+        self.asks_class = False
         self.checkpointing: list[tuple[Scope, str]] = []
         self.homeless = ""  # globals that are of no module
         self.kept = Kept()
         self._seen: set[int] = set()
         self._methods: dict[str, list[tuple[str, FunctionType]]] = {}
         for kind in dict.fromkeys((cls, *others)):
-            for base in kind.__mro__:
+            for base in getattr(kind, "__mro__", ()):
                 for name, found in ({} if _is_of_library(base.__module__) else vars(base)).items():
                     function = getattr(found, "fget", found)
                     if isinstance(function, FunctionType) and name != "forward":
                         where = f"_base.{name}" if function is found and getattr(cls, name, None) is found else ""
                         self._methods.setdefault(name, []).append((where, function))
-        if isinstance(forward := getattr(cls, "forward", None), FunctionType):
+        if isinstance(forward := getattr(cls, "forward", cls), FunctionType):
             self._function("_base.forward", forward)
 
     def _function(self, expression: str, function: FunctionType) -> None:
@@ -130,6 +133,7 @@ class Surroundings:
         names = _names(function.__code__)
         if names & {"type", "isinstance"} - scope.keys():
             self.asking.append(scope)
+        self.asks_class |= "__class__" in names
         self.checkpointing += [(scope, name) for name in names & scope.keys() if scope[name] is CHECKPOINT]
         if names & {"checkpoint", "checkpoint_sequential"}:
             self.checkpointing.append((vars(torch.utils.checkpoint), "checkpoint"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmannorm.conversion import runtime
-from kalmannorm.conversion.layers import copied
+from kalmannorm.conversion.layers import copied, replace
 from kalmannorm.conversion.rules import Operation, fields_of
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import Carried, pick
@@ -21,6 +21,9 @@ CHECKPOINTED = "a checkpoint of several modules that are called in turn: nothing
 def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str | None]:
     """Run a copy of the model in training: per normalizer, in its order, None or what lost the belief."""
     twin = copied(model).train()
+    for name, part in list(twin.named_modules()):
+        if "_orig_mod" in part._modules:  # compiled
+            replace(twin, name, part._modules["_orig_mod"])  # type: ignore[arg-type]
     found: dict[str, str | None] = {}
     names = {module: name for name, module in twin.named_modules()}
     reasons: dict[int, str] = {}

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from kalmannorm.conversion.operations import BY_NAME, FUNCTIONS, MODULES, MODULE
 from kalmannorm.conversion.pixelwise import of_last_axis, of_map
 from kalmannorm.conversion.rules import Operation, Rule
 from kalmannorm.conversion.trace import IN_SEGMENTS
-from kalmannorm.norm import moments
+from kalmannorm.norm import contract, moments
 from kalmannorm.norm.belief import Belief, Carried
 from kalmannorm.norm.checkpoints import once
 from kalmannorm.norm.contract import proxy_among
@@ -46,19 +47,62 @@ _RULES |= {f"class {name}": rule for name, rule in MODULES_BY_NAME.items()}
 def call(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
     """(y, belief of y, ...) of any module: one that takes beliefs is handed them, another's class has a rule."""
     traced = bool(args) and isinstance(args[0], fx.Proxy)
+    if type(module).__name__ == "CheckpointWrapper" and getattr(module.checkpoint_fn, "func", None) is CHECKPOINT:
+        options = module.checkpoint_fn.keywords
+        if options.get("use_reentrant"):  # it would see no tensors in beliefs
+            wrapped = module._checkpoint_wrapped_module
+            return checkpointed(wrapped, args, {**kwargs, **options}, beliefs, keyword_beliefs)
     if getattr(module, "takes_beliefs", False):
         given = beliefs, keyword_beliefs
-        return retrace.call(module, args, kwargs, given) if traced else module(*args, **kwargs, beliefs=given)
+        if traced:
+            return retrace.call(module, args, kwargs, given)
+        out = module(*args, **kwargs, beliefs=given)
+        if observer is not None and out[1] is None and (module._forward_hooks or module._forward_pre_hooks):
+            observer(Operation(out[0], args, kwargs, beliefs, keyword_beliefs), module, _HOOKED)
+        return out
     if type(module) is nn.SyncBatchNorm:
         raise ValueError(_TORCH_SYNC.format("a layer"))
-    y = module(*args, **kwargs)
-    rule, attributes = (None, ()) if "forward" in vars(module) else rule_of_class(type(module))
+    y, as_it_is = _called(module, args, kwargs)
+    rule, attributes = rule_of_class(type(module)) if as_it_is else (_replaced, ())
     operation = Operation(y, args, kwargs, beliefs, keyword_beliefs)
     if attributes:
         operation = operation._replace(args=(operation.x, *(getattr(module, name) for name in attributes)), kwargs={})
     if traced:
         return y, belief_of(key_of_class(type(module)), *operation[:5])
     return y, apply(rule, operation, module)
+
+
+_HOOKED = "a hook or a forward of its own changes what it does"
+
+
+def _replaced(operation: Operation) -> str:
+    return _HOOKED
+
+
+def _called(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    """What a module returns, and whether that is what its class computes of these arguments: neither a forward of the
+    instance's nor a hook has replaced it."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if all(map(contract.rounds, hooks)):
+        return module(*args, **kwargs), "forward" not in vars(module)
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(_watched, recursive=False)(module, args, kwargs)  # type: ignore[no-any-return]
+    return _watched(module, args, kwargs)
+
+
+def _watched(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    seen: list[Any] = []
+
+    def see(_: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+        seen[:] = [*args, *kwargs.values(), y], contract.version(y)
+
+    watch = module.register_forward_hook(see, prepend=True, with_kwargs=True)
+    try:
+        y = module(*args, **kwargs)
+    finally:
+        watch.remove()
+    same = list(map(id, seen[0])) == list(map(id, [*args, *kwargs.values(), y]))
+    return y, same and contract.version(y) == seen[1] and "forward" not in vars(module)
 
 
 def parts_of(module: nn.Module) -> tuple[str, ...]:
@@ -143,11 +187,40 @@ def in_segments(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_belie
     segments, x = given.arguments["segments"], given.arguments["input"]
     belief = beliefs[1] if len(beliefs) > 1 else keyword_beliefs.get("input")
     options = {"use_reentrant": given.arguments.get("use_reentrant", True), **given.arguments.get("kwargs", {})}
-    length = sum(not isinstance(child, moments.Predictor) for child in module)
-    size = length // segments
+    children = [child for child in module.children() if not isinstance(child, moments.Predictor)]
+    size = len(children) // segments
     for start in range(0, size * (segments - 1), size):
-        x, belief = checkpointed(module[start : start + size], (x,), options, (belief,), {})
-    return call(module[size * (segments - 1) : length], (x,), {}, (belief,), {})
+        x, belief = checkpointed(children[start : start + size], (x,), options, (belief,), {}, _in_turn)
+    return _in_turn(children[size * (segments - 1) :], (x,), {}, (belief,), {})
+
+
+def _in_turn(children: list[nn.Module], args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
+    for child in children:
+        y, belief, *_ = call(child, args, kwargs, beliefs, keyword_beliefs)
+        args, beliefs = (y,), (belief,)
+    return args[0], beliefs[0]
+
+
+def children_of(module: Any) -> Iterator[Callable[..., Any]]:
+    """A Sequential's children. checkpoint_sequential(module, segments, input), which calls them in turn without
+    beliefs, is told of as many functions as there are segments: the last one is all of it, with beliefs."""
+    frame = None if torch.compiler.is_compiling() or contract.running.flow is not None else sys._getframe(1)
+    if frame is None or frame.f_code is not IN_SEGMENTS.__code__:
+        yield from nn.Module.children(module)
+        return
+    options = {"use_reentrant": frame.f_locals["use_reentrant"], "preserve_rng_state": frame.f_locals["preserve"]}
+    segments = frame.f_locals["segments"]
+    for _ in range(segments - 1):
+        yield nn.Identity()
+    yield lambda x: in_segments(module, (segments, x), options, (None, known_input(module, x)), {})[0]
+
+
+def known_input(model: nn.Module, x: Tensor) -> Belief | None:
+    """The belief of a model's input that its buffers hold."""
+    if "input_belief_batches" in model._buffers:
+        return seen_input(model, x)
+    known = contract.MARK in vars(model) and "input_belief_mean" in model._buffers
+    return Belief(model.input_belief_mean, model.input_belief_var) if known else None  # type: ignore[arg-type]
 
 
 def seen_input(model: Any, x: Tensor) -> Belief:

@@ -32,6 +32,13 @@ class _Running(threading.local):
 running = _Running()
 
 
+# While a forward runs that asks for `layer.__class__`: `class_of`, what it is told in place of the type.
+lent: dict[str, Callable[[object], type]] = {}
+own_class = property(
+    lambda self: lent.get("class_of", type)(self), lambda self, cls: object.__dict__["__class__"].__set__(self, cls)
+)
+
+
 def used(belief: Any) -> Any:
     return None if running.idle else belief
 
@@ -57,12 +64,23 @@ def is_traced() -> bool:
 
 def _traced(model: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A call of a converted model, without beliefs where all of its normalizers are moving averages' affine maps."""
-    measuring = (m for m in model.modules() if isinstance(m, TakesBeliefs) and not getattr(m, "uses_moving", False))
-    outer, running.idle = running.idle, not model.__dict__[MARK][RETURNS] and next(measuring, None) is None
+    outer, running.idle = running.idle, not model.__dict__[MARK][RETURNS] and not _measures(model)
     try:
         return call(model, *args, **kwargs)
     finally:
         running.idle = outer
+
+
+def _measures(model: nn.Module) -> bool:
+    return any(isinstance(m, TakesBeliefs) and not getattr(m, "uses_moving", False) for m in model.modules())
+
+
+def _is_apart(part: nn.Module, args: Any) -> bool:
+    """Whether a part of a model takes in what other parts computed, and measures."""
+    if MARK in part.__dict__ or torch.compiler.is_compiling():
+        return False
+    computed = any(isinstance(value, Tensor) and value.grad_fn is not None for value in args) or is_within()
+    return computed and _measures(part)
 
 
 def methods(base: type[nn.Module]) -> dict[str, Any]:
@@ -78,10 +96,11 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
         if MARK in self.__dict__ and SEEN not in self.__dict__[MARK] and not torch.compiler.is_compiling():
             self.__dict__[MARK][SEEN] = tree_map_only(Tensor, lambda value: value.detach().to("meta"), (args, kwargs))
         flow = running.flow
-        if flow is None and MARK not in self.__dict__ and base is not nn.Module and is_within():
+        if flow is None and (base is not nn.Module or NORMALIZER in self.__dict__) and _is_apart(self, args):
             warnings.warn(
-                "a part of a converted model is called without beliefs, in a checkpoint outside of the forward of the "
-                "model: its first normalizers only measure. Let the model's forward call the checkpoint",
+                "a part of a converted model is called without beliefs, by code that convert has not seen: its first "
+                "normalizers only measure. Let the model's forward call it, in a checkpoint too; or put the parts "
+                "together first and convert the whole",
                 stacklevel=2,
             )
         if flow is None or replaced or not flow.is_here():
@@ -178,6 +197,17 @@ def _is_of_torch(hook: Any) -> bool:
     return any(module.startswith(("torch.distributed.", "torch.nn.")) for module in (where, type(hook).__module__))
 
 
+def rounds(hook: Any) -> bool:
+    """Whether it is a quantization's observer: what that returns is what it was, but for rounding."""
+    return (getattr(hook, "__module__", None) or "").startswith("torch.ao.")
+
+
+def version(value: object) -> int:
+    """How often a tensor was changed in place, where that is counted."""
+    counted = isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference()
+    return value._version if counted else 0  # type: ignore[attr-defined]
+
+
 class PlainHook:
     """A user's forward hook: it sees what the module returns without beliefs, and may replace that."""
 
@@ -190,10 +220,11 @@ class PlainHook:
             kwargs = [{key: value for key, value in kwargs[0].items() if key != "beliefs"}]
         if not isinstance(out, Estimated | Returned):
             return self.hook(module, args, *kwargs, out)
+        before = version(out.y)
         new = self.hook(module, args, *kwargs, out.y)
-        # What a quantization's observer returns is what it was, but for rounding.
-        rounds = (getattr(self.hook, "__module__", None) or "").startswith("torch.ao.")
-        return None if new is None else Returned(new, out[1] if rounds else None)
+        if new is None:
+            return None if version(out.y) == before else Returned(out.y, None)
+        return Returned(new, out[1] if rounds(self.hook) else None)
 
 
 class PlainBackwardHook:

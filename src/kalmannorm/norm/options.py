@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from kalmannorm.errors import nearest
+from kalmannorm.norm.contract import own_class
 
 Build = TypeVar("Build", bound=Callable[..., Any])
 
@@ -43,19 +44,19 @@ def refuse_unknown(of: str, build: Callable[..., Any], given: dict[str, Any], mo
             raise UnknownOption(f"{of}: {nearest(name, valid, 'option')}")
 
 
-_NUMBERS: dict[Any, tuple[type, ...]] = {
-    float: (numbers.Real,),
-    float | None: (numbers.Real, type(None)),
-    bool: (bool, int),
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    float: ((numbers.Real,), "a number"),
+    float | None: ((numbers.Real, type(None)), "a number or None"),
+    bool: ((bool, int), "True or False"),
+    bool | str: ((bool, int, str), "True, False or a word"),
 }
 
 
-def _refuse_kind(of: str, parameter: inspect.Parameter, value: object) -> None:
-    """ValueError: what is no number, where one is wanted."""
-    kinds = _NUMBERS.get(parameter.annotation)
-    if kinds is not None and not isinstance(value, kinds):
-        wanted = "True or False" if kinds[0] is bool else "a number or None" if len(kinds) > 1 else "a number"
-        raise ValueError(f"{of}: {parameter.name} must be {wanted}, not {value!r}")
+def refuse_kind(of: str, name: str, kind: Any, value: object) -> None:
+    """ValueError: what is no number or word, where one is wanted."""
+    kinds, wanted = _KINDS.get(kind, ((object,), ""))
+    if not isinstance(value, kinds):
+        raise ValueError(f"{of}: {name} must be {wanted}, not {value!r}")
 
 
 def _refusing(build: Callable[..., Any], call: Build) -> Build:
@@ -68,7 +69,7 @@ def _refusing(build: Callable[..., Any], call: Build) -> Build:
         name = type(args[0]).__name__ if isinstance(build, type) else build.__name__.strip("_")
         refuse_unknown(name, build, {key: value for key, value in options.items() if key not in by_place})
         for key, value in signature.bind_partial(*args, **options).arguments.items():
-            _refuse_kind(name, by_place[key], value)
+            refuse_kind(name, key, by_place[key].annotation, value)
         return call(*args, **options)
 
     return cast(Build, checked)
@@ -76,6 +77,8 @@ def _refusing(build: Callable[..., Any], call: Build) -> Build:
 
 class TakesOptions:
     """Base of the normalizers, whose constructors refuse what they do not know."""
+
+    __class__ = own_class
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
