@@ -15,7 +15,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +42,8 @@ HEAD = """# Models of other libraries
 model with the same outputs in evaluation (in float64, to 10⁻⁶), but for the rows that say otherwise.
 Small members of their families, random weights, small images. A
 normalizer without a prior measures only; "the input" is that of the model, of which nothing is known
-unless `input_belief` is given. Parts whose forward torch.fx cannot trace run as they are, with beliefs followed by
+unless `input_belief` is given. R-CNNs with normalizers behind the proposals, of which there is any number, are
+converted with `ragged="measure"`. Parts whose forward torch.fx cannot trace run as they are, with beliefs followed by
 tensor.
 Made by `make zoo` (`benchmarks/zoo.py`).
 
@@ -53,12 +54,13 @@ Made by `make zoo` (`benchmarks/zoo.py`).
 
 @dataclass(frozen=True)
 class Entry:
-    """A model: how it is built, and the arguments of its forward in training and in evaluation."""
+    """A model: how it is built, the arguments of its forward in training and in evaluation, and options of convert."""
 
     library: str
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[tuple[Any, ...], tuple[Any, ...]]]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def pictures(side: int, *frames: int, number: int = IMAGES) -> Callable[[], tuple[tuple[Any, ...], tuple[Any, ...]]]:
@@ -120,6 +122,8 @@ def of_torchvision() -> Iterator[Entry]:
             name,
             lambda make=make, size=size: make(weights=None, weights_backbone=None, num_classes=3, **size),  # type: ignore[misc]
             scenes,
+            # Normalizers behind the proposals, of which there is any number.
+            {"ragged": "measure"} if name.endswith("rcnn_resnet50_fpn_v2") else {},
         )
     for name, (frames, side) in FILMS.items():
         number = 2 if name == "s3d" else IMAGES
@@ -134,7 +138,7 @@ def scenes() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     for _ in images:
         boxes = torch.tensor([[4.0, 6.0, 40.0, 44.0], [30.0, 20.0, 76.0, 60.0]], dtype=torch.float64)
         points = (boxes[:, :2] + boxes[:, 2:]) / 2
-        keypoints = torch.cat([points, torch.ones(2, 1, dtype=torch.float64)], 1)[:, None].repeat(1, 17, 1)
+        keypoints = torch.cat([points, torch.ones(2, 1)], 1)[:, None].repeat(1, 17, 1).float()  # torchvision's demand
         masks = torch.zeros(2, 64, 80, dtype=torch.uint8)
         for mask, (x, y, to_x, to_y) in zip(masks, boxes.int().tolist(), strict=True):
             mask[y:to_y, x:to_x] = 1
@@ -302,13 +306,13 @@ def tried(entry: Entry) -> str:
     torch.manual_seed(0)
     original = entry.build().double()
     training, evaluation = entry.inputs()
-    extra: dict[str, Any] = {}
+    extra = entry.options
     try:
-        model = kalmannorm.convert(original, "bkn", stat_batch=STAT_BATCH)
+        model = kalmannorm.convert(original, "bkn", stat_batch=STAT_BATCH, **extra)
     except ValueError as error:
         if "thaw=True" not in str(error):  # of frozen BatchNorm alone
             raise
-        extra = {"thaw": True}
+        extra = {**extra, "thaw": True}
         model = kalmannorm.convert(original, "bkn", stat_batch=STAT_BATCH, **extra)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     loss: Any = sum(out.square().mean() for out in outputs(model.train(), training))
@@ -337,7 +341,7 @@ def tried(entry: Entry) -> str:
     report = kalmannorm.belief_report(model.train(), *copy.deepcopy(training))
     reasons = Counter("the input" if why.startswith("nothing:") else f"`{why}`" for why in report.values() if why)
     why = ", ".join(reason if count == 1 else f"{reason} × {count}" for reason, count in reasons.most_common())
-    name = entry.name + (" (thawed)" if extra else "")
+    name = entry.name + (" (thawed)" if "thaw" in extra else "")
     with_prior = sum(one is None for one in report.values())
     parts = len(untraced(model)) or ""
     return f"| {entry.library} | {name} | {with_prior} / {len(report)} | {parts} | {why} |"
