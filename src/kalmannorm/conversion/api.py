@@ -9,7 +9,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -384,8 +384,7 @@ def _note_passed(module: nn.Module, traced: Trace, passed: dict[nn.Module, Passe
 
 def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str) -> None:
     kind: Any = type(layer)
-    parametrized = parametrize.is_parametrized(layer)
-    base = kind.__bases__[0] if parametrized else kind
+    base = kind.__bases__[0] if parametrize.is_parametrized(layer) else kind
     if "forward" in layer.__dict__:
         return
     if base.forward is nn.Linear.forward:
@@ -405,14 +404,19 @@ def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str
         )  # a tuple, since a module in an attribute would be registered
     else:
         return
-    if not parametrized:
-        classes.become(layer, code)
-        return
-    # Beneath the class of the parametrization, which is taken off again as the uppermost.
-    layer.__class__ = base
-    classes.become(layer, code)
+    _beneath_parametrization(layer, lambda layer: classes.become(layer, code))
+
+
+def _beneath_parametrization(layer: nn.Module, change: Callable[[nn.Module], None]) -> None:
+    """Change a layer's class, beneath that of a parametrization, which is taken off again as the uppermost."""
+    kind: Any = type(layer)
+    if not parametrize.is_parametrized(layer):
+        return change(layer)
+    layer.__class__ = kind.__bases__[0]
+    change(layer)
     body = {key: value for key, value in kind.__dict__.items() if key not in ("__dict__", "__weakref__")}
     layer.__class__ = type(kind.__name__, (type(layer),), body)
+    return None
 
 
 def _attach(
@@ -504,7 +508,7 @@ def fold(model: nn.Module) -> nn.Module:
 def _folded(model: nn.Module) -> nn.Module:
     plain = copied(model)
     for module in plain.modules():
-        _restore(module)
+        _beneath_parametrization(module, classes.restore)
         if module.__dict__.pop(_MARK, None) is None:
             continue
         for name in INPUT_BELIEF:
@@ -530,14 +534,3 @@ def _folded(model: nn.Module) -> nn.Module:
         module.__dict__.pop("predictor", None)
     fold_weights(plain)
     return plain
-
-
-def _restore(module: nn.Module) -> None:
-    if not parametrize.is_parametrized(module):
-        classes.restore(module)
-        return
-    kind: Any = type(module)
-    made = classes.generated(kind.__bases__[0])
-    if made is not None:
-        body = {key: value for key, value in kind.__dict__.items() if key not in ("__dict__", "__weakref__")}
-        module.__class__ = type(kind.__name__, (made.original,), body)

@@ -16,6 +16,7 @@ from kalmannorm.conversion.names import CHECKPOINT
 from kalmannorm.conversion.operations import SIGNS, make_dict, rule_of, rule_of_class
 from kalmannorm.conversion.trace import IN_SEGMENTS, Trace, normalize
 from kalmannorm.norm import Estimator
+from kalmannorm.norm.belief import Args, Kwargs
 from kalmannorm.norm.moments import Predictor
 
 Traces = dict[nn.Module, dict[str, Trace]]
@@ -101,7 +102,7 @@ class Search:
             return None
         return Value(needs, lost=rule_of(node.target) is None)
 
-    def _module(self, child: nn.Module, path: str, args: Any, kwargs: Any, first: Any) -> Any:
+    def _module(self, child: nn.Module, path: str, args: Args, kwargs: Kwargs, first: Any) -> Any:
         if isinstance(child, Estimator):
             return self._normalized(child, first) if child not in self.traces else self._run(child, path, args, kwargs)
         if (
@@ -119,7 +120,7 @@ class Search:
             value.layer = path, child
         return value
 
-    def _run(self, child: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+    def _run(self, child: nn.Module, path: str, args: Args, kwargs: Kwargs) -> Any:
         names = list(inspect.signature(type(child).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
         return self.run(child, path, given, args[0] if args else None)

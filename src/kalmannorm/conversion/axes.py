@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kalmannorm.conversion.rules import Operation, Rule, joined, on_channels, unchanged
+from kalmannorm.conversion.rules import Found, Operation, Rule, joined, on_channels, unchanged
 from kalmannorm.norm import moments
 from kalmannorm.norm.belief import Belief, Carried
 
@@ -14,7 +14,7 @@ _UNKNOWN = "channels may not be where they were"
 # --- pooling, resizing, padding ---------------------------------------------------------------------------------------
 
 
-def pooling(o: Operation) -> Any:
+def pooling(o: Operation) -> Found:
     """Unchanged: the pixels of an image resemble each other, so that their mean varies nearly as they do.
 
     Over a whole map too, for the gate of squeeze-and-excitation: dividing the variance by the number of pixels, as
@@ -25,13 +25,13 @@ def pooling(o: Operation) -> Any:
     return unchanged(o)
 
 
-def adaptive_maximum(o: Operation) -> Any:
+def adaptive_maximum(o: Operation) -> Found:
     if isinstance(o.y, Tensor) and o.y.shape[2:].numel() == 1:
         return "the maximum of a whole map"
     return pooling(o)
 
 
-def mean(o: Operation) -> Any:
+def mean(o: Operation) -> Found:
     dims, carried = o.argument(1, "dim"), o.located()
     if carried is None or dims is None:
         return "not over the pixels of a map"
@@ -42,14 +42,14 @@ def mean(o: Operation) -> Any:
     return joined(carried._replace(axes="".join(a for i, a in enumerate(carried.axes) if kept or i not in dims)))
 
 
-def interpolation(o: Operation) -> Any:
+def interpolation(o: Operation) -> Found:
     mode = o.argument(3, "mode", "nearest")
     if mode not in ("nearest", "nearest-exact") and o.x.shape[2:].numel() > 1:
         return f"{mode}, which blends pixels"
     return pooling(o)
 
 
-def padding(o: Operation) -> Any:
+def padding(o: Operation) -> Found:
     """Pixels around the map, overlooked as a convolution's own zero padding is; or channels of zeros."""
     sides, mode, value = o.argument(1, "pad"), o.argument(2, "mode", "constant"), o.argument(3, "value")
     if mode == "constant" and value:
@@ -68,7 +68,7 @@ def padding(o: Operation) -> Any:
 # --- axes -------------------------------------------------------------------------------------------------------------
 
 
-def reshape(o: Operation) -> Any:
+def reshape(o: Operation) -> Found:
     """view, reshape, flatten, squeeze, unsqueeze: which axes became which follows from the two shapes."""
     carried = o.located()
     if carried is None:
@@ -107,19 +107,19 @@ def _axes_after(before: list[int], axes: str, after: list[int]) -> str | None:
     return "".join(letters) if letters.count("n") == 1 else None
 
 
-def permute(o: Operation) -> Any:
+def permute(o: Operation) -> Found:
     given = o.argument(1, "dims")
     return _permuted(o, list(o.args[1:]) if isinstance(given, int) else given)
 
 
-def transpose(o: Operation) -> Any:
+def transpose(o: Operation) -> Found:
     dims = list(range(o.x.dim()))
     first, second = (o.argument(i, f"dim{i - 1}", o.kwargs.get(f"axis{i - 1}")) for i in (1, 2))
     dims[first], dims[second] = dims[second], dims[first]
     return _permuted(o, dims)
 
 
-def _permuted(o: Operation, dims: list[int]) -> Any:
+def _permuted(o: Operation, dims: list[int]) -> Found:
     carried = o.located()
     if carried is None:
         return ""
@@ -133,7 +133,7 @@ def _permuted(o: Operation, dims: list[int]) -> Any:
     return joined(carried._replace(axes="".join(carried.axes[dim] for dim in dims)))
 
 
-def expansion(o: Operation) -> Any:
+def expansion(o: Operation) -> Found:
     """One pixel for a whole map."""
     if not isinstance(o.y, Tensor) or o.y.dim() != o.x.dim():
         return "not of one map to another"
@@ -143,7 +143,7 @@ def expansion(o: Operation) -> Any:
 # --- channels ---------------------------------------------------------------------------------------------------------
 
 
-def concatenation(o: Operation) -> Any:
+def concatenation(o: Operation) -> Found:
     beliefs, dim = o.belief, o.argument(1, "dim", 0)
     if not isinstance(beliefs, list | tuple) or isinstance(beliefs, Belief | Carried):
         return ""
@@ -158,7 +158,7 @@ def concatenation(o: Operation) -> Any:
 def division(function: Callable[..., list[Belief]], name: str) -> Rule:
     """A tuple of values, each with some of the channels."""
 
-    def rule(o: Operation) -> Any:
+    def rule(o: Operation) -> Found:
         if o.belief is None:
             return ""
         if o.argument(2, "dim", 0) % o.x.dim() != 1 or (isinstance(o.belief, Carried) and o.belief.axes):
@@ -171,7 +171,7 @@ def division(function: Callable[..., list[Belief]], name: str) -> Rule:
     return rule
 
 
-def item(o: Operation) -> Any:
+def item(o: Operation) -> Found:
     """Of a tensor, or of a structure of them."""
     x, index, belief = o.args[0], o.args[1], o.belief
     if not isinstance(x, Tensor):
@@ -182,7 +182,7 @@ def item(o: Operation) -> Any:
     return "neither of channels nor of pixels" if found is None else found
 
 
-def _part(x: Any, index: Any, belief: Any) -> Any:
+def _part(x: Any, index: Any, belief: Any) -> Found:
     if isinstance(belief, Belief | Carried) or belief is None:
         return ""
     try:
@@ -194,7 +194,7 @@ def _part(x: Any, index: Any, belief: Any) -> Any:
     return "" if found is None else found
 
 
-def _indexed(o: Operation, index: list[Any]) -> Any:
+def _indexed(o: Operation, index: list[Any]) -> Found:
     """x[index]: slices of channels and pixels, a pixel of a map of one, new axes of size one."""
     carried = o.located()
     if carried is None or not isinstance(o.y, Tensor):
@@ -221,28 +221,28 @@ def _indexed(o: Operation, index: list[Any]) -> Any:
     return joined(carried._replace(belief=belief, axes=axes)) if "n" in axes else None
 
 
-def attribute(o: Operation) -> Any:
+def attribute(o: Operation) -> Found:
     """Of an output with named parts."""
     found = o.belief.get(o.args[1]) if isinstance(o.belief, dict) else None
     return "" if found is None else found
 
 
-def narrow(o: Operation) -> Any:
+def narrow(o: Operation) -> Found:
     dim, start, length = (o.argument(i, name) for i, name in enumerate(("dim", "start", "length"), 1))
     if dim % o.x.dim() != 1 or not isinstance(start, int) or start < 0:
         return "not a known part of the channels"
     return on_channels(moments.channels, o.belief, slice(start, start + length))
 
 
-def pixel_shuffle(o: Operation) -> Any:
+def pixel_shuffle(o: Operation) -> Found:
     """Channels into pixels."""
     return on_channels(moments.interleave, o.belief, o.argument(1, "upscale_factor") ** 2)
 
 
-def pixel_unshuffle(o: Operation) -> Any:
+def pixel_unshuffle(o: Operation) -> Found:
     """Pixels into channels."""
     return on_channels(moments.deal, o.belief, o.argument(1, "downscale_factor") ** 2)
 
 
-def channel_shuffle(o: Operation) -> Any:
+def channel_shuffle(o: Operation) -> Found:
     return on_channels(moments.shuffle, o.belief, o.argument(1, "groups"), -1)

@@ -11,15 +11,15 @@ import linecache
 import math
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from kalmannorm.conversion import runtime
-from kalmannorm.conversion.flow import apply_to, follow, stand_ins
-from kalmannorm.conversion.names import class_of, lending
+from kalmannorm.conversion.flow import follow, stand_ins
+from kalmannorm.conversion.names import Scope, class_of, lending
 from kalmannorm.conversion.trace import Trace, expression_of
 from kalmannorm.conversion.write import Summary, Writer, summary_of_class
 from kalmannorm.norm import contract
@@ -27,10 +27,10 @@ from kalmannorm.norm.belief import Belief, Carried, Estimated, Returned, pick
 from kalmannorm.norm.moments import Predictor, plain
 
 _serial = itertools.count()
-_classes: dict[Any, type[nn.Module]] = {}
+_classes: dict[tuple[object, ...], type[nn.Module]] = {}
 
 # What generated code may call.
-_HELPERS: dict[str, Any] = {
+_HELPERS: Scope = {
     **{function.__name__: function for function in (runtime.call, runtime.belief_of, runtime.changed, runtime.lost)},
     **{function.__name__: function for function in (runtime.checkpointed, runtime.in_segments, runtime.normalized)},
     **{function.__name__: function for function in (follow, pick, plain)},
@@ -48,13 +48,13 @@ _HELPERS: dict[str, Any] = {
 class Generated:
     """What a class was made of; pickled in its place."""
 
-    def __init__(self, base: "type[nn.Module] | Generated", code: str, names: dict[str, Any], summary: Summary) -> None:
+    def __init__(self, base: "type[nn.Module] | Generated", code: str, names: Scope, summary: Summary) -> None:
         self.base, self.code, self.names, self.summary = base, code, names, summary
 
     def __reduce__(self) -> Any:
         return Generated, (self.base, self.code, self.names, self.summary)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Generated":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Generated":
         return self
 
     @property
@@ -92,11 +92,14 @@ class Generated:
         return _classes[key]
 
 
-def _apply(self: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
-    return apply_to(self, fn)
+def _apply(self: Any, fn: Callable[[nn.Module], None]) -> nn.Module:
+    """As the original's, for which layers are of their own classes."""
+    function = getattr(fn, "__func__", fn)
+    with lending(stand_ins(function) if isinstance(function, FunctionType) else []):
+        return type(self).converted.original.apply(self, fn)  # type: ignore[no-any-return]
 
 
-def _reduce(self: nn.Module, protocol: Any) -> Any:
+def _reduce(self: nn.Module, protocol: object) -> Any:
     return _rebuild, (type(self).converted,), self.__getstate__()  # type: ignore[attr-defined, misc]
 
 
@@ -119,7 +122,7 @@ def _recompile(self: Any) -> Any:
         self.__class__ = made.on(made.original, AS_IT_IS).make()
 
 
-def _copy_graph_module(self: Any, memo: dict[int, Any]) -> nn.Module:
+def _copy_graph_module(self: Any, memo: dict[int, object]) -> nn.Module:
     made = type(self).converted
     copied = made.original.__new__(made.original)
     memo[id(self)] = copied
@@ -131,7 +134,7 @@ def _copy_graph_module(self: Any, memo: dict[int, Any]) -> nn.Module:
     return copied  # type: ignore[no-any-return]
 
 
-def _reduce_graph_module(self: Any, protocol: Any) -> Any:
+def _reduce_graph_module(self: Any, protocol: object) -> Any:
     made = type(self).converted
     self.__class__ = made.original
     try:
@@ -154,12 +157,12 @@ _OF_GRAPH_MODULES = {
 }
 
 
-def _identity(value: Any) -> Any:
+def _identity(value: object) -> str:
     plain = isinstance(value, str | int | float | bool | None) or _is_module_name(value)
     return f"{type(value).__name__} {value}" if plain else f"object {id(value)}"
 
 
-def _is_module_name(value: Any) -> bool:
+def _is_module_name(value: object) -> bool:
     return isinstance(value, tuple) and value[:1] == ("module",)
 
 
@@ -168,7 +171,7 @@ def generated(cls: type) -> Generated | None:
     return cls.__dict__.get("converted")
 
 
-def become(module: nn.Module, code: str, names: dict[str, Any] | None = None, summary: Summary | None = None) -> None:
+def become(module: nn.Module, code: str, names: Scope | None = None, summary: Summary | None = None) -> None:
     """The module gets a class of this code, derived from its own."""
     base = generated(type(module)) or type(module)
     made = Generated(base, code, names or {}, summary or Summary())
@@ -271,10 +274,10 @@ def forward(self, *args, beliefs=None, **kwargs):
 
 def container_code(
     module: nn.Module, traces: dict[str, Trace], summaries: dict[nn.Module, Summary]
-) -> tuple[str, dict[str, Any], Summary]:
+) -> tuple[str, Scope, Summary]:
     """Code, the names that it uses, and the summary of a module with these traces."""
     parts: dict[str, str] = {}
-    names: dict[str, Any] = {}
+    names: Scope = {}
     summary, guards, kinds = Summary(), dict[str, None](), dict[type, str]()
     for mode, traced in traces.items():
         writer = Writer(module, traced.graph, summaries)
@@ -356,7 +359,7 @@ def _guards(traced: Trace) -> list[str]:
     ]
 
 
-def _equals(expression: str, value: Any) -> str:
+def _equals(expression: str, value: object) -> str:
     if value is None or isinstance(value, bool):
         return f"{expression} is {value}"
     if isinstance(value, float) and not math.isfinite(value):
@@ -364,7 +367,7 @@ def _equals(expression: str, value: Any) -> str:
     return f"{expression} == {value!r}"
 
 
-def _head(cls: type[nn.Module], names: dict[str, Any]) -> tuple[str, dict[str, str]]:
+def _head(cls: type[nn.Module], names: Scope) -> tuple[str, dict[str, str]]:
     """The parameters of a forward, `beliefs` among them, and how each is handed on, by name."""
     head, arguments = ["self"], {}
     for name, parameter in list(inspect.signature(cls.forward).parameters.items())[1:]:
@@ -385,7 +388,7 @@ def _head(cls: type[nn.Module], names: dict[str, Any]) -> tuple[str, dict[str, s
     return ", ".join(head), arguments
 
 
-def _without_beliefs(cls: type[nn.Module], scope: dict[str, Any]) -> Any:
+def _without_beliefs(cls: type[nn.Module], scope: Scope) -> Any:
     """The generated forward by the original's parameters alone: what torch.fx looks at, and what is left of it where a
     wrapper is taken off again (accelerate's mixed precision)."""
     head, arguments = _head(cls, scope)
@@ -395,11 +398,9 @@ def _without_beliefs(cls: type[nn.Module], scope: dict[str, Any]) -> Any:
 
 
 # Around the forward of a model as a whole: what is known of its input, and what it returns.
-def root_code(
-    cls: type[nn.Module], input_belief: str | None, relu: str, returns_belief: bool
-) -> tuple[str, dict[str, Any]]:
+def root_code(cls: type[nn.Module], input_belief: str | None, relu: str, returns_belief: bool) -> tuple[str, Scope]:
     """`input_belief`: `buffers`, `argument`, `data`, or None: nothing is known."""
-    names: dict[str, Any] = {"_RELU": relu}
+    names: Scope = {"_RELU": relu}
     head, arguments = _head(cls, names)
     first = next(iter(arguments))
     buffers = "Belief(self.input_belief_mean, self.input_belief_var)"

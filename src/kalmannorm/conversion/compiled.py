@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from kalmannorm.conversion.classes import generated
+from kalmannorm.conversion.names import class_of
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
@@ -46,7 +46,7 @@ def keep_compiled() -> None:
 
 def _blocks(module: nn.Module, kinds: Container[type]) -> Iterator[nn.Module]:
     for child in module.children():
-        if _original(type(child)) in kinds and any(True for _ in child.parameters()):
+        if class_of(child) in kinds and any(True for _ in child.parameters()):
             yield child
         else:
             yield from _blocks(child, kinds)
@@ -55,12 +55,8 @@ def _blocks(module: nn.Module, kinds: Container[type]) -> Iterator[nn.Module]:
 def _repeated(model: nn.Module) -> set[type]:
     """Classes of which two modules have the same forward."""
     counts = Counter(map(type, model.modules()))
-    return {_original(kind) for kind, number in counts.items() if number > 1} - {nn.Sequential, nn.ModuleList}
-
-
-def _original(kind: type) -> type:
-    made = generated(kind)
-    return kind if made is None else made.original
+    repeated = {class_of(module) for module in model.modules() if counts[type(module)] > 1}
+    return repeated - {nn.Sequential, nn.ModuleList}
 
 
 def _without_masks() -> Any:

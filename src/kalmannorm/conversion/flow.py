@@ -4,7 +4,7 @@ The rules are the same, applied as functions are called; modules that take belie
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from kalmannorm.conversion import retrace, runtime
 from kalmannorm.conversion.names import CHECKPOINT, Loan, Surroundings, class_of, lending
 from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
-from kalmannorm.conversion.rules import Operation, fields_of
+from kalmannorm.conversion.rules import Operation, fields_of, has_belief
 from kalmannorm.conversion.runtime import apply, call, checkpointed
 from kalmannorm.norm import GroupedStatistics, contract
-from kalmannorm.norm.belief import Belief, Carried, Returned
+from kalmannorm.norm.belief import Args, Belief, Beliefs, Carried, Kwargs, Returned
 from kalmannorm.norm.contract import running
 from kalmannorm.norm.moments import plain
 from kalmannorm.norm.whitened import Layer
@@ -44,7 +44,7 @@ class Flow(TorchFunctionMode):
         self._outer, running.flow = running.flow, self
         return super().__enter__()
 
-    def __exit__(self, *args: Any) -> None:
+    def __exit__(self, *args: object) -> None:
         running.flow = self._outer
         super().__exit__(*args)
 
@@ -72,7 +72,7 @@ class Flow(TorchFunctionMode):
             for one, its in zip(value, belief, strict=False):
                 self.put(one, its)
 
-    def through(self, module: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def through(self, module: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
         """A call of a module that takes beliefs."""
         running.flow = None
         try:
@@ -98,39 +98,33 @@ class Flow(TorchFunctionMode):
             self._known.pop(id(args[0]), None)
         if isinstance(y, Tensor) and _only_constants(beliefs) and _only_constants(keyword_beliefs.values()):
             self.put(y, _CONSTANT)
-        elif runtime.observer is not None or any(map(_is_belief, (*beliefs, *keyword_beliefs.values()))):
+        elif runtime.observer is not None or has_belief((beliefs, keyword_beliefs)):
             operation = Operation(y, args, kwargs, tuple(map(_no_constant, beliefs)), {
                 key: _no_constant(value) for key, value in keyword_beliefs.items()
             })  # fmt: skip
             self.put(y, apply(rule, operation._replace(kind=_kind(func, name, args, beliefs)), name))
         return y
 
-    def _get_or_constant(self, value: Any) -> Any:
+    def _get_or_constant(self, value: object) -> Any:
         return _CONSTANT if isinstance(value, nn.Parameter) else self.get(value)
 
 
-def _place() -> Any:
+def _place() -> tuple[bool, int | None]:
     """Differs inside of a checkpoint."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return torch.is_grad_enabled(), id(hooks[0]) if hooks else None
 
 
-def _is_belief(value: Any) -> bool:
-    if isinstance(value, Belief | Carried):
-        return True
-    return isinstance(value, tuple) and any(map(_is_belief, value))
-
-
-def _only_constants(values: Any) -> bool:
+def _only_constants(values: Iterable[object]) -> bool:
     found = list(values)
     return any(value is _CONSTANT for value in found) and all(value is _CONSTANT or value is None for value in found)
 
 
-def _no_constant(belief: Any) -> Any:
+def _no_constant(belief: object) -> object:
     return None if belief is _CONSTANT else belief
 
 
-def _kind(func: Any, name: str, args: Any, beliefs: tuple[Any, ...]) -> str:
+def _kind(func: object, name: str, args: Args, beliefs: Args) -> str:
     if func in WEIGHTED:
         return "" if beliefs[1] is _CONSTANT else "computed"
     if len(args) > 1 and (func in SIGNS or name in _METHODS or name.rstrip("_") in ("add", "sub", "mul", "div")):
@@ -142,7 +136,7 @@ def _kind(func: Any, name: str, args: Any, beliefs: tuple[Any, ...]) -> str:
 
 
 @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
-def follow(forward: Callable[..., Any], module: nn.Module | None, args: Any, kwargs: Any, beliefs: Any) -> Any:
+def follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
     """A forward, or another function, as it is, with beliefs: what it returns, or Returned where beliefs were given."""
     retrace.refuse(module, args)
     with Flow() as flow, lending(stand_ins(class_of(module))):
@@ -168,17 +162,10 @@ def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
     return y
 
 
-def _call(function: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
+def _call(function: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs) -> Any:
     if isinstance(function, nn.Module):
         return call(function, args, kwargs, beliefs, keyword_beliefs)
     return follow(function, None, args, kwargs, (beliefs, keyword_beliefs))
-
-
-def apply_to(module: nn.Module, function: Callable[[nn.Module], None]) -> nn.Module:
-    """module.apply(function), for which layers are of their own classes."""
-    of = getattr(function, "__func__", function)
-    with lending(stand_ins(of) if isinstance(of, FunctionType) else []):
-        return nn.Module.apply(module, function)
 
 
 _stand_ins: WeakKeyDictionary[type | FunctionType, list[Loan]] = WeakKeyDictionary()
@@ -206,11 +193,11 @@ def beliefs_of_inputs(model: nn.Module, x: Tensor) -> dict[nn.Module, Belief]:
     hooks = []
     with Flow() as flow:
 
-        def normalized(layer: nn.Module, args: Any, y: Tensor) -> None:
+        def normalized(layer: nn.Module, args: Args, y: Tensor) -> None:
             bias, weight = (getattr(layer, key).detach()[None] for key in ("bias", "weight"))
             flow.put(y, Belief(bias, weight.square()))
 
-        def takes(layer: nn.Module, args: Any) -> None:
+        def takes(layer: nn.Module, args: Args) -> None:
             if (belief := plain(flow.get(args[0]))) is not None:
                 found[layer] = belief
 

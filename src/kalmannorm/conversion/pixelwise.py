@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from kalmannorm.conversion.rules import Operation, Rule, joined, lift, located, on_channels
+from kalmannorm.conversion.rules import Found, Operation, Rule, joined, lift, located, on_channels
 from kalmannorm.norm import activations, moments
 from kalmannorm.norm.belief import Belief, Carried
 
 # --- one operand ------------------------------------------------------------------------------------------------------
 
 
-def relu(o: Operation) -> Any:
+def relu(o: Operation) -> Found:
     belief = o.belief
     if not isinstance(belief, Carried) or belief.relu == "closed":
         return lift(moments.relu, belief)
@@ -24,7 +24,7 @@ def relu(o: Operation) -> Any:
 def activation(function: Callable[..., Belief], **parameters: Any) -> Rule:
     """`function`, with what the operation was given for these parameters (in this order), or their defaults."""
 
-    def rule(o: Operation) -> Any:
+    def rule(o: Operation) -> Found:
         given = [o.argument(i, name, default) for i, (name, default) in enumerate(parameters.items(), 1)]
         if any(isinstance(value, Tensor) for value in given):
             return "its parameters are computed"
@@ -37,7 +37,7 @@ def fixed(function: Callable[..., Belief], *given: float) -> Rule:
     return lambda o: lift(function, o.belief, *given)
 
 
-def prelu(o: Operation) -> Any:
+def prelu(o: Operation) -> Found:
     return on_channels(activations.leaky_relu, o.belief, o.argument(1, "weight"))
 
 
@@ -55,7 +55,7 @@ _OF_TWO = {"+": moments.add, "-": moments.subtract, "*": moments.multiply}
 
 
 def arithmetic(sign: str) -> Rule:
-    def rule(o: Operation) -> Any:
+    def rule(o: Operation) -> Found:
         a, b = o.argument(0, "input"), o.argument(1, "other")
         of_a, of_b = o.belief_of(0, "input"), o.belief_of(1, "other")
         if set(o.kwargs) - {"input", "other"}:
@@ -73,7 +73,7 @@ def arithmetic(sign: str) -> Rule:
     return rule
 
 
-def _with_constant(sign: str, x: Any, belief: Any, constant: Any, first: bool) -> Any:
+def _with_constant(sign: str, x: Any, belief: Any, constant: Any, first: bool) -> Found:
     if belief is None or not isinstance(x, Tensor):
         return ""
     if sign == "/" and first:
@@ -102,7 +102,7 @@ def _is_per_channel(constant: Any, axes: str) -> bool:
     return all(i <= len(axes) and axes[-i] == "c" for i in wide)
 
 
-def _of_two(o: Operation, sign: str, a: Any, b: Any, of_a: Any, of_b: Any) -> Any:
+def _of_two(o: Operation, sign: str, a: Any, b: Any, of_a: Any, of_b: Any) -> Found:
     if of_a is None or of_b is None or not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return ""
     if sign == "/":
@@ -118,7 +118,7 @@ def _of_two(o: Operation, sign: str, a: Any, b: Any, of_a: Any, of_b: Any) -> An
 # --- convolutions and linear layers -----------------------------------------------------------------------------------
 
 
-def convolution(o: Operation) -> Any:
+def convolution(o: Operation) -> Found:
     """As a function, of a weight that is made of parameters; in closed form under either predictor."""
     if o.kind == "computed":
         return "its weight is computed from features"
@@ -126,7 +126,7 @@ def convolution(o: Operation) -> Any:
     return of_map(moments.conv, o.belief, o.y, weight, bias, groups)
 
 
-def transposed_convolution(o: Operation) -> Any:
+def transposed_convolution(o: Operation) -> Found:
     """As a function; in closed form under either predictor."""
     if o.kind == "computed":
         return "its weight is computed from features"
@@ -137,7 +137,7 @@ def transposed_convolution(o: Operation) -> Any:
     return of_map(moments.conv_transpose, o.belief, o.y, weight, bias, tuple(stride), groups, tuple(dilation))
 
 
-def of_map(function: Callable[..., Belief], belief: Any, y: Tensor, weight: Tensor, *rest: Any) -> Any:
+def of_map(function: Callable[..., Belief], belief: Any, y: Tensor, weight: Tensor, *rest: Any) -> Found:
     """`function` of a map that a kernel was moved over; not of one without an axis of images."""
     if belief is None:
         return ""
@@ -146,17 +146,13 @@ def of_map(function: Callable[..., Belief], belief: Any, y: Tensor, weight: Tens
     return lift(function, belief, weight, *rest)
 
 
-def linear(o: Operation) -> Any:
+def linear(o: Operation) -> Found:
     """Over the last axis: of [N, C], or of [N, H, W, C] as a convolution with a kernel of one."""
     if o.kind == "computed":
         return "its weight is computed from features"
-    return of_last_axis(o.belief, o.x, o.argument(1, "weight"), o.argument(2, "bias"))
-
-
-def of_last_axis(belief: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-    if belief is None:
+    carried = o.located()
+    if carried is None:
         return ""
-    carried = located(belief, x.dim())
     if carried.axes[-1] != "c" or carried.axes.count("c") > 1:
         return "over an axis that is not the channels"
-    return joined(lift(moments.linear, carried, weight, bias))
+    return joined(lift(moments.linear, carried, o.argument(1, "weight"), o.argument(2, "bias")))

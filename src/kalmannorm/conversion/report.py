@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from kalmannorm.conversion import runtime
 from kalmannorm.conversion.layers import copied, replace
-from kalmannorm.conversion.rules import Operation, fields_of
+from kalmannorm.conversion.rules import Operation, fields_of, has_belief
 from kalmannorm.norm import Estimator
-from kalmannorm.norm.belief import Carried, pick
+from kalmannorm.norm.belief import Args, Carried, Kwargs, pick
 from kalmannorm.norm.contract import running
 
 NOTHING = "nothing: no normalizer before it, and the input's distribution is not given"
 CHECKPOINTED = "a checkpoint of several modules that are called in turn: nothing is known in it of what it is given"
 
 
-def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str | None]:
+def observe(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str | None]:
     """Run a copy of the model in training: per normalizer, in its order, None or what lost the belief."""
     twin = copied(model).train()
     for name, part in list(twin.named_modules()):
@@ -30,7 +30,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     kept: list[Any] = []  # so that no other tensor gets the place of one of these
 
     def see(operation: Operation, what: Any, belief: Any) -> None:
-        y, given = operation.y, (*operation.beliefs, *operation.keyword_beliefs.values())
+        y = operation.y
         if belief == "in place":
             kept.append(y)
             reasons.setdefault(id(y), str(what))
@@ -45,7 +45,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         else:
             name = kind = str(what).rpartition(".")[2]
         own = f"{name} ({kind}{f': {belief}' if belief else ''})"
-        had = any(_has_belief(one) for one in given)
+        had = has_belief((operation.beliefs, operation.keyword_beliefs))
         for tensor in _tensors(y):
             kept.append(tensor)
             if had and (belief or not before):
@@ -53,7 +53,7 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             elif before:
                 reasons[id(tensor)] = before[0]
 
-    def normalizing(layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def normalizing(layer: nn.Module, args: Args, kwargs: Kwargs) -> None:
         name = names[layer]
         x = args[0] if args else next(iter(kwargs.values()))
         prior = pick(kwargs.get("beliefs"), 0, "input")
@@ -83,14 +83,6 @@ def _observing(see: Any) -> Iterator[None]:
             yield
     finally:
         runtime.observer = outer
-
-
-def _has_belief(structure: Any) -> bool:
-    if isinstance(structure, dict):
-        return any(map(_has_belief, structure.values()))
-    if isinstance(structure, list | tuple) and not hasattr(structure, "_fields"):
-        return any(map(_has_belief, structure))
-    return structure is not None
 
 
 def _tensors(structure: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from kalmannorm.norm.belief import Args, Kwargs
 from kalmannorm.norm.contract import TakesBeliefs, proxy_among, record_layer
 
 
@@ -20,7 +21,7 @@ def record(function: Callable[..., Any], *args: Any) -> fx.Proxy:
     return fx.Proxy(tracer.create_node("call_function", function, tracer.create_arg(args), {}), tracer)
 
 
-def call(module: nn.Module, args: Any, kwargs: Any, beliefs: Any) -> Any:
+def call(module: nn.Module, args: Args, kwargs: Kwargs, beliefs: tuple[Args, Kwargs]) -> Any:
     """(y, belief of y, ...) of a module that takes beliefs: a container's own forward is traced, a layer is a leaf."""
     if not isinstance(module, TakesBeliefs | _ConvNd | nn.Linear):
         return module(*args, **kwargs, beliefs=beliefs)
@@ -32,7 +33,7 @@ def call(module: nn.Module, args: Any, kwargs: Any, beliefs: Any) -> Any:
     return y, belief
 
 
-def refuse(module: nn.Module | None, args: Any) -> None:
+def refuse(module: nn.Module | None, args: Args) -> None:
     """ValueError: torch.fx traces a module whose beliefs are not in its code, and would take them for constants."""
     if args and isinstance(args[0], fx.Proxy):
         raise ValueError(

@@ -6,12 +6,12 @@ belief of the operation's value, or, as a string, why there is none (an empty on
 
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from kalmannorm.norm import moments
-from kalmannorm.norm.belief import Belief, Carried
+from kalmannorm.norm.belief import Args, Belief, Carried, Kwargs
 
 
 class Operation(NamedTuple):
@@ -22,10 +22,10 @@ class Operation(NamedTuple):
     """
 
     y: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    beliefs: tuple[Any, ...]
-    keyword_beliefs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
+    beliefs: Args
+    keyword_beliefs: Kwargs
     kind: str = ""
 
     @property
@@ -58,7 +58,18 @@ def fields_of(value: Any) -> dict[Any, Any] | None:
     return vars(value) if is_dataclass(value) and hasattr(value, "__dict__") else None
 
 
-Rule = Callable[[Operation], Any]
+def has_belief(structure: object) -> bool:
+    """Whether there is one in a structure of beliefs."""
+    if isinstance(structure, Belief | Carried):
+        return True
+    if isinstance(structure, dict):
+        structure = tuple(structure.values())
+    return isinstance(structure, list | tuple) and any(map(has_belief, structure))
+
+
+Known: TypeAlias = "Belief | Carried | tuple[Known, ...] | list[Known] | dict[Any, Known] | None"
+Found: TypeAlias = "Known | str"  # or why there is none
+Rule = Callable[[Operation], Found]
 
 
 def located(belief: Belief | Carried, dim: int) -> Carried:
@@ -93,11 +104,11 @@ def on_channels(function: Callable[..., Belief], belief: Any, *rest: Any) -> Any
     return lift(function, belief, *rest)
 
 
-def as_it_is(o: Operation) -> Any:
+def as_it_is(o: Operation) -> Found:
     """The same belief of the same tensor."""
     return o.belief
 
 
-def unchanged(o: Operation) -> Any:
+def unchanged(o: Operation) -> Found:
     """The same belief, pixel by pixel."""
     return moments.settled(o.belief) if isinstance(o.belief, Carried) else o.belief

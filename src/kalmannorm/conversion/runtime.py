@@ -9,25 +9,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kalmannorm.conversion import retrace
 from kalmannorm.conversion.names import CHECKPOINT
 from kalmannorm.conversion.operations import BY_NAME, FUNCTIONS, MODULES, MODULES_BY_NAME, class_of_rule, rule_of_class
-from kalmannorm.conversion.pixelwise import of_last_axis, of_map
-from kalmannorm.conversion.rules import Operation, Rule
+from kalmannorm.conversion.pixelwise import convolution, linear, of_map, transposed_convolution
+from kalmannorm.conversion.rules import Found, Known, Operation, Rule
 from kalmannorm.conversion.trace import IN_SEGMENTS
 from kalmannorm.norm import contract, moments
-from kalmannorm.norm.belief import Belief, Carried
+from kalmannorm.norm.belief import Args, Belief, Carried, Kwargs
 from kalmannorm.norm.checkpoints import once
 from kalmannorm.norm.contract import proxy_among
 from kalmannorm.norm.sampling import sampled_conv
 
 # While a report is made: observer(operation, what ran, its belief or why there is none).
-observer: Callable[[Operation, Any, Any], None] | None = None
+observer: Callable[[Operation, object, Found], None] | None = None
 
 
-def key_of(target: Any) -> str:
+def key_of(target: object) -> str:
     """A name for a function, or for the method of a name, as generated code has it."""
     if isinstance(target, str):
         return f".{target}"
@@ -44,7 +45,7 @@ _RULES |= {key_of_class(cls): rule for cls, (rule, _) in MODULES.items()}
 _RULES |= {f"class {name}": rule for name, rule in MODULES_BY_NAME.items()}
 
 
-def call(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
+def call(module: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs) -> Any:
     """(y, belief of y, ...) of any module: one that takes beliefs is handed them, another's class has a rule."""
     traced = bool(args) and isinstance(args[0], fx.Proxy)
     if type(module).__name__ == "CheckpointWrapper" and getattr(module.checkpoint_fn, "func", None) is CHECKPOINT:
@@ -79,7 +80,7 @@ def _replaced(operation: Operation) -> str:
     return _HOOKED
 
 
-def _called(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, bool]:
+def _called(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Any, bool]:
     """What a module returns, and whether that is what its class computes of these arguments: neither a forward of the
     instance's nor a hook has replaced it."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
@@ -90,10 +91,10 @@ def _called(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, bool]:
     return _watched(module, args, kwargs)
 
 
-def _watched(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, bool]:
+def _watched(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Any, bool]:
     seen: list[Any] = []
 
-    def see(_: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+    def see(_: nn.Module, args: Args, kwargs: Kwargs, y: Any) -> None:
         seen[:] = [*args, *kwargs.values(), y], contract.version(y)
 
     watch = module.register_forward_hook(see, prepend=True, with_kwargs=True)
@@ -127,7 +128,9 @@ _TORCH_SYNC = (
 )
 
 
-def belief_of(key: str, y: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any, kind: str = "") -> Any:
+def belief_of(
+    key: str, y: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs, kind: str = ""
+) -> "Known | fx.Proxy":
     """The belief of a function's or a method's value, by the name that key_of gives it."""
     if isinstance(y, fx.Proxy):
         known = proxy_among((beliefs, keyword_beliefs)) is not None
@@ -136,7 +139,7 @@ def belief_of(key: str, y: Any, args: Any, kwargs: Any, beliefs: Any, keyword_be
     return apply(rule, Operation(y, args, kwargs, beliefs, keyword_beliefs, kind), key)
 
 
-def apply(rule: Rule | None, operation: Operation, what: Any) -> Any:
+def apply(rule: Rule | None, operation: Operation, what: object) -> Known:
     """What the rule of `what` (a module, or a name) says of an operation."""
     found = "" if rule is None or not (operation.beliefs or operation.keyword_beliefs) else rule(operation)
     if observer is not None:
@@ -144,27 +147,27 @@ def apply(rule: Rule | None, operation: Operation, what: Any) -> Any:
     return None if isinstance(found, str) else found
 
 
-def lost(value: Any, why: str) -> None:
+def lost(value: object, why: str) -> None:
     """No belief, of a value that was changed in place under another name."""
     if observer is not None:
         observer(Operation(value, (), {}, (), {}), why, "in place")
 
 
-def changed(pair: Any, position: int) -> Any:
+def changed(pair: tuple[Any, ...], position: int) -> Known:
     """The belief of an argument that a module changed in place."""
     changes = pair[2] if len(pair) > 2 else None
     return None if changes is None else changes.get(position)
 
 
-def normalized(base: type[nn.Module], layer: nn.Module, x: Tensor, belief: Any) -> Any:
+def normalized(base: Any, layer: nn.Module, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs) -> Any:
     """(y, belief) of the normalizer that a layer which does more is derived from."""
     if getattr(base, "takes_beliefs", False):
-        return base.forward(layer, x, beliefs=((belief,), {}))
-    return base.forward(layer, x), None
+        return base.forward(layer, *args, **kwargs, beliefs=(beliefs, keyword_beliefs))
+    return base.forward(layer, *args, **kwargs), None
 
 
 def checkpointed(
-    module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any, called: Callable[..., Any] = call
+    module: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs, called: Callable[..., Any] = call
 ) -> Any:
     """checkpoint(module, *args, **kwargs) with beliefs through it, as plain tensors: reentrant checkpoints see no
     tensors inside of other things. `called` calls the module with beliefs."""
@@ -181,7 +184,7 @@ def checkpointed(
     return tree_unflatten(list(CHECKPOINT(run, *tensors, **own)), form[0])
 
 
-def in_segments(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
+def in_segments(module: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs) -> Any:
     """checkpoint_sequential(module, segments, input, ...): all of as many parts but the last are checkpoints."""
     given = inspect.signature(IN_SEGMENTS).bind(module, *args, **kwargs)
     segments, x = given.arguments["segments"], given.arguments["input"]
@@ -194,7 +197,7 @@ def in_segments(module: Any, args: Any, kwargs: Any, beliefs: Any, keyword_belie
     return _in_turn(children[size * (segments - 1) :], (x,), {}, (belief,), {})
 
 
-def _in_turn(children: list[nn.Module], args: Any, kwargs: Any, beliefs: Any, keyword_beliefs: Any) -> Any:
+def _in_turn(children: list[nn.Module], args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs) -> Any:
     for child in children:
         y, belief, *_ = call(child, args, kwargs, beliefs, keyword_beliefs)
         args, beliefs = (y,), (belief,)
@@ -206,7 +209,7 @@ def children_of(module: Any) -> Iterator[Callable[..., Any]]:
     beliefs, is told of as many functions as there are segments: the last one is all of it, with beliefs."""
     frame = None if torch.compiler.is_compiling() or contract.running.flow is not None else sys._getframe(1)
     if frame is None or frame.f_code is not IN_SEGMENTS.__code__:
-        yield from nn.Module.children(module)
+        yield from type(module).converted.original.children(module)
         return
     options = {"use_reentrant": frame.f_locals["use_reentrant"], "preserve_rng_state": frame.f_locals["preserve"]}
     segments = frame.f_locals["segments"]
@@ -245,15 +248,16 @@ def _see_input(model: Any, x: Tensor) -> Belief:
 # --- convolutions and linear layers: their belief is computed inside of them, where FSDP has their weight ------------
 
 
-def of_convolution(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
+def of_convolution(layer: _ConvNd, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Known) -> Known:
     """In closed form."""
-    return _told(layer, x, y, belief, of_map(moments.conv, belief, y, weight, bias, layer.groups))
+    given = x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    return apply(convolution, Operation(y, given, {}, (belief,), {}), layer)
 
 
 _TRANSPOSED: Any = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 
 
-def transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Any) -> Tensor:
+def transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None) -> Tensor:
     """A transposed convolution, as its class computes it, with a weight that was read once."""
     pixels = len(layer.kernel_size)
     padding = layer._output_padding(
@@ -263,17 +267,19 @@ def transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, outpu
     return _TRANSPOSED[pixels - 1](x, weight, bias, *how)  # type: ignore[no-any-return]
 
 
-def of_transposed(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
+def of_transposed(
+    layer: _ConvTransposeNd, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Known
+) -> Known:
     """In closed form."""
-    how = bias, layer.stride, layer.groups, layer.dilation
-    return _told(layer, x, y, belief, of_map(moments.conv_transpose, belief, y, weight, *how))
+    given = x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+    return apply(transposed_convolution, Operation(y, given, {}, (belief,), {}), layer)
 
 
-def of_linear(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
-    return _told(layer, x, y, belief, of_last_axis(belief, x, weight, bias))
+def of_linear(layer: nn.Linear, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Known) -> Known:
+    return apply(linear, Operation(y, (x, weight, bias), {}, (belief,), {}), layer)
 
 
-def _predictor(layer: Any) -> Any:
+def _predictor(layer: nn.Module) -> Any:
     """A layer's own. RuntimeError: of a replica of DataParallel, which has that of the model on the first device."""
     if layer.__dict__.get("_is_replica") and layer.training:
         raise RuntimeError(
@@ -283,29 +289,24 @@ def _predictor(layer: Any) -> Any:
     return layer.__dict__["predictor"][0]
 
 
-def of_transition(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
+def of_transition(layer: _ConvNd, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Known) -> Known:
     """By the transition matrix of the layer's own."""
     transition = _predictor(layer)
-    return _told(layer, x, y, belief, of_map(lambda b, _: transition(b, bias), belief, y, weight))
+    operation = Operation(y, (x,), {}, (belief,), {})
+    return apply(lambda o: of_map(lambda b, _: transition(b, bias), o.belief, y, weight), operation, layer)
 
 
-def of_sample(layer: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Any) -> Any:
+def of_sample(layer: _ConvNd, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Known) -> Known:
     """By a sample; a ReLU directly before the convolution acts on it."""
-    found: Any = ""
+    found: Found = ""
     if layer.padding_mode != "zeros":
         found = f"padding_mode={layer.padding_mode!r}, which the sampling predictor does not draw"
     elif isinstance(belief, Carried) and belief.axes:
         found = "of something that is not a map"
-    elif belief is not None:
+    elif isinstance(belief, Belief | Carried):
         carried = belief if isinstance(belief, Carried) else Carried(belief, "", "sampled")
         noise = _predictor(layer)
         how = (layer.stride, layer.padding, layer.dilation, layer.groups, carried.relu == "pending")
         drawn = sampled_conv(carried.belief, noise(carried.belief, x), weight, bias, *how)
         found = Carried(drawn, "", "ignored" if carried.relu == "ignored" else "sampled")
-    return _told(layer, x, y, belief, found)
-
-
-def _told(layer: nn.Module, x: Any, y: Any, belief: Any, found: Any) -> Any:
-    if observer is not None:
-        observer(Operation(y, (x,), {}, (belief,), {}), layer, found)
-    return None if isinstance(found, str) else found
+    return apply(lambda _: found, Operation(y, (x,), {}, (belief,), {}), layer)

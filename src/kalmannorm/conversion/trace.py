@@ -22,7 +22,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.conversion.names import CHECKPOINT, Plain, Surroundings, class_of, is_plain, lending, plain_parts
+from kalmannorm.conversion.names import CHECKPOINT, Plain, Scope, Surroundings, class_of, is_plain, lending, plain_parts
 from kalmannorm.conversion.operations import make_dict
 from kalmannorm.norm.checkpoints import is_within
 
@@ -58,7 +58,7 @@ class Trace(NamedTuple):
     read: dict[str, Plain]  # plain attributes and globals, by the expression that reads them
     frozen: dict[str, Plain]  # arguments that the graph takes for these values
     of_both: bool = False  # whether the forward did not ask which mode it is in
-    names: Mapping[str, Any] = MappingProxyType({})  # what those expressions name: modules of globals
+    names: Mapping[str, object] = MappingProxyType({})  # what those expressions name: modules of globals
     kinds: Mapping[str, type] = MappingProxyType({})  # classes of layers that it asked for, by the layer's expression
 
 
@@ -149,7 +149,7 @@ def _erase_frozen(graph: fx.Graph, frozen: dict[str, Plain]) -> None:
 class _Proxy(fx.Proxy):
     """fx traces `x += y` as x = x + y, a new tensor, which other names of x do not see: here it stays in place."""
 
-    def _operate(self, name: str, other: Any) -> fx.Proxy:
+    def _operate(self, name: str, other: object) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
 
 
@@ -230,7 +230,7 @@ class _Reading:
 
     def __init__(self, module: nn.Module) -> None:
         self.read: dict[str, Plain] = {}
-        self.classes: list[tuple[Any, type]] = []
+        self.classes: list[tuple[object, type]] = []
         self.objects: dict[int, tuple[str, Any]] = {}
         self.made: dict[type, type] = {}
         self.asked_mode = False
@@ -268,7 +268,7 @@ class _Reading:
         for each, cls in self.classes:
             each.__class__ = cls
 
-    def class_of(self, value: Any, *body: Any, **options: Any) -> type:
+    def class_of(self, value: object, *body: Any, **options: Any) -> type:
         """type(value), in the forward: of a layer it is noted."""
         if body:
             return type(value, *body, **options)
@@ -279,14 +279,14 @@ class _Reading:
         self._note(value)
         return class_of(value)
 
-    def isinstance(self, value: Any, kinds: Any) -> bool:
+    def isinstance(self, value: object, kinds: Any) -> bool:
         """As the builtin, in the forward: of a layer it is noted."""
         if type(value) is _Proxy:
             raise Untraceable("it asks for the type of what it computed")
         self._note(value)
         return isinstance(value, kinds)
 
-    def _note(self, value: Any) -> None:
+    def _note(self, value: object) -> None:
         if issubclass(type(value), nn.Module) and id(value) in self.objects:
             self.kinds[self.objects[id(value)][0]] = class_of(value)
 
@@ -375,7 +375,7 @@ class _LayerTracer(_Tracer):
             return self._normalization(_batch_norm.bind(*args, **kwargs).arguments)
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
-    def _normalization(self, given: dict[str, Any]) -> fx.Proxy:
+    def _normalization(self, given: Scope) -> fx.Proxy:
         layer = self.layer
         names = [key if getattr(layer, key) is not None else None for key in ("weight", "bias")]
         found = [getattr(getattr(given.get(key), "node", None), "target", None) for key in ("weight", "bias")]
@@ -386,7 +386,7 @@ class _LayerTracer(_Tracer):
             )
         return self._call(given["input"])
 
-    def _call(self, x: Any) -> fx.Proxy:
+    def _call(self, x: object) -> fx.Proxy:
         self.found = True
         return super().create_proxy("call_function", normalize, (x,), {})
 
@@ -408,10 +408,10 @@ class _LayerTracer(_Tracer):
 # --- the generators of torch and python ------------------------------------------------------------------------------
 
 
-def _random_state() -> tuple[bytes, Any]:
+def _random_state() -> tuple[bytes, tuple[object, ...]]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate()
 
 
-def _restore_random_state(state: tuple[bytes, Any]) -> None:
+def _restore_random_state(state: tuple[bytes, tuple[object, ...]]) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray(state[0]), dtype=torch.uint8))
     random.setstate(state[1])

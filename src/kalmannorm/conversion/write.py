@@ -119,7 +119,8 @@ class Writer:
             function = checkpointed if node.target is CHECKPOINT else in_segments
             node = self._pair(node, function, node.args[0], node.args[1:], dict(node.kwargs))
         elif node.target is normalize:
-            node = self._normalization(node)
+            # Its base class does it: classes.py puts that and the layer itself in the string's place.
+            node = self._pair(node, normalized, "self", node.args, {})
         elif set(node.all_input_nodes) <= self._constant:
             self._constant.add(node)
         else:
@@ -145,19 +146,6 @@ class Writer:
             beliefs = self._beliefs_of(args), self._beliefs_of(kwargs)
             given = (called, args, kwargs, *beliefs)
             pair = self.graph.create_node("call_function", function, given, name=f"{node.name}_and_belief")
-            value = self.graph.create_node("call_function", operator.getitem, (pair, 0), name=f"{node.name}_y")
-            self._belief[value] = self._add(operator.getitem, pair, 1, name=f"{node.name}_belief")
-        node.replace_all_uses_with(value)
-        self.graph.erase_node(node)
-        return value
-
-    def _normalization(self, node: fx.Node) -> fx.Node:
-        """Of a layer that does more: its base class does it."""
-        (x,) = node.args
-        with self.graph.inserting_before(node):
-            # classes.py puts the base class and the layer itself in the string's place.
-            given = ("self", x, self._beliefs_of(x))
-            pair = self.graph.create_node("call_function", normalized, given, name=f"{node.name}_and_belief")
             value = self.graph.create_node("call_function", operator.getitem, (pair, 0), name=f"{node.name}_y")
             self._belief[value] = self._add(operator.getitem, pair, 1, name=f"{node.name}_belief")
         node.replace_all_uses_with(value)

@@ -4,9 +4,12 @@ One contract for everything that takes beliefs: `module(*args, **kwargs)` return
 `module(*args, beliefs=..., **kwargs)` returns that together with its belief (Estimated, or Returned).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
+
+Args = tuple[Any, ...]  # of a call
+Kwargs = dict[str, Any]
 
 
 class Belief(NamedTuple):
@@ -57,9 +60,12 @@ class Returned(NamedTuple):
     changed: dict[int, Any] | None = None
 
 
-def pick(beliefs: Any, position: int, name: str) -> Any:
-    """The belief of one argument. `beliefs`: (a tuple of those of the positional arguments, a dict of the others'), or
-    the first argument's alone, or nothing."""
+# Of a call's arguments: (those of the positional ones, those of the others), or the first one's alone, or nothing.
+Beliefs: TypeAlias = Belief | Carried | tuple[Args, Kwargs] | tuple[()] | None
+
+
+def pick(beliefs: Beliefs, position: int, name: str) -> Any:
+    """The belief of one argument."""
     if not beliefs:
         return None
     if isinstance(beliefs, Belief | Carried):

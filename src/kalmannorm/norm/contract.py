@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
-from kalmannorm.norm.belief import Estimated, Returned, pick
+from kalmannorm.norm.belief import Args, Estimated, Kwargs, Returned, pick
 from kalmannorm.norm.checkpoints import is_within
 
 NORMALIZER = "_normalizer"  # of a layer that convert put in
@@ -50,7 +50,7 @@ def proxy_among(values: Any) -> Any:
     return found[0] if found else None
 
 
-def record_layer(layer: nn.Module, args: Any, kwargs: Any) -> Any:
+def record_layer(layer: nn.Module, args: Args, kwargs: Kwargs) -> Any:
     """Return the proxy of a layer's call: in the graph it is a leaf, as torch's own layers are."""
     tracer = proxy_among((args, kwargs)).tracer
     path = tracer.path_of_module(layer)
@@ -62,7 +62,7 @@ def is_traced() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-def _traced(model: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _traced(model: nn.Module, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """A call of a converted model, without beliefs where all of its normalizers are moving averages' affine maps."""
     outer, running.idle = running.idle, not model.__dict__[MARK][RETURNS] and not _measures(model)
     try:
@@ -75,7 +75,7 @@ def _measures(model: nn.Module) -> bool:
     return any(isinstance(m, TakesBeliefs) and not getattr(m, "uses_moving", False) for m in model.modules())
 
 
-def _is_apart(part: nn.Module, args: Any) -> bool:
+def _is_apart(part: nn.Module, args: Args) -> bool:
     """Whether a part of a model takes in what other parts computed, and measures."""
     if MARK in part.__dict__ or torch.compiler.is_compiling():
         return False
@@ -214,7 +214,7 @@ class PlainHook:
     def __init__(self, hook: Callable[..., Any], with_kwargs: bool) -> None:
         self.hook, self.with_kwargs = hook, with_kwargs
 
-    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> Any:
+    def __call__(self, module: nn.Module, args: Args, *rest: Any) -> Any:
         *kwargs, out = rest
         if self.with_kwargs:
             kwargs = [{key: value for key, value in kwargs[0].items() if key != "beliefs"}]
@@ -247,7 +247,7 @@ class PlainPreHook:
     def __init__(self, hook: Callable[..., Any], with_kwargs: bool) -> None:
         self.hook, self.with_kwargs = hook, with_kwargs
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         beliefs = kwargs.get("beliefs")
         given = {key: value for key, value in kwargs.items() if key != "beliefs"}
         new = self.hook(module, args, given) if self.with_kwargs else self.hook(module, args)
