@@ -125,6 +125,16 @@ def test_a_column_may_fix_the_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert fixed.effect is not None and fixed.effect == named.effect
 
 
+def test_a_shift_is_from_the_same_run_s_moving_statistics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pair = ("+table7/kn_stat2 online", "-table7/bn_stat2 online")
+    for seed in (1, 2, 3):
+        write_record(tmp_path, config("bn"), seed, 80.0 + seed, 77.0 + seed)
+        write_record(tmp_path, config("bkn"), seed, 90.0 - 2 * seed, 89.0 - 2 * seed)
+    (found,) = judged(monkeypatch, tmp_path, claim(pair, quantity="shift"))
+    assert found.effect is not None and found.effect.seeds == pytest.approx([2, 2, 2])
+    assert found.effect.mean == pytest.approx(-1 - -3)
+
+
 def test_one_seed_decides_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_record(tmp_path, config("bn"), 1, 60.0)
     write_record(tmp_path, config("bkn"), 1, 90.0)

@@ -181,8 +181,12 @@ def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
         "gap": found["online"] - found["moving"] if {"online", "moving"} <= found.keys() else None,
         **{key: curve.get(key) for key in ("epoch", "step", "train_loss", "lr")},
     }
-    kinds = list(final) or list(STATISTICS)
-    return [shared | {"statistics": kind, "curve": curve.get(kind), **final.get(kind, {})} for kind in kinds]
+
+    def of_kind(kind: str) -> dict[str, Any]:
+        shift = found[kind] - found["moving"] if {kind, "moving"} <= found.keys() else None
+        return {"statistics": kind, "curve": curve.get(kind), "shift": shift, **final.get(kind, {})}
+
+    return [shared | of_kind(kind) for kind in list(final) or list(STATISTICS)]
 
 
 def own_options(norm: Mapping[str, Any], stat_batch: int | None) -> dict[str, Any]:

@@ -163,6 +163,7 @@ QUANTITIES = {
     **{key: Quantity("points", _recorded(key)) for key in PERCENT},
     # How far apart the same weights are under online and moving statistics.
     "gap": Quantity("points", lambda run: None if missing(run["gap"]) else abs(run["gap"])),
+    "shift": Quantity("points", _recorded("shift")),  # of an accuracy from that under moving statistics
     "ln_share": Quantity("points", _share(1)),
     "bn_share": Quantity("points", _share(2)),
     **{key: Quantity("%", _array(key), log=True) for key in OF_ARRAYS},
