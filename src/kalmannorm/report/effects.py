@@ -258,8 +258,9 @@ def effect(
     df = len(runs) - round(float(np.trace(told)))
     spread = math.sqrt(float(((found - design @ levels) ** 2).sum()) / df) if df else math.nan
     error = spread * math.sqrt(max(0.0, float(sought @ covariance @ sought)))
-    # Rounded: whether -0.345 is printed as -0.34 or -0.35 must not hang on the machine's linear algebra.
-    mean, error, spread = (round(float(x), 12) for x in (levels @ sought, error, spread))
+    # Rounded: whether -0.345 is printed as -0.34 or -0.35 must not hang on the machine's linear algebra, which is
+    # another's to about 1e-12.
+    mean, error, spread = (round(float(x), 9) for x in (levels @ sought, error, spread))
     common = set.intersection(*(set(values[row]) for row in weights))
     each = (math.fsum(weight * values[row][seed] for row, weight in weights.items()) for seed in sorted(common))
     return Effect(
