@@ -8,7 +8,7 @@ from records import config, table7, write_record
 
 from kalmannorm import report
 from kalmannorm.experiments import card as cards
-from kalmannorm.report import figures, plots, style
+from kalmannorm.report import command, figures, plots, style
 from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.plots import Line, Panel
 
@@ -105,6 +105,29 @@ def test_lines_differ_without_colour_and_kn_is_not_gkn() -> None:
         looks = figures._looks(card)
         assert len({(look.marker, str(look.dashes)) for look in looks.values()}) == len(looks)
     assert style.OF_NORM["bkn"] != style.OF_NORM["gkn"] and style.tint(style.BLUE, 2) != style.SKY
+
+
+def test_a_card_of_one_value_of_its_setting_is_left_out_of_the_whole_report(tmp_path: Path) -> None:
+    for norm in ("bn", "bkn"):
+        write_record(tmp_path, config(norm, arch="resnet14"), 1, 60.0)
+    of_all = {path.name for path in command.write_all(tmp_path)}
+    assert not [name for name in of_all if name.startswith(("stat-batch", "learning-rate"))]
+    write_record(tmp_path, config("bn", 128, arch="resnet14"), 1, 60.0)
+    assert "stat-batch_cifar10-lite.png" in {path.name for path in command.write_all(tmp_path)}
+
+
+def test_columns_of_a_table_differ_in_colour_and_marker(tmp_path: Path) -> None:
+    card, final = cards.read("talk-ibn-transfer"), ("moving", "rgb_50", "red_50", "contrast")
+    of = {**config("bn", 32, arch="resnet14"), "dataset": {"name": "cifar10_recoloured", "classes": 10}}
+    path = tmp_path / "records" / f"{write_record(tmp_path, of, 1)}.json"
+    record = json.loads(path.read_text())
+    record["final"] = dict.fromkeys(final, record["final"]["moving"])
+    path.write_text(json.dumps(record))
+    cells = Cells(report.load(tmp_path))
+    (group,) = command.groups(card, cells)
+    (figure,) = figures.table(card, group, cells).values()
+    handles = figure.legends[0].legend_handles
+    assert len({handle.get_color() for handle in handles}) == len({handle.get_marker() for handle in handles}) == 4
 
 
 def test_a_table_is_not_stretched_to_the_papers_values(tmp_path: Path) -> None:

@@ -145,8 +145,8 @@ def groups(card: Card, cells: Cells) -> list[Group]:
 
 
 def _compares(card: Card, group: Group, cells: Cells) -> bool:
-    """Say whether two normalizers ran there, of the several of a card that compares them: one alone answers nothing.
-    Tables with printed values are always shown."""
+    """Say whether two normalizers ran there, of the several of a card that compares them, and at two values of the
+    setting that it varies: one alone answers nothing. Tables with printed values are always shown."""
 
     def normalizers(rows: Iterable[Row]) -> set[str]:
         return {effects.identity(card, row).normalizer for row in rows}
@@ -154,6 +154,10 @@ def _compares(card: Card, group: Group, cells: Cells) -> bool:
     ran = [r for r in card.rows if any(cells.cell(card, r, group, column).runs for column in card.columns_of(r))]
     if card.kind in ALONE or card.paper or any(row.paper for row in card.rows):
         return True
+    if card.kind in figures.SETTINGS:
+        _, _, value, _ = figures.SETTINGS[card.kind]
+        if len({value(card, row) for row in ran} - {None}) < 2:
+            return False
     return len(normalizers(ran)) >= min(2, len(normalizers(card.rows)))
 
 

@@ -45,9 +45,10 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
         and not quantities.QUANTITIES[c.value].lower
         and any(cells.cell(card, r, group, c).runs for r in card.rows)
     ]
-    looks = {
-        column.key: STATISTICS.get(column.key, COLUMNS[place % len(COLUMNS)]) for place, column in enumerate(columns)
-    }
+    looks = {column.key: STATISTICS[column.key] for column in columns if column.key in STATISTICS}
+    taken = {part for look in looks.values() for part in look}
+    free = itertools.cycle(look for look in COLUMNS if not taken & {*look})
+    looks |= {column.key: next(free) for column in columns if column.key not in STATISTICS}
     block = ""
     for row in card.rows:
         of_row = [(c, cells.cell(card, row, group, c)) for c in columns if row.has(c)]
@@ -437,6 +438,12 @@ def _highest_rate(card: Card, row: Row) -> float:
     return max(rate for _, rate in rates) if rates else 0.1  # the released recipe's
 
 
+# Of cards that vary one setting: its name, the axis's scale, what reads it off a row, and what panels are of.
+SETTINGS: Mapping[str, tuple[str, str, Callable[[Card, Row], float | None], str]] = {
+    "stat_batch": ("images that share statistics", "log", _stat_batch, "{0.network}"),
+    "initial_gain": ("initial gain q", "logit", _gain, "{0.network}, statistics of {0.stat_batch}"),
+    "learning_rate": ("highest learning rate", "log", _highest_rate, "{0.network}"),
+}
 Draw = Callable[[Card, Group, Cells], Figures]
 DRAW: Mapping[str, Draw] = {
     "table": table,
@@ -447,7 +454,5 @@ DRAW: Mapping[str, Draw] = {
     "mixture": mixture,
     "death": death,
     "conditioning": conditioning,
-    "stat_batch": against("images that share statistics", "log", _stat_batch, "{0.network}"),
-    "initial_gain": against("initial gain q", "logit", _gain, "{0.network}, statistics of {0.stat_batch}"),
-    "learning_rate": against("highest learning rate", "log", _highest_rate, "{0.network}"),
+    **{kind: against(*of) for kind, of in SETTINGS.items()},
 }
