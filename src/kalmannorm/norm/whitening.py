@@ -58,7 +58,7 @@ class Whitening(GroupedStatistics):
 
     x [N, C, ...] -> y. The channels are cut into groups of `group` neighbours, the last one shorter where they
     do not divide; W [d, d] of each whitens its covariance + eps. Moving statistics are the averages of the mean and of
-    W itself (`running_whitening`, as published), or with average="cov" of the covariance (`running_cov`).
+    W itself (`running_whitening`, as published), or with average="cov" of the covariance + eps (`running_cov`).
     `running_var` is the channels' variance, by which nothing is normalized: the other normalizers have it, and figures.
     precise statistics are the mean and covariance of all the values together. fold makes a 1x1 convolution of it.
 
@@ -89,7 +89,7 @@ class Whitening(GroupedStatistics):
         self.averaged = (*self.averaged, f"running_{average}")
         start = None
         if self.running_mean is not None:
-            start = self._mask().diagonal(dim1=-2, dim2=-1).diag_embed().to(self.running_mean)
+            start = self._identity().to(self.running_mean)
         self.register_buffer(self.averaged[-1], start)
 
     def whiten(self, cov: Tensor) -> Tensor:
@@ -100,6 +100,10 @@ class Whitening(GroupedStatistics):
         """[groups, d, d]: 1 where both channels are there."""
         present = (torch.arange(self.number * self.group) < self.num_features).view(self.number, self.group).float()
         return present.unsqueeze(-1) * present.unsqueeze(-2)
+
+    def _identity(self) -> Tensor:
+        """[groups, d, d]: 1 on the diagonal of channels that are there."""
+        return self._mask().diagonal(dim1=-2, dim2=-1).diag_embed()
 
     def group_size(self, x: Tensor) -> int:
         size = super().group_size(x)
@@ -131,7 +135,7 @@ class Whitening(GroupedStatistics):
             centered = self._in_groups(wide - mean.repeat(size, 1)[..., None])
             # A matrix product for every image: the groups, interleaved, would first have to be brought together.
             cov = groups.split(centered @ centered.mT / centered.shape[-1], size).mean(0)
-            whitening = self._whiten(cov)
+            whitening = self._whiten(self._with_eps(cov))
             self._record(mean.detach(), cov.detach(), whitening.detach(), groups.values(x, size))
         rows = self._scaled(whitening)
         y = (rows.repeat(len(x) // len(rows), 1, 1, 1) @ centered).flatten(1, 2)[:, : self.num_features]
@@ -142,14 +146,17 @@ class Whitening(GroupedStatistics):
         missing = self.number * self.group - self.num_features
         return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(1, (self.number, self.group))
 
+    def _with_eps(self, cov: Tensor) -> Tensor:
+        """cov [..., groups, d, d] + eps on the diagonal of channels that are there."""
+        return cov + self.eps * self._identity().to(cov)
+
     def _whiten(self, cov: Tensor) -> Tensor:
-        """W [..., groups, d, d] of covariances, with eps; zero where channels are not there."""
+        """W [..., groups, d, d] of covariances that have their eps; zero where channels are not there."""
         mask = self._mask().to(cov)
-        present = mask.diagonal(dim1=-2, dim2=-1)
         # Each its own where channels are not there: second derivatives need eigenvalues that differ.
         padding = self.pad_value * torch.arange(1, self.group + 1).to(cov)
-        diagonal = self.eps * present + padding * (1 - present)
-        return self.whiten(cov + diagonal.diag_embed()) * mask
+        missing = 1 - mask.diagonal(dim1=-2, dim2=-1)
+        return self.whiten(cov + (padding * missing).diag_embed()) * mask
 
     def _scaled(self, whitening: Tensor) -> Tensor:
         """gamma W; gamma [C] belongs to W's rows."""
@@ -174,7 +181,7 @@ class Whitening(GroupedStatistics):
                 seen + len(mean),
             )
         var = self._variances(cov)
-        self.record(mean, var, values, whitening if self.average == "whitening" else cov)
+        self.record(mean, var, values, whitening if self.average == "whitening" else self._with_eps(cov))
 
     def _variances(self, cov: Tensor) -> Tensor:
         return cov.diagonal(dim1=-2, dim2=-1).flatten(-2)[..., : self.num_features]
@@ -193,6 +200,7 @@ class Whitening(GroupedStatistics):
         cov = second / seen - wide @ wide.mT
         self.running_mean.copy_(mean)
         self.running_var.copy_(self._variances(cov))
+        cov = self._with_eps(cov)
         getattr(self, self.averaged[-1]).copy_(cov if self.average == "cov" else self._whiten(cov))
         self._pool = None
 
