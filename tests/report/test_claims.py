@@ -324,10 +324,10 @@ def test_an_estimate_in_words() -> None:
 def test_the_answer_says_when_the_papers_value_is_outside_the_interval(
     tmp_path: Path, high: float, outside: bool
 ) -> None:
-    known = claim(answer="Is it?", paper={"cifar10": 1.5})
+    known = claim(answer="Is it?", network="ResNet-32", paper={"cifar10": 1.5})
     effect, group = Effect(-0.38, 0.2, 8, 3, 0.5, (1, -1), 4), Group("cifar10", "paper")
     (said, _) = page.answer(
         [Verdict(known, "open", group=group, effect=effect, low=-1.19, high=high)], Cells(report.load(tmp_path))
     )
-    assert said.startswith("Is it? Not decided on cifar10, budget paper: −0.38")
+    assert said.startswith("Is it? Not decided on ResNet-32, −0.38")
     assert said.endswith("the paper has +1.5, outside the interval." if outside else "the paper has +1.5.")

@@ -72,7 +72,7 @@ def test_the_answer_comes_first_and_numbers_open_their_runs(tmp_path: Path) -> N
     text = (tmp_path / "report.html").read_text()
     answer = text.split("<h1>")[1].split("</header>")[0]
     assert (
-        "At budget lite" in answer
+        "at budget lite" in answer
         and "supported" in answer
         and "Does KN do without online statistics at evaluation? " in answer
     )

@@ -81,6 +81,7 @@ class Claim:
     relative: bool = False
     ours: bool = False
     answer: str = ""
+    network: str = ""
     datasets: tuple[str, ...] = ()
     budgets: tuple[str, ...] = ()
     paper: float | Mapping[str, float] = field(default_factory=dict)
@@ -150,6 +151,10 @@ class Verdict:
     def explored(self) -> bool:
         """Whether an interval for it alone is all that there is."""
         return self.state == "explored" and self.effect is not None
+
+    @property
+    def budget(self) -> str:
+        return self.group.budget if self.group else ""
 
     @property
     def place(self) -> str:

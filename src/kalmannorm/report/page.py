@@ -32,7 +32,7 @@ MARKS = {"supported": "✓", "contradicted": "✗", "open": "?"}
 BUDGETS = ("paper", "short", "lite")  # the fullest first
 POINTS = 40  # of a curve
 ROOM = 650_000  # characters of pictures: with runs and claims, the page is under 1 MB
-ANSWERS = {"supported": "Yes", "contradicted": "No", "open": "Not decided"}  # of the first sentences' questions
+ANSWERS = {"supported": "yes", "contradicted": "no", "open": "not decided"}  # of the first sentences' questions
 FOREST = 25.0  # points to either side that the claims' picture shows
 GENERATED = ("<!-- results -->", "<!-- end -->")  # the part of a document that `make report` writes
 
@@ -126,32 +126,38 @@ def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
     judged = [v for v in verdicts if v.judged and v.group and v.effect]
     ours = [v for v in verdicts if v.explored and v.claim.ours and v.group and v.group.width == 1]
     said = [] if judged else ["No claim of the papers has been tested in their setting yet."]
-    for claim in dict.fromkeys(v.claim for v in (*judged, *ours) if v.claim.answer):
-        of = [(v, v.group) for v in (*judged, *ours) if v.claim is claim and v.group]
-        fullest = min((group.budget for _, group in of), key=_fullness)
-        words = [_in_words(v, group) for v, group in of if group.budget == fullest]
-        said.append(f"{claim.answer}{'' if claim.answer.endswith('?') else ':'} {'; '.join(words)}.")
-    for budget in sorted({v.group.budget for v in judged if v.group}, key=_fullness):
-        of_budget = [v for v in judged if v.group and v.group.budget == budget]
-        counts = Counter(v.state for v in of_budget)
-        datasets = {v.group.dataset for v in of_budget if v.group}
+    answers = {}
+    for question in dict.fromkeys(v.claim.answer for v in (*judged, *ours) if v.claim.answer):
+        of = [v for v in (*judged, *ours) if v.claim.answer == question]
+        fullest = min((v.budget for v in of), key=_fullness)
+        answers[question] = [v for v in of if v.budget == fullest]
+    places = {v.place for of in answers.values() for v in of}
+    for question, of in answers.items():
+        words = "; ".join(_in_words(v, v.place if len(places) > 1 else "") for v in of)
+        said.append(f"{question} {words[0].upper()}{words[1:]}." if question.endswith("?") else f"{question}: {words}.")
+    for budget in sorted({v.budget for v in judged}, key=_fullness):
+        of = [v for v in judged if v.budget == budget]
+        counts = Counter(v.state for v in of)
+        datasets = sorted({v.group.dataset for v in of if v.group})
         reduced = "" if budget == "paper" else f", a reduction ({_length(cells, budget, datasets)})"
         said.append(
-            f"At budget {budget}{reduced}, {len(of_budget)} tests of the papers' claims: {counts['supported']} "
-            f"supported, {counts['contradicted']} contradicted, {counts['open']} open."
+            f"On {', '.join(datasets)} at budget {budget}{reduced}, {len(of)} tests of the papers' claims: "
+            f"{counts['supported']} supported, {counts['contradicted']} contradicted, {counts['open']} open."
         )
     return said
 
 
-def _in_words(verdict: Verdict, group: Group) -> str:
-    where = f"on {group.dataset}, budget {group.budget}"
-    if verdict.state == "explored":
-        return f"{verdict.estimate} {where}"
-    value, paper = verdict.claim.printed(group.dataset), ""
-    if value is not None and verdict.printed:
-        outside = value < verdict.low or value > verdict.high
-        paper = f"; the paper has {verdict.printed}{', outside the interval' if outside else ''}"
-    return f"{ANSWERS[verdict.state]} {where}: {verdict.estimate}{paper}"
+def _in_words(verdict: Verdict, place: str) -> str:
+    """ "not decided on ResNet-32, −0.38 [−1.74, +0.98] points (n = 3), the paper has +1.5, outside the interval"."""
+    network = f"on {verdict.claim.network}"
+    said = [f"{network} {verdict.estimate}"]
+    if verdict.judged:
+        said = [f"{ANSWERS[verdict.state]} {network}", verdict.estimate]
+        value = verdict.claim.printed(verdict.group.dataset) if verdict.group else None
+        if value is not None and verdict.printed:
+            outside = value < verdict.low or value > verdict.high
+            said += [f"the paper has {verdict.printed}", *["outside the interval"] * outside]
+    return ", ".join(said) + (f" ({place})" if place else "")
 
 
 def matrix(verdicts: Sequence[Verdict]) -> tuple[list[str], list[tuple[Claim, list[list[Verdict]]]]]:
@@ -228,7 +234,7 @@ def _fullness(budget: str) -> tuple[int, str]:
     return (BUDGETS.index(name) if name in BUDGETS else len(BUDGETS), budget)
 
 
-def _length(cells: Cells, budget: str, datasets: set[str]) -> str:
+def _length(cells: Cells, budget: str, datasets: Sequence[str]) -> str:
     """Say how long the runs of a budget on these data sets are, as "12 epochs at 16 px"."""
     runs = cells.runs[(cells.runs.budget == budget) & cells.runs.dataset.isin(datasets)]
     kinds = runs.groupby(["budget.epochs", "budget.size"]).size()
