@@ -73,10 +73,14 @@ def ade20k(root: Path) -> Path:
 
 def gta5(root: Path) -> Path:
     folder = root / "gta5"
-    for number in range(1, 9):
+    for number in (*range(1, 9), 20801):
         name = f"{number:05d}.png"
         scene(folder / "images" / name, folder / "labels" / name, [7, 11, 34, 23, 26], number, palette=True)
-    savemat(folder / "split.mat", {"trainIds": [[1], [2], [3], [99]], "valIds": [[4], [5]], "testIds": [[6], [7], [8]]})
+    Image.new("P", (3, 3)).save(folder / "labels" / "20801.png")  # of another size than its image, as published
+    savemat(
+        folder / "split.mat",
+        {"trainIds": [[1], [2], [3], [99], [20801]], "valIds": [[4], [5]], "testIds": [[6], [7], [8]]},
+    )
     return folder
 
 

@@ -27,17 +27,29 @@ SMALL = [
 ]
 
 
-def film(file: Path, greys: Sequence[int], size: tuple[int, int] = (48, 40), codec: str = "ffv1") -> Path:
-    """Write frames of these greys; size: width and height. ffv1 loses nothing, and does not say how many there are."""
+def film(
+    file: Path, greys: Sequence[int], size: tuple[int, int] = (48, 40), codec: str = "ffv1", left_out: int = 0
+) -> Path:
+    """Write frames of these greys; size: width and height. ffv1 loses nothing, and does not say how many there are.
+
+    left_out: as many of an .mp4's first frames are not shown, by its edit list.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(file), "w") as container:
+    with av.open(str(file), "w", options={"avoid_negative_ts": "disabled"}) as container:
+
+        def mux(packets: list[av.Packet]) -> None:
+            for packet in packets:
+                for name in ("pts", "dts"):
+                    setattr(packet, name, getattr(packet, name) - round(left_out / 25 / packet.time_base))
+                container.mux(packet)
+
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         for grey in greys:
             pixels = np.full((size[1], size[0], 3), grey, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+            mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        mux(stream.encode())
     return file
 
 

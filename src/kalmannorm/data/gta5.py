@@ -4,7 +4,8 @@
     ROOT/gta5/labels/NNNNN.png    Cityscapes' numbers, as colours of a palette
     ROOT/gta5/split.mat           which numbers are trained on (trainIds) and which validated on (valIds)
 
-Tested on the validation scenes. Scenes that are not there are left out: some were never published.
+Tested on the validation scenes. Scenes that are not there are left out: some were never published. The
+numbers' classes are as in public code (wasidennis/AdaptSegNet, dataset/gta5_dataset.py).
 """
 
 from pathlib import Path
@@ -14,6 +15,8 @@ from kalmannorm.data.scenes import Pair, Source, paired
 from kalmannorm.errors import UserError
 
 IDS = {"train": "trainIds", "test": "valIds"}
+# Published with label maps of another size than their images, or black: public loaders leave them out.
+DAMAGED = {15188, 17705, *range(20801, 20861)}
 
 
 def _pairs(folder: Path, split: str) -> list[Pair]:
@@ -27,12 +30,13 @@ def _ids(file: Path, key: str) -> set[str]:
     from scipy.io import loadmat
 
     try:
-        return {f"{int(number):05d}" for number in loadmat(file)[key].ravel()}
+        numbers = {int(number) for number in loadmat(file)[key].ravel()}
     except Exception as error:  # whatever a damaged file makes of it
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"cannot read {key} of {file}: {reason}; it is in read_mapping.zip, where the images are"
         ) from None
+    return {f"{number:05d}" for number in numbers - DAMAGED}
 
 
 SOURCES = {

@@ -95,7 +95,7 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], short: int) 
             stream = container.streams.video[0]
             if not 0 < stream.width * stream.height <= MOST_PIXELS:
                 raise Unreadable(f"{path}: frames of {stream.width} x {stream.height} pixels")
-            count = stream.frames or _packets(path)
+            count = _frames(path)
             wanted = [min(index, count - 1) for index in choose(count)] if count else []
             if not wanted:
                 raise Unreadable(f"{path}: it has no frames")
@@ -114,12 +114,13 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], short: int) 
     return np.stack([found[index] for index in wanted])
 
 
-def _packets(path: Path) -> int:
-    """Count the frames of a file that does not say how many it has."""
+def _frames(path: Path) -> int:
+    """Count the frames that are shown: the number that a file gives is not that where its edit list leaves some out."""
     import av
 
     with av.open(str(path)) as container:
-        return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+        packets = container.demux(container.streams.video[0])
+        return sum(packet.size > 0 and not packet.is_discard for packet in packets)
 
 
 def clip(start: float, count: int, frames: int, interval: int) -> list[int]:

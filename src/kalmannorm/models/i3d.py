@@ -1,7 +1,9 @@
 """I3D (Carreira & Zisserman 2017) as a ResNet-50: the network of the talk's Table 6, inflated from torchvision's.
 
 Clips [N, 3, frames, H, W] -> logits. The parts are torchvision's under their names, so that ImageNet's weights fit
-(inflate_weights); temporal kernels and strides are those of Non-local Networks (Wang et al. 2018), from memory.
+(inflate_weights). Temporal kernels and strides are those of the public code of Non-local Networks (Wang et al. 2018;
+facebookresearch/video-nonlocal-net, resnet_video_org.py); but its poolings are over 2 frames, without padding, and here
+over 3, as the paper's table has them (from memory).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from kalmannorm.models.resnet import Resnet
 
-STEM, BLOCK = 5, 3  # frames that the stem's kernel sees, and the first kernel of every second block
+STEM, BLOCK = 5, 3  # frames that the stem's kernel sees, and the first kernel of some blocks
 
 
 class I3D(Resnet):
@@ -36,9 +38,10 @@ class I3D(Resnet):
         _inflate(self)
         self.conv1: nn.Module = _convolution(self.conv1, STEM, strides[0])
         self.maxpool = nn.MaxPool3d(3, (strides[1], 2, 2), 1)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage[::2]:
-                block.conv1 = _convolution(block.conv1, BLOCK, 1)
+        # All blocks of the first stage; of the last stage's three the middle one.
+        last = self.layer4[len(self.layer4) // 2 :: 2]
+        for block in (*self.layer1, *self.layer2[::2], *self.layer3[::2], *last):
+            block.conv1 = _convolution(block.conv1, BLOCK, 1)
         self.layer1.append(nn.MaxPool3d((3, 1, 1), (strides[2], 1, 1), (1, 0, 0)))
         self.avgpool = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Dropout(dropout))
 
