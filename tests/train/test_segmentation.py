@@ -18,11 +18,13 @@ from kalmannorm.data.scenes import IGNORED
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.config import compose
 from kalmannorm.models import SEGMENTERS
+from kalmannorm.models.resnet import Resnet
 from kalmannorm.placement import PLACEMENTS
 from kalmannorm.report import tables
 from kalmannorm.report.effects import Group
 from kalmannorm.train import task_segmentation
 from kalmannorm.train.model import learning_rate
+from kalmannorm.train.pretrained import load_pretrained
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.task_segmentation import Segmentation, reduced
 
@@ -182,6 +184,23 @@ def test_ibn_stands_in_the_backbone():
     new = [name for name, _ in model.named_modules() if name.endswith(".IN")]
     assert new == ["backbone.layer1.0.IN", "backbone.layer2.0.IN"]
     model(torch.zeros(2, 3, 32, 48))
+
+
+@pytest.mark.parametrize(
+    ("placement", "names"),
+    [("ibn_a", ["layer1.0.bn1.IN.weight", "layer3.0.bn1.BN.running_mean"]), ("ibn_b", ["layer2.0.IN.bias"])],
+)
+def test_a_classifiers_weights_of_ibn_begin_the_backbone(tmp_path, placement, names):
+    """By the names of the public code's weights."""
+    plain = Resnet([1] * 4, 0.125), SEGMENTERS["fcn_resnet14"](classes=3, layers=[1] * 4, width=0.125)
+    classifier, segmenter = (convert(network, PLACEMENTS[placement](network), stat_batch=2) for network in plain)
+    backbone = segmenter.get_submodule("backbone")
+    weights = {key: torch.randn_like(t) if t.is_floating_point() else t for key, t in classifier.state_dict().items()}
+    torch.save(weights, tmp_path / "weights.pth")
+    load_pretrained([backbone], str(tmp_path / "weights.pth"))
+    found = backbone.state_dict()
+    assert set(names) <= set(found) == set(weights) - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, weights[key]) for key, value in found.items())
 
 
 def test_the_rate_is_poly():
