@@ -1,5 +1,6 @@
 """`kalmannorm report`: an experiment's table or figure from the records, all of them, or two runs beside each other."""
 
+import gc
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -63,8 +64,12 @@ def report_all(arguments: list[str]) -> int:
     results = place_of_results(arguments)
     if not results.is_dir():
         raise UserError(f"results={results} is no folder: there is nothing to report")
-    for path in write_all(results):
-        print(path)
+    gc.disable()  # in the seconds of a report, a sixth was looking for garbage; without, it takes a fifth more memory
+    try:
+        for path in write_all(results):
+            print(path)
+    finally:
+        gc.enable()
     return 0
 
 

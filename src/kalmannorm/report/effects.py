@@ -207,14 +207,16 @@ class Shares(NamedTuple):
 
     def interval(self, family: int = 1) -> tuple[float, float]:
         """Return Newcombe's interval (1998, method 10), of Wilson's for each side."""
-        from scipy.stats import binomtest
-
         if self.lost + self.others < LEAST:
             return math.nan, math.nan
-        confidence = 1 - (1 - CONFIDENCE) / family
-        sides = ((self.lost, self.of), (self.others, self.of_others))
-        (low, high), (below, above) = (binomtest(*of).proportion_ci(confidence, "wilson") for of in sides)
+        z = t_quantile(math.inf, family)
+
+        def wilson(p: float, n: int) -> tuple[float, float]:
+            half = z * math.sqrt(p * (1 - p) / n + (z / n) ** 2 / 4)
+            return (p + z**2 / n / 2 - half) / (1 + z**2 / n), (p + z**2 / n / 2 + half) / (1 + z**2 / n)
+
         p, q = self.lost / self.of, self.others / self.of_others
+        (low, high), (below, above) = wilson(p, self.of), wilson(q, self.of_others)
         return 100 * (p - q - math.hypot(p - low, above - q)), 100 * (p - q + math.hypot(high - p, q - below))
 
 
@@ -231,6 +233,36 @@ def interval(values: Sequence[float]) -> float:
     return t_quantile(df) * float(np.std(values, ddof=1)) / math.sqrt(df + 1) if df >= LEAST else math.nan
 
 
+class Fit(NamedTuple):
+    """value = row + seed by least squares, or value = row."""
+
+    places: dict[Any, int]  # of the rows, then the seeds
+    levels: np.ndarray
+    covariance: np.ndarray  # of the levels, over the variance
+    told: np.ndarray  # projects on the sums of levels that the runs determine
+    spread: float
+    df: int
+    equal: float
+
+
+@functools.lru_cache(256)
+def _fit(values: tuple[tuple[Any, tuple[tuple[int, float], ...]], ...], seeds: bool) -> Fit:
+    runs = [(row, seed, value) for row, of in values for seed, value in of]
+    rows = list(dict.fromkeys(row for row, *_ in runs))
+    places = {place: i for i, place in enumerate([*rows, *(sorted({seed for _, seed, _ in runs}) if seeds else [])])}
+    design = np.zeros((len(runs), len(places)))
+    for run, (row, seed, _) in zip(design, runs, strict=True):
+        run[[places[row], *([places[seed]] if seeds else [])]] = 1
+    found = np.array([value for *_, value in runs])
+    normal = design.T @ design
+    covariance = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)
+    told = covariance @ normal
+    levels = covariance @ design.T @ found
+    df = len(runs) - round(float(np.trace(told)))
+    spread = math.sqrt(float(((found - design @ levels) ** 2).sum()) / df) if df else math.nan
+    return Fit(places, levels, covariance, told, spread, df, _equal_variances([[v for _, v in of] for _, of in values]))
+
+
 def effect(
     values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float], seeds: bool = True
 ) -> Effect | None:
@@ -238,41 +270,28 @@ def effect(
 
     `seeds` False: value = row alone. None where a row has no run, or no common seeds connect the rows.
     """
-    runs = [(row, seed, value) for row, of in values.items() for seed, value in of.items()]
-    rows = list(dict.fromkeys(row for row, *_ in runs))
-    every = sorted({seed for _, seed, _ in runs}) if seeds else []
-    if not all(row in rows for row in weights):
+    if not all(values.get(row) for row in weights):
         return None
-    places = {place: i for i, place in enumerate([*rows, *every])}
-    design = np.zeros((len(runs), len(places)))
-    for run, (row, seed, _) in zip(design, runs, strict=True):
-        run[[places[row], *([places[seed]] if seeds else [])]] = 1
-    found = np.array([value for *_, value in runs])
-    sought = np.array([weights.get(place, 0.0) for place in places])
-    normal = design.T @ design
-    covariance = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)  # of rows and seeds, over the variance
-    told = covariance @ normal  # projects on the sums of them that the runs determine
-    if not np.allclose(told @ sought, sought, atol=1e-9):
+    fit = _fit(tuple((row, tuple(of.items())) for row, of in values.items()), seeds)
+    sought = np.array([weights.get(place, 0.0) for place in fit.places])
+    if not np.allclose(fit.told @ sought, sought, atol=1e-9):
         return None
-    levels = covariance @ design.T @ found
-    df = len(runs) - round(float(np.trace(told)))
-    spread = math.sqrt(float(((found - design @ levels) ** 2).sum()) / df) if df else math.nan
-    error = spread * math.sqrt(max(0.0, float(sought @ covariance @ sought)))
+    error = fit.spread * math.sqrt(max(0.0, float(sought @ fit.covariance @ sought)))
     # Rounded: whether -0.345 is printed as -0.34 or -0.35 must not hang on the machine's linear algebra, which is
     # another's to about 1e-12.
-    mean, error, spread = (round(float(x), 9) for x in (levels @ sought, error, spread))
+    mean, error, spread = (round(float(x), 9) for x in (fit.levels @ sought, error, fit.spread))
     common = set.intersection(*(set(values[row]) for row in weights))
     each = (math.fsum(weight * values[row][seed] for row, weight in weights.items()) for seed in sorted(common))
     return Effect(
         mean=mean,
         error=error,
-        df=df,
+        df=fit.df,
         n=min(len(values[row]) for row in weights),
         spread=spread,
         weights=tuple(weights.values()),
-        rows=len(rows),
+        rows=sum(map(bool, values.values())),
         seeds=tuple(each),
-        equal=_equal_variances(values),
+        equal=fit.equal,
     )
 
 
@@ -310,13 +329,18 @@ def pool(
 
     So the same difference has the same interval in every table and in the claims.
     """
-    tables = [card for card in map(cards.read, cards.names()) if card.kind == "table"]
-    found = {}
-    for card in {card.name: card for card in (*tables, *own)}.values():
-        for one in (replace(one, dataset=None) for one in identities(card)):
-            if (one.network, one.length) in trained and one not in found:
-                found[one] = cells.of(one, group, statistics)
-    return found
+    every = dict.fromkeys((*_rows_of_tables(), *(row for card in own for row in identities(card))))
+    rows = dict.fromkeys(replace(row, dataset=None) for row in every if (row.network, row.length) in trained)
+    return {row: cells.of(row, group, statistics) for row in rows}
+
+
+@functools.cache
+def _rows_of_tables() -> tuple[Identity, ...]:
+    return tuple(
+        dict.fromkeys(
+            row for card in map(cards.read, cards.names()) if card.kind == "table" for row in identities(card)
+        )
+    )
 
 
 def values_of(cell: Cell, value: Value) -> dict[int, float]:
@@ -355,11 +379,17 @@ def signed(value: float) -> str:
     return f"{'−' if value < 0 else '+'}{size:{written}}"
 
 
-def _equal_variances(values: Mapping[Any, Mapping[int, float]]) -> float:
-    """Return p of Bartlett's test over the rows with two values or more; nan where that is no test."""
-    from scipy.stats import bartlett  # half a second
+def _equal_variances(values: Iterable[Sequence[float]]) -> float:
+    """Return p of Bartlett's test (1937) over the rows with two values or more; nan where that is no test.
 
-    several = [list(of.values()) for of in values.values() if len(of) > 1]
+    As scipy.stats.bartlett has it, which takes half a second to import.
+    """
+    from scipy.special import chdtrc
+
+    several = [of for of in values if len(of) > 1]
     if len(several) < 2 or min(map(np.ptp, several)) <= 0:
         return math.nan
-    return float(bartlett(*several).pvalue)
+    dfs, variances = np.array([len(of) - 1 for of in several]), np.array([np.var(of, ddof=1) for of in several])
+    df, rows = dfs.sum(), len(several)
+    log_ratio = df * math.log(dfs @ variances / df) - dfs @ np.log(variances)
+    return float(chdtrc(rows - 1, log_ratio / (1 + ((1 / dfs).sum() - 1 / df) / (3 * (rows - 1)))))
