@@ -327,7 +327,7 @@ def encode(figure: "Figure", kinds: Iterable[str] = ("png", "pdf")) -> dict[str,
 def _fonts_as_shapes() -> Iterator[None]:
     """Embed fonts in a PDF without the tables that lay out text: no reader needs them, and they are two thirds of what
     fontTools spends."""
-    from fontTools import subset
+    from fontTools import subset  # type: ignore[import-untyped]
 
     options = subset.Options
     dropped = [*options().drop_tables, "GDEF", "GPOS", "GSUB", "MATH"]
