@@ -1,11 +1,17 @@
 """What a forward names beside its arguments is what it is when the forward runs: globals, classes of layers, parts."""
 
 import copy
+import itertools
+import os  # noqa: F401
+import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from types import MethodType, SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from helpers import conv3x3
@@ -38,6 +44,8 @@ def is_convolution(layer: nn.Module) -> bool:
 
 class Net(nn.Module):
     """conv, bn; what `then(self, x)` makes of it."""
+
+    calls = 0
 
     def __init__(self, then: Callable[[Any, Any], Any]) -> None:
         super().__init__()
@@ -170,6 +178,108 @@ def test_what_a_forward_changes_is_changed_in_every_run_and_not_by_convert(
     once = converted(x)
     torch.testing.assert_close(converted(x), 2 * once)
     assert "sets attributes" in untraced(converted)[""]
+
+
+UNSEEN = {
+    "numpy's generator": "return x if numpy.random.rand() < 0.5 else -x",
+    "a generator": "return x if self.drawing.random() < 0.5 else -x",
+    "an iterator": "return x * next(self.numbers)",
+    "a deque": "NUMBERS.append(len(NUMBERS) + 1.0)\nreturn x * NUMBERS[-1]",
+    "a class's attribute": "Net.calls += 1\nreturn x * Net.calls",
+    "the environment": "os.environ['CALLS'] = os.environ.get('CALLS', '') + 'I'\nreturn x * len(os.environ['CALLS'])",
+    "a tensor": "global RATES\nRATES = RATES + 1\nreturn x * RATES",
+    "a sum": "y = torch.zeros(1)\nfor b in self.blocks: y += b(x).mean()\nreturn x * y",
+    "a sum by a method": "y = torch.zeros(4, 1, 1)\ny.add_(x.mean((0, 2, 3))[:, None, None])\nreturn x * y",
+    "a filled tensor": "y = torch.zeros(2, 4, 6, 6)\ny[:, :2] = x[:, :2]\nreturn self.head(y)",
+    "whether gradients are on": "return x if torch.is_grad_enabled() else -x",
+}
+NUMBERS, RATES = deque([1.0]), torch.ones(1)
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_what_no_graph_has_runs_as_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CALLS", "")
+    converted, x = convert(model := net(UNSEEN[kind]), "bkn", stat_batch=2), torch.randn(2, 3, 6, 6)
+    assert untraced(converted)
+    found = []
+    for each in (model, converted):
+        numpy.random.seed(0)  # noqa: NPY002
+        each.drawing, each.numbers = random.Random(0), itertools.count(1)
+        monkeypatch.setattr(Net, "calls", 0)
+        monkeypatch.setenv("CALLS", "")
+        monkeypatch.setitem(globals(), "NUMBERS", deque([1.0]))
+        monkeypatch.setitem(globals(), "RATES", torch.ones(1))
+        with torch.no_grad():
+            found.append([each(x) for _ in range(4)])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("decorated", [False, True])
+def test_gradients_and_autocast_are_switched_in_every_run(decorated: bool) -> None:
+    code = ["with torch.no_grad(): y = self.head(x)", "with torch.autocast('cpu', enabled=False):"]
+    code += ["    return self.blocks[0](y.float())"]
+    model = net("return self.frozen(x)" if decorated else "\n".join(code))
+    type(model).frozen = torch.no_grad()(lambda self, x: self.blocks[0](self.head(x)))  # type: ignore[attr-defined]
+    converted, x = convert(model, "bkn", stat_batch=2).train(), torch.randn(4, 3, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = converted(x)
+        assert y.dtype == model.train()(x).dtype
+    assert y.requires_grad is not decorated
+    if not decorated:
+        y.sum().backward()
+    assert converted.head.weight.grad is None  # type: ignore[union-attr]
+    report = belief_report(converted)
+    assert not any(report[name] for name in report if name != "bn")
+
+
+def test_a_function_that_is_set_is_called() -> None:
+    model = net("return self.scale(self.act(x))")
+    model.act = torch.relu  # type: ignore[assignment]
+    type(model).scale = lambda self, x: 2 * x  # type: ignore[attr-defined]
+    converted, x = same(model), torch.randn(2, 3, 6, 6)
+    assert not untraced(converted)
+    for each in (model, converted):
+        each.act = torch.tanh  # type: ignore[assignment]
+        each.scale = MethodType(lambda self, x: 3 * x, each)
+    torch.testing.assert_close(copy.deepcopy(converted)(x), model(x))
+
+
+class Mode(IntEnum):
+    PLAIN = 0
+    NEGATIVE = 1
+
+
+def test_values_whose_repr_is_no_code() -> None:
+    model = net("return x if self.mode == Mode.PLAIN and 'b' in self.used else -x * float(self.rate)")
+    model.mode, model.used, model.rate = Mode.PLAIN, {"b"}, numpy.float64(2.0)  # type: ignore[assignment]
+    converted, x = same(model), torch.randn(2, 3, 6, 6)
+    changes = (lambda m: m.used.clear(), lambda m: setattr(m, "mode", 1), lambda m: setattr(m, "rate", 3))
+    for change in changes:
+        for each in (model, converted):
+            change(each)
+        torch.testing.assert_close(converted(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["hook", "arguments", "metaclass"])
+def test_registries_of_subclasses_are_told_of_none(kind: str) -> None:
+    known = []
+
+    class Once(type):
+        def __init__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any], **options: Any) -> None:
+            assert name not in known
+            known.append(name)
+
+    class Registered(Net, metaclass=Once if kind == "metaclass" else type):
+        def __init_subclass__(cls, **options: Any) -> None:
+            assert kind != "hook" or cls.__name__ not in known
+            assert kind != "arguments" or options
+            known.append(cls.__name__) if kind == "hook" else None
+
+    options = {"kind": 1} if kind == "arguments" else {}
+    model = type(Registered)("Written", (Registered,), {}, **options)(None)
+    number = len(known)
+    same(model.eval())
+    assert len(known) == number
 
 
 # --- parts ---

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from kalmannorm.conversion import runtime
 from kalmannorm.conversion.flow import follow, stand_ins
-from kalmannorm.conversion.names import Scope, class_of, lending
+from kalmannorm.conversion.names import Scope, class_of, derived, lending
 from kalmannorm.conversion.trace import Trace, expression_of
 from kalmannorm.conversion.write import Summary, Writer, summary_of_class
 from kalmannorm.norm import contract
@@ -27,6 +27,7 @@ from kalmannorm.norm.belief import Belief, Carried, Estimated, Returned, pick
 from kalmannorm.norm.moments import Predictor, plain
 
 _serial = itertools.count()
+_HELD = "_held"  # among the names of generated code: those of attributes that it takes for what they were
 _classes: dict[tuple[object, ...], type[nn.Module]] = {}
 
 # What generated code may call.
@@ -87,8 +88,8 @@ class Generated:
             body |= contract.methods(base) if "beliefs" in self.code else {}
             body |= _OF_GRAPH_MODULES if issubclass(base, fx.GraphModule) else {}
             body |= {"children": runtime.children_of} if self.code == SEQUENTIAL else {}
-            body |= {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-            _classes[key] = type(base)(base.__name__, (base,), body)  # type: ignore[misc]
+            body |= {"__setattr__": _setting(base, self.names[_HELD].split())} if _HELD in self.names else {}
+            _classes[key] = derived(base, body)
         return _classes[key]
 
 
@@ -97,6 +98,17 @@ def _apply(self: Any, fn: Callable[[nn.Module], None]) -> nn.Module:
     function = getattr(fn, "__func__", fn)
     with lending(stand_ins(function) if isinstance(function, FunctionType) else []):
         return type(self).converted.original.apply(self, fn)  # type: ignore[no-any-return]
+
+
+def _setting(base: type[nn.Module], held: list[str]) -> Callable[..., None]:
+    """Where an attribute is set that tracing took for what it was (a function, a method), the forward runs as it is."""
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        base.__setattr__(self, name, value)
+        if name in held and (made := generated(type(self))) is not None:
+            self.__class__ = made.on(made.original, AS_IT_IS).make()
+
+    return __setattr__
 
 
 def _reduce(self: nn.Module, protocol: object) -> Any:
@@ -278,7 +290,7 @@ def container_code(
     """Code, the names that it uses, and the summary of a module with these traces."""
     parts: dict[str, str] = {}
     names: Scope = {}
-    summary, guards, kinds = Summary(), dict[str, None](), dict[type, str]()
+    summary, guards, kinds, held = Summary(), dict[str, None](), dict[type, str](), set[str]()
     for mode, traced in traces.items():
         writer = Writer(module, traced.graph, summaries)
         code = traced.graph.python_code("self")
@@ -297,12 +309,14 @@ def container_code(
             summary.aliases | writer.summary.aliases,
         )
         names |= traced.names
+        held |= traced.held
         guards |= dict.fromkeys(_structure(module, traced.graph))
         for layer, kind in traced.kinds.items():
             kinds.setdefault(kind, f"_class_{len(kinds)}")
             guards[f"class_of({layer}) is {kinds[kind]}"] = None
         guards |= dict.fromkeys(_guards(traced))
     names |= {name: kind for kind, name in kinds.items()}
+    names |= {_HELD: " ".join(sorted(held))} if held else {}
     head, arguments = _head(type(module), names)
     frozen = next(iter(traces.values())).frozen
     same = len(set(parts.values())) == 1

@@ -20,6 +20,7 @@ from kalmannorm.conversion.rules import Operation, fields_of, has_belief
 from kalmannorm.conversion.runtime import apply, call, checkpointed
 from kalmannorm.norm import GroupedStatistics, contract
 from kalmannorm.norm.belief import Args, Belief, Beliefs, Carried, Kwargs, Returned
+from kalmannorm.norm.checkpoints import is_within
 from kalmannorm.norm.contract import running
 from kalmannorm.norm.moments import plain
 from kalmannorm.norm.whitened import Layer
@@ -35,10 +36,11 @@ _CONSTANT = object()  # stands for the belief of what is made of parameters alon
 class Flow(TorchFunctionMode):
     """Beliefs by tensor, while one forward runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, switches: bool = False) -> None:
+        """`switches`: whether the forward itself switches gradients off or on."""
         super().__init__()
         self._known: dict[int, tuple[Tensor, int, Any]] = {}
-        self._place = _place()
+        self._switches, self._place = switches, _place()
 
     def __enter__(self) -> "Flow":
         self._outer, running.flow = running.flow, self
@@ -51,7 +53,8 @@ class Flow(TorchFunctionMode):
     def is_here(self) -> bool:
         """Whether what runs is this forward itself: inside of a checkpoint it is another one, since what was found here
         would be missing when it is computed again."""
-        return _place() == self._place
+        (enabled, checkpoint), (was_enabled, outside) = _place(), self._place
+        return checkpoint == outside and (enabled == was_enabled or (self._switches and not is_within()))
 
     def get(self, value: Any) -> Any:
         """The belief of a tensor as it is now, or those of a structure of tensors."""
@@ -139,7 +142,8 @@ def _kind(func: object, name: str, args: Args, beliefs: Args) -> str:
 def follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
     """A forward, or another function, as it is, with beliefs: what it returns, or Returned where beliefs were given."""
     retrace.refuse(module, args)
-    with Flow() as flow, lending(stand_ins(class_of(module))):
+    switches, loans = _around(class_of(module))
+    with Flow(switches) as flow, lending(loans):
         if isinstance(beliefs, Belief | Carried):
             beliefs = ((beliefs,), {})
         if beliefs:
@@ -168,18 +172,23 @@ def _call(function: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beli
     return follow(function, None, args, kwargs, (beliefs, keyword_beliefs))
 
 
-_stand_ins: WeakKeyDictionary[type | FunctionType, list[Loan]] = WeakKeyDictionary()
+_known_around: WeakKeyDictionary[type | FunctionType, tuple[bool, list[Loan]]] = WeakKeyDictionary()
 
 
-def stand_ins(cls: type | FunctionType) -> list[Loan]:
-    """What stands for type() and for checkpoint() in the functions that a forward may call, while it runs as it is."""
-    if cls not in _stand_ins:
+def _around(cls: type | FunctionType) -> tuple[bool, list[Loan]]:
+    """Whether a forward, or a function that it calls, switches gradients; and what it is lent while it runs."""
+    if cls not in _known_around:
         around = Surroundings(cls)
         asking = {id(scope): (scope, "type", class_of) for scope in around.asking}
         checkpointing = {(id(scope), name): (scope, name, _checkpoint) for scope, name in around.checkpointing}
         by_attribute: list[Loan] = [(contract.lent, "class_of", class_of)] if around.asks_class else []
-        _stand_ins[cls] = [*asking.values(), *checkpointing.values(), *by_attribute]
-    return _stand_ins[cls]
+        _known_around[cls] = around.switches, [*asking.values(), *checkpointing.values(), *by_attribute]
+    return _known_around[cls]
+
+
+def stand_ins(cls: type | FunctionType) -> list[Loan]:
+    """What stands for type() and for checkpoint() in the functions that a forward may call, while it runs as it is."""
+    return _around(cls)[1]
 
 
 @torch.no_grad()

@@ -1,9 +1,15 @@
 """What the code of a forward names beside its arguments: plain values of its surroundings, which tracing would freeze,
 and the class of a layer, which is another one after the conversion."""
 
+import abc
 import copy
+import dis
+import functools
+import numbers
+import random
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
@@ -19,6 +25,13 @@ Plain = bool | int | float | str | None
 Scope = dict[str, Any]  # the globals of a function
 _LIBRARIES = {"torch", "kalmannorm", "numpy", *sys.stdlib_module_names} - {"__main__"}
 _DEPTH = 4  # of attributes of attributes
+# What no graph has: what a forward asks about the process, writes, or switches.
+_ASKS = {"print", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype"} | {
+    *("is_autocast_cpu_enabled", "get_autocast_gpu_dtype", "is_initialized", "get_world_size", "get_rank"),
+}
+SWITCHES = {"no_grad", "enable_grad", "set_grad_enabled", "inference_mode"}
+_IMPURE = {"os", "time", "datetime"}  # modules whose functions return something else every time
+_CHANGING = (Tensor, set, bytearray, deque, Iterator, torch.Generator, random.Random)
 
 
 def class_of(value: object) -> type:
@@ -30,6 +43,24 @@ def class_of(value: object) -> type:
     kind = kind.__dict__.get("watches", kind)
     made = kind.__dict__.get("converted")
     return kind if made is None else made.original  # type: ignore[no-any-return]
+
+
+class _Nothing:
+    pass
+
+
+def derived(cls: Any, body: Scope) -> Any:
+    """A subclass of that name, of which no registry of subclasses is told: neither by __init_subclass__, which may want
+    arguments, nor by a metaclass."""
+    body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")} | body
+    make = abc.ABCMeta.__new__ if isinstance(cls, abc.ABCMeta) else type.__new__
+    base = nn.Module if issubclass(cls, nn.Module) else _Nothing
+    try:
+        made: Any = make(type(cls), cls.__name__, (base,), body)
+        made.__bases__ = (cls,)
+    except TypeError:  # of another layout
+        return type(cls)(cls.__name__, (cls,), body)
+    return made
 
 
 def plain_parts(expression: str, value: object) -> dict[str, Any]:
@@ -45,19 +76,42 @@ def plain_parts(expression: str, value: object) -> dict[str, Any]:
 
 
 def is_plain(value: object) -> bool:
-    """Whether it is a number, a word or none; or a list, a tuple or a dict of what is."""
+    """Whether it is a number, a word or none; or a list, a tuple, a set or a dict of what is. No subclass is, whose
+    repr() is no code (an IntEnum)."""
     if type(value) is dict:
         return all(map(is_plain, (*value, *value.values())))
-    return isinstance(value, Plain) or (type(value) in (tuple, list) and all(map(is_plain, value)))  # type: ignore[call-overload]
+    if type(value) in (tuple, list, set, frozenset):
+        return all(map(is_plain, value))  # type: ignore[call-overload]
+    return type(value) in (bool, int, float, str, type(None))
+
+
+def may_change(value: object) -> bool:
+    """Whether it can become another one in place, which no condition on a graph would see: arrays, generators of
+    random numbers, iterators, objects without a __dict__; or holds such."""
+    if isinstance(value, dict | list | tuple):
+        return any(map(may_change, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, _CHANGING):
+        return True
+    if type(value).__module__.partition(".")[0] == "numpy":
+        return not (callable(value) or isinstance(value, numbers.Number))
+    return not (hasattr(value, "__dict__") or _is_of_library(type(value).__module__))
 
 
 def _is_of_library(module: object) -> bool:
     return str(module).partition(".")[0] in _LIBRARIES
 
 
-def _names(code: CodeType) -> set[str]:
+@functools.cache
+def _names(code: CodeType) -> frozenset[str]:
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*inner)
+    return frozenset(code.co_names).union(*inner)
+
+
+@functools.cache
+def _globals(code: CodeType) -> frozenset[str]:
+    inner = [_globals(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    own = (str(one.argval) for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    return frozenset(own).union(*inner)
 
 
 class Kept:
@@ -102,7 +156,8 @@ class Surroundings:
 
     `plain`: values by expressions, in which `modules` are names of modules, as generated code knows them. `asking`:
     the globals of functions that call type() or isinstance(); `asks_class`: whether one reads `layer.__class__`.
-    `checkpointing`: where they find torch's checkpoint.
+    `checkpointing`: where they find torch's checkpoint. `switches`: whether one switches gradients off or on.
+    `refused`: why no graph of it would be right, or nothing.
     """
 
     def __init__(self, cls: type | FunctionType, others: Iterable[type] = ()) -> None:
@@ -111,7 +166,8 @@ class Surroundings:
         self.asking: list[Scope] = []
         self.asks_class = False
         self.checkpointing: list[tuple[Scope, str]] = []
-        self.homeless = ""  # globals that are of no module
+        self.switches = False
+        self.refused = ""
         self.kept = Kept()
         self._seen: set[int] = set()
         self._methods: dict[str, list[tuple[str, FunctionType]]] = {}
@@ -127,10 +183,19 @@ class Surroundings:
 
     def _function(self, expression: str, function: FunctionType) -> None:
         scope = function.__globals__
-        if id(function) in self._seen or _is_of_library(scope.get("__name__")):
+        if id(function) in self._seen:
             return
         self._seen.add(id(function))
+        if _is_of_library(scope.get("__name__")):
+            if isinstance(wrapped := getattr(function, "__wrapped__", None), FunctionType):
+                self._function("", wrapped)
+                if scope["__name__"] in ("torch.utils._contextlib", "torch.amp.autocast_mode"):  # @torch.no_grad()
+                    self.switches, self.refused = True, f"{function.__name__} is decorated by {scope['__name__']}"
+            return
         names = _names(function.__code__)
+        self.switches |= bool(names & SWITCHES)
+        for name in sorted(names & _ASKS | names & {"enable_grad"}):
+            self.refused = f"it calls {name}"
         if names & {"type", "isinstance"} - scope.keys():
             self.asking.append(scope)
         self.asks_class |= "__class__" in names
@@ -147,17 +212,25 @@ class Surroundings:
         for name in sorted(names & scope.keys()):
             written = f"_in_{str(scope.get('__name__')).replace('.', '_')}"
             self._value(f"{written}.{name}", scope[name], names)
+            self._refuse_impure(name, scope[name], name in _globals(function.__code__))
             if is_plain(scope[name]):
                 self.kept.attribute(scope, name)
             if any(one.startswith(f"{written}.") for one in self.plain):
                 self.modules[written] = ("module", str(scope["__name__"]))
                 if vars(sys.modules.get(str(scope["__name__"]), self)) is not scope:
-                    self.homeless = str(scope["__name__"])
+                    self.refused = f"it reads globals of {scope['__name__']}, which is no module that can be imported"
         for name in sorted(names & self._methods.keys()):
             for where, method in self._methods[name]:
                 self._function(where, method)
 
-    def _value(self, expression: str, value: Any, names: set[str], depth: int = 0) -> None:
+    def _refuse_impure(self, name: str, value: Any, is_read: bool) -> None:
+        of = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        if is_read and of in _IMPURE:
+            self.refused = f"it uses {name}, which may be something else the next time"
+        elif is_read and not is_plain(value) and may_change(value):
+            self.refused = f"it reads the global {name}, a {type(value).__name__}, which may change"
+
+    def _value(self, expression: str, value: Any, names: frozenset[str], depth: int = 0) -> None:
         """`names`: of attributes that may be read."""
         if isinstance(value, FunctionType):
             self._function(expression, value)
@@ -179,7 +252,7 @@ def _is_library(value: Any) -> bool:
     if isinstance(value, ModuleType):
         return _is_of_library(value.__name__)
     if isinstance(value, type):
-        return _is_of_library(value.__module__) or issubclass(value, nn.Module)
+        return _is_of_library(value.__module__)
     return not hasattr(value, "__dict__") or type(value).__module__.partition(".")[0] in ("torch", "builtins")
 
 

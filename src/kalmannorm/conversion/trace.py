@@ -5,24 +5,39 @@ becomes a condition under which the generated forward holds.
 """
 
 import copy
+import enum
 import inspect
 import math
 import operator
+import pickle
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import partialmethod
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kalmannorm.conversion.names import CHECKPOINT, Plain, Scope, Surroundings, class_of, is_plain, lending, plain_parts
+from kalmannorm.conversion.names import (
+    CHECKPOINT,
+    Plain,
+    Scope,
+    Surroundings,
+    class_of,
+    derived,
+    is_plain,
+    lending,
+    may_change,
+    plain_parts,
+)
 from kalmannorm.conversion.operations import make_dict
 from kalmannorm.norm.checkpoints import is_within
 
@@ -31,9 +46,15 @@ IN_SEGMENTS = torch.utils.checkpoint.checkpoint_sequential
 # Augmented assignments, x += y, by their names in `operator`: tensors do them in place.
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod")
 
-# Libraries whose objects are left alone.
+
+def is_in_place(name: str) -> bool:
+    """Whether the function or method of this name changes its first argument."""
+    return name.strip("_") in (*IN_PLACE, "setitem") or (name.endswith("_") and not name.endswith("__"))
+
+
 _DEPTH = 3  # of attributes of a module's attributes
-_NOT_READ = ("builtins", "torch", "collections", "functools")
+_NOT_READ = ("builtins", "torch", "collections", "functools", "enum", "random", "numpy")  # modules of objects
+_OF_MODULES = {*vars(nn.Module())}
 
 _batch_norm = inspect.signature(F.batch_norm)
 
@@ -60,6 +81,7 @@ class Trace(NamedTuple):
     of_both: bool = False  # whether the forward did not ask which mode it is in
     names: Mapping[str, object] = MappingProxyType({})  # what those expressions name: modules of globals
     kinds: Mapping[str, type] = MappingProxyType({})  # classes of layers that it asked for, by the layer's expression
+    held: AbstractSet[str] = frozenset()  # attributes of the module that it takes for what they are: functions, methods
 
 
 APPENDS = "appends to a list that it was given"
@@ -85,6 +107,8 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
     tracer = _Tracer(passed)
     modes, drawn = {m: m.training for m in module.modules()}, _random_state()
     around = Surroundings(type(module), set(map(type, modes)))
+    if around.refused:
+        raise Untraceable(around.refused)
     outside, constants = copy.deepcopy(around.plain), dict[str, Tensor]()
     try:
         for each in modes:
@@ -98,6 +122,7 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
             graph = tracer.trace(module, concrete_args=frozen or None)
         if _random_state() != drawn:
             raise Untraceable("it draws random numbers, which would stay the same ever after")
+        tracer.check_constants()
         constants = {key: module.__dict__.pop(key) for key in list(vars(module)) if key.startswith("_tensor_constant")}
         if around.kept.take_back():
             raise Untraceable("its forward sets attributes, or what is outside of it")
@@ -112,11 +137,9 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
         module.__dict__.update(constants)
         for each, mode in modes.items():
             each.training = mode
-    if around.homeless:
-        raise Untraceable(f"it reads globals of {around.homeless}, which is no module that can be imported")
     _erase_frozen(graph, frozen)
-    read |= outside
-    return Trace(graph, tracer.asked, read, frozen, not reading.asked_mode, around.modules, reading.kinds)
+    conditions = tracer.asked, read | outside, frozen
+    return Trace(graph, *conditions, not reading.asked_mode, around.modules, reading.kinds, reading.held)
 
 
 def _frozen(module: nn.Module, passed: Passed) -> dict[str, Plain]:
@@ -183,6 +206,10 @@ class _Tracer(fx.Tracer):
         self._autowrap_search.append(torch.utils.checkpoint)
         self.passed = passed
         self.asked: dict[str, str] = {}
+        self._switched = _switched()
+        # Tensors that the forward makes of nothing: copies of them in every run, by their names; and their versions.
+        self._made: dict[str, fx.Node] = {}
+        self._versions: list[tuple[Tensor, int]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -192,9 +219,18 @@ class _Tracer(fx.Tracer):
             raise Untraceable(APPENDS)
         if kind.startswith("call_") and is_within():
             raise Untraceable("it calls a checkpoint by another name")
+        if kind.startswith("call_") and _switched() != self._switched:
+            raise Untraceable("it switches gradients or autocast off or on within")
         if target is IN_SEGMENTS and isinstance(rest[0][0], list | tuple):
             raise Untraceable("checkpoint_sequential of a list")
+        name = target if isinstance(target, str) else target.__name__
+        if kind.startswith("call_") and is_in_place(name) and rest[0] and rest[0][0] in self._made.values():
+            raise Untraceable("it changes a tensor that it makes")
         return super().create_node(kind, target, *rest, **more)
+
+    def check_constants(self) -> None:
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise Untraceable("it changes a tensor that it makes")
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if node.op != "placeholder":
@@ -211,7 +247,13 @@ class _Tracer(fx.Tracer):
             return self.create_node("call_function", type(a), (), items)
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
-        return super().create_arg(a)
+        node: Any = super().create_arg(a)
+        if not isinstance(a, Tensor) or not node.target.startswith("_tensor_constant"):
+            return node
+        if node.target not in self._made:
+            self._made[node.target] = self.create_node("call_function", torch.clone, (node,), {})
+            self._versions.append((a, a._version))
+        return self._made[node.target]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -234,6 +276,7 @@ class _Reading:
         self.objects: dict[int, tuple[str, Any]] = {}
         self.made: dict[type, type] = {}
         self.asked_mode = False
+        self.held: set[str] = set()
         self.kinds: dict[str, type] = {}
         for path, each in module.named_modules():
             self.objects[id(each)] = expression_of(path), each
@@ -247,6 +290,7 @@ class _Reading:
                 and hasattr(value, "__dict__")
                 and not isinstance(value, type)
                 and type(value).__module__.partition(".")[0] not in _NOT_READ
+                and not isinstance(value, enum.Enum)
                 and id(value) not in self.objects
             ]
             self.objects |= {id(value): (expression, value) for expression, value in reversed(held)}
@@ -286,6 +330,18 @@ class _Reading:
         self._note(value)
         return isinstance(value, kinds)
 
+    def hold(self, expression: str, value: object) -> None:
+        """What is no plain value is taken for what it is, until the attribute is set."""
+        owner, _, name = expression.rpartition(".")
+        if owner != "self" and isinstance(value, nn.Module):
+            return
+        if may_change(value) and not (isinstance(value, Tensor) and owner == "self"):
+            raise Untraceable(f"it reads {expression}, a {type(value).__name__}, which may change")
+        if isinstance(value, list | tuple | dict):
+            self.read[f"len({expression})"] = len(value)
+        if owner == "self" and not isinstance(value, nn.Module | Tensor):
+            self.held.add(name)
+
     def _note(self, value: object) -> None:
         if issubclass(type(value), nn.Module) and id(value) in self.objects:
             self.kinds[self.objects[id(value)][0]] = class_of(value)
@@ -301,21 +357,20 @@ class _Reading:
             value = cls.__getattribute__(self, name)  # type: ignore[call-arg]
             if name == "training":
                 reading.asked_mode = True
-            if name.startswith("_") or name == "training":
+            if name.startswith("__") or name in _OF_MODULES or (found := objects.get(id(self))) is None:
                 return value
-            found = objects.get(id(self))
-            if found is not None and (parts := plain_parts(f"{found[0]}.{name}", value)):
-                own = name in object.__getattribute__(self, "__dict__")
-                if own or any(is_plain(vars(base).get(name, reading)) for base in cls.__mro__):
+            own = object.__getattribute__(self, "__dict__")
+            static = own[name] if name in own else next((vars(b)[name] for b in cls.__mro__ if name in vars(b)), None)
+            if parts := plain_parts(f"{found[0]}.{name}", value):
+                if name in own or is_plain(static):
                     for expression, part in parts.items():
                         read.setdefault(expression, copy.deepcopy(part))
+            elif id(value) not in objects and (name in own or not hasattr(type(static), "__set__")):
+                reading.hold(f"{found[0]}.{name}", value)
             return value
 
-        body = {
-            **{"__getattribute__": getter, "watches": cls},
-            **{"__module__": cls.__module__, "__qualname__": cls.__qualname__},
-        }
-        self.made[cls] = type(cls)(cls.__name__, (cls,), body)
+        body = {"__getattribute__": getter, "watches": cls, "__module__": cls.__module__}
+        self.made[cls] = derived(cls, body)
         return self.made[cls]
 
 
@@ -405,13 +460,21 @@ class _LayerTracer(_Tracer):
                 cls.forward = original
 
 
-# --- the generators of torch and python ------------------------------------------------------------------------------
+# --- the state of the process ------------------------------------------------------------------------------
 
 
-def _random_state() -> tuple[bytes, tuple[object, ...]]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+def _random_state() -> bytes:
+    return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), numpy.random.get_state()))  # noqa: NPY002
 
 
-def _restore_random_state(state: tuple[bytes, tuple[object, ...]]) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(state[0]), dtype=torch.uint8))
-    random.setstate(state[1])
+def _restore_random_state(state: bytes) -> None:
+    of_torch, of_python, of_numpy = pickle.loads(state)
+    torch.set_rng_state(torch.from_numpy(of_torch))
+    random.setstate(of_python)
+    numpy.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def _switched() -> tuple[object, ...]:
+    """What the contexts that fx does not see have switched."""
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast

@@ -16,7 +16,7 @@ from kalmannorm.conversion.names import CHECKPOINT
 from kalmannorm.conversion.operations import CURVES, MODULES, SIGNS, VIEWS, WEIGHTED, make_dict, same_items
 from kalmannorm.conversion.pixelwise import PRODUCTS
 from kalmannorm.conversion.runtime import belief_of, call, changed, checkpointed, in_segments, key_of, lost, normalized
-from kalmannorm.conversion.trace import IN_PLACE, IN_SEGMENTS, normalize
+from kalmannorm.conversion.trace import IN_SEGMENTS, is_in_place, normalize
 from kalmannorm.norm.belief import pick
 
 
@@ -242,8 +242,7 @@ class Writer:
         elif child is not None:
             in_place = getattr(child, "inplace", False) is True
         else:
-            in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-            in_place = in_place or node.kwargs.get("inplace") is True or self._is_in_place_by_position(node)
+            in_place = is_in_place(name) or node.kwargs.get("inplace") is True or self._is_in_place_by_position(node)
         if in_place:
             self._overwrite(node, x)
             self._mutated |= self._memory[x]
