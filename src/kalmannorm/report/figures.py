@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,9 +62,11 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
         found = [(looks[column.key], list(_final(cell, column.value).values())) for column, cell in of_row]
         points = [Point(float(np.mean(runs)), *look, runs=runs) for look, runs in found if runs]
         entries.append(Entry(row.name, points, lost[0] if lost else ""))
-    said = f"{_said(card, group)} Ticks: single runs; marks: their mean, over those that learned."
+    ran = replace(card, columns=tuple(columns))
+    said = f"{_said(ran, group)} Ticks: single runs; marks: their mean, over those that learned."
     legend = {column.label: Point(0, *looks[column.key]) for column in columns}
-    figures = {"": forest(entries, said, "percent after the last epoch", legend)} if entries else {}
+    shown = any(entry.points for entry in entries)
+    figures = {"": forest(entries, said, "percent after the last epoch", legend)} if shown else {}
     return figures | _scenes(card, group, cells) | _choices(card, group, cells)
 
 
@@ -299,7 +302,11 @@ def death(card: Card, group: Group, cells: Cells) -> Figures:
                 found[label].append(Map(row.name, arrays[name].T, dict.fromkeys(names, 1) if len(names) < 13 else {}))
     if not any(found.values()):
         return {}
-    return {"": maps(list(found.items()), _said(card, group), "steps, from the first on", "layers, from the first on")}
+    said = (
+        f"{_said(card, group)} A column a normalizer, the first layer on top; each row has one logarithmic scale of "
+        "colours; median: of all layers and steps; none: there is no prior."
+    )
+    return {"": maps(list(found.items()), said, "steps, from the first on", "layers, from the first on")}
 
 
 def conditioning(card: Card, group: Group, cells: Cells) -> Figures:
@@ -317,7 +324,7 @@ def conditioning(card: Card, group: Group, cells: Cells) -> Figures:
         for panel, value in zip(found, of.values(), strict=True):
             for place, (name, runs) in enumerate(watched.items()):
                 values = list(zip(*(value(arrays) for _, arrays in runs.values()), strict=False))
-                look = Look(style.of_class(place), "", "-")
+                look = Look(style.of_class(place + (place > 5)), "", "-")  # not yellow, which is faint on white
                 panel.lines.append(Line(name, look, [float(i + 1) for i in range(len(values))], values))
                 highest[name], lowest = max(highest[name], np.max(values)), min(lowest, np.min(values))
         top = 1.2 * sorted(highest.values())[-2:][0]  # one that runs away would leave nothing to see of the others
@@ -421,8 +428,8 @@ def _last(run: quantities.Run, arrays: Arrays) -> dict[str, int]:
 
 
 def _said(card: Card, group: Group) -> str:
-    dataset = card.runs.get("dataset", "")
-    return f"{group.label if group.dataset else ', '.join(filter(None, [str(dataset), group.label.lstrip(', ')]))}."
+    of_columns = dict.fromkeys(column.runs["dataset"] for column in card.columns if "dataset" in column.runs)
+    return f"{', '.join(filter(None, ['' if group.dataset else ' / '.join(of_columns), group.label]))}."
 
 
 def _stat_batch(card: Card, row: Row) -> float | None:

@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 MARKS = {"supported": "✓", "contradicted": "✗", "open": "?"}
 BUDGETS = ("paper", "short", "lite")  # the fullest first
 POINTS = 40  # of a curve
+HALF = 45  # characters of a row, beside its label, that half of the page has room for
 ROOM = 650_000  # characters of pictures: with runs and claims, the page is under 1 MB
 ANSWERS = {"supported": "yes", "contradicted": "no", "open": "not decided"}  # of the first sentences' questions
 FOREST = 25.0  # points to either side that the claims' picture shows
+NAMES = {norm: norm.upper() for norm in ("bn", "kn", "gn", "gkn", "brn", "sn", "wn", "ln")}  # in claims' ids
 GENERATED = ("<!-- results -->", "<!-- end -->")  # the part of a document that `make report` writes
 
 
@@ -58,7 +60,7 @@ class Made:
     @property
     def wide(self) -> bool:
         """Whether it takes the page's width."""
-        return self.sheet is not None and len(self.sheet.header) > 4
+        return self.sheet is not None and self.sheet.width > HALF
 
     @property
     def main(self) -> bool:
@@ -162,14 +164,14 @@ def _in_words(verdict: Verdict, place: str) -> str:
 
 def matrix(verdicts: Sequence[Verdict]) -> tuple[list[str], list[tuple[Claim, list[list[Verdict]]]]]:
     """Return the claims of the papers that were tested, against data sets and budgets: columns, and the verdicts by
-    column."""
+    column; in one place those of what is counted or timed."""
     judged = [v for v in verdicts if v.judged]
-    columns = sorted({v.place for v in judged}, key=lambda c: (c == "", _fullness(c.rpartition(", ")[2]), c))
-    rows = [
-        (claim, [[v for v in judged if v.claim is claim and v.place == column] for column in columns])
-        for claim in dict.fromkeys(v.claim for v in judged)
+    columns = sorted({v.place for v in judged if v.place}, key=lambda c: (_fullness(c.rpartition(", ")[2]), c))
+    of_claims = {claim: [v for v in judged if v.claim is claim] for claim in dict.fromkeys(v.claim for v in judged)}
+    return columns, [
+        (claim, [[v for v in of if v.place == column] for column in columns] if of[0].place else [of])
+        for claim, of in of_claims.items()
     ]
-    return [column or "counted, timed" for column in columns], rows
 
 
 def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
@@ -182,7 +184,8 @@ def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
         value = v.claim.printed(v.group.dataset if v.group else "")
         points = [Point(v.measured, colours[v.state], "o", v.low, v.high)]
         points += [paper_point._replace(value=value)] if value is not None else []
-        entries.append(Entry(f"{v.claim.id.replace('_', ' ')} ({v.place})", points))
+        entries += [] if Entry(v.place) in entries else [Entry(v.place)]
+        entries.append(Entry(" ".join(NAMES.get(word, word) for word in v.claim.id.split("_")), points))
     if not entries:
         return None
     legend = {name: Point(0, colour, "o") for name, colour in colours.items()} | {"paper": paper_point}

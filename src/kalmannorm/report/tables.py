@@ -51,6 +51,12 @@ class Sheet:
     notes: tuple[str, ...] = ()  # of mark a, b, ... in this order
     records: tuple[Mapping[str, object], ...] = field(default=(), repr=False)  # the lines of its CSV
 
+    @property
+    def width(self) -> int:
+        """Characters of a line that has the longest text of every column, without labels."""
+        lines = [self.header, *([place.text for place in row] for row in self.rows)]
+        return sum(max(map(len, column)) for column in zip(*lines, strict=True))
+
 
 def table(card: Card, group: Group, cells: Cells) -> Sheet:
     """Return the cells of a card in one group, each with the printed value and the difference to its baseline."""
@@ -247,9 +253,7 @@ def latex(sheet: Sheet) -> str:
     title = sheet.title.partition(": ")[2] or sheet.title
     notes = [rf"\textsuperscript{{{letter(i)}}} {_latex(note)}." for i, note in enumerate(sheet.notes)]
     below = [*map(_latex, (sheet.caption, *sheet.about)), *notes]
-    texts = [sheet.header, *([place.text for place in row] for row in sheet.rows)]
-    longest = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    wide = sum(longest) > WIDE and len(sheet.rows) <= LOW
+    wide = sheet.width > WIDE and len(sheet.rows) <= LOW
     environment = "sidewaystable" if wide else "table"
     return rf"""% \usepackage{{booktabs,graphicx{",rotating" if wide else ""}}}
 \begin{{{environment}}}
