@@ -263,7 +263,6 @@ def _training(device: torch.device, steps: int) -> "Iterator[tuple[Session, Step
     from kalmannorm.train.loop import open_session, train_epoch
     from kalmannorm.train.progress import Progress
     from kalmannorm.train.ranks import Ranks
-    from kalmannorm.train.state import StopRequest
     from kalmannorm.train.task_classification import Classification
 
     config = compose(["dataset=cifar10", "arch=resnet32", "norm=bkn", "budget=smoke", "budget.size=32"])
@@ -271,14 +270,14 @@ def _training(device: torch.device, steps: int) -> "Iterator[tuple[Session, Step
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (steps * GRAD_BATCH, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, len(images))
-    task = Classification(config, ranks := Ranks(config), Arrays(images, labels, images, labels, 10, {}))
+    task = Classification(config, Ranks(config), Arrays(images, labels, images, labels, 10, {}))
     task.load()
     with tempfile.TemporaryDirectory() as folder, Progress("bench", config) as progress:
-        session, stop = open_session("bench", Path(folder), task), StopRequest(ranks)
+        session = open_session("bench", Path(folder), task)
         progress.begin(0, steps, GRAD_BATCH, Path(folder), session.curves)
 
         def epoch() -> None:
-            train_epoch(task, session, task.model, progress, stop)
+            train_epoch(task, session, task.model, progress)
             session.begin_epoch(session.epoch + 1)
 
         yield session, epoch

@@ -21,7 +21,7 @@ from kalmannorm.stopping import finishing, listening
 from kalmannorm.train.model import optimizer
 from kalmannorm.train.progress import Progress
 from kalmannorm.train.ranks import Ranks
-from kalmannorm.train.state import Session, StopRequest
+from kalmannorm.train.state import Session
 from kalmannorm.train.task import Arrays, Task, arithmetic
 
 CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU
@@ -60,17 +60,16 @@ def _run(config: Config, ranks: Ranks) -> records.Record:
     session = open_session(identity, folder, task)
     record["curves"] = session.curves
     arrays: Arrays = {}
-    stop = StopRequest(ranks)
     with listening(), Progress(identity, config, quiet=not ranks.main) as progress:
         try:
             session.restore()
             task.begin(session, record)
             with task.watching():
-                evaluated = _fit(task, session, progress, stop)
+                evaluated = _fit(task, session, progress)
             spread_batches(task.model, False)
             with arithmetic(config, ranks.device):
-                record["final"] = evaluated or task.evaluate(stop)
-                arrays = task.finish(record, session, stop)
+                record["final"] = evaluated or task.evaluate()
+                arrays = task.finish(record, session)
         except Diverged as error:
             record["status"], record["reason"] = "failed", str(error)
         steps = min(task.end, session.epoch * task.train.steps_per_epoch + session.step)
@@ -106,7 +105,7 @@ def open_session(identity: str, folder: Path, task: Task) -> Session:
     return Session(identity, folder, task.model, sgd, task.ranks, task.zero_sums, curves)
 
 
-def _fit(task: Task, session: Session, progress: Progress, stop: StopRequest) -> dict[str, records.Evaluation] | None:
+def _fit(task: Task, session: Session, progress: Progress) -> dict[str, records.Evaluation] | None:
     """Train from where the last checkpoint left it. Returns the evaluation after the last epoch; None where that was
     over already, or there is none. Raises Diverged and Stopped."""
     config, ranks, steps = task.config, task.ranks, task.train.steps_per_epoch
@@ -122,13 +121,13 @@ def _fit(task: Task, session: Session, progress: Progress, stop: StopRequest) ->
     evaluated = None
     while session.epoch * steps < task.end and not task.ends_early(session.curves):
         with finishing():
-            values = train_epoch(task, session, forward, progress, stop)
-            if task.evaluates_epochs or stop.asked():
+            values = train_epoch(task, session, forward, progress)
+            if task.evaluates_epochs or ranks.asked_to_stop():
                 session.save()
         if task.evaluates_epochs:
             set_progress(session.model, values["step"] / task.total)
             with arithmetic(config, ranks.device):
-                evaluated = task.evaluate(stop)
+                evaluated = task.evaluate()
             for kind, found in evaluated.items():
                 reached = found[task.metric]
                 assert isinstance(reached, float)
@@ -137,18 +136,16 @@ def _fit(task: Task, session: Session, progress: Progress, stop: StopRequest) ->
             for key, value in values.items():
                 session.curves[key].append(value)
             session.begin_epoch(session.epoch + 1)
-            if task.evaluates_epochs or _due(config, values["step"], task.total) or stop.asked():
+            if task.evaluates_epochs or _due(config, values["step"], task.total) or ranks.asked_to_stop():
                 session.save()
             progress.epoch(session.curves)
     return evaluated
 
 
-def train_epoch(
-    task: Task, session: Session, forward: nn.Module, progress: Progress, stop: StopRequest
-) -> dict[str, float]:
+def train_epoch(task: Task, session: Session, forward: nn.Module, progress: Progress) -> dict[str, float]:
     """Train the rest of the session's epoch, or of the run; `forward`: the model, wrapped and compiled. Returns the
     curves' new values."""
-    config, total = task.config, task.total
+    config, ranks, total = task.config, task.ranks, task.total
     before_epoch = session.epoch * task.train.steps_per_epoch
     last = min(task.train.steps_per_epoch, task.end - before_epoch)
     session.model.train()
@@ -174,10 +171,10 @@ def train_epoch(
             if not math.isfinite(means["train_loss"]):
                 raise Diverged(f"the loss is not finite in epoch {session.epoch + 1}, step {session.step} of {last}")
             progress.step(done + 1, means["train_loss"], means.get("train_accuracy"))
-        if (stopping := stop.asked()) or (_due(config, done + 1, total) and session.step < last):
+        if (stopping := ranks.asked_to_stop()) or (_due(config, done + 1, total) and session.step < last):
             session.save()
             if stopping:
-                stop.check()
+                ranks.check_stop()
     lr = session.optimizer.param_groups[0]["lr"]
     place = {"epoch": session.epoch + 1, "step": before_epoch + session.step, "lr": lr}
     return place | task.means(session.totals(), session.step)

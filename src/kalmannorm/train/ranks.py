@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from kalmannorm import machine
-from kalmannorm.errors import UserError
+from kalmannorm import machine, stopping
+from kalmannorm.errors import Stopped, UserError
 from kalmannorm.experiments.config import Config, check_batches
 
 T = TypeVar("T")
@@ -93,13 +93,19 @@ class Ranks:
         dist.all_reduce(together)
         return list(together)
 
-    def any(self, number: int | None) -> int | None:
-        """Return the largest of the ranks' numbers, None where all have None."""
+    def asked_to_stop(self) -> int | None:
+        """Return the number of the signal that asked any process to stop: all hear of it at the same step."""
+        number = stopping.asked()
         if self.world == 1:
             return number
         flag = torch.tensor(number or 0)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
         return int(flag) or None
+
+    def check_stop(self) -> None:
+        """Raise Stopped where any process was asked to stop."""
+        if (number := self.asked_to_stop()) is not None:
+            raise Stopped(number)
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, on rank 0; an empty list elsewhere."""

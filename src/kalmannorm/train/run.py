@@ -12,7 +12,6 @@ from kalmannorm.experiments.config import Config, compose
 from kalmannorm.files import write_atomically
 from kalmannorm.train import checkpoint, loop
 from kalmannorm.train.ranks import Ranks
-from kalmannorm.train.state import StopRequest
 from kalmannorm.train.task import arithmetic
 
 METADATA: tuple[Literal["id", "config", "final", "data"], ...] = ("id", "config", "final", "data")
@@ -48,7 +47,7 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, records.Evaluation]:
     task.model.load_state_dict(weights)
     task.load()
     with arithmetic(config, ranks.device):
-        final = task.evaluate_all(StopRequest(ranks))
+        final = task.evaluate_all()
     print(f"run {record['id']}: {task.provenance['name']}, {task.provenance['fidelity']}")
     for kind, values in final.items():
         print(f"  {kind:8} {records.headline(values)}  (record {records.headline(record['final'][kind])})")

@@ -1,4 +1,4 @@
-"""All that training changes, in one place: what a checkpoint holds, and the signals that ask for one."""
+"""All that training changes, in one place: what a checkpoint holds."""
 
 import random
 from collections.abc import Callable
@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kalmannorm import stopping
-from kalmannorm.errors import Stopped
 from kalmannorm.experiments.record import Curves
 from kalmannorm.train import checkpoint
 from kalmannorm.train.ranks import Ranks
@@ -136,19 +134,3 @@ def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-
-
-class StopRequest:
-    """A signal to stop, as all processes of a run hear of it: at the same step."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-
-    def asked(self) -> int | None:
-        """Return the number of the signal that any process got."""
-        return self.ranks.any(stopping.asked())
-
-    def check(self) -> None:
-        """Raise Stopped where any process was asked to stop."""
-        if (number := self.asked()) is not None:
-            raise Stopped(number)

@@ -14,7 +14,7 @@ from kalmannorm.experiments.record import Curves, Evaluation, Record, Tree
 from kalmannorm.norm.modes import normalizers
 from kalmannorm.train.model import rate
 from kalmannorm.train.ranks import Ranks
-from kalmannorm.train.state import Session, StopRequest
+from kalmannorm.train.state import Session
 
 Arrays = dict[str, np.ndarray]
 
@@ -99,24 +99,24 @@ class Task(ABC):
         """Return the curves' values of training from the sums over `steps` steps and all processes."""
 
     @abstractmethod
-    def evaluate_under(self, statistics: str, stop: StopRequest) -> Evaluation:
+    def evaluate_under(self, statistics: str) -> Evaluation:
         """Return the metric under "moving" or "online" statistics, on all images of the test set. Stopped: a signal."""
 
-    def evaluate(self, stop: StopRequest) -> dict[str, Evaluation]:
+    def evaluate(self) -> dict[str, Evaluation]:
         """Return the metric under both. Without batch statistics they are one, and evaluated once."""
-        moving = self.evaluate_under("moving", stop)
-        return {"moving": moving, "online": self.evaluate_under("online", stop) if normalizers(self.model) else moving}
+        moving = self.evaluate_under("moving")
+        return {"moving": moving, "online": self.evaluate_under("online") if normalizers(self.model) else moving}
 
     def ends_early(self, curves: Curves) -> bool:
         """Say whether the run ends after this epoch, whatever its budget."""
         return False
 
-    def evaluate_all(self, stop: StopRequest) -> dict[str, Evaluation]:
+    def evaluate_all(self) -> dict[str, Evaluation]:
         """Return the metric under every kind of statistics that the task offers, in one process."""
-        return self.evaluate(stop)
+        return self.evaluate()
 
     @abstractmethod
-    def finish(self, record: Record, session: Session, stop: StopRequest) -> Arrays:
+    def finish(self, record: Record, session: Session) -> Arrays:
         """Complete the record, whose `final` holds the last evaluation; return the arrays that stand beside it."""
 
 

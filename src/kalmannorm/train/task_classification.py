@@ -26,7 +26,7 @@ from kalmannorm.train.loaders import loaders, open_data, recoloured
 from kalmannorm.train.model import build, describe
 from kalmannorm.train.pretrained import begin_with_weights
 from kalmannorm.train.ranks import Ranks
-from kalmannorm.train.state import Session, StopRequest
+from kalmannorm.train.state import Session
 from kalmannorm.train.task import Arrays, Task
 
 NEAR_CHANCE = 1.2  # times the accuracy of guessing
@@ -95,9 +95,9 @@ class Classification(Task):
         correct = 100 * sums["correct"].item() / (steps * self.train.batch)
         return {"train_loss": sums["loss"].item() / steps, "train_accuracy": correct}
 
-    def evaluate_under(self, statistics: str, stop: StopRequest) -> Evaluation:
+    def evaluate_under(self, statistics: str) -> Evaluation:
         found = evaluate(self.model, self.test, statistics, self.config.batch.stat_batch, self.ranks)
-        stop.check()
+        self.ranks.check_stop()
         return found
 
     def ends_early(self, curves: Curves) -> bool:
@@ -108,7 +108,7 @@ class Classification(Task):
         last = curves["train_accuracy"][math.ceil(budget.warmup or 0) :][-budget.stop_at_chance :]
         return len(last) == budget.stop_at_chance and max(last) < NEAR_CHANCE * 100 / self.config.dataset.classes
 
-    def finish(self, record: Record, session: Session, stop: StopRequest) -> Arrays:
+    def finish(self, record: Record, session: Session) -> Arrays:
         config, epochs = self.config, self.config.budget.epochs
         if session.epoch < epochs and self.first_steps is None:
             patience = config.budget.stop_at_chance
@@ -134,8 +134,8 @@ class Classification(Task):
         write_atomically(session.folder / "gaps.npz", content.getvalue())
         return arrays
 
-    def evaluate_all(self, stop: StopRequest) -> dict[str, Evaluation]:
-        return self.evaluate(stop) | {"precise": self.precise()}
+    def evaluate_all(self) -> dict[str, Evaluation]:
+        return self.evaluate() | {"precise": self.precise()}
 
     def precise(self) -> Evaluation:
         """Evaluate by precise statistics, in this process alone."""

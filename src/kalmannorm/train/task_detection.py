@@ -25,7 +25,7 @@ from kalmannorm.train.loaders import workers_beside_network
 from kalmannorm.train.model import describe
 from kalmannorm.train.pretrained import begin_with_weights
 from kalmannorm.train.ranks import Ranks
-from kalmannorm.train.state import Session, StopRequest
+from kalmannorm.train.state import Session
 from kalmannorm.train.task import Arrays, Task
 
 SHOWN = 4  # images in a picture
@@ -96,15 +96,15 @@ class Detection(Task):
         values = (sums["losses"] / steps).tolist()
         return {"train_loss": sum(values), **dict(zip(self.losses, values, strict=True))}
 
-    def evaluate_under(self, statistics: str, stop: StopRequest) -> Evaluation:
+    def evaluate_under(self, statistics: str) -> Evaluation:
         images, stat_batch = self.images, self.config.batch.stat_batch
         everything = list(range(len(images.test.ids)))
         with self.full_precision:
             found = evaluate(self.model, images.test, images.labels, everything, statistics, stat_batch, self.ranks)
-        stop.check()
+        self.ranks.check_stop()
         return found
 
-    def finish(self, record: Record, session: Session, stop: StopRequest) -> Arrays:
+    def finish(self, record: Record, session: Session) -> Arrays:
         images, ranks = self.images, self.ranks
         seen = choose(self.train.positions, min(self.dataset.train_images_evaluated, self.train.count))
         pictures = {"detections": (images.test, fixed_order(len(images.test.ids))[:SHOWN].tolist())}

@@ -30,7 +30,7 @@ from kalmannorm.train.loaders import check_same_files, evaluation_shard, workers
 from kalmannorm.train.model import describe, network, try_out
 from kalmannorm.train.pretrained import begin_with_weights
 from kalmannorm.train.ranks import Ranks
-from kalmannorm.train.state import Session, StopRequest
+from kalmannorm.train.state import Session
 from kalmannorm.train.task import Arrays, Task
 
 AUXILIARY = 0.4  # weight of the third stage's loss (the talk's code)
@@ -119,25 +119,25 @@ class Segmentation(Task):
     def means(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
         return {"train_loss": sums["loss"].item() / steps, "train_accuracy": 100 * sums["accuracy"].item() / steps}
 
-    def evaluate_under(self, statistics: str, stop: StopRequest) -> Evaluation:
-        return self._evaluated(statistics, self.model, self.test, stop)
+    def evaluate_under(self, statistics: str) -> Evaluation:
+        return self._evaluated(statistics, self.model, self.test)
 
-    def evaluate_all(self, stop: StopRequest) -> dict[str, Evaluation]:
+    def evaluate_all(self) -> dict[str, Evaluation]:
         """Evaluate also by precise statistics, at several scales, and on the other data set."""
-        found = self.evaluate(stop)
+        found = self.evaluate()
         # Every process measures the statistics of the whole batches.
         batches = self._loader(self.train.scenes, (0, 1), self.train.batch)
         found["precise"] = precise(
-            self.model, batches, self.config.budget.epochs, lambda m: self._evaluated("precise", m, self.test, stop)
+            self.model, batches, self.config.budget.epochs, lambda m: self._evaluated("precise", m, self.test)
         )
-        found["multi_scale"] = self._evaluated("multi_scale", self.model, self.test, stop)
+        found["multi_scale"] = self._evaluated("multi_scale", self.model, self.test)
         if self.other is not None:
             assert self.dataset.other is not None
             other = self._loader(self.other.test, (self.test.rank, self.test.world))
-            found[self.dataset.other] = self._evaluated(self.dataset.other, self.model, other, stop)
+            found[self.dataset.other] = self._evaluated(self.dataset.other, self.model, other)
         return found
 
-    def _evaluated(self, kind: str, model: nn.Module, loader: SceneLoader, stop: StopRequest) -> Evaluation:
+    def _evaluated(self, kind: str, model: nn.Module, loader: SceneLoader) -> Evaluation:
         config = self.config
         counts = confusion(
             model,
@@ -148,13 +148,13 @@ class Segmentation(Task):
             group=config.batch.stat_batch or 1 if kind == "online" else None,
             ranks=self.ranks,
         )
-        stop.check()
+        self.ranks.check_stop()
         self.counts[kind] = counts
         return summary(counts) | {"images": loader.count}
 
-    def finish(self, record: Record, session: Session, stop: StopRequest) -> Arrays:
+    def finish(self, record: Record, session: Session) -> Arrays:
         record["norms"] = describe(self.model, belief_report(self.model))
-        record["final"] = self.evaluate_all(stop)
+        record["final"] = self.evaluate_all()
         if not self.ranks.main:
             return {}
         arrays = {f"confusion_{kind}": counts.cpu().numpy() for kind, counts in self.counts.items()}
