@@ -161,8 +161,7 @@ def test_codes_are_read_as_pycocotools_writes_them() -> None:
         flat = mask.T.flatten()
         runs = np.diff(np.concatenate(([0], np.flatnonzero(np.diff(flat)) + 1, [len(flat)])))
         expected = np.concatenate(([0], runs)) if flat[0] else runs
-        found = _runs(run_length.encode(mask)["counts"].decode())
-        assert found is not None and found.tolist() == expected.tolist()
+        assert _runs(run_length.encode(mask)["counts"].decode()) == expected.tolist()
 
 
 def test_points_beside_a_polygon_are_said_and_change_nothing(

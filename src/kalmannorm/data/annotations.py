@@ -19,7 +19,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 import numpy as np
-from numpy.typing import NDArray
 from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 
@@ -266,13 +265,9 @@ def _mask(segmentation: object, height: int, width: int) -> Values:
             f"{[height, width]}"
         )
     counts = segmentation["counts"]
-    if isinstance(counts, str):
-        runs = _runs(counts)
-    elif isinstance(counts, list) and all(type(count) is int and 0 <= count <= height * width for count in counts):
-        runs = np.array(counts, dtype=np.int64)
-    else:
-        runs = None
-    if runs is None or len(runs) == 0 or runs.min() < 0 or runs.sum() != height * width:
+    runs = _runs(counts) if isinstance(counts, str) else counts
+    whole = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
+    if not whole or sum(runs) != height * width:
         raise _Wrong(f"has the run-length code {_short(counts)}, which is none of {height} x {width} pixels")
     if isinstance(counts, str):
         return {"size": [height, width], "counts": counts.encode()}
@@ -295,26 +290,24 @@ def _is_polygon(polygon: object, height: int, width: int) -> bool:
     return len(polygon) >= 6
 
 
-def _runs(text: str) -> NDArray[np.int64] | None:
-    """Return the runs of a compressed code, None if it is none: pycocotools itself decodes any string to something.
+def _runs(text: str) -> list[int]:
+    """Return the runs of a compressed code, none if it is no code: pycocotools itself decodes any string to something.
 
     Six bits a character from "0" on, five of them digits of a number (the lowest first, in two's complement) and one
     that says that there are more; from the fourth run on, what is written is the difference to the last but one.
     """
-    codes = np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8).astype(np.int64) - 48
-    if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        return None
-    last = np.flatnonzero((codes & 32) == 0)
-    first = np.concatenate(([0], last[:-1] + 1))
-    digits = last - first + 1
-    if digits.max() > 7:
-        return None
-    place = np.arange(len(codes)) - np.repeat(first, digits)
-    values = np.add.reduceat((codes & 31) << (5 * place), first)
-    values -= np.where(codes[last] & 16, np.int64(1) << (5 * digits), 0)
-    for start in (1, 2):
-        values[start::2] = values[start::2].cumsum()
-    return values
+    runs: list[int] = []
+    value = place = 0
+    for code in text.encode("latin-1", "replace"):
+        if not 0 <= (code := code - 48) < 64 or place > 30:
+            return []
+        value |= (code & 31) << place
+        place += 5
+        if not code & 32:
+            negative = 1 << place if code & 16 else 0
+            runs.append(value - negative + (runs[-2] if len(runs) > 2 else 0))
+            value = place = 0
+    return [] if place else runs
 
 
 def _integer(value: object) -> int | None:
