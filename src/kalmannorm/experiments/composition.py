@@ -88,6 +88,7 @@ def _path(key: str, text: str) -> str | None:
     return os.path.expanduser(path)  # noqa: PTH111, which raises where nobody has such a home
 
 
+@functools.cache
 def parse(override: str) -> "Override":
     """Read an override. UserError: it is none in Hydra's grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -34,7 +34,7 @@ from kalmannorm.experiments.settings import (
     expect,
     read_dataset,
     read_schedule,
-    refuse_unknown,
+    unknown,
 )
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, WHOLE_BATCH, preset_options
 
@@ -121,7 +121,8 @@ def compose(overrides: list[str]) -> Config:
     """Return the configuration of one run. UserError: unknown names or values, impossible combinations."""
     values = composition.compose(conf_dir(), overrides)
     for budget, own in values["dataset"].pop("budgets").items():  # the chosen one stands under `budget`
-        refuse_unknown(own, OF_BUDGET, f"dataset.budgets.{budget}")
+        for key in own.keys() - set(OF_BUDGET):
+            raise unknown(key, OF_BUDGET, f"dataset.budgets.{budget}.")
     _check_names(values)
     return _resolve(values)
 

@@ -7,18 +7,30 @@ not in it where it is null.
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+    with_config,
+)
 from pydantic.dataclasses import dataclass
-from typing_extensions import TypedDict, is_typeddict  # pydantic takes Python's own from 3.12 on
+from pydantic_core import ArgsKwargs
+from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
 
 from kalmannorm.errors import UserError, nearest
 
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
 def _whole(value: object) -> object:
@@ -138,35 +150,34 @@ def expect(condition: bool, key: str, value: object, expected: str) -> None:
         raise UserError(f"{key} = {value}: expected {expected}")
 
 
-def checked(kind: Any, values: Mapping[str, Any], group: str) -> Any:
-    """Return the values as a settings class has them. UserError: an unknown setting, a missing one, a value that cannot
-    be."""
-    prefix = f"{group}." if group else ""
-    options = is_typeddict(kind)
-    refuse_unknown(values, kind.__annotations__ if options else kind.__pydantic_fields__, group)
+@contextmanager
+def _explained(values: Mapping[str, Any], known: Iterable[str], group: str) -> Iterator[None]:
+    """Raise UserError for what pydantic finds: an unknown setting, a missing one, or a value that cannot be."""
     try:
-        return _adapter(kind).validate_python(values) if options else kind(**values)
+        yield
     except ValidationError as error:
-        every = error.errors(include_url=False)
+        prefix, every = f"{group}." if group else "", error.errors(include_url=False)
+        for one in every:
+            if one["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+                raise unknown(str(one["loc"][0]), known, prefix) from None
         name = str(every[0]["loc"][0])
         if every[0]["type"] == "missing":
             raise UserError(f"{prefix}{name} is missing") from None
-        words = dict.fromkeys(expected(one["msg"]) for one in every if one["loc"][0] == name)
-        raise UserError(f"{prefix}{name} = {values[name]}: expected {' or '.join(words)}") from None
+        said = [one["msg"].partition(" should ")[2] for one in every if one["loc"][0] == name]
+        words = " or ".join(dict.fromkeys(f"to {words.partition(' after validation')[0]}" for words in said))
+        words = words.replace("a valid boolean", "true or false")
+        raise UserError(f"{prefix}{name} = {values[name]}: expected {words}") from None
 
 
-def expected(message: str) -> str:
-    """Say what pydantic found that a value should be."""
-    said = message.partition(" should ")[2].partition(" after validation")[0]
-    return "to " + said.replace("a valid boolean", "true or false")
+def unknown(key: str, known: Iterable[str], prefix: str) -> UserError:
+    """Return the error for a setting that nothing reads, with the nearest that there is."""
+    return UserError(nearest(f"{prefix}{key}", sorted(f"{prefix}{name}" for name in known), "setting"))
 
 
-def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], group: str = "") -> None:
-    """Raise UserError for a setting that nothing reads, with the nearest that there is."""
-    prefix = f"{group}." if group else ""
-    for key in values:
-        if key not in known:
-            raise UserError(nearest(f"{prefix}{key}", sorted(f"{prefix}{name}" for name in known), "setting"))
+def checked(kind: Any, values: Mapping[str, Any], group: str) -> Any:
+    """Return options as a typed dictionary has them. UserError: an unknown one, a value that cannot be."""
+    with _explained(values, kind.__annotations__, group):
+        return _adapter(kind).validate_python(values)
 
 
 @functools.cache
@@ -184,10 +195,19 @@ class Group:
 
     GROUP: ClassVar[str] = ""  # its name in conf/
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, given: ArgsKwargs, check: ModelWrapValidatorHandler[Self]) -> Self:
+        """Raise UserError for what cannot be, whoever makes the group. In another group, that one does."""
+        if not isinstance(given, ArgsKwargs):
+            return check(given)
+        with _explained(given.kwargs or {}, [one.name for one in fields(cls)], cls.GROUP):
+            return check(given)
+
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
-        """Make the group from plain values. UserError: an unknown setting, a missing one, a value that cannot be."""
-        return checked(cls, values, cls.GROUP)  # type: ignore[no-any-return]
+        """Make the group from plain values. UserError."""
+        return cls(**{str(key): value for key, value in values.items()})
 
     def values(self) -> dict[str, Any]:
         """Return plain values, as they stand in conf/ and in records."""
