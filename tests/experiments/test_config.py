@@ -44,7 +44,7 @@ def test_the_presets_of_the_talk_and_v1_say_what_is_theirs_and_the_others_nothin
     assert given.norm.options["transition"] == "learned" and given.norm.options["input_belief"] == "data"
 
 
-GROUPS = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "experiment"]
+FILES = {path.name: [file.stem for file in path.glob("*.yaml")] for path in conf_dir().iterdir() if path.is_dir()}
 SETTINGS = ["seed=3", "batch.stat_batch=null", "schedule.lr=[[1,0.5]]", "budget.size=${seed}"]
 
 
@@ -53,12 +53,13 @@ def by_hydra(overrides):
         return OmegaConf.to_container(hydra.compose("config", overrides), resolve=True)
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_what_is_composed_is_what_hydra_composes(group):
-    others = {"dataset": "cifar10", "arch": "resnet32", "norm": "gkn", "batch": "g16_s4", "budget": "smoke"}
-    for file in (conf_dir() / group).glob("*.yaml"):
-        overrides = [*SETTINGS, *(f"{key}={name}" for key, name in {**others, group: file.stem}.items())]
-        assert composition.compose(conf_dir(), overrides) == by_hydra(overrides), file
+@pytest.mark.parametrize("number", range(max(len(FILES[group]) for group in FILES.keys() - {"experiment"})))
+def test_what_is_composed_is_what_hydra_composes(number):
+    """Every file of every group; budgets but the smallest, which not all data sets have, on CIFAR-10."""
+    chosen = {group: names[number % len(names)] for group, names in FILES.items() if group != "experiment"}
+    of_all = {"budget": "smoke"} if number >= len(FILES["budget"]) else {"dataset": "cifar10"}
+    overrides = [*SETTINGS, *(f"{key}={name}" for key, name in {**chosen, **of_all}.items())]
+    assert composition.compose(conf_dir(), overrides) == by_hydra(overrides)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,8 @@ def test_every_norm_is_known_to_the_library():
 
 @pytest.mark.parametrize("name", card.names())
 def test_experiments_expand_to_distinct_runs(name):
-    expanded = cards.load(name, ["dataset=digits", "seeds=2"])
+    keys = [row.key for row in card.read(name).rows]
+    expanded = cards.load(name, ["dataset=digits", "seeds=2", f"rows={keys[0]},{keys[-1]}"])
     ids = [run_id(config) for config in expanded.runs]
     assert len(set(ids)) == len(ids) and ids
     seedless = [c.result() | {"seed": None} for c in expanded.runs]
