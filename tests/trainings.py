@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from kalmannorm import data
 from kalmannorm.experiments.config import compose
+from kalmannorm.models import LAST_NORMALIZERS, inception_cifar
 from kalmannorm.train import checkpoint, loop
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "precision=fp32"]
 # Also in processes of their own, which know nothing of conftest.
 SPREAD = [*SMALL, "compile=false", "batch.grad_batch=16", "budget.subset=48", "checkpoint_every=1"]
+TESTED = 42  # images: no whole number of pairs for each of two processes, nor of groups of 16
 Runs = dict[str, list[str]]  # name -> overrides
 # Processes that do not each wait for torch: forked off a server that has imported it, and computed nothing.
 FORKED = multiprocessing.get_context("forkserver")
@@ -27,6 +32,19 @@ FORKED.set_forkserver_preload(
     ["kalmannorm.train.run", "kalmannorm.train.task_classification", "torch._dynamo", "torchvision",
      "tensorboard.compat.proto.event_pb2", "sklearn.datasets"]
 )  # fmt: skip
+
+
+@contextmanager
+def small_digits() -> Iterator[None]:
+    """Let this process train one Inception block and test it on 42 images: most tests ask nothing of the others."""
+    digits = data.digits.load()
+    few = replace(digits, test_images=digits.test_images[:TESTED], test_labels=digits.test_labels[:TESTED])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.digits, "load", lambda: few)
+        patch.setattr(inception_cifar, "FILTERS", inception_cifar.FILTERS[:1])
+        last = tuple(name.replace("blocks.2", "blocks.0") for name in LAST_NORMALIZERS["inception_cifar"])
+        patch.setitem(LAST_NORMALIZERS, "inception_cifar", last)
+        yield
 
 
 def place(folder: Path, root: Path | None = None) -> list[str]:
@@ -78,8 +96,9 @@ def signal_in_steps(monkeypatch: pytest.MonkeyPatch, number: int, *at: int) -> l
 
 def run_all(folder: Path, runs: Runs) -> None:
     """Every run in its own folder, in this process or, where a process group is up, as one of its ranks."""
-    for name, overrides in runs.items():
-        loop.run(compose([*overrides, *place(folder / name)]))
+    with small_digits():
+        for name, overrides in runs.items():
+            loop.run(compose([*overrides, *place(folder / name)]))
 
 
 def fork(function: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
@@ -154,7 +173,7 @@ def assert_same(
     runs: Runs,
     other: Callable[[Path, Runs], None],
     one_process: Path | None = None,
-    images: int = 360,
+    images: int = TESTED,
 ) -> None:
     """What `other` makes of the runs is what one process makes of them (and has made, in the folder given, at seed 1).
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import faulty
 import numpy as np
 import pytest
 import torch
-from trainings import SMALL, assert_same_run, only_record, place
+from trainings import FORKED, SMALL, assert_same_run, only_record, place, small_digits
 
 from kalmannorm import data
 from kalmannorm.cli import main
@@ -148,6 +148,13 @@ def test_export_holds_weights_and_configuration(done, capsys):
 # --- the same numbers again ---
 
 
+@pytest.fixture
+def small() -> Iterator[None]:
+    with small_digits():
+        yield
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("norm", ["bn", "bkn", "gn", "gkn"])
 def test_two_runs_are_equal_but_for_host(tmp_path, norm):
     for name in "ab":
@@ -160,6 +167,7 @@ def command(folder: Path, overrides: list[str]) -> list[str]:
     return [sys.executable, "-m", "kalmannorm", "train", *overrides, *place(folder)]
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     "extra",
     [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"], ["norm=brn"], ["norm=wn"], ["norm=ssn"],
@@ -201,19 +209,30 @@ def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, e
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_killed_process_goes_on(tmp_path):
+def train_small(arguments: list[str]) -> None:
+    """The body of a process of its own."""
+    torch.set_num_threads(1)
+    with small_digits():
+        raise SystemExit(main(["train", *arguments]))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_killed_process_goes_on(tmp_path, capsys):
     """SIGKILL after the first whole epoch; the same command ends in the record of an undisturbed run."""
-    overrides = [*SMALL, "budget.epochs=4"]
+    overrides = [*SMALL, "budget.epochs=8"]
     assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
-    process = subprocess.Popen(command(tmp_path / "killed", overrides), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "epoch 1/4" in line:
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(command(tmp_path / "killed", overrides), check=True, capture_output=True, text=True)
-    assert "epoch 1/4" not in done.stderr and "epoch 4/4" in done.stderr
+    arguments = [*overrides, *place(tmp_path / "killed")]
+    process = FORKED.Process(target=train_small, args=(arguments,))
+    process.start()
+    while process.is_alive() and not list(tmp_path.glob("killed/runs/*/tensorboard/*")):  # written after an epoch
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "killed" / "results").exists()
+    capsys.readouterr()
+    assert main(["train", *arguments]) == 0
+    said = capsys.readouterr().err
+    assert "epoch 1/8" not in said and "epoch 8/8" in said
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 

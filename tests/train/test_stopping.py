@@ -4,7 +4,7 @@ import itertools
 import json
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import coco_files
 import pytest
 import scene_files
 import video_files
+from trainings import small_digits
 
 from kalmannorm import stopping
 from kalmannorm.cli import main
@@ -24,7 +25,7 @@ from kalmannorm.train.task_detection import Detection
 from kalmannorm.train.task_segmentation import Segmentation
 
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "batch=g32_s4", "budget.epochs=2"]
-SMALL += ["precision=fp32"]
+SMALL += ["precision=fp32", "budget.subset=128"]
 NUMBERS = [signal.SIGTERM, signal.SIGUSR1]
 
 
@@ -78,7 +79,7 @@ PHASES = {
     "loading": (task_classification, "open_data", 1, "out"),
     "going on": (state.Session, "restore", 1, "out"),
     "the first step": (loop, "_forward_backward", 1, "in"),
-    "a step": (loop, "_forward_backward", 11, "out"),
+    "a step": (loop, "_forward_backward", 7, "out"),
     "saving": (checkpoint, "write_atomically", 1, "in"),
     "evaluating": (task_classification, "evaluate", 2, "out"),
     "the end of an epoch": (state.Session, "begin_epoch", 2, "out"),
@@ -87,6 +88,12 @@ PHASES = {
     "writing": (record, "write_atomically", 1, "out"),
 }
 WRITTEN = ("writing",)  # phases that the record is not lost by
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    with small_digits():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +137,12 @@ def test_every_phase_saves_says_so_and_asks_for_another_start(
     lines = [line for line in said.splitlines() if "epoch" not in line]
     assert lines == [f"kalmannorm: stopped by {signal.Signals(number).name}; the same command goes on"]
     assert not list(tmp_path.glob("*/.*")), "something half-written"
-    steps = 2 * 8  # of the run
+    steps = 2 * 4  # of the run
     if phase in ("the first step", "a step", "saving"):  # what was under way came to its end
         saved = checkpoint.load(tmp_path / whole["id"], whole["id"])
         assert saved is not None
         done = saved["epoch"] * steps // 2 + saved["step"]
-        assert done == {"the first step": 1, "a step": 11, "saving": 2}[phase]
+        assert done == {"the first step": 1, "a step": 7, "saving": 2}[phase]
     assert bool(list(tmp_path.glob("records/*.json"))) == (phase in WRITTEN)
     assert main(arguments) == 0
     assert result(tmp_path) == whole
