@@ -15,19 +15,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Belief": "kalmannorm.norm.belief",
-    "KalmanBatchNorm2d": "kalmannorm.norm",
-    "KalmanGroupNorm": "kalmannorm.norm",
-    "NORMS": "kalmannorm.norm",
-    "belief_report": "kalmannorm.conversion",
-    "compile_blocks": "kalmannorm.conversion",
-    "convert": "kalmannorm.conversion",
-    "fold": "kalmannorm.conversion",
-    "initialize_weight_norm": "kalmannorm.norm",
-    "precise_statistics": "kalmannorm.norm.modes",
-    "set_progress": "kalmannorm.norm.modes",
-    "set_statistics": "kalmannorm.norm.modes",
+_HOMES = {
+    "conversion": ("belief_report", "compile_blocks", "convert", "fold"),
+    "norm": ("NORMS", "KalmanBatchNorm2d", "KalmanGroupNorm", "initialize_weight_norm"),
+    "norm.belief": ("Belief",),
+    "norm.modes": ("precise_statistics", "set_progress", "set_statistics"),
 }
 
 __all__ = [
@@ -47,12 +39,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'kalmannorm' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(f"kalmannorm.{home}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *__all__])

@@ -221,19 +221,6 @@ def test_user_errors() -> None:
         loader().plain(10, fill=4)
 
 
-def test_programming_errors() -> None:
-    for call in (
-        lambda: Loader(IMAGES.astype(np.float32), LABELS, batch=8, device="cpu"),
-        lambda: Loader(IMAGES, LABELS[:-1], batch=8, device="cpu"),
-        lambda: loader(shard=(2, 2)),
-        lambda: loader(mean=torch.zeros(3, 4, 4)),
-        lambda: loader().epoch(0, 7),
-        lambda: loader().plain(8, [50]),
-    ):
-        with pytest.raises(ValueError):
-            call()
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_sees_bitwise_the_same() -> None:
     for epoch in range(2):

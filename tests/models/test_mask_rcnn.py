@@ -284,7 +284,7 @@ def test_unusable_weights_are_named(tmp_path):
     [
         ("arch.name=mask_rcnn_c5", "mask_rcnn_c4"),
         ("arch.roi_belief=keep", "expected to be 'end' or 'carry'"),
-        ("arch.frozen_stages=7", "less than or equal to 5"),
+        ("arch.frozen_stages=7", "less than or equal to 4"),
         ("norm=brn", "follows a schedule"),
         ("schedule=released", "pass schedule=c4_280k"),
     ],

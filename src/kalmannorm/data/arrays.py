@@ -219,9 +219,7 @@ def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     Down by an integer factor: the mean over each block of pixels. Up: bilinear, pixel centres aligned as torch's
     `interpolate(align_corners=False)` has them. Halves round up. Raises UserError for any other size.
     """
-    height, width = images.shape[1:3]
-    if height != width:
-        raise ValueError(f"square images expected, these are {height} x {width}")
+    height = images.shape[1]
     if size == height:
         return images
     if size < 1 or (size < height and height % size):

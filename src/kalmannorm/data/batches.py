@@ -60,8 +60,6 @@ class Batches(ABC):
         self, count: int, *, batch: int, device: torch.device | str, seed: int = 0, shard: tuple[int, int] = (0, 1)
     ) -> None:
         self.rank, self.world = shard
-        if not 0 <= self.rank < self.world:
-            raise ValueError(f"shard {shard}: the rank must be in [0, world)")
         if batch < 1 or batch % self.world:
             raise UserError(
                 f"batch {batch} cannot be dealt out to {self.world} devices: give a multiple of {self.world}"
@@ -80,8 +78,6 @@ class Batches(ABC):
         """
         if self.steps_per_epoch == 0:
             raise UserError(f"batch {self.batch} is larger than the {self.count} training images: give a smaller batch")
-        if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step {start_step} of {self.steps_per_epoch}")
         return self._epoch(epoch, start_step)
 
     def plain(
@@ -98,13 +94,8 @@ class Batches(ABC):
         """
         if fill < 1 or batch < 1 or batch % fill:
             raise UserError(f"evaluation batch {batch} is not a multiple of the statistics batch {fill}")
-        if order is None:
-            indices = self.fixed_order()
-        else:
-            indices = torch.as_tensor(order, dtype=torch.int64, device="cpu")
-            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.count:
-                raise ValueError(f"order: indices must be in [0, {self.count})")
-        return self._plain(self._dealt(batch, indices, fill))
+        indices = self.fixed_order() if order is None else order
+        return self._plain(self._dealt(batch, torch.as_tensor(indices, dtype=torch.int64, device="cpu"), fill))
 
     def fixed_order(self) -> Tensor:
         return fixed_order(self.count)

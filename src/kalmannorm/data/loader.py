@@ -44,15 +44,11 @@ class Loader(Batches):
         mean: Tensor | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        count, height, width, channels = images.shape
-        if images.dtype != np.uint8 or channels != 3 or labels.shape != (count,):
-            raise ValueError(f"uint8 [N, H, W, 3] and N labels expected: {images.dtype} {images.shape}, {labels.shape}")
+        count, height, width, _ = images.shape
         super().__init__(count, batch=batch, device=device, seed=seed, shard=shard)
         self.pad, self.flip, self.height, self.width = pad, flip, height, width
         if mean is None:  # exact: sums of integers, in float64
             mean = torch.from_numpy(images.mean(axis=0, dtype=np.float64).transpose(2, 0, 1).astype(np.float32))
-        if mean.shape != (3, height, width):
-            raise ValueError(f"mean {list(mean.shape)}, expected {[3, height, width]}")
         self.mean = mean.to(self.device, torch.float32).contiguous()
         self.labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(self.device)
 

@@ -63,7 +63,7 @@ class ArchOptions(TypedDict, total=False):
     layers: Annotated[list[Blocks], Field(min_length=4, max_length=4)]
     strides: Annotated[list[Annotated[Int, Field(ge=1, le=8)]], Field(min_length=3, max_length=3)]
     dropout: Annotated[Float, Field(ge=0, lt=1)]
-    frozen_stages: Annotated[Int, Field(ge=0, le=5)] | None
+    frozen_stages: Annotated[Int, Field(ge=0, le=4)] | None  # 2: the stem and layer1
     max_size: Annotated[Int, Field(ge=8, le=10**4)]
     boxes: Annotated[Int, Field(ge=1, le=10**4)]
     roi_size: Annotated[Int, Field(ge=1, le=64)]

@@ -11,7 +11,7 @@ from torch import nn
 from kalmannorm.conversion import belief_report, convert, is_converted
 from kalmannorm.data.batches import mix
 from kalmannorm.data.coco import TrainingBatches
-from kalmannorm.errors import UserError, nearest
+from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.settings import DetectionSchedule, Norm
 from kalmannorm.models.detection.c4 import MaskRCNNC4
@@ -19,6 +19,7 @@ from kalmannorm.models.detection.fpn import MaskRCNNFPN
 from kalmannorm.norm import FrozenBatchNorm
 from kalmannorm.norm.modes import normalizers, seed_noise
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN
+from kalmannorm.train.model import plain_network
 
 DETECTORS: dict[str, Callable[..., nn.Module]] = {"mask_rcnn_c4": MaskRCNNC4, "mask_rcnn_fpn": MaskRCNNFPN}
 # What torch.fx can trace of a detector, each converted on its own.
@@ -34,22 +35,13 @@ CONSTANTS_BATCHES = 10
 
 def build(config: Config) -> nn.Module:
     """Build the converted detector, with fresh weights from the seed. UserError: an unknown architecture or option."""
-    name, arch, norm = config.arch.name, dict(config.arch.options), config.norm
-    frozen_stages, roi_belief = arch.pop("frozen_stages", None), arch.pop("roi_belief", "end")
-    arch.pop("pretrained", None)
-    if name not in DETECTORS:
-        raise UserError(nearest(name, list(DETECTORS), "detector"))
-    if not isinstance(frozen_stages, int) or not 0 <= frozen_stages <= 4:
-        raise UserError(f"arch.frozen_stages = {frozen_stages}: expected 0 to 4 (2: the stem and layer1)")
+    arch, norm = dict(config.arch.options), config.norm
+    frozen_stages, roi_belief = arch.pop("frozen_stages", 0), arch.pop("roi_belief", "end")
     if not isinstance(config.schedule, DetectionSchedule):
         raise UserError(f"schedule {config.schedule.name} is a classifier's: pass schedule=c4_280k")
     if norm.name in NEEDS_MORE:
         raise UserError(f"norm {norm.name} {NEEDS_MORE[norm.name]}, which detection does not have")
-    torch.manual_seed(config.seed)
-    try:
-        model = DETECTORS[name](classes=config.dataset.classes, size=config.budget.size, **arch)
-    except TypeError as error:
-        raise UserError(f"arch {name}: {error}") from None
+    model = plain_network(config, DETECTORS, arch, size=config.budget.size)
     kalman = {"preset": norm.preset, "predictor": norm.predictor} if norm.preset else {}
     try:
         convert_parts(
@@ -62,7 +54,7 @@ def build(config: Config) -> nn.Module:
             **norm.options,
         )
     except ValueError as error:
-        raise UserError(f"norm {norm.name} on {name}: {error}") from None
+        raise UserError(f"norm {norm.name} on {config.arch.name}: {error}") from None
     for number, part in enumerate(converted_parts(model).values()):
         seed_noise(part, mix(config.seed, number))
     for stage in STAGES[: frozen_stages + 1] if frozen_stages else ():

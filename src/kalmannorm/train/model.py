@@ -1,7 +1,7 @@
 """A run's model and optimizer, from its configuration. What can be wrong is found before any data is read."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,18 +54,10 @@ def network(config: Config) -> nn.Module:
 
     UserError: an unknown architecture or option; a normalizer that does not fit a layer, named.
     """
-    arch, norm, name = config.arch, config.norm, config.arch.name
-    known = SEGMENTERS if config.task == "segmentation" else ARCHS
-    if name not in known:
-        raise UserError(f"{config.task} on {config.dataset.name}: {nearest(name, list(known), 'arch')}")
+    norm = config.norm
     if isinstance(config.schedule, DetectionSchedule):
         raise UserError(f"schedule {config.schedule.name} is a detector's, in steps: pass schedule=released")
-    torch.manual_seed(config.seed)
-    try:
-        options = {key: value for key, value in arch.options.items() if key != "pretrained"}
-        plain = known[name](classes=config.dataset.classes, **options)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"arch {name}: {error}") from None
+    plain = plain_network(config, SEGMENTERS if config.task == "segmentation" else ARCHS, config.arch.options)
     given = {"preset": norm.preset, "predictor": norm.predictor}
     chosen = {key: value for key, value in given.items() if value} | norm.options
     if weights := chosen.pop("weights", None):
@@ -83,9 +75,24 @@ def network(config: Config) -> nn.Module:
             named = PLACEMENTS[placement](plain)
         model = convert(plain, named, stat_batch=config.batch.stat_batch, **chosen)
     except ValueError as error:
-        raise UserError(f"norm {norm.name} on {name}: {error}") from None
+        raise UserError(f"norm {norm.name} on {config.arch.name}: {error}") from None
     seed_noise(model, config.seed)
     return model
+
+
+def plain_network(
+    config: Config, known: Mapping[str, Callable[..., nn.Module]], options: Mapping[str, Any], **own: Any
+) -> nn.Module:
+    """Build the network as it is without conversion, by `known`. UserError: an unknown architecture or option."""
+    name = config.arch.name
+    if name not in known:
+        raise UserError(f"{config.task} on {config.dataset.name}: {nearest(name, list(known), 'arch')}")
+    torch.manual_seed(config.seed)
+    try:
+        options = {key: value for key, value in options.items() if key != "pretrained"}
+        return known[name](classes=config.dataset.classes, **options, **own)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"arch {name}: {error}") from None
 
 
 def parameter_count(result: Tree) -> int:
@@ -176,14 +183,6 @@ def describe(model: nn.Module, beliefs: dict[str, str | None]) -> Norms:
     if decay:
         described["gamma_decay"] = decay
     return described
-
-
-def rate(config: Config, step: int, total_steps: int) -> float:
-    """Return learning_rate at a step (from 0) of a run that is no detector's, with the budget's warm-up."""
-    budget, schedule = config.budget, config.schedule
-    assert isinstance(schedule, Schedule)
-    warmup = None if budget.warmup is None else budget.warmup / budget.epochs
-    return learning_rate(step, total_steps, schedule, warmup, config.batch.grad_batch)
 
 
 def learning_rate(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Curves, Evaluation, Record, Tree
+from kalmannorm.experiments.settings import Schedule
 from kalmannorm.norm.modes import normalizers
-from kalmannorm.train.model import rate
+from kalmannorm.train.model import learning_rate
 from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.state import Session
 
@@ -80,8 +81,11 @@ class Task(ABC):
         """Do what precedes the first step, in a fresh run or one that goes on (`session`)."""
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step (from 0) of the run."""
-        return rate(self.config, step, self.total)
+        """Return the learning rate of a step (from 0) of the run: a classifier's, with the budget's warm-up."""
+        schedule, budget = self.config.schedule, self.config.budget
+        assert isinstance(schedule, Schedule)
+        warmup = None if budget.warmup is None else budget.warmup / budget.epochs
+        return learning_rate(step, self.total, schedule, warmup, self.config.batch.grad_batch)
 
     def before_step(self, session: Session, step: int) -> None:  # noqa: B027, most tasks have nothing to do
         """Do what is due before a step (from 0) of the run."""
