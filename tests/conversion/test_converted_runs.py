@@ -353,6 +353,17 @@ def test_hooks_see_what_a_module_returns() -> None:
     assert seen == [(Tensor, Tensor)] * len(model)
 
 
+def test_hooks_of_all_modules_see_what_they_return() -> None:
+    seen: list[Any] = []
+    model = convert(net(), "bkn", stat_batch=2)
+    handle = nn.modules.module.register_module_forward_hook(lambda *given: seen.append(given[2]))
+    try:
+        model(torch.randn(4, 3, 8, 8))
+    finally:
+        handle.remove()
+    assert len(seen) == len(list(model.modules())) and all(isinstance(y, Tensor) for y in seen)
+
+
 @pytest.mark.parametrize("place", ["2", "3"])
 @pytest.mark.parametrize("how", ["replaces", "in place", "before", "looks"])
 def test_a_belief_ends_where_a_hook_changes_a_value(how: str, place: str) -> None:
@@ -537,3 +548,10 @@ def test_a_replica_computes_with_its_own_layers() -> None:
 def test_a_wrong_number_of_channels_is_named() -> None:
     with pytest.raises(ValueError, match=r"expected 4 channels, got \(4, 1, 5, 5\)"):
         KalmanBatchNorm2d(4)(torch.randn(4, 1, 5, 5))
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gn", "gkn", "frozen"])
+def test_an_image_without_a_batch_is_refused_as_by_the_original(norm: str) -> None:
+    model = convert(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)), norm, stat_batch=2).eval()
+    with pytest.raises(ValueError, match=r"1: expected 4D input, got \(8, 8, 8\)"):
+        model(torch.randn(3, 8, 8))

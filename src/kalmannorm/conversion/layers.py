@@ -18,6 +18,11 @@ from kalmannorm.norm.options import options_of
 CONSTANT = ("frozen", "wn", "none")  # no parameters, or all of them constants
 OF_IMAGES = ("gn", "ln", "in", "gkn")  # no moving statistics anyway
 HOOKS = [key for key in vars(nn.Module()) if key.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
+# How many axes an input has, by the method that sees to it; a subclass may have one of its own.
+_DIMS: dict[object, tuple[int, ...]] = {
+    **{nn.BatchNorm1d._check_input_dim: (2, 3), nn.BatchNorm2d._check_input_dim: (4,)},
+    nn.BatchNorm3d._check_input_dim: (5,),
+}
 BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -36,6 +41,8 @@ def build_normalizer(
         raise ValueError(f"{name}: {error}") from None
     if hasattr(new, "replaced"):
         new.replaced = (type(old), old.affine, old.track_running_stats)  # type: ignore[assignment]
+    if (check := type(old)._check_input_dim) in _DIMS:
+        new.dims = _DIMS[check]  # type: ignore[assignment]
     carry_over(old, new, name)
     if "affine" not in options:  # the original has none: nothing to learn there
         for key, part in itertools.product(("weight", "bias"), [part for part, _ in _parts(new)]):

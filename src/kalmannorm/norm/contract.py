@@ -4,12 +4,13 @@ forward whose beliefs are followed by tensor (conversion/flow.py) finds those of
 import functools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.nn.modules import module as module_hooks
 from torch.utils._pytree import tree_map_only
 
 from kalmannorm.norm.belief import Args, Estimated, Kwargs, Returned, pick
@@ -92,6 +93,8 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
             del kwargs["beliefs"]
             return Returned(base.__call__(self, *args, **kwargs), None)
         if "beliefs" in kwargs:
+            if module_hooks._global_forward_hooks:
+                _wrap_forward_hooks(module_hooks._global_forward_hooks, module_hooks._global_forward_hooks_with_kwargs)
             return base.__call__(self, *args, **kwargs)
         if MARK in self.__dict__ and SEEN not in self.__dict__[MARK] and not torch.compiler.is_compiling():
             self.__dict__[MARK][SEEN] = tree_map_only(Tensor, lambda value: value.detach().to("meta"), (args, kwargs))
@@ -163,11 +166,15 @@ for _name, _method in methods(nn.Module).items():
     setattr(TakesBeliefs, _name, _or_leaf(_method) if _name == "__call__" else _method)
 
 
+def _wrap_forward_hooks(hooks: dict[int, Callable[..., Any]], with_kwargs: Container[int]) -> None:
+    for key, hook in hooks.items():
+        if not isinstance(hook, PlainHook) and not _is_of_torch(hook):
+            hooks[key] = PlainHook(hook, key in with_kwargs)
+
+
 def wrap_hooks(module: nn.Module) -> None:
     """Those that were registered before the module took beliefs."""
-    for key, hook in module._forward_hooks.items():
-        if not isinstance(hook, PlainHook) and not _is_of_torch(hook):
-            module._forward_hooks[key] = PlainHook(hook, key in module._forward_hooks_with_kwargs)
+    _wrap_forward_hooks(module._forward_hooks, module._forward_hooks_with_kwargs)
     for key, hook in module._forward_pre_hooks.items():
         if not isinstance(hook, PlainPreHook) and not _is_of_torch(hook):
             module._forward_pre_hooks[key] = PlainPreHook(hook, key in module._forward_pre_hooks_with_kwargs)

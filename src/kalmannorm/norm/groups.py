@@ -34,6 +34,9 @@ def check(layer: nn.Module, channels: int, eps: float, x: Tensor | None = None) 
         raise ValueError(f"{name_of(layer)}: eps must not be negative, not {eps}")
     if x is not None and x.dim() < 2:
         raise ValueError(f"{name_of(layer)}: expected an input [N, C, ...], got {tuple(x.shape)}")
+    if x is not None and x.dim() not in getattr(layer, "dims", (x.dim(),)):  # set by convert: those of the original
+        axes = " or ".join(f"{dim}D" for dim in layer.dims)  # type: ignore[union-attr]
+        raise ValueError(f"{name_of(layer)}: expected {axes} input, got {tuple(x.shape)}; one image is a batch x[None]")
     if x is not None and x.shape[1] != channels:
         raise ValueError(f"{name_of(layer)}: expected {channels} channels, got {tuple(x.shape)}")
     if x is not None and not x.is_floating_point():
