@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import Tensor, fx, nn
-from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+from torch.ao.quantization import get_default_qat_qconfig, prepare_qat, quantize_dynamic
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -226,6 +226,18 @@ def test_observers_of_quantization_see_tensors() -> None:
     assert torch.isfinite(model.last.activation_post_process.activation_post_process.max_val)
     assert priors(model, x) == 2
     torch.testing.assert_close(fold(model.eval())(x), model(x))
+
+
+def test_layers_are_found_by_the_original_classes() -> None:
+    model, x = convert(Net(), "bkn", stat_batch=2).eval(), images()
+    kinds = {nn.Conv2d: 0, nn.Linear: 0}
+    for layer in model.modules():
+        if type(layer) in kinds:
+            kinds[type(layer)] += 1
+    assert kinds == {nn.Conv2d: 3, nn.Linear: 1}
+    quantized = quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    assert "quantized" in type(quantized.head[2]).__module__
+    torch.testing.assert_close(quantized(x), model(x), rtol=0.1, atol=0.1)
 
 
 class Doubled(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from kalmannorm.conversion import runtime
 from kalmannorm.conversion.flow import follow, stand_ins
-from kalmannorm.conversion.names import Scope, class_of, derived, lending
+from kalmannorm.conversion.names import AsOriginal, Scope, class_of, derived, lending
 from kalmannorm.conversion.trace import Trace, expression_of
 from kalmannorm.conversion.write import Summary, Writer, summary_of_class
 from kalmannorm.norm import contract
@@ -72,7 +72,7 @@ class Generated:
     def make(self) -> type[nn.Module]:
         base = self.base.make() if isinstance(self.base, Generated) else self.base
         names = tuple(sorted((name, _identity(value)) for name, value in self.names.items()))
-        key = base, self.code, names
+        key = id(base), self.code, names
         if key not in _classes:
             scope = {k: sys.modules[v[1]] if _is_module_name(v) else v for k, v in self.names.items()}
             scope |= _HELPERS | {"_base": base}
@@ -89,7 +89,8 @@ class Generated:
             body |= _OF_GRAPH_MODULES if issubclass(base, fx.GraphModule) else {}
             body |= {"children": runtime.children_of} if self.code == SEQUENTIAL else {}
             body |= {"__setattr__": _setting(base, self.names[_HELD].split())} if _HELD in self.names else {}
-            _classes[key] = derived(base, body)
+            is_layer = base.__module__.startswith("torch.nn.modules.") and self.code != SEQUENTIAL
+            _classes[key] = derived(base, body, AsOriginal if is_layer else type(base))
         return _classes[key]
 
 

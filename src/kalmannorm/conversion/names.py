@@ -49,14 +49,27 @@ class _Nothing:
     pass
 
 
-def derived(cls: Any, body: Scope) -> Any:
-    """A subclass of that name, of which no registry of subclasses is told: neither by __init_subclass__, which may want
-    arguments, nor by a metaclass."""
+class AsOriginal(type):
+    """The class of a layer's class, which equals the original: public code looks layers up, to count or to quantize
+    them, by type(layer) == nn.Linear and {nn.Linear: ...}[type(layer)]."""
+
+    def __eq__(cls, other: object) -> bool:
+        made = cls.__dict__.get("converted")
+        return cls is other or (made is not None and made.original is other)
+
+    def __hash__(cls) -> int:
+        made = cls.__dict__.get("converted")
+        return type.__hash__(cls if made is None else made.original)
+
+
+def derived(cls: Any, body: Scope, kind: type) -> Any:
+    """A subclass of that name and of the metaclass `kind`, of which no registry of subclasses is told:
+    neither by __init_subclass__, which may want arguments, nor by a metaclass."""
     body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")} | body
     make = abc.ABCMeta.__new__ if isinstance(cls, abc.ABCMeta) else type.__new__
     base = nn.Module if issubclass(cls, nn.Module) else _Nothing
     try:
-        made: Any = make(type(cls), cls.__name__, (base,), body)
+        made: Any = make(kind, cls.__name__, (base,), body)
         made.__bases__ = (cls,)
     except TypeError:  # of another layout
         return type(cls)(cls.__name__, (cls,), body)

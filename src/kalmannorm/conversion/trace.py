@@ -370,7 +370,7 @@ class _Reading:
             return value
 
         body = {"__getattribute__": getter, "watches": cls, "__module__": cls.__module__}
-        self.made[cls] = derived(cls, body)
+        self.made[cls] = derived(cls, body, type(cls))
         return self.made[cls]
 
 
