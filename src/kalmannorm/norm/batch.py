@@ -79,7 +79,7 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
 
     statistics = "moving"
     averaged: tuple[str, ...] = ("running_mean", "running_var")  # the buffers that are moving averages
-    # While not None, moving averages wait for statistics.flush_moving: the sums of what they average over the groups
+    # While not None, moving averages wait for modes.flush_moving: the sums of what they average over the groups
     # since the last one, and the number of these, in one row. No list of them: compiled code would depend on its
     # length, and be compiled for each.
     pending: "Tensor | None" = None
@@ -179,10 +179,16 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
         found: list[Tensor] = [getattr(self, name) for name in self.averaged]
         return once(self, lambda: [average.clone() for average in found]) if self.left else found
 
-    def normalize_by_moving(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        self._check_input_dim(x)
-        mean, var = self.moving()[:2]
-        return F.batch_norm(x, mean, var, weight, self.bias, False, 0.0, self.eps)
+    def of_images(self, x: Tensor, mean: Tensor, var: Tensor) -> list[Tensor]:
+        """Mean and variance of each image's group, [N, C], recorded; from those of the images of x, [N, C]."""
+        size = self.group_size(x)
+        mean, var = groups.moments(mean, var, size)
+        self.record(mean.detach(), var.detach(), groups.values(x, size))
+        return [mean.repeat(size, 1), var.repeat(size, 1)]
+
+    def moving_of_images(self, images: int) -> list[Tensor]:
+        """The moving averages for each image, [N, C]."""
+        return [average.expand(images, -1) for average in self.moving()]
 
     @torch.no_grad()
     def update_moving(self, mean: Tensor, var: Tensor, values: int, *more: Tensor) -> None:
@@ -234,7 +240,7 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
         self.has_pending = False
 
     def begin_precise(self) -> None:
-        """What follows is statistics.precise_statistics, by whose momentum every group counts the same."""
+        """What follows is modes.precise_statistics, by whose momentum every group counts the same."""
 
     def end_precise(self) -> None:
         """The batches are over."""
@@ -263,7 +269,9 @@ class BatchNorm(GroupedStatistics):
     @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving:
-            return self.normalize_by_moving(input, self.weight)
+            self._check_input_dim(input)
+            mean, var = self.moving()
+            return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         if not len(input):
             return self.of_no_images(input)
         size = self.group_size(input)

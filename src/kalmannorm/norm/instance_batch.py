@@ -92,25 +92,17 @@ class InstanceBatchNorm(TakesOptions, nn.Module):
         # One affine for every channel of every image: neither split nor put together, the map is read twice.
         if self.BN is not None and self.BN.uses_moving:
             mean, var = groups.image_moments(input[:, self.instance])
-            assert self.BN.running_mean is not None and self.BN.running_var is not None
-            batch = [t.expand(len(input), -1) for t in (self.BN.running_mean, self.BN.running_var)]
+            batch = self.BN.moving_of_images(len(input))
         else:
             mean, var = groups.image_moments(input)
-            batch = self._batch_part(input, mean[:, self.batch], var[:, self.batch])
+            batch = [t[:, self.batch] for t in (mean, var)]  # of no channel where there is no BN
+            if self.BN is not None:
+                batch = self.BN.of_images(input[:, self.batch], *batch)
             mean, var = mean[:, self.instance], var[:, self.instance]
         mean, var = (self._in_order(a, b) for a, b in zip((mean, var), batch, strict=True))
         affine = [[getattr(part, key) for part, _ in self.parts] for key in ("weight", "bias")]
         weight, bias = (None if values[0] is None else torch.cat(values) for values in affine)
         return groups.normalize(input, 1, mean, var, weight, bias, self.eps)
-
-    def _batch_part(self, x: Tensor, mean: Tensor, var: Tensor) -> list[Tensor]:
-        """Mean and variance of every image's group, from those of the images; [N, BN's channels]."""
-        if self.BN is None:
-            return [mean, var]  # of no channel
-        size = self.BN.group_size(x[:, self.batch])
-        mean, var = groups.moments(mean, var, size)
-        self.BN.record(mean.detach(), var.detach(), groups.values(x, size))
-        return [mean.repeat(size, 1), var.repeat(size, 1)]
 
     def _in_order(self, instance: Tensor, batch: Tensor) -> Tensor:
         return torch.cat([instance, batch] if self.first == "in" else [batch, instance], 1)

@@ -48,7 +48,7 @@ class GammaDecay(nn.Module):
         if not isinstance(batch, int | float) or batch <= 0:
             raise ValueError(f"gamma_decay: {variant} needs a number above 0, not {batch!r}")
         self.variant, self.batch, self.cap = variant, float(batch), cap
-        self.micro_batches = 1  # whose gradients add up on each process: set by statistics.place_batch
+        self.micro_batches = 1  # whose gradients add up on each process: set by modes.place_batch
         # Over the step's images: (sums over pixels of dl/dhbar h~)^2, of dl/dhbar^2, the images' mean of h~ squared,
         # of (mean of h~^2) - 1 squared, of h~^4, of sigmoid(hbar), and 1; [7, C].
         self.sums: Tensor | None = None
@@ -186,8 +186,6 @@ class PopulationNorm(SyncBatchNorm):
             return super().forward(input)
         if not len(input) and not self.spans:
             return self.of_no_images(input)
-        if not self.spans:
-            self.group_size(input)  # refuses what says nothing
         size, member, mean, var = self.moments(input, self.group_of)
         # Not compiled: hooks, and averages that change before the backward, which would then read them as changed.
         # Not as a decorator: that imports the whole compiler.
@@ -247,8 +245,6 @@ class SplitBatchNorm(SyncBatchNorm):
             return super().forward(input)
         if not len(input) and not self.spans:
             return self.of_no_images(input)
-        if not self.spans:
-            self.group_size(input)  # refuses what says nothing
         size, member, *of_groups = self.moments(input, self.group_of)
         _, _, *of_whole = self.moments(input, None)
         mean, var = (

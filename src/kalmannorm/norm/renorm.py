@@ -24,7 +24,7 @@ class BatchRenorm(BatchNorm):
 
     Args beyond BatchNorm's:
         rmax, dmax: limits once they are fully relaxed, where they also start: a training that wants the warm-up of the
-            paper calls `statistics.set_progress` before every step.
+            paper calls `modes.set_progress` before every step.
 
     Online evaluation is what training computes, on the evaluation batch: its statistics, corrected by r and d within
     the limits reached; moving evaluation is BatchNorm's. The moving averages' rate is the other normalizers' 0.1 (the

@@ -69,14 +69,14 @@ class SparseSwitchableNorm(SwitchableNorm):
     """SN with SparsestMax in softmax's place (SSN), whose radius grows over the training until every layer has chosen
     one of IN, LN and BN for its mean, and one for its variance.
 
-    x [N, C, H, W, ...] -> (y, None). statistics.set_progress before every step sets the radius to the fraction done, so
-    that all have chosen at 81.65 % of a training; without it the radius stays 0. A weight that becomes 1 in training
+    x [N, C, H, W, ...] -> y. modes.set_progress before every step sets the radius to the fraction done, so that all
+    have chosen at 81.65 % of a training; without it the radius stays 0. A weight that becomes 1 in training
     stays so for good: `choice` [2], for mean and variance, is its index in MIXED, -1 before; the logits become the
     choice and get no gradient. Statistics are SN's: population variances, averages by 0.1 (the published layer has
     unbiased ones of IN, and averages by 0.003, too slow for short trainings).
 
     In an optimizer the logits want a tenth of the rate, no weight decay, and clipped gradients
-    (statistics.finish_gradients), as in the public code.
+    (modes.finish_gradients), as in the public code.
     """
 
     radius: Tensor

@@ -57,21 +57,12 @@ class SwitchableNorm(GroupedStatistics):
         # Everything follows from the moments of one channel of one image, [N, C].
         in_mean, in_var = groups.image_moments(input)
         ln_mean, ln_var = groups.pooled(in_mean, in_var, 1)
-        bn_mean, bn_var = self._batch_part(input, in_mean, in_var)
+        moving = self.uses_moving
+        bn_mean, bn_var = self.moving_of_images(len(input)) if moving else self.of_images(input, in_mean, in_var)
         of_mean, of_var = self.ratios()
         mean = _mixture(of_mean, in_mean, ln_mean, bn_mean)
         var = _mixture(of_var, in_var, ln_var, bn_var)
         return groups.normalize(input, 1, mean, var, self.weight, self.bias, self.eps)
-
-    def _batch_part(self, x: Tensor, in_mean: Tensor, in_var: Tensor) -> tuple[Tensor, Tensor]:
-        """BN's mean and variance for every image, [N, C]."""
-        if self.uses_moving:
-            mean, var = self.moving()
-            return mean.expand_as(in_mean), var.expand_as(in_var)
-        size = self.group_size(x)
-        mean, var = groups.moments(in_mean, in_var, size)
-        self.record(mean.detach(), var.detach(), groups.values(x, size))
-        return mean.repeat(size, 1), var.repeat(size, 1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mixed={'/'.join(MIXED)}"

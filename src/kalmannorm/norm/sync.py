@@ -55,6 +55,8 @@ class SyncBatchNorm(BatchNorm):
     def moments(self, x: Tensor, stat_batch: int | None) -> tuple[int, Tensor, Tensor, Tensor]:
         """Images of each group of `stat_batch`, which group [N] each of this process's is in, and the groups' mean and
         population variance [G, C]; None: the whole batch is one."""
+        if not self.spans:
+            self.group_size(x)  # refuses what says nothing
         rank, world = (dist.get_rank(), dist.get_world_size()) if self.spans else (0, 1)
         images = x.shape[0]
         if images == 0:  # the other processes wait for what this one has to add

@@ -54,7 +54,7 @@ class WhitenedWeight(nn.Module):
 
     def decay(self, v: Tensor) -> Tensor:
         """The gradient of |W|^2 / 2 at V."""
-        return self._between(self.outer.mT, self(v), self.inner.mT)
+        return self.pull_back(self(v))
 
     def pull_back(self, weight: Tensor) -> Tensor:
         """V's gradient where `weight` is W's."""
@@ -135,27 +135,28 @@ def whiten_weights(
 
 def parametrization_of(layer: nn.Module) -> WhitenedWeight:
     """ValueError: a layer whose weight is not whitened."""
-    found = layer.parametrizations.weight[0] if parametrize.is_parametrized(layer, "weight") else None  # type: ignore[index, union-attr]
-    if not isinstance(found, WhitenedWeight):
+    if not _is_whitened(layer):
         raise ValueError(f"{type(layer).__name__} has no whitened weight")
-    return found
+    return layer.parametrizations.weight[0]  # type: ignore[index, union-attr, return-value]
+
+
+def _is_whitened(layer: nn.Module) -> bool:
+    return parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations.weight[0], WhitenedWeight)  # type: ignore[index, union-attr]
 
 
 def whitened(model: nn.Module) -> dict[str, Layer]:
     """The layers with whitened weights, by name."""
-    return {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, Layer)
-        and parametrize.is_parametrized(m, "weight")
-        and isinstance(m.parametrizations.weight[0], WhitenedWeight)  # type: ignore[index, union-attr]
-    }
+    return {name: m for name, m in model.named_modules() if isinstance(m, Layer) and _is_whitened(m)}
 
 
 def whitened_parameters(model: nn.Module) -> list[tuple[WhitenedWeight, nn.Parameter]]:
     """The parametrizations and their V."""
-    layers = whitened(model).values()
-    return [(parametrization_of(layer), layer.parametrizations.weight.original) for layer in layers]  # type: ignore[union-attr, misc]
+    return [(parametrization_of(layer), _learned(layer, "weight")) for layer in whitened(model).values()]
+
+
+def _learned(layer: nn.Module, name: str) -> nn.Parameter:
+    """V, as the "weight", or d, as the "bias"."""
+    return layer.parametrizations[name].original  # type: ignore[index, union-attr, return-value]
 
 
 def fold_weights(model: nn.Module) -> None:
@@ -290,60 +291,52 @@ def _renew(
     momentum: str,
     believed: Belief | None,
 ) -> None:
-    whitening = parametrization_of(layer)
-    v: nn.Parameter = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+    whitening, v = parametrization_of(layer), _learned(layer, "weight")
+    d = _learned(layer, "bias") if parametrize.is_parametrized(layer, "bias") else None
     weight = layer.weight.double()
-    center = whitening.center.double()
-    has_center = parametrize.is_parametrized(layer, "bias")
-    shift = whitening.of_center(layer.weight) if has_center else None
-    state = {} if optimizer is None else optimizer.state.get(v, {})
-    buffer = state.get("momentum_buffer")
-    double = whitening.double()  # the matrices are inverted below
-    gradient = None if buffer is None else double.push_forward(buffer.double())
+    shift = whitening.of_center(layer.weight)
+    whitening.double()  # the matrices are inverted below
+    buffer = _momentum(optimizer, v)
+    gradient = None if buffer is None else whitening.push_forward(buffer.double())
 
-    identity = double.inner, double.outer
     covariance = inner.covariance()
-    new_inner, new_outer = identity
     if whitening.kind in ("wnn", "eigennet"):
-        new_inner = _root(covariance, whitening.eps)
+        whitening.inner.copy_(_root(covariance, whitening.eps))
     elif whitening.kind == "pre_gwnn":
-        new_inner = _leading(covariance, whitening.eps, whitening.share)
+        whitening.inner.copy_(_leading(covariance, whitening.eps, whitening.share))
     if whitening.kind == "eigennet":
         scaled = outer.moment() / outer.moment().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
-        new_outer = _root(scaled, whitening.outer_eps)
+        whitening.outer.copy_(_root(scaled, whitening.outer_eps))
     elif whitening.kind == "post_gwnn":  # of the output before Q
         if believed is None:
-            undo = torch.linalg.inv(double.outer)
+            undo = torch.linalg.inv(whitening.outer)
             before = undo @ outer.covariance() @ undo.mT
         else:
             var = believed.var.double().view(whitening.groups, -1)
             before = conv_covariance(var.diag_embed(), v, whitening.groups)
-        new_outer = _root(before, whitening.eps)
-    double.inner.copy_(new_inner)
-    double.outer.copy_(new_outer)
-    new_center = inner.mean.flatten()
-    if has_center:
-        double.center.copy_(new_center)
-    new_v = v.double() if whitening.kind == "post_gwnn" else double.right_inverse(weight)
-    changed = double(new_v)
+        whitening.outer.copy_(_root(before, whitening.eps))
+    old_center = whitening.center.clone()
+    if d is not None:
+        whitening.center.copy_(inner.mean.flatten())
+    new_v = v.double() if whitening.kind == "post_gwnn" else whitening.right_inverse(weight)
+    changed = whitening(new_v)
     if buffer is not None and gradient is not None:
-        if has_center and isinstance(of_d := _momentum(optimizer, layer), Tensor):
+        of_d = None if d is None else _momentum(optimizer, d)
+        if of_d is not None:
             # W's gradient has a part through the bias, whose c has changed.
-            moved = of_d.double()[:, None] * _per_group(center - new_center, whitening, weight)
+            moved = of_d.double()[:, None] * _per_group(old_center - whitening.center, whitening, weight)
             gradient = gradient + moved.view(*moved.shape, *(1,) * (weight.dim() - 2))
-        buffer.copy_(double.pull_back(gradient) if momentum == "transform" else torch.zeros_like(gradient))
+        buffer.copy_(whitening.pull_back(gradient) if momentum == "transform" else torch.zeros_like(gradient))
     v.copy_(new_v)
     whitening.to(v.dtype)
     whitening.refreshes += 1
     whitening.jump.copy_(_difference(changed, weight, covariance, whitening.groups))
-    if shift is not None:
-        d: nn.Parameter = layer.parametrizations.bias.original  # type: ignore[union-attr, assignment]
+    if d is not None:
         d.copy_(d - shift + whitening.of_center(layer.weight))
 
 
-def _momentum(optimizer: torch.optim.Optimizer | None, layer: nn.Module) -> Tensor | None:
-    assert optimizer is not None
-    return optimizer.state.get(layer.parametrizations.bias.original, {}).get("momentum_buffer")  # type: ignore[union-attr, arg-type]
+def _momentum(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> Tensor | None:
+    return None if optimizer is None else optimizer.state.get(parameter, {}).get("momentum_buffer")
 
 
 def _per_group(center: Tensor, whitening: WhitenedWeight, weight: Tensor) -> Tensor:

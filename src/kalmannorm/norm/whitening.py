@@ -85,7 +85,7 @@ class Whitening(GroupedStatistics):
         if average not in AVERAGES:
             raise ValueError(f"average must be {' or '.join(map(repr, AVERAGES))}, not {average!r}")
         self.group, self.average = min(group, num_features), average
-        self.number = -(-num_features // self.group)  # of groups of channels
+        self.channel_groups = -(-num_features // self.group)
         self.averaged = (*self.averaged, f"running_{average}")
         start = None
         if self.running_mean is not None:
@@ -98,7 +98,8 @@ class Whitening(GroupedStatistics):
 
     def _mask(self) -> Tensor:
         """[groups, d, d]: 1 where both channels are there."""
-        present = (torch.arange(self.number * self.group) < self.num_features).view(self.number, self.group).float()
+        present = torch.arange(self.channel_groups * self.group) < self.num_features
+        present = present.view(self.channel_groups, self.group).float()
         return present.unsqueeze(-1) * present.unsqueeze(-2)
 
     def _identity(self) -> Tensor:
@@ -123,7 +124,7 @@ class Whitening(GroupedStatistics):
             return self._normalize(input).to(input.dtype).contiguous(memory_format=groups.format_of(input))
 
     def _normalize(self, x: Tensor) -> Tensor:
-        wide = x.to(groups.moments_dtype(x)).flatten(2) if x.dim() > 2 else x.to(groups.moments_dtype(x))[..., None]
+        wide = x.to(groups.moments_dtype(x)).reshape(*x.shape[:2], -1)
         if self.uses_moving:
             self._check_input_dim(x)
             moving = self.moving()
@@ -143,8 +144,8 @@ class Whitening(GroupedStatistics):
 
     def _in_groups(self, x: Tensor) -> Tensor:
         """[N, C, pixels] -> [N, groups, d, pixels], zeros for channels that are not there."""
-        missing = self.number * self.group - self.num_features
-        return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(1, (self.number, self.group))
+        missing = self.channel_groups * self.group - self.num_features
+        return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(1, (self.channel_groups, self.group))
 
     def _with_eps(self, cov: Tensor) -> Tensor:
         """cov [..., groups, d, d] + eps on the diagonal of channels that are there."""
@@ -217,9 +218,9 @@ class Whitening(GroupedStatistics):
         assert self.running_mean is not None
         scaled = self._scaled(self.moving_whitening()[None])[0]
         shift = -(scaled @ self._in_groups(self.running_mean[None, :, None])[0]).flatten()[: self.num_features]
-        even = self.num_features == self.number * self.group
+        even = self.num_features == self.channel_groups * self.group
         rows = scaled.flatten(0, 1) if even else torch.block_diag(*scaled)[: self.num_features, : self.num_features]
-        conv = kind(self.num_features, self.num_features, 1, groups=self.number if even else 1).to(rows)
+        conv = kind(self.num_features, self.num_features, 1, groups=self.channel_groups if even else 1).to(rows)
         assert conv.bias is not None
         conv.weight.copy_(rows.view_as(conv.weight))
         conv.bias.copy_(shift if self.bias is None else shift + self.bias)

@@ -76,7 +76,7 @@ class Ranks:
         if self.world == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
-        # Moving averages are brought together by statistics.flush_moving: broadcasting rank 0's would lose the rest.
+        # Moving averages are brought together by modes.flush_moving: broadcasting rank 0's would lose the rest.
         with warnings.catch_warnings():  # the argument's new name is not in every torch that this runs on
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
