@@ -1,5 +1,6 @@
 """Tables: a card's cells in one group as a Sheet, and a Sheet as HTML, LaTeX, Markdown, CSV and text."""
 
+import functools
 import html
 import math
 import re
@@ -15,6 +16,7 @@ from kalmannorm.experiments.record import reached
 from kalmannorm.report import effects, paper, quantities
 from kalmannorm.report.effects import LEAST, Cell, Cells, Effect, Group, signed
 from kalmannorm.report.frame import batch_sizes
+from kalmannorm.report.quantities import PRECISIONS, QUANTITIES
 
 WIDTH = 100  # characters of a terminal line
 WIDE = 130  # characters of a row, from which LaTeX would print a third of its text's size or less
@@ -58,78 +60,83 @@ class Sheet:
         return sum(max(map(len, column)) for column in zip(*lines, strict=True))
 
 
+class Found(NamedTuple):
+    """What there is of a row in a column."""
+
+    cell: Cell
+    values: Mapping[int, float]  # of each seed that learned
+    printed: float | None  # by the sources
+    effect: Effect | None = None  # over the baseline
+
+
 def table(card: Card, group: Group, cells: Cells) -> Sheet:
     """Return the cells of a card in one group, each with the printed value and the difference to its baseline."""
-    every = {(r.key, c.key): cells.cell(card, r, group, c) for r in card.rows for c in card.columns_of(r)}
-    ran = {key for key, cell in every.items() if cell.n}
-    columns = [column for column in card.columns if column.key in {key for _, key in ran}] or card.columns
-    printed = {r.key for r in card.rows for c in columns if r.has(c) and paper_value(card, r, c, group) is not None}
-    rows = [row for row in card.rows if row.key in printed | {key for key, _ in ran}] or card.rows
+    every = {column.key: find(card, group, column, cells) for column in card.columns}
+    columns = [column for column in card.columns if any(one.cell.n for one in every[column.key].values())]
+    columns = columns or list(card.columns)
+    of_rows = {r.key: [of[r.key] for c in columns if r.key in (of := every[c.key])] for r in card.rows}
+    rows = [r for r in card.rows if any(one.cell.n or one.printed is not None for one in of_rows[r.key])] or card.rows
     header: list[str] = []
-    notes: list[str] = []
-    records: list[Mapping[str, object]] = []
+    notes = list(dict.fromkeys(n for c in columns for r in rows if r.has(c) for n in every[c.key][r.key].cell.notes))
+    places: dict[str, list[Place]] = {row.key: [] for row in rows}
     spreads: list[str] = []
-    places: list[list[Place]] = [[] for _ in rows]
     for column in columns:
-        of_rows = {row.key: every[row.key, column.key] for row in card.rows if row.has(column)}
-        papers = {row.key: paper_value(card, row, column, group) for row in card.rows if row.has(column)}
-        found = differences(card, group, column, cells)
-        best = _best(card, column, of_rows)
-        shown = {"paper": any(papers[row.key] is not None for row in rows if row.has(column)), "Δ": any(found.values())}
-        header += [column.label, *(f"{column.label}: {name}" for name, there in shown.items() if there)]
-        spreads += _spreads(column.label, found)
-        records += [
-            _record(card, row, column, of_rows[row.key], papers[row.key], found.get(row.key))
-            for row in card.rows
-            if row.has(column)
-        ]
-        for row, line in zip(rows, places, strict=True):
-            if (cell := of_rows.get(row.key)) is None:
-                line += [Place("")] * (1 + sum(shown.values()))
+        of = every[column.key]
+        papers = any(of[row.key].printed is not None for row in rows if row.has(column))
+        deltas = any(one.effect for one in of.values())
+        header += [column.label, *[f"{column.label}: paper"] * papers, *[f"{column.label}: Δ"] * deltas]
+        best = _best(card, column, of)
+        for row in rows:
+            if not row.has(column):
+                places[row.key] += [Place("")] * (1 + papers + deltas)
                 continue
-            notes += [note for note in cell.notes if note not in notes]
-            marks = ",".join(letter(notes.index(note)) for note in cell.notes)
-            line.append(Place(value(cell, column), cell.ids, row.key in best, marks))
-            if shown["paper"]:
-                line.append(Place(_printed(card, row, column, papers[row.key])))
-            if shown["Δ"]:
-                line.append(Place(difference(found.get(row.key)), cell.ids if found.get(row.key) else ()))
-    baselines = dict.fromkeys(base for row in card.rows if (base := row.baseline or card.baseline))
-    names = " and ".join(dict.fromkeys(card.row(key).label for key in baselines))
-    detects = any(c.value in quantities.PRECISIONS for c in card.columns)
-    what = "COCO's average precision in percent" if detects else "Percent"
-    if any(quantities.QUANTITIES[column.value].lower for column in columns):
-        what += ", loss as cross-entropy,"
-    missing = [column.label for column in card.columns if column not in columns]
+            one = of[row.key]
+            marks = ",".join(letter(notes.index(note)) for note in one.cell.notes)
+            places[row.key] += [
+                Place(value(one, column), one.cell.ids, row.key in best, marks),
+                *[Place(_printed(card, row, column, one.printed))] * papers,
+                *[Place(difference(one.effect), one.cell.ids if one.effect else ())] * deltas,
+            ]
+        words = dict.fromkeys(_spread(one.effect) for one in of.values() if one.effect and one.effect.df)
+        spreads += [f"{column.label}: {' / '.join(words)}"] if words else []
+    what = "COCO's average precision in percent" if any(c.value in PRECISIONS for c in card.columns) else "Percent"
+    what += ", loss as cross-entropy," if any(QUANTITIES[column.value].lower for column in columns) else ""
+    setting, about = described(card, group, cells)
     blocks: dict[str, list[str]] = {}
     for row in card.rows:
         blocks.setdefault(row.block, []).extend([] if row in rows else [row.name])
+    missing = [column.label for column in card.columns if column not in columns]
     missing += [f"{block}: {'; '.join(of)}".removeprefix(": ") for block, of in blocks.items() if of]
-    about = [f"Not run: {'; '.join(missing)}."] if missing else []
-    about += trained(card, group, cells)
+    about = [*([f"Not run: {'; '.join(missing)}."] if missing else []), *about]
     about.append(
         f"With {LEAST + 1} seeds and more, ± half the 95 % interval. The best mean of a column, in each block, is "
         "bold. Where runs failed or stayed at chance: how many learned, and the mean of those."
     )
-    if baselines:
+    if baselines := dict.fromkeys(base for row in card.rows if (base := row.baseline or card.baseline)):
         about.append(
-            f"Δ: difference to {names}, with its 95 % interval under the variance pooled over all tables' rows of the "
-            f"network, from {LEAST} degrees of freedom on (one interval at a time: verdicts are the claims')."
+            f"Δ: difference to {' and '.join(dict.fromkeys(card.row(key).label for key in baselines))}, with its 95 % "
+            "interval under the variance pooled over all tables' rows of the network, from "
+            f"{LEAST} degrees of freedom on (one interval at a time: verdicts are the claims')."
         )
     if spreads:
         about.append(f"Standard deviation of a run, pooled: {'; '.join(spreads)}.")
-    if of := card.paper_setting or card.paper_dataset:
-        about.append(f"Paper: printed values ({of}), never measured ones.")
+    if printed := card.paper_setting or card.paper_dataset:
+        about.append(f"Paper: printed values ({printed}), never measured ones.")
     return Sheet(
         stem=f"{card.name}_{group.stem}",
         title=card.title,
-        caption=f"{setting(card, group, cells)}. {what} after the last epoch: the mean, in brackets the seeds.",
+        caption=f"{setting}. {what} after the last epoch: the mean, in brackets the seeds.",
         about=tuple(about),
         header=tuple(header),
         index=tuple((row.block, row.name) for row in rows),
-        rows=tuple(map(tuple, places)),
+        rows=tuple(tuple(places[row.key]) for row in rows),
         notes=tuple(notes),
-        records=tuple(records),
+        records=tuple(
+            _record(card, row, column, every[column.key][row.key])
+            for column in columns
+            for row in card.rows
+            if row.has(column)
+        ),
     )
 
 
@@ -154,34 +161,38 @@ def by_batch(card: Card, group: Group, cells: Cells) -> Card:
     return replace(card, kind="table", rows=tuple(rows.values()), columns=tuple(columns))
 
 
-def differences(card: Card, group: Group, column: Column, cells: Cells) -> dict[str, Effect | None]:
-    """Compare every row with its baseline, in one model per network: value = row + seed, one variance."""
-    found: dict[str, Effect | None] = {}
-    if column.steps_to is not None:
-        return found
-    kinds = {row.key: cells.cell(card, row, group, column).kind for row in card.rows if row.has(column)}
-    for key, kind in kinds.items():
+def find(card: Card, group: Group, column: Column, cells: Cells) -> dict[str, Found]:
+    """Find what a column has, by row, and compare every row with its baseline: value = row + seed, one variance."""
+    read = quantities.value(column.value, column.at)
+    if (level := column.steps_to) is not None:
+        read = functools.partial(quantities.steps_to, level=level)
+    found = {}
+    for row in (row for row in card.rows if row.has(column)):
+        cell = cells.cell(card, row, group, column)
+        found[row.key] = Found(cell, effects.values_of(cell, read), paper_value(card, row, column, group))
+    for key, one in found.items():
         base = card.row(key).baseline or card.baseline
-        if base and base != key and kinds.get(base) == kind:
+        if level is None and base != key and base in found and found[base].cell.kind == one.cell.kind:
             weights = {effects.identity(card, card.row(of), column): sign for of, sign in ((key, 1), (base, -1))}
-            found[key] = effects.compare(cells, [card], group, column.statistics, weights, _value(column), [kind])
+            effect = effects.compare(cells, [card], group, column.statistics, weights, read, [one.cell.kind])
+            found[key] = one._replace(effect=effect)
     return found
 
 
-def value(cell: Cell, column: Column) -> str:
+def value(found: Found, column: Column) -> str:
     """ "45.26 (45.41, 45.10)", "45.26 ± 0.81 (n = 5)", "2 of 3 learned: 34.10 (...)", "failed", "not run"."""
+    cell, values = found.cell, list(found.values.values())
     if not cell.runs:
         return "failed" if cell.failed else "not run"
-    found = list(effects.values_of(cell, _value(column)).values())
     lost = f"{len(cell.learned)} of {cell.n} learned" if cell.lost else ""
-    if not found:
+    if not values:
         return lost or ("not reached" if column.steps_to is not None else "no value")
     digits = 0 if column.steps_to is not None else 2
-    shown = f"{sum(found) / len(found):,.{digits}f}"
-    if math.isfinite(half := effects.interval(found)):
-        shown += f" ± {half:.{digits}f} (n = {len(found)})"
-    elif found[1:]:
-        shown += f" ({', '.join(f'{one:,.{digits}f}' for one in found)})"
+    shown = f"{sum(values) / len(values):,.{digits}f}"
+    if math.isfinite(half := effects.interval(values)):
+        shown += f" ± {half:.{digits}f} (n = {len(values)})"
+    elif values[1:]:
+        shown += f" ({', '.join(f'{one:,.{digits}f}' for one in values)})"
     return f"{lost}: {shown}" if lost else shown
 
 
@@ -203,39 +214,35 @@ def paper_value(card: Card, row: Row, column: Column, group: Group) -> float | N
     return paper.printed(path.format(column=column.key) if "{column}" in path else f"{path}.{column.key}")
 
 
-def setting(card: Card, group: Group, cells: Cells) -> str:
-    """ "CIFAR-10, small Inception, budget lite (12 epochs of 50,000 images at 16 px)", from the runs."""
-    runs = _runs(card, group, cells)
-    length = dict.fromkeys(
-        f"{run['budget.epochs']} epochs of {_seen(run)} at {run['budget.size']} px" for run in _whole(runs)
-    )
+def described(card: Card, group: Group, cells: Cells) -> tuple[str, list[str]]:
+    """Describe the runs: "CIFAR-10, small Inception, budget lite (12 epochs of 50,000 images at 16 px)", and sentences
+    on data, seeds, arithmetic and weights."""
+    of_rows = (cells.cell(card, row, group, column) for row in card.rows for column in card.columns_of(row))
+    runs = [run for cell in of_rows for run in (*cell.runs, *cell.failed)]
+    whole = [run for run in runs if run["status"] == "done"] or runs  # one that failed early knows no data
+    length = dict.fromkeys(f"{run['budget.epochs']} epochs of {_seen(run)} at {run['budget.size']} px" for run in whole)
     words = [*dict.fromkeys(run["dataset"] for run in runs), *dict.fromkeys(run["network"] for run in runs)]
     words += [f"budget {group.budget} ({' / '.join(length)})", f"schedule {group.schedule}" if group.schedule else ""]
-    return ", ".join(filter(None, [*words, f"width {group.width:g}" if group.width != 1 else ""]))
-
-
-def trained(card: Card, group: Group, cells: Cells) -> list[str]:
-    """Data, seeds and arithmetic of the runs, in sentences."""
-    if not (runs := _runs(card, group, cells)):
-        return []
-    exact = (f"{run['dataset']}: {_recorded(run, 'data.fidelity') or 'exactness not recorded'}" for run in _whole(runs))
+    setting = ", ".join(filter(None, [*words, f"width {group.width:g}" if group.width != 1 else ""]))
+    if not runs:
+        return setting, []
+    exact = (f"{run['dataset']}: {_recorded(run, 'data.fidelity') or 'exactness not recorded'}" for run in whole)
     seeds = ", ".join(map(str, sorted({int(run["seed"]) for run in runs})))
     arithmetic = " / ".join(dict.fromkeys(str(run["arithmetic"]) for run in runs))
     said = [
         f"Data: {'; '.join(dict.fromkeys(exact))}.",
         f"Seeds {seeds}; {arithmetic}; schedule {runs[0]['schedule']}.",
     ]
-    weights = [run["weights"] for run in runs if isinstance(run["weights"], dict)]
     for what, key in (("Weights", "origin"), ("Constants of frozen BN", "constants")):
+        weights = [run["weights"] for run in runs if isinstance(run["weights"], dict)]
         origins = dict.fromkeys(str(of[key]) for of in weights if of.get(key))
         said += [f"{what}: {' / '.join(origins)}."] if origins else []
-    by_heart = [run for run in runs if isinstance(run["training"], dict)]  # a set that is learned so
-    if by_heart:
+    if by_heart := [run for run in runs if isinstance(run["training"], dict)]:  # a set that is learned so
         one = len({run["network"] for run in by_heart}) == 1
         seen = {run["normalizer"] if one else f"{run['normalizer']} on {run['network']}": run for run in by_heart}
         shown = (f"{name} {reached(run['training'])}" for name, run in seen.items())
         said.append(f"On training images, box / mask: {', '.join(shown)}.")
-    return said
+    return setting, said
 
 
 def latex(sheet: Sheet) -> str:
@@ -352,21 +359,13 @@ def _written(sheet: Sheet, escaped: Callable[[str], str], best: str, mark: str, 
     return pd.DataFrame([list(map(written, row)) for row in sheet.rows], index, list(map(escaped, sheet.header)))
 
 
-def _value(column: Column) -> quantities.Value:
-    if column.steps_to is not None:
-        level = column.steps_to
-        return lambda run: quantities.steps_to(run, level)
-    return quantities.value(column.value, column.at)
-
-
-def _best(card: Card, column: Column, cells: Mapping[str, Cell]) -> set[str]:
+def _best(card: Card, column: Column, found: Mapping[str, Found]) -> set[str]:
     """Return the row with the best mean of each block in which several have one."""
     means: dict[str, dict[str, float]] = {}
-    for row in card.rows:
-        found = list(effects.values_of(cells.get(row.key, Cell()), _value(column)).values())
-        if found and column.steps_to is None and not cells[row.key].lost:
-            means.setdefault(row.block, {})[row.key] = sum(found) / len(found)
-    best = min if quantities.QUANTITIES[column.value].lower else max
+    for row in card.rows if column.steps_to is None else ():
+        if (one := found.get(row.key)) and one.values and not one.cell.lost:
+            means.setdefault(row.block, {})[row.key] = sum(one.values.values()) / len(one.values)
+    best = min if QUANTITIES[column.value].lower else max
     return {best(of, key=lambda key: of[key]) for of in means.values() if len(of) > 1}
 
 
@@ -379,26 +378,10 @@ def _printed(card: Card, row: Row, column: Column, printed: float | None) -> str
     return f"{printed:,}" + (f" ({row.paper_batch[0]}, {row.paper_batch[1]})" if elsewhere and row.paper_batch else "")
 
 
-def _spreads(column: str, found: Mapping[str, Effect | None]) -> list[str]:
-    """Return the pooled spreads behind the differences of a column."""
-    words = [
-        f"{one.spread:.2f} ({one.df} degrees of freedom"
-        + ("" if math.isnan(one.equal) else f"; that all rows have the same: p = {one.equal:.2g}")
-        + ")"
-        for one in found.values()
-        if one and one.df
-    ]
-    return [f"{column}: {' / '.join(dict.fromkeys(words))}"] if words else []
-
-
-def _runs(card: Card, group: Group, cells: Cells) -> list[quantities.Run]:
-    of_rows = (cells.cell(card, row, group, column) for row in card.rows for column in card.columns_of(row))
-    return [run for cell in of_rows for run in (*cell.runs, *cell.failed)]
-
-
-def _whole(runs: list[quantities.Run]) -> list[quantities.Run]:
-    """Leave out runs that failed, unless all did: one that failed early knows no data."""
-    return [run for run in runs if run["status"] == "done"] or runs
+def _spread(found: Effect) -> str:
+    """ "0.68 (16 degrees of freedom; that all rows have the same: p = 0.31)"."""
+    equal = "" if math.isnan(found.equal) else f"; that all rows have the same: p = {found.equal:.2g}"
+    return f"{found.spread:.2f} ({found.df} degrees of freedom{equal})"
 
 
 def _seen(run: quantities.Run) -> str:
@@ -412,29 +395,26 @@ def _recorded(run: quantities.Run, key: str) -> Any:
     return None if pd.isna(found := run.get(key)) else found
 
 
-def _record(
-    card: Card, row: Row, column: Column, cell: Cell, printed: float | None, found: Effect | None
-) -> dict[str, object]:
+def _record(card: Card, row: Row, column: Column, one: Found) -> dict[str, object]:
     """Return a line of the CSV; pandas leaves nan and None empty."""
-    values = effects.values_of(cell, _value(column))
-    own = effects.identity(card, row, column)
+    own, effect, values = effects.identity(card, row, column), one.effect, one.values.values()
     return {
         "row": row.key,
         "label": f"{row.block} {row.name}".strip(),
         "column": column.key,
         "grad_batch": own.grad_batch,
         "stat_batch": own.stat_batch or "",
-        "runs": cell.n,
-        "learned": len(cell.learned),
-        "mean": sum(values.values()) / len(values) if values else "",
-        "half_width": effects.interval(list(values.values())),
-        "seeds": " ".join(map(str, values)),
-        "values": " ".join(f"{one:.6g}" for one in values.values()),
-        "paper": printed,
-        "difference": found.mean if found else "",
-        "difference_half_width": found.half_width() if found else "",
-        "spread": found.spread if found else "",
-        "df": found.df if found else "",
-        "records": " ".join(cell.ids),
-        "notes": "; ".join(cell.notes),
+        "runs": one.cell.n,
+        "learned": len(one.cell.learned),
+        "mean": sum(values) / len(values) if values else "",
+        "half_width": effects.interval(list(values)),
+        "seeds": " ".join(map(str, one.values)),
+        "values": " ".join(f"{value:.6g}" for value in values),
+        "paper": one.printed,
+        "difference": effect.mean if effect else "",
+        "difference_half_width": effect.half_width() if effect else "",
+        "spread": effect.spread if effect else "",
+        "df": effect.df if effect else "",
+        "records": " ".join(one.cell.ids),
+        "notes": "; ".join(one.cell.notes),
     }
