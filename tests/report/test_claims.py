@@ -56,14 +56,14 @@ def test_printed_values_are_differences_of_printed_numbers() -> None:
     for found in claims.claims():
         if found.quantity != "accuracy" or found.at or not isinstance(found.paper, dict) or found.than > 50:
             continue
-        if any(term.statistics == "online" and term.card == "table8" for term in found.contrast):
+        if any(term.statistics == "online" and term.card.name == "table8" for term in found.contrast):
             continue  # of Table 7, whose runs these are
         for dataset, value in found.paper.items():
             terms = []
             for term in found.contrast:
-                card, row = term.found
-                column = term.column or (term.statistics if card.name in ("table4", "table7") else dataset)
-
+                card, row = term.card, term.row
+                of_statistics = term.statistics if card.name in ("table4", "table7") else dataset
+                column = term.column.key if term.column else of_statistics
                 path = row.paper or (f"{card.paper}.{row.key}" if card.paper else "")
                 printed = (
                     paper.printed(path.format(column=column) if "{column}" in path else f"{path}.{column}")

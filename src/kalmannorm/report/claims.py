@@ -19,7 +19,7 @@ import yaml
 
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
-from kalmannorm.experiments.card import Row
+from kalmannorm.experiments.card import Card, Column, Row
 from kalmannorm.report import effects, quantities, speed
 from kalmannorm.report.effects import FIRST_STEPS, LEAST, Cell, Cells, Effect, Group, Shares, signed
 from kalmannorm.report.frame import Identity
@@ -39,28 +39,22 @@ class Term:
     """A signed row of a card, under one kind of statistics."""
 
     sign: int
-    card: str
-    row: str
-    column: str | None
+    card: Card
+    row: Row
+    column: Column | None
     statistics: str
 
     @property
     def identity(self) -> Identity:
-        """As the frame has the row. UserError: no such card, row or column."""
-        card, row = self.found
-        columns = {column.key: column for column in card.columns}
-        if self.column is not None and self.column not in columns:
-            raise UserError(f"{card.name}: row {self.row} has no column {self.column}")
-        return effects.identity(card, row, columns[self.column] if self.column else None)
+        """As the frame has the row."""
+        return effects.identity(self.card, self.row, self.column)
 
     @property
-    def found(self) -> tuple[cards.Card, Row]:
-        card = cards.read(self.card)
-        return card, card.row(self.row)
+    def place(self) -> str:
+        return f"{self.card.name}/{self.row.key}{f'@{self.column.key}' if self.column else ''}"
 
     def __str__(self) -> str:
-        sign, column = "+" if self.sign > 0 else "−", f"@{self.column}" if self.column else ""
-        return f"{sign} {self.card}/{self.row}{column}"
+        return f"{'+' if self.sign > 0 else '−'} {self.place}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +101,7 @@ class Claim:
     def of(self) -> tuple[str, ...]:
         """The data sets that it speaks of: those named, those that a value is printed for, else the card's."""
         printed = tuple(self.paper) if isinstance(self.paper, Mapping) else ()
-        return self.datasets or printed or (str(cards.read(self.contrast[0].card).runs.get("dataset", "cifar10")),)
+        return self.datasets or printed or (str(self.contrast[0].card.runs.get("dataset", "cifar10")),)
 
     def printed(self, dataset: str) -> float | None:
         """Return the paper's value on a data set."""
@@ -217,11 +211,15 @@ def _claim(tree: Mapping[str, Any]) -> Claim:
 
 
 def _term(text: str) -> Term:
-    """ "+table8/KEY@COLUMN online"."""
-    row, _, statistics = text[1:].partition(" ")
-    row, _, column = row.partition("@")
-    card, _, key = row.partition("/")
-    return Term(1 if text[0] == "+" else -1, card, key, column or None, statistics or "moving")
+    """Read "+table8/KEY@COLUMN online". UserError: no such card, row or column."""
+    place, _, statistics = text[1:].partition(" ")
+    name, _, key = place.partition("/")
+    key, _, column = key.partition("@")
+    card = cards.read(name)
+    of_runs = next((of for of in card.columns if of.key == column), None)
+    if column and of_runs is None:
+        raise UserError(f"{name}: row {key} has no column {column}")
+    return Term(1 if text[0] == "+" else -1, card, card.row(key), of_runs, statistics or "moving")
 
 
 def _of_claim(claim: Claim, cells: Cells, results: Path) -> list[Verdict]:
@@ -233,8 +231,7 @@ def _of_claim(claim: Claim, cells: Cells, results: Path) -> list[Verdict]:
     groups = [group for group in cells.groups(rows) if group.length not in UNJUDGED]
     if claim.budgets:
         groups = [group for group in groups if group.budget in claim.budgets]
-    judge = _stability if claim.quantity == "lost" else _measure
-    found = [judge(claim, group, rows, cells) for group in groups]
+    found = [_measure(claim, group, rows, cells) for group in groups]
     some = [verdict for verdict in found if verdict.ids]
     return some or [Verdict(claim, "not run", "no run of any side" if not found else found[0].why)]
 
@@ -243,9 +240,18 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
     """Estimate the effect, before its interval is known."""
     sides = [cells.of(row, group, term.statistics) for row, term in zip(rows, claim.contrast, strict=True)]
     verdict = Verdict(claim, "open", "", group)
+    ids = tuple(dict.fromkeys(identity for side in sides for identity in side.ids))
+    if claim.quantity == "lost":  # of all of the rows that ran
+        of = {sign: [side for side, t in zip(sides, claim.contrast, strict=True) if t.sign == sign] for sign in (1, -1)}
+        (lost, n), (others, m) = (
+            (sum(side.lost for side in of[sign]), sum(side.n for side in of[sign])) for sign in of
+        )
+        if not n or not m:
+            return replace(verdict, state="not run", why="no run of one side")
+        said = f"{lost} of {n} runs of one side were lost, {others} of {m} of the other"
+        return replace(verdict, why=said, effect=Shares(lost, n, others, m), ids=ids)
     if missing := [str(term) for term, side in zip(claim.contrast, sides, strict=True) if not side.n]:
         return replace(verdict, state="not run", why=f"no run of {', '.join(missing)}")
-    ids = tuple(dict.fromkeys(identity for side in sides for identity in side.ids))
     notes = tuple(dict.fromkeys(note for side in sides for note in side.notes))
     verdict = replace(verdict, ids=ids, notes=notes)
     kinds = {side.kind for side in sides if side.runs}
@@ -254,8 +260,8 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
     value = _value(claim, sides)
     if value is None:
         return replace(verdict, why="no run of the other side learned")
-    why, lost = _lost(claim, sides, value)
-    own = {term.card: cards.read(term.card) for term in claim.contrast}.values()
+    why, share = _lost(claim, sides, value)
+    own = {term.card.name: term.card for term in claim.contrast}.values()
     weights = dict.fromkeys(rows, 0.0)
     for row, term in zip(rows, claim.contrast, strict=True):
         weights[row] += term.sign
@@ -263,9 +269,9 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
         weights = {rows[0]: 1.0}
     statistics = claim.contrast[0].statistics
     found = effects.compare(cells, own, group, statistics, weights, value, kinds)
-    if found is None and not lost:
+    if found is None and not share:
         return replace(verdict, state="not run", why=f"the records have no {claim.quantity.replace('_', ' ')}")
-    return replace(verdict, effect=found, why=why, lost=lost)
+    return replace(verdict, effect=found, why=why, lost=share)
 
 
 def _value(claim: Claim, sides: Sequence[Cell]) -> quantities.Value | None:
@@ -287,8 +293,8 @@ def _value(claim: Claim, sides: Sequence[Cell]) -> quantities.Value | None:
 
 def _within_runs(claim: Claim) -> bool:
     """Say whether it compares two kinds of statistics of the same row."""
-    one, *others = claim.contrast
-    return len(others) == 1 and (one.card, one.row, one.column) == (others[0].card, others[0].row, others[0].column)
+    places = [term.place for term in claim.contrast]
+    return len(places) == 2 and places[0] == places[1]
 
 
 def _lost(claim: Claim, sides: Sequence[Cell], value: quantities.Value) -> tuple[str, Literal["", "some", "most"]]:
@@ -309,20 +315,6 @@ def _lost(claim: Claim, sides: Sequence[Cell], value: quantities.Value) -> tuple
     if not share[favoured]:
         return "", ""
     return "; ".join(said), "most" if share[favoured] > max(0.5, share[-favoured]) else "some"
-
-
-def _stability(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells) -> Verdict:
-    """Return the percent of runs that were lost, of the plus rows less the minus rows, of all of them that ran in the
-    group."""
-    sides: dict[int, list[Cell]] = {1: [], -1: []}
-    for row, term in zip(rows, claim.contrast, strict=True):
-        sides[term.sign].append(cells.of(row, group, term.statistics))
-    (lost, n), (others, m) = ((sum(c.lost for c in of), sum(c.n for c in of)) for of in (sides[1], sides[-1]))
-    ids = tuple(dict.fromkeys(identity for of in sides.values() for cell in of for identity in cell.ids))
-    if not n or not m:
-        return Verdict(claim, "not run", "no run of one side", group)
-    said = f"{lost} of {n} runs of one side were lost, {others} of {m} of the other"
-    return Verdict(claim, "open", said, group, Shares(lost, n, others, m), ids=ids)
 
 
 def _in_family(verdict: Verdict) -> bool:
@@ -366,11 +358,7 @@ def _count(claim: Claim) -> Verdict:
     """Of numbers of parameters: counted from the models, no run is needed."""
     from kalmannorm.report import parameters
 
-    terms = []
-    for term in claim.contrast:
-        card, row = term.found
-        column = next((column for column in card.columns if column.key == term.column), None)
-        terms.append((term, parameters.count(card.settings(row, column))))
+    terms = [(term, parameters.count(term.card.settings(term.row, term.column))) for term in claim.contrast]
     plus, minus = (sum(n for term, n in terms if term.sign == sign) for sign in (1, -1))
     value = 100 * (plus / minus - 1) if claim.relative else plus - minus
     state: State = "supported" if decide(claim, value, value) == "supported" else "contradicted"
@@ -380,9 +368,9 @@ def _count(claim: Claim) -> Verdict:
 
 def _timed(claim: Claim, results: Path) -> list[Verdict]:
     """For each measurement of two networks whose training steps alternate: how much slower the second is."""
-    plus, minus = (term.row for term in claim.contrast)
+    plus, minus = (term.row.key for term in claim.contrast)
     found = []
-    for measurement in speed.read(results, cards.read(claim.contrast[0].card)):
+    for measurement in speed.read(results, claim.contrast[0].card):
         low, middle, high = (100 * (ratio - 1) for ratio in speed.quartiles(speed.ratios(measurement, plus, minus)))
         pairs = len(measurement["seconds"][plus])
         why = f"the middle half of {pairs} pairs of steps; {speed.describe(measurement, plus)}"

@@ -29,6 +29,7 @@ FIRST_STEPS = {
     "gradients": "gradient / weight",
 }
 SMOOTHED = 10  # steps of a training loss
+RELEASED = ((0, 0.1),)  # the released recipe's highest rate
 READING = "Line: mean over the seeds that learned; band: from the lowest to the highest; hollow: one seed."
 SN_OF, TILE = ("in", "ln", "bn"), 8
 OF_SN = {"IN": Look("#000000", "^", ":"), "LN": Look(style.GREY, "D", "--"), "BN": Look(style.ORANGE, "s", "-")}
@@ -108,14 +109,17 @@ def curves(card: Card, group: Group, cells: Cells) -> Figures:
     lines."""
     look = _looks(card)
 
+    def line(label: str, look: Look, runs: Sequence[quantities.Run], band: bool = True) -> Line:
+        places = list(zip(*(run["curve"] for run in runs), strict=False))  # as far as all of them got
+        values = [[np.nan if value is None else value for value in place] for place in places]
+        return Line(label, look, runs[0]["step"][: len(places)], values, band=band)
+
     def of_row(row: Row, cell: Cell) -> Iterator[Line]:
-        learned = [run for run in cell.learned if _curve(run)]
-        for runs in [learned] if learned else []:
-            yield Line(row.name, look[row.name], *_together(runs))
-        for run in cell.runs:
-            if not run["learned"] and _curve(run):
-                thin = Look(look[row.name].colour, "", ":")
-                yield Line(f"{row.name}, at chance", thin, *_together([run]), band=False)
+        runs = [run for run in cell.runs if isinstance(run["curve"], list) and len(run["curve"]) > 1]
+        if learned := [run for run in runs if run["learned"]]:
+            yield line(row.name, look[row.name], learned)
+        for run in (run for run in runs if not run["learned"]):
+            yield line(f"{row.name}, at chance", Look(look[row.name].colour, "", ":"), [run], band=False)
 
     found = [
         [
@@ -353,17 +357,6 @@ def _lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", ti
     return {"": lines(drawn, said, scale, ticks)} if drawn else {}
 
 
-def _curve(run: quantities.Run) -> bool:
-    return isinstance(run["curve"], list) and len(run["curve"]) > 1
-
-
-def _together(runs: Sequence[quantities.Run]) -> tuple[list[float | None], list[list[float]]]:
-    """Return the steps of some runs' evaluations, as far as all of them got, and the accuracies at each."""
-    places = list(zip(*(run["curve"] for run in runs), strict=False))
-    values = [[np.nan if value is None else value for value in place] for place in places]
-    return runs[0]["step"][: len(places)], values
-
-
 def _norms(run: quantities.Run, key: str) -> dict[str, Any] | None:
     return (run["norms"] or {}).get(key)
 
@@ -432,24 +425,26 @@ def _said(card: Card, group: Group) -> str:
     return f"{', '.join(filter(None, ['' if group.dataset else ' / '.join(of_columns), group.label]))}."
 
 
-def _stat_batch(card: Card, row: Row) -> float | None:
-    return effects.identity(card, row).stat_batch or None
-
-
-def _gain(card: Card, row: Row) -> float | None:
-    return card.settings(row).get("norm.options.gain")
-
-
-def _highest_rate(card: Card, row: Row) -> float:
-    rates = card.settings(row).get("schedule.lr")
-    return max(rate for _, rate in rates) if rates else 0.1  # the released recipe's
-
-
 # Of cards that vary one setting: its name, the axis's scale, what reads it off a row, and what panels are of.
 SETTINGS: Mapping[str, tuple[str, str, Callable[[Card, Row], float | None], str]] = {
-    "stat_batch": ("images that share statistics", "log", _stat_batch, "{0.network}"),
-    "initial_gain": ("initial gain q", "logit", _gain, "{0.network}, statistics of {0.stat_batch}"),
-    "learning_rate": ("highest learning rate", "log", _highest_rate, "{0.network}"),
+    "stat_batch": (
+        "images that share statistics",
+        "log",
+        lambda card, row: effects.identity(card, row).stat_batch or None,
+        "{0.network}",
+    ),
+    "initial_gain": (
+        "initial gain q",
+        "logit",
+        lambda card, row: card.settings(row).get("norm.options.gain"),
+        "{0.network}, statistics of {0.stat_batch}",
+    ),
+    "learning_rate": (
+        "highest learning rate",
+        "log",
+        lambda card, row: max(rate for _, rate in card.settings(row).get("schedule.lr", RELEASED)),
+        "{0.network}",
+    ),
 }
 Draw = Callable[[Card, Group, Cells], Figures]
 DRAW: Mapping[str, Draw] = {
