@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Row
@@ -18,7 +20,6 @@ from kalmannorm.report import claims, effects, figures, frame, page, parameters,
 from kalmannorm.report.compare import compare as beside
 from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.page import Made
-from kalmannorm.report.tables import Sheet
 
 ALONE = ("gains", "layer_errors", "mixture", "death", "conditioning")  # kinds of cards that say something of one run
 GROUPED = ("dataset", "budget", "schedule")
@@ -36,7 +37,7 @@ def report(name: str, arguments: list[str]) -> int:
     card, own, overrides = chosen(name, [argument for argument in rest if not argument.startswith("device=")])
     results = Path(paths.get("results") or "results")
     named = {key: value for key, _, value in (override.partition("=") for override in overrides)}
-    others = {key: _value(value) for key, value in named.items() if key not in (*GROUPED, "arch.width")}
+    others = {key: yaml.safe_load(value) for key, value in named.items() if key not in (*GROUPED, "arch.width")}
     apart = [f"{key}-{value}" for key, value in {**own, **others}.items() if key != "seeds" and value != "paper"]
     stem = "-".join([name, *(re.sub(r"[^\w.]+", "-", said).strip("-") for said in apart)])  # not over the whole table
     rows = tuple(replace(row, runs={**row.runs, **others}) for row in card.rows)
@@ -85,15 +86,14 @@ def write_all(results: Path) -> list[Path]:
             absent += [] if found else [card]
     verdicts = claims.evaluate(cells, results)
     written = [results / file for one in made for file in one.files]
-    drawn = b""
-    if picture := page.forest(verdicts):
-        drawn = _write(results, "claims", picture)
-        written += [results / "claims.png", results / "claims.pdf"]
+    picture = page.forest(verdicts)
+    drawn, files = _draw(results, "claims", picture) if picture else ("", [])
+    written += [results / file for file in files]
     elsewhere = sorted(str(folder.relative_to(results)) for folder in results.glob("*/records"))
-    text = page.render(cells, made, verdicts, absent, plots.inline(drawn, "claims") if drawn else "", elsewhere)
-    for name, content in (("report.html", text), ("claims.md", page.claims_file(verdicts))):
-        write_atomically(results / name, content.encode(errors="surrogateescape"))  # names of folders, as they are
-        written.append(results / name)
+    text = page.render(cells, made, verdicts, absent, drawn, elsewhere)
+    texts = {"report.html": text, "claims.md": page.claims_file(verdicts)}
+    pages = {name: content.encode(errors="surrogateescape") for name, content in texts.items()}  # folders' names as are
+    written += [results / name for name in _write(results, pages)]
     for name, generate in DOCUMENTS.items():
         document = results.resolve().parent / name
         if results.name == "results" and document.exists() and page.GENERATED[0] in document.read_text():
@@ -123,19 +123,19 @@ def _make(card: Card, cells: Cells, results: Path, wanted: Any) -> Iterator[Made
     """Write the files of a card, and say what they show, for each group of its runs."""
     if card.kind in ("parameters", "speed"):
         counted = parameters.sheet(card) if card.kind == "parameters" else speed.sheet(card, results)
-        yield Made(card, None, counted, {}, _write_sheet(results, counted))
+        yield Made(card, None, counted, {}, _write(results, tables.files(counted)))
         return
     for group in groups(card, cells):
         if wanted(group):
             shown = tables.by_batch(card, group, cells) if card.kind == "stat_batch" else card
             sheet = tables.table(shown, group, cells) if shown.kind == "table" else None
-            files = _write_sheet(results, sheet) if sheet else []
+            files = _write(results, tables.files(sheet)) if sheet else []
             pictures: dict[str, str] = {}
             for behind, figure in figures.DRAW[card.kind](card, group, cells).items():
                 stem = f"{card.name}{behind}_{group.stem}"
-                picture = _write(results, stem, figure, group.main)  # others are linked: the page is to stay small
-                pictures |= {behind: plots.inline(picture, stem)} if picture else {}
-                files += [f"{stem}.png", *([f"{stem}.pdf"] if group.main else [])]
+                picture, of_picture = _draw(results, stem, figure, group.main)  # others are linked, for a small page
+                pictures |= {behind: picture} if picture else {}
+                files += of_picture
             if sheet or pictures or files:
                 yield Made(card, group, sheet, pictures, files)
 
@@ -184,23 +184,14 @@ def _fits(group: Group, named: dict[str, str]) -> bool:
     )
 
 
-def _write_sheet(results: Path, sheet: Sheet) -> list[str]:
-    files = tables.files(sheet)
+def _write(results: Path, files: dict[str, bytes]) -> list[str]:
     for name, content in files.items():
         write_atomically(results / name, content)
     return list(files)
 
 
-def _write(results: Path, stem: str, figure: Any, whole: bool = True) -> bytes:
-    """Write a picture as PNG, and, where `whole`, as PDF; its SVG is returned."""
+def _draw(results: Path, stem: str, figure: Any, whole: bool = True) -> tuple[str, list[str]]:
+    """Write a picture as PNG, and, where `whole`, as PDF; return an SVG for the page, and the names of the files."""
     found = plots.encode(figure, ("png", "pdf", "svg") if whole else ("png",))
-    picture = found.pop("svg", b"")
-    for ending, content in found.items():
-        write_atomically(results / f"{stem}.{ending}", content)
-    return picture
-
-
-def _value(text: str) -> Any:
-    import yaml
-
-    return yaml.safe_load(text)
+    drawn = plots.inline(found.pop("svg"), stem) if whole else ""
+    return drawn, _write(results, {f"{stem}.{ending}": content for ending, content in found.items()})

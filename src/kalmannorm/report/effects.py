@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,13 +63,12 @@ class Group(NamedTuple):
         return self.budget.split(" ")[0]
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """The runs of one row in one group under one kind of statistics, in the order of their seeds."""
 
-    runs: tuple[Run, ...] = ()  # finished, one a seed
-    failed: tuple[Run, ...] = ()
-    left_out: tuple[Run, ...] = ()
+    runs: list[Run]  # finished, one a seed
+    failed: list[Run]
+    left_out: list[Run]
 
     @property
     def learned(self) -> list[Run]:
@@ -108,16 +107,13 @@ class Cells:
 
     def __init__(self, runs: pd.DataFrame) -> None:
         self.runs = runs
-        together: dict[tuple[Any, ...], dict[str, list[Run]]] = {}
-        current = runs[runs.state != "stale"].sort_values("seed", kind="stable")
-        for run in current.to_dict("records"):
+        self._found: dict[tuple[Any, ...], Cell] = {}
+        current: Any = runs[runs.state != "stale"].sort_values("seed", kind="stable").to_dict("records")
+        for run in current:
             key = tuple(run[column] for column in (*frame.ROW, *frame.GROUP, "statistics"))
-            together.setdefault(key, {}).setdefault(run["state"], []).append({str(k): v for k, v in run.items()})
-        self._found = {
-            key: Cell(*(tuple(of.get(state, ())) for state in ("used", "failed", "left out")))
-            for key, of in together.items()
-        }
-        self.default_schedule = frame.default_schedule()
+            cell = self._found.setdefault(key, Cell([], [], []))
+            {"used": cell.runs, "failed": cell.failed, "left out": cell.left_out}[run["state"]].append(run)
+        self.default_schedule = frame.defaults()["schedule"]
 
     def cell(self, card: Card, row: Row, group: Group, column: Column | None = None, statistics: str = "") -> Cell:
         """Return the runs of a row, by the column's statistics; an empty cell where there are none."""
@@ -129,7 +125,7 @@ class Cells:
         schedule = row.rates or group.schedule or row.schedule or self.default_schedule
         whole = (row.network, width, row.normalizer, row.grad_batch, row.stat_batch)
         budget = f"{group.budget} {row.length}".strip()
-        return self._found.get((*whole, row.dataset or group.dataset, budget, schedule, statistics), Cell())
+        return self._found.get((*whole, row.dataset or group.dataset, budget, schedule, statistics), Cell([], [], []))
 
     def groups(self, rows: Iterable[Identity]) -> list[Group]:
         """Those in which any of the rows has runs, the papers' length first; of a data set that a row fixes, "".

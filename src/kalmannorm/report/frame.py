@@ -88,7 +88,7 @@ def check(runs: pd.DataFrame, numerics: int = NUMERICS) -> pd.DataFrame:
         said = [f"{run.arithmetic} where the others are {usual.arithmetic}"] * (run.arithmetic != usual.arithmetic)
         return " and ".join([*said, *["other data than the others'"] * (run["data.sha256"] != usual["data.sha256"])])
 
-    notes: dict[Any, list[str]] = {identity: [] for identity in one.index}
+    note = dict.fromkeys(one.index, "")
     for of, words in (
         (stale, lambda run: f"stale: made by NUMERICS {run.numerics}, this is {numerics}"),
         (other, lambda run: f"left out: {otherwise(run)}"),
@@ -97,9 +97,8 @@ def check(runs: pd.DataFrame, numerics: int = NUMERICS) -> pd.DataFrame:
         (done[~done.learned.astype(bool)], lambda run: "at chance under any statistics"),
     ):
         for identity, run in of.iterrows():
-            notes[identity].append(words(run))
-    said = {identity: "; ".join(of_run) for identity, of_run in notes.items()}
-    return runs.assign(state=runs.id.map(state), note=runs.id.map(said))
+            note[identity] = "; ".join(filter(None, [note[identity], words(run)]))
+    return runs.assign(state=runs.id.map(state), note=runs.id.map(note))
 
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
@@ -115,7 +114,7 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
 def identity(text: str) -> Identity:
     """Return what a card's settings, as JSON, stand for."""
     settings: dict[str, Any] = json.loads(text)
-    chosen = {**_defaults(), **{key.lstrip("+"): value for key, value in settings.items()}}
+    chosen = {**defaults(), **{key.lstrip("+"): value for key, value in settings.items()}}
     batch = dict(zip(("grad_batch", "stat_batch"), batch_sizes(chosen["batch"]), strict=True)) | _under("batch", chosen)
     known = norm_defaults(chosen["norm"])
     norm = {"name": known["name"], **_under("norm", chosen)}
@@ -134,11 +133,6 @@ def identity(text: str) -> Identity:
         rates=_words(chosen["schedule"], rates) if own else None,
         length=_words("", dict(sorted(_under("budget", chosen).items()))).strip(),
     )
-
-
-def default_schedule() -> str:
-    """Return what runs have that name no other."""
-    return str(_defaults()["schedule"])
 
 
 def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
@@ -238,7 +232,8 @@ def batch_sizes(name: str) -> tuple[int, int]:
 
 
 @functools.cache
-def _defaults() -> dict[str, str]:
+def defaults() -> dict[str, str]:
+    """Return what conf/config.yaml chooses of each group."""
     listed = yaml.safe_load((conf_dir() / "config.yaml").read_text())["defaults"]
     return {key: value for entry in listed if isinstance(entry, dict) for key, value in entry.items() if value}
 

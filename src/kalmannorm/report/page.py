@@ -4,7 +4,6 @@ The page is one file that works without network: the answer, the claims, the run
 a link that opens its runs (#runs=ID,ID). What comes from records is escaped by the template engine.
 """
 
-import functools
 import json
 import math
 import re
@@ -25,7 +24,6 @@ from kalmannorm.report.quantities import missing
 from kalmannorm.report.tables import Sheet
 
 if TYPE_CHECKING:
-    import jinja2
     from matplotlib.figure import Figure
 
 MARKS = {"supported": "✓", "contradicted": "✗", "open": "?"}
@@ -104,11 +102,6 @@ def render(
 
 def write(template: str, **view: Any) -> str:
     """Return a template filled in."""
-    return _environment().get_template(template).render(**view)
-
-
-@functools.cache
-def _environment() -> "jinja2.Environment":
     import jinja2
 
     found = jinja2.Environment(
@@ -120,7 +113,7 @@ def _environment() -> "jinja2.Environment":
     )
     found.filters |= {"md": tables.escape_markdown, "pipes": tables.markdown, "table": tables.page_html}
     found.filters["letter"] = tables.letter
-    return found
+    return found.get_template(template).render(**view)
 
 
 def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Any
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.card import Card
 from kalmannorm.experiments.measurement import FOLDER, Measurement, where
-from kalmannorm.experiments.record import Tree
 from kalmannorm.report import paper
 from kalmannorm.report.tables import Place, Sheet
 
@@ -37,7 +36,12 @@ def read(results: Path, card: Card) -> list[Measurement]:
             raise UserError(f"{path} is not a whole measurement: move it away, or delete it to measure again") from None
         if measurement["experiment"] == card.name:
             found.append(measurement)
-    return sorted(found, key=lambda m: _order(m, card), reverse=True)
+
+    def order(measurement: Measurement) -> tuple[Any, ...]:
+        of, host = measurement["configs"][str(card.baseline)], where(measurement["host"])
+        return of["size"], of["batch"]["grad_batch"], host, of["compile"], measurement["id"]
+
+    return sorted(found, key=order, reverse=True)
 
 
 def sheet(card: Card, results: Path) -> Sheet:
@@ -90,16 +94,12 @@ def sheet(card: Card, results: Path) -> Sheet:
 
 def describe(measurement: Measurement, row: str) -> str:
     """Device, resolution, batches and arithmetic: "AMD EPYC, 2 threads; 64x64 px, (32, 32), fp32, eager"."""
-    return f"{where(measurement['host'])}; {setting(measurement['configs'][row])}"
-
-
-def setting(config: Tree) -> str:
-    """Resolution, batches and arithmetic."""
+    config = measurement["configs"][row]
     width, batch = config["arch"].get("width", 1), config["batch"]
     narrow = f", width {width:g}" if width != 1 else ""
     pair = f"({batch['grad_batch']}, {batch['stat_batch'] or '–'})"
-    compiled = "compiled" if config["compile"] else "eager"
-    return f"{config['size']}x{config['size']} px, {pair}{narrow}, {config['precision']}, {compiled}"
+    said = f"{config['size']}x{config['size']} px, {pair}{narrow}, {config['precision']}"
+    return f"{where(measurement['host'])}; {said}, {'compiled' if config['compile'] else 'eager'}"
 
 
 def ratios(measurement: Measurement, base: str, other: str) -> list[float]:
@@ -112,14 +112,3 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Between the outer two lies the middle half; all of them where there are fewer than four."""
     low, high = (min(values), max(values)) if len(values) < 4 else quantiles(values, n=4)[::2]
     return low, median(values), high
-
-
-def _order(measurement: Measurement, card: Card) -> tuple[Any, ...]:
-    config = measurement["configs"][str(card.baseline)]
-    return (
-        config["size"],
-        config["batch"]["grad_batch"],
-        where(measurement["host"]),
-        config["compile"],
-        measurement["id"],
-    )
