@@ -416,6 +416,34 @@ def test_sampling_draws_anew_in_training_and_the_same_in_evaluation() -> None:
     assert torch.equal(model(x), model(x))
 
 
+class Same(nn.Conv2d):
+    """A convolution of a class of its own, which computes the same."""
+
+
+class Doubling(nn.Conv2d):
+    """One that does not."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, 2 * weight, bias)
+
+
+@pytest.mark.parametrize("options", [{"predictor": "sampling"}, {"transition": "learned"}, {}], ids=str)
+def test_a_subclass_of_a_convolution_is_predicted_by_what_it_computes(options: dict[str, str]) -> None:
+    found = []
+    for kind in (nn.Conv2d, Same, Doubling):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), kind(4, 4, 3), nn.BatchNorm2d(4))
+        found.append(convert(model, "bkn", stat_batch=2, **options))
+    plain, same, doubling = found
+    x = torch.randn(4, 3, 8, 8)
+    assert plain.state_dict().keys() == same.state_dict().keys()
+    torch.testing.assert_close(same(x), plain(x))
+    with torch.no_grad():
+        plain[3].weight *= 2  # type: ignore[index, operator]
+        if not options:
+            torch.testing.assert_close(doubling(x), plain(x))
+
+
 def test_sampling_refuses_what_it_does_not_draw() -> None:
     net = Chain(lambda self, x: F.relu(x))
     net.conv2 = conv3x3(4, 5, padding_mode="reflect")

@@ -51,9 +51,9 @@ from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a converted model
 INPUT_COUNT = "input_belief_batches"  # of a model that sees them itself: how many batches they are of
 _MARK = contract.MARK
-# Forwards of layers whose beliefs are computed inside of them.
-CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-TRANSPOSED = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
+# Layers whose beliefs are computed inside of them.
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_TRANSPOSED = nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward
 
 
 def convert(
@@ -267,7 +267,7 @@ def _is_container(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> boo
     """Whether a module has a forward to write beliefs into: not one of torch's own, nor what has a rule as a whole."""
     if isinstance(module, (Estimator, torch.jit.ScriptModule, *leaves)) or type(module).__name__ in MODULES_BY_NAME:
         return False
-    if classes.generated(type(module)) is not None:
+    if classes.generated(type(module)) is not None or _is_layer(type(module)):
         return False
     if "forward" in module.__dict__:  # set on the instance
         return any(isinstance(part, Estimator) for part in module.modules())
@@ -275,6 +275,15 @@ def _is_container(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> boo
         return False
     own = ("torch.nn.", "kalmannorm.norm.")
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith(own)
+
+
+def _is_convolution(kind: Any) -> bool:
+    """Whether a class computes what torch's convolution does."""
+    return any(kind.forward is of.forward and kind._conv_forward is of._conv_forward for of in _CONVOLUTIONS)
+
+
+def _is_layer(kind: Any) -> bool:
+    return kind.forward is nn.Linear.forward or kind.forward in _TRANSPOSED or _is_convolution(kind)
 
 
 def _generate_layers(layers: dict[str, _BatchNorm], built: dict[_BatchNorm, nn.Module]) -> None:
@@ -391,9 +400,9 @@ def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str
         code = classes.LINEAR
     elif base.__name__ == "Conv2dSame":
         code = classes.OTHER_CONVOLUTION
-    elif base.forward in TRANSPOSED:
+    elif base.forward in _TRANSPOSED:
         code = classes.TRANSPOSED
-    elif base.forward not in CONVOLUTIONS:
+    elif not _is_convolution(base):
         return
     elif not own:
         code = classes.CONVOLUTION
@@ -426,7 +435,7 @@ def _attach(
     predictors: dict[nn.Module, nn.Module] = {}
 
     def found(name: str, layer: _ConvNd, single: bool) -> None:
-        if layer in predictors or type(layer).forward not in CONVOLUTIONS:
+        if layer in predictors or not _is_convolution(type(layer)):
             return
         number = sum(isinstance(module, Noise) for module in source.modules())
         # Of a copy, in evaluation: where a spectral norm is read in training, it advances.
