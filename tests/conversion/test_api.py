@@ -63,6 +63,7 @@ def test_the_library_needs_torch_and_numpy_alone():
         "kn.set_statistics(model, 'online')\n"
         "kn.precise_statistics(model, [torch.randn(4, 3, 8, 8)])\n"
         "kn.fold(model.eval())\n"
+        "assert 'torch._dynamo' not in sys.modules, 'the compiler was imported'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -138,9 +138,15 @@ def _kind(func: object, name: str, args: Args, beliefs: Args) -> str:
     return ""
 
 
-@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
 def follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
-    """A forward, or another function, as it is, with beliefs: what it returns, or Returned where beliefs were given."""
+    """A forward, or another function, as it is, with beliefs: what it returns, or Returned where beliefs were given.
+    Not compiled."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(_follow, recursive=False)(forward, module, args, kwargs, beliefs)
+    return _follow(forward, module, args, kwargs, beliefs)
+
+
+def _follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
     retrace.refuse(module, args)
     switches, loans = _around(class_of(module))
     with Flow(switches) as flow, lending(loans):
