@@ -87,24 +87,17 @@ class Whitening(GroupedStatistics):
         self.group, self.average = min(group, num_features), average
         self.channel_groups = -(-num_features // self.group)
         self.averaged = (*self.averaged, f"running_{average}")
-        start = None
-        if self.running_mean is not None:
-            start = self._identity().to(self.running_mean)
+        start = None if self.running_mean is None else self._present(self.running_mean).diag_embed()
         self.register_buffer(self.averaged[-1], start)
 
     def whiten(self, cov: Tensor) -> Tensor:
         """W [..., d, d] of covariances."""
         raise NotImplementedError
 
-    def _mask(self) -> Tensor:
-        """[groups, d, d]: 1 where both channels are there."""
-        present = torch.arange(self.channel_groups * self.group) < self.num_features
-        present = present.view(self.channel_groups, self.group).float()
-        return present.unsqueeze(-1) * present.unsqueeze(-2)
-
-    def _identity(self) -> Tensor:
-        """[groups, d, d]: 1 on the diagonal of channels that are there."""
-        return self._mask().diagonal(dim1=-2, dim2=-1).diag_embed()
+    def _present(self, like: Tensor) -> Tensor:
+        """[groups, d]: 1 where a channel is there."""
+        present = torch.arange(self.channel_groups * self.group, device=like.device) < self.num_features
+        return present.view(self.channel_groups, self.group).to(like.dtype)
 
     def group_size(self, x: Tensor) -> int:
         size = super().group_size(x)
@@ -149,15 +142,14 @@ class Whitening(GroupedStatistics):
 
     def _with_eps(self, cov: Tensor) -> Tensor:
         """cov [..., groups, d, d] + eps on the diagonal of channels that are there."""
-        return cov + self.eps * self._identity().to(cov)
+        return cov + self.eps * self._present(cov).diag_embed()
 
     def _whiten(self, cov: Tensor) -> Tensor:
         """W [..., groups, d, d] of covariances that have their eps; zero where channels are not there."""
-        mask = self._mask().to(cov)
+        present = self._present(cov)
         # Each its own where channels are not there: second derivatives need eigenvalues that differ.
         padding = self.pad_value * torch.arange(1, self.group + 1).to(cov)
-        missing = 1 - mask.diagonal(dim1=-2, dim2=-1)
-        return self.whiten(cov + (padding * missing).diag_embed()) * mask
+        return self.whiten(cov + (padding * (1 - present)).diag_embed()) * present[..., None] * present[:, None]
 
     def _scaled(self, whitening: Tensor) -> Tensor:
         """gamma W; gamma [C] belongs to W's rows."""
