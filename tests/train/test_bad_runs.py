@@ -12,6 +12,7 @@ from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import compose
 from kalmannorm.train import checkpoint, loop
 
+pytestmark = pytest.mark.usefixtures("small")
 SMALL = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu"]
 
 

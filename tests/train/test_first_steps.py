@@ -48,6 +48,7 @@ def test_gradients_are_relative_to_the_weights():
     np.testing.assert_allclose(seen["gradients"][1], expected, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("norm", ["bkn", "wnn"])
 def test_a_run_of_the_first_steps_alone(tmp_path: Path, norm: str):
     small = ["dataset=digits", "budget=start", "budget.stop_after=3", "arch.width=0.125", "device=cpu", f"norm={norm}"]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,6 @@ def test_export_holds_weights_and_configuration(done, capsys):
 
 
 # --- the same numbers again ---
-
-
-@pytest.fixture
-def small() -> Iterator[None]:
-    with small_digits():
-        yield
 
 
 @pytest.mark.usefixtures("small")
@@ -366,6 +360,7 @@ def test_weight_decay_is_by_module_type():
     assert {n for n in names.values() if "gain" in n or "noise" in n} <= {names[id(p)] for p in rest["params"]}
 
 
+@pytest.mark.usefixtures("small")
 def test_one_optimizer_step_a_batch(tmp_path, monkeypatch):
     steps = []
     original = torch.optim.SGD.step
@@ -384,6 +379,7 @@ def test_seeds_share_nothing_and_normalizers_share_initial_weights():
     assert not torch.equal(weights["bn", 1], weights["bn", 2])
 
 
+@pytest.mark.usefixtures("small")
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_record_that_says_so(tmp_path, capsys):
     overrides = [*SMALL, "schedule.lr=[[400,1.0e+30]]", "budget.epochs=3", *place(tmp_path)]
     assert main(["train", *overrides]) == 1
@@ -392,6 +388,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_record_that_says_so(tmp_p
     assert "final" not in record and "not finite" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small")
 def test_bf16_is_an_option(tmp_path):
     assert main(["train", *SMALL[:-1], "precision=bf16", *place(tmp_path)]) == 0
     assert only_record(tmp_path)["config"]["precision"] == "bf16"
@@ -439,6 +436,7 @@ def test_every_image_is_counted_once_and_the_order_of_the_test_set_does_not_matt
         assert math.isclose(other, values["loss"], rel_tol=1e-5) is (kind == "moving")
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("norm", "kinds"), [("bkn", ["moving", "online"]), ("gn", ["moving"])])
 def test_what_is_known_is_not_evaluated_again(tmp_path, monkeypatch, norm, kinds):
     """Without batch statistics both kinds are one evaluation; the last epoch's is the run's."""

@@ -45,6 +45,7 @@ def test_input_belief_is_that_of_the_preprocessed_training_set() -> None:
     assert not set(INPUT_BELIEF) & set(model.state_dict())
 
 
+@pytest.mark.usefixtures("small")
 def test_a_run_with_an_input_belief_is_evaluated_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """evaluate measures it again; the one R of v1, the same tensor under many names, can be exported."""
     assert main(["train", *WITH_INPUT, *place(tmp_path)]) == 0
@@ -72,6 +73,7 @@ def test_weight_norm_starts_from_the_first_batch_of_the_run() -> None:
     assert mean.abs().max() < 1e-4 and error(var.detach(), torch.ones_like(var)) < 1e-3
 
 
+@pytest.mark.usefixtures("small")
 def test_brn_s_schedule_follows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before every step its share of the run's steps; before an evaluation that of the epochs done."""
     seen: list[float] = []
