@@ -216,7 +216,7 @@ def test_user_errors() -> None:
     with pytest.raises(UserError, match="batch 6 cannot be dealt out to 4 devices: give a multiple of 4"):
         loader(batch=6, shard=(0, 4))
     with pytest.raises(UserError, match="batch 64 is larger than the 50 training images"):
-        loader(batch=64).epoch(0)
+        next(loader(batch=64).epoch(0))
     with pytest.raises(UserError, match="evaluation batch 10 is not a multiple of the statistics batch 4"):
         loader().plain(10, fill=4)
 

@@ -7,6 +7,7 @@ through torchvision (`stream`), or FFCV's file (`beton_loader`).
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,17 +69,18 @@ class Batches(ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; what is left over is dropped."""
+        """Whole batches in an epoch; what is left over is dropped. UserError: not even one."""
+        if self.batch > self.count:
+            raise UserError(f"batch {self.batch} is larger than the {self.count} training images: give a smaller batch")
         return self.count // self.batch
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield augmented batches of one epoch, from `start_step` on: float32 [batch / world, 3, H, W] and labels.
+    @abstractmethod
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
+        """Yield this rank's part of the augmented batches of one epoch, from `start_step` on: `Batch`, if not a
+        detector's.
 
         What a step yields depends on (seed, epoch, step) and the shard alone.
         """
-        if self.steps_per_epoch == 0:
-            raise UserError(f"batch {self.batch} is larger than the {self.count} training images: give a smaller batch")
-        return self._epoch(epoch, start_step)
 
     def plain(
         self, batch: int, order: Tensor | NDArray[np.int64] | Sequence[int] | None = None, fill: int = 1
@@ -113,8 +115,5 @@ class Batches(ABC):
             place = torch.where(position < real, start + position, (position - real) % len(order))
             yield order.index_select(0, place), counted
 
-    @abstractmethod
-    def _epoch(self, epoch: int, start_step: int) -> Iterator[Batch]: ...
-
-    @abstractmethod
-    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]: ...
+    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
+        raise NotImplementedError  # of a detector's, which takes images one by one (train/average_precision.py)

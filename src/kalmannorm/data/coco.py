@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from kalmannorm.data.annotations import Split, Values, read
-from kalmannorm.data.batches import mix
+from kalmannorm.data.batches import Batches, mix
 from kalmannorm.data.pixels import Unreadable, read_rgb
 from kalmannorm.data.workers import Named, begin_worker
 from kalmannorm.errors import UserError, absent
@@ -156,36 +156,17 @@ class Batch:
     canvas: tuple[int, int]
 
 
-class TrainingBatches:
-    """Batches of the training images `positions`; this process takes images rank, rank + world, ... of each batch."""
+class TrainingBatches(Batches):
+    """Batches of the training images `positions`. size: short and long side, of which the step's canvas is made."""
 
     def __init__(
-        self,
-        coco: Coco,
-        positions: list[int],
-        *,
-        batch: int,
-        size: tuple[int, int],
-        seed: int,
-        device: torch.device,
-        shard: tuple[int, int] = (0, 1),
-        workers: int = 0,
+        self, coco: Coco, positions: list[int], *, size: tuple[int, int], workers: int = 0, **options: Any
     ) -> None:
-        if batch > len(positions):
-            raise UserError(f"batch {batch} is larger than the {len(positions)} training images: give a smaller batch")
-        self.images, self.positions, self.batch, self.size = Images(coco.train, coco.labels), positions, batch, size
-        self.seed, self.device, self.shard, self.workers = seed, device, shard, workers
+        super().__init__(len(positions), **options)
+        self.images, self.positions, self.size = Images(coco.train, coco.labels), positions, size
+        self.workers = workers
         listed = (coco.train.image(position) for position in positions)
         self.shapes = [(image["height"], image["width"]) for image in listed]
-
-    @property
-    def count(self) -> int:
-        return len(self.positions)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; what is left over is dropped."""
-        return self.count // self.batch
 
     def order(self, epoch: int) -> list[list[int]]:
         """Return each step's images (indices into `positions`): of one orientation, but for what is left over."""
@@ -204,10 +185,9 @@ class TrainingBatches:
         return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of one epoch, from `start_step` on, each image mirrored with probability 1/2."""
+        """Yield the batches, each image mirrored with probability 1/2."""
         order = self.order(epoch)[start_step:]
-        rank, world = self.shard
-        mine = [[self._item(i, epoch) for i in batch[rank::world]] for batch in order]
+        mine = [[self._item(i, epoch) for i in batch[self.rank :: self.world]] for batch in order]
         loader = DataLoader(
             Named(self.images),
             batch_sampler=mine,

@@ -64,7 +64,7 @@ class Loader(Batches):
         length = 2 * rows * columns + (height - 1) * columns + width
         self._runs = padded.view(-1).as_strided((padded.numel() - length + 1, length), (1, 1))
 
-    def _epoch(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         order, starts, flips = self._draws(epoch)
         local, ahead = self.batch // self.world, AHEAD.get(self.device.type, 1)
         for step in range(start_step, self.steps_per_epoch, ahead):

@@ -58,7 +58,7 @@ class Stream(Batches):
         mine = slice(self.rank, self.steps_per_epoch * self.batch, self.world)
         return order[mine], keys[mine]
 
-    def _epoch(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         order, keys = self.draws(epoch)
         local = self.batch // self.world
         parts = zip(order.split(local)[start_step:], keys.split(local)[start_step:], strict=True)

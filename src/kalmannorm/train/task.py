@@ -1,14 +1,15 @@
 """A task: what a run learns. It brings the data, the loss and the metric; the loop (loop.py) does the rest."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kalmannorm.data.batches import Batches
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Curves, Evaluation, Record, Tree
 from kalmannorm.experiments.settings import Schedule
@@ -18,21 +19,6 @@ from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.state import Session
 
 Arrays = dict[str, np.ndarray]
-
-
-class TrainingData(Protocol):
-    """What the loop asks of training data, beside `count` images dealt out to the processes."""
-
-    batch: int  # images a step, over all processes
-
-    @property
-    def count(self) -> int: ...
-    @property
-    def steps_per_epoch(self) -> int: ...
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
-        """Yield this process's part of every batch of an epoch, from `start_step` on; each is what `loss` takes."""
-        ...
 
 
 class Task(ABC):
@@ -51,7 +37,7 @@ class Task(ABC):
     config: Config
     ranks: Ranks
     model: nn.Module
-    train: TrainingData
+    train: Batches
     provenance: Tree
 
     @abstractmethod

@@ -79,7 +79,7 @@ class Detection(Task):
         record["weights"]["constants"] = how
         if session.fresh:
             alone = copy.copy(self.train)
-            alone.shard = (0, 1)  # every rank measures on the whole batches
+            alone.rank, alone.world = 0, 1  # every rank measures on the whole batches
             detector.measure_constants(self.model, self.config, alone)
 
     def rate(self, step: int) -> float:
