@@ -1,7 +1,7 @@
 """What each kind of card shows of its runs in one group (`DRAW`), by the three ways to draw of plots.py."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from kalmannorm.data import SCENES
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
-from kalmannorm.experiments.card import Card, Row
+from kalmannorm.experiments.card import Card, Column, Row
 from kalmannorm.report import effects, quantities, style
 from kalmannorm.report.effects import Cell, Cells, Group
 from kalmannorm.report.plots import Entry, Line, Map, Panel, Point, forest, label_maps, lines, maps
@@ -121,19 +121,12 @@ def curves(card: Card, group: Group, cells: Cells) -> Figures:
         for run in (run for run in runs if not run["learned"]):
             yield line(f"{row.name}, at chance", Look(look[row.name].colour, "", ":"), [run], band=False)
 
-    found = [
-        [
-            Panel(
-                f"{network}: {column.label} statistics",
-                [line for row in rows for line in of_row(row, cells.cell(card, row, group, column))],
-                "top-1 accuracy (%)",
-                "optimizer steps",
-            )
-            for column in card.columns
-        ]
-        for network, rows in _by_network(card).items()
-    ]
-    return _lines(found, f"{_said(card, group)} {READING}")
+    def of_network(network: str, column: Column) -> Iterator[Line]:
+        for row in networks[network]:
+            yield from of_row(row, cells.cell(card, row, group, column))
+
+    networks = _by_network(card)
+    return _lines(_accuracies(card, networks, "optimizer steps", of_network), f"{_said(card, group)} {READING}")
 
 
 def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apart: str) -> "Draw":
@@ -147,28 +140,19 @@ def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apar
         look, titles = _looks(card), [apart.format(effects.identity(card, row)) for row in card.rows]
         at = [of(card, row) for row in card.rows]
 
-        def of_label(label: str, title: str, statistics: str) -> Iterator[Line]:
-            same = [row for row in zip(card.rows, titles, at, strict=True) if (row[0].name, row[1]) == (label, title)]
-            ran = {x: cell for row, _, x in same if (cell := cells.cell(card, row, group, statistics=statistics)).n}
-            places = sorted(ran, key=lambda x: (x is None, x))
-            if places:
-                values = [list(_final(ran[x]).values()) for x in places]
-                yield Line(label, look[label], places, values, [x for x in places if ran[x].lost])
+        def of_title(title: str, column: Column) -> Iterator[Line]:
+            for label in look:
+                same = [
+                    row for row in zip(card.rows, titles, at, strict=True) if (row[0].name, row[1]) == (label, title)
+                ]
+                ran = {x: cell for row, _, x in same if (cell := cells.cell(card, row, group, column)).n}
+                if places := sorted(ran, key=lambda x: (x is None, x)):
+                    values = [list(_final(ran[x]).values()) for x in places]
+                    yield Line(label, look[label], places, values, [x for x in places if ran[x].lost])
 
-        found = [
-            [
-                Panel(
-                    f"{title}: {column.label} statistics",
-                    [line for label in look for line in of_label(label, title, column.statistics)],
-                    "top-1 accuracy (%)",
-                    name,
-                )
-                for column in card.columns
-            ]
-            for title in dict.fromkeys(titles)
-        ]
         said = f"{READING} Crosses: where runs failed or stayed at chance. Horizontal: no such setting."
         ticks = sorted({x for x in at if x is not None})
+        found = _accuracies(card, titles, name, of_title)
         return _lines(found, f"{_said(card, group)} {said}", scale, ticks)
 
     return draw
@@ -349,6 +333,19 @@ def conditioning(card: Card, group: Group, cells: Cells) -> Figures:
         f"convolutions. Loss: mean over {SMOOTHED} steps. A line that runs away is cut off."
     )
     return _lines([panels("condition number", True, conditions), panels("cross-entropy", False, loss)], said)
+
+
+def _accuracies(
+    card: Card, titles: Iterable[str], horizontal: str, of: Callable[[str, Column], Iterable[Line]]
+) -> list[list[Panel]]:
+    """Return a row of panels for each title, a panel per kind of statistics."""
+    return [
+        [
+            Panel(f"{title}: {c.label} statistics", list(of(title, c)), "top-1 accuracy (%)", horizontal)
+            for c in card.columns
+        ]
+        for title in dict.fromkeys(titles)
+    ]
 
 
 def _lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", ticks: Sequence[float] = ()) -> Figures:
