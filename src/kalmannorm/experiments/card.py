@@ -120,6 +120,11 @@ class Card:
     same_as: str = ""
 
     @property
+    def of_papers(self) -> bool:
+        """Whether it is a table or figure of the papers, not of the talk, and none of ours."""
+        return self.name.startswith(("table", "figure", "v1-"))
+
+    @property
     def fixes_dataset(self) -> bool:
         """Whether its columns are data sets."""
         return any("dataset" in column.runs for column in self.columns)

@@ -320,21 +320,25 @@ def compare(
 def pool(
     cells: Cells, own: Iterable[Card], group: Group, statistics: str, trained: Collection[tuple[str, str]]
 ) -> dict[Identity, Cell]:
-    """Return the rows whose spread is pooled: those of all tables and of the cards `own`, of these networks and
-    lengths, each with its runs on the group's data.
+    """Return the rows whose spread is pooled: those of the papers' tables and of the cards `own`, of these networks
+    and lengths, each with its runs on the group's data.
 
-    So the same difference has the same interval in every table and in the claims.
+    So the same difference has the same interval in all of the papers' tables and claims, which no row of another card
+    widens.
     """
-    every = dict.fromkeys((*_rows_of_tables(), *(row for card in own for row in identities(card))))
+    every = dict.fromkeys((*_rows_of_papers(), *(row for card in own for row in identities(card))))
     rows = dict.fromkeys(replace(row, dataset=None) for row in every if (row.network, row.length) in trained)
     return {row: cells.of(row, group, statistics) for row in rows}
 
 
 @functools.cache
-def _rows_of_tables() -> tuple[Identity, ...]:
+def _rows_of_papers() -> tuple[Identity, ...]:
     return tuple(
         dict.fromkeys(
-            row for card in map(cards.read, cards.names()) if card.kind == "table" for row in identities(card)
+            row
+            for card in map(cards.read, cards.names())
+            if card.of_papers and card.kind == "table"
+            for row in identities(card)
         )
     )
 

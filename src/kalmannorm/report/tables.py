@@ -115,7 +115,7 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
     if baselines := dict.fromkeys(base for row in card.rows if (base := row.baseline or card.baseline)):
         about.append(
             f"Δ: difference to {' and '.join(dict.fromkeys(card.row(key).label for key in baselines))}, with its 95 % "
-            "interval under the variance pooled over all tables' rows of the network, from "
+            "interval under the variance pooled over the network's rows here and in the papers' tables, from "
             f"{LEAST} degrees of freedom on (one interval at a time: verdicts are the claims')."
         )
     if spreads:
