@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -114,8 +115,7 @@ def convert(
             input_belief = of_preset if input_belief is None else input_belief
             kinds[pattern] = kind, own
     _refuse_no_module(model)
-    _refuse_wrapped(model)
-    _refuse_lazy(model)
+    _refuse_parts(model)
     source = _folded(model) if _MARK in model.__dict__ else copied(model)
     if thaw:
         thaw_frozen(source)
@@ -186,13 +186,15 @@ def _refuse_no_module(model: Any) -> None:
         raise ValueError(f"a model must be a torch.nn.Module, not {model if isinstance(model, type) else type(model)}")
 
 
-def _refuse_wrapped(model: Any) -> None:
-    """ValueError: compiled or distributed, so that code or gradients of a copy would be the original's."""
+def _refuse_parts(model: nn.Module) -> None:
+    """ValueError: compiled or distributed, so that code or gradients of a copy would be the original's; lazy."""
     for path, part in model.named_modules():
+        kind = f"{path} ({type(part).__name__})" if path else type(part).__name__
         for name, wrapped in (("_orig_mod", "_orig_mod" in part._modules), ("module", hasattr(part, "reducer"))):
             if wrapped:
-                kind = f"{path} ({type(part).__name__})" if path else type(part).__name__
                 raise ValueError(f"{kind} is wrapped: convert its .{name} before it is wrapped")
+        if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[misc]
+            raise ValueError(f"{kind} has no shape yet: call the model once before convert")
 
 
 def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
@@ -215,12 +217,6 @@ def _refuse_unlike_rows(layers: Iterable[nn.Module]) -> None:
             "bkn and gkn in one mapping: the one hands on beliefs of groups of images, the other of images. Take one "
             "of them, or belief='output' for both"
         )
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise ValueError(f"{name} ({type(module).__name__}) has no shape yet: call the model once before convert")
 
 
 def _is_learned(transition: str, predictor: str) -> bool:
@@ -315,22 +311,21 @@ def _generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, 
         elif isinstance(module, _ConvNd | nn.Linear):
             _generate_layer(module, predictors, own)
     for _, module in reversed(containers):
+        names: dict[str, Any] = {}
+        summary = Summary()
         if "forward" in module.__dict__:
-            classes.become(module, classes.AS_IT_IS)
+            code = classes.AS_IT_IS
             module.__dict__["forward"] = classes.Followed(module.__dict__["forward"])
-            summaries[module] = Summary()
+        elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            code, summary = classes.SEQUENTIAL, classes.sequential_summary(module, summaries)
+        elif module in traces:
+            code, names, summary = classes.container_code(module, traces[module], summaries)
+        elif any(isinstance(part, Estimator) for part in module.modules()):
+            code = classes.AS_IT_IS
+        else:
             continue
-        if type(module).forward is nn.Sequential.forward:
-            summaries[module] = classes.sequential_summary(module, summaries)  # type: ignore[arg-type]
-            classes.become(module, classes.SEQUENTIAL, {}, summaries[module])
-            continue
-        if module not in traces:
-            if any(isinstance(part, Estimator) for part in module.modules()):
-                summaries[module] = Summary()
-                classes.become(module, classes.AS_IT_IS)
-            continue
-        code, names, summaries[module] = classes.container_code(module, traces[module], summaries)
-        classes.become(module, code, names, summaries[module])
+        summaries[module] = summary
+        classes.become(module, code, names, summary)
     return as_they_are
 
 
@@ -338,7 +333,7 @@ def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dic
     """Parents before children: what they pass decides how these are traced."""
     traces: dict[nn.Module, dict[str, Trace]] = {}
     as_they_are: dict[str, str] = {}
-    passed: dict[nn.Module, Passed] = {}
+    passed: dict[nn.Module, Passed] = defaultdict(Passed.nothing)
     appending: set[nn.Module] = set()
     for name, module in containers:
         if "forward" in module.__dict__:
@@ -350,8 +345,7 @@ def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dic
             as_they_are[name] = f"{type(module).__mro__[1].__name__}: its graph may change"
             continue
         try:
-            known = passed.get(module, Passed(set(), {}, set()))
-            both = trace(module, known)
+            both = trace(module, passed[module])
         except Untraceable as error:
             as_they_are[name] = f"{type(module).__name__}: {error}"
             if str(error) == APPENDS:
@@ -366,7 +360,7 @@ def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dic
         if any(part in appending for part in parts):
             as_they_are[name] = f"{type(module).__name__}: a part {APPENDS}"
             del traces[module]
-            if passed.get(module, Passed(set(), {}, set())).lists:
+            if passed[module].lists:
                 appending.add(module)
     return traces, as_they_are
 
@@ -380,7 +374,7 @@ def _note_passed(module: nn.Module, traced: Trace, passed: dict[nn.Module, Passe
         if isinstance(child, torch.jit.ScriptModule):  # its class has no signature
             continue
         parameters = list(inspect.signature(type(child).forward).parameters)[1:]
-        known = passed.setdefault(child, Passed(set(), {}, set()))
+        known = passed[child]
         for name, value in (dict(zip(parameters, node.args, strict=False)) | node.kwargs).items():
             if isinstance(value, list | tuple):
                 known.lists.add(name)

@@ -32,18 +32,15 @@ _classes: dict[tuple[object, ...], type[nn.Module]] = {}
 
 # What generated code may call.
 _HELPERS: Scope = {
-    **{function.__name__: function for function in (runtime.call, runtime.belief_of, runtime.changed, runtime.lost)},
-    **{function.__name__: function for function in (runtime.checkpointed, runtime.in_segments, runtime.normalized)},
-    **{function.__name__: function for function in (follow, pick, plain)},
-    **{function.__name__: function for function in (runtime.of_convolution, runtime.of_linear)},
-    **{function.__name__: function for function in (runtime.of_transition, runtime.of_sample)},
-    **{function.__name__: function for function in (runtime.of_transposed, runtime.transposed)},
-    **{function.__name__: function for function in (runtime.has_parts, class_of, lending, stand_ins)},
-    **{function.__name__: function for function in (runtime.refuse_torch_sync, runtime.seen_input, contract.used)},
-    **{cls.__name__: cls for cls in (Belief, Carried, Estimated, Returned, Tensor, fx.Proxy)},
-    "linear": F.linear,
-    "Predictor": Predictor,
-}
+    one.__name__: one
+    for one in (
+        *(runtime.call, runtime.belief_of, runtime.changed, runtime.lost, runtime.checkpointed, runtime.in_segments),
+        *(runtime.normalized, runtime.of_convolution, runtime.of_linear, runtime.of_transition, runtime.of_sample),
+        *(runtime.of_transposed, runtime.transposed, runtime.has_parts, runtime.refuse_torch_sync, runtime.seen_input),
+        *(follow, pick, plain, class_of, lending, stand_ins, contract.used),
+        *(Belief, Carried, Estimated, Returned, Tensor, fx.Proxy, Predictor),
+    )
+} | {"linear": F.linear}
 
 
 class Generated:

@@ -8,35 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kalmannorm.conversion.axes import (
-    adaptive_maximum,
-    attribute,
-    channel_shuffle,
-    concatenation,
-    division,
-    expansion,
-    interpolation,
-    item,
-    mean,
-    narrow,
-    padding,
-    permute,
-    pixel_shuffle,
-    pixel_unshuffle,
-    pooling,
-    reshape,
-    transpose,
-)
-from kalmannorm.conversion.pixelwise import (
-    activation,
-    arithmetic,
-    convolution,
-    fixed,
-    linear,
-    prelu,
-    relu,
-    transposed_convolution,
-)
+from kalmannorm.conversion import axes, pixelwise
 from kalmannorm.conversion.rules import Rule, as_it_is, unchanged
 from kalmannorm.norm import activations, moments
 
@@ -50,52 +22,55 @@ def _table(*entries: tuple[Rule, list[Key]]) -> dict[Key, Rule]:
 FUNCTIONS: dict[Key, Rule] = _table(
     (unchanged, [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.clone]),
     (unchanged, ["contiguous", "clone", "float", "double", "to", "type_as"]),
-    (relu, [F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"]),
-    (activation(activations.leaky_relu, negative_slope=0.01), [F.leaky_relu, F.leaky_relu_]),
-    (prelu, [F.prelu, torch.prelu]),
-    (fixed(activations.clamp, 0.0, 6.0), [F.relu6]),
-    (activation(activations.clamp, min_val=-1.0, max_val=1.0), [F.hardtanh, F.hardtanh_]),
-    (activation(activations.clamp, min=None, max=None), [torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"]),
-    (fixed(activations.hardsigmoid), [F.hardsigmoid]),
-    (fixed(activations.hardswish), [F.hardswish]),
-    (fixed(activations.sigmoid), [F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"]),
-    (fixed(activations.tanh), [F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"]),
-    (fixed(activations.silu), [F.silu]),
-    (fixed(activations.gelu), [F.gelu]),
-    (fixed(activations.mish), [F.mish]),
-    (activation(activations.softplus, beta=1.0), [F.softplus]),
-    (activation(activations.elu, alpha=1.0), [F.elu, F.elu_]),
-    (fixed(activations.selu), [F.selu, F.selu_]),
-    (arithmetic("+"), [operator.add, operator.iadd, torch.add, "add", "add_"]),
-    (arithmetic("-"), [operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"]),
-    (arithmetic("*"), [operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"]),
-    (arithmetic("/"), [operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"]),
-    (fixed(moments.scale, -1.0), [operator.neg, torch.neg, "neg", "neg_"]),
-    (pooling, [F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d]),
-    (pooling, [F.avg_pool1d, F.avg_pool2d, F.avg_pool3d]),
-    (pooling, [F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d]),
-    (adaptive_maximum, [F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d]),
-    (mean, [torch.mean, "mean"]),
-    (interpolation, [F.interpolate]),
-    (padding, [F.pad]),
-    (reshape, ["view", "reshape", torch.reshape, torch.flatten, "flatten", torch.unflatten, "unflatten"]),
-    (reshape, [torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze"]),
-    (permute, [torch.permute, "permute"]),
-    (transpose, [torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"]),
-    (expansion, ["expand", "expand_as"]),
-    (concatenation, [torch.cat, torch.concat, torch.concatenate]),
-    (division(moments.chunk, "chunks"), [torch.chunk, "chunk"]),
-    (division(moments.split, "split_size_or_sections"), [torch.split]),
-    (division(moments.split, "split_size"), ["split"]),
-    (item, [operator.getitem]),
-    (attribute, [getattr]),
-    (narrow, [torch.narrow, "narrow"]),
-    (channel_shuffle, [F.channel_shuffle]),
-    (pixel_shuffle, [F.pixel_shuffle]),
-    (pixel_unshuffle, [F.pixel_unshuffle]),
-    (convolution, [F.conv1d, F.conv2d, F.conv3d]),
-    (transposed_convolution, [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d]),
-    (linear, [F.linear]),
+    (pixelwise.relu, [F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"]),
+    (pixelwise.activation(activations.leaky_relu, negative_slope=0.01), [F.leaky_relu, F.leaky_relu_]),
+    (pixelwise.prelu, [F.prelu, torch.prelu]),
+    (pixelwise.fixed(activations.clamp, 0.0, 6.0), [F.relu6]),
+    (pixelwise.activation(activations.clamp, min_val=-1.0, max_val=1.0), [F.hardtanh, F.hardtanh_]),
+    (
+        pixelwise.activation(activations.clamp, min=None, max=None),
+        [torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"],
+    ),
+    (pixelwise.fixed(activations.hardsigmoid), [F.hardsigmoid]),
+    (pixelwise.fixed(activations.hardswish), [F.hardswish]),
+    (pixelwise.fixed(activations.sigmoid), [F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"]),
+    (pixelwise.fixed(activations.tanh), [F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"]),
+    (pixelwise.fixed(activations.silu), [F.silu]),
+    (pixelwise.fixed(activations.gelu), [F.gelu]),
+    (pixelwise.fixed(activations.mish), [F.mish]),
+    (pixelwise.activation(activations.softplus, beta=1.0), [F.softplus]),
+    (pixelwise.activation(activations.elu, alpha=1.0), [F.elu, F.elu_]),
+    (pixelwise.fixed(activations.selu), [F.selu, F.selu_]),
+    (pixelwise.arithmetic("+"), [operator.add, operator.iadd, torch.add, "add", "add_"]),
+    (pixelwise.arithmetic("-"), [operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"]),
+    (pixelwise.arithmetic("*"), [operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"]),
+    (pixelwise.arithmetic("/"), [operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"]),
+    (pixelwise.fixed(moments.scale, -1.0), [operator.neg, torch.neg, "neg", "neg_"]),
+    (axes.pooling, [F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d]),
+    (axes.pooling, [F.avg_pool1d, F.avg_pool2d, F.avg_pool3d]),
+    (axes.pooling, [F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d]),
+    (axes.adaptive_maximum, [F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d]),
+    (axes.mean, [torch.mean, "mean"]),
+    (axes.interpolation, [F.interpolate]),
+    (axes.padding, [F.pad]),
+    (axes.reshape, ["view", "reshape", torch.reshape, torch.flatten, "flatten", torch.unflatten, "unflatten"]),
+    (axes.reshape, [torch.squeeze, "squeeze", torch.unsqueeze, "unsqueeze"]),
+    (axes.permute, [torch.permute, "permute"]),
+    (axes.transpose, [torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"]),
+    (axes.expansion, ["expand", "expand_as"]),
+    (axes.concatenation, [torch.cat, torch.concat, torch.concatenate]),
+    (axes.division(moments.chunk, "chunks"), [torch.chunk, "chunk"]),
+    (axes.division(moments.split, "split_size_or_sections"), [torch.split]),
+    (axes.division(moments.split, "split_size"), ["split"]),
+    (axes.item, [operator.getitem]),
+    (axes.attribute, [getattr]),
+    (axes.narrow, [torch.narrow, "narrow"]),
+    (axes.channel_shuffle, [F.channel_shuffle]),
+    (axes.pixel_shuffle, [F.pixel_shuffle]),
+    (axes.pixel_unshuffle, [F.pixel_unshuffle]),
+    (pixelwise.convolution, [F.conv1d, F.conv2d, F.conv3d]),
+    (pixelwise.transposed_convolution, [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d]),
+    (pixelwise.linear, [F.linear]),
 )
 
 # Functions of other libraries, known by their names. Skipping a branch at random is a dropout of images: unchanged, as
@@ -105,6 +80,10 @@ BY_NAME: dict[str, Rule] = {"stochastic_depth": unchanged, "drop_path": unchange
 
 def _of(function: Key, *attributes: str) -> tuple[Rule, tuple[str, ...]]:
     return FUNCTIONS[function], attributes
+
+
+def _by_dimension(*names: str) -> list[type[nn.Module]]:
+    return [getattr(nn, f"{name}{d}d") for name in names for d in (1, 2, 3)]
 
 
 # A module's rule is that of its function, with these of its attributes as the arguments behind the first.
@@ -126,23 +105,19 @@ MODULES: dict[type[nn.Module], tuple[Rule, tuple[str, ...]]] = {
     nn.SELU: _of(F.selu),
     nn.Mish: _of(F.mish),
     nn.Softplus: _of(F.softplus, "beta"),
-    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), (pooling, ())),
-    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), (pooling, ())),
-    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), (pooling, ())),
-    **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), (adaptive_maximum, ())),
-    nn.Upsample: (lambda o: interpolation(o._replace(args=(o.x, None, None, o.args[1]), kwargs={})), ("mode",)),
-    nn.UpsamplingNearest2d: (pooling, ()),
-    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), _of(F.pad, "padding")),
+    **dict.fromkeys(_by_dimension("MaxPool", "AvgPool", "AdaptiveAvgPool"), (axes.pooling, ())),
+    **dict.fromkeys(_by_dimension("AdaptiveMaxPool"), (axes.adaptive_maximum, ())),
+    nn.Upsample: (lambda o: axes.interpolation(o._replace(args=(o.x, None, None, o.args[1]), kwargs={})), ("mode",)),
+    nn.UpsamplingNearest2d: (axes.pooling, ()),
+    **dict.fromkeys(_by_dimension("ZeroPad"), _of(F.pad, "padding")),
     **dict.fromkeys(
-        (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+        _by_dimension("ConstantPad"),
         (
-            lambda o: padding(o._replace(args=(o.x, o.args[1], "constant", o.args[2]), kwargs={})),
+            lambda o: axes.padding(o._replace(args=(o.x, o.args[1], "constant", o.args[2]), kwargs={})),
             ("padding", "value"),
         ),
     ),
-    **dict.fromkeys((nn.ReflectionPad1d, nn.ReplicationPad1d, nn.CircularPad1d), (pooling, ())),
-    **dict.fromkeys((nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d), (pooling, ())),
-    **dict.fromkeys((nn.ReflectionPad3d, nn.ReplicationPad3d, nn.CircularPad3d), (pooling, ())),
+    **dict.fromkeys(_by_dimension("ReflectionPad", "ReplicationPad", "CircularPad"), (axes.pooling, ())),
     nn.Flatten: _of("flatten"),
     nn.Unflatten: _of("unflatten"),
     nn.PixelShuffle: _of(F.pixel_shuffle, "upscale_factor"),
@@ -151,12 +126,16 @@ MODULES: dict[type[nn.Module], tuple[Rule, tuple[str, ...]]] = {
 }
 MODULES_BY_NAME: dict[str, Rule] = {
     **dict.fromkeys(("DropPath", "StochasticDepth"), unchanged),
-    **dict.fromkeys(("MaxPool2dSame", "AvgPool2dSame"), pooling),
+    **dict.fromkeys(("MaxPool2dSame", "AvgPool2dSame"), axes.pooling),
 }
 
 
 # Of a map and a weight, which a rule must know to be made of parameters alone.
-WEIGHTED: set[Key] = {key for key, rule in FUNCTIONS.items() if rule in (convolution, transposed_convolution, linear)}
+WEIGHTED: set[Key] = {
+    key
+    for key, rule in FUNCTIONS.items()
+    if rule in (pixelwise.convolution, pixelwise.transposed_convolution, pixelwise.linear)
+}
 
 
 def rule_of(target: Key) -> Rule | None:

@@ -70,6 +70,10 @@ class Passed(NamedTuple):
     fixed: dict[str, Plain]
     given: set[str]
 
+    @staticmethod
+    def nothing() -> "Passed":
+        return Passed(set(), {}, set())
+
 
 class Trace(NamedTuple):
     """A graph and the conditions under which it is what the forward does."""
@@ -422,7 +426,7 @@ def trace_layer(layer: _BatchNorm, name: str, training: bool) -> Trace:
 
 class _LayerTracer(_Tracer):
     def __init__(self, layer: _BatchNorm, name: str) -> None:
-        super().__init__(Passed(set(), {}, set()))
+        super().__init__(Passed.nothing())
         self.layer, self.name, self.found = layer, name, False
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
