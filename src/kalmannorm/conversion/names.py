@@ -81,10 +81,10 @@ def plain_parts(expression: str, value: object) -> dict[str, Any]:
     if is_plain(value):
         return {expression: value}
     items: Any = ()
-    if type(value) is dict:
-        items = [(key, one) for key, one in value.items() if isinstance(key, str | int)]
-    elif type(value) in (list, tuple):
-        items = enumerate(value)  # type: ignore[arg-type, var-annotated]
+    if isinstance(value, dict):
+        items = [(key, one) for key, one in value.items() if type(key) in (str, int)]
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
     return {f"{expression}[{key!r}]": one for key, one in items if is_plain(one)}
 
 

@@ -365,11 +365,10 @@ class _Reading:
                 return value
             own = object.__getattribute__(self, "__dict__")
             static = own[name] if name in own else next((vars(b)[name] for b in cls.__mro__ if name in vars(b)), None)
-            if parts := plain_parts(f"{found[0]}.{name}", value):
-                if name in own or is_plain(static):
-                    for expression, part in parts.items():
-                        read.setdefault(expression, copy.deepcopy(part))
-            elif id(value) not in objects and (name in own or not hasattr(type(static), "__set__")):
+            if name in own or is_plain(static):
+                for expression, part in plain_parts(f"{found[0]}.{name}", value).items():
+                    read.setdefault(expression, copy.deepcopy(part))
+            if not (is_plain(value) or id(value) in objects or isinstance(static, property)):
                 reading.hold(f"{found[0]}.{name}", value)
             return value
 
