@@ -29,7 +29,9 @@ PLAIN = {"−": "-", "–": "-", "±": "+-", "×": "x", "≤": "<=", "≥": ">="
 def main(arguments: Sequence[str] | None = None) -> int:
     _settle_surroundings()
     try:
-        code = _run(arguments)
+        options = _parse(_parser(), arguments)
+        with listening():
+            code: int = options.command(options)
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -53,13 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno is None:
             raise
         return _say(f"{error.filename or 'input or output'}: {error.strerror}", 2)
-
-
-def _run(arguments: Sequence[str] | None) -> int:
-    options = _parse(_parser(), arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
-    with listening():
-        return command(options)
 
 
 def _say(text: str, code: int) -> int:

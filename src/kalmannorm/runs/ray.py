@@ -13,24 +13,9 @@ from kalmannorm.runs.placement import Options
 from kalmannorm.runs.worker import Worker
 
 
-class Keeper:
-    """An actor: one worker process on the GPUs that Ray gave it. Where the actor dies, the worker saves and leaves."""
-
-    def __init__(self, threads: int) -> None:
-        self.worker = Worker(threads=threads)  # Ray has set CUDA_VISIBLE_DEVICES
-
-    def run(self, config: Config, devices: int) -> Outcome:
-        return self.worker.run(config, devices)
-
-    def ask_to_stop(self) -> None:
-        self.worker.ask_to_stop()
-
-    def kill(self) -> None:
-        self.worker.kill()
-
-
 class OnRay:
-    """Runs on a Ray cluster. An actor lives on from run to run, so imports are paid once."""
+    """Runs on a Ray cluster. An actor is a Worker on the GPUs that Ray gave it, which has set CUDA_VISIBLE_DEVICES; it
+    lives on from run to run, so imports are paid once. Where it dies, its process saves and leaves."""
 
     def __init__(self, options: Options, device: str) -> None:
         """Connect to the cluster. UserError: no ray, no cluster there, no GPU in it."""
@@ -110,7 +95,7 @@ class OnRay:
         gpus = (1 / self._share if devices == 1 else devices) if self._on_gpu else 0
         # Two calls at once: `ask_to_stop` arrives while `run` waits for the worker.
         options = {"num_gpus": gpus, "num_cpus": 0 if self._on_gpu else devices * self._threads, "max_concurrency": 2}
-        return self._ray.remote(Keeper).options(**options).remote(self._threads)
+        return self._ray.remote(Worker).options(**options).remote(threads=self._threads)
 
 
 def _connect(ray: Any, options: Options) -> None:

@@ -18,7 +18,7 @@ from kalmannorm.data.loader import Loader
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Tree
-from kalmannorm.experiments.settings import ArrayDataset, FilesDataset, FolderDataset, VideoDataset
+from kalmannorm.experiments.settings import ArrayDataset, FilesDataset, FolderDataset, SegmentationDataset, VideoDataset
 from kalmannorm.files import write_atomically
 from kalmannorm.train.ranks import Ranks
 
@@ -124,6 +124,14 @@ def _in_memory(
     return train, test
 
 
+def options_of_files(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """Return what all loaders of files are given."""
+    dataset = config.dataset
+    assert isinstance(dataset, FilesDataset | SegmentationDataset)
+    pixels = {"size": config.budget.size, "flip": dataset.flip, "mean": dataset.mean, "std": dataset.std}
+    return pixels | {"device": ranks.device, "seed": config.seed}
+
+
 def recoloured(config: Config, source: data.Source, train: Batches, device: torch.device) -> dict[str, Batches]:
     """Return the test images in other colours, by what was done to them, all of them for this process; none where
     `dataset.recolour` is not set. Appearance changes and content does not: IBN-Net's question. The numbers are ours."""
@@ -154,16 +162,7 @@ def _of_files(
     from kalmannorm.data.video import VideoLoader
 
     dataset, train = config.dataset, source.train
-    assert isinstance(dataset, FilesDataset)
-    common: dict[str, Any] = {
-        "size": config.budget.size,
-        "flip": dataset.flip,
-        "mean": dataset.mean,
-        "std": dataset.std,
-        "device": ranks.device,
-        "seed": config.seed,
-        "workers": data.workers_of(config.workers, ranks.world),
-    }
+    common = options_of_files(config, ranks) | {"workers": data.workers_of(config.workers, ranks.world)}
     views = {}
     kind: Any = BetonLoader if isinstance(source, data.Betons) else FolderLoader
     if isinstance(dataset, VideoDataset):

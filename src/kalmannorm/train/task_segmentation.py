@@ -26,7 +26,7 @@ from kalmannorm.experiments.settings import SegmentationDataset
 from kalmannorm.norm.modes import set_statistics, shard_noise
 from kalmannorm.train.evaluate import precise
 from kalmannorm.train.from_data import measure_input
-from kalmannorm.train.loaders import check_same_files, evaluation_shard, workers_beside_network
+from kalmannorm.train.loaders import check_same_files, evaluation_shard, options_of_files, workers_beside_network
 from kalmannorm.train.model import describe, network, try_out
 from kalmannorm.train.pretrained import begin_with_weights
 from kalmannorm.train.ranks import Ranks
@@ -81,20 +81,14 @@ class Segmentation(Task):
         measure_input(self.model, seen, self.ranks)
 
     def _loader(self, scenes: Scenes, shard: tuple[int, int], batch: int | None = None) -> SceneLoader:
-        dataset = self.dataset
         return SceneLoader(
             scenes,
-            size=self.config.budget.size,
-            crop=dataset.crop,
-            scales=dataset.scales,
-            flip=dataset.flip,
+            crop=self.dataset.crop,
+            scales=self.dataset.scales,
             batch=batch or shard[1],
-            mean=dataset.mean,
-            std=dataset.std,
-            seed=self.config.seed,
-            device=self.ranks.device,
             shard=shard,
             workers=workers_beside_network(self.config, self.ranks),
+            **options_of_files(self.config, self.ranks),
         )
 
     def zero_sums(self) -> dict[str, Tensor]:
