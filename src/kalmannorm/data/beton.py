@@ -72,12 +72,8 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Betons:
         found = file.stat().st_size if file.is_file() else 0
         if found != expected[split]:
             raise UserError(f"{file} has {found:,} bytes, expected {expected[split]:,}: write or copy it again")
-        labels = _reader(file).metadata["f1"].astype(np.int64)
+        from ffcv.reader import Reader
+
+        labels = Reader(str(file)).metadata["f1"].astype(np.int64)
         splits.append(Beton(file, np.arange(len(labels)), labels))
     return Betons(splits[0], splits[1], classes, {**provenance, "name": name, "loader": PIPELINE})
-
-
-def _reader(file: Path) -> Any:
-    from ffcv.reader import Reader
-
-    return Reader(str(file))

@@ -199,24 +199,21 @@ class TrainingBatches(Batches):
             if wrong := next((item for item in items if isinstance(item, str)), None):
                 raise UserError(wrong)
             images = [image.to(self.device).float() / 255 for image, _ in items]
-            targets = [_to(target, self.device) for _, target in items]
-            yield Batch(images, targets, self._canvas(indices))
+            targets = [
+                {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in target.items()}
+                for _, target in items
+            ]
+            shapes = [resized(*self.shapes[i], *self.size) for i in indices]
+            canvas = max(height for height, _ in shapes), max(width for _, width in shapes)
+            yield Batch(images, targets, canvas)
 
     def _item(self, index: int, epoch: int) -> tuple[int, bool, int]:
         position = self.positions[index]
         key = mix(self.seed, epoch, position)
         return position, bool(key & 1), key
 
-    def _canvas(self, indices: list[int]) -> tuple[int, int]:
-        shapes = [resized(*self.shapes[i], *self.size) for i in indices]
-        return max(height for height, _ in shapes), max(width for _, width in shapes)
-
 
 def resized(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
     """Return the size that torchvision resizes to: the short side to `size`, the long one to at most `max_size`."""
     scale = min(size / min(height, width), max_size / max(height, width))
     return math.floor(height * scale), math.floor(width * scale)
-
-
-def _to(target: Target, device: torch.device) -> Target:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}

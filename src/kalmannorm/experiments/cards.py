@@ -44,7 +44,8 @@ def load(name: str, arguments: list[str]) -> Experiment:
     for row in card.rows:
         for column in card.columns_of(row) if card.has_columns_of_runs else [None]:
             of_row = cards.overrides(card.settings(row, column))
-            config = compose(_last_of_each(of_row, overrides, ["seed=0"]))
+            # Of two of the same key the later one, where Hydra would refuse both.
+            config = compose(list({o.partition("=")[0]: o for o in (*of_row, *overrides, "seed=0")}.values()))
             for seed in seeds:
                 run = replace(config, seed=seed)
                 found.setdefault(run_id(run), (f"{row.key} {column.key}" if column else row.key, run))
@@ -72,11 +73,6 @@ def chosen(name: str, arguments: Sequence[str]) -> tuple[Card, dict[str, str], l
     if not card.rows:
         raise UserError(f"{name}: none of its rows has a column of {', '.join(c.key for c in card.columns)}")
     return card, own, overrides
-
-
-def _last_of_each(*overrides: list[str]) -> list[str]:
-    """Return the later one of two overrides of the same key, which Hydra would refuse."""
-    return list({o.partition("=")[0]: o for group in overrides for o in group}.values())
 
 
 def _columns(card: Card, wanted: str | None, overrides: list[str]) -> tuple[Card, list[str]]:

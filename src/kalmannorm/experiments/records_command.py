@@ -58,8 +58,8 @@ def merge(results: str, folders: list[str]) -> int:
         if here is not None and record["status"] == "failed":
             known += 1
             continue
-        if here is not None and (differing := _differences(here, record)):
-            what = ", ".join(differing)
+        keys = sorted({*(here or ()), *record} - {"host"})
+        if here is not None and (what := ", ".join(key for key in keys if here.get(key) != record.get(key))):
             problems.append(f"{file.stem}: {results} and {folder} differ in {what}; that of {results} stays")
             continue
         arrays = file.with_suffix(".npz")
@@ -173,8 +173,3 @@ def _files(folder: str) -> list[Path]:
     if not (path / "records").is_dir():
         raise UserError(f"{folder} is not a results folder: expected a folder with a folder 'records' in it")
     return files(path)
-
-
-def _differences(a: Record, b: Record) -> list[str]:
-    """Return the top-level keys, but for time and host, in which two records differ."""
-    return [key for key in sorted({*a, *b} - {"host"}) if a.get(key) != b.get(key)]
