@@ -97,7 +97,13 @@ def test_the_answer_comes_first_and_numbers_open_their_runs(of_table7: Path) -> 
     assert {path.name for path in of_table7.iterdir() if path.suffix} == names
 
 
-def test_nothing_from_records_is_markup(tmp_path: Path) -> None:
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not drawn, which takes most of a report's seconds."""
+    monkeypatch.setattr(plots, "encode", lambda figure, kinds: dict.fromkeys(kinds, b"<svg></svg>"))
+
+
+def test_nothing_from_records_is_markup(tmp_path: Path, undrawn: None) -> None:
     table7(tmp_path)
     write_record(tmp_path, config("bkn"), 7, failed=SCRIPT)
     for path in (tmp_path / "records").glob("*.json"):
@@ -152,11 +158,8 @@ def test_between_markers() -> None:
         page.between("nothing", "new")
 
 
-def test_generated_documents_are_those_of_the_committed_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generated_documents_are_those_of_the_committed_records(tmp_path: Path, undrawn: None) -> None:
     """Stale: `make report` writes docs/results.md, README's part and everything in results/ again."""
-    monkeypatch.setattr(plots, "encode", lambda figure, kinds: dict.fromkeys(kinds, b"<svg></svg>"))  # most seconds
     results = tmp_path / "results"
     for part in (REPOSITORY / "results").iterdir():
         if part.is_dir():
