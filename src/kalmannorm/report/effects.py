@@ -232,7 +232,7 @@ def interval(values: Sequence[float]) -> float:
 class Fit(NamedTuple):
     """value = row + seed by least squares, or value = row."""
 
-    places: dict[Any, int]  # of the rows, then the seeds
+    places: list[Any]  # the rows, then the seeds
     levels: np.ndarray
     covariance: np.ndarray  # of the levels, over the variance
     told: np.ndarray  # projects on the sums of levels that the runs determine
@@ -244,11 +244,8 @@ class Fit(NamedTuple):
 @functools.lru_cache(256)
 def _fit(values: tuple[tuple[Any, tuple[tuple[int, float], ...]], ...], seeds: bool) -> Fit:
     runs = [(row, seed, value) for row, of in values for seed, value in of]
-    rows = list(dict.fromkeys(row for row, *_ in runs))
-    places = {place: i for i, place in enumerate([*rows, *(sorted({seed for _, seed, _ in runs}) if seeds else [])])}
-    design = np.zeros((len(runs), len(places)))
-    for run, (row, seed, _) in zip(design, runs, strict=True):
-        run[[places[row], *([places[seed]] if seeds else [])]] = 1
+    places = [*dict.fromkeys(row for row, *_ in runs), *(sorted({seed for _, seed, _ in runs}) if seeds else [])]
+    design = np.array([[float(place in (row, seed)) for place in places] for row, seed, _ in runs])
     found = np.array([value for *_, value in runs])
     normal = design.T @ design
     covariance = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)

@@ -52,10 +52,6 @@ class Made:
         return f"{self.card.name}_{self.group.stem}" if self.group else self.card.name
 
     @property
-    def label(self) -> str:
-        return self.group.label.lstrip(", ") if self.group else ""
-
-    @property
     def wide(self) -> bool:
         """Whether it takes the page's width."""
         return self.sheet is not None and self.sheet.width > HALF
@@ -173,7 +169,7 @@ def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
     paper_point = Point(0, "#000000", "D", filled=False)
     shown = [v for v in verdicts if v.judged and v.claim.unit == "points" and math.isfinite(v.low)]
     entries: list[Entry] = []
-    for v in sorted(shown, key=lambda v: _fullness(v.group.budget if v.group else "")):
+    for v in sorted(shown, key=lambda v: _fullness(v.budget)):
         value = v.claim.printed(v.group.dataset if v.group else "")
         points = [Point(v.measured, colours[v.state], "o", v.low, v.high)]
         points += [paper_point._replace(value=value)] if value is not None else []

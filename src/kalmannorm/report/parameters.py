@@ -1,8 +1,6 @@
 """Table 2: parameters of networks, counted from the models when the table is made; nothing is trained for it."""
 
 import functools
-import json
-from typing import Any
 
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Settings
@@ -38,12 +36,11 @@ def sheet(card: Card) -> Sheet:
 
 def count(settings: Settings) -> int:
     """Count the parameters of the network that runs of these settings train."""
-    return _count(json.dumps(compose(cards.overrides(settings)).result()))
+    return _count(tuple(cards.overrides(settings)))
 
 
 @functools.cache  # a report counts for the table and for the claims
-def _count(config: str) -> int:
+def _count(overrides: tuple[str, ...]) -> int:
     from kalmannorm.train.model import parameter_count  # imports torch: this alone needs it
 
-    tree: dict[str, Any] = json.loads(config)
-    return parameter_count(tree)
+    return parameter_count(compose([*overrides]).result())
