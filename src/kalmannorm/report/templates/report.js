@@ -33,9 +33,10 @@ function opened(run) {
   cell.colSpan = columns.length;
   const drawn = curve(run);
   if (drawn) cell.append(drawn);
-  const said = [run.command, `${run.parameters ?? "?"} parameters; ${run.rate ?? "?"} images/s; ${run.where}; schedule ${run.schedule}; ${run.made}`,
-    `record: records/${run.id}.json`];
+  const said = [run.command, `${run.parameters ?? "?"} parameters; ${run.rate ?? "?"} images/s; ${run.where}; schedule ${run.schedule}; ${run.made}`];
   for (const line of said) cell.append(element("pre", line));
+  cell.append(element("a", "its record"));
+  cell.lastChild.href = `records/${run.id}.json`;
   return row;
 }
 function show() {
@@ -57,6 +58,7 @@ function show() {
     row.addEventListener("click", () => row.nextSibling && !row.nextSibling.className ? row.nextSibling.remove() : row.after(opened(run)));
     return asked.length && chosen.length < 7 ? [row, opened(run)] : [row];
   }));
+  table.parentElement.style.maxHeight = asked.length && chosen.length < 7 ? "none" : "";
   if (asked.length) document.getElementById("runs").scrollIntoView();
 }
 const head = element("tr");
