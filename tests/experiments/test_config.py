@@ -44,6 +44,20 @@ def test_the_presets_of_the_talk_and_v1_say_what_is_theirs_and_the_others_nothin
     assert given.norm.options["transition"] == "learned" and given.norm.options["input_belief"] == "data"
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": -1}, "seed = -1: expected to be greater than or equal to 0"),
+        ({"precision": "fp8"}, "precision = fp8: expected to be 'fp32' or 'bf16'"),
+        ({"sed": 1}, "unknown setting 'sed'; did you mean 'seed'?"),
+        ({"batch": 3}, "batch = 3: expected to be an instance of Batch"),
+    ],
+)
+def test_a_changed_configuration_is_checked_as_a_composed_one(changes, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        replace(compose([]), **changes)
+
+
 FILES = {path.name: [file.stem for file in path.glob("*.yaml")] for path in conf_dir().iterdir() if path.is_dir()}
 SETTINGS = ["seed=3", "batch.stat_batch=null", "schedule.lr=[[1,0.5]]", "budget.size=${seed}"]
 

@@ -55,6 +55,7 @@ NORMS = {
 }
 # Left to the slow test: what looks at one image, or at nothing, and mixtures and variants of what is here.
 SLOW = (
+    "gn",
     "ln",
     "in",
     "sn",
@@ -66,6 +67,7 @@ SLOW = (
     "bn-wnn",
     "frozen",
     "none",
+    "bkn-output",
     "bkn-talk",
     "bkn-input",
     "gkn-v1",
