@@ -203,16 +203,14 @@ class Shares(NamedTuple):
 
     def interval(self, family: int = 1) -> tuple[float, float]:
         """Return Newcombe's interval (1998, method 10), of Wilson's for each side."""
+        from scipy.stats import binomtest
+
         if self.lost + self.others < LEAST:
             return math.nan, math.nan
-        z = t_quantile(math.inf, family)
-
-        def wilson(p: float, n: int) -> tuple[float, float]:
-            half = z * math.sqrt(p * (1 - p) / n + (z / n) ** 2 / 4)
-            return (p + z**2 / n / 2 - half) / (1 + z**2 / n), (p + z**2 / n / 2 + half) / (1 + z**2 / n)
-
+        confidence = 1 - (1 - CONFIDENCE) / family
+        sides = ((self.lost, self.of), (self.others, self.of_others))
+        (low, high), (below, above) = (binomtest(*of).proportion_ci(confidence, "wilson") for of in sides)
         p, q = self.lost / self.of, self.others / self.of_others
-        (low, high), (below, above) = wilson(p, self.of), wilson(q, self.of_others)
         return 100 * (p - q - math.hypot(p - low, above - q)), 100 * (p - q + math.hypot(high - p, q - below))
 
 
@@ -377,16 +375,10 @@ def signed(value: float) -> str:
 
 
 def _equal_variances(values: Iterable[Sequence[float]]) -> float:
-    """Return p of Bartlett's test (1937) over the rows with two values or more; nan where that is no test.
-
-    As scipy.stats.bartlett has it, which takes half a second to import.
-    """
-    from scipy.special import chdtrc
+    """Return p of Bartlett's test over the rows with two values or more; nan where that is no test."""
+    from scipy.stats import bartlett
 
     several = [of for of in values if len(of) > 1]
     if len(several) < 2 or min(map(np.ptp, several)) <= 0:
         return math.nan
-    dfs, variances = np.array([len(of) - 1 for of in several]), np.array([np.var(of, ddof=1) for of in several])
-    df, rows = dfs.sum(), len(several)
-    log_ratio = df * math.log(dfs @ variances / df) - dfs @ np.log(variances)
-    return float(chdtrc(rows - 1, log_ratio / (1 + ((1 / dfs).sum() - 1 / df) / (3 * (rows - 1)))))
+    return float(bartlett(*several).pvalue)
