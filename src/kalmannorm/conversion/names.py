@@ -123,8 +123,8 @@ def _names(code: CodeType) -> frozenset[str]:
 @functools.cache
 def _globals(code: CodeType) -> frozenset[str]:
     inner = [_globals(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    own = (str(one.argval) for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    return frozenset(own).union(*inner)
+    kinds = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
+    return frozenset(str(one.argval) for one in dis.get_instructions(code) if one.opname in kinds).union(*inner)
 
 
 class Kept:
@@ -212,20 +212,22 @@ class Surroundings:
         if names & {"type", "isinstance"} - scope.keys():
             self.asking.append(scope)
         self.asks_class |= "__class__" in names
-        self.checkpointing += [(scope, name) for name in names & scope.keys() if scope[name] is CHECKPOINT]
+        of_scope = sorted(_globals(function.__code__) & scope.keys())
+        self.checkpointing += [(scope, name) for name in of_scope if scope[name] is CHECKPOINT]
         if names & {"checkpoint", "checkpoint_sequential"}:
             self.checkpointing.append((vars(torch.utils.checkpoint), "checkpoint"))
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for i, (name, cell) in enumerate(cells):
             if name != "__class__" and expression and (held := _content(cell)):
                 self._value(f"{expression}.__closure__[{i}].cell_contents", held[0], names)
+                self._refuse_impure(name, held[0])
         for i, default in enumerate(function.__defaults__ or ()):
             if expression and isinstance(default, list | dict):
                 self._value(f"{expression}.__defaults__[{i}]", default, names)
-        for name in sorted(names & scope.keys()):
+        for name in of_scope:
             written = f"_in_{str(scope.get('__name__')).replace('.', '_')}"
             self._value(f"{written}.{name}", scope[name], names)
-            self._refuse_impure(name, scope[name], name in _globals(function.__code__))
+            self._refuse_impure(name, scope[name])
             if is_plain(scope[name]):
                 self.kept.attribute(scope, name)
             if any(one.startswith(f"{written}.") for one in self.plain):
@@ -236,12 +238,12 @@ class Surroundings:
             for where, method in self._methods[name]:
                 self._function(where, method)
 
-    def _refuse_impure(self, name: str, value: Any, is_read: bool) -> None:
+    def _refuse_impure(self, name: str, value: Any) -> None:
         of = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-        if is_read and of in _IMPURE:
+        if of in _IMPURE:
             self.refused = f"it uses {name}, which may be something else the next time"
-        elif is_read and not is_plain(value) and may_change(value):
-            self.refused = f"it reads the global {name}, a {type(value).__name__}, which may change"
+        elif not is_plain(value) and may_change(value):
+            self.refused = f"it reads {name}, a {type(value).__name__}, which may change"
 
     def _value(self, expression: str, value: Any, names: frozenset[str], depth: int = 0) -> None:
         """`names`: of attributes that may be read."""
