@@ -240,6 +240,18 @@ def test_layers_are_found_by_the_original_classes() -> None:
     torch.testing.assert_close(quantized(x), model(x), rtol=0.1, atol=0.1)
 
 
+def test_a_class_that_is_kept_by_the_original_is_derived_from_the_layers_own() -> None:
+    """As FSDP keeps its classes."""
+
+    class Mixin:
+        pass
+
+    kept = {nn.Conv2d: type("Sharded", (Mixin, nn.Conv2d), {})}
+    layer = convert(Net(), "bkn", stat_batch=2).last
+    layer.__class__ = kept[type(layer)]
+    assert type(layer).__name__ == "Sharded" and layer.takes_beliefs
+
+
 class Doubled(nn.Module):
     """A weight's double; counts how often it is asked for."""
 

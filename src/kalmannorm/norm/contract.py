@@ -35,9 +35,19 @@ running = _Running()
 
 # While a forward runs that asks for `layer.__class__`: `class_of`, what it is told in place of the type.
 lent: dict[str, Callable[[object], type]] = {}
-own_class = property(
-    lambda self: lent.get("class_of", type)(self), lambda self, cls: object.__dict__["__class__"].__set__(self, cls)
-)
+
+
+def _set_class(layer: Any, cls: Any) -> None:
+    """FSDP keeps its classes by those that they are derived from, and a converted layer's class equals the original,
+    whose it may find: the layer's own takes the original's place then."""
+    own, made = type(layer), vars(type(layer)).get("converted")
+    if made is not None and "converted" not in vars(cls) and any(base is made.original for base in cls.__bases__):
+        bases = tuple(own if base is made.original else base for base in cls.__bases__)
+        cls = type(cls.__name__, bases, {key: value for key, value in vars(cls).items() if key != "__dict__"})
+    object.__dict__["__class__"].__set__(layer, cls)
+
+
+own_class = property(lambda self: lent.get("class_of", type)(self), _set_class)
 
 
 def used(belief: Any) -> Any:
