@@ -32,9 +32,8 @@ def evaluate(
     shard_noise(model, (loader.rank, loader.world))
     set_statistics(model, statistics)
     model.eval()
-    correct, among = (torch.zeros((), dtype=torch.int64, device=loader.device) for _ in range(2))
+    correct, among, images, of_views = (torch.zeros((), dtype=torch.int64, device=loader.device) for _ in range(4))
     loss = torch.zeros((), dtype=torch.float64, device=loader.device)
-    images = torch.zeros((), dtype=torch.int64, device=loader.device)
     # A CPU's kernels take as little as half the time on channels_last maps, but those by groups of images.
     fast = torch.channels_last if loader.device.type == "cpu" and statistics == "moving" else torch.preserve_format
     for x, labels, counted in loader.plain(max(1, loader.at_once // fill) * fill, fill=fill):
@@ -44,13 +43,14 @@ def evaluate(
         correct += (logits.argmax(1) == labels).sum()
         if several:
             among += (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum()
+            of_views += counted
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         images += counted
-    if ranks is not None and loader.world > 1:
-        correct, among, loss, images = ranks.sum(correct, among, loss, images)
+    if ranks is not None and loader.world > 1:  # one may have had no image of few
+        correct, among, loss, images, of_views = ranks.sum(correct, among, loss, images, of_views)
     mean_loss = loss.item() / images.item()
     # JSON has no NaN: a loss that is not finite is recorded as absent, its accuracy stays.
-    top5: Evaluation = {"top5": 100 * among.item() / images.item()} if several else {}
+    top5: Evaluation = {"top5": 100 * among.item() / images.item()} if of_views else {}
     return top5 | {
         "accuracy": 100 * correct.item() / images.item(),
         "loss": mean_loss if np.isfinite(mean_loss) else None,
