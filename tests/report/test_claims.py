@@ -42,6 +42,7 @@ def test_claims_are_whole() -> None:
         for dataset in found.of:
             assert (conf_dir() / "dataset" / f"{dataset}.yaml").exists(), (found.id, dataset)
     assert sum(bool(found.answer) for found in known) >= 3
+    assert all(found.network for found in known if found.answer)
 
 
 def test_claims_name_rows_of_the_cards() -> None:

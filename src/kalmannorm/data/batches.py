@@ -55,8 +55,6 @@ class Batches(ABC):
     shard: (rank, world); this rank takes the positions rank::world of every batch (docs/trust.md).
     """
 
-    at_once = 500  # images of an evaluation batch, about; online statistics depend on it (NUMERICS)
-
     def __init__(
         self, count: int, *, batch: int, device: torch.device | str, seed: int = 0, shard: tuple[int, int] = (0, 1)
     ) -> None:
@@ -81,6 +79,12 @@ class Batches(ABC):
 
         What a step yields depends on (seed, epoch, step) and the shard alone.
         """
+
+
+class PlainBatches(Batches):
+    """Batches that also come without augmentation: of everything but a detector's images, which are tested singly."""
+
+    at_once = 500  # images of an evaluation batch, about; online statistics depend on it (NUMERICS)
 
     def plain(
         self, batch: int, order: Tensor | NDArray[np.int64] | Sequence[int] | None = None, fill: int = 1
@@ -115,5 +119,5 @@ class Batches(ABC):
             place = torch.where(position < real, start + position, (position - real) % len(order))
             yield order.index_select(0, place), counted
 
-    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
-        raise NotImplementedError  # of a detector's, which takes images one by one (train/average_precision.py)
+    @abstractmethod
+    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]: ...

@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kalmannorm.data.batches import Batch, Batches, Counted, mix
+from kalmannorm.data.batches import Batch, Counted, PlainBatches, mix
 
 SCALE = 128.0  # released code
 CHUNK = 8192  # images padded at a time while the set is brought to the device
 AHEAD = {"cuda": 16}  # batches prepared at once: where launching kernels is most of the cost, else 1 (cache)
 
 
-class Loader(Batches):
+class Loader(PlainBatches):
     """Batches of one split.
 
     images: uint8 [N, H, W, 3]; labels: int64 [N]. batch: images per step over all devices.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from kalmannorm.data.batches import Batch, Batches, Counted, mix
+from kalmannorm.data.batches import Batch, Counted, PlainBatches, mix
 from kalmannorm.data.folder import Files
 from kalmannorm.data.pixels import read_rgb
 from kalmannorm.data.workers import Named, begin_worker
@@ -30,7 +30,7 @@ Sample = tuple[Tensor, int | Tensor]  # uint8 [3, H, W] and the label, or one fo
 Part = tuple[Tensor, Tensor]  # indices and keys of the images of one step, int64 [n]
 
 
-class Stream(Batches):
+class Stream(PlainBatches):
     """Batches of images that a source decodes while the device works. mean, std: per channel, on the scale 0..1."""
 
     borrowed = False  # whether the source writes over a batch some batches later

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalmannorm.data.batches import Batches
+from kalmannorm.data.batches import Batches, PlainBatches
 from kalmannorm.experiments.record import Evaluation
 from kalmannorm.norm.modes import normalizers, precise_statistics, set_statistics, shard_noise, spread_batches
 from kalmannorm.train.ranks import Ranks
@@ -20,7 +20,7 @@ PRECISE_BATCHES = 200
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Batches, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
+    model: nn.Module, loader: PlainBatches, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
 ) -> Evaluation:
     """Return the accuracy in percent and mean cross-entropy over every image of the split, each counted once.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kalmannorm.conversion import INPUT_BELIEF
 from kalmannorm.conversion.flow import beliefs_of_inputs
-from kalmannorm.data.batches import Batches, mix
+from kalmannorm.data.batches import Batches, PlainBatches, mix
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.settings import VideoDataset
 from kalmannorm.norm.weight import initialize_weight_norm, is_weight_normalized
@@ -46,7 +46,7 @@ def initialize(model: nn.Module, train: Batches) -> None:
         initialize_weight_norm(model.train(), x)
 
 
-def refresh_weights(config: Config, session: Session, train: Batches, step: int) -> None:
+def refresh_weights(config: Config, session: Session, train: PlainBatches, step: int) -> None:
     """Refresh before step number `step` (from 0) of the training, every `every` steps, by `samples` training images
     without augmentation, other ones each time; norm.options.weights has both numbers. With `covariance: predicted`
     post-GWNN's, which depends on no data but in the first layer.

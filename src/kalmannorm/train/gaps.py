@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.data.batches import Batches
+from kalmannorm.data.batches import PlainBatches
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.modes import normalizers, probing, set_statistics, shard_noise
@@ -53,7 +53,12 @@ class Gaps:
 
 @torch.no_grad()
 def variance_gaps(
-    model: nn.Module, train: Batches, last: tuple[str, ...], grad_batch: int, stat_batch: int, images: int | None = None
+    model: nn.Module,
+    train: PlainBatches,
+    last: tuple[str, ...],
+    grad_batch: int,
+    stat_batch: int,
+    images: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Measure the gaps of Figure 5 between every group's variance and the moving variance, over the training set as it
     is, or over the first `images` of it in the fixed order.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kalmannorm import data
-from kalmannorm.data.batches import Batches
+from kalmannorm.data.batches import PlainBatches
 from kalmannorm.data.folder import find_unreadable
 from kalmannorm.data.loader import Loader
 from kalmannorm.errors import UserError
@@ -74,7 +74,9 @@ def _kept(file: Path, images: data.Images) -> data.folder.Unreadables | None:
         return None
 
 
-def loaders(config: Config, source: data.Source, ranks: Ranks, whole: bool = False) -> tuple[Batches, Batches]:
+def loaders(
+    config: Config, source: data.Source, ranks: Ranks, whole: bool = False
+) -> tuple[PlainBatches, PlainBatches]:
     """Return the training and test images at the budget's resolution, on the device. Dealt out to the ranks; `whole`:
     all of them for this one."""
     shard = (0, 1) if whole else ranks.shard
@@ -93,7 +95,7 @@ def evaluation_shard(config: Config, ranks: Ranks) -> tuple[int, int]:
 
 def _in_memory(
     config: Config, arrays: data.Arrays, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
-) -> tuple[Batches, Batches]:
+) -> tuple[PlainBatches, PlainBatches]:
     """Make both, under the training images' mean."""
     budget, dataset = config.budget, config.dataset
     assert isinstance(dataset, ArrayDataset)
@@ -132,7 +134,9 @@ def options_of_files(config: Config, ranks: Ranks) -> dict[str, Any]:
     return pixels | {"device": ranks.device, "seed": config.seed}
 
 
-def recoloured(config: Config, source: data.Source, train: Batches, device: torch.device) -> dict[str, Batches]:
+def recoloured(
+    config: Config, source: data.Source, train: PlainBatches, device: torch.device
+) -> dict[str, PlainBatches]:
     """Return the test images in other colours, by what was done to them, all of them for this process; none where
     `dataset.recolour` is not set. Appearance changes and content does not: IBN-Net's question. The numbers are ours."""
     if not isinstance(config.dataset, ArrayDataset) or not config.dataset.recolour:
@@ -155,7 +159,7 @@ def recoloured(config: Config, source: data.Source, train: Batches, device: torc
 
 def _of_files(
     config: Config, source: data.Images | data.Betons, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
-) -> tuple[Batches, Batches]:
+) -> tuple[PlainBatches, PlainBatches]:
     """Make both, normalized by the data set's `mean` and `std`; the clips of a test video side by side."""
     from kalmannorm.data.beton_loader import BetonLoader  # here, as torchvision's transforms take a second to import
     from kalmannorm.data.stream import FolderLoader

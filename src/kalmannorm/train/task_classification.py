@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kalmannorm import data
 from kalmannorm.conversion import belief_report
-from kalmannorm.data.batches import Batches
+from kalmannorm.data.batches import PlainBatches
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Curves, Evaluation, Record
 from kalmannorm.experiments.settings import FilesDataset, VideoDataset
@@ -39,8 +39,8 @@ class Classification(Task):
     evaluates_epochs = True
     metric = "accuracy"
     model: nn.Module
-    train: Batches
-    test: Batches
+    train: PlainBatches
+    test: PlainBatches
 
     def __init__(self, config: Config, ranks: Ranks, source: data.Source | None = None) -> None:
         """Build the model, then open the data, or take them from `source`."""
