@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kalmannorm import machine
-from kalmannorm.data import ade20k, beton, camvid, cifar, cityscapes, digits, folder, gta5, svhn
+from kalmannorm.data import beton, cifar, digits, folder, svhn
 from kalmannorm.data.arrays import Arrays, class_balanced_subset, resize
 from kalmannorm.data.beton import Betons
 from kalmannorm.data.folder import Images
+from kalmannorm.data.scene_sources import SOURCES as SCENES
 from kalmannorm.errors import UserError, nearest
 
 __all__ = [
@@ -42,7 +43,6 @@ VARIANTS = {"cifar10_few": "cifar10", "cifar10_recoloured": "cifar10"}  # of oth
 DATASETS = ("digits", *OFFICIAL, *VARIANTS)  # in memory
 MADE = {"playback": "playback", "coco-tiny-maps": "coco_maps"}  # of other data, by which module
 PREPARE = (*OFFICIAL, *MADE)  # digits needs no preparing
-SCENES = {**camvid.SOURCES, **cityscapes.SOURCES, **ade20k.SOURCES, **gta5.SOURCES}  # read by scenes.load
 
 
 def root(option: str | None = None) -> Path:

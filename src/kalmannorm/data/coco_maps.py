@@ -12,9 +12,9 @@ from PIL import Image
 from pycocotools import mask as run_length
 
 from kalmannorm.data import coco
-from kalmannorm.data.ade20k import COCO_CLASSES, FOLDERS
 from kalmannorm.data.annotations import Split, Values
 from kalmannorm.data.arrays import partial
+from kalmannorm.data.scene_sources import COCO_CLASSES
 from kalmannorm.errors import UserError
 
 SOURCE = "coco-tiny"
@@ -28,7 +28,7 @@ def prepare(target: Path, archive: Path | None) -> Path:
         raise UserError(f"{target} is there already: remove it to write it again")
     found = coco.load(folder.name, folder.parent, COCO_CLASSES)
     with partial(target) as temporary:
-        for split, into in zip((found.train, found.test), FOLDERS.values(), strict=True):
+        for split, into in zip((found.train, found.test), ("training", "validation"), strict=True):
             images, maps = (temporary / kind / into for kind in ("images", "annotations"))
             images.mkdir(parents=True)
             maps.mkdir(parents=True)

@@ -1,8 +1,8 @@
 """Scenes with a label map each, from whose pixels a network learns: what all such data sets have in common.
 
-A source (camvid.py, cityscapes.py, ade20k.py, gta5.py) says where its images and maps lie, what the numbers in its maps
-mean and where it can be got. What a run will read is looked at when the set is loaded: every image has a map of its
-size, and no map holds a number that means nothing.
+A source (scene_sources.py) says where its images and maps lie, what the numbers in its maps mean and where it can be
+got. What a run will read is looked at when the set is loaded: every image has a map of its size, and no map holds a
+number that means nothing.
 """
 
 import hashlib
@@ -33,15 +33,39 @@ class Source:
     """A published data set of scenes.
 
     folder: under the data root. classes: their names. table: uint8 [256], from a map's number to the class, IGNORED or
-    MEANINGLESS. pairs: (that folder, "train" or "test") -> images and label maps in order; UserError where one is
-    without the other.
+    MEANINGLESS. images, maps: patterns of their files in the folder; what their last star stands for is a scene's name.
+    splits: "train" and "test" in the published names. chosen: (folder, split) -> which names belong to it.
     """
 
     folder: str
     classes: tuple[str, ...]
     table: NDArray[np.uint8]
-    pairs: Callable[[Path, str], list[Pair]]
+    images: str
+    maps: str
+    splits: Mapping[str, Sequence[str]]
     how_to_get: str
+    chosen: Callable[[Path, str], Callable[[str], bool]] = lambda folder, split: lambda name: True
+
+    def pairs(self, folder: Path, split: str) -> list[Pair]:
+        """Return the images of a split and their label maps, by name. UserError: one is without the other."""
+        chosen = self.chosen(folder, split)
+        found: list[Pair] = []
+        for published in self.splits[split]:
+            images, maps = (_named(folder, pattern.format(split=published)) for pattern in (self.images, self.maps))
+            for (kind, own), (missing, other) in permutations((("image", images), ("label map", maps))):
+                if odd := sorted(filter(chosen, own.keys() - other.keys())):
+                    raise UserError(
+                        f"{len(odd)} of {len(own)} {kind}s have no {missing}, the first: {own[odd[0]]}; unpack the set "
+                        "again, or remove what is alone"
+                    )
+            found += [(images[name], maps[name]) for name in sorted(filter(chosen, images))]
+        return found
+
+
+def _named(folder: Path, pattern: str) -> dict[str, Path]:
+    """Return the files of a pattern by what its last star stands for."""
+    suffix = pattern.rpartition("*")[2]
+    return {path.name.removesuffix(suffix): path for path in folder.glob(pattern)}
 
 
 @dataclass(frozen=True)
@@ -108,18 +132,6 @@ def meanings(classes: Mapping[int, int], ignored: Iterable[int]) -> NDArray[np.u
     table[list(ignored)] = IGNORED
     table[list(classes)] = list(classes.values())
     return table
-
-
-def paired(images: Iterable[Path], labels: Iterable[Path], key: Callable[[Path], str]) -> list[Pair]:
-    """Pair images and label maps of the same key, in order of the keys. UserError: one is without the other."""
-    both = [{key(path): path for path in paths} for paths in (images, labels)]
-    for (own, kind), (other, missing) in permutations(zip(both, ("image", "label map"), strict=True)):
-        if odd := sorted(own.keys() - other.keys()):
-            raise UserError(
-                f"{len(odd)} of {len(own)} {kind}s have no {missing}, the first: {own[odd[0]]}; unpack the set again, "
-                "or remove what is alone"
-            )
-    return [(both[0][name], both[1][name]) for name in sorted(both[0])]
 
 
 def load(
