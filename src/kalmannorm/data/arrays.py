@@ -200,6 +200,16 @@ def partial(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Make a folder whole or not at all: yield the one that becomes `target`. UserError: that is there already."""
+    if target.exists():
+        raise UserError(f"{target} is there already: remove it to write it again")
+    with partial(target) as temporary:
+        yield temporary
+        temporary.rename(target)
+
+
 def _lives(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -216,36 +226,25 @@ def _lives(process: int) -> bool:
 def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Bring square images to another size: uint8 [N, H, H, C] -> uint8 [N, size, size, C].
 
-    Down by an integer factor: the mean over each block of pixels. Up: bilinear, pixel centres aligned as torch's
-    `interpolate(align_corners=False)` has them. Halves round up. Raises UserError for any other size.
+    Down by an integer factor: the mean over each block of pixels. Up: bilinear, between pixels' centres. Halves round
+    up. Raises UserError for any other size.
     """
     height = images.shape[1]
     if size == height:
         return images
     if size < 1 or (size < height and height % size):
         raise UserError(f"size {size} does not fit {height} x {height} images: give a divisor of {height} or more")
-    out = np.empty((len(images), size, size, images.shape[3]), dtype=np.uint8)
-    for start in range(0, len(images), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        out[chunk] = _shrink(images[chunk], height // size) if size < height else _enlarge(images[chunk], size)
-    return out
+    import torch
+    import torch.nn.functional as F
 
+    def resized(chunk: torch.Tensor) -> torch.Tensor:
+        if size < height:
+            return F.avg_pool2d(chunk, height // size)
+        return F.interpolate(chunk, size=size, mode="bilinear")
 
-def _shrink(images: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    total = np.zeros(images[:, ::factor, ::factor].shape, dtype=np.uint32)
-    for row in range(factor):
-        for column in range(factor):
-            total += images[:, row::factor, column::factor]
-    return ((total + factor**2 // 2) // factor**2).astype(np.uint8)
-
-
-def _enlarge(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    count = images.shape[1]
-    centre = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
-    weight = np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(count))).astype(np.float32)  # [size, count]
-    rows = np.tensordot(images.astype(np.float32), weight, axes=(1, 1))  # [N, W, C, size]: rows become the last axis
-    both = np.tensordot(rows, weight, axes=(1, 1))  # [N, C, size, size]
-    return np.floor(both.transpose(0, 2, 3, 1) + 0.5).astype(np.uint8)
+    nchw = torch.from_numpy(images).movedim(-1, 1)
+    chunks = [resized(chunk.float()).add_(0.5).byte() for chunk in nchw.split(CHUNK)]
+    return torch.cat(chunks).movedim(1, -1).contiguous().numpy()
 
 
 def class_balanced_subset(labels: NDArray[np.int64], count: int, seed: int = 0) -> NDArray[np.int64]:

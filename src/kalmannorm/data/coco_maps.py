@@ -13,9 +13,8 @@ from pycocotools import mask as run_length
 
 from kalmannorm.data import coco
 from kalmannorm.data.annotations import Split, Values
-from kalmannorm.data.arrays import partial
+from kalmannorm.data.arrays import new_folder
 from kalmannorm.data.scene_sources import COCO_CLASSES
-from kalmannorm.errors import UserError
 
 SOURCE = "coco-tiny"
 
@@ -24,10 +23,8 @@ def prepare(target: Path, archive: Path | None) -> Path:
     """Write the data set to `target`, from coco-tiny beside it or the folder `archive` in COCO's layout. UserError:
     that is missing or damaged; `target` is there already."""
     folder = archive or target.parent / SOURCE
-    if target.exists():
-        raise UserError(f"{target} is there already: remove it to write it again")
     found = coco.load(folder.name, folder.parent, COCO_CLASSES)
-    with partial(target) as temporary:
+    with new_folder(target) as temporary:
         for split, into in zip((found.train, found.test), ("training", "validation"), strict=True):
             images, maps = (temporary / kind / into for kind in ("images", "annotations"))
             images.mkdir(parents=True)
@@ -36,7 +33,6 @@ def prepare(target: Path, archive: Path | None) -> Path:
                 file = split.root / split.image(position)["file_name"]
                 shutil.copyfile(file, images / f"{file.stem}.jpg")
                 Image.fromarray(paint(split, position, found.labels)).save(maps / f"{file.stem}.png")
-        temporary.rename(target)
     return target
 
 

