@@ -82,8 +82,9 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
     if isinstance(gamma := getattr(old, "weight", None), nn.Parameter) and not gamma.requires_grad:
         for key, parameter in new.named_parameters(recurse=False):  # q and R, new, are as frozen as gamma
             parameter.requires_grad_(parameter.requires_grad and key in BATCH_NORM_STATE)
-    if hasattr(new, "layer_name"):
-        new.layer_name = name  # type: ignore[assignment]
+    for part in new.modules():
+        if hasattr(part, "layer_name"):
+            part.layer_name = name  # type: ignore[assignment]
     if not hasattr(old, "activation_post_process"):  # a quantization's observer, whose hook is of that part
         contract.unwrap_hooks(old)
         new.__dict__.update({key: copy.copy(old.__dict__[key]) for key in HOOKS})

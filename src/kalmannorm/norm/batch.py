@@ -88,7 +88,6 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
     probe: Probe | None = None
     left = 0  # while images that are left of a batch are normalized: how many measure, or _DROPPED
     one_belief = False  # whether what it hands on is the same for all images, in one row
-    layer_name = ""  # set by convert: errors name the layer
     # What an error says may be done about a batch that does not divide.
     remedy = "; ragged='measure' or 'drop' says what becomes of its last images"
     folds = True  # whether its moving statistics say all that a plain BatchNorm needs to compute the same

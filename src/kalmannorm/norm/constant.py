@@ -28,8 +28,6 @@ class FrozenBatchNorm(TakesOptions, nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    layer_name = ""  # set by convert: errors name the layer
-
     def __init__(
         self,
         num_features: int,

@@ -45,8 +45,6 @@ class GroupNorm(TakesOptions, nn.GroupNorm):
     32 groups as in its paper; the released code takes 4 on CIFAR (`max_groups=4`).
     """
 
-    layer_name = ""  # set by convert: errors name the layer
-
     def __init__(
         self,
         num_features: int,

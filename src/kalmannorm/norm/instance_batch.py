@@ -63,17 +63,6 @@ class InstanceBatchNorm(TakesOptions, nn.Module):
         of_batch = num_features - of_instance
         batch = BatchNorm(max(of_batch, 1), **options)  # which knows the options, also where it gets no channel
         self.BN = batch if of_batch else None
-        self.layer_name = ""  # set by convert: errors name the layer
-
-    @property
-    def layer_name(self) -> str:
-        return self._layer_name
-
-    @layer_name.setter
-    def layer_name(self, name: str) -> None:
-        self._layer_name = name
-        if self.BN is not None:
-            self.BN.layer_name = name
 
     @property
     def parts(self) -> list[tuple[nn.Module, slice]]:

@@ -281,8 +281,6 @@ class KalmanGroupNorm(TakesOptions, Estimator):
     ValueError: statistics of a single value.
     """
 
-    layer_name = ""  # set by convert: errors name the layer
-
     def __init__(
         self,
         num_groups: int,

@@ -79,6 +79,7 @@ class TakesOptions:
     """Base of the normalizers, whose constructors refuse what they do not know."""
 
     __class__ = own_class
+    layer_name = ""  # set by convert: errors name the layer
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
