@@ -57,8 +57,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "results"
 
 
-def test_a_report_on_an_ascii_terminal(trained: Path) -> None:
-    done = command("report", "table2", f"results={trained}", **ASCII)
+def test_a_report_on_an_ascii_terminal_reads_no_matplotlibrc(trained: Path, tmp_path: Path) -> None:
+    """Neither that of the current folder, which cannot be decoded, nor the user's own."""
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\0")
+    (tmp_path / "own").write_text("text.usetex: True\nbackend: nowhere\n")
+    settings = {"MATPLOTLIBRC": str(tmp_path / "own"), "MPLBACKEND": "nowhere", **ASCII}
+    done = command("report", "table2", f"results={trained}", cwd=tmp_path, **settings)
     assert done.returncode == 0 and not done.stderr, done.stderr
     said = done.stdout.decode("ascii")
     assert "KN" in said and "\\u2212" not in said and "\\xb1" not in said
@@ -90,15 +94,6 @@ def test_an_output_that_takes_nothing_is_named(trained: Path) -> None:
     assert done.returncode == 2 and b"No space left on device" in done.stderr and b"Traceback" not in done.stderr
     closed = subprocess.run(["bash", "-c", line.replace("> /dev/full", ">&-")], capture_output=True, timeout=100)
     assert b"Traceback" not in closed.stderr
-
-
-def test_reports_do_not_read_matplotlibrc(trained: Path, tmp_path: Path) -> None:
-    """Neither that of the current folder, which cannot be decoded, nor the user's own."""
-    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\0")
-    (tmp_path / "own").write_text("text.usetex: True\nbackend: nowhere\n")
-    settings = {"MATPLOTLIBRC": str(tmp_path / "own"), "MPLBACKEND": "nowhere"}
-    done = command("report", "figure5", f"results={trained}", *DIGITS[:3], cwd=tmp_path, **settings)
-    assert b"figure5: no run of it" in done.stderr and done.stderr.count(b"\n") == 1, done.stderr
 
 
 def test_pictures_are_the_same_under_any_theme(tmp_path: Path) -> None:
