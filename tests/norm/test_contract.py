@@ -127,6 +127,21 @@ def test_sn_weighs_means_and_variances_apart() -> None:
             assert error(y[i].flatten(1).detach(), expected.detach()) < 1e-12
 
 
+def test_sn_without_bn_is_of_in_and_ln_alone() -> None:
+    two, three, x = build("sn", D, mixed=["in", "ln"]), build("sn", D), images(dtype=D)
+    assert two.running_mean is None and len(two.mean_weight) == len(two.var_weight) == 2
+    with torch.no_grad():
+        for name in ("mean_weight", "var_weight"):
+            start = torch.tensor([0.5, -1.0], dtype=D)
+            getattr(two, name).copy_(start)
+            getattr(three, name).copy_(torch.tensor([0.5, -1.0, -1e4], dtype=D))
+    for training in (True, False):
+        assert error(two.train(training)(x).detach(), three.train(training)(x).detach()) < 1e-12
+    assert error(two(x[:1]).detach(), two(x)[:1].detach()) < 1e-12
+    with pytest.raises(ValueError, match="mixed must be"):
+        build("sn", D, mixed=["bn"])
+
+
 def test_frozen_bn_is_bn_s_affine() -> None:
     frozen, bn = build("frozen", D), build("bn", D).eval()
     frozen.load_state_dict(bn.state_dict())

@@ -65,6 +65,24 @@ def test_gamma_decay_is_one_over_the_batch():
     assert error(found[0], 2 * found[1]) < 1e-6
 
 
+def test_gamma_decay_of_bn_is_measured_in_its_own_groups():
+    x, found = torch.randn(8, 5, 4, 4, dtype=D), []
+    for decay in (("images", 8), None):
+        layer = NORMS["bn"](5, stat_batch=2, gamma_decay=decay, gamma_cap=None, eps=1e-12).double()
+        layer(x).cos().mean().backward()
+        finish_gradients(layer)
+        found.append(layer.weight.grad)
+    normalized = BatchNorm(5, stat_batch=2, affine=False, eps=1e-12).double()(x)
+    own = -normalized.sin() / (5 * 16)  # of each image's loss, gamma 1, beta 0
+    f_gamma = (own * normalized).sum((2, 3)).square().mean(0)
+    f_beta = own.sum((2, 3)).square().mean(0)
+    tau2, omega2 = normalized.mean((2, 3)).square().mean(0), (normalized.square().mean((2, 3)) - 1).square().mean(0)
+    zeta = omega2 * f_gamma / (8 * 8) + tau2 * f_beta / (2 * 8)
+    assert error(found[0] - found[1], 2 * zeta) < 1e-9
+    with pytest.raises(ValueError, match="leave out mean_batch"):
+        NORMS["bn"](5, stat_batch=2, gamma_decay=("images", 8), mean_batch="whole")
+
+
 @pytest.mark.parametrize("variant", ["images", "fisher", "talk"])
 def test_a_constant_channel_keeps_a_finite_coefficient(variant):
     layer = PopulationNorm(3, gamma_decay=(variant, 8))

@@ -11,11 +11,12 @@ from torch import nn
 from kalmannorm import NORMS, set_progress
 from kalmannorm.norm import SparseSwitchableNorm
 from kalmannorm.norm.modes import finish_gradients
-from kalmannorm.norm.sparse import ALL_CORNERS, sparsemax, sparsestmax
+from kalmannorm.norm.sparse import sparsemax, sparsestmax
 from kalmannorm.train.model import optimizer
 
 D = torch.float64
 TIES = ([1.0, 1.0, 1.0], [1.0, 1.0, 0.9], [1.0, 0.9, 0.9], [2.0, 2.0, -5.0], [0.5, 0.2, 0.5], [0.0, 3.0, 0.0])
+ALL_CORNERS = math.sqrt(2 / 3)
 RADII = [0.0, 0.1, 0.3, 0.408, 0.41, 0.5, 0.7, 0.708, 0.75, 0.81, 0.82, 1.0]
 
 
@@ -34,15 +35,27 @@ def test_sparsemax_is_the_projection_on_the_simplex():
         assert (z[w == 0] <= threshold[0] + 1e-12).all()
 
 
+@pytest.mark.parametrize("first_face", ["whole", "cut"])
 @pytest.mark.parametrize("radius", RADII)
-def test_weights_leave_the_circle(radius):
+def test_weights_leave_the_circle(radius, first_face):
     centre = torch.full((3,), 1 / 3, dtype=D)
     for z in logits():
-        p = sparsestmax(z, radius)
+        p = sparsestmax(z, radius, first_face=first_face)
         assert p.min() >= 0 and abs(p.sum() - 1) < 1e-12
         assert (p - centre).norm() >= min(radius, ALL_CORNERS) - 1e-9
         if radius > ALL_CORNERS:
             assert torch.equal(p, torch.eye(3, dtype=D)[z.argmax()])
+
+
+def test_of_two_logits():
+    """Weights on a segment: pushed out to the radius, its ends from sqrt(1/2) on."""
+    z = torch.tensor([0.3, 0.1], dtype=D)
+    for radius in (0.0, 0.1, 0.5, 0.7):
+        away = max(0.1, radius / math.sqrt(2))
+        assert error(sparsestmax(z, radius), torch.tensor([0.5 + away, 0.5 - away], dtype=D)) < 1e-12
+    assert sparsestmax(z, 0.72).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="first_face must be one of whole, cut, not 'middle'"):
+        sparsestmax(z, 0.1, first_face="middle")
 
 
 @pytest.mark.parametrize("dtype", [D, torch.float32])

@@ -6,7 +6,7 @@ from helpers import error, talk_golden
 from torch import Tensor, nn
 
 from kalmannorm import set_progress
-from kalmannorm.norm import InstanceBatchNorm, IterNorm, PopulationNorm, SparseSwitchableNorm, ZCANorm
+from kalmannorm.norm import InstanceBatchNorm, IterNorm, PopulationNorm, SparseSwitchableNorm, SwitchableNorm, ZCANorm
 from kalmannorm.norm.modes import finish_gradients
 from kalmannorm.norm.sparse import sparsestmax
 
@@ -70,13 +70,39 @@ def test_sparsestmax_and_its_jacobian():
             assert (found - expected).abs().max() <= 1e-4 * max(1, expected.abs().max()), (radius, z)
 
 
+def test_sparsestmax_cut_differs_where_an_edge_came_first():
+    data = talk_golden("sparsestmax")
+    differs = 0
+    for i, radius in enumerate(data["radius"]):
+        for k, z in enumerate(data["z"]):
+            away = (sparsestmax(z, radius, first_face="cut") - data["p"][i, k]).abs().max() > 1e-5
+            assert not away or (sparsestmax(z, 0.0) == 0).sum() == 1, (radius, z)
+            differs += int(away)
+    assert differs == 26
+
+
+@pytest.mark.parametrize(("name", "options"), [("sn2d", {"in_unbiased": True}), ("sn2d_population", {})])
+def test_sn_layer(name, options):
+    data = talk_golden(name)
+    layer = SwitchableNorm(data["x"].shape[1], moving_unbiased=False, **options)
+    assert layer.running_var is not None
+    layer.running_var.zero_()  # as theirs starts
+    compare(layer, data, {"running_mean": "running_mean", "running_var": "running_var"})
+
+
 @pytest.mark.parametrize(
     ("name", "radius"),
-    [("ssn2d_radius03_population", 0.3), ("ssn2d_radius06_population", 0.6), ("ssn2d_fixed_population", 0.9)],
+    [
+        ("ssn2d_radius03", 0.3),
+        ("ssn2d_radius03_population", 0.3),
+        ("ssn2d_radius06_population", 0.6),
+        ("ssn2d_fixed_population", 0.9),
+    ],
 )
 def test_ssn_layer(name, radius):
     data = talk_golden(name)
-    layer = SparseSwitchableNorm(data["x"].shape[1], momentum=0.003, moving_unbiased=False)
+    unbiased = not name.endswith("population")
+    layer = SparseSwitchableNorm(data["x"].shape[1], momentum=0.003, moving_unbiased=False, in_unbiased=unbiased)
     assert layer.running_var is not None
     layer.running_var.zero_()  # as theirs starts
     set_progress(layer, radius)

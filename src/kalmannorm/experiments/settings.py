@@ -100,6 +100,9 @@ class NormOptions(TypedDict, total=False):
     mean_batch: str | None
     var_batch: str | None
     first: str | None
+    first_face: str | None
+    mixed: list[str]
+    in_unbiased: bool
     average: str | None
     estimator: str | None
     gain: Part | None

@@ -27,10 +27,23 @@ from kalmannorm.presets import SYNONYMS
 
 
 @hands_on(SplitBatchNorm)
-def _bn(num_features: int, *, mean_batch: str | None = None, var_batch: str | None = None, **options: Any) -> BatchNorm:
-    if mean_batch is var_batch is None:
+def _bn(
+    num_features: int,
+    *,
+    mean_batch: str | None = None,
+    var_batch: str | None = None,
+    gamma_decay: tuple[str, float] | None = None,
+    gamma_cap: float | None = 1.0,
+    **options: Any,
+) -> BatchNorm:
+    if mean_batch is var_batch is gamma_decay is None:
         return BatchNorm(num_features, **options)
-    return SplitBatchNorm(num_features, mean_batch=mean_batch, var_batch=var_batch, **options)
+    if gamma_decay is None:
+        return SplitBatchNorm(num_features, mean_batch=mean_batch, var_batch=var_batch, **options)
+    if not mean_batch is var_batch is None:
+        raise ValueError("gamma_decay is of groups that mean and deviation share: leave out mean_batch, var_batch")
+    # Population Normalization of groups of stat_batch images is BN of them.
+    return PopulationNorm(num_features, gamma_decay=gamma_decay, gamma_cap=gamma_cap, **options)
 
 
 # Those that know no statistics batch and no moving averages are handed both all the same, and ignore them.

@@ -1,5 +1,6 @@
 """Switchable Normalization (Luo et al. 2018; the talk, part 3): a learned mixture of IN, LN and BN statistics."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,17 +20,29 @@ class SwitchableNorm(GroupedStatistics):
     mixes deviations; variances, as here, are the cited paper's. BN's part is of groups of `stat_batch` images and has
     the moving averages: under moving statistics they take that part's place, the other two are the image's own.
 
-    x [N, C, H, W, ...] -> y. ValueError: an input without more than one pixel, which IN cannot measure. A
-    probe sees BN's part, the one that moving averages stand for. It cannot be folded into a BatchNorm.
+    `mixed=("in", "ln")` leaves BN out, with its moving averages, as the public code does where a device has a single
+    image: two logits each. `in_unbiased=True` takes the unbiased variance of an image's pixels for IN's, and for what
+    LN's and BN's are made of, as the public code does.
+
+    x [N, C, H, W, ...] -> y. ValueError: an input without more than one pixel, which IN cannot measure; `mixed` that is
+    neither. A probe sees BN's part, the one that moving averages stand for. It cannot be folded into a BatchNorm.
     """
 
     folds = False
 
-    def __init__(self, num_features: int, **options: Any) -> None:
+    def __init__(
+        self, num_features: int, *, mixed: Sequence[str] = MIXED, in_unbiased: bool = False, **options: Any
+    ) -> None:
+        self.mixed = tuple(mixed)
+        if self.mixed not in (MIXED, MIXED[:2]):
+            raise ValueError(f"mixed must be ('in', 'ln', 'bn') or ('in', 'ln'), not {mixed!r}")
+        if "bn" not in self.mixed:
+            options["track_running_stats"] = False
         super().__init__(num_features, **options)
+        self.in_unbiased = in_unbiased
         place = {key: options.get(key) for key in ("device", "dtype")}
-        self.mean_weight = nn.Parameter(torch.ones(len(MIXED), **place))
-        self.var_weight = nn.Parameter(torch.ones(len(MIXED), **place))
+        self.mean_weight = nn.Parameter(torch.ones(len(self.mixed), **place))
+        self.var_weight = nn.Parameter(torch.ones(len(self.mixed), **place))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -39,13 +52,13 @@ class SwitchableNorm(GroupedStatistics):
 
     @property
     def weights(self) -> dict[str, list[float]]:
-        """The weights of MIXED in the mean and in the variance, as numbers, for records."""
+        """The weights of `mixed` in the mean and in the variance, as numbers, for records."""
         with torch.no_grad():
             ratios = self.ratios()
         return {key: value.tolist() for key, value in zip(("mean", "var"), ratios, strict=True)}
 
     def ratios(self) -> tuple[Tensor, Tensor]:
-        """The weights of MIXED in the mean and in the variance, [3] each."""
+        """The weights of `mixed` in the mean and in the variance, [3] each, or [2]."""
         return torch.softmax(self.mean_weight, 0), torch.softmax(self.var_weight, 0)
 
     @by_whole_groups
@@ -56,18 +69,21 @@ class SwitchableNorm(GroupedStatistics):
             return self.of_no_images(input)
         # Everything follows from the moments of one channel of one image, [N, C].
         in_mean, in_var = groups.image_moments(input)
-        ln_mean, ln_var = groups.pooled(in_mean, in_var, 1)
-        moving = self.uses_moving
-        bn_mean, bn_var = self.moving_of_images(len(input)) if moving else self.of_images(input, in_mean, in_var)
-        of_mean, of_var = self.ratios()
-        mean = _mixture(of_mean, in_mean, ln_mean, bn_mean)
-        var = _mixture(of_var, in_var, ln_var, bn_var)
+        if self.in_unbiased:
+            pixels = groups.values(input, 1)
+            in_var = in_var * (pixels / (pixels - 1))
+        parts: list[Sequence[Tensor]] = [(in_mean, in_var), groups.pooled(in_mean, in_var, 1)]
+        if "bn" in self.mixed:
+            moving = self.uses_moving
+            parts.append(self.moving_of_images(len(input)) if moving else self.of_images(input, in_mean, in_var))
+        mean, var = (_mixture(w, of_kind) for w, of_kind in zip(self.ratios(), zip(*parts, strict=True), strict=True))
         return groups.normalize(input, 1, mean, var, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, mixed={'/'.join(MIXED)}"
+        return f"{super().extra_repr()}, mixed={'/'.join(self.mixed)}"
 
 
-def _mixture(weights: Tensor, *parts: Tensor) -> Tensor:
+def _mixture(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:
     weights = weights.to(parts[0].dtype)
-    return weights[0] * parts[0] + weights[1] * parts[1] + weights[2] * parts[2]
+    first, *others = (weights[i] * part for i, part in enumerate(parts))
+    return sum(others, first)
