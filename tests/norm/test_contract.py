@@ -128,7 +128,8 @@ def test_sn_weighs_means_and_variances_apart() -> None:
 
 
 def test_sn_without_bn_is_of_in_and_ln_alone() -> None:
-    two, three, x = build("sn", D, mixed=["in", "ln"]), build("sn", D), images(dtype=D)
+    two, three = (NORMS["sn"](CHANNELS, stat_batch=STAT_BATCH, mixed=m).double() for m in (["in", "ln"], MIXED))
+    x = images(dtype=D)
     assert two.running_mean is None and len(two.mean_weight) == len(two.var_weight) == 2
     with torch.no_grad():
         for name in ("mean_weight", "var_weight"):
@@ -139,7 +140,7 @@ def test_sn_without_bn_is_of_in_and_ln_alone() -> None:
         assert error(two.train(training)(x).detach(), three.train(training)(x).detach()) < 1e-12
     assert error(two(x[:1]).detach(), two(x)[:1].detach()) < 1e-12
     with pytest.raises(ValueError, match="mixed must be"):
-        build("sn", D, mixed=["bn"])
+        NORMS["sn"](CHANNELS, mixed=["bn"])
 
 
 def test_frozen_bn_is_bn_s_affine() -> None:
