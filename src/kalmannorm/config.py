@@ -1,5 +1,1 @@
-"""The composition of a run's configuration, by the name under which scripts outside of the package know it."""
-
-from kalmannorm.experiments.config import Config, compose
-
-__all__ = ["Config", "compose"]
+from kalmannorm.experiments.config import Config, compose  # noqa: F401, for scripts that know them by this place

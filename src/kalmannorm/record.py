@@ -1,5 +1,1 @@
-"""Records of runs, by the name under which scripts outside of the package know them."""
-
-from kalmannorm.experiments.record import Record, find, read, run_id
-
-__all__ = ["Record", "find", "read", "run_id"]
+from kalmannorm.experiments.record import Record, find, read, run_id  # noqa: F401, for scripts, as config.py

@@ -5,6 +5,7 @@ quadrature. Every function takes a belief [rows, C] and returns one, in float32 
 variance 0.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -209,34 +210,12 @@ def _curved(belief: Belief, name: str, parameter: float = 1.0) -> Belief:
     return Belief(*applied(_CurvedMoments, belief.mean, belief.var, name, parameter))
 
 
-def sigmoid(belief: Belief) -> Belief:
-    """1 / (1 + exp(-x))."""
-    return _curved(belief, "sigmoid")
-
-
-def tanh(belief: Belief) -> Belief:
-    """tanh(x)."""
-    return _curved(belief, "tanh")
-
-
-def silu(belief: Belief) -> Belief:
-    """x sigmoid(x)."""
-    return _curved(belief, "silu")
-
-
-def gelu(belief: Belief) -> Belief:
-    """x Phi(x); its approximation by a tanh (off by at most 5e-4) is taken for the same."""
-    return _curved(belief, "gelu")
-
-
-def hardswish(belief: Belief) -> Belief:
-    """x min(max(x + 3, 0), 6) / 6."""
-    return _curved(belief, "hardswish")
-
-
-def mish(belief: Belief) -> Belief:
-    """x tanh(softplus(x))."""
-    return _curved(belief, "mish")
+sigmoid = functools.partial(_curved, name="sigmoid")
+tanh = functools.partial(_curved, name="tanh")
+silu = functools.partial(_curved, name="silu")  # x sigmoid(x)
+gelu = functools.partial(_curved, name="gelu")  # x Phi(x), also for its approximation by a tanh: off by at most 5e-4
+hardswish = functools.partial(_curved, name="hardswish")  # x min(max(x + 3, 0), 6) / 6
+mish = functools.partial(_curved, name="mish")  # x tanh(softplus(x))
 
 
 def softplus(belief: Belief, beta: float = 1.0) -> Belief:

@@ -1,5 +1,1 @@
-"""The pool of this machine's workers, by the name under which scripts outside of the package know it."""
-
-from kalmannorm.runs.pool import Local
-
-__all__ = ["Local"]
+from kalmannorm.runs.pool import Local  # noqa: F401, for scripts, as ../config.py

@@ -1,5 +1,1 @@
-"""Where runs execute, by the name under which scripts outside of the package know it."""
-
-from kalmannorm.runs.placement import Options, split
-
-__all__ = ["Options", "split"]
+from kalmannorm.runs.placement import Options, split  # noqa: F401, for scripts, as ../config.py
