@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Chain, Residual, affine, error, estimated, leaves, random_belief
+from helpers import Chain, Residual, affine, conv3x3, error, estimated, leaves, random_belief
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
 from kalmannorm import NORMS, Belief, KalmanGroupNorm, convert, fold, set_statistics
 from kalmannorm.norm import BatchRenorm, Estimator, FrozenBatchNorm, GroupedStatistics
-from kalmannorm.presets import NEED_BIAS
+from kalmannorm.presets import KALMAN, NEED_BIAS
 
 D = torch.float64
 IMAGES, CHANNELS, STAT_BATCH = 8, 6, 2
@@ -319,9 +319,12 @@ def network(norm: str) -> None:
 
 
 def compiled(norm: str) -> None:
-    """The graph that a compiler sees computes the same, forward and backward, moving statistics included."""
+    """The graph that a compiler sees computes the same, forward and backward, moving statistics included. A layer
+    that hands no belief on is enough of a network."""
     torch.manual_seed(0)
-    eager = convert(Chain(lambda self, x: F.relu(x)), norm, stat_batch=STAT_BATCH, **OPTIONS.get(norm, {}))
+    alone = nn.Sequential(conv3x3(3, CHANNELS), nn.BatchNorm2d(CHANNELS))
+    plain = Chain(lambda self, x: F.relu(x)) if norm in KALMAN else alone
+    eager = convert(plain, norm, stat_batch=STAT_BATCH, **OPTIONS.get(norm, {}))
     twin = copy.deepcopy(eager)
     torch._dynamo.reset()
     run = torch.compile(twin, backend="aot_eager", fullgraph=True)

@@ -46,15 +46,15 @@ def compiled_equals_eager(model: nn.Module, backend: str) -> None:
 @pytest.mark.parametrize(
     ("norm", "options", "memory_format"),
     [
-        ("bn", {"stat_batch": 2}, torch.contiguous_format),
-        ("bkn", {"stat_batch": 2, "mixture": True, "guard": 100.0}, torch.channels_last),
-        ("gkn", {}, torch.contiguous_format),
+        pytest.param("bn", {"stat_batch": 2}, torch.contiguous_format, id="bn", marks=pytest.mark.slow),
+        pytest.param("bkn", {"stat_batch": 2, "guard": 100.0}, torch.channels_last, id="bkn"),
+        pytest.param("gkn", {}, torch.contiguous_format, id="gkn", marks=pytest.mark.slow),
     ],
-    ids=["bn", "bkn", "gkn"],
 )
 def test_compiled_network_is_the_eager_one(
     norm: str, options: dict[str, Any], memory_format: torch.memory_format
 ) -> None:
+    """In training and evaluation. The quick ones' graphs of training are in the contract, for every normalizer."""
     model = convert(Residual(), norm, **options).to(memory_format=memory_format)  # type: ignore[call-overload]
     compiled_equals_eager(model, "aot_eager")
 
