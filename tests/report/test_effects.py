@@ -81,8 +81,9 @@ def test_a_level_has_the_spread_over_seeds() -> None:
 
 def test_two_islands_of_seeds_are_not_compared_within_one_model() -> None:
     values = {"a": {1: 1.0, 2: 2.0}, "b": {1: 2.0, 2: 3.5}, "c": {3: 5.0, 4: 7.0}, "d": {3: 6.0, 4: 7.5}}
-    assert effects.effect(values, {"c": 1, "a": -1}) is None
-    within = effects.effect(values, {"d": 1, "c": -1})
+    apart = contrast(values, {"c": 1, "a": -1})
+    assert apart is not None and apart.mean == pytest.approx(4.5) and apart.df == 8 - 4  # the rows alone
+    within = contrast(values, {"d": 1, "c": -1})
     assert within is not None and within.mean == pytest.approx(0.75) and within.df == 8 - (4 + 4 - 2)
 
 
@@ -115,7 +116,7 @@ def test_intervals_are_simultaneous() -> None:
     for draw in range(300):
         values = drawn(16, 2, draw=draw)
         truth = [(f"r{i}", f"r{j}", 10 * (i - j)) for i in range(16) for j in range(i) if (i + j) % 4 == 0]
-        found = [(effects.effect(values, {a: 1, b: -1}), difference) for a, b, difference in truth]
+        found = [(contrast(values, {a: 1, b: -1}), difference) for a, b, difference in truth]
         held += all(e is not None and abs(e.mean - d) <= e.half_width(len(truth)) for e, d in found)
     assert 0.93 < held / 300 <= 1
 

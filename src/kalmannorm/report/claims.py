@@ -265,8 +265,6 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
     weights = dict.fromkeys(rows, 0.0)
     for row, term in zip(rows, claim.contrast, strict=True):
         weights[row] += term.sign
-    if _within_runs(claim):  # online minus moving of the same weights: one value a run
-        weights = {rows[0]: 1.0}
     statistics = claim.contrast[0].statistics
     found = effects.compare(cells, own, group, statistics, weights, value, kinds)
     if found is None and not share:
@@ -276,10 +274,6 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
 
 def _value(claim: Claim, sides: Sequence[Cell]) -> quantities.Value | None:
     """Return what is compared, of one run."""
-    if _within_runs(claim):
-        first, second = (term.statistics for term in claim.contrast)
-        sign = claim.contrast[0].sign * (1 if (first, second) == ("online", "moving") else -1)
-        return lambda run: None if quantities.missing(run["gap"]) else sign * float(run["gap"])
     if claim.quantity == "steps_to":
         against = [
             run for term, side in zip(claim.contrast, sides, strict=True) if term.sign < 0 for run in side.learned
@@ -291,12 +285,6 @@ def _value(claim: Claim, sides: Sequence[Cell]) -> quantities.Value | None:
     return quantities.value(claim.quantity, claim.at)
 
 
-def _within_runs(claim: Claim) -> bool:
-    """Say whether it compares two kinds of statistics of the same row."""
-    places = [term.place for term in claim.contrast]
-    return len(places) == 2 and places[0] == places[1]
-
-
 def _lost(claim: Claim, sides: Sequence[Cell], value: quantities.Value) -> tuple[str, Literal["", "some", "most"]]:
     """Say which runs were lost, if any of the side that the claim favours; "most": more than half and than the other's,
     which contradicts the claim."""
@@ -304,7 +292,9 @@ def _lost(claim: Claim, sides: Sequence[Cell], value: quantities.Value) -> tuple
     said = []
     for term, side in zip(claim.contrast, sides, strict=True):
         never = sum(value(run) is None for run in side.learned) if claim.quantity == "steps_to" else 0
-        parts[term.sign].append((side.lost + never, side.n))
+        # Of a run against itself, neither side is ahead where it was lost.
+        for sign in (1, -1) if claim.quantity == "shift" and not claim.contrast[1:] else (term.sign,):
+            parts[sign].append((side.lost + never, side.n))
         if side.lost + never:
             how = "never got there" if never == side.lost + never else "failed or stayed at chance"
             said.append(f"{side.lost + never} of {side.n} runs of {term} {how}")

@@ -254,19 +254,20 @@ def _fit(values: tuple[tuple[Any, tuple[tuple[int, float], ...]], ...], seeds: b
     return Fit(places, levels, covariance, told, spread, df, _equal_variances([[v for _, v in of] for _, of in values]))
 
 
-def effect(
-    values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float], seeds: bool = True
-) -> Effect | None:
+def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> Effect | None:
     """Return a weighted sum of rows by least squares on `values`: row -> seed -> value.
 
-    `seeds` False: value = row alone. None where a row has no run, or no common seeds connect the rows.
+    The model of a contrast is row + seed; that of a level, or where no common seeds connect the rows, the rows alone.
+    None where a row has no run.
     """
     if not all(values.get(row) for row in weights):
         return None
-    fit = _fit(tuple((row, tuple(of.items())) for row, of in values.items()), seeds)
-    sought = np.array([weights.get(place, 0.0) for place in fit.places])
-    if not np.allclose(fit.told @ sought, sought, atol=1e-9):
-        return None
+    runs = tuple((row, tuple(of.items())) for row, of in values.items())
+    for seeds in (True, False) if abs(sum(weights.values())) < 1e-9 else (False,):
+        fit = _fit(runs, seeds)
+        sought = np.array([weights.get(place, 0.0) for place in fit.places])
+        if np.allclose(fit.told @ sought, sought, atol=1e-9):
+            break
     error = fit.spread * math.sqrt(max(0.0, float(sought @ fit.covariance @ sought)))
     # Rounded: whether -0.345 is printed as -0.34 or -0.35 must not hang on the machine's linear algebra, which is
     # another's to about 1e-12.
@@ -284,13 +285,6 @@ def effect(
         seeds=tuple(each),
         equal=fit.equal,
     )
-
-
-def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> Effect | None:
-    """Return a contrast under row + seed; under the rows alone for a level, or where no common seeds connect the
-    rows."""
-    found = effect(values, weights) if abs(sum(weights.values())) < 1e-9 else None
-    return found or effect(values, weights, seeds=False)
 
 
 def compare(
