@@ -8,7 +8,7 @@ from records import config, table7, write_record
 
 from kalmannorm import report
 from kalmannorm.experiments import card as cards
-from kalmannorm.report import command, figures, plots, style
+from kalmannorm.report import command, figures, frame, plots, style
 from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.plots import Line, Panel
 
@@ -76,10 +76,12 @@ def test_branches_are_not_joined_and_a_single_seed_is_hollow() -> None:
     assert np.isnan(joined.get_ydata()[2]) and list(joined.get_ydata()[[0, 1, 3]]) == [2.0, 2.0, 5.0]
     assert {found.get_markerfacecolor() for found in marks(axis)} == {style.BLUE, "white"}
     names = ["stem.bn", "blocks.0.b1.bn", "blocks.0.b3.0.bn", "blocks.0.b3.1.bn", "blocks.1.b1.bn"]
-    of = figures._over_layers("", LOOK, [np.arange(5.0)], {"norms": {"order": names}})
-    assert of.apart == {1, 2, 4}  # b3.0 and b3.1 follow each other
+    panel = Panel("", [])
+    figures._add_layers(panel, "", LOOK, [({"norms": {"order": names}}, np.arange(5.0))])
+    assert panel.lines[0].apart == {1, 2, 4} and panel.names == names  # b3.0 and b3.1 follow each other
     straight = [f"layers.{i}.bn{j}" for i in range(3) for j in (1, 2)]
-    assert not figures._over_layers("", LOOK, [np.arange(6.0)], {"norms": {"order": straight}}).apart
+    figures._add_layers(panel, "", LOOK, [({"norms": {"order": straight}}, np.arange(6.0))])
+    assert not panel.lines[1].apart
 
 
 def test_a_mean_is_not_drawn_through_what_learned_and_what_did_not(tmp_path: Path) -> None:
@@ -101,8 +103,7 @@ def test_a_mean_is_not_drawn_through_what_learned_and_what_did_not(tmp_path: Pat
 
 def test_lines_differ_without_colour_and_kn_is_not_gkn() -> None:
     for name in ("table7", "figure4", "stat-batch"):
-        card = cards.read(name)
-        looks = figures._looks(card)
+        looks = style.looks([(row.name, str(row.runs["norm"])) for row in cards.read(name).rows])
         assert len({(look.marker, str(look.dashes)) for look in looks.values()}) == len(looks)
     assert style.OF_NORM["bkn"] != style.OF_NORM["gkn"] and style.tint(style.BLUE, 2) != style.SKY
 
@@ -133,6 +134,46 @@ def test_columns_of_a_table_differ_in_colour_and_marker(tmp_path: Path) -> None:
     assert len({handle.get_color() for handle in handles}) == len({handle.get_marker() for handle in handles}) == 4
 
 
+def test_what_varies_in_a_setting_has_ticks_where_runs_are(tmp_path: Path) -> None:
+    for batch in (2, 128):
+        write_record(tmp_path, config("bn", batch, arch="resnet14"), 1, 60.0)
+    (figure,) = drawn(tmp_path, "stat-batch").values()
+    for axis in figure.axes:
+        assert axis.get_xticks().tolist() == [2, 128]
+        low, high = axis.get_xlim()
+        assert 1 < low < 2 and 128 < high < 256
+
+
+def test_quantities_of_a_table_have_axes_of_their_own(tmp_path: Path) -> None:
+    of = config("bn", 2, arch="fcn_resnet14", dataset="camvid")
+    of["batch"]["grad_batch"] = 8
+    of["schedule"] = {**frame.resolved("camvid", "lite", "poly", "fcn_resnet14")["schedule"], "lr": 0.1}
+    path = tmp_path / "records" / f"{write_record(tmp_path, of, 1)}.json"
+    record = json.loads(path.read_text())
+    record["final"] = {
+        "moving": {"miou": 40.0, "pixel_accuracy": 80.0},
+        "online": {"miou": 30.0, "pixel_accuracy": 70.0},
+    }
+    path.write_text(json.dumps(record))
+    card, cells = cards.read("camvid"), Cells(report.load(tmp_path))
+    (group,) = command.groups(card, cells)
+    overlap, pixels = figures.table(card, group, cells)[""].axes
+    assert [axis.get_xlabel() for axis in (overlap, pixels)] == ["mean IoU (%)", "pixel accuracy (%)"]
+    means = [
+        [line.get_xdata()[0] for line in axis.lines if line.get_marker() not in ("None", "|")]
+        for axis in (overlap, pixels)
+    ]
+    assert means == [[40.0, 30.0], [80.0]]
+
+
+def test_a_caption_is_as_wide_as_its_figure() -> None:
+    panel = Panel("", [Line("", LOOK, [0.0, 1.0], [[1.0], [2.0]])])
+    figure = plots.lines([[panel]], 3 * f"cifar10, budget lite. {figures.READING} ")
+    plots.encode(figure, ("png",))
+    (caption,) = (text for text in figure.texts if text.get_text().startswith("cifar10"))
+    assert 0.85 * figure.bbox.width < caption.get_window_extent().x1 <= figure.bbox.width
+
+
 def test_a_table_is_not_stretched_to_the_papers_values(tmp_path: Path) -> None:
     table7(tmp_path)
     (figure,) = drawn(tmp_path, "table7").values()
@@ -157,7 +198,7 @@ def test_an_interval_beyond_the_picture_ends_in_arrows() -> None:
     entries = [
         plots.Entry(name, [plots.Point(1.0, style.GREY, "o", -half, half)]) for name, half in (("a", 2), ("b", 68))
     ]
-    figure = plots.forest(entries, "", "points", {}, around=3.0)
+    figure = plots.forest(entries, "", ["points"], {}, around=3.0)
     (axis,) = figure.axes
     arrows = [(line.get_marker(), line.get_xydata().tolist()) for line in axis.lines if line.get_marker() in ("<", ">")]
     assert arrows == [("<", [[-3.0, 1.0]]), (">", [[3.0, 1.0]])] and axis.get_xlim() == (-3.0, 3.0)
@@ -169,7 +210,7 @@ def test_a_row_whose_runs_were_lost_is_no_heading() -> None:
         plots.Entry("lost", note="0 of 1 learned"),
         plots.Entry("one", [plots.Point(1.0, style.GREY, "o")]),
     ]
-    (axis,) = plots.forest(entries, "", "points", {}).axes
+    (axis,) = plots.forest(entries, "", ["points"], {}).axes
     assert [label.get_fontweight() for label in axis.get_yticklabels()] == ["bold", "normal", "normal"]
 
 

@@ -14,6 +14,7 @@ from kalmannorm.experiments.card import Card, Column, Row
 from kalmannorm.report import effects, quantities, style
 from kalmannorm.report.effects import Cell, Cells, Group
 from kalmannorm.report.plots import Entry, Line, Map, Panel, Point, forest, label_maps, lines, maps
+from kalmannorm.report.quantities import PERCENT
 from kalmannorm.report.style import Look
 
 if TYPE_CHECKING:
@@ -33,24 +34,23 @@ RELEASED = ((0, 0.1),)  # the released recipe's highest rate
 READING = "Line: mean over the seeds that learned; band: from the lowest to the highest; hollow: one seed."
 SN_OF, TILE = ("in", "ln", "bn"), 8
 OF_SN = {"IN": Look("#000000", "^", ":"), "LN": Look(style.GREY, "D", "--"), "BN": Look(style.ORANGE, "s", "-")}
-STATISTICS = {"online": (style.BLUE, "o"), "moving": (style.ORANGE, "s")}
-COLUMNS = tuple(zip((style.BLUE, style.ORANGE, style.GREEN, "#CC79A7", style.GREY), style.MARKERS, strict=False))
+COLUMNS = tuple(zip((style.ORANGE, style.BLUE, style.GREEN, "#CC79A7", style.GREY), style.MARKERS, strict=False))
+STATISTICS = dict(zip(("moving", "online"), COLUMNS, strict=False))  # the same in all tables
 
 
 def table(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw a table's accuracies: the mean, and a tick for every run. The paper's values stand in the table."""
+    """Draw a table's percentages, an axis for each quantity: the mean, and a tick for every run. The paper's values
+    stand in the table."""
     entries: list[Entry] = []
     columns = [
         c
         for c in card.columns
-        if c.steps_to is None
-        and not quantities.QUANTITIES[c.value].lower
-        and any(cells.cell(card, r, group, c).runs for r in card.rows)
+        if c.steps_to is None and c.value in PERCENT and any(cells.cell(card, r, group, c).runs for r in card.rows)
     ]
-    looks = {column.key: STATISTICS[column.key] for column in columns if column.key in STATISTICS}
-    taken = {part for look in looks.values() for part in look}
-    free = itertools.cycle(look for look in COLUMNS if not taken & {*look})
-    looks |= {column.key: next(free) for column in columns if column.key not in STATISTICS}
+    axes = list(dict.fromkeys(PERCENT[column.value] for column in columns))
+    others = [column.key for column in columns if column.key not in STATISTICS]
+    free = COLUMNS if len(others) == len(columns) else COLUMNS[len(STATISTICS) :]
+    looks = STATISTICS | dict(zip(others, itertools.cycle(free), strict=False))
     block = ""
     for row in card.rows:
         of_row = [(c, cells.cell(card, row, group, c)) for c in columns if row.has(c)]
@@ -60,14 +60,18 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
             block = row.block
             entries.append(Entry(block))
         lost = [f"{len(cell.learned)} of {cell.n} learned" for _, cell in of_row if cell.lost]
-        found = [(looks[column.key], list(_final(cell, column.value).values())) for column, cell in of_row]
-        points = [Point(float(np.mean(runs)), *look, runs=runs) for look, runs in found if runs]
+        found = [(column, list(_final(cell, column.value).values())) for column, cell in of_row]
+        points = [
+            Point(float(np.mean(runs)), *looks[column.key], runs=runs, axis=axes.index(PERCENT[column.value]))
+            for column, runs in found
+            if runs
+        ]
         entries.append(Entry(row.name, points, lost[0] if lost else ""))
     ran = replace(card, columns=tuple(columns))
-    said = f"{_said(ran, group)} Ticks: single runs; marks: their mean, over those that learned."
+    said = f"{_said(ran, group)} After the last epoch. Ticks: single runs; marks: their mean, over those that learned."
     legend = {column.label: Point(0, *looks[column.key]) for column in columns}
     shown = any(entry.points for entry in entries)
-    figures = {"": forest(entries, said, "percent after the last epoch", legend)} if shown else {}
+    figures = {"": forest(entries, said, [f"{name} (%)" for name in axes], legend)} if shown else {}
     return figures | _scenes(card, group, cells) | _choices(card, group, cells)
 
 
@@ -107,7 +111,7 @@ def _scenes(card: Card, group: Group, cells: Cells) -> Figures:
 def curves(card: Card, group: Group, cells: Cells) -> Figures:
     """Draw the accuracy after every epoch against steps, a panel per kind of statistics; runs at chance as thin
     lines."""
-    look = _looks(card)
+    look = _looks(card, group, cells)
 
     def line(label: str, look: Look, runs: Sequence[quantities.Run], band: bool = True) -> Line:
         places = list(zip(*(run["curve"] for run in runs), strict=False))  # as far as all of them got
@@ -137,7 +141,7 @@ def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apar
     """
 
     def draw(card: Card, group: Group, cells: Cells) -> Figures:
-        look, titles = _looks(card), [apart.format(effects.identity(card, row)) for row in card.rows]
+        look, titles = _looks(card, group, cells), [apart.format(effects.identity(card, row)) for row in card.rows]
         at = [of(card, row) for row in card.rows]
 
         def of_title(title: str, column: Column) -> Iterator[Line]:
@@ -151,9 +155,7 @@ def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apar
                     yield Line(label, look[label], places, values, [x for x in places if ran[x].lost])
 
         said = f"{READING} Crosses: where runs failed or stayed at chance. Horizontal: no such setting."
-        ticks = sorted({x for x in at if x is not None})
-        found = _accuracies(card, titles, name, of_title)
-        return _lines(found, f"{_said(card, group)} {said}", scale, ticks)
+        return _lines(_accuracies(card, titles, name, of_title), f"{_said(card, group)} {said}", scale)
 
     return draw
 
@@ -178,37 +180,32 @@ def figure5(card: Card, group: Group, cells: Cells) -> Figures:
     )
     of_maps = [("gap", absolute), ("gap / moving variance", relative)]
     by_channel = maps(of_maps, said, "groups, in bins", "channels of the last normalizers")
-    of_lines = (
+    panel = Panel("", [], "mean gap / moving variance", log=True)
+    for name, runs, what, look in (
         (bn_name, bn, "measured", Look(style.ORANGE, "s", "-")),
         (kn_name, kn, "measured", Look(style.SKY, "^", "--")),
         (kn_name, kn, "used", Look(style.BLUE, "o", "-")),
-    )
-    drawn = []
-    for name, runs, what, look in of_lines:
-        values = [arrays[f"layer_gap_{what}"] for _, arrays in runs.values() if f"layer_gap_{what}" in arrays]
-        label = f"{name}: {sample if what == 'measured' else posterior}"
-        drawn += [_over_layers(label, look, values, run)] if values else []
-    layers = quantities.layers(run, len(one["layer_gap_measured"]))
-    panel = Panel("", drawn, "mean gap / moving variance", log=True, names=layers)
+    ):
+        found = [(run, arrays[key]) for run, arrays in runs.values() if (key := f"layer_gap_{what}") in arrays]
+        _add_layers(panel, f"{name}: {sample if what == 'measured' else posterior}", look, found)
     by_layer = lines([[panel]], f"{_said(card, group)} Normalizers in network order. {READING}")
     return {"": by_channel, "_layers": by_layer}
 
 
 def gains(card: Card, group: Group, cells: Cells) -> Figures:
     """Draw the gain that every layer learned, a line per row."""
-    look, found = _looks(card), []
+    look, found = _looks(card, group, cells), []
     for network, rows in _by_network(card).items():
-        panel = Panel(network, [], "gain q, weight of the measurement", limits=(0, 1), levels={})
+        panel = Panel(network, [], "gain q, weight of the measurement", limits=(-0.03, 1.03), levels={})
         for row in rows:
-            norms = [(run, run["norms"]) for run in cells.cell(card, row, group).learned if _norms(run, "gains")]
-            if norms:
-                first, of = norms[0]
-                panel.names = order = [name for name in of["order"] if name in of["gains"]]
-                values = [np.array([one["gains"][name] for name in order]) for _, one in norms]
-                panel.lines.append(_over_layers(row.name, look[row.name], values, {"norms": {"order": order}}))
-                start = first.get("norm.options.gain")
-                if start is not None and np.isfinite(start):
-                    panel.levels[float(start)] = look[row.name]
+            runs = [run for run in cells.cell(card, row, group).learned if _norms(run, "gains")]
+            if not runs:
+                continue
+            order = [name for name in runs[0]["norms"]["order"] if name in runs[0]["norms"]["gains"]]
+            values = [np.array([run["norms"]["gains"][name] for name in order]) for run in runs]
+            _add_layers(panel, row.name, look[row.name], [({"norms": {"order": order}}, of) for of in values])
+            if (start := quantities.number(runs[0].get("norm.options.gain"))) is not None:
+                panel.levels[start] = look[row.name]
         found.append([panel])
     return _lines(found, f"{_said(card, group)} Faint: where the gain starts. {READING}")
 
@@ -228,16 +225,16 @@ def layer_errors(card: Card, group: Group, cells: Cells) -> Figures:
     def panel(moment: str, part: str) -> Panel:
         found = Panel(parts[part], [], what[moment], log=True)
         for place, (name, of_row) in enumerate(loaded.items()):
-            runs = [run for run, _ in of_row.values()]
             plain = any("gap_used" not in arrays for _, arrays in of_row.values())  # BN normalizes by its measurement
             for i, (estimate, (colour, marker, dashes)) in enumerate(estimates.items()):
-                errors = [arrays.get(f"layer_error_{moment}{part}") for _, arrays in of_row.values()]
-                values = [of[i] for of in errors if of is not None and np.isfinite(of[i]).any()]
-                if values and not (plain and estimate == "posterior"):
-                    look = Look(style.tint(colour, place - 1), marker, dashes)
-                    look = Look(style.ORANGE, "s", "-") if plain else look
-                    found.lines.append(_over_layers(f"{name}: {estimate}", look, values, runs[0]))
-                    found.names = quantities.layers(runs[0], len(values[0]))
+                errors = [
+                    (run, arrays[key][i])
+                    for run, arrays in of_row.values()
+                    if (key := f"layer_error_{moment}{part}") in arrays
+                ]
+                look = Look(style.ORANGE, "s", "-") if plain else Look(style.tint(colour, place - 1), marker, dashes)
+                if not (plain and estimate == "posterior"):
+                    _add_layers(found, f"{name}: {estimate}", look, errors)
         return found
 
     said = (
@@ -269,12 +266,11 @@ def mixture(card: Card, group: Group, cells: Cells) -> Figures:
             [Line(name, look, list(shares), quartiles(j, i)) for i, (name, look) in enumerate(OF_SN.items()) if shares],
             "weight",
             "images that share statistics",
-            limits=(0, 1),
         )
         for j, moment in enumerate(("means", "variances"))
     ]
     said = f"{_said(card, group)} Over layers and seeds: the quartiles and their mean."
-    return _lines([panels], said, "log", [float(x or 0) for x in shares])
+    return _lines([panels], said, "log")
 
 
 def death(card: Card, group: Group, cells: Cells) -> Figures:
@@ -292,7 +288,7 @@ def death(card: Card, group: Group, cells: Cells) -> Figures:
         return {}
     said = (
         f"{_said(card, group)} A column a normalizer, the first layer on top; each row has one logarithmic scale of "
-        "colours; median: of all layers and steps; none: there is no prior."
+        "colours; median: of all layers and steps; none, grey: there is no prior."
     )
     return {"": maps(list(found.items()), said, "steps, from the first on", "layers, from the first on")}
 
@@ -348,10 +344,10 @@ def _accuracies(
     ]
 
 
-def _lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", ticks: Sequence[float] = ()) -> Figures:
+def _lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear") -> Figures:
     """Draw the rows that have lines."""
     drawn = [row for row in rows if any(panel.lines for panel in row)]
-    return {"": lines(drawn, said, scale, ticks)} if drawn else {}
+    return {"": lines(drawn, said, scale)} if drawn else {}
 
 
 def _norms(run: quantities.Run, key: str) -> dict[str, Any] | None:
@@ -362,8 +358,10 @@ def _final(cell: Cell, quantity: str = "accuracy") -> dict[int, float]:
     return effects.values_of(cell, quantities.value(quantity))
 
 
-def _looks(card: Card) -> dict[str, Look]:
-    return style.looks([(row.name, effects.identity(card, row).normalizer.split(" ")[0]) for row in card.rows])
+def _looks(card: Card, group: Group, cells: Cells) -> dict[str, Look]:
+    """Choose the looks of the rows that ran: few are told apart better than many."""
+    ran = [row for row in card.rows if any(cells.cell(card, row, group, column).n for column in card.columns)]
+    return style.looks([(row.name, effects.identity(card, row).normalizer.split(" ")[0]) for row in ran])
 
 
 def _by_network(card: Card) -> dict[str, list[Row]]:
@@ -387,17 +385,20 @@ def _arrays(cell: Cell, having: str = "gap_measured", of_all: bool = False) -> d
     return found
 
 
-def _over_layers(label: str, look: Look, runs: Sequence[np.ndarray], run: quantities.Run) -> Line:
-    """Return values per layer of some seeds; parallel branches of a block are not joined."""
-    names = quantities.layers(run, len(runs[0]))
+def _add_layers(panel: Panel, label: str, look: Look, found: Sequence[tuple[quantities.Run, np.ndarray]]) -> None:
+    """Add values per layer of some runs, if there are any; parallel branches of a block are not joined."""
+    found = [(run, of) for run, of in found if np.isfinite(of).any()]
+    if not found:
+        return
+    names = panel.names = quantities.layers(found[0][0], len(found[0][1]))
     branches = [_branch(name) for name in names]
     parallel = {block for block, _ in branches if len({b for other, b in branches if other == block}) > 1}
     apart = frozenset(
         i for i in range(1, len(names))
         if branches[i] != branches[i - 1] and (branches[i][0] in parallel or branches[i - 1][0] in parallel)
     )  # fmt: skip
-    values = np.array([one for one in runs if len(one) == len(names)]).T
-    return Line(label, look, [float(i) for i in range(len(names))], values.tolist(), apart=apart)
+    values = np.array([one for _, one in found if len(one) == len(names)]).T
+    panel.lines.append(Line(label, look, [float(i) for i in range(len(names))], values.tolist(), apart=apart))
 
 
 def _branch(name: str) -> tuple[tuple[str, ...], str]:

@@ -31,7 +31,8 @@ BUDGETS = ("paper", "short", "lite")  # the fullest first
 POINTS = 40  # of a curve
 HALF = 45  # characters of a row, beside its label, that half of the page has room for
 ROOM = 650_000  # characters of pictures: with runs and claims, the page is under 1 MB
-ANSWERS = {"supported": "yes", "contradicted": "no", "open": "not decided"}  # of the first sentences' questions
+# To the page's first questions; of what is ours an interval is given, and no verdict.
+ANSWERS = {"supported": "yes", "contradicted": "no", "open": "not decided", "explored": "explored"}
 FOREST = 25.0  # points to either side that the claims' picture shows
 NAMES = {norm: norm.upper() for norm in ("bn", "kn", "gn", "gkn", "brn", "sn", "wn", "ln")}  # in claims' ids
 GENERATED = ("<!-- results -->", "<!-- end -->")  # the part of a document that `make report` writes
@@ -81,7 +82,9 @@ def render(
         of_card.setdefault(one.card.name, []).append(one if first else replace(one, pictures={}))
     return write(
         "report.html.j2",
-        answer=answer(verdicts, cells),
+        counts=counts(verdicts, cells),
+        answers=answers(verdicts),
+        words=ANSWERS,
         forest=forest,
         matrix=matrix(verdicts),
         explored=[v for v in verdicts if v.explored and v.group and v.group.width == 1],
@@ -112,30 +115,46 @@ def write(template: str, **view: Any) -> str:
     return found.get_template(template).render(**view)
 
 
-def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
-    """Return the answer in sentences: the claims that it rests on, each at its fullest budget, then how many hold."""
-    judged = [v for v in verdicts if v.judged and v.group and v.effect]
-    ours = [v for v in verdicts if v.explored and v.claim.ours and v.group and v.group.width == 1]
-    said = [] if judged else ["No claim of the papers has been tested in their setting yet."]
-    answers = {}
-    for question in dict.fromkeys(v.claim.answer for v in (*judged, *ours) if v.claim.answer):
-        of = [v for v in (*judged, *ours) if v.claim.answer == question]
+def answers(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    """Return by question the claims that answer it, at the fullest budget that any of them has."""
+    found = {}
+    answering = [v for v in verdicts if v.claim.answer and v.group and v.effect and (v.judged or _ours(v))]
+    for question in dict.fromkeys(v.claim.answer for v in sorted(answering, key=lambda v: not v.judged)):
+        of = [v for v in answering if v.claim.answer == question]
         fullest = min((v.budget for v in of), key=_fullness)
-        answers[question] = [v for v in of if v.budget == fullest]
-    places = {v.place for of in answers.values() for v in of}
-    for question, of in answers.items():
-        words = "; ".join(_in_words(v, v.place if len(places) > 1 else "") for v in of)
-        said.append(f"{question} {words[0].upper()}{words[1:]}." if question.endswith("?") else f"{question}: {words}.")
+        found[question] = sorted((v for v in of if v.budget == fullest), key=lambda v: not v.judged)
+    return found
+
+
+def counts(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
+    """Return a sentence for each budget: how many of the papers' claims hold there."""
+    judged = [v for v in verdicts if v.judged and v.group and v.effect]
+    said = [] if judged else ["No claim of the papers has been tested in their setting yet."]
     for budget in sorted({v.budget for v in judged}, key=_fullness):
         of = [v for v in judged if v.budget == budget]
-        counts = Counter(v.state for v in of)
+        states = Counter(v.state for v in of)
         datasets = sorted({v.group.dataset for v in of if v.group})
         reduced = "" if budget == "paper" else f", a reduction ({_length(cells, budget, datasets)})"
         said.append(
             f"On {', '.join(datasets)} at budget {budget}{reduced}, {len(of)} tests of the papers' claims: "
-            f"{counts['supported']} supported, {counts['contradicted']} contradicted, {counts['open']} open."
+            f"{states['supported']} supported, {states['contradicted']} contradicted, {states['open']} open."
         )
     return said
+
+
+def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
+    """Return the answer in sentences: of each question, then how many claims hold."""
+    found = answers(verdicts)
+    places = {v.place for of in found.values() for v in of}
+    said = []
+    for question, of in found.items():
+        words = "; ".join(_in_words(v, v.place if len(places) > 1 else "") for v in of)
+        said.append(f"{question} {words[0].upper()}{words[1:]}." if question.endswith("?") else f"{question}: {words}.")
+    return [*said, *counts(verdicts, cells)]
+
+
+def _ours(verdict: Verdict) -> bool:
+    return verdict.explored and verdict.claim.ours and verdict.group is not None and verdict.group.width == 1
 
 
 def _in_words(verdict: Verdict, place: str) -> str:
@@ -178,14 +197,12 @@ def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
     if not entries:
         return None
     legend = {name: Point(0, colour, "o") for name, colour in colours.items()} | {"paper": paper_point}
-    said = (
-        "Points of the first side over the second; intervals hold for all claims of a budget at once (95 %); "
-        "arrows: they go on beyond the picture."
-    )
     # One interval that says nothing must not make points of the others: twice as far as any value, the shortest whole.
     least = min(FOREST, *(max(abs(v.low), abs(v.high)) for v in shown))
     around = min(FOREST, 1.1 * max(1.0, least, *(2 * abs(point.value) for entry in entries for point in entry.points)))
-    return plots.forest(entries, said, "points", legend, around)
+    said = "Points of the first side over the second. Intervals hold for all claims of a budget at once (95 %)"
+    said += "; arrows: they go on beyond the picture." if any(max(-v.low, v.high) > around for v in shown) else "."
+    return plots.forest(entries, said, ["points"], legend, around)
 
 
 def claims_file(verdicts: Sequence[Verdict]) -> str:

@@ -3,6 +3,7 @@ one below the other), `maps`; and as what files they are kept. What a card shows
 
 import hashlib
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from kalmannorm.report import style
 from kalmannorm.report.style import Look
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 CLIP = (1, 99)  # percentiles between which a map's colours spread
+NOTHING = "#eeeeee"  # the colour of a map where there is no value
 FLOOR = 0.001  # errors below it are zero but for rounding, or as good as zero
 
 
@@ -52,18 +55,20 @@ class Panel:
     levels: dict[float, Look] = field(default_factory=dict)  # faint horizontal lines
 
 
-def lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", ticks: Sequence[float] = ()) -> "Figure":
-    """Draw a grid of panels with one legend; `scale` and `ticks` of the horizontal axis. Panels of a row share the
-    vertical one."""
+def lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear") -> "Figure":
+    """Draw a grid of panels with one legend. Panels of a row share the vertical axis, all of them the horizontal one
+    where its `scale` is not linear: it has a tick at each place that there is."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullLocator
 
     named = any(panel.names for row in rows for panel in row)
+    ticks = sorted({x for row in rows for panel in row for line in panel.lines for x in line.at if x is not None})
     with style.context():
         height = (3.0 if named else 2.2) * len(rows) + 1.2
         figure = Figure(figsize=(style.WIDTH, height), layout="constrained")
-        grid = figure.subplots(len(rows), max(map(len, rows)), sharey="row", squeeze=False)
+        shared = scale != "linear"
+        grid = figure.subplots(len(rows), max(map(len, rows)), sharex=shared, sharey="row", squeeze=False)
         shown: dict[str, tuple[Look, list[int]]] = {}
         for axes, panels in zip(grid, rows, strict=True):
             for axis, panel in zip(axes, panels, strict=False):
@@ -80,12 +85,12 @@ def lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear", tic
                     style.name_layers(axis, panel.names, 24 if len(panels) == 1 else 15)
                 if panel.limits:
                     axis.set_ylim(*panel.limits)
-                if scale != "linear":
+                if shared:
                     axis.set_xscale(scale, **({"base": 2} if scale == "log" else {}))
-                if len(ticks):
-                    axis.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
+                    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                    axis.tick_params(labelbottom=True)
                     axis.xaxis.set_minor_locator(NullLocator())
-                    if scale == "logit":  # else half of it stays empty
+                    if scale == "logit" and ticks:  # else half of it stays empty
                         axis.set_xlim(ticks[0] / 1.4, 1 - (1 - ticks[-1]) / 1.4)
             axes[0].set_ylabel(panels[0].vertical)
             if panels[0].log:
@@ -110,6 +115,7 @@ class Point(NamedTuple):
     high: float = math.nan
     runs: Sequence[float] = ()
     filled: bool = True
+    axis: int = 0  # which of the forest's
 
 
 @dataclass
@@ -122,38 +128,46 @@ class Entry:
 
 
 def forest(
-    entries: Sequence[Entry], said: str, horizontal: str, legend: Mapping[str, Point], around: float | None = None
+    entries: Sequence[Entry],
+    said: str,
+    horizontal: Sequence[str],
+    legend: Mapping[str, Point],
+    around: float | None = None,
 ) -> "Figure":
-    """Draw values with their intervals, one below the other; `legend`: a point that looks like those of each name.
-    `around`: how far the axis reaches to either side of 0; an interval that goes on beyond it ends in an arrow."""
+    """Draw values with their intervals, one below the other, on an axis for each of `horizontal`; `legend`: a point
+    that looks like those of each name. `around`: how far the axes reach to either side of 0; an interval that goes on
+    beyond it ends in an arrow."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     with style.context():
         figure = Figure(figsize=(style.WIDTH, 1.0 + 0.21 * len(entries)), layout="constrained")
-        axis = figure.subplots()
+        axes = figure.subplots(1, len(horizontal), sharey=True, squeeze=False)[0]
         for place, entry in enumerate(entries):
-            offsets = np.linspace(-0.2, 0.2, len(entry.points)) if len(entry.points) > 1 else [0.0]
-            for y, point in zip(place + np.asarray(offsets), entry.points, strict=False):
-                axis.plot([point.low, point.high], [y, y], color=point.colour, lw=1.2, zorder=2)
-                axis.plot(point.value, y, zorder=3, **_mark(point))
-                axis.plot(point.runs, [y] * len(point.runs), "|", color=point.colour, ms=7, mew=0.9)
-                for end in (point.low, point.high):
-                    if around is not None and abs(end) > around:
-                        edge, arrow = math.copysign(around, end), ">" if end > 0 else "<"
-                        axis.plot(edge, y, arrow, color=point.colour, ms=4, clip_on=False)
-            at = axis.get_yaxis_transform()
-            axis.text(0.995, place, entry.note, color=style.GREY, va="center", ha="right", transform=at)
-        axis.set_yticks(range(len(entries)), [entry.label for entry in entries])
-        for label, entry in zip(axis.get_yticklabels(), entries, strict=True):
-            label.set_fontweight("normal" if entry.points or entry.note else "bold")
-        axis.set_ylim(len(entries) - 0.4, -0.6)
-        axis.tick_params(axis="y", length=0)
-        if around is not None:
-            axis.axvline(0, color="#444444", lw=0.8)
-            axis.set_xlim(-around, around)
-        style.grid(axis, "x")
-        axis.set_xlabel(horizontal)
+            for number, axis in enumerate(axes):
+                points = [point for point in entry.points if point.axis == number]
+                offsets = np.linspace(-0.2, 0.2, len(points)) if len(points) > 1 else [0.0]
+                for y, point in zip(place + np.asarray(offsets), points, strict=False):
+                    axis.plot([point.low, point.high], [y, y], color=point.colour, lw=1.2, zorder=2)
+                    axis.plot(point.value, y, zorder=3, **_mark(point))
+                    axis.plot(point.runs, [y] * len(point.runs), "|", color=point.colour, ms=7, mew=0.9)
+                    for end in (point.low, point.high):
+                        if around is not None and abs(end) > around:
+                            edge, arrow = math.copysign(around, end), ">" if end > 0 else "<"
+                            axis.plot(edge, y, arrow, color=point.colour, ms=4, clip_on=False)
+            at = axes[-1].get_yaxis_transform()
+            axes[-1].text(0.995, place, entry.note, color=style.GREY, va="center", ha="right", transform=at)
+        for axis, label in zip(axes, horizontal, strict=True):
+            axis.tick_params(axis="y", length=0)
+            if around is not None:
+                axis.axvline(0, color="#444444", lw=0.8)
+                axis.set_xlim(-around, around)
+            style.grid(axis, "x")
+            axis.set_xlabel(label)
+        axes[0].set_yticks(range(len(entries)), [entry.label for entry in entries])
+        for name, entry in zip(axes[0].get_yticklabels(), entries, strict=True):
+            name.set_fontweight("normal" if entry.points or entry.note else "bold")
+        axes[0].set_ylim(len(entries) - 0.4, -0.6)
         _words(figure, said, [Line2D([], [], linestyle="", label=name, **_mark(of)) for name, of in legend.items()])
     return figure
 
@@ -173,7 +187,7 @@ class Map:
 
 
 def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, vertical: str) -> "Figure":
-    """Rows of maps, each row under one logarithmic scale of colours: (what is shown, maps)."""
+    """Draw rows of maps, each row under one logarithmic scale of colours: (what is shown, maps)."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -188,9 +202,8 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
             positive = everything[np.isfinite(everything) & (everything > 0)]
             low, high = np.percentile(positive, CLIP) if positive.size else (0.1, 1.0)
             norm = LogNorm(low, max(high, low * 1.01))
-            colours = ScalarMappable(norm, "cividis")
             for axis, one in zip(axes, of_row, strict=True):
-                title = [textwrap.fill(one.title, 60 // columns)] if place == 0 else []
+                title = [_title(one.title, columns)] if place == 0 else []
                 values = one.values[np.isfinite(one.values)]
                 if values.size:
                     drawn = np.clip(_thinned(one.values), norm.vmin, norm.vmax)
@@ -202,11 +215,13 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
                     axis.text(0.5, 0.5, "none", ha="center", va="center", transform=axis.transAxes)
                 axis.set_title("\n".join(title), loc="left")
                 axis.spines[:].set_visible(False)
+                axis.set_facecolor(NOTHING)
                 ends = np.cumsum([0, *one.names.values()])
                 axis.set_yticks((ends[:-1] + ends[1:] - 1) / 2, list(one.names))
                 axis.tick_params(axis="y", length=0, labelleft=one is of_row[0])
                 for end in ends[1:-1]:
                     axis.axhline(end - 0.5, color="white", linewidth=0.8)
+            colours = ScalarMappable(norm, "cividis")
             figure.colorbar(colours, ax=list(axes), extend="both", pad=0.01, aspect=30).set_label(label)
         for axis in grid[-1] if columns <= 3 else [grid[-1][columns // 2]]:
             axis.set_xlabel(horizontal)
@@ -216,28 +231,33 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
 
 
 def label_maps(columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], said: str) -> "Figure":
-    """Maps of classes, [H, W] numbers of `classes` or of none of them, a column for each name; white: none."""
+    """Draw maps of classes, [H, W] numbers of `classes` or of none of them, a column for each name; white: none."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     colours = [*(style.of_class(number) for number in range(len(classes))), "#ffffff"]
     first = next(iter(columns.values()))
-    height = style.WIDTH / len(columns) * sum(one.shape[0] / one.shape[1] for one in first)
+    height = 0.95 * style.WIDTH / len(columns) * sum(one.shape[0] / one.shape[1] for one in first)
     with style.context():
-        figure = Figure(figsize=(style.WIDTH, height + 1.6), layout="constrained")
+        figure = Figure(figsize=(style.WIDTH, height + 0.12 * len(first) + 1.0), layout="compressed")
         grid = figure.subplots(len(first), len(columns), squeeze=False)
         for place, (name, of_column) in enumerate(columns.items()):
             for axis, one in zip(grid[:, place], of_column, strict=True):
                 shown = np.minimum(one, len(classes))
                 axis.imshow(shown, ListedColormap(colours), vmin=0, vmax=len(classes), interpolation="none")
                 axis.set_axis_off()
-            grid[0, place].set_title(textwrap.fill(name, 90 // len(columns)))
+            grid[0, place].set_title(_title(name, len(columns)))
         seen = np.unique(np.concatenate([one.ravel() for of_column in columns.values() for one in of_column]))
         patches = [Patch(color=colours[int(i)], label=classes[int(i)]) for i in seen if i < len(classes)]
         figure.legend(handles=patches, loc="outside upper center", ncols=6, frameon=False)
         _words(figure, said)
     return figure
+
+
+def _title(text: str, columns: int) -> str:
+    """Break it into lines as wide as one of so many columns."""
+    return textwrap.fill(text, 84 // columns)
 
 
 def _thinned(values: np.ndarray, most: int = 128) -> np.ndarray:
@@ -250,48 +270,36 @@ def _thinned(values: np.ndarray, most: int = 128) -> np.ndarray:
 
 
 def _line(axis: "Axes", line: Line, place: int) -> None:
-    """One line with its band; horizontal without marks where it has no x."""
+    """Draw one line with its band; horizontal without marks where it has no x."""
+    colour, dashes, marker = line.look.colour, line.look.dashes, line.look.marker
     for x, values in zip(line.at, line.values, strict=True):
         if x is None and len(values):
-            axis.axhline(float(np.mean(values)), color=line.look.colour, linestyle=line.look.dashes, lw=1)
-            axis.axhspan(min(values), max(values), color=line.look.colour, alpha=0.08, linewidth=0)
-    places = [(x, np.asarray(of, float)) for x, of in zip(line.at, line.values, strict=True) if x is not None]
-    at = np.array([x for x, _ in places], float)
-    means, lows, highs = (
-        np.array([float(f(of[np.isfinite(of)])) if np.isfinite(of).any() else np.nan for _, of in places])
-        for f in (np.mean, np.min, np.max)
-    )
-    colour, cuts = line.look.colour, sorted(line.apart)  # a gap before each of these
-    joined = [np.insert(values, cuts, np.nan) for values in (at, means, lows, highs)]
-    if places:
-        width = 1.2 if line.band else 0.8
-        axis.plot(*joined[:2], color=colour, linestyle=line.look.dashes, lw=width)
-        if line.band and np.nanmax(highs - lows, initial=0) > 0:
+            axis.axhline(float(np.mean(values)), color=colour, linestyle=dashes, lw=1)
+            axis.axhspan(min(values), max(values), color=colour, alpha=0.08, linewidth=0)
+    places = [(x, list(of)) for x, of in zip(line.at, line.values, strict=True) if x is not None]
+    at, seeds = np.array([x for x, _ in places], float), itertools.zip_longest(*(of for _, of in places))
+    found = pd.DataFrame(list(seeds), columns=range(len(at)), dtype=float)
+    means, lows, highs = (of().to_numpy() for of in (found.mean, found.min, found.max))
+    if len(at):
+        cuts = sorted(line.apart)  # a gap before each of these
+        joined = [np.insert(values, cuts, np.nan) for values in (at, means, lows, highs)]
+        axis.plot(*joined[:2], color=colour, linestyle=dashes, lw=1.2 if line.band else 0.8)
+        if line.band and (highs > lows).any():
             axis.fill_between(joined[0], joined[2], joined[3], color=colour, alpha=0.18, linewidth=0)
         every = max(1, len(at) // 8) if len(at) > 30 and not line.apart else 1
-        single = np.array([len(of) == 1 for _, of in places])
-        for hollow in (False, True):
-            chosen = (single == hollow) & (np.arange(len(at)) % every == place % every)
-            if chosen.any() and line.look.marker:
-                face = "white" if hollow else colour
-                axis.plot(at[chosen], means[chosen], line.look.marker, color=colour, ms=3.5, markerfacecolor=face)
+        marked, single = np.arange(len(at)) % every == place % every, np.array([len(of) == 1 for _, of in places])
+        for chosen, face in ((marked & ~single, colour), (marked & single, "white")):
+            if marker and chosen.any():
+                axis.plot(at[chosen], means[chosen], marker, color=colour, ms=3.5, markerfacecolor=face)
     for x in line.lost:
         transform = axis.transAxes if x is None else axis.get_xaxis_transform()
-        axis.plot(
-            [x or 0],
-            [0.03 + 0.045 * (place % 8)],
-            "x",
-            color=line.look.colour,
-            ms=4.5,
-            mew=1.3,
-            transform=transform,
-            clip_on=False,
-        )
+        height = 0.03 + 0.045 * (place % 8)
+        axis.plot([x or 0], [height], "x", color=colour, ms=4.5, mew=1.3, transform=transform, clip_on=False)
 
 
 def _words(figure: "Figure", said: str, handles: Sequence["Line2D"] = ()) -> None:
-    """Write the caption below, the legend above."""
-    figure.supxlabel(textwrap.fill(said, 112), fontsize=7.5, x=0.01, ha="left")  # lines as long as a figure is wide
+    """Write the caption below, in lines as long as the figure is wide, and the legend above."""
+    figure.supxlabel(textwrap.fill(said, style.CAPTION), fontsize=7.5, x=0.01, ha="left")
     if handles:
         widest = max(len(str(handle.get_label())) for handle in handles)
         columns = min(len(handles), max(1, 105 // (widest + 9)))

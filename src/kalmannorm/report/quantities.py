@@ -16,8 +16,14 @@ Value = Callable[[Run], float | None]
 PRECISIONS = tuple(
     f"{kind}_ap{of}" for kind in ("box", "mask") for of in ("", "50", "75", "_small", "_medium", "_large")
 )
-# What a record holds in percent under each kind of statistics; top5 of videos, the last two are a segmenter's.
-PERCENT = ("accuracy", "top5", *PRECISIONS, "miou", "pixel_accuracy")
+# What a record holds in percent under each kind of statistics; the last two are a segmenter's.
+PERCENT = {
+    "accuracy": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    **dict.fromkeys(PRECISIONS, "average precision"),
+    "miou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+}
 EPS = 1e-5  # torch's default for normalizers, which the models here keep: a channel that is always 0 divides by it
 
 
@@ -107,17 +113,18 @@ def _log(number: Any) -> float:
     return math.log(number) if number > 0 else math.nan
 
 
-def _number(found: Any) -> float | None:
+def number(found: Any) -> float | None:
+    """Return a value of the record or the frame; None where it is no number."""
     return None if missing(found) else float(found)
 
 
 def _recorded(key: str) -> Value:
-    return lambda run: _number(run.get(key))
+    return lambda run: number(run.get(key))
 
 
 def _last_loss(run: Run) -> float | None:
     losses = run.get("train_loss")
-    return _number(losses[-1]) if isinstance(losses, list) else None
+    return number(losses[-1]) if isinstance(losses, list) else None
 
 
 def _share(place: int) -> Value:
@@ -136,7 +143,7 @@ def _zeta_growth(run: Run) -> float | None:
     norms = run.get("norms") or {}
     found = norms.get("gamma_decay") or {}
     names = [name for name in norms.get("order") or [] if name in found]
-    return _number(_growth(names, np.array([found[name]["zeta"] for name in names]))) if len(names) > 2 else None
+    return number(_growth(names, np.array([found[name]["zeta"] for name in names]))) if len(names) > 2 else None
 
 
 def _array(key: str) -> Value:

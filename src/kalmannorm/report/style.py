@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 7.2  # inches: a page's text width, so that the fonts print at the size set here
+CAPTION = 124  # characters of 7.5 points in that width
 RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
     "font.size": 8,
