@@ -103,6 +103,17 @@ def test_a_compiler_that_fails(tmp_path, capsys, monkeypatch):
     assert "compile=false" in error and "no g++" in error
 
 
+def test_a_compiler_that_computes_something_else(tmp_path, capsys, monkeypatch):
+    def compiled(model, **options):
+        model.get_parameter("fc.weight").register_hook(lambda gradient: gradient * float("nan"))
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    error = run_badly(["train", *SMALL, "compile=true", *place(tmp_path)], capsys)
+    assert "fc.weight" in error and "compile=false" in error
+    assert not list(tmp_path.rglob("records/*.json"))
+
+
 def test_records_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     record = {"id": "a" * 12, "status": "done"}
     records.write(tmp_path, record)

@@ -121,7 +121,7 @@ def _fit(task: Task, session: Session, progress: Progress) -> dict[str, records.
     evaluated = None
     while session.epoch * steps < task.end and not task.ends_early(session.curves):
         with finishing():
-            values = train_epoch(task, session, forward, progress)
+            values = train_epoch(task, session, forward, progress, first)
             if task.evaluates_epochs or ranks.asked_to_stop():
                 session.save()
         if task.evaluates_epochs:
@@ -142,9 +142,11 @@ def _fit(task: Task, session: Session, progress: Progress) -> dict[str, records.
     return evaluated
 
 
-def train_epoch(task: Task, session: Session, forward: nn.Module, progress: Progress) -> dict[str, float]:
-    """Train the rest of the session's epoch, or of the run; `forward`: the model, wrapped and compiled. Returns the
-    curves' new values."""
+def train_epoch(
+    task: Task, session: Session, forward: nn.Module, progress: Progress, first: int = 0
+) -> dict[str, float]:
+    """Train the rest of the session's epoch, or of the run; `forward`: the model, wrapped and compiled; `first`: the
+    step that this process began with. Returns the curves' new values."""
     config, ranks, total = task.config, task.ranks, task.total
     before_epoch = session.epoch * task.train.steps_per_epoch
     last = min(task.train.steps_per_epoch, task.end - before_epoch)
@@ -162,6 +164,8 @@ def train_epoch(task: Task, session: Session, forward: nn.Module, progress: Prog
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"compile = true: {reason}; repair the compiler, or pass compile=false") from None
+        if config.compile and done == first:
+            _check_compiled(session.model)
         finish_gradients(session.model)
         session.optimizer.step()
         session.step += 1
@@ -178,6 +182,20 @@ def train_epoch(task: Task, session: Session, forward: nn.Module, progress: Prog
     lr = session.optimizer.param_groups[0]["lr"]
     place = {"epoch": session.epoch + 1, "step": before_epoch + session.step, "lr": lr}
     return place | task.means(session.totals(), session.step)
+
+
+def _check_compiled(model: nn.Module) -> None:
+    """Raise UserError for a gradient that is not finite where this process begins.
+
+    A diverging network comes to that later. Seen of a machine's compiler: transposed bfloat16 maps held what was in
+    memory before, and the run would stand in its record as one that the normalizer lost.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            raise UserError(
+                f"compile = true: the gradient of {name} is not finite in the first compiled step; this machine's "
+                "compiler may be at fault: pass compile=false"
+            )
 
 
 def _forward_backward(task: Task, session: Session, forward: nn.Module, batch: Any, step: int) -> None:
