@@ -586,6 +586,95 @@ def test_a_list_that_a_part_appends_to() -> None:
     torch.testing.assert_close(fold(model.eval())(x), model(x))
 
 
+class Root(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, xs: list[Tensor]) -> Tensor:
+        return self.bn(self.conv(torch.cat(xs, 1)))
+
+
+class Tree(nn.Module):
+    """Puts a list that it was given behind one of its own, as DLA's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Root()
+
+    def forward(self, x: Tensor, more: list[Tensor]) -> Tensor:
+        return self.root([x] + more)
+
+
+class Trees(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.tree = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Tree()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return self.tree(x.relu(), [x])
+
+
+def test_lists_are_put_together() -> None:
+    model, x = convert(Trees(), "bkn", stat_batch=2), images()
+    assert belief_report(model, x)["tree.root.bn"] is None and not untraced(model)
+    torch.testing.assert_close(fold(model.eval())(x), model(x))
+
+
+class Join(nn.Module):
+    """Its forward is set by the test: what it takes of a and b is what `[a, b]` is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.join([a, b])
+
+    def join(self, both: list[Tensor]) -> Tensor:
+        return self.bn(self.conv(torch.cat(both, 1)))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+        self.part = Join()
+        for branch, shift in zip(self.stem, (3.0, -3.0), strict=True):
+            nn.init.constant_(branch[1].bias, shift)  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (branch(x) for branch in self.stem)
+        return self.hand_on(a, b)
+
+    def hand_on(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.part(a, b)  # type: ignore[no-any-return]
+
+
+# How the part takes what it is given, and how it is called.
+ARGUMENTS: dict[str, tuple[Any, Any]] = {
+    "after an option": (lambda s, a, how=None, b=None, c=None: s.join([a, c]), lambda s, a, b: s.part(a, None, a, b)),
+    "after an option, by name": (lambda s, how=None, a=None, b=None: s.join([a, b]), lambda s, a, b: s.part(b=b, a=a)),
+    "all there are": (lambda s, *given: s.join(given), lambda s, a, b: s.part(a, b)),
+    "of all there are": (lambda s, *given: s.join([given[1], given[0]]), lambda s, a, b: s.part(b, a)),
+    "by any name": (lambda s, a, **more: s.join([a, more["b"]]), lambda s, a, b: s.part(a, b=b)),
+    "by name alone": (lambda s, a, *more, b: s.join([a, b]), lambda s, a, b: s.part(a, a, a, b=b)),
+}
+
+
+@pytest.mark.parametrize("how", ARGUMENTS)
+def test_beliefs_go_with_their_arguments(how: str) -> None:
+    x, model = images(), Branches()
+    wanted = convert(model, "bkn", stat_batch=2)(x)
+    takes, hands = ARGUMENTS[how]
+    model.part.__class__ = type("Joining", (Join,), {"forward": takes})
+    model.__class__ = type("Handing", (Branches,), {"hand_on": hands})
+    converted = convert(model, "bkn", stat_batch=2)
+    assert belief_report(converted, x)["part.bn"] is None
+    torch.testing.assert_close(converted(x), wanted)
+
+
 class Waiting(nn.Module):
     """Is not traced, and waits in the middle of its forward."""
 

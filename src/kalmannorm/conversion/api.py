@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -376,13 +377,18 @@ def _note_passed(module: nn.Module, traced: Trace, passed: dict[nn.Module, Passe
         parameters = list(inspect.signature(type(child).forward).parameters)[1:]
         known = passed[child]
         for name, value in (dict(zip(parameters, node.args, strict=False)) | node.kwargs).items():
-            if isinstance(value, list | tuple):
+            if isinstance(value, list | tuple) or _is_sum_of_lists(value):
                 known.lists.add(name)
             plain = isinstance(value, bool | int | float | str | None)
             if plain and name not in known.given and known.fixed.setdefault(name, value) == value:  # type: ignore[arg-type]
                 continue
             known.fixed.pop(name, None)
             known.given.add(name)
+
+
+def _is_sum_of_lists(value: object) -> bool:
+    is_sum = isinstance(value, fx.Node) and value.target is operator.add
+    return is_sum and any(isinstance(one, list | tuple) for one in value.args)  # type: ignore[union-attr]
 
 
 def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str) -> None:

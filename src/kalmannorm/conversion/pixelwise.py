@@ -58,6 +58,8 @@ def arithmetic(sign: str) -> Rule:
     def rule(o: Operation) -> Found:
         a, b = o.argument(0, "input"), o.argument(1, "other")
         of_a, of_b = o.belief_of(0, "input"), o.belief_of(1, "other")
+        if sign == "+" and isinstance(o.y, list | tuple):
+            return [*_each(a, of_a), *_each(b, of_b)]
         if set(o.kwargs) - {"input", "other"}:
             return "with weights"
         if o.kind == "constant second" or isinstance(b, int | float):
@@ -71,6 +73,10 @@ def arithmetic(sign: str) -> Rule:
 
     rule.sign = sign  # type: ignore[attr-defined]
     return rule
+
+
+def _each(values: Any, beliefs: Any) -> Any:
+    return beliefs if isinstance(beliefs, list | tuple) else [None] * len(values)
 
 
 def _with_constant(sign: str, x: Any, belief: Any, constant: Any, first: bool) -> Found:

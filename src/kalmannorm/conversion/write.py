@@ -4,7 +4,9 @@ What can be told only from the code is told here: which operand is a constant, w
 which tensors are changed in place under another name. The rest is left to the rules, which see the tensors.
 """
 
+import inspect
 import operator
+import sys
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
@@ -56,7 +58,9 @@ class Writer:
         self._memory: dict[fx.Node, set[fx.Node]] = {}  # the values that may share memory with this one
         self._stale: dict[fx.Node, str] = {}  # changed in place through another of those: how
         self._own: list[fx.Node] = []
-        self._inputs: list[fx.Node] = []
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        self._positions = {p.name: sys.maxsize if p.kind is p.KEYWORD_ONLY else i for i, p in enumerate(parameters, -1)}
+        self._inputs: dict[int, fx.Node] = {}  # by position: options that the graph was frozen for are missing
         self._mutated: set[fx.Node] = set()
         nodes = list(graph.nodes)
         self._start = next(node for node in nodes if node.op != "placeholder")
@@ -101,9 +105,9 @@ class Writer:
         key: Any = node.target
         if node.op == "placeholder":
             with self.graph.inserting_before(self._start):
-                name = f"{node.name}_belief"
-                self._belief[node] = self._add(pick, self._beliefs, len(self._inputs), str(node.target), name=name)
-            self._inputs.append(node)
+                name, position = f"{node.name}_belief", self._positions[str(node.target).lstrip("*")]
+                self._belief[node] = self._add(pick, self._beliefs, position, str(node.target), name=name)
+            self._inputs[position] = node
         elif node.op == "get_attr":
             self._constant.add(node)
         elif node.op == "output":
@@ -264,7 +268,7 @@ class Writer:
 
     def _output(self, node: fx.Node) -> None:
         (value,) = node.args
-        positions = {given: i for i, given in enumerate(self._inputs)}
+        positions = {given: i for i, given in self._inputs.items()}
         mutates = {positions[given] for given in self._mutated if given in positions}
         with self.graph.inserting_before(node):
             changes = {i: self._beliefs_of(self._inputs[i]) for i in sorted(mutates)}
@@ -274,7 +278,7 @@ class Writer:
         ]
         aliases = {positions[m] for item in returned for m in self._memory.get(item, ()) if m in positions}
         curve = ""
-        if isinstance(value, fx.Node) and self._inputs:
+        if isinstance(value, fx.Node) and 0 in self._inputs:
             root, formula = self._formula(self._now(value))
             curve = formula.replace("x", "{}") if root is self._inputs[0] else ""
         self.summary = Summary(curve, frozenset(mutates), frozenset(aliases))

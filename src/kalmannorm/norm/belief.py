@@ -65,10 +65,12 @@ Beliefs: TypeAlias = Belief | Carried | tuple[Args, Kwargs] | tuple[()] | None
 
 
 def pick(beliefs: Beliefs, position: int, name: str) -> Any:
-    """The belief of one argument."""
+    """The belief of one argument; those of all that are left, for `*` or `**` ahead of its name."""
     if not beliefs:
         return None
     if isinstance(beliefs, Belief | Carried):
         return beliefs if position == 0 else None
     of_args, of_kwargs = beliefs
+    if name.startswith("*"):
+        return (of_kwargs if name.startswith("**") else of_args[position:]) or None
     return of_args[position] if position < len(of_args) else of_kwargs.get(name)
