@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import net
 from torch import Tensor, nn
+from torch.ao.quantization import fuse_modules
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.func import functional_call, grad, jvp, replace_all_batch_norm_modules_, stack_module_state, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -454,6 +455,15 @@ def test_a_convolution_and_its_normalizer_are_fused() -> None:
     for i in (0, 3):
         fused[i], fused[i + 1] = fuse_conv_bn_eval(fused[i], fused[i + 1]), nn.Identity()
     torch.testing.assert_close(fused(x), model(x))
+
+
+def test_layers_are_fused_after_fold() -> None:
+    """torch's quantization knows no layers but torch's, and says so."""
+    model, x, layers = convert(net(), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8), [["0", "1", "2"], ["3", "4"]]
+    model(x)
+    with pytest.raises(AssertionError, match=r"did not find fuser method for.*KalmanBatchNorm2d"):
+        fuse_modules(model.eval(), layers)
+    torch.testing.assert_close(fuse_modules(fold(model).eval(), layers)(x), model(x))
 
 
 def initialize(layer: nn.Module) -> None:

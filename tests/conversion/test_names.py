@@ -34,6 +34,13 @@ def scaled(x: Tensor) -> Tensor:
     return x * RATE
 
 
+def outer(x: Tensor) -> Tensor:
+    return 2 * scaled(x)
+
+
+activation = torch.relu
+
+
 def by_default(x: Tensor, rates: list[float] = [1.0]) -> Tensor:  # noqa: B006
     return x * rates[0]
 
@@ -244,6 +251,92 @@ def test_a_function_that_is_set_is_called() -> None:
     torch.testing.assert_close(copy.deepcopy(converted)(x), model(x))
 
 
+def triple(*args: Any) -> Any:
+    return 3 * args[-1]
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv3x3(4, 4)
+
+    def scale(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.conv(x))
+
+
+class Operations:
+    twice = staticmethod(lambda x: x * RATE * 2)
+
+
+# Code of a forward, what of it is replaced afterwards (an owner, a name), by what.
+REBOUND: dict[str, tuple[str, Callable[[Any], Any], str, Any]] = {
+    "a function": ("return scaled(x)", lambda _: globals(), "scaled", triple),
+    "what a function calls": ("return outer(x)", lambda _: globals(), "scaled", triple),
+    "a library's": ("return activation(x)", lambda _: globals(), "activation", torch.tanh),
+    "a function of a class": ("return Operations.twice(x)", lambda _: Operations, "twice", staticmethod(triple)),
+    "a method": ("return self.scale(x)", type, "scale", triple),
+    "a property": ("return x * self.rate", type, "rate", property(lambda self: 3.0)),
+    "a method of a part": ("return self.part.scale(x)", lambda _: Part, "scale", triple),
+    "a method of a part's instance": ("return self.part.scale(x)", lambda model: model.part, "scale", triple),
+    "a part that has another": ("return self.part.scale(x)", lambda model: model, "part", nn.PReLU()),
+    "the forward": ("return x", type, "forward", lambda self, x: 3 * self.bn(self.conv(x))),
+    "a part's": ("return self.part(x)", lambda _: Part, "forward", lambda self, x: 3 * self.conv(x)),
+    "a Sequential's": ("return self.row(x)", lambda model: type(model.row), "forward", triple),
+    "a layer's": ("return self.own(x)", lambda model: type(model.own), "forward", triple),
+}
+
+
+def rebound(code: str) -> Net:
+    model = net(code)
+    type(model).scale, type(model).rate = lambda self, x: 2 * x, property(lambda self: 2.0)  # type: ignore[attr-defined]
+    model.part, model.row = Part(), type("Row", (nn.Sequential,), {})(conv3x3(4, 4), nn.BatchNorm2d(4))
+    model.own = type("Own", (nn.Conv2d,), {})(4, 4, 3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", REBOUND)
+def test_a_function_that_was_replaced_is_called(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, owner, name, value = REBOUND[kind]
+    converted, x = same(model := rebound(code)), torch.randn(2, 3, 6, 6)
+    assert not untraced(converted)
+    before = model(x)
+    if kind == "a part that has another":
+        value.scale = triple
+    for each in (model, converted):
+        of = owner(each)
+        monkeypatch.setitem(of, name, value) if isinstance(of, dict) else monkeypatch.setattr(of, name, value)
+    for each in (converted, copy.deepcopy(converted)):
+        torch.testing.assert_close(each(x), model(x))
+    assert model(x).shape != before.shape or not torch.equal(model(x), before)
+
+
+def test_functions_that_may_be_replaced_are_compiled() -> None:
+    code = "x = Operations.twice(activation(outer(self.part.scale(self.scale(x) * self.rate))))\n"
+    converted, x = same(rebound(f"{code}return self.own(self.row(self.part(x)))")), torch.randn(2, 3, 6, 6)
+    compiled = torch.compile(converted, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), converted(x))
+
+
+class Scaling(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * RATE
+
+
+def test_what_is_called_by_super_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Outer(Scaling):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    converted, x = same(model := Outer(None).eval()), torch.randn(2, 3, 6, 6)
+    monkeypatch.setitem(globals(), "RATE", 5.0)
+    torch.testing.assert_close(converted(x), model(x))
+    monkeypatch.setattr(Scaling, "forward", lambda self, x: Net.forward(self, x) * 7)
+    torch.testing.assert_close(converted(x), model(x))
+
+
 class Mode(IntEnum):
     PLAIN = 0
     NEGATIVE = 1
@@ -280,6 +373,86 @@ def test_registries_of_subclasses_are_told_of_none(kind: str) -> None:
     number = len(known)
     same(model.eval())
     assert len(known) == number
+
+
+class Flipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return -grad[0]
+
+
+# Code of a forward that decides by what is not a value, and what changes that.
+DECIDED: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "a missing argument": ("return self.optional(x) + self.optional(x, x)", lambda _: None),
+    "an argument that is None": ("return self.required(x, None) + self.required(x, x)", lambda _: None),
+    "the mode of a part": ("return x if self.head.training else -x", lambda model: model.head.train()),
+    "an attribute of the input": ("return self.with_tensors(x)", lambda _: None),
+    "one with a default": ("return self.with_mask(x)", lambda _: None),
+    "a parameter": ("return x if self.head.bias is None else -x", lambda model: setattr(model.head, "bias", None)),
+    "parameters in a loop": (
+        "return x + sum(p.square().sum() for p in self.head.parameters())",
+        lambda model: model.head.weight.data.mul_(3),
+    ),
+    "what there is by name": ("return self.by_name(x) + self.by_name(x, rate=3)", lambda _: None),
+    "a name of generated code": ("return self.named_so(x, x)", lambda _: None),
+    "a gradient of its own": ("return Flipped.apply(x)", lambda _: None),
+}
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv3x3(4, 4), conv3x3(4, 4)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        return self.conv1(x) if skip is None else self.conv2(x) + skip
+
+
+class Required(Optional):
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, skip)
+
+
+class WithTensors(Optional):
+    def forward(self, x: Any) -> Tensor:  # type: ignore[override]
+        return self.conv1(x.tensors if hasattr(x, "tensors") else x)  # type: ignore[no-any-return]
+
+
+class WithMask(Optional):
+    def forward(self, x: Any) -> Tensor:  # type: ignore[override]
+        return self.conv1(x) if getattr(x, "mask", None) is None else x.mask
+
+
+class ByName(Optional):
+    def forward(self, x: Tensor, **more: Any) -> Tensor:  # type: ignore[override]
+        return self.conv1(x) * more.get("rate", 2)  # type: ignore[no-any-return]
+
+
+class Named(Optional):
+    def forward(self, call: Tensor, pick: Tensor) -> Tensor:  # type: ignore[override]
+        return self.conv1(call) + pick  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", DECIDED)
+def test_what_a_forward_decides_is_decided_when_it_runs(kind: str) -> None:
+    code, change = DECIDED[kind]
+    model, x = net(code), torch.randn(2, 3, 6, 6)
+    model.optional, model.required, model.named_so = Optional(), Required(), Named()
+    model.with_tensors, model.with_mask, model.by_name = WithTensors(), WithMask(), ByName()
+    converted = same(model)
+    for _ in range(2):
+        for each in (model, converted):
+            each.zero_grad()
+            each(x).square().sum().backward()
+        torch.testing.assert_close(converted(x), model(x))
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(converted.get_parameter(name).grad, parameter.grad)
+        for each in (model, converted):
+            change(each)
 
 
 # --- parts ---

@@ -5,11 +5,11 @@ class: blocks share a forward, and a compiled graph.
 """
 
 import copy
+import importlib
 import inspect
 import itertools
 import linecache
 import math
-import sys
 from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any
@@ -71,8 +71,8 @@ class Generated:
         names = tuple(sorted((name, _identity(value)) for name, value in self.names.items()))
         key = id(base), self.code, names
         if key not in _classes:
-            scope = {k: sys.modules[v[1]] if _is_module_name(v) else v for k, v in self.names.items()}
-            scope |= _HELPERS | {"_base": base}
+            scope = {k: importlib.import_module(v[1]) if _is_module_name(v) else v for k, v in self.names.items()}
+            scope |= _HELPERS | {"_base": base, "_forward": base.forward}
             filename = f"<converted {base.__name__} {next(_serial)}>"
             lines = self.code.splitlines(keepends=True)
             linecache.cache[filename] = (len(self.code), None, lines, filename)  # for tracebacks
@@ -80,7 +80,13 @@ class Generated:
             forward: Any = scope["forward"]
             forward.__doc__, forward.__signature__ = base.forward.__doc__, inspect.signature(base.forward)
             forward.__wrapped__ = _without_beliefs(base, scope)
-            body = {"forward": forward, "converted": self, "__reduce_ex__": _reduce, "apply": _apply}
+            body = {
+                "forward": forward,
+                "generated_forward": forward,
+                "converted": self,
+                "__reduce_ex__": _reduce,
+                "apply": _apply,
+            }
             body["__class__"] = contract.own_class
             body |= contract.methods(base) if "beliefs" in self.code else {}
             body |= _OF_GRAPH_MODULES if issubclass(base, fx.GraphModule) else {}
@@ -219,10 +225,13 @@ NO_FORWARD = nn.Module.forward, nn.ModuleList.forward  # of what holds modules a
 
 
 def _layer_code(y: str, predictor: str, arguments: str = "input") -> str:
+    plainly = arguments.replace("=None", "")
     return f"""\
 def forward(self, {arguments}, beliefs=None):
     if beliefs is None:
-        return _base.forward(self, {arguments.replace("=None", "")})
+        return _base.forward(self, {plainly})
+    if _base.forward is not _forward:
+        return follow(_base.forward, self, ({plainly},), {{}}, beliefs)
     weight, bias = self.weight, self.bias
     y = {y}
     return Returned(y, {predictor}(self, input, y, weight, bias, pick(beliefs, 0, "input")))
@@ -244,6 +253,8 @@ OTHER_CONVOLUTION = _layer_code("_base.forward(self, input)", "of_convolution")
 # One loop for all of them: slices and appended modules go on working.
 SEQUENTIAL = """\
 def forward(self, input, beliefs=None):
+    if _base.forward is not _forward:
+        return follow(_base.forward, self, (input,), {}, beliefs)
     given, belief, changed = input, pick(beliefs, 0, "input"), None
     for module in self:
         if isinstance(module, Predictor):
@@ -288,15 +299,17 @@ def container_code(
     """Code, the names that it uses, and the summary of a module with these traces."""
     parts: dict[str, str] = {}
     names: Scope = {}
-    summary, guards, kinds, held = Summary(), dict[str, None](), dict[type, str](), set[str]()
+    summary, kinds, held, was = Summary(), dict[type, str](), set[str](), dict[str, str]()
+    guards: dict[str, None] = {"_base.forward is _forward": None}
     for mode, traced in traces.items():
         writer = Writer(module, traced.graph, summaries)
         code = traced.graph.python_code("self")
         source = code.src.replace("def forward(", "def _run(", 1).lstrip()
         used = {k: ("module", v.__name__) if isinstance(v, ModuleType) else v for k, v in code.globals.items()}
+        taken = {str(node.target) for node in traced.graph.nodes if node.op == "placeholder"}
         for name, function in code.globals.items():
             known = getattr(function, "__name__", "")
-            if _HELPERS.get(known) is function:
+            if _HELPERS.get(known) is function and known not in taken:
                 source = source.replace(name, known)
                 del used[name]
         parts[mode] = source.replace("normalized('self', ", "normalized(_base, self, ")
@@ -308,10 +321,19 @@ def container_code(
         )
         names |= traced.names
         held |= traced.held
+        for function in traced.functions:
+            was.setdefault(function, f"_was_{len(was)}")
+            now = function if function.startswith("_base.__mro__") else function.replace("_base.", "type(self).", 1)
+            guards[f"{now} is {was[function]}"] = None
         guards |= dict.fromkeys(_structure(module, traced.graph))
         for layer, kind in traced.kinds.items():
             kinds.setdefault(kind, f"_class_{len(kinds)}")
             guards[f"class_of({layer}) is {kinds[kind]}"] = None
+        for method, kind in traced.methods.items():
+            kinds.setdefault(kind, f"_class_{len(kinds)}")
+            part, _, name = method.rpartition(".")
+            known = was.setdefault(f"{kinds[kind]}.{name}", f"_was_{len(was)}")
+            guards[f'getattr(type({part}), "{name}", None) is {known} and "{name}" not in {part}.__dict__'] = None
         guards |= dict.fromkeys(_guards(traced))
     names |= {name: kind for kind, name in kinds.items()}
     names |= {_HELD: " ".join(sorted(held))} if held else {}
@@ -320,14 +342,14 @@ def container_code(
     same = len(set(parts.values())) == 1
     sources = [parts["train"]] if same else [parts[mode].replace("def _run(", f"def _{mode}(", 1) for mode in parts]
     run = "_run" if same else "(_train if self.training else _eval)"
-    lines = [f"def forward({head}):"]
-    if guards:
-        packed = "(" + "".join(f"{a}, " for n, a in arguments.items() if "=" not in a and not a.startswith("**")) + ")"
-        named = "".join(f'"{n}": {n}, ' for n, a in arguments.items() if "=" in a)
-        rest = "".join(a for a in arguments.values() if a.startswith("**"))
-        lines += [f"    if not ({' and '.join(guards)}):"]
-        lines += [f"        return follow(_base.forward, self, {packed}, {{{named}{rest}}}, beliefs)"]
+    packed = "(" + "".join(f"{a}, " for n, a in arguments.items() if "=" not in a and not a.startswith("**")) + ")"
+    named = "".join(f'"{n}": {n}, ' for n, a in arguments.items() if "=" in a)
+    rest = "".join(a for a in arguments.values() if a.startswith("**"))
+    lines = [*(f"{name} = {function}" for function, name in was.items()), f"def forward({head}):"]
+    lines += [f"    if not ({' and '.join(guards)}):"]
+    lines += [f"        return follow(_base.forward, self, {packed}, {{{named}{rest}}}, beliefs)"]
     handed = [a.partition("=")[0] for n, a in arguments.items() if n not in frozen]
+    handed.sort(key=lambda a: a.startswith("*"))  # fx has what is starred last, keyword arguments before it
     starred = [a for a in handed if a.startswith("**")]
     given = ", ".join(["self", *(a for a in handed if a not in starred), "beliefs=beliefs", *starred])
     lines += [f"    y, belief, changed = {run}({given})"]
@@ -366,6 +388,7 @@ def _guards(traced: Trace) -> list[str]:
     asked = {"tensor": "(Tensor, Proxy)", "list": "(list, tuple)"}
     return [
         *(f"isinstance({name}, {asked[kind]})" for name, kind in traced.asked.items()),
+        *(f"{name} is not None" for name in traced.given),
         *(_equals(name, value) for name, value in traced.read.items()),
         *(_equals(name, value) for name, value in traced.frozen.items()),
     ]

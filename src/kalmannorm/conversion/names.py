@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch.utils.checkpoint
@@ -31,6 +31,7 @@ _ASKS = {"print", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_e
 }
 SWITCHES = {"no_grad", "enable_grad", "set_grad_enabled", "inference_mode"}
 _IMPURE = {"os", "time", "datetime"}  # modules whose functions return something else every time
+_INSIDE = {property: ".fget", classmethod: ".__func__"}  # where a class's attribute has its function
 _CHANGING = (Tensor, set, bytearray, deque, Iterator, torch.Generator, random.Random)
 
 
@@ -107,10 +108,10 @@ def may_change(value: object) -> bool:
         return True
     if type(value).__module__.partition(".")[0] == "numpy":
         return not (callable(value) or isinstance(value, numbers.Number))
-    return not (hasattr(value, "__dict__") or _is_of_library(type(value).__module__))
+    return not (hasattr(value, "__dict__") or is_of_library(type(value).__module__))
 
 
-def _is_of_library(module: object) -> bool:
+def is_of_library(module: object) -> bool:
     return str(module).partition(".")[0] in _LIBRARIES
 
 
@@ -167,8 +168,9 @@ class Surroundings:
     """Of the forward of `cls`, or of a function, and of the functions and methods that it may call; `others`: whose
     methods too.
 
-    `plain`: values by expressions, in which `modules` are names of modules, as generated code knows them. `asking`:
-    the globals of functions that call type() or isinstance(); `asks_class`: whether one reads `layer.__class__`.
+    `plain`: values by expressions, in which `modules` are names of modules, as generated code knows them. `functions`:
+    expressions of functions and classes, which graphs are made of. `asking`: the globals of functions that call type()
+    or isinstance(); `asks_class`: whether one reads `layer.__class__`.
     `checkpointing`: where they find torch's checkpoint. `switches`: whether one switches gradients off or on.
     `refused`: why no graph of it would be right, or nothing.
     """
@@ -176,6 +178,7 @@ class Surroundings:
     def __init__(self, cls: type | FunctionType, others: Iterable[type] = ()) -> None:
         self.plain: dict[str, Any] = {}
         self.modules: dict[str, tuple[str, str]] = {}
+        self.functions: list[str] = []
         self.asking: list[Scope] = []
         self.asks_class = False
         self.checkpointing: list[tuple[Scope, str]] = []
@@ -184,22 +187,32 @@ class Surroundings:
         self.kept = Kept()
         self._seen: set[int] = set()
         self._methods: dict[str, list[tuple[str, FunctionType]]] = {}
-        for kind in dict.fromkeys((cls, *others)):
-            for base in getattr(kind, "__mro__", ()):
-                for name, found in ({} if _is_of_library(base.__module__) else vars(base)).items():
-                    function = getattr(found, "fget", found)
-                    if isinstance(function, FunctionType) and name != "forward":
-                        where = f"_base.{name}" if function is found and getattr(cls, name, None) is found else ""
-                        self._methods.setdefault(name, []).append((where, function))
+        for base in getattr(cls, "__mro__", ()):
+            self._methods_of(base, cls)
+        for base in dict.fromkeys(base for kind in others for base in kind.__mro__):
+            self._methods_of(base)
         if isinstance(forward := getattr(cls, "forward", cls), FunctionType):
             self._function("_base.forward", forward)
+
+    def _methods_of(self, base: type, cls: Any = None) -> None:
+        """Note what `base` defines, where code of `cls` may call it (by super() too); of parts, but their forward."""
+        for name, found in ({} if is_of_library(base.__module__) else vars(base)).items():
+            inner = _INSIDE.get(type(found), "")
+            function = getattr(found, "__func__", getattr(found, "fget", found))
+            if not isinstance(function, FunctionType) or (name == "forward" and cls in (base, None)):
+                continue
+            where = ""
+            if cls is not None:
+                first = next(one for one in cls.__mro__ if name in vars(one)) is base
+                where = f"_base.{name}{inner}" if first else f"_base.__mro__[{cls.__mro__.index(base)}].{name}{inner}"
+            self._methods.setdefault(name, []).append((where, function))
 
     def _function(self, expression: str, function: FunctionType) -> None:
         scope = function.__globals__
         if id(function) in self._seen:
             return
         self._seen.add(id(function))
-        if _is_of_library(scope.get("__name__")):
+        if is_of_library(scope.get("__name__")):
             if isinstance(wrapped := getattr(function, "__wrapped__", None), FunctionType):
                 self._function("", wrapped)
                 if scope["__name__"] in ("torch.utils._contextlib", "torch.amp.autocast_mode"):  # @torch.no_grad()
@@ -230,12 +243,13 @@ class Surroundings:
             self._refuse_impure(name, scope[name])
             if is_plain(scope[name]):
                 self.kept.attribute(scope, name)
-            if any(one.startswith(f"{written}.") for one in self.plain):
+            if any(one.startswith(f"{written}.") for one in (*self.plain, *self.functions)):
                 self.modules[written] = ("module", str(scope["__name__"]))
                 if vars(sys.modules.get(str(scope["__name__"]), self)) is not scope:
                     self.refused = f"it reads globals of {scope['__name__']}, which is no module that can be imported"
         for name in sorted(names & self._methods.keys()):
             for where, method in self._methods[name]:
+                self.functions += [where] if where else []
                 self._function(where, method)
 
     def _refuse_impure(self, name: str, value: Any) -> None:
@@ -247,6 +261,8 @@ class Surroundings:
 
     def _value(self, expression: str, value: Any, names: frozenset[str], depth: int = 0) -> None:
         """`names`: of attributes that may be read."""
+        if isinstance(value, FunctionType | BuiltinFunctionType | type) and value is not CHECKPOINT:
+            self.functions.append(expression)
         if isinstance(value, FunctionType):
             self._function(expression, value)
         elif parts := plain_parts(expression, value):
@@ -265,9 +281,9 @@ class Surroundings:
 
 def _is_library(value: Any) -> bool:
     if isinstance(value, ModuleType):
-        return _is_of_library(value.__name__)
+        return is_of_library(value.__name__)
     if isinstance(value, type):
-        return _is_of_library(value.__module__)
+        return is_of_library(value.__module__)
     return not hasattr(value, "__dict__") or type(value).__module__.partition(".")[0] in ("torch", "builtins")
 
 

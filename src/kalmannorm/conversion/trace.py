@@ -25,6 +25,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from kalmannorm.conversion.names import (
     CHECKPOINT,
@@ -33,6 +35,7 @@ from kalmannorm.conversion.names import (
     Surroundings,
     class_of,
     derived,
+    is_of_library,
     is_plain,
     lending,
     may_change,
@@ -86,6 +89,9 @@ class Trace(NamedTuple):
     names: Mapping[str, object] = MappingProxyType({})  # what those expressions name: modules of globals
     kinds: Mapping[str, type] = MappingProxyType({})  # classes of layers that it asked for, by the layer's expression
     held: AbstractSet[str] = frozenset()  # attributes of the module that it takes for what they are: functions, methods
+    functions: tuple[str, ...] = ()  # the same of its surroundings, by expressions
+    methods: Mapping[str, type] = MappingProxyType({})  # those of its parts that it calls, and of which class they are
+    given: tuple[str, ...] = ()  # arguments that are not None
 
 
 APPENDS = "appends to a list that it was given"
@@ -122,7 +128,7 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
             around.kept.contents(vars(each))
         stand_ins = {"type": reading.class_of, "isinstance": reading.isinstance}
         asking = [(scope, *item) for scope in around.asking for item in stand_ins.items()]
-        with reading as read, lending(asking):
+        with reading as read, lending(asking), _Constants(module):
             graph = tracer.trace(module, concrete_args=frozen or None)
         if _random_state() != drawn:
             raise Untraceable("it draws random numbers, which would stay the same ever after")
@@ -142,8 +148,10 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
         for each, mode in modes.items():
             each.training = mode
     _erase_frozen(graph, frozen)
-    conditions = tracer.asked, read | outside, frozen
-    return Trace(graph, *conditions, not reading.asked_mode, around.modules, reading.kinds, reading.held)
+    given = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder" and "*" not in str(node.target))
+    conditions = tracer.asked, read | outside | tracer.read, frozen
+    held = reading.kinds, reading.held, tuple(dict.fromkeys(around.functions)), reading.methods
+    return Trace(graph, *conditions, not reading.asked_mode, around.modules, *held, given)
 
 
 def _frozen(module: nn.Module, passed: Passed) -> dict[str, Plain]:
@@ -192,6 +200,11 @@ class _TensorArgument(_Proxy):
         self.tracer.asked[str(self.node.target)] = "tensor"  # type: ignore[attr-defined]
         return Tensor
 
+    def __getattr__(self, name: str) -> Any:
+        if not (hasattr(Tensor, name) or name.startswith("__") or "*" in str(self.node.target)):  # it may ask for it
+            self.tracer.read[f'hasattr({self.node.target}, "{name}")'] = True  # type: ignore[attr-defined]
+        return super().__getattr__(name)
+
 
 class _ListArgument(_Proxy):
     """One that says it is a list."""
@@ -210,6 +223,7 @@ class _Tracer(fx.Tracer):
         self._autowrap_search.append(torch.utils.checkpoint)
         self.passed = passed
         self.asked: dict[str, str] = {}
+        self.read: dict[str, Plain] = {}
         self._switched = _switched()
         # Tensors that the forward makes of nothing: copies of them in every run, by their names; and their versions.
         self._made: dict[str, fx.Node] = {}
@@ -267,6 +281,21 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
 
+class _Constants(TorchFunctionMode):
+    """While it lasts, nothing may be computed of parameters and buffers alone, by whatever way the forward found them
+    (`self.parameters()`): a graph would have the value of now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._constants = {id(value) for value in (*module.parameters(), *module.buffers())}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if isinstance(y, Tensor) and any(id(value) in self._constants for value in tree_leaves(args)):
+            raise Untraceable("it computes with parameters that it does not find as attributes")
+        return y
+
+
 # --- attributes that are read -----------------------------------------------------------------------------------------
 
 
@@ -282,6 +311,7 @@ class _Reading:
         self.asked_mode = False
         self.held: set[str] = set()
         self.kinds: dict[str, type] = {}
+        self.methods: dict[str, type] = {}
         for path, each in module.named_modules():
             self.objects[id(each)] = expression_of(path), each
         last = list(self.objects.values())
@@ -345,6 +375,10 @@ class _Reading:
             self.read[f"len({expression})"] = len(value)
         if owner == "self" and not isinstance(value, nn.Module | Tensor):
             self.held.add(name)
+        elif name != "forward" and (function := getattr(value, "__func__", None)):
+            kind = class_of(value.__self__)  # type: ignore[attr-defined]
+            if getattr(kind, name, None) is function and not is_of_library(function.__module__):
+                self.methods[expression] = kind
 
     def _note(self, value: object) -> None:
         if issubclass(type(value), nn.Module) and id(value) in self.objects:
@@ -358,12 +392,17 @@ class _Reading:
         def getter(self: Any, name: str) -> Any:
             if name == "__class__":
                 return class_of(self)
+            found, own = objects.get(id(self)), object.__getattribute__(self, "__dict__")
+            for of_module in (own.get("_parameters", {}), own.get("_buffers", {})) if found is not None else ():
+                if name in of_module:
+                    read[f"({found[0]}.{name} is None)"] = of_module[name] is None
             value = cls.__getattribute__(self, name)  # type: ignore[call-arg]
             if name == "training":
                 reading.asked_mode = True
-            if name.startswith("__") or name in _OF_MODULES or (found := objects.get(id(self))) is None:
+                if found is not None and found[0] != "self":
+                    read[f"({found[0]}.training is self.training)"] = True
+            if name.startswith("__") or name in _OF_MODULES or found is None:
                 return value
-            own = object.__getattribute__(self, "__dict__")
             static = own[name] if name in own else next((vars(b)[name] for b in cls.__mro__ if name in vars(b)), None)
             if name in own or is_plain(static):
                 for expression, part in plain_parts(f"{found[0]}.{name}", value).items():

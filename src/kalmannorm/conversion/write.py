@@ -105,7 +105,9 @@ class Writer:
         key: Any = node.target
         if node.op == "placeholder":
             with self.graph.inserting_before(self._start):
-                name, position = f"{node.name}_belief", self._positions[str(node.target).lstrip("*")]
+                # A layer that does more than normalize has names of its own, and no options.
+                position = self._positions.get(str(node.target).lstrip("*"), len(self._inputs))
+                name = f"{node.name}_belief"
                 self._belief[node] = self._add(pick, self._beliefs, position, str(node.target), name=name)
             self._inputs[position] = node
         elif node.op == "get_attr":

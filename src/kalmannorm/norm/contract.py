@@ -98,8 +98,11 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
     """The methods of such a module, whose class is derived from `base`."""
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        replaced = "forward" in self.__dict__ and not hasattr(self.__dict__["forward"], "takes_beliefs")
-        if "beliefs" in kwargs and replaced:  # by one that was set on the instance since
+        own = type(self).forward  # of a generated class, unless another one was set on that, or on the instance, since
+        replaced = own is not getattr(type(self), "generated_forward", own) or (
+            "forward" in self.__dict__ and not hasattr(self.__dict__["forward"], "takes_beliefs")
+        )
+        if "beliefs" in kwargs and replaced:
             del kwargs["beliefs"]
             return Returned(base.__call__(self, *args, **kwargs), None)
         if "beliefs" in kwargs:
