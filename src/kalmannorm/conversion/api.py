@@ -387,8 +387,9 @@ def _note_passed(module: nn.Module, traced: Trace, passed: dict[nn.Module, Passe
 
 
 def _is_sum_of_lists(value: object) -> bool:
-    is_sum = isinstance(value, fx.Node) and value.target is operator.add
-    return is_sum and any(isinstance(one, list | tuple) for one in value.args)  # type: ignore[union-attr]
+    if not isinstance(value, fx.Node) or value.target is not operator.add:
+        return False
+    return any(isinstance(one, list | tuple) for one in value.args)
 
 
 def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str) -> None:

@@ -150,8 +150,18 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
     _erase_frozen(graph, frozen)
     given = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder" and "*" not in str(node.target))
     conditions = tracer.asked, read | outside | tracer.read, frozen
-    held = reading.kinds, reading.held, tuple(dict.fromkeys(around.functions)), reading.methods
-    return Trace(graph, *conditions, not reading.asked_mode, around.modules, *held, given)
+    functions = tuple(dict.fromkeys(around.functions))
+    return Trace(
+        graph,
+        *conditions,
+        not reading.asked_mode,
+        around.modules,
+        reading.kinds,
+        reading.held,
+        functions,
+        reading.methods,
+        given,
+    )
 
 
 def _frozen(module: nn.Module, passed: Passed) -> dict[str, Plain]:
@@ -393,8 +403,8 @@ class _Reading:
             if name == "__class__":
                 return class_of(self)
             found, own = objects.get(id(self)), object.__getattribute__(self, "__dict__")
-            for of_module in (own.get("_parameters", {}), own.get("_buffers", {})) if found is not None else ():
-                if name in of_module:
+            for of_module in (own.get("_parameters", {}), own.get("_buffers", {})):
+                if found is not None and name in of_module:
                     read[f"({found[0]}.{name} is None)"] = of_module[name] is None
             value = cls.__getattribute__(self, name)  # type: ignore[call-arg]
             if name == "training":
