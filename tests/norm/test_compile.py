@@ -11,7 +11,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kalmannorm import compile_blocks, convert, fold
+from kalmannorm.conversion.compiled import prepare_compiler
 from kalmannorm.models import ARCHS
+from kalmannorm.models.inception_cifar import Inception, Unit
 from kalmannorm.models.resnet_cifar import Block
 
 
@@ -108,6 +110,25 @@ def test_batches_of_several_sizes(norm: str) -> None:
         assert error(run(x).detach(), eager(x).detach()) < 1e-5
     for a, b in zip(compiled.buffers(), eager.buffers(), strict=True):
         assert error(a, b) < 1e-5
+
+
+@pytest.mark.slow
+def test_bfloat16_maps_are_transposed_right() -> None:
+    """g++ 12.2 compiled 512-bit transpositions of this network into ones that left memory as it was."""
+    torch._dynamo.reset()
+    prepare_compiler()
+    body = Unit(3, 32, 3), Inception(32, 64, (96, 128), (16, 32), 32), nn.MaxPool2d(3, 1, 1), Unit(256, 64, 1)
+    eager = convert(nn.Sequential(*body), "bkn", stat_batch=2)
+    compiled = copy.deepcopy(eager)
+    x = torch.randn(16, 3, 8, 8)
+    for forward in (eager, torch.compile(compiled, dynamic=False)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = forward(x).mean((2, 3))
+        y.float().square().sum().backward()
+    for model in (eager, compiled):
+        assert all(buffer.isfinite().all() for buffer in model.buffers())
+    found, expected = (torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (compiled, eager))
+    assert torch.cosine_similarity(found, expected, 0) > 0.98
 
 
 def test_equal_blocks_are_compiled_once() -> None:

@@ -27,7 +27,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
     blocks = list(_blocks(model, _repeated(model)))
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no two blocks of one class: take torch.compile(model)")
-    keep_compiled()
+    prepare_compiler()
     config.recompile_limit = max(config.recompile_limit, len(blocks))  # for as many shapes each code may be compiled
     if not options.keys() & {"backend", "mode", "options"}:
         options = {**options, "options": {"joint_custom_post_pass": _without_masks()}}
@@ -36,12 +36,19 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def keep_compiled() -> None:
-    """Let later processes find compiled code again. Of code with autograd functions of one's own, as beliefs have them,
-    torch keeps the half unless it is told to."""
-    import torch._functorch.config as config
+def prepare_compiler() -> None:
+    """Let later processes find compiled code again, and keep to code that compilers on CPUs get right.
 
-    config.autograd_cache_allow_custom_autograd_functions = True
+    Of code with autograd functions of one's own, as beliefs have them, torch keeps the half unless it is told to. Of
+    its transposition of bfloat16 blocks by vectors of 512 bits, g++ 12.2 makes one that leaves memory as it was, on a
+    processor that it has no tuning for (-O3; right with -fno-tree-slp-vectorize). Ones of 256 bits are as fast.
+    """
+    import torch._functorch.config as functorch
+    from torch._inductor.config import cpp
+
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+    if cpp.simdlen is None and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        cpp.simdlen = 256
 
 
 def _blocks(module: nn.Module, kinds: Container[type]) -> Iterator[nn.Module]:

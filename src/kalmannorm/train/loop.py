@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kalmannorm.conversion.compiled import keep_compiled
+from kalmannorm.conversion.compiled import prepare_compiler
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
@@ -113,7 +113,7 @@ def _fit(task: Task, session: Session, progress: Progress) -> dict[str, records.
     progress.begin(first, task.end, task.train.batch, session.folder, session.curves)
     forward = ranks.wrap(session.model)
     if config.compile:
-        keep_compiled()
+        prepare_compiler()
         torch.compiler.reset()  # a worker lives on from run to run, and the compiler gives up after a few models
         forward = torch.compile(forward, dynamic=False)  # type: ignore[assignment]
     spread_batches(session.model, ranks.world * config.accumulate > 1)
