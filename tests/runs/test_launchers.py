@@ -124,6 +124,7 @@ def ray(monkeypatch):
     """A Ray instance of two CPUs, without a dashboard; gone afterwards."""
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else its workers wait for the other tests
 
     def start(**resources):
         for _ in range(4):  # Ray gives its processes 30 s, which a busy machine may need more of
@@ -169,14 +170,16 @@ def test_ray_deals_out_shares_of_gpus(tmp_path, plan, everywhere, ray):
 
 
 @pytest.mark.slow
-def test_ray_of_its_own_and_a_signal(tmp_path):
+def test_ray_of_its_own_and_a_signal(tmp_path, ray):
     """Without a cluster a sweep starts an instance of its own; SIGTERM saves the runs, and nothing is left behind."""
     file = tmp_path / "plan.json"
     file.write_text("{}")
     arguments = [*TABLE7, "seeds=1", "budget.epochs=500", *place(tmp_path), "launcher=ray", "threads=1"]
     process = started(file, "sweep", *arguments)
-    wait_for(lambda: len(list(tmp_path.glob("runs/*/progress.json"))) == 2, 300)
-    process.send_signal(signal.SIGTERM)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("runs/*/progress.json"))) == 2, 300)
+    finally:
+        process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 143 and "2 runs save themselves" in error and "Traceback" not in error
     assert len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 2 and not statuses(tmp_path)
