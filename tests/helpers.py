@@ -1,6 +1,7 @@
 """What the tests of the core share: tolerances, the order of images in groups, small networks that can be pickled, a
 step of training."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from kalmannorm import Belief
+from kalmannorm import Belief, convert
 from kalmannorm.models import ARCHS
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import pick
@@ -206,6 +207,27 @@ class Modern(nn.Module):
 
 def images(n: int = 4, size: int = 8) -> Tensor:
     return torch.randn(n, 3, size, size)
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return type(a) is type(b) and list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+
+
+def same_as_original(model: nn.Module, x: Tensor, norm: str = "bn", **options: Any) -> nn.Module:
+    """In both modes, moving statistics included."""
+    converted = convert(model, norm, **options)
+    for training in (True, False):
+        outputs = []
+        for network in (model.train(training), converted.train(training)):
+            torch.manual_seed(1)
+            random.seed(1)
+            outputs.append(network(x))
+        assert equal(*outputs)
+    return converted
 
 
 def loss_of(out: Any) -> Tensor:

@@ -6,25 +6,21 @@ as it is where it cannot be traced (flow.py).
 """
 
 import functools
-import inspect
 import itertools
 import math
-import operator
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
 from kalmannorm.conversion import classes
-from kalmannorm.conversion.attach import Search
 from kalmannorm.conversion.flow import stand_ins
+from kalmannorm.conversion.generate import beneath_parametrization, generate, generate_layers, is_container
 from kalmannorm.conversion.layers import (
     add_biases,
     build_normalizer,
@@ -38,10 +34,7 @@ from kalmannorm.conversion.layers import (
     thaw_frozen,
 )
 from kalmannorm.conversion.mapping import Mapped, assign, choices
-from kalmannorm.conversion.operations import MODULES_BY_NAME
 from kalmannorm.conversion.report import observe
-from kalmannorm.conversion.trace import APPENDS, Passed, Trace, Untraceable, has_forward_of_its_own, trace, trace_layer
-from kalmannorm.conversion.write import Summary
 from kalmannorm.norm import Estimator, Whitening, contract, normalize_weights
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.moments import Transition
@@ -53,9 +46,6 @@ from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a converted model
 INPUT_COUNT = "input_belief_batches"  # of a model that sees them itself: how many batches they are of
 _MARK = contract.MARK
-# Layers whose beliefs are computed inside of them.
-_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
-_TRANSPOSED = nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward
 
 
 def convert(
@@ -146,15 +136,15 @@ def convert(
         if isinstance(new, Estimator):
             new.on_relu = mark
     as_they_are: dict[str, str] = {}
-    _generate_layers(layers, built)
+    generate_layers(layers, built)
     if any(isinstance(m, Estimator) for m in source.modules()):
         predictors = "noise" if predictor == "sampling" else "transition" if learned else ""
-        as_they_are = _generate(source, leaves, predictors, known)
+        as_they_are = generate(source, leaves, predictors, known)
         if known or returns_belief:
             classes.become(source, *classes.root_code(type(source), known, mark, returns_belief))
     else:
         for module in list(source.modules()):
-            if not _is_container(module, leaves):
+            if not is_container(module, leaves):
                 continue
             if any(name in ("type", "class_of") for _, name, _ in stand_ins(type(module))):
                 classes.become(module, classes.ASKING)
@@ -257,200 +247,6 @@ def _keep_input_belief(source: nn.Module, input_belief: tuple[Tensor, Tensor] | 
     return "buffers"
 
 
-# --- generated forwards -----------------------------------------------------------------------------------------------
-
-
-def _is_container(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> bool:
-    """Whether a module has a forward to write beliefs into: not one of torch's own, nor what has a rule as a whole."""
-    if isinstance(module, (Estimator, torch.jit.ScriptModule, *leaves)) or type(module).__name__ in MODULES_BY_NAME:
-        return False
-    if classes.generated(type(module)) is not None or _is_layer(type(module)):
-        return False
-    if "forward" in module.__dict__:  # set on the instance
-        return any(isinstance(part, Estimator) for part in module.modules())
-    if type(module).forward in classes.NO_FORWARD:
-        return False
-    own = ("torch.nn.", "kalmannorm.norm.")
-    return isinstance(module, nn.Sequential) or not type(module).__module__.startswith(own)
-
-
-def _is_convolution(kind: Any) -> bool:
-    """Whether a class computes what torch's convolution does."""
-    return any(kind.forward is of.forward and kind._conv_forward is of._conv_forward for of in _CONVOLUTIONS)
-
-
-def _is_layer(kind: Any) -> bool:
-    return kind.forward is nn.Linear.forward or kind.forward in _TRANSPOSED or _is_convolution(kind)
-
-
-def _generate_layers(layers: dict[str, _BatchNorm], built: dict[_BatchNorm, nn.Module]) -> None:
-    """Forwards of BatchNorm layers that do more than normalize: their own, around the new normalizer."""
-    names = {layer: name for name, layer in reversed(layers.items())}
-    for layer, new in built.items():
-        if has_forward_of_its_own(layer):
-            traces = {mode: trace_layer(layer, names[layer], mode == "train") for mode in ("train", "eval")}
-            classes.become(new, *classes.container_code(new, traces, {}))
-
-
-def _generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, known: str | None) -> dict[str, str]:
-    """Forwards with beliefs for a model with Kalman normalizers. Names of the containers that run as they are, and why.
-
-    `own`: the predictors that its convolutions have of their own, `noise`, `transition` or none.
-    """
-    containers = [
-        (name, module)
-        for name, module in source.named_modules()
-        if _is_container(module, leaves) and "parametrizations" not in name.split(".")  # which see weights alone
-    ]
-    traces, as_they_are = _trace(containers)
-    predictors = _attach(source, traces, own, known) if own else {}
-    summaries: dict[nn.Module, Summary] = {}
-    for module in source.modules():
-        made = classes.generated(type(module))
-        if made is not None:
-            summaries[module] = made.summary
-        elif isinstance(module, _ConvNd | nn.Linear):
-            _generate_layer(module, predictors, own)
-    for _, module in reversed(containers):
-        names: dict[str, Any] = {}
-        summary = Summary()
-        if "forward" in module.__dict__:
-            code = classes.AS_IT_IS
-            module.__dict__["forward"] = classes.Followed(module.__dict__["forward"])
-        elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            code, summary = classes.SEQUENTIAL, classes.sequential_summary(module, summaries)
-        elif module in traces:
-            code, names, summary = classes.container_code(module, traces[module], summaries)
-        elif any(isinstance(part, Estimator) for part in module.modules()):
-            code = classes.AS_IT_IS
-        else:
-            continue
-        summaries[module] = summary
-        classes.become(module, code, names, summary)
-    return as_they_are
-
-
-def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dict[str, Trace]], dict[str, str]]:
-    """Parents before children: what they pass decides how these are traced."""
-    traces: dict[nn.Module, dict[str, Trace]] = {}
-    as_they_are: dict[str, str] = {}
-    passed: dict[nn.Module, Passed] = defaultdict(Passed.nothing)
-    appending: set[nn.Module] = set()
-    for name, module in containers:
-        if "forward" in module.__dict__:
-            as_they_are[name] = f"{type(module).__name__}: its forward was set on the instance"
-            continue
-        if type(module).forward is nn.Sequential.forward:
-            continue
-        if isinstance(module, fx.GraphModule) and type(module).__mro__[1] is not fx.GraphModule:
-            as_they_are[name] = f"{type(module).__mro__[1].__name__}: its graph may change"
-            continue
-        try:
-            both = trace(module, passed[module])
-        except Untraceable as error:
-            as_they_are[name] = f"{type(module).__name__}: {error}"
-            if str(error) == APPENDS:
-                appending.add(module)
-            continue
-        traces[module] = both
-        _note_passed(module, both["train"], passed)
-    # What is appended to a list shows in the forward that handed it on, which was traced without.
-    for name, module in reversed(containers):
-        called = [n for n in traces[module]["train"].graph.nodes if n.op == "call_module"] if module in traces else []
-        parts = [module.get_submodule(str(node.target)) for node in called]
-        if any(part in appending for part in parts):
-            as_they_are[name] = f"{type(module).__name__}: a part {APPENDS}"
-            del traces[module]
-            if passed[module].lists:
-                appending.add(module)
-    return traces, as_they_are
-
-
-def _note_passed(module: nn.Module, traced: Trace, passed: dict[nn.Module, Passed]) -> None:
-    """What the calls of a forward say of the arguments of the modules that it calls."""
-    for node in traced.graph.nodes:
-        if node.op != "call_module":
-            continue
-        child = module.get_submodule(str(node.target))
-        if isinstance(child, torch.jit.ScriptModule):  # its class has no signature
-            continue
-        parameters = list(inspect.signature(type(child).forward).parameters)[1:]
-        known = passed[child]
-        for name, value in (dict(zip(parameters, node.args, strict=False)) | node.kwargs).items():
-            if isinstance(value, list | tuple) or _is_sum_of_lists(value):
-                known.lists.add(name)
-            plain = isinstance(value, bool | int | float | str | None)
-            if plain and name not in known.given and known.fixed.setdefault(name, value) == value:  # type: ignore[arg-type]
-                continue
-            known.fixed.pop(name, None)
-            known.given.add(name)
-
-
-def _is_sum_of_lists(value: object) -> bool:
-    if not isinstance(value, fx.Node) or value.target is not operator.add:
-        return False
-    return any(isinstance(one, list | tuple) for one in value.args)
-
-
-def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str) -> None:
-    kind: Any = type(layer)
-    base = kind.__bases__[0] if parametrize.is_parametrized(layer) else kind
-    if "forward" in layer.__dict__:
-        return
-    if base.forward is nn.Linear.forward:
-        code = classes.LINEAR
-    elif base.__name__ == "Conv2dSame":
-        code = classes.OTHER_CONVOLUTION
-    elif base.forward in _TRANSPOSED:
-        code = classes.TRANSPOSED
-    elif not _is_convolution(base):
-        return
-    elif not own:
-        code = classes.CONVOLUTION
-    elif layer in predictors:
-        code = classes.SAMPLED if own == "noise" else classes.LEARNED
-        layer.__dict__["predictor"] = (
-            predictors[layer],
-        )  # a tuple, since a module in an attribute would be registered
-    else:
-        return
-    _beneath_parametrization(layer, lambda layer: classes.become(layer, code))
-
-
-def _beneath_parametrization(layer: nn.Module, change: Callable[[nn.Module], None]) -> None:
-    """Change a layer's class, beneath that of a parametrization, which is taken off again as the uppermost."""
-    kind: Any = type(layer)
-    if not parametrize.is_parametrized(layer):
-        return change(layer)
-    layer.__class__ = kind.__bases__[0]
-    change(layer)
-    body = {key: value for key, value in kind.__dict__.items() if key not in ("__dict__", "__weakref__")}
-    layer.__class__ = type(kind.__name__, (type(layer),), body)
-    return None
-
-
-def _attach(
-    source: nn.Module, traces: dict[nn.Module, dict[str, Trace]], own: str, known: str | None
-) -> dict[nn.Module, nn.Module]:
-    """The predictors of convolutions that have one of their own, beside them."""
-    predictors: dict[nn.Module, nn.Module] = {}
-
-    def found(name: str, layer: _ConvNd, single: bool) -> None:
-        if layer in predictors or not _is_convolution(type(layer)):
-            return
-        number = sum(isinstance(module, Noise) for module in source.modules())
-        # Of a copy, in evaluation: where a spectral norm is read in training, it advances.
-        predictors[layer] = (
-            Noise(number, shared=single) if own == "noise" else Transition(cast(_ConvNd, copied(layer).eval()))
-        )
-        replace(source, f"{name}_{own}", predictors[layer])
-
-    for mode in ("eval", "train"):
-        search = Search(traces, mode, found)
-        search.run(source, "", {}, search.given(known))
-    return predictors
-
-
 # --- back, and what happened -----------------------------------------------------------------------------------------
 
 
@@ -518,7 +314,7 @@ def fold(model: nn.Module) -> nn.Module:
 def _folded(model: nn.Module) -> nn.Module:
     plain = copied(model)
     for module in plain.modules():
-        _beneath_parametrization(module, classes.restore)
+        beneath_parametrization(module, classes.restore)
         if module.__dict__.pop(_MARK, None) is None:
             continue
         for name in INPUT_BELIEF:

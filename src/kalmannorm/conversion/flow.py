@@ -148,7 +148,7 @@ def follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kw
 
 def _follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
     retrace.refuse(module, args)
-    switches, loans, _ = _around(class_of(module))
+    switches, loans = _around(class_of(module))
     with Flow(switches) as flow, lending(loans):
         if isinstance(beliefs, Belief | Carried):
             beliefs = ((beliefs,), {})
@@ -178,19 +178,19 @@ def _call(function: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beli
     return follow(function, None, args, kwargs, (beliefs, keyword_beliefs))
 
 
-_known_around: WeakKeyDictionary[type | FunctionType, tuple[bool, list[Loan], Any]] = WeakKeyDictionary()
+_known_around: WeakKeyDictionary[type | FunctionType, tuple[Any, bool, list[Loan]]] = WeakKeyDictionary()
 
 
-def _around(cls: type | FunctionType) -> tuple[bool, list[Loan], Any]:
-    """Whether a forward, or a function that it calls, switches gradients; what it is lent while it runs; and itself."""
-    forward = getattr(cls, "forward", None)  # which may be another one now
-    if cls not in _known_around or _known_around[cls][2] is not forward:
+def _around(cls: type | FunctionType) -> tuple[bool, list[Loan]]:
+    """Whether a forward, or a function that it calls, switches gradients; and what it is lent while it runs."""
+    forward = getattr(cls, "forward", None)  # what is known is of the one that stood there then
+    if cls not in _known_around or _known_around[cls][0] is not forward:
         around = Surroundings(cls)
         asking = {id(scope): (scope, "type", class_of) for scope in around.asking}
         checkpointing = {(id(scope), name): (scope, name, _checkpoint) for scope, name in around.checkpointing}
         by_attribute: list[Loan] = [(contract.lent, "class_of", class_of)] if around.asks_class else []
-        _known_around[cls] = around.switches, [*asking.values(), *checkpointing.values(), *by_attribute], forward
-    return _known_around[cls]
+        _known_around[cls] = forward, around.switches, [*asking.values(), *checkpointing.values(), *by_attribute]
+    return _known_around[cls][1:]
 
 
 def stand_ins(cls: type | FunctionType) -> list[Loan]:

@@ -40,7 +40,7 @@ def _bn(
         return BatchNorm(num_features, **options)
     if gamma_decay is None:
         return SplitBatchNorm(num_features, mean_batch=mean_batch, var_batch=var_batch, **options)
-    if not mean_batch is var_batch is None:
+    if mean_batch is not None or var_batch is not None:
         raise ValueError("gamma_decay is of groups that mean and deviation share: leave out mean_batch, var_batch")
     # Population Normalization of groups of stat_batch images is BN of them.
     return PopulationNorm(num_features, gamma_decay=gamma_decay, gamma_cap=gamma_cap, **options)
