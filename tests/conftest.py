@@ -17,8 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
-def a_cpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def a_cpu_without_bfloat16_and_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalmannorm.machine.multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("kalmannorm.machine.has_compiler", lambda: False)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -50,6 +51,11 @@ def allotted_gpus() -> tuple[str, ...] | None:
 def multiplies_bfloat16() -> bool:
     """Say whether the CPU has instructions for products of bfloat16 matrices."""
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_of_cpu("flags").split())
+
+
+def has_compiler() -> bool:
+    """Say whether there is the C++ compiler that torch.compile needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _of_cpu(what: str) -> str:

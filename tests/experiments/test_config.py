@@ -116,15 +116,29 @@ def test_auto_is_resolved_by_device():
         (["dataset=cifar10", "budget=lite", "budget.subset=1280"], False),
     ],
 )
-def test_a_cpu_that_multiplies_bfloat16_uses_it_and_compiles_what_runs_long(overrides, compiled, monkeypatch):
+def test_a_cpu_compiles_what_runs_long_and_multiplies_bfloat16_where_it_can(overrides, compiled, monkeypatch):
+    monkeypatch.setattr("kalmannorm.machine.has_compiler", lambda: True)
+    config = compose(["device=cpu", *overrides])
+    assert (config.precision, config.compile) == ("fp32", compiled)
     monkeypatch.setattr("kalmannorm.machine.multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr("kalmannorm.experiments.config.shutil.which", lambda name: f"/usr/bin/{name}")
     config = compose(["device=cpu", *overrides])
     assert (config.precision, config.compile) == ("bf16", compiled)
-    monkeypatch.setattr("kalmannorm.experiments.config.shutil.which", lambda name: None)
+    given = compose(["device=cpu", *overrides, "precision=fp32", "compile=false"])
+    assert (given.precision, given.compile) == ("fp32", False)
+    monkeypatch.setattr("kalmannorm.machine.has_compiler", lambda: False)
     assert compose(["device=cpu", *overrides]).compile is False
     given = compose(["device=cpu", *overrides, "precision=fp32", "compile=true"])
     assert (given.precision, given.compile) == ("fp32", True)
+
+
+@pytest.mark.parametrize("found", ["/usr/bin/g++", None])
+def test_a_compiler_is_looked_for_by_its_name(found, monkeypatch):
+    monkeypatch.undo()  # the tests' own answer
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: found if name == "g++" else None)
+    assert machine.has_compiler() == (found is not None)
+    monkeypatch.setenv("CXX", "clang++")
+    assert machine.has_compiler() is False
 
 
 @pytest.mark.parametrize("flags", ["fma avx512_bf16", "amx_bf16 amx_tile", "fma avx512f", None])

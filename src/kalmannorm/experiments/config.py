@@ -3,9 +3,7 @@
 import functools
 import hashlib
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -192,18 +190,18 @@ def _resolve(values: dict[str, Any]) -> Config:
     if values["device"] == "auto":
         values["device"] = "cuda" if machine.has_gpu() else "cpu"
     on_gpu = str(values["device"]).startswith("cuda")
-    # Of a convolution over two frames torch's CPU kernels give a bfloat16 gradient that is not finite.
-    fast = on_gpu or (machine.multiplies_bfloat16() and not detects and not of_videos)
     automatic = [key for key in ("precision", "compile") if values[key] == "auto"]
     if "precision" in automatic:
+        # Of a convolution over two frames torch's CPU kernels give a bfloat16 gradient that is not finite.
+        fast = on_gpu or (machine.multiplies_bfloat16() and not detects and not of_videos)
         values["precision"] = "bf16" if fast else "fp32"
     if "compile" in automatic:
         values["compile"] = False
     config = Config.read(values)
-    if "compile" in automatic and fast and not detects:  # a detector's batches have a shape of their own each
-        # On a CPU the compiler takes a minute, and a C++ compiler.
-        pays = on_gpu or (_steps(config) >= COMPILE_FROM and shutil.which(os.environ.get("CXX", "g++")) is not None)
-        config = replace(config, compile=pays)
+    if "compile" in automatic and not detects:  # a detector's batches have a shape of their own each
+        # On a CPU the compiler takes a minute; without instructions for bfloat16 steps take half the time all the same.
+        on_cpu = config.device == "cpu" and not of_videos and machine.has_compiler()
+        config = replace(config, compile=on_gpu or (on_cpu and _steps(config) >= COMPILE_FROM))
     return replace(config, **_resolve_norm(config.norm, config.batch, config.arch.options.get("head_norm")))
 
 
