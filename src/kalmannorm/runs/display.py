@@ -83,7 +83,7 @@ class Board:
     def say(self, job: Job, text: str) -> None:
         """Show one event of a run."""
         ended = self.total - sum(j.state in (WAITING, RUNNING, ELSEWHERE) for j in self.jobs)
-        line = f"[{ended}/{self.total}] {job.identity} {describe(job.config.result())}: {text}"
+        line = f"[{ended}/{self.total}] {job.identity} {job.key} {describe(job.config.result())}: {text}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def counts(self) -> str:
