@@ -67,6 +67,17 @@ def test_schedule() -> None:
     assert "limits" not in layer.state_dict() and limits(copy.deepcopy(layer)) == (1, 0)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_limits_of_a_layer_that_was_made_without_values(assign: bool) -> None:
+    with torch.device("meta"):
+        layer = BatchRenorm(CHANNELS)
+    set_progress(layer, 0.5)
+    (layer if assign else layer.to_empty(device="cpu")).load_state_dict(
+        BatchRenorm(CHANNELS).state_dict(), assign=assign
+    )
+    assert limits(layer) == (3, 5)
+
+
 def test_progress_reaches_the_layers_of_a_network_and_compiled_code() -> None:
     """Without another compilation for every step."""
     torch._dynamo.reset()

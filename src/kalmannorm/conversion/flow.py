@@ -146,6 +146,9 @@ def follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kw
     return _follow(forward, module, args, kwargs, beliefs)
 
 
+runtime.follow = follow
+
+
 def _follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
     retrace.refuse(module, args)
     switches, loans = _around(class_of(module))

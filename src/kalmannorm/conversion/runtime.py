@@ -26,6 +26,7 @@ from kalmannorm.norm.sampling import sampled_conv
 
 # While a report is made: observer(operation, what ran, its belief or why there is none).
 observer: Callable[[Operation, object, Found], None] | None = None
+follow: Any = None  # flow.follow, which is made of what stands here
 
 
 def key_of(target: object) -> str:
@@ -63,6 +64,8 @@ def call(module: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs
         return out
     if type(module) is nn.SyncBatchNorm:
         raise ValueError(_TORCH_SYNC.format("a layer"))
+    if module._modules and not traced and any(hasattr(part, "takes_beliefs") for part in module.modules()):
+        return follow(type(module).__call__, module, args, kwargs, (beliefs, keyword_beliefs))
     y, as_it_is = _called(module, args, kwargs)
     rule, attributes = rule_of_class(type(module)) if as_it_is else (_replaced, ())
     operation = Operation(y, args, kwargs, beliefs, keyword_beliefs)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from kalmannorm.norm.belief import Args, Estimated, Kwargs, Returned, pick
 from kalmannorm.norm.checkpoints import is_within
+from kalmannorm.norm.groups import is_transformed
 
 NORMALIZER = "_normalizer"  # of a layer that convert put in
 # Where a converted model keeps what is known of the conversion, and in that the shapes that it was called with first,
@@ -73,8 +74,9 @@ def is_traced() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-def _traced(model: nn.Module, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """A call of a converted model, without beliefs where all of its normalizers are moving averages' affine maps."""
+def _transformed(model: nn.Module, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """A call of a converted model, without beliefs where its normalizers are affine maps by moving averages: a trace
+    would keep them, and vmap makes no draws."""
     outer, running.idle = running.idle, not model.__dict__[MARK][RETURNS] and not _measures(model)
     try:
         return call(model, *args, **kwargs)
@@ -120,8 +122,8 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
                 stacklevel=2,
             )
         if flow is None or replaced or not flow.is_here():
-            if MARK in self.__dict__ and is_traced():
-                return _traced(self, base.__call__, args, kwargs)
+            if MARK in self.__dict__ and (is_traced() or is_transformed()):
+                return _transformed(self, base.__call__, args, kwargs)
             return base.__call__(self, *args, **kwargs)
         return flow.through(functools.partial(base.__call__, self), args, kwargs)
 

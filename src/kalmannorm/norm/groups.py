@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from kalmannorm.norm.belief import Belief
 
@@ -60,7 +61,9 @@ def belief_of_no_images(x: Tensor) -> Belief:
 
 
 def format_of(x: Tensor) -> torch.memory_format:
-    """The memory format of x, which a normalizer's result has too."""
+    """The memory format of x, which a normalizer's result has too. vmap knows the contiguous one alone."""
+    if is_transformed():
+        return torch.contiguous_format
     for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.dim() == dims and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
             return memory_format
@@ -86,10 +89,15 @@ def merge(split: Tensor, shape: torch.Size) -> Tensor:
 # sizes that may change (a compiler's, from the second batch size on) every such view would be minutes of algebra.
 
 
+def is_transformed() -> bool:
+    """Whether torch.func's transforms or forward-mode derivatives are under way, which ask more of autograd functions
+    than our own have."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def takes_plain_operations() -> bool:
-    """Whether autograd functions of our own are not for here: a compiler makes better ones, and torch.func's transforms
-    ask more of them."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether autograd functions of our own are not for here: a compiler makes better ones."""
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def moments_dtype(x: Tensor) -> torch.dtype:

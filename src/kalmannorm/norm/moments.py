@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from kalmannorm.norm.belief import Belief, Carried
+from kalmannorm.norm.groups import is_transformed
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,8 +46,8 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply`; in torch.func's transforms, which ask more of a function, the operations of its forward."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    """`function.apply`; under transforms the operations of its forward."""
+    if torch.compiler.is_compiling() or not is_transformed():
         return function.apply(*args)
     return function.forward(SimpleNamespace(save_for_backward=lambda *_: None), *args)
 

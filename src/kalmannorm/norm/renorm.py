@@ -50,8 +50,24 @@ class BatchRenorm(BatchNorm):
         reached = (1 + (self.rmax - 1) * _ramp(fraction, R_REACHED), self.dmax * _ramp(fraction, D_REACHED))
         if reached != self._reached:
             self._reached = reached
-            self.limits.copy_(torch.tensor(reached))
             self.corrects = reached != (1.0, 0.0)
+            self._write_limits()
+
+    def _write_limits(self) -> None:
+        self.limits.copy_(torch.tensor(self._reached))
+
+    # No checkpoint has them, for a layer that gets its values after it was made on the device meta.
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        super()._apply(*args, **options)
+        self._write_limits()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.limits.is_meta and self.running_mean is not None:
+            self.limits = torch.empty_like(self.limits, device=self.running_mean.device)
+            self._write_limits()
 
     def correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """r and d of groups of these statistics (population variance), all [groups, C]."""
