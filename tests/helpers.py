@@ -2,7 +2,7 @@
 step of training."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +270,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 SAMPLING = {"predictor": "sampling", "stat_batch": 2}
 FEW = ("inception_cifar", "resnet14", "resnet14_preact", "resnet18", "moody", "modern")
+
+
+def quick(values: Iterable[Any], *always: Any) -> list[Any]:
+    """Values of a test's parameter: `always` these, the others in `make test-all` alone."""
+    return [value if value in always else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def net(width: int = 8) -> nn.Sequential:

@@ -10,11 +10,12 @@ from pathlib import Path
 import matplotlib
 import pytest
 from matplotlib.figure import Figure
+from trainings import place
 
 from kalmannorm import cli
 from kalmannorm.report import style
 
-DIGITS = ["dataset=digits", "budget=smoke", "arch.width=0.125", "device=cpu", "batch=g32_s4"]
+DIGITS = ["dataset=digits", "budget=smoke", "budget.subset=128", "arch.width=0.125", "device=cpu", "precision=fp32"]
 # Who is root writes to what nobody may write to, but for a process that gave up this one right.
 ROOT_AS_OTHERS = ("setpriv", "--bounding-set=-dac_override")
 ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
@@ -36,35 +37,49 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*"))
 
 
-# One process trains for all of them, without home, locale and temporary folder, from a package that cannot be written.
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ascii")
-    gone = ("HOME", "TMPDIR", "LANG", "LC_CTYPE", "USER", "LOGNAME", "TERM", "PYTHONDONTWRITEBYTECODE")
-    place = [f"results={folder / 'results'}", f"runs={folder / 'u'}"]
-    source, copy = Path(__file__).resolve().parents[1], folder / "package"
-    for part in ("src", "conf"):
-        shutil.copytree(source / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-    there = files(copy)
-    for path in (copy, *there):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    under = ROOT_AS_OTHERS if os.geteuid() == 0 else ()
-    odd = {**ASCII, "TMPDIR": "/not/there", "PYTHONPATH": str(copy / "src")}
-    done = command("train", *DIGITS, *place, without=gone, cwd=folder, under=under, **odd)
-    assert done.returncode == 0, done.stderr
-    assert files(copy) == there
-    assert "moving" in done.stdout.decode("ascii") and done.stderr.decode("ascii").count("epoch 1/1") == 1
+    """The results folder of a run."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert cli.main(["train", *DIGITS, *place(folder)]) == 0
     return folder / "results"
 
 
-def test_a_report_on_an_ascii_terminal_reads_no_matplotlibrc(trained: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package that nobody may write to."""
+    source, copy = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("package")
+    for part in ("src", "conf"):
+        shutil.copytree(source / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (copy, *files(copy)):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    return copy
+
+
+def without_a_home(package: Path, cwd: Path, *arguments: str, **environment: str) -> tuple[str, str]:
+    """What a command says without home, locale and temporary folder, from a package that cannot be written."""
+    there = files(package)
+    gone = ("HOME", "TMPDIR", "LANG", "LC_CTYPE", "USER", "LOGNAME", "TERM", "PYTHONDONTWRITEBYTECODE")
+    odd = {**ASCII, "TMPDIR": "/not/there", "PYTHONPATH": str(package / "src"), **environment}
+    done = command(*arguments, without=gone, cwd=cwd, under=ROOT_AS_OTHERS if os.geteuid() == 0 else (), **odd)
+    assert done.returncode == 0 and files(package) == there, done.stderr
+    return done.stdout.decode("ascii"), done.stderr.decode("ascii")
+
+
+@pytest.mark.slow
+def test_a_run_without_a_home(package: Path, tmp_path: Path) -> None:
+    said, progress = without_a_home(package, tmp_path, "train", *DIGITS, *place(tmp_path))
+    assert "moving" in said and progress.count("epoch 1/1") == 1
+
+
+def test_a_report_on_an_ascii_terminal_reads_no_matplotlibrc(trained: Path, package: Path, tmp_path: Path) -> None:
     """Neither that of the current folder, which cannot be decoded, nor the user's own."""
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\0")
     (tmp_path / "own").write_text("text.usetex: True\nbackend: nowhere\n")
-    settings = {"MATPLOTLIBRC": str(tmp_path / "own"), "MPLBACKEND": "nowhere", **ASCII}
-    done = command("report", "table2", f"results={trained}", cwd=tmp_path, **settings)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    said = done.stdout.decode("ascii")
+    settings = {"MATPLOTLIBRC": str(tmp_path / "own"), "MPLBACKEND": "nowhere"}
+    asked = ["report", "table7", *DIGITS, "seeds=1", f"results={trained}"]
+    said, complaints = without_a_home(package, tmp_path, *asked, **settings)
+    assert not complaints
     assert "KN" in said and "\\u2212" not in said and "\\xb1" not in said
 
 

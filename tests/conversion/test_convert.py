@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    FEW,
     MODELS,
     SAMPLING,
     Chain,
@@ -19,6 +20,7 @@ from helpers import (
     equal_states,
     images,
     loss_of,
+    quick,
     trained,
 )
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ def seed() -> None:
 
 
 @pytest.mark.parametrize("norm", ["bn", "bkn", "gn", "gkn"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick(MODELS, *FEW))
 def test_state_dict_keys_are_kept_in_order(name: str, norm: str) -> None:
     model = MODELS[name]()
     converted = convert(model, norm)
@@ -72,7 +74,7 @@ def test_settings_and_values_are_kept(norm: str) -> None:
     assert torch.equal(converted.conv.weight, model.conv.weight)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick(MODELS, *FEW))
 def test_bn_of_the_whole_batch_is_the_original_bit_for_bit(name: str) -> None:
     """In training and evaluation, gradients and moving values included, whichever mode it was converted in."""
     model, x = MODELS[name](), images(2, 32 if name in ("resnet18", "resnet50", "resnet101") else 8)

@@ -19,6 +19,7 @@ from helpers import (
     error,
     images,
     loss_of,
+    quick,
     train_step,
     trained,
 )
@@ -110,7 +111,7 @@ def test_changes_of_type_and_parts_reach_fold() -> None:
 # --- fold ---
 
 
-@pytest.mark.parametrize("name", [*FEW, "resnet50"])
+@pytest.mark.parametrize("name", quick([*FEW, "resnet50"], *FEW))
 def test_fold_gives_the_original_back(name: str) -> None:
     model = MODELS[name]()
     options = {"stat_batch": 2, "predictor": "sampling"} if name == "resnet14" else {"stat_batch": 2}
@@ -133,7 +134,7 @@ def test_fold_gives_the_original_back(name: str) -> None:
     assert torch.equal(before, converted.fc.weight)
 
 
-@pytest.mark.parametrize("name", ["resnet14", "inception_cifar"])
+@pytest.mark.parametrize("name", quick(["resnet14", "inception_cifar"], "resnet14"))
 def test_folded_models_export_to_onnx(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = fold(trained(convert(MODELS[name](), "bkn", stat_batch=2)).eval())

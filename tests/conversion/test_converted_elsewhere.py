@@ -10,14 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
+from helpers import quick
 from torch import Tensor, fx, nn
 from torch.ao.quantization import get_default_qat_qconfig, prepare_qat, quantize_dynamic
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, parametrize, prune
-from torchvision.models import resnet18
+from torchvision.models import ResNet, resnet18
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torchvision.models.resnet import BasicBlock
 
 from kalmannorm import KalmanBatchNorm2d, KalmanGroupNorm, belief_report, convert, fold, set_statistics
 from kalmannorm.conversion import untraced
@@ -94,11 +96,11 @@ def last(value: Any) -> Tensor:
     return value["layer4"] if isinstance(value, dict) else value
 
 
-@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+@pytest.mark.parametrize("options", quick(OPTIONS[:3], OPTIONS[0]), ids=str)
 @pytest.mark.parametrize("graph", [feature_extractor, fx.symbolic_trace])
 def test_graphs_and_their_copies_keep_beliefs(graph: Any, options: dict[str, Any]) -> None:
     """In both modes, which are two graphs of a feature extractor; computed as the model itself does."""
-    original, x = resnet18(num_classes=4), torch.randn(4, 3, 32, 32)
+    original, x = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4), torch.randn(4, 3, 32, 32)
     model = convert(graph(original), "bkn", stat_batch=2, **options)
     plain = convert(original, "bkn", stat_batch=2, **options)
     if graph is feature_extractor:
@@ -106,7 +108,7 @@ def test_graphs_and_their_copies_keep_beliefs(graph: Any, options: dict[str, Any
         plain.avgpool, plain.fc = nn.Identity(), nn.Identity()
     again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     for twin in (model, copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model).eval()), again):
-        assert priors(twin, x) == priors(plain, x) >= 19
+        assert priors(twin, x) == priors(plain, x) >= 11
         for mode in (True, False):
             # What is drawn goes by the convolutions' numbers, which differ where nothing is traced.
             like = model if options.get("predictor") == "sampling" else plain
@@ -117,9 +119,11 @@ def test_graphs_and_their_copies_keep_beliefs(graph: Any, options: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "options", [*OPTIONS[:2], OPTIONS[3], {"input_belief": (torch.zeros(3), torch.ones(3))}], ids=str
+    "options",
+    quick([*OPTIONS[:2], OPTIONS[3], {"input_belief": (torch.zeros(3), torch.ones(3))}], *OPTIONS[:2]),
+    ids=str,
 )
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("name", quick(["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"], "resnet18"))
 def test_a_converted_model_is_traced(name: str, options: dict[str, Any]) -> None:
     """The graph has beliefs: it computes what the model does in training as well, and keeps the same statistics."""
     model = convert(getattr(torchvision.models, name)(num_classes=4), "bkn", stat_batch=2, **options)

@@ -13,6 +13,7 @@ def code_of(page: str) -> str:
     return "\n".join(re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL))
 
 
+@pytest.mark.slow
 def test_your_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)

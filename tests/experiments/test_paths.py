@@ -11,6 +11,7 @@ from kalmannorm.errors import UserError
 from kalmannorm.experiments.cards import load, multirun
 from kalmannorm.experiments.composition import compose, split_paths
 from kalmannorm.experiments.config import conf_dir
+from kalmannorm.report import parameters
 
 AS_THEY_ARE = [
     "plain", "/a/b", "a b", "2024", "1e3", "007", "-1", "0x10", "true", "nan", "inf", "lr=0.1/r", "(new)", "[a]", "{b}",
@@ -151,7 +152,8 @@ def test_one_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_a_report_beside_names_that_are_no_text(tmp_path: Path) -> None:
+def test_a_report_beside_names_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameters, "count", lambda _: 1)  # of networks: seconds
     (tmp_path / os.fsdecode(b"gr\xf6\xdfe") / "records").mkdir(parents=True)
     assert main(["report", f"results={tmp_path}"]) == 0
     assert b'<a href="gr\xf6\xdfe/records">' in (tmp_path / "report.html").read_bytes()

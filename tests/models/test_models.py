@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TABLE_2
+from helpers import TABLE_2, quick
 from torch import Tensor, nn
 
 from kalmannorm import belief_report, convert, fold
@@ -176,7 +176,7 @@ def test_preactivation_order() -> None:
 # --- ImageNet's ---
 
 
-@pytest.mark.parametrize("name", IMAGENET)
+@pytest.mark.parametrize("name", quick(IMAGENET, "inception_v2", "resnet50"))
 def test_parameters_at_1000_classes(name: str) -> None:
     """R has one value per channel and q one per normalizer, in those without a prior too."""
     bn, kn, normalizers, channels = IMAGENET[name]
@@ -209,8 +209,8 @@ def test_inception_v2_at_other_resolutions(size: int) -> None:
     assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("norm", ["bkn", "gkn", "gn"])
-@pytest.mark.parametrize("name", IMAGENET)
+@pytest.mark.parametrize("norm", quick(["bkn", "gkn", "gn"], "bkn"))
+@pytest.mark.parametrize("name", quick(IMAGENET, "inception_v2", "resnet50"))
 def test_converted_networks_train(name: str, norm: str) -> None:
     """Every normalizer but the first has a prior; forward and backward are finite; BKN folds back."""
     torch.manual_seed(0)

@@ -49,7 +49,7 @@ def compiled_equals_eager(model: nn.Module, backend: str) -> None:
     ("norm", "options", "memory_format"),
     [
         pytest.param("bn", {"stat_batch": 2}, torch.contiguous_format, id="bn", marks=pytest.mark.slow),
-        pytest.param("bkn", {"stat_batch": 2, "guard": 100.0}, torch.channels_last, id="bkn"),
+        pytest.param("bkn", {"stat_batch": 2, "guard": 100.0}, torch.channels_last, id="bkn", marks=pytest.mark.slow),
         pytest.param("gkn", {}, torch.contiguous_format, id="gkn", marks=pytest.mark.slow),
     ],
 )

@@ -1,5 +1,6 @@
 """Every entry of NORMS against the contract (contract.py); exact reductions of one normalizer to another."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,8 +13,15 @@ from kalmannorm import NORMS, KalmanBatchNorm2d, set_progress, set_statistics
 from kalmannorm.norm.switchable import MIXED
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("norm", NORMS)
+def dear(norm: str, check: str) -> bool:
+    """Compilers take seconds: two normalizers stand for all where tests are to be quick."""
+    return check == "compiled" and norm not in ("bkn", "gkn")
+
+
+@pytest.mark.parametrize(
+    ("norm", "check"),
+    [pytest.param(*case, marks=pytest.mark.slow if dear(*case) else ()) for case in itertools.product(NORMS, CHECKS)],
+)
 def test_contract(norm: str, check: str) -> None:
     CHECKS[check](norm)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from contract import OF_ONE_CHANNEL_OF_ONE_IMAGE
-from helpers import error
+from helpers import error, quick
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
@@ -47,6 +47,8 @@ KINDS = [f"{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2,
 OPTIONS = ("eps", "momentum", "affine", "track_running_stats", "bias")
 
 all_layers = pytest.mark.parametrize("norm", LAYERS)
+# A second each: three kinds of statistics stand for all where tests are to be quick, beside the contract of each.
+dear_layers = pytest.mark.parametrize("norm", quick(LAYERS, "bn", "bkn", "gkn"))
 
 
 def test_every_layer_is_looked_at() -> None:
@@ -160,7 +162,7 @@ def derivatives(layer: nn.Module, x: Tensor) -> list[Tensor]:
     return [y, *first, *second]
 
 
-@all_layers
+@dear_layers
 def test_values_and_derivatives_are_torchs(norm: str) -> None:
     """First and second ones, of input and parameters, in training and evaluation; moving statistics of two steps. Each
     case in another memory layout."""
@@ -188,7 +190,7 @@ def test_values_and_derivatives_are_torchs(norm: str) -> None:
             assert norm == "ssn" or error(state[key].to(D), value.to(D)) < 1e-9, (key, options, shape)
 
 
-@all_layers
+@dear_layers
 @pytest.mark.parametrize("training", [True, False])
 def test_derivatives_by_finite_differences(norm: str, training: bool) -> None:
     """As built, with the learned parts: torch's gradcheck and gradgradcheck, in every memory layout."""
@@ -208,7 +210,7 @@ def test_derivatives_by_finite_differences(norm: str, training: bool) -> None:
         assert gradgradcheck(run, leaves, fast_mode=True)
 
 
-@all_layers
+@dear_layers
 def test_memory_formats_are_kept(norm: str) -> None:
     for shape, memory_format in (((4, 4, 3, 5), torch.channels_last), ((4, 4, 3, 2, 5), torch.channels_last_3d)):
         layer = build(norm, 4, stat_batch=2).to(D)
@@ -222,7 +224,7 @@ def test_memory_formats_are_kept(norm: str) -> None:
             assert build(norm, shape[1], True, **options)(inputs(shape, torch.float32)).is_contiguous()
 
 
-@all_layers
+@dear_layers
 def test_copies_and_state(norm: str) -> None:
     """Saved whole and as a state dict, with torch's keys; the parts that options leave out are not there."""
     for options, shape in cases():
@@ -245,7 +247,7 @@ def test_copies_and_state(norm: str) -> None:
             )
 
 
-@all_layers
+@dear_layers
 def test_devices_and_types_of_construction(norm: str) -> None:
     """`device=` and `dtype=`; on the device meta, shapes alone."""
     for options, shape in cases():

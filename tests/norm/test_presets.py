@@ -164,7 +164,9 @@ def test_ddp_needs_no_search_for_unused_parameters(preset: str, frozen: bool) ->
         assert a.grad is not None and b.grad is not None and torch.allclose(a.grad, b.grad, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
+    """As the contract has it of the other presets."""
     torch._dynamo.reset()
     model = convert(Chain(lambda self, x: F.relu(x)), "bkn", stat_batch=2, preset="v1")
     twin = copy.deepcopy(model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import Residual, conv3x3, error, talk_golden
+from helpers import Residual, conv3x3, error, quick, talk_golden
 from torch import nn
 from trainings import fork
 
@@ -231,7 +231,7 @@ def test_the_state_dict_has_all_of_it(kind):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["pre_gwnn", "eigennet"])
+@pytest.mark.parametrize("kind", quick(["pre_gwnn", "eigennet"], "eigennet"))
 def test_compiled_is_eager(kind):
     """Also after a refresh, which changes buffers."""
     torch._dynamo.reset()
@@ -278,6 +278,7 @@ def steps_of(model, images, file):
     torch.save(inner.state_dict(), file)
 
 
+@pytest.mark.slow
 def test_two_processes_refresh_as_one(tmp_path):
     fork(step_of_a_process, (tmp_path,), 2)
     for kind in KINDS[:3]:

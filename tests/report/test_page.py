@@ -65,27 +65,25 @@ def test_page_without_records(tmp_path: Path) -> None:
     assert "No claim of the papers has been tested in their setting yet." in text and "experiments without runs" in text
 
 
-@pytest.fixture(scope="module")
-def of_table7(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with Table 7's runs, and all that is written of them."""
-    results = tmp_path_factory.mktemp("table7")
-    table7(results)
-    (results / "written").write_text("\n".join(path.name for path in command.write_all(results)))
-    return results
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not drawn, which takes most of a report's seconds."""
+    monkeypatch.setattr(plots, "encode", lambda figure, kinds: dict.fromkeys(kinds, b"<svg></svg>"))
 
 
-def test_the_answer_comes_first_and_numbers_open_their_runs(of_table7: Path) -> None:
-    found = check_links(of_table7)
-    text = (of_table7 / "report.html").read_text()
+def test_the_answer_comes_first_and_numbers_open_their_runs(tmp_path: Path, undrawn: None) -> None:
+    table7(tmp_path)
+    names = {path.name for path in command.write_all(tmp_path)}
+    found = check_links(tmp_path)
+    text = (tmp_path / "report.html").read_text()
     answer = text.split("<h1>")[1].split("</header>")[0]
     assert (
         "at budget lite" in answer
         and "supported" in answer
         and '<th rowspan="1">Does KN do without online statistics at evaluation?</th>' in answer
     )
-    ids = [record["id"] for record in read_all(of_table7) if record["config"]["norm"]["name"] == "bkn"]
+    ids = [record["id"] for record in read_all(tmp_path) if record["config"]["norm"]["name"] == "bkn"]
     assert any(set(ids) == set(link.removeprefix("#runs=").split(",")) for link in found.links)
-    names = set((of_table7 / "written").read_text().splitlines())
     assert {
         "report.html",
         "claims.md",
@@ -94,13 +92,7 @@ def test_the_answer_comes_first_and_numbers_open_their_runs(of_table7: Path) -> 
         "figure5_cifar10-lite.png",
     } <= names
     assert not any("=" in name or " " in name for name in names)
-    assert {path.name for path in of_table7.iterdir() if path.suffix} == names
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made but not drawn, which takes most of a report's seconds."""
-    monkeypatch.setattr(plots, "encode", lambda figure, kinds: dict.fromkeys(kinds, b"<svg></svg>"))
+    assert {path.name for path in tmp_path.iterdir() if path.suffix} == names
 
 
 def test_nothing_from_records_is_markup(tmp_path: Path, undrawn: None) -> None:
@@ -119,10 +111,12 @@ def test_nothing_from_records_is_markup(tmp_path: Path, undrawn: None) -> None:
     assert "innerHTML" not in script  # text of records is set as text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_in_a_browser(of_table7: Path, tmp_path: Path) -> None:
+def test_in_a_browser(tmp_path: Path) -> None:
     """It renders without errors, its controls work, and on a phone nothing is wider than the screen."""
-    shutil.copy(of_table7 / "report.html", tmp_path)
+    table7(tmp_path)
+    command.write_all(tmp_path)
     # Measured by the browser itself. A headless one opens no window of a phone's 390 pixels, but a frame may have them.
     (tmp_path / "phone.html").write_text("""<iframe src="report.html" style="width: 390px; border: 0"></iframe>
     <script>window.onload = () => { const page = document.querySelector("iframe").contentDocument;

@@ -11,6 +11,7 @@ import coco_files
 import pytest
 import torch
 from coco_files import TINY, TINY_FPN
+from helpers import quick
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from trainings import assert_same_run, once, outcome, place, signal_in_steps
@@ -89,6 +90,7 @@ def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
     assert_same_run(done[0], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiny", [TINY, [*TINY_FPN, "arch.head_norm=bkn"]], ids=["c4", "fpn"])
 def test_going_on_in_mid_epoch_ends_in_the_same_numbers(root, tmp_path, monkeypatch, tiny):
     """Two epochs of 2 steps, stopped by a signal in the third step: the second epoch's first."""
@@ -146,7 +148,7 @@ def test_frozen_constants_are_measured_once(root, tmp_path):
     assert seen[0].mean().abs() < 0.1 and 0.8 < seen[0].var() < 1.2
 
 
-@pytest.mark.parametrize("norm", ["frozen", "gn", "bkn"])
+@pytest.mark.parametrize("norm", quick(["frozen", "gn", "bkn"], "bkn"))
 def test_all_losses_fall(root, norm):
     config = compose(once([*TINY, f"norm={norm}", "schedule.lr=0.02", "budget.subset=4"]))
     ranks = Ranks(config)

@@ -53,7 +53,10 @@ NORMS = {
     "frozen": ["norm=frozen"],
     "none": ["norm=none"],
 }
-# Left to the slow test: what looks at one image, or at nothing, and mixtures and variants of what is here.
+# One for each thing that processes have to agree on: statistics of groups and of the whole batch, drawn noise, a guard,
+# whitened weights, images that are counted.
+QUICK = ("bn", "syncbn", "bkn-sampling", "bkn-guarded", "bn-wnn", "pn")
+# Left to the test on four processes: what looks at one image, or at nothing, and mixtures and variants of what is here.
 SLOW = (
     "gn",
     "ln",
@@ -64,7 +67,6 @@ SLOW = (
     "itern",
     "pn-memory",
     "bn-mean",
-    "bn-wnn",
     "frozen",
     "none",
     "bkn-output",
@@ -83,22 +85,26 @@ def case(norm: str, stat_batch: int, epochs: int = 1) -> list[str]:
     return [*SPREAD, *NORMS[norm], f"batch.stat_batch={stat_batch}", f"budget.epochs={epochs}", *extra]
 
 
-def cases(stat_batches: tuple[int, ...], norms: Iterable[str] | None = None) -> Runs:
-    """Of all the norms but the slow ones, or those named."""
-    chosen = [norm for norm in NORMS if norm not in SLOW] if norms is None else norms
-    return {f"{norm}-{stat}": case(norm, stat) for norm in chosen for stat in stat_batches}
+def cases(stat_batches: tuple[int, ...], norms: Iterable[str]) -> Runs:
+    return {f"{norm}-{stat}": case(norm, stat) for norm in norms for stat in stat_batches}
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("one")
-    run_all(folder, cases((2,)) | cases((16,), ["syncbn"]))
-    return folder
+OTHERS = [norm for norm in NORMS if norm not in (*QUICK, *SLOW)]
+
+
+@pytest.fixture(scope="module", params=[QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["quick", "others"])
+def one_process(request, tmp_path_factory) -> tuple[Path, Runs]:
+    """What one process computes, and the runs: with synchronized BN of the whole batch, which no other normalizer can
+    do on two."""
+    folder, runs = tmp_path_factory.mktemp("one"), cases((2,), request.param)
+    runs |= cases((16,), ["syncbn"]) if "syncbn" in request.param else {}
+    run_all(folder, runs)
+    return folder, runs
 
 
 def test_two_processes_equal_one(one_process, tmp_path):
-    """And synchronized BN of the whole batch, which no other normalizer can do on two."""
-    assert_same(tmp_path, cases((2,)) | cases((16,), ["syncbn"]), partial(on_processes, 2), one_process)
+    folder, runs = one_process
+    assert_same(tmp_path, runs, partial(on_processes, 2), folder)
 
 
 @pytest.mark.slow
@@ -109,23 +115,24 @@ def test_four_processes_equal_one(tmp_path):
 
 
 def test_micro_batches_equal_whole_ones(one_process, tmp_path):
-    refuse = ("bkn-released", "bkn-guarded", "syncbn", "pn", "bn-mean")
-    runs = {name: run for name, run in cases((2,)).items() if not name.startswith(refuse)}
+    folder, runs = one_process
+    refuse = ("bkn-released", "bkn-guarded", "syncbn", "pn")
+    runs = {name: run for name, run in runs.items() if not name.startswith(refuse)}
 
     def in_parts(folder: Path, runs: Runs) -> None:
         run_all(folder, {name: [*run, "accumulate=4"] for name, run in runs.items()})
 
-    assert_same(tmp_path, runs, in_parts, one_process)
+    assert_same(tmp_path, runs, in_parts, folder)
 
 
 @pytest.mark.slow
-def test_micro_batches_on_two_processes_equal_whole_ones_on_one(one_process, tmp_path):
+def test_micro_batches_on_two_processes_equal_whole_ones_on_one(tmp_path):
     runs = cases((2,), ("bn", "bkn", "bkn-sampling"))
 
     def in_parts(folder: Path, runs: Runs) -> None:
         on_processes(2, folder, {name: [*run, "accumulate=2"] for name, run in runs.items()})
 
-    assert_same(tmp_path, runs, in_parts, one_process)
+    assert_same(tmp_path, runs, in_parts)
 
 
 def launched(monkeypatch, world: int, local_rank: int = 0) -> None:

@@ -42,6 +42,7 @@ def test_a_run_s_record_says_what_it_saw(root, tmp_path):
     assert record["curves"]["step"] == [4] and record["curves"]["lr"][0] == pytest.approx(0.1 * 8 / 256 / 4)
 
 
+@pytest.mark.slow
 def test_going_on_in_mid_epoch_with_other_workers_ends_in_the_same_numbers(root, tmp_path, monkeypatch):
     overrides = [*SMALL, "budget.epochs=2", f"data={root}"]
     assert main(["train", *overrides, *place(tmp_path / "whole")]) == 0
@@ -53,6 +54,7 @@ def test_going_on_in_mid_epoch_with_other_workers_ends_in_the_same_numbers(root,
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(root, tmp_path):
     """Of what loads files, that is; normalizers are in test_distributed.py."""
     assert_same(tmp_path, {"bkn": [*SMALL, f"data={root}"]}, partial(on_processes, 2), images=12)

@@ -165,14 +165,15 @@ def command(folder: Path, overrides: list[str]) -> list[str]:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
     "extra",
-    [["norm=bn"], ["norm=bkn"], ["norm=bkn", "norm.predictor=sampling"], ["norm=brn"], ["norm=wn"], ["norm=ssn"],
+    [["norm=bkn", "norm.predictor=sampling"],
      ["norm=pn", "norm.options.gamma_decay=[images,8]"],
      ["norm=eigennet", "norm.options.weights.every=2", "norm.options.weights.samples=64"],
-     ["norm=post_gwnn", "norm.options.weights.every=3", "+norm.options.weights.covariance=predicted"],
-     ["norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"],
-     *(pytest.param([f"norm={norm}"], marks=pytest.mark.slow) for norm in ("ibn", "zca", "itern")),
-     *(pytest.param([f"norm={kind}", "norm.options.weights.every=3", "norm.options.weights.samples=64"],
-                    marks=pytest.mark.slow) for kind in ("wnn", "pre_gwnn"))],
+     *(pytest.param(extra, marks=pytest.mark.slow) for extra in (
+         ["norm=post_gwnn", "norm.options.weights.every=3", "+norm.options.weights.covariance=predicted"],
+         ["norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"],
+         *([f"norm={norm}"] for norm in ("bn", "bkn", "brn", "wn", "ssn", "ibn", "zca", "itern")),
+         *([f"norm={kind}", "norm.options.weights.every=3", "norm.options.weights.samples=64"]
+           for kind in ("wnn", "pre_gwnn"))))],
 )  # fmt: skip
 def test_going_on_in_mid_epoch_ends_in_the_same_numbers(tmp_path, monkeypatch, extra):
     """Stopped by a signal within the second epoch, and once more at its end, before it is evaluated."""
@@ -211,6 +212,7 @@ def train_small(arguments: list[str]) -> None:
         raise SystemExit(main(["train", *arguments]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_killed_process_goes_on(tmp_path, capsys):
     """SIGKILL after the first whole epoch; the same command ends in the record of an undisturbed run."""

@@ -95,6 +95,7 @@ def test_two_processes_compute_what_one_does(root, done, tmp_path):
         assert values["miou"] == pytest.approx(two["final"][kind]["miou"], abs=0.5), kind
 
 
+@pytest.mark.slow
 def test_the_network_learns_bands(root, tmp_path):
     overrides = once([*TINY, "norm=bn", "arch.width=0.25", "budget.epochs=20", "schedule.lr=0.1"])
     assert main(["train", *overrides, *place(tmp_path, root)]) == 0
