@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import fuse_modules
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, replace_all_batch_norm_modules_, stack_module_state, vmap
+from torch.nn.modules import module as module_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -141,6 +142,41 @@ def test_backward_hooks_see_gradients_of_what_a_module_returns(ahead: bool) -> N
     assert [len(grads) for grads in seen] == [1] * 4
     torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
     assert all(list(layer._backward_hooks.values()) == [after] for layer in fold(model)[3:5])
+
+
+def test_backward_hooks_of_all_modules_see_gradients_of_what_they_return() -> None:
+    seen: list[tuple[int, int]] = []
+    handle = module_hooks.register_module_full_backward_hook(
+        lambda _, of_inputs, of_outputs: seen.append((len(of_inputs), len(of_outputs)))
+    )
+    try:
+        convert(net(), "bkn", stat_batch=2)(torch.randn(4, 3, 8, 8)).sum().backward()
+    finally:
+        handle.remove()
+    assert len(seen) == 10 and set(seen) == {(1, 1)}
+
+
+class Joined(nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize(("norm", "stat_batch"), [("bkn", 4), ("bkn", 2), ("gkn", None)])
+def test_a_part_with_groups_of_its_own(norm: str, stat_batch: int | None) -> None:
+    """Its beliefs are of other groups, which the report says, and no prior."""
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    first = convert(body, norm, stat_batch=stat_batch)
+    model, x = (
+        convert(Joined(first, nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))), "bkn"),
+        torch.randn(8, 3, 9, 9),
+    )
+    assert torch.isfinite(model(x)).all()
+    rows = 8 // stat_batch if stat_batch else 8
+    assert belief_report(model, x)["second.1"] == f"a belief of {rows} groups of images, where there are 1"
 
 
 @pytest.mark.parametrize("options", [{}, {"input_belief": "data"}, {"transition": "learned"}], ids=str)

@@ -486,6 +486,51 @@ def test_parts_that_are_added_and_taken_away(code: str, change: Callable[[nn.Mod
     assert not torch.equal(model(x), before)
 
 
+class Used(nn.Module):
+    """What a ReLU takes in is used again behind it."""
+
+    def __init__(self, nested: bool, inplace: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv1, self.bn1, self.conv2, self.bn2 = conv3x3(3, 4), nn.BatchNorm2d(4), conv3x3(4, 4), nn.BatchNorm2d(4)
+        self.relu: nn.Module = nn.ReLU(inplace)
+        if nested:
+            self.relu = nn.Sequential(nn.Sequential(self.relu))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        z = self.relu(y)
+        return self.bn2(self.conv2(y)) + z
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_relu_that_is_in_place_from_now_on_or_no_longer(before: bool, nested: bool) -> None:
+    changed, x = convert(Used(nested, before), "bkn", stat_batch=2), torch.randn(2, 3, 6, 6)
+    next(layer for layer in changed.modules() if isinstance(layer, nn.ReLU)).inplace = not before
+    torch.testing.assert_close(changed(x), convert(Used(nested, not before), "bkn", stat_batch=2)(x))
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Sequential(conv3x3(3, 3), nn.BatchNorm2d(3)) for name in ("a", "b")})
+        self.scales = nn.ParameterList([torch.ones(()), torch.full((), 2.0)])
+        self.shifts = nn.ParameterDict({"a": torch.zeros(()), "b": torch.ones(())})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for (name, layer), scale in zip(self.layers.items(), self.scales, strict=True):
+            x = layer(x) * scale + self.shifts[name]
+        return x
+
+
+def test_lists_and_dicts_of_parameters_in_a_loop() -> None:
+    model, x = Scales().eval(), torch.randn(2, 3, 6, 6)
+    converted = convert(model, "bkn", stat_batch=2)
+    torch.testing.assert_close(converted(x), model(x))
+    assert belief_report(converted, x)["layers.b.1"] is None and not untraced(converted)
+
+
 # --- forwards on the instance, and what they return ---
 
 

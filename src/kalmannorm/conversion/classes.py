@@ -36,7 +36,7 @@ _HELPERS: Scope = {
     for one in (
         *(runtime.call, runtime.belief_of, runtime.changed, runtime.lost, runtime.checkpointed, runtime.in_segments),
         *(runtime.normalized, runtime.of_convolution, runtime.of_linear, runtime.of_transition, runtime.of_sample),
-        *(runtime.of_transposed, runtime.transposed, runtime.has_parts, runtime.refuse_torch_sync, runtime.seen_input),
+        *(runtime.of_transposed, runtime.transposed, runtime.has_parts, runtime.refuse_torch_sync, runtime.known_input),
         *(follow, pick, plain, class_of, lending, stand_ins, contract.used),
         *(Belief, Carried, Estimated, Returned, Tensor, fx.Proxy, Predictor),
     )
@@ -303,10 +303,12 @@ def container_code(
     guards: dict[str, None] = {"_base.forward is _forward": None}
     for mode, traced in traces.items():
         writer = Writer(module, traced.graph, summaries)
+        for node in traced.graph.nodes:  # annotations, not all of which fx can write
+            node.type = None
         code = traced.graph.python_code("self")
         source = code.src.replace("def forward(", "def _run(", 1).lstrip()
         used = {k: ("module", v.__name__) if isinstance(v, ModuleType) else v for k, v in code.globals.items()}
-        taken = {str(node.target) for node in traced.graph.nodes if node.op == "placeholder"}
+        taken = {str(node.target if node.op == "placeholder" else node.name) for node in traced.graph.nodes}
         for name, function in code.globals.items():
             known = getattr(function, "__name__", "")
             if _HELPERS.get(known) is function and known not in taken:
@@ -325,7 +327,7 @@ def container_code(
             was.setdefault(function, f"_was_{len(was)}")
             now = function if function.startswith("_base.__mro__") else function.replace("_base.", "type(self).", 1)
             guards[f"{now} is {was[function]}"] = None
-        guards |= dict.fromkeys(_structure(module, traced.graph))
+        guards |= dict.fromkeys(_structure(module, traced.graph, summaries))
         for layer, kind in traced.kinds.items():
             kinds.setdefault(kind, f"_class_{len(kinds)}")
             guards[f"class_of({layer}) is {kinds[kind]}"] = None
@@ -369,13 +371,18 @@ def sequential_summary(module: nn.Sequential, summaries: dict[nn.Module, Summary
     return Summary(curve, frozenset({0} if mutates else ()), frozenset({0} if aliases else ()))
 
 
-def _structure(module: nn.Module, graph: fx.Graph) -> list[str]:
-    """That a module has the parts that it had, and those in which parts are called."""
+def _structure(module: nn.Module, graph: fx.Graph, summaries: dict[nn.Module, Summary]) -> list[str]:
+    """That a module has the parts that it had, and those in which parts are called, and those whose summary counts."""
     owners = {""}
     for node in graph.nodes:
         path = str(node.target).split(".") if node.op in ("call_module", "get_attr") else ()
         owners |= {".".join(path[:i]) for i in range(len(path))}
-    lists = {name for name, part in module.named_modules() if type(part).forward in NO_FORWARD}
+    parts = dict(module.named_modules())
+    for name in {str(node.target) for node in graph.nodes if node.op == "get_attr"} & parts.keys():
+        if any(summaries.get(parts[name], ())):
+            inner = parts[name].named_modules(prefix=name)
+            owners |= {path for path, part in inner if isinstance(part, nn.Sequential)}
+    lists = {name for name, part in parts.items() if type(part).forward in NO_FORWARD}
     listed = {name for name in lists if name.rpartition(".")[0] in owners | lists}
     return [
         f"has_parts({expression_of(name)}, {runtime.parts_of(owner)!r})"
@@ -437,19 +444,24 @@ def root_code(cls: type[nn.Module], input_belief: str | None, relu: str, returns
     """`input_belief`: `buffers`, `argument`, `data`, or None: nothing is known."""
     names: Scope = {"_RELU": relu}
     head, arguments = _head(cls, names)
-    first = next(iter(arguments))
-    buffers = "Belief(self.input_belief_mean, self.input_belief_var)"
-    given = {"buffers": buffers, "argument": f"{first}_belief", "data": f"seen_input(self, {first})"}
-    lines, known = [], given.get(input_belief or "", "")
+    first = next(iter(arguments), "")  # of `*images`, `**batch`: the first of them
+    image, by_name, handed = first, f"{{{first!r}: given}}", arguments.get(first, "")
+    if handed.startswith("*"):
+        image = f"next(iter({first}{'.values()' if handed.startswith('**') else ''}), None)"
+        by_name = f"dict.fromkeys(list({first})[:1], given)"
+    known = {"buffers": f"known_input(self, {image})", "argument": f"{first}_belief"}
+    known["data"] = known["buffers"]
     if input_belief == "argument":
         head = head.replace(first, f"{first}, {first}_belief=None", 1)
-    if known:
-        lines += [f"    given = pick(beliefs, 0, {first!r})", f"    given = used({known} if given is None else given)"]
-    else:
-        lines += [f"    given = pick(beliefs, 0, {first!r})"]
+    lines = [f"    given = pick(beliefs, 0, {first!r})"]
+    if input_belief is not None and first:
+        lines += [f"    given = used({known[input_belief]} if given is None else given)"]
     lines += ["    if isinstance(given, Belief) and _RELU != 'closed':", "        given = Carried(given, '', _RELU)"]
-    others = "".join(f", {a}" for n, a in arguments.items() if n != first)
-    lines += [f"    out = _base.forward(self, {first}{others}, beliefs=((given,), {{}}))"]
+    positional = "=" not in handed and not handed.startswith("**")
+    others = "".join(f"{a}, " for a in arguments.values())
+    lines += [
+        f"    out = _base.forward(self, {others}beliefs={'((given,), {})' if positional else f'((), {by_name})'})"
+    ]
     plain = "Estimated(out[0], plain(out[1]))" if returns_belief else "out[0]"
     lines += [f"    return {plain} if beliefs is None else out"]
     return "\n".join([f"def forward({head}):", *lines]) + "\n", names

@@ -110,12 +110,19 @@ def _watched(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Any, bool]:
 
 
 def parts_of(module: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, part in module._modules.items() if part is not None)
+    """Names of a module's parts; with the class of an activation, and whether a part changes its input in place, which
+    the code around it takes for what they are."""
+    return tuple(_look(name, part) for name, part in module._modules.items() if part is not None)
 
 
-def has_parts(module: nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether no part was added, removed or set to None."""
-    return parts_of(module) == names
+def _look(name: str, part: nn.Module) -> str:
+    kind = type(part).__name__ if type(part).__module__ == nn.ReLU.__module__ else ""
+    return f"{name} {kind}{' in place' if part.__dict__.get('inplace') else ''}".rstrip()
+
+
+def has_parts(module: nn.Module, parts: tuple[str, ...]) -> bool:
+    """Whether no part was added, removed, set to None or replaced by another activation."""
+    return parts_of(module) == parts
 
 
 def refuse_torch_sync(container: nn.Module) -> None:
@@ -221,15 +228,18 @@ def children_of(module: Any) -> Iterator[Callable[..., Any]]:
     yield lambda x: in_segments(module, (segments, x), options, (None, known_input(module, x)), {})[0]
 
 
-def known_input(model: nn.Module, x: Tensor) -> Belief | None:
-    """The belief of a model's input that its buffers hold."""
-    if "input_belief_batches" in model._buffers:
-        return seen_input(model, x)
-    known = contract.MARK in vars(model) and "input_belief_mean" in model._buffers
-    return Belief(model.input_belief_mean, model.input_belief_var) if known else None  # type: ignore[arg-type]
+def known_input(model: nn.Module, x: Any) -> Belief | None:
+    """The belief of a model's input that its buffers hold; of one that is no batch of such images none."""
+    mean, var = (model._buffers.get(f"input_belief_{name}") for name in ("mean", "var"))
+    if mean is None or var is None:
+        return None
+    is_batch = isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == mean.shape[1]
+    if not (is_batch or isinstance(x, fx.Proxy)):
+        return None
+    return seen_input(model, x) if "input_belief_batches" in model._buffers else Belief(mean, var)
 
 
-def seen_input(model: Any, x: Tensor) -> Belief:
+def seen_input(model: Any, x: Any) -> Belief:
     """The belief of the model's input: mean and variance of what it saw in training, this batch included."""
     if model.training:
         retrace.refuse(model, (x,))

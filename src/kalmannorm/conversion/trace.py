@@ -6,6 +6,7 @@ becomes a condition under which the generated forward holds.
 
 import copy
 import enum
+import functools
 import inspect
 import math
 import operator
@@ -15,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from functools import partialmethod
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -199,7 +199,7 @@ class _Proxy(fx.Proxy):
 
 
 for _name in IN_PLACE:
-    setattr(_Proxy, f"__{_name}__", partialmethod(_Proxy._operate, _name))
+    setattr(_Proxy, f"__{_name}__", functools.partialmethod(_Proxy._operate, _name))
 
 
 class _TensorArgument(_Proxy):
@@ -374,9 +374,9 @@ class _Reading:
         self._note(value)
         return isinstance(value, kinds)
 
-    def hold(self, expression: str, value: object) -> None:
+    def hold(self, owner: str, name: str, value: object) -> None:
         """What is no plain value is taken for what it is, until the attribute is set."""
-        owner, _, name = expression.rpartition(".")
+        expression = attribute_of(owner, name)
         if owner != "self" and isinstance(value, nn.Module):
             return
         if may_change(value) and not (isinstance(value, Tensor) and owner == "self"):
@@ -405,7 +405,7 @@ class _Reading:
             found, own = objects.get(id(self)), object.__getattribute__(self, "__dict__")
             for of_module in (own.get("_parameters", {}), own.get("_buffers", {})):
                 if found is not None and name in of_module:
-                    read[f"({found[0]}.{name} is None)"] = of_module[name] is None
+                    read[f"({attribute_of(found[0], name)} is None)"] = of_module[name] is None
             value = cls.__getattribute__(self, name)  # type: ignore[call-arg]
             if name == "training":
                 reading.asked_mode = True
@@ -415,10 +415,10 @@ class _Reading:
                 return value
             static = own[name] if name in own else next((vars(b)[name] for b in cls.__mro__ if name in vars(b)), None)
             if name in own or is_plain(static):
-                for expression, part in plain_parts(f"{found[0]}.{name}", value).items():
+                for expression, part in plain_parts(attribute_of(found[0], name), value).items():
                     read.setdefault(expression, copy.deepcopy(part))
             if not (is_plain(value) or id(value) in objects or isinstance(static, property)):
-                reading.hold(f"{found[0]}.{name}", value)
+                reading.hold(found[0], name, value)
             return value
 
         body = {"__getattribute__": getter, "watches": cls, "__module__": cls.__module__}
@@ -428,10 +428,11 @@ class _Reading:
 
 def expression_of(path: str) -> str:
     """self.layers[0].bn as code: getattr(self.layers, "0").bn."""
-    written = "self"
-    for part in path.split(".") if path else ():
-        written = f"{written}.{part}" if part.isidentifier() else f'getattr({written}, "{part}")'
-    return written
+    return functools.reduce(attribute_of, path.split(".") if path else (), "self")
+
+
+def attribute_of(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if name.isidentifier() else f'getattr({owner}, "{name}")'
 
 
 # --- BatchNorm layers that do more than normalize ---------------------------------------------------------------------

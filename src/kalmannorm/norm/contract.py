@@ -110,6 +110,9 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
         if "beliefs" in kwargs:
             if module_hooks._global_forward_hooks:
                 _wrap_forward_hooks(module_hooks._global_forward_hooks, module_hooks._global_forward_hooks_with_kwargs)
+            if module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks:
+                _wrap_backward_hooks(module_hooks._global_backward_hooks)
+                _wrap_backward_hooks(module_hooks._global_backward_pre_hooks)
             return base.__call__(self, *args, **kwargs)
         if MARK in self.__dict__ and SEEN not in self.__dict__[MARK] and not torch.compiler.is_compiling():
             self.__dict__[MARK][SEEN] = tree_map_only(Tensor, lambda value: value.detach().to("meta"), (args, kwargs))
@@ -187,6 +190,12 @@ def _wrap_forward_hooks(hooks: dict[int, Callable[..., Any]], with_kwargs: Conta
             hooks[key] = PlainHook(hook, key in with_kwargs)
 
 
+def _wrap_backward_hooks(hooks: dict[int, Callable[..., Any]]) -> None:
+    hooks.update(
+        {key: hook if isinstance(hook, PlainBackwardHook) else PlainBackwardHook(hook) for key, hook in hooks.items()}
+    )
+
+
 def wrap_hooks(module: nn.Module) -> None:
     """Those that were registered before the module took beliefs."""
     _wrap_forward_hooks(module._forward_hooks, module._forward_hooks_with_kwargs)
@@ -194,8 +203,9 @@ def wrap_hooks(module: nn.Module) -> None:
         if not isinstance(hook, PlainPreHook) and not _is_of_torch(hook):
             module._forward_pre_hooks[key] = PlainPreHook(hook, key in module._forward_pre_hooks_with_kwargs)
             module._forward_pre_hooks_with_kwargs[key] = True
-    for hooks in (module._backward_hooks, module._backward_pre_hooks) if module._is_full_backward_hook else ():
-        hooks.update({key: PlainBackwardHook(hook) for key, hook in hooks.items()})
+    if module._is_full_backward_hook:
+        _wrap_backward_hooks(module._backward_hooks)
+        _wrap_backward_hooks(module._backward_pre_hooks)
 
 
 def unwrap_hooks(module: nn.Module) -> None:
@@ -258,7 +268,8 @@ class PlainBackwardHook:
 
     def __call__(self, module: nn.Module, *grads: Any) -> Any:
         *of_inputs, of_outputs = grads
-        beside = of_outputs[1:] if all(grad is None for grad in of_outputs[1:]) else ()
+        has_beside = hasattr(module, "takes_beliefs") and all(grad is None for grad in of_outputs[1:])
+        beside = of_outputs[1:] if has_beside else ()
         new = self.hook(module, *of_inputs, of_outputs[: len(of_outputs) - len(beside)])
         return new if new is None or of_inputs else (*new, *beside)
 

@@ -41,8 +41,9 @@ def normalize_by_posterior(
     prior_mean, prior_var = (None if t is None else t.to(dtype).expand(shape) for t in prior or (None, None))
     gain = torch.as_tensor(gain, dtype=dtype, device=x.device)
     options = (size, prior_mean, prior_var, gain, weight, bias, eps, mixture, guard, over_ranks)
-    if x.device.type == "cpu" and not groups.takes_plain_operations():
-        # The native kernels know groups in contiguous memory alone; copies cost less than plain operations do.
+    if x.device.type == "cpu" and type(x) is Tensor and not groups.takes_plain_operations():
+        # Not of a subclass, which makes views of what a function returns: none of several may be changed in place. The
+        # native kernels know groups in contiguous memory alone; copies cost less than plain operations do.
         y, *found = _Native.apply(x.contiguous(), *options)
         y = y.contiguous(memory_format=groups.format_of(x))
     else:  # on a GPU the plain form is compiled by default

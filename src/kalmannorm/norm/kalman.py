@@ -81,13 +81,20 @@ class Estimator(TakesBeliefs):
         if self.noise_raw is not None:
             self.noise_raw.fill_(math.log(math.expm1(INITIAL_NOISE)))
 
+    def rows(self, images: int) -> int:
+        """Of how many rows a prior for that many images is."""
+        raise NotImplementedError
+
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         """x normalized, and the belief to hand on."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, beliefs: Any = None) -> Any:
         """y like the input; with `beliefs`, its own (or none: an empty tuple), Estimated(y, belief)."""
-        y, belief = self.estimate(input, plain(pick(beliefs, 0, "input")))
+        prior = plain(pick(beliefs, 0, "input"))
+        if prior is not None and len(prior.mean) not in (1, self.rows(len(input))):
+            prior = None  # of a normalizer with other groups: a part that was converted by itself
+        y, belief = self.estimate(input, prior)
         if beliefs is None:
             return y
         return Estimated(y, used(belief if self.on_relu == "closed" else Carried(belief, "", self.on_relu)))
@@ -228,6 +235,9 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
         if hasattr(self, "initial_gain"):  # not yet, while BatchNorm is made
             self._start()
 
+    def rows(self, images: int) -> int:
+        return 1 if self.group_of is None else -(-images // self.group_of)
+
     @property
     def decides_for_batch(self) -> bool:
         return self.guard is not None and self.pending is not None
@@ -317,6 +327,9 @@ class KalmanGroupNorm(TakesOptions, Estimator):
             if parameter is not None:
                 nn.init.constant_(parameter, value)
         self._start()
+
+    def rows(self, images: int) -> int:
+        return images
 
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         groups.check(self, self.num_channels, self.eps, x)

@@ -340,4 +340,4 @@ def plain(carried: Belief | Carried | None) -> Belief | None:
     """The belief of a value whose channels are axis 1, settled; None if they are not."""
     if carried is None or isinstance(carried, Belief):
         return carried
-    return None if carried.axes else settled(carried).belief
+    return settled(carried).belief if isinstance(carried, Carried) and not carried.axes else None

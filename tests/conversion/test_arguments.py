@@ -1,0 +1,137 @@
+"""What a model is called with: by name, in lists, tokens, films, no argument at all, tensors of other classes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import error, net
+from torch import Tensor, nn
+
+from kalmannorm import belief_report, convert
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+class Holding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+
+class ByName(Holding):
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.net(batch["image"])
+
+
+class Several(Holding):
+    def forward(self, *images: Tensor) -> Tensor:
+        return self.net(images[0])
+
+
+class KeywordOnly(Holding):
+    def forward(self, *, image: Tensor) -> Tensor:
+        return self.net(image)
+
+
+class Itself(Holding):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Parameter(torch.randn(4, 3, 8, 8))
+
+    def forward(self) -> Tensor:
+        return self.net(self.image)
+
+
+class Listed(Holding):
+    def forward(self, images: list[Tensor]) -> Any:
+        return [self.net(image) for image in images]
+
+
+class InADict(Holding):
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        return {"logits": self.net(batch["image"])}
+
+
+class Second(Holding):
+    def forward(self, given: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        return self.net(image if given is None else given)
+
+
+class Film(Holding):
+    def forward(self, film: Tensor) -> Tensor:
+        return self.net(film.flatten(0, 1)).unflatten(0, film.shape[:2])
+
+
+class ChannelsLast(Holding):
+    def forward(self, image: Tensor) -> Tensor:
+        return self.net(image.permute(0, 3, 1, 2))
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.net = nn.Embedding(10, 6), nn.Sequential(nn.Conv1d(6, 4, 3), nn.BatchNorm1d(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(self.embed(tokens).transpose(1, 2))
+
+
+class WithAFunction(Holding):
+    def forward(self, image: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        return head(self.net(image))
+
+
+IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+GIVEN: dict[type[nn.Module], tuple[tuple[Any, ...], dict[str, Tensor], bool]] = {  # and whether its belief is known
+    ByName: ((), {"image": IMAGE}, True),
+    Several: ((IMAGE,), {}, True),
+    KeywordOnly: ((), {"image": IMAGE}, True),
+    Itself: ((), {}, False),
+    Listed: (([IMAGE, IMAGE],), {}, False),
+    InADict: (({"image": IMAGE},), {}, False),
+    Second: ((None, IMAGE), {}, False),
+    Film: ((IMAGE.view(2, 2, 3, 8, 8),), {}, False),
+    ChannelsLast: ((IMAGE.permute(0, 2, 3, 1),), {}, False),
+    Tokens: ((torch.arange(48).view(4, 12) % 10,), {}, False),
+    WithAFunction: ((IMAGE, torch.neg), {}, True),
+}
+
+
+def values(y: Any) -> list[Tensor]:
+    return [y] if isinstance(y, Tensor) else list(y.values() if isinstance(y, dict) else y)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"input_belief": "data"}, {"input_belief": (torch.zeros(3), torch.ones(3))}, {"returns_belief": True}],
+    ids=["data", "given", "returned"],
+)
+@pytest.mark.parametrize("kind", GIVEN, ids=lambda kind: kind.__name__)
+def test_a_model_is_called_as_it_was(kind: type[nn.Module], options: dict[str, Any]) -> None:
+    """What is no batch of images of so many channels has no belief."""
+    original = kind().eval()
+    args, kwargs, known = GIVEN[kind]
+    model = convert(original, "bkn", stat_batch=2, **options)
+    y = model(*args, **kwargs)
+    found = values(y.y if "returns_belief" in options else y)
+    for a, b in zip(found, values(original(*args, **kwargs)), strict=True):
+        assert error(a.detach(), b.detach()) < 1e-5
+    model.train()(*args, **kwargs)
+    first = next(iter(belief_report(model, *args, **kwargs).values()))
+    assert (first is None) == (known and "returns_belief" not in options)
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gkn", "sn"])
+def test_a_tensor_of_another_class(norm: str) -> None:
+    model = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)), norm, stat_batch=2)
+    y = model(IMAGE.as_subclass(Wrapped))
+    y.sum().backward()
+    assert type(y) is Wrapped and error(y.detach().as_subclass(Tensor), model(IMAGE).detach()) < 1e-5
