@@ -1,6 +1,8 @@
 """What convert does with BatchNorm layers that do more than normalize, and with frozen ones of any origin."""
 
-from typing import Any
+import copy
+import pickle
+from typing import Any, Self
 
 import pytest
 import torch
@@ -104,7 +106,109 @@ def test_batch_norm_with_more_in_it(kind: type[nn.BatchNorm2d], options: dict[st
         assert convert(kalman, "bn").get_submodule("1") is not kalman.get_submodule("1")
 
 
+class WithOptions(nn.BatchNorm2d):
+    act: nn.Module
+
+    def __init__(self, features: int, **options: Any) -> None:
+        super().__init__(features, **options)
+        self.act, self.calls, self.rate = nn.ReLU(), 0, 1.0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, act: bool = True) -> Tensor:
+        self.calls += 1
+        y = super().forward(x) * self.rate
+        y = self.act(y) if act else y
+        return y if mask is None else y * mask
+
+
+class ForWhatIsThere(nn.BatchNorm2d):
+    """As detection libraries have it, for batches of nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.numel() > 0 else x.new_empty(x.shape)
+
+
+class InSingle(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            mean, var = self.running_mean, self.running_var
+            measures = self.training or mean is None
+            y = F.batch_norm(x.float(), mean, var, self.weight, self.bias, measures, self.momentum or 0.1, self.eps)
+            return y.to(x.dtype)
+
+
+class AsALine(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(2)).view_as(x)
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "gkn", "brn", "sn"])
+@pytest.mark.parametrize("kind", [WithOptions, ForWhatIsThere, InSingle, AsALine])
+def test_batch_norm_with_a_forward_that_no_graph_has(kind: type[nn.BatchNorm2d], norm: str) -> None:
+    """It runs as it is, around the new normalizer."""
+    model, x = pair(kind), images()
+    kalman = convert(model, norm, stat_batch=2)
+    if norm in ("bkn", "gkn"):
+        assert belief_report(kalman, x)["3"] is None
+    kalman = pickle.loads(pickle.dumps(copy.deepcopy(kalman)))
+    kalman(x).sum().backward()
+    assert all(p.grad is not None for p in kalman.parameters() if p.requires_grad)
+    for counted in (layer for layer in kalman if hasattr(layer, "num_batches_tracked")):
+        assert counted.num_batches_tracked == 1
+    torch.testing.assert_close(torch.compile(kalman.eval(), backend="eager")(x), kalman(x))
+    if norm in ("bn", "bkn", "brn"):
+        folded = fold(kalman)
+        assert type(folded[1]) is kind and error(folded(x).detach(), kalman(x).detach()) < 1e-5
+    if norm == "bn":
+        same_as_original(model.train(), x)
+        assert torch.equal(convert(model.train(), "bn")(x), model(x))
+
+
+def test_what_a_forward_of_batch_norm_is_told() -> None:
+    layer, mask = pair(WithOptions)[1], torch.zeros(())
+    converted = convert(nn.Sequential(layer), "bn")[0]
+    conv = torch.randn(4, 4, 6, 6)
+    for options in ({}, {"act": False}, {"mask": mask}):
+        assert torch.equal(converted(conv, **options), layer(conv, **options))
+    converted.rate = layer.rate = 2.0
+    assert torch.equal(converted(conv), layer(conv)) and converted.calls == layer.calls == 4
+
+
+class Kept(nn.BatchNorm2d):
+    """Always in evaluation."""
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    def deviations(self) -> Tensor:
+        return self.running_var.sqrt()
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_methods_of_batch_norm_are_kept(norm: str) -> None:
+    model, x = pair(Kept).train(), images()
+    converted = pickle.loads(pickle.dumps(convert(model, norm, stat_batch=2))).train()
+    assert error(converted(x).detach(), model(x).detach()) < 1e-5
+    assert (
+        torch.equal(converted[1].deviations(), model[1].deviations())
+        and converted.training
+        and not converted[1].training
+    )
+    assert type(fold(converted)[1]) is Kept
+
+
+def test_batch_norm_that_is_something_else_is_left_as_it_is() -> None:
+    plain = pair(nn.BatchNorm2d)
+    model = nn.Sequential(*plain[:3], ByHand(4), *copy.deepcopy(plain[2:]))
+    with pytest.warns(UserWarning, match=r"3 \(ByHand\).* by code of its own.*: it is left as it is"):
+        converted = convert(model, "bkn", stat_batch=2)
+    assert isinstance(converted[3], ByHand) and torch.isfinite(converted(images())).all()
+    report = belief_report(converted, images())
+    assert "mean" in str(report["5"]) and "by code of its own" in str(report["3"])
+    assert type(fold(converted)[3]) is ByHand
+
+
 def test_batch_norm_that_is_something_else_is_refused() -> None:
+    """Where there is no other."""
     with pytest.raises(ValueError, match=r"^1 \(ByHand\) is a BatchNorm layer that normalizes by code of its own"):
         convert(pair(ByHand), "bn")
     with pytest.raises(ValueError, match=r"1 \(AlwaysMeasuring\) does not normalize as its base class"):

@@ -163,6 +163,19 @@ def test_features_of_a_converted_model() -> None:
     assert set(get_graph_node_names(original)[0]) <= set(get_graph_node_names(model)[0])
 
 
+@pytest.mark.parametrize("norm", ["bn", "brn", "sn", "syncbn", "gn", "ibn", "pn"])
+def test_normalizers_without_beliefs_are_leaves_of_a_graph(norm: str) -> None:
+    model, x = convert(resnet18(num_classes=4), norm, stat_batch=2), torch.randn(4, 3, 64, 64)
+    graph, features = (
+        fx.symbolic_trace(copy.deepcopy(model)),
+        create_feature_extractor(copy.deepcopy(model), ["layer2"]),
+    )
+    for mode in (True, False):
+        for each in (model, graph, features):
+            each.train(mode)
+        assert torch.equal(graph(x), model(x)) and features(x)["layer2"].shape == (4, 128, 8, 8)
+
+
 def test_a_normalizer_is_a_leaf_of_a_graph() -> None:
     layers = [KalmanBatchNorm2d(4, stat_batch=2), KalmanGroupNorm(2, 4)]
     model = nn.Sequential(nn.Conv2d(3, 4, 3), layers[0], nn.ReLU(), layers[1])

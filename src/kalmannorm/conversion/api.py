@@ -8,6 +8,7 @@ as it is where it cannot be traced (flow.py).
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,13 @@ from torch.utils._pytree import tree_map_only
 
 from kalmannorm.conversion import classes
 from kalmannorm.conversion.flow import stand_ins
-from kalmannorm.conversion.generate import beneath_parametrization, generate, generate_layers, is_container
+from kalmannorm.conversion.generate import (
+    beneath_parametrization,
+    generate,
+    generate_layers,
+    is_container,
+    trace_layers,
+)
 from kalmannorm.conversion.layers import (
     add_biases,
     build_normalizer,
@@ -115,6 +122,12 @@ def convert(
         source = _folded(source)  # put together from parts of a converted model
         layers = _batch_norms(source)
     _check(source, layers, leaves)
+    traces, left = trace_layers(layers)
+    layers = {name: layer for name, layer in layers.items() if name not in left}
+    if not layers:
+        raise ValueError(next(iter(left.values())))
+    for why in left.values():
+        warnings.warn(f"{why}: it is left as it is", stacklevel=2)
     chosen = assign(kinds, layers)
     built: dict[_BatchNorm, nn.Module] = {}  # a layer can have several names
     for name, layer in layers.items():
@@ -136,7 +149,7 @@ def convert(
         if isinstance(new, Estimator):
             new.on_relu = mark
     as_they_are: dict[str, str] = {}
-    generate_layers(layers, built)
+    generate_layers(traces, built)
     if any(isinstance(m, Estimator) for m in source.modules()):
         predictors = "noise" if predictor == "sampling" else "transition" if learned else ""
         as_they_are = generate(source, leaves, predictors, known)
@@ -152,7 +165,7 @@ def convert(
                 classes.become(module, classes.REFUSING)
         if returns_belief:
             classes.become(source, classes.WITHOUT_BELIEF)
-    source.__dict__[_MARK] = {"as_they_are": as_they_are, contract.RETURNS: returns_belief}
+    source.__dict__[_MARK] = {"as_they_are": as_they_are, "left": left, contract.RETURNS: returns_belief}
     return source
 
 
@@ -287,7 +300,7 @@ def belief_report(model: nn.Module, *example: Any, **named: Any) -> dict[str, st
             known[contract.SEEN],
             lambda v: isinstance(v, Belief),
         )
-    return observe(model, example, named)
+    return observe(model, example, named) | known["left"]
 
 
 def _random_like(model: nn.Module, value: Any) -> Any:

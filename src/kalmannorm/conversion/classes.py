@@ -11,15 +11,15 @@ import itertools
 import linecache
 import math
 from collections.abc import Callable
-from types import FunctionType, ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from kalmannorm.conversion import runtime
-from kalmannorm.conversion.flow import follow, stand_ins
-from kalmannorm.conversion.names import AsOriginal, Scope, class_of, derived, lending
+from kalmannorm.conversion.flow import as_original, follow, stand_ins
+from kalmannorm.conversion.names import AsOriginal, Scope, class_of, derived, is_of_library, lending
 from kalmannorm.conversion.trace import Trace, expression_of
 from kalmannorm.conversion.write import Summary, Writer, summary_of_class
 from kalmannorm.norm import contract
@@ -27,6 +27,7 @@ from kalmannorm.norm.belief import Belief, Carried, Estimated, Returned, pick
 from kalmannorm.norm.moments import Predictor, plain
 
 _serial = itertools.count()
+ORIGINAL = "_original"  # among the names of generated code: the class of the layer that a normalizer stands for
 _HELD = "_held"  # among the names of generated code: those of attributes that it takes for what they were
 _classes: dict[tuple[object, ...], type[nn.Module]] = {}
 
@@ -37,7 +38,7 @@ _HELPERS: Scope = {
         *(runtime.call, runtime.belief_of, runtime.changed, runtime.lost, runtime.checkpointed, runtime.in_segments),
         *(runtime.normalized, runtime.of_convolution, runtime.of_linear, runtime.of_transition, runtime.of_sample),
         *(runtime.of_transposed, runtime.transposed, runtime.has_parts, runtime.refuse_torch_sync, runtime.known_input),
-        *(follow, pick, plain, class_of, lending, stand_ins, contract.used),
+        *(as_original, follow, pick, plain, class_of, lending, stand_ins, contract.used),
         *(Belief, Carried, Estimated, Returned, Tensor, fx.Proxy, Predictor),
     )
 } | {"linear": F.linear}
@@ -92,8 +93,14 @@ class Generated:
             body |= _OF_GRAPH_MODULES if issubclass(base, fx.GraphModule) else {}
             body |= {"children": runtime.children_of} if self.code == SEQUENTIAL else {}
             body |= {"__setattr__": _setting(base, self.names[_HELD].split())} if _HELD in self.names else {}
+            if ORIGINAL in self.names:
+                body |= methods_of(self.names[ORIGINAL], base)
             is_layer = base.__module__.startswith("torch.nn.modules.") and self.code != SEQUENTIAL
             _classes[key] = derived(base, body, AsOriginal if is_layer else type(base))
+            for value in body.values():
+                if getattr(value, "__closure__", None) and "__class__" in value.__code__.co_freevars:
+                    cell = value.__closure__[value.__code__.co_freevars.index("__class__")]
+                    cell.cell_contents = _classes[key]
         return _classes[key]
 
 
@@ -102,6 +109,31 @@ def _apply(self: Any, fn: Callable[[nn.Module], None]) -> nn.Module:
     function = getattr(fn, "__func__", fn)
     with lending(stand_ins(function) if isinstance(function, FunctionType) else []):
         return type(self).converted.original.apply(self, fn)  # type: ignore[no-any-return]
+
+
+def methods_of(original: type[nn.Module], base: type[nn.Module]) -> Scope:
+    """What a BatchNorm layer's class defines beside its forward, for a class that is derived from the normalizer
+    `base`: all but what that has, and torch's BatchNorm has not."""
+    body: Scope = {}
+    for cls in reversed(original.__mro__):
+        for name, value in {} if is_of_library(cls.__module__) else vars(cls).items():
+            if (
+                name.startswith("__")
+                or name == "forward"
+                or (hasattr(base, name) and not hasattr(nn.BatchNorm2d, name))
+            ):
+                continue
+            body[name] = _rebound(value) if isinstance(value, FunctionType) else value
+    return body
+
+
+def _rebound(function: FunctionType) -> FunctionType:
+    """The same, whose super() is that of another class, which is not known yet."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    closure = tuple(CellType() if name == "__class__" else cell for name, cell in cells)
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__, made.__doc__ = function.__kwdefaults__, function.__doc__
+    return made
 
 
 def _setting(base: type[nn.Module], held: list[str]) -> Callable[..., None]:
@@ -290,6 +322,19 @@ def forward(self, *args, **kwargs):
 AS_IT_IS = """\
 def forward(self, *args, beliefs=None, **kwargs):
     return follow(_base.forward, self, args, kwargs, beliefs)
+"""
+
+
+# Of one whose class has methods of its own alone.
+AS_ITS_BASE = """\
+def forward(self, *args, **kwargs):
+    return _base.forward(self, *args, **kwargs)
+"""
+
+# Of a BatchNorm layer that cannot be traced: its class's, in which F.batch_norm is the normalizer's.
+AS_ITS_ORIGINAL = """\
+def forward(self, *args, beliefs=None, **kwargs):
+    return as_original(_base, self, args, kwargs, beliefs)
 """
 
 

@@ -3,6 +3,7 @@
 The rules are the same, applied as functions are called; modules that take beliefs find those of their arguments here.
 """
 
+import copyreg
 import operator
 from collections.abc import Callable, Iterable
 from types import FunctionType
@@ -10,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -17,7 +19,8 @@ from kalmannorm.conversion import retrace, runtime
 from kalmannorm.conversion.names import CHECKPOINT, Loan, Surroundings, class_of, lending
 from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
 from kalmannorm.conversion.rules import Operation, fields_of, has_belief
-from kalmannorm.conversion.runtime import apply, call, checkpointed
+from kalmannorm.conversion.runtime import apply, call, checkpointed, normalized
+from kalmannorm.conversion.trace import BATCH_NORM
 from kalmannorm.norm import GroupedStatistics, contract
 from kalmannorm.norm.belief import Args, Belief, Beliefs, Carried, Kwargs, Returned
 from kalmannorm.norm.checkpoints import is_within
@@ -36,9 +39,10 @@ _CONSTANT = object()  # stands for the belief of what is made of parameters alon
 class Flow(TorchFunctionMode):
     """Beliefs by tensor, while one forward runs."""
 
-    def __init__(self, switches: bool = False) -> None:
-        """`switches`: whether the forward itself switches gradients off or on."""
+    def __init__(self, switches: bool = False, batch_norm: Callable[..., Any] | None = None) -> None:
+        """`switches`: whether the forward itself switches gradients off or on. `batch_norm`: what F.batch_norm is."""
         super().__init__()
+        self._batch_norm = batch_norm
         self._known: dict[int, tuple[Tensor, int, Any]] = {}
         self._switches, self._place = switches, _place()
 
@@ -92,6 +96,8 @@ class Flow(TorchFunctionMode):
         kwargs = kwargs or {}
         if running.flow is not self or not self.is_here():
             return func(*args, **kwargs)
+        if func is F.batch_norm and self._batch_norm is not None:
+            return self._batch_norm(*args, **kwargs)
         name = getattr(func, "__name__", "")
         rule = rule_of(func) or rule_of(_METHODS.get(name, name))
         beliefs = tuple(map(self._get_or_constant, args))  # before an operation in place changes what they are of
@@ -149,10 +155,17 @@ def follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kw
 runtime.follow = follow
 
 
-def _follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
+def _follow(
+    forward: Callable[..., Any],
+    module: nn.Module | None,
+    args: Args,
+    kwargs: Kwargs,
+    beliefs: Beliefs,
+    batch_norm: Callable[..., Any] | None = None,
+) -> Any:
     retrace.refuse(module, args)
     switches, loans = _around(class_of(module))
-    with Flow(switches) as flow, lending(loans):
+    with Flow(switches, batch_norm) as flow, lending(loans):
         if isinstance(beliefs, Belief | Carried):
             beliefs = ((beliefs,), {})
         if beliefs:
@@ -163,6 +176,45 @@ def _follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, k
             return y
         found = {i: flow.get(value) for i, value in enumerate(args) if isinstance(value, Tensor)}
         return Returned(y, flow.get(y), {i: its for i, its in found.items() if its is not None} or None)
+
+
+def as_original(base: Any, layer: Any, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
+    """The forward of the BatchNorm layer that `layer` stands for, in which F.batch_norm is that of its class, `base`.
+    Not compiled."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(_as_original, recursive=False)(base, layer, args, kwargs, beliefs)
+    return _as_original(base, layer, args, kwargs, beliefs)
+
+
+def _as_original(base: Any, layer: Any, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
+    (old,) = layer.__dict__["original"]
+    shell = copyreg.__newobj__(type(old))  # type: ignore[attr-defined]
+    shell.__dict__ |= {key: layer.__dict__.get(key, value) for key, value in vars(old).items()}
+    for kind in ("_parameters", "_buffers", "_modules"):
+        shell.__dict__[kind] = {key: getattr(layer, key, None) for key in vars(old)[kind]}
+    if "num_batches_tracked" in shell._buffers:  # the normalizer counts for itself
+        shell._buffers["num_batches_tracked"] = None
+
+    def batch_norm(*given: Any, **named: Any) -> Any:
+        a = BATCH_NORM.bind(*given, **named).arguments
+        training = layer.training or shell.running_mean is None
+        same = a.get("weight") is shell.weight and a.get("bias") is shell.bias and a.get("eps", 1e-5) == layer.eps
+        if not same or a.get("training", False) is not training:
+            return F.batch_norm(*given, **named)  # something else
+        flow, running.flow = running.flow, None
+        try:
+            y, belief = normalized(base, layer, (a["input"],), {}, (flow.get(a["input"]),), {})[:2]
+        finally:
+            running.flow = flow
+        flow.put(y, belief)
+        return y
+
+    out = _follow(type(old).forward, shell, args, kwargs, beliefs, batch_norm)
+    layer.__dict__.update({key: value for key, value in vars(shell).items() if key not in vars(_NO_PARTS)})
+    return out
+
+
+_NO_PARTS = nn.Module()
 
 
 def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:

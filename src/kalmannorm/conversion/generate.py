@@ -16,7 +16,16 @@ from kalmannorm.conversion import classes
 from kalmannorm.conversion.attach import Search
 from kalmannorm.conversion.layers import copied, replace
 from kalmannorm.conversion.operations import MODULES_BY_NAME
-from kalmannorm.conversion.trace import APPENDS, Passed, Trace, Untraceable, has_forward_of_its_own, trace, trace_layer
+from kalmannorm.conversion.trace import (
+    APPENDS,
+    OwnCode,
+    Passed,
+    Trace,
+    Untraceable,
+    has_forward_of_its_own,
+    trace,
+    trace_layer,
+)
 from kalmannorm.conversion.write import Summary
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.moments import Transition
@@ -50,13 +59,38 @@ def _is_layer(kind: Any) -> bool:
     return kind.forward is nn.Linear.forward or kind.forward in _TRANSPOSED or _is_convolution(kind)
 
 
-def generate_layers(layers: dict[str, _BatchNorm], built: dict[_BatchNorm, nn.Module]) -> None:
+def trace_layers(
+    layers: dict[str, _BatchNorm],
+) -> tuple[dict[_BatchNorm, dict[str, Trace]], dict[str, str]]:
+    """Traces of the BatchNorm layers that do more than normalize, none of those that cannot be traced; and by name
+    why others are left as they are: they normalize by code of their own."""
+    traces: dict[_BatchNorm, dict[str, Trace]] = {}
+    left: dict[str, str] = {}
+    for name, layer in layers.items():
+        if layer in traces or not has_forward_of_its_own(layer):
+            continue
+        try:
+            traces[layer] = {mode: trace_layer(layer, name, mode == "train") for mode in ("train", "eval")}
+        except Untraceable:
+            traces[layer] = {}
+        except OwnCode as error:
+            left[name] = str(error)
+    return traces, left
+
+
+def generate_layers(traces: dict[_BatchNorm, dict[str, Trace]], built: dict[_BatchNorm, nn.Module]) -> None:
     """Forwards of BatchNorm layers that do more than normalize: their own, around the new normalizer."""
-    names = {layer: name for name, layer in reversed(layers.items())}
     for layer, new in built.items():
-        if has_forward_of_its_own(layer):
-            traces = {mode: trace_layer(layer, names[layer], mode == "train") for mode in ("train", "eval")}
-            classes.become(new, *classes.container_code(new, traces, {}))
+        names, summary = dict[str, Any](), Summary()
+        if traces.get(layer):
+            code, names, summary = classes.container_code(new, traces[layer], {})
+        elif layer in traces:
+            code = classes.AS_ITS_ORIGINAL
+        elif classes.methods_of(type(layer), type(new)):
+            code = classes.AS_ITS_BASE
+        else:
+            continue
+        classes.become(new, code, names | {classes.ORIGINAL: type(layer)}, summary)
 
 
 def generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, known: str | None) -> dict[str, str]:

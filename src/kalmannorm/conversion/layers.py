@@ -23,6 +23,7 @@ _DIMS: dict[object, tuple[int, ...]] = {
     **{nn.BatchNorm1d._check_input_dim: (2, 3), nn.BatchNorm2d._check_input_dim: (4,)},
     nn.BatchNorm3d._check_input_dim: (5,),
 }
+_OF_BATCH_NORM = {*vars(nn.BatchNorm2d(1))}
 BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -94,7 +95,7 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
 
 
 def keep_more(old: nn.Module, new: nn.Module, name: str) -> None:
-    """Of a class that torch does not know (timm's BatchNormAct2d): its other parts hang on the new layer."""
+    """Of a class that torch does not know (timm's BatchNormAct2d): other parts and attributes are the new layer's."""
     if type(old).__module__.startswith("torch."):
         return
     for kind in ("_parameters", "_buffers", "_modules"):
@@ -104,6 +105,9 @@ def keep_more(old: nn.Module, new: nn.Module, name: str) -> None:
             if hasattr(new, key):
                 raise ValueError(f"{name} ({type(old).__name__}): {type(new).__name__} has a {key} of its own")
             getattr(new, kind)[key] = value
+    for key, value in vars(old).items():
+        if key not in _OF_BATCH_NORM and not hasattr(new, key):
+            new.__dict__[key] = value
     new.__dict__["original"] = (old,)  # a tuple, since a module in an attribute would be registered
 
 

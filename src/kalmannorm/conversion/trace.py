@@ -59,7 +59,7 @@ _DEPTH = 3  # of attributes of a module's attributes
 _NOT_READ = ("builtins", "torch", "collections", "functools", "enum", "random", "numpy")  # modules of objects
 _OF_MODULES = {*vars(nn.Module())}
 
-_batch_norm = inspect.signature(F.batch_norm)
+BATCH_NORM = inspect.signature(F.batch_norm)
 
 
 class Passed(NamedTuple):
@@ -438,6 +438,10 @@ def attribute_of(owner: str, name: str) -> str:
 # --- BatchNorm layers that do more than normalize ---------------------------------------------------------------------
 
 
+class OwnCode(ValueError):
+    """A BatchNorm layer does not normalize as its base class does."""
+
+
 def has_forward_of_its_own(layer: nn.Module) -> bool:
     """Whether a BatchNorm layer's class computes more than torch's, or something else (timm's BatchNormAct2d)."""
     return type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or "forward" in layer.__dict__
@@ -451,25 +455,33 @@ def normalize(x: Tensor) -> Tensor:
 def trace_layer(layer: _BatchNorm, name: str, training: bool) -> Trace:
     """The graph of such a layer, with `normalize` where it normalizes, by F.batch_norm or by its base class.
 
-    Raises ValueError: it normalizes by code of its own.
+    Raises OwnCode: it normalizes by code of its own. Untraceable: its forward has options, or decides by its input.
     """
     tracer = _LayerTracer(layer, name)
     mode = layer.training
+    if len(inspect.signature(layer.forward).parameters) > 1:
+        raise Untraceable("it has options")
     try:
-        layer.train(training)
+        layer.training = training
         with tracer.reading_base_class():
             graph = tracer.trace(layer)
+    except OwnCode:
+        raise
+    except Exception as error:
+        raise Untraceable(str(error)) from error
     finally:
-        layer.train(mode)
+        layer.training = mode
     if not tracer.found:
-        raise ValueError(
+        raise OwnCode(
             f"{name} ({type(layer).__name__}) is a BatchNorm layer that normalizes by code of its own, neither by "
             "F.batch_norm nor by its base class"
         )
     for node in list(graph.nodes):
         if node.op == "get_attr" and node.target == "num_batches_tracked":  # the new normalizer counts for itself
-            for user in [*node.users, node]:
+            for user in list(node.users):
                 graph.erase_node(user)
+        if node.op == "get_attr" and not node.users:  # a moving average, which the new normalizer may be without
+            graph.erase_node(node)
     return Trace(graph, {}, {}, {})
 
 
@@ -480,7 +492,7 @@ class _LayerTracer(_Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
         if kind == "call_function" and target is F.batch_norm:
-            return self._normalization(_batch_norm.bind(*args, **kwargs).arguments)
+            return self._normalization(BATCH_NORM.bind(*args, **kwargs).arguments)
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
     def _normalization(self, given: Scope) -> fx.Proxy:
@@ -489,9 +501,7 @@ class _LayerTracer(_Tracer):
         found = [getattr(getattr(given.get(key), "node", None), "target", None) for key in ("weight", "bias")]
         training = layer.training or layer.running_mean is None
         if found != names or given.get("training") is not training or given.get("eps") != layer.eps:
-            raise ValueError(
-                f"{self.name} ({type(layer).__name__}) does not normalize as its base class, BatchNorm, does"
-            )
+            raise OwnCode(f"{self.name} ({type(layer).__name__}) does not normalize as its base class, BatchNorm, does")
         return self._call(given["input"])
 
     def _call(self, x: object) -> fx.Proxy:

@@ -170,7 +170,9 @@ class TakesBeliefs(nn.Module):
     takes_beliefs: bool
 
 
-def _or_leaf(call: Callable[..., Any]) -> Callable[..., Any]:
+def or_leaf(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's call, which torch.fx records as that of one of torch's own."""
+
     @functools.wraps(call)
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], fx.Proxy):
@@ -181,7 +183,7 @@ def _or_leaf(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name, _method in methods(nn.Module).items():
-    setattr(TakesBeliefs, _name, _or_leaf(_method) if _name == "__call__" else _method)
+    setattr(TakesBeliefs, _name, or_leaf(_method) if _name == "__call__" else _method)
 
 
 def _wrap_forward_hooks(hooks: dict[int, Callable[..., Any]], with_kwargs: Container[int]) -> None:

@@ -6,8 +6,10 @@ import numbers
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from torch import nn
+
 from kalmannorm.errors import nearest
-from kalmannorm.norm.contract import own_class
+from kalmannorm.norm.contract import or_leaf, own_class
 
 Build = TypeVar("Build", bound=Callable[..., Any])
 
@@ -79,6 +81,7 @@ class TakesOptions:
     """Base of the normalizers, whose constructors refuse what they do not know."""
 
     __class__ = own_class
+    __call__ = or_leaf(nn.Module.__call__)
     layer_name = ""  # set by convert: errors name the layer
 
     def __init_subclass__(cls, **more: Any) -> None:
