@@ -6,9 +6,10 @@ from pathlib import Path
 import bench
 import pytest
 import torch
+from helpers import quick
 
 
-@pytest.mark.parametrize("images", [8, 128])
+@pytest.mark.parametrize("images", quick([8, 128], 8))
 def test_kn_keeps_no_more_for_backward_than_bn(images: int) -> None:
     kept = [bench.saved_bytes(bench._resnet18(norm), torch.device("cpu"), images) for norm in ("bkn", "bn")]
     assert 1 < kept[0] / kept[1] <= 1.05

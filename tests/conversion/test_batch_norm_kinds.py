@@ -283,6 +283,7 @@ def test_a_belief_passes_frozen_batch_norm() -> None:
 TARGET = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
 
 
+@pytest.mark.slow
 def test_the_backbone_of_a_detection_model() -> None:
     """A whole detector cannot be traced, its backbone can; and it goes on working inside of the detector."""
     backbone = resnet_fpn_backbone(

@@ -134,7 +134,8 @@ def test_fold_gives_the_original_back(name: str) -> None:
     assert torch.equal(before, converted.fc.weight)
 
 
-@pytest.mark.parametrize("name", quick(["resnet14", "inception_cifar"], "resnet14"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet14", "inception_cifar"])
 def test_folded_models_export_to_onnx(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = fold(trained(convert(MODELS[name](), "bkn", stat_batch=2)).eval())

@@ -337,7 +337,7 @@ def test_exported_models_compute_the_same(export: Any, options: dict[str, Any]) 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("dynamo", [True, False])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", quick(OPTIONS, OPTIONS[3]), ids=str)
 def test_models_in_evaluation_export_to_onnx(options: dict[str, Any], dynamo: bool, tmp_path: Path) -> None:
     """Without the beliefs, which nothing uses there."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -363,7 +363,9 @@ def test_draws_are_not_exported(tmp_path: Path) -> None:
             export(model, (x,))
 
 
-@pytest.mark.parametrize("options", [option for option in OPTIONS if "predictor" not in option], ids=str)
+@pytest.mark.parametrize(
+    "options", quick((option for option in OPTIONS if "predictor" not in option), OPTIONS[3]), ids=str
+)
 def test_a_model_in_training_is_exported_whole(options: dict[str, Any]) -> None:
     """Moving statistics change as the model's own; but for drawn samples, which would stay the same."""
     options = {**options, "predictor": "closed"}

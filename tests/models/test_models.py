@@ -36,6 +36,7 @@ IMAGENET = {  # at 1000 classes: parameters with BN and with KN, normalizers, th
     "resnet101": (44_549_160, 44_601_936, 104, 52_672),
 }
 VIDEOS = {"i3d_resnet50", "i3d_small"}  # test_video.py
+SMALLEST = ("inception_cifar", "inception_v2", "resnet14", "resnet14_preact", "resnet50")  # of their kinds
 CIFAR = [name for name in PARAMETERS if name not in IMAGENET]
 
 
@@ -47,7 +48,7 @@ def test_all_architectures_are_listed_here() -> None:
     assert set(ARCHS) == set(PARAMETERS) | set(TABLE_2) | VIDEOS == set(LAST_NORMALIZERS)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", quick(PARAMETERS, *SMALLEST))
 def test_size_and_output(name: str) -> None:
     torch.manual_seed(0)
     model = ARCHS[name](classes=10)
@@ -60,7 +61,7 @@ def test_size_and_output(name: str) -> None:
     assert normalizers == {nn.BatchNorm2d}
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", quick(PARAMETERS, *SMALLEST))
 def test_last_normalizers_see_what_is_pooled(name: str) -> None:
     """Together they have every channel of the pooled feature; only the classifier comes behind."""
     model = ARCHS[name]().eval()
@@ -79,7 +80,7 @@ def test_last_normalizers_see_what_is_pooled(name: str) -> None:
     assert set(last) <= set(order[-(2 + 3 * branches) :])
 
 
-@pytest.mark.parametrize("name", ["resnet14", "resnet14_preact", "resnet18_cifar"])
+@pytest.mark.parametrize("name", quick(["resnet14", "resnet14_preact", "resnet18_cifar"], "resnet14"))
 def test_dropout_is_of_the_pooled_features(name: str) -> None:
     torch.manual_seed(0)
     model = convert(ARCHS[name](dropout=0.5), "bkn", stat_batch=2)

@@ -56,11 +56,12 @@ def compiled_equals_eager(model: nn.Module, backend: str) -> None:
 def test_compiled_network_is_the_eager_one(
     norm: str, options: dict[str, Any], memory_format: torch.memory_format
 ) -> None:
-    """In training and evaluation. The quick ones' graphs of training are in the contract, for every normalizer."""
+    """In training and evaluation. Graphs of training alone are in the contract, for every normalizer."""
     model = convert(Residual(), norm, **options).to(memory_format=memory_format)  # type: ignore[call-overload]
     compiled_equals_eager(model, "aot_eager")
 
 
+@pytest.mark.slow
 def test_compiled_sampling_is_the_eager_one() -> None:
     model = convert(Chain(lambda chain, x: chain.relu(x)), "bkn", predictor="sampling", stat_batch=2)
     compiled_equals_eager(model, "aot_eager")

@@ -85,7 +85,7 @@ def outputs(model, x):
     return y
 
 
-@pytest.mark.parametrize("kind", ["wnn", "eigennet"])
+@pytest.mark.parametrize("kind", quick(["wnn", "eigennet"], "eigennet"))
 def test_a_refresh_keeps_the_function(kind):
     """ResNet-14, zero padding and all; float64 by rounding alone, float32 to 1e-5."""
     for dtype, tolerance in ((D, 1e-9), (torch.float32, 1e-4)):
@@ -218,7 +218,7 @@ def test_fold_of_a_converted_model_writes_the_weights_back():
     assert error(plain.eval()(x).detach(), model.eval()(x).detach()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick(KINDS, "eigennet"))
 def test_the_state_dict_has_all_of_it(kind):
     """Training goes on as it would, the next refresh included."""
     model, fresh = network(kind, D), network(kind, D)

@@ -84,6 +84,7 @@ def test_table3_not_run(tmp_path: Path) -> None:
     assert label.startswith("paper (4x Titan X") and values == ["325.74", "320.94", "1.015", ""]
 
 
+@pytest.mark.slow
 def test_a_real_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = load(tmp_path, *TINY[:-1])
     small.card = replace(small.card, seconds=0)

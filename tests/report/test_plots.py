@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+from helpers import quick
 from records import config, table7, write_record
 
 from kalmannorm import report
@@ -25,34 +27,38 @@ def marks(axis: object) -> list[object]:
     return [line for line in axis.lines if line.get_marker() == "o"]  # type: ignore[attr-defined]
 
 
-def test_every_kind_of_card_is_drawn(tmp_path: Path) -> None:
-    table7(tmp_path)
+KINDS = ("table7", "table8", "figure4", "figure5", "gains", "layer-errors", "mixture", "stat-batch", "initial-gain")
+
+
+@pytest.fixture(scope="module")
+def of_many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with runs for every kind of card."""
+    results = tmp_path_factory.mktemp("many")
+    table7(results)
     for seed in (1, 2):
         for norm in ("bn", "bkn", "gn", "gkn"):
-            write_record(tmp_path, config(norm, arch="resnet32"), seed, 50 + seed)
+            write_record(results, config(norm, arch="resnet32"), seed, 50 + seed)
         for batch in (1, 2, 128):
-            write_record(tmp_path, config("sn", batch, arch="resnet14"), seed, 50 + seed, mixture=(0.2, 0.3, 0.5))
-            write_record(tmp_path, config("bkn", batch, arch="resnet14", gain=0.1), seed, 40 + seed)
-            write_record(tmp_path, config("bn", batch, arch="resnet14"), seed, 40 + seed)
-    for name in (
-        "table7",
-        "table8",
-        "figure4",
-        "figure5",
-        "gains",
-        "layer-errors",
-        "mixture",
-        "stat-batch",
-        "initial-gain",
-    ):
-        group = Group("", "lite") if name == "table8" else LITE
-        found = drawn(tmp_path, name, group)
-        assert found, name
-        for figure in found.values():
-            first = plots.encode(figure, ("svg",))["svg"]
-            assert first.startswith(b"<?xml") and b"nan" not in first.lower()
-            picture = plots.inline(first, name)
-            assert picture.startswith("<svg") and "<metadata" not in picture and "<g id=" not in picture
+            write_record(results, config("sn", batch, arch="resnet14"), seed, 50 + seed, mixture=(0.2, 0.3, 0.5))
+            write_record(results, config("bkn", batch, arch="resnet14", gain=0.1), seed, 40 + seed)
+            write_record(results, config("bn", batch, arch="resnet14"), seed, 40 + seed)
+    return results
+
+
+# Matplotlib takes a second for a picture: where tests are to be quick, one with lines and one with an image.
+@pytest.mark.parametrize("name", quick(KINDS, "table7", "figure5"))
+def test_every_kind_of_card_is_drawn(of_many: Path, name: str) -> None:
+    found = drawn(of_many, name, Group("", "lite") if name == "table8" else LITE)
+    assert found
+    for figure in found.values():
+        first = plots.encode(figure, ("svg",))["svg"]
+        assert first.startswith(b"<?xml") and b"nan" not in first.lower()
+        picture = plots.inline(first, name)
+        assert picture.startswith("<svg") and "<metadata" not in picture and "<g id=" not in picture
+
+
+def test_every_kind_of_card_has_figures(of_many: Path, tmp_path: Path) -> None:
+    assert all(drawn(of_many, name, Group("", "lite") if name == "table8" else LITE) for name in KINDS)
     assert not drawn(tmp_path / "nothing", "figure4")
 
 

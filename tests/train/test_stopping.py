@@ -12,6 +12,7 @@ import coco_files
 import pytest
 import scene_files
 import video_files
+from helpers import quick
 from trainings import small_digits
 
 from kalmannorm import stopping
@@ -108,7 +109,7 @@ def result(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in json.loads(file.read_text()).items() if key != "host"}
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", quick(PHASES, "loading", "a step", "evaluating", "writing"))
 def test_every_phase_saves_says_so_and_asks_for_another_start(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -155,7 +156,7 @@ OTHERS: dict[str, tuple[Callable[[Path], Path], list[str], type[Task]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", quick(OTHERS, "segmentation"))
 def test_other_tasks_end_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:

@@ -186,20 +186,32 @@ def test_weights_of_convolutions_in_time_decay():
 # --- runs ---
 
 
-def test_a_run_and_going_on_ends_in_the_same_numbers(root, tmp_path, monkeypatch, capsys):
-    overrides = [*SMALL, "norm=bkn", "arch.dropout=0.5", "budget.epochs=2"]
-    assert main(["train", *overrides, *place(tmp_path / "whole", root)]) == 0
-    steps = signal_in_steps(monkeypatch, signal.SIGUSR1, 3)
-    assert main(["train", *overrides, *place(tmp_path / "cut", root)]) == 128 + signal.SIGUSR1
-    assert main(["train", *overrides, *place(tmp_path / "cut", root)]) == 0 and len(steps) == 4
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
-    one = only_record(tmp_path / "whole")
+OF_TWO_EPOCHS = [*SMALL, "norm=bkn", "arch.dropout=0.5", "budget.epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(["train", *OF_TWO_EPOCHS, *place(folder, root)]) == 0
+    return folder
+
+
+def test_a_run_is_recorded_and_evaluated_again(root, whole, capsys):
+    one = only_record(whole)
     assert one["data"]["train_images"] == 8 and one["data"]["test_images"] == 6
     for kind in ("moving", "online", "precise"):
         assert one["final"][kind]["images"] == 6 and one["final"][kind]["top5"] == 100
     capsys.readouterr()
-    assert main(["evaluate", one["id"], *place(tmp_path / "whole", root), "device=cpu"]) == 0
+    assert main(["evaluate", one["id"], *place(whole, root), "device=cpu"]) == 0
     assert f"{one['final']['precise']['accuracy']:.2f} %  (record" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_going_on_ends_in_the_same_numbers(root, whole, tmp_path, monkeypatch):
+    steps = signal_in_steps(monkeypatch, signal.SIGUSR1, 3)
+    assert main(["train", *OF_TWO_EPOCHS, *place(tmp_path, root)]) == 128 + signal.SIGUSR1
+    assert main(["train", *OF_TWO_EPOCHS, *place(tmp_path, root)]) == 0 and len(steps) == 4
+    assert_same_run(whole, tmp_path)
 
 
 def test_on_a_cpu_videos_train_in_float32(monkeypatch):
