@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import net, quick
+from helpers import net
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -254,10 +254,9 @@ def test_gamma_decay_sees_each_image_once(variant: str, reentrant: bool) -> None
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("how", quick([None, False, True], False))
-@pytest.mark.parametrize(
-    ("norm", "options"), [("brn", {}), pytest.param("pn", {"estimator": "memory"}, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [None, False, True])
+@pytest.mark.parametrize(("norm", "options"), [("brn", {}), ("pn", {"estimator": "memory"})], ids=str)
 def test_compiled_within_a_checkpoint(norm: str, options: dict[str, Any], how: bool | None) -> None:
     """What moving averages correct is corrected by those of the first forward, as in what runs once, uncompiled."""
     torch._dynamo.reset()

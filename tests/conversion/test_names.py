@@ -313,6 +313,7 @@ def test_a_function_that_was_replaced_is_called(kind: str, monkeypatch: pytest.M
     assert model(x).shape != before.shape or not torch.equal(model(x), before)
 
 
+@pytest.mark.slow
 def test_functions_that_may_be_replaced_are_compiled() -> None:
     code = "x = Operations.twice(activation(outer(self.part.scale(self.scale(x) * self.rate))))\n"
     converted, x = same(rebound(f"{code}return self.own(self.row(self.part(x)))")), torch.randn(2, 3, 6, 6)

@@ -127,7 +127,7 @@ def sparsest(z: np.ndarray, radius: float) -> np.ndarray:
     return w
 
 
-@pytest.mark.parametrize("dtype", [D, torch.float32])
+@pytest.mark.parametrize("dtype", [pytest.param(D, marks=pytest.mark.slow), torch.float32])
 def test_sparsestmax(dtype: torch.dtype) -> None:
     """Logits near and far from each other, radii on both sides of every change; the Jacobian by differences."""
     radii = [0, 0.05, 0.2, 0.4, 0.407, 0.409, 0.6, 0.705, 0.709, 0.8, 0.816, 0.8165, 0.9, 1.0]

@@ -231,7 +231,8 @@ def test_the_state_dict_has_all_of_it(kind):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("kind", quick(["pre_gwnn", "eigennet"], "eigennet"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pre_gwnn", "eigennet"])
 def test_compiled_is_eager(kind):
     """Also after a refresh, which changes buffers."""
     torch._dynamo.reset()

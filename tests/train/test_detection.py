@@ -11,7 +11,6 @@ import coco_files
 import pytest
 import torch
 from coco_files import TINY, TINY_FPN
-from helpers import quick
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from trainings import assert_same_run, once, outcome, place, signal_in_steps
@@ -148,7 +147,8 @@ def test_frozen_constants_are_measured_once(root, tmp_path):
     assert seen[0].mean().abs() < 0.1 and 0.8 < seen[0].var() < 1.2
 
 
-@pytest.mark.parametrize("norm", quick(["frozen", "gn", "bkn"], "bkn"))
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["frozen", "gn", "bkn"])
 def test_all_losses_fall(root, norm):
     config = compose(once([*TINY, f"norm={norm}", "schedule.lr=0.02", "budget.subset=4"]))
     ranks = Ranks(config)
