@@ -301,6 +301,7 @@ def test_wrapped_models_and_others_are_not_converted() -> None:
                 function(thing)
 
 
+@pytest.mark.slow
 def test_a_part_that_is_compiled_afterwards_hands_beliefs_on() -> None:
     model, x = convert(nn.Sequential(net()[:3], net()[3:]), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)
     expected, report = copy.deepcopy(model)(x), belief_report(model, x)

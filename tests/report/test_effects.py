@@ -110,6 +110,7 @@ def test_equal_variances_are_scipys() -> None:
     assert found is not None and found.equal == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_intervals_are_simultaneous() -> None:
     """Thirty differences from two seeds of sixteen rows: all intervals hold at once in 95 % of draws."""
     held = 0

@@ -90,6 +90,7 @@ def test_a_worker_lives_on_from_run_to_run_and_is_replaced_after_a_failure(tmp_p
 # --- signals ---
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_nothing_behind_and_is_finished_by_calling_it_again(tmp_path, plan):
     file = plan({"*": ["hang"]})
     arguments = ["sweep", *TABLE7, "seeds=2", *place(tmp_path), "slots=2"]

@@ -60,6 +60,7 @@ def test_two_processes_equal_one(root, tmp_path):
     assert_same(tmp_path, {"bkn": [*SMALL, f"data={root}"]}, partial(on_processes, 2), images=12)
 
 
+@pytest.mark.slow
 def test_an_unreadable_file_fails_the_run_or_is_left_out(tmp_path, capsys, monkeypatch):
     folders.write(tmp_path / "data" / "toy", val=3)
     for file in ("train/c1/2.jpg", "val/c0/1.jpg"):

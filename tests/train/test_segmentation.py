@@ -71,6 +71,7 @@ def test_finished_runs_are_evaluated_again(done, capsys):
         assert f"{kind:8} {shown}  (record {shown})" in said
 
 
+@pytest.mark.slow
 def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
     """Stopped by a signal in the first step, in mid-epoch, and once more in the second epoch's last."""
     again = [*done[1][:-3], *place(tmp_path, root)]

@@ -109,7 +109,7 @@ def result(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in json.loads(file.read_text()).items() if key != "host"}
 
 
-@pytest.mark.parametrize("phase", quick(PHASES, "loading", "a step", "evaluating", "writing"))
+@pytest.mark.parametrize("phase", quick(PHASES, "a step", "evaluating", "writing"))
 def test_every_phase_saves_says_so_and_asks_for_another_start(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
