@@ -1,6 +1,7 @@
 """Converted models in others' hands: half types, feature extractors, pruning, export, sharding, replicas."""
 
 import copy
+import io
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -389,6 +390,13 @@ def test_a_trace_in_training_has_moving_statistics(norm: str) -> None:
     for a, b in zip(twin.buffers(), model.buffers(), strict=True):
         torch.testing.assert_close(a, b)
         assert not a.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_what_measures_in_evaluation_is_saved() -> None:
+    model, x = convert(Net(), "gkn").eval(), images()
+    torch.jit.save(torch.jit.trace(model, x), file := io.BytesIO())
+    torch.testing.assert_close(torch.jit.load(io.BytesIO(file.getvalue()))(x), model(x))
 
 
 @pytest.mark.parametrize("norm", ["bn", "bkn", "gkn"])

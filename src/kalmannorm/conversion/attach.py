@@ -12,9 +12,10 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.conv import _ConvNd
 
+from kalmannorm.conversion.batch_norms import normalize
 from kalmannorm.conversion.names import CHECKPOINT
 from kalmannorm.conversion.operations import SIGNS, make_dict, rule_of, rule_of_class
-from kalmannorm.conversion.trace import IN_SEGMENTS, Trace, normalize
+from kalmannorm.conversion.trace import IN_SEGMENTS, Trace
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import Args, Kwargs
 from kalmannorm.norm.moments import Predictor

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kalmannorm.conversion import retrace, runtime
+from kalmannorm.conversion.batch_norms import BATCH_NORM
 from kalmannorm.conversion.names import CHECKPOINT, Loan, Surroundings, class_of, lending
 from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
 from kalmannorm.conversion.rules import Operation, fields_of, has_belief
 from kalmannorm.conversion.runtime import apply, call, checkpointed, normalized
-from kalmannorm.conversion.trace import BATCH_NORM
 from kalmannorm.norm import GroupedStatistics, contract
 from kalmannorm.norm.belief import Args, Belief, Beliefs, Carried, Kwargs, Returned
 from kalmannorm.norm.checkpoints import is_within

@@ -18,13 +18,10 @@ from kalmannorm.conversion.layers import copied, replace
 from kalmannorm.conversion.operations import MODULES_BY_NAME
 from kalmannorm.conversion.trace import (
     APPENDS,
-    OwnCode,
     Passed,
     Trace,
     Untraceable,
-    has_forward_of_its_own,
     trace,
-    trace_layer,
 )
 from kalmannorm.conversion.write import Summary
 from kalmannorm.norm import Estimator
@@ -57,25 +54,6 @@ def _is_convolution(kind: Any) -> bool:
 
 def _is_layer(kind: Any) -> bool:
     return kind.forward is nn.Linear.forward or kind.forward in _TRANSPOSED or _is_convolution(kind)
-
-
-def trace_layers(
-    layers: dict[str, _BatchNorm],
-) -> tuple[dict[_BatchNorm, dict[str, Trace]], dict[str, str]]:
-    """Traces of the BatchNorm layers that do more than normalize, none of those that cannot be traced; and by name
-    why others are left as they are: they normalize by code of their own."""
-    traces: dict[_BatchNorm, dict[str, Trace]] = {}
-    left: dict[str, str] = {}
-    for name, layer in layers.items():
-        if layer in traces or not has_forward_of_its_own(layer):
-            continue
-        try:
-            traces[layer] = {mode: trace_layer(layer, name, mode == "train") for mode in ("train", "eval")}
-        except Untraceable:
-            traces[layer] = {}
-        except OwnCode as error:
-            left[name] = str(error)
-    return traces, left
 
 
 def generate_layers(traces: dict[_BatchNorm, dict[str, Trace]], built: dict[_BatchNorm, nn.Module]) -> None:

@@ -13,25 +13,21 @@ import operator
 import pickle
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from kalmannorm.conversion.names import (
     CHECKPOINT,
     Plain,
-    Scope,
     Surroundings,
     class_of,
     derived,
@@ -58,8 +54,6 @@ def is_in_place(name: str) -> bool:
 _DEPTH = 3  # of attributes of a module's attributes
 _NOT_READ = ("builtins", "torch", "collections", "functools", "enum", "random", "numpy")  # modules of objects
 _OF_MODULES = {*vars(nn.Module())}
-
-BATCH_NORM = inspect.signature(F.batch_norm)
 
 
 class Passed(NamedTuple):
@@ -114,7 +108,7 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
     draws random numbers).
     """
     frozen = _frozen(module, passed)
-    tracer = _Tracer(passed)
+    tracer = Tracer(passed)
     modes, drawn = {m: m.training for m in module.modules()}, _random_state()
     around = Surroundings(type(module), set(map(type, modes)))
     if around.refused:
@@ -225,7 +219,7 @@ class _ListArgument(_Proxy):
         return list
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # what is made of a buffer is made of it in every forward, not once
 
     def __init__(self, passed: Passed) -> None:
@@ -433,94 +427,6 @@ def expression_of(path: str) -> str:
 
 def attribute_of(owner: str, name: str) -> str:
     return f"{owner}.{name}" if name.isidentifier() else f'getattr({owner}, "{name}")'
-
-
-# --- BatchNorm layers that do more than normalize ---------------------------------------------------------------------
-
-
-class OwnCode(ValueError):
-    """A BatchNorm layer does not normalize as its base class does."""
-
-
-def has_forward_of_its_own(layer: nn.Module) -> bool:
-    """Whether a BatchNorm layer's class computes more than torch's, or something else (timm's BatchNormAct2d)."""
-    return type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or "forward" in layer.__dict__
-
-
-def normalize(x: Tensor) -> Tensor:
-    """Stands in the graph of such a layer where it normalizes."""
-    raise NotImplementedError
-
-
-def trace_layer(layer: _BatchNorm, name: str, training: bool) -> Trace:
-    """The graph of such a layer, with `normalize` where it normalizes, by F.batch_norm or by its base class.
-
-    Raises OwnCode: it normalizes by code of its own. Untraceable: its forward has options, or decides by its input.
-    """
-    tracer = _LayerTracer(layer, name)
-    mode = layer.training
-    if len(inspect.signature(layer.forward).parameters) > 1:
-        raise Untraceable("it has options")
-    try:
-        layer.training = training
-        with tracer.reading_base_class():
-            graph = tracer.trace(layer)
-    except OwnCode:
-        raise
-    except Exception as error:
-        raise Untraceable(str(error)) from error
-    finally:
-        layer.training = mode
-    if not tracer.found:
-        raise OwnCode(
-            f"{name} ({type(layer).__name__}) is a BatchNorm layer that normalizes by code of its own, neither by "
-            "F.batch_norm nor by its base class"
-        )
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and node.target == "num_batches_tracked":  # the new normalizer counts for itself
-            for user in list(node.users):
-                graph.erase_node(user)
-        if node.op == "get_attr" and not node.users:  # a moving average, which the new normalizer may be without
-            graph.erase_node(node)
-    return Trace(graph, {}, {}, {})
-
-
-class _LayerTracer(_Tracer):
-    def __init__(self, layer: _BatchNorm, name: str) -> None:
-        super().__init__(Passed.nothing())
-        self.layer, self.name, self.found = layer, name, False
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
-        if kind == "call_function" and target is F.batch_norm:
-            return self._normalization(BATCH_NORM.bind(*args, **kwargs).arguments)
-        return super().create_proxy(kind, target, args, kwargs, *rest, **more)
-
-    def _normalization(self, given: Scope) -> fx.Proxy:
-        layer = self.layer
-        names = [key if getattr(layer, key) is not None else None for key in ("weight", "bias")]
-        found = [getattr(getattr(given.get(key), "node", None), "target", None) for key in ("weight", "bias")]
-        training = layer.training or layer.running_mean is None
-        if found != names or given.get("training") is not training or given.get("eps") != layer.eps:
-            raise OwnCode(f"{self.name} ({type(layer).__name__}) does not normalize as its base class, BatchNorm, does")
-        return self._call(given["input"])
-
-    def _call(self, x: object) -> fx.Proxy:
-        self.found = True
-        return super().create_proxy("call_function", normalize, (x,), {})
-
-    @contextmanager
-    def reading_base_class(self) -> Iterator[None]:
-        """While it lasts, super().forward(x) stands for the normalization."""
-        tracer = self
-        classes: tuple[Any, ...] = (_BatchNorm, nn.SyncBatchNorm)
-        originals = [cls.forward for cls in classes]
-        try:
-            for cls in classes:
-                cls.forward = lambda self, input: tracer._call(input)
-            yield
-        finally:
-            for cls, original in zip(classes, originals, strict=True):
-                cls.forward = original
 
 
 # --- the state of the process ------------------------------------------------------------------------------

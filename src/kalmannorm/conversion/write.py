@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
+from kalmannorm.conversion.batch_norms import normalize
 from kalmannorm.conversion.names import CHECKPOINT
 from kalmannorm.conversion.operations import CURVES, MODULES, SIGNS, VIEWS, WEIGHTED, make_dict, same_items
 from kalmannorm.conversion.pixelwise import PRODUCTS
 from kalmannorm.conversion.runtime import belief_of, call, changed, checkpointed, in_segments, key_of, lost, normalized
-from kalmannorm.conversion.trace import IN_SEGMENTS, is_in_place, normalize
+from kalmannorm.conversion.trace import IN_SEGMENTS, is_in_place
 from kalmannorm.norm.belief import pick
 
 

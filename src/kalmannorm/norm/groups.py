@@ -90,9 +90,10 @@ def merge(split: Tensor, shape: torch.Size) -> Tensor:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func's transforms or forward-mode derivatives are under way, which ask more of autograd functions
-    than our own have."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether torch.func's transforms, forward-mode derivatives or torch.jit.trace are under way, which ask more of
+    autograd functions than our own have."""
+    is_traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_traced
 
 
 def takes_plain_operations() -> bool:
