@@ -1,6 +1,7 @@
 """`kalmannorm report`: an experiment's table or figure from the records, all of them, or two runs beside each other."""
 
 import gc
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -172,6 +173,10 @@ def _compares(card: Card, group: Group, cells: Cells) -> bool:
         _, _, value, _ = figures.SETTINGS[card.kind]
         if len({value(card, row) for row in ran} - {None}) < 2:
             return False
+    columns = [c for c in card.columns if any(cells.cell(card, r, group, c).runs for r in ran if r.has(c))]
+    varied, every = ({json.dumps(c.runs, sort_keys=True) for c in of} for of in (columns, card.columns))
+    if len(varied) < min(2, len(every)):
+        return False
     return len(normalizers(ran)) >= min(2, len(normalizers(card.rows)))
 
 

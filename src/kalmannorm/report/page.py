@@ -154,7 +154,9 @@ def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
 
 
 def _ours(verdict: Verdict) -> bool:
-    return verdict.explored and verdict.claim.ours and verdict.group is not None and verdict.group.width == 1
+    """Say whether a claim of ours has an interval, without which a difference answers nothing."""
+    at_full_width = verdict.group is not None and verdict.group.width == 1
+    return verdict.explored and verdict.claim.ours and at_full_width and math.isfinite(verdict.low)
 
 
 def _in_words(verdict: Verdict, place: str) -> str:
