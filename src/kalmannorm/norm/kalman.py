@@ -1,6 +1,7 @@
 """Kalman Normalization: the update step (paper Eq. 7 lines 2 and 4) over the statistics sets of BN and GN (Eq. 8)."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Estimator(TakesBeliefs):
     spread = False  # whether a batch is spread over processes (modes.spread_batches)
     gain_logit: Tensor | None
     noise_raw: Tensor | None
+    rows: Callable[[int], int]  # of how many rows a prior for a number of images is; a method of each subclass
 
     def _init_estimator(
         self,
@@ -80,10 +82,6 @@ class Estimator(TakesBeliefs):
             self.gain_logit.fill_(math.log(self.initial_gain / (1 - self.initial_gain)) if self.initial_gain else 0.0)
         if self.noise_raw is not None:
             self.noise_raw.fill_(math.log(math.expm1(INITIAL_NOISE)))
-
-    def rows(self, images: int) -> int:
-        """Of how many rows a prior for that many images is."""
-        raise NotImplementedError
 
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
         """x normalized, and the belief to hand on."""
