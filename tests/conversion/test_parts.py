@@ -1,0 +1,149 @@
+"""Parts of a model that change after the conversion, lists of parameters, and forwards that stand on an instance."""
+
+import copy
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from helpers import conv3x3
+from torch import Tensor, nn
+
+from kalmannorm import belief_report, convert, fold
+from kalmannorm.conversion import untraced
+
+
+class Used(nn.Module):
+    """What a ReLU takes in is used again behind it."""
+
+    def __init__(self, nested: bool, inplace: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv1, self.bn1, self.conv2, self.bn2 = conv3x3(3, 4), nn.BatchNorm2d(4), conv3x3(4, 4), nn.BatchNorm2d(4)
+        self.relu: nn.Module = nn.ReLU(inplace)
+        if nested:
+            self.relu = nn.Sequential(nn.Sequential(self.relu))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        z = self.relu(y)
+        return self.bn2(self.conv2(y)) + z
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_relu_that_is_in_place_from_now_on_or_no_longer(before: bool, nested: bool) -> None:
+    changed, x = convert(Used(nested, before), "bkn", stat_batch=2), torch.randn(2, 3, 6, 6)
+    next(layer for layer in changed.modules() if isinstance(layer, nn.ReLU)).inplace = not before
+    torch.testing.assert_close(changed(x), convert(Used(nested, not before), "bkn", stat_batch=2)(x))
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Sequential(conv3x3(3, 3), nn.BatchNorm2d(3)) for name in ("a", "b")})
+        self.scales = nn.ParameterList([torch.ones(()), torch.full((), 2.0)])
+        self.shifts = nn.ParameterDict({"a": torch.zeros(()), "b": torch.ones(())})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for (name, layer), scale in zip(self.layers.items(), self.scales, strict=True):
+            x = layer(x) * scale + self.shifts[name]
+        return x
+
+
+def test_lists_and_dicts_of_parameters_in_a_loop() -> None:
+    model, x = Scales().eval(), torch.randn(2, 3, 6, 6)
+    converted = convert(model, "bkn", stat_batch=2)
+    torch.testing.assert_close(converted(x), model(x))
+    assert belief_report(converted, x)["layers.b.1"] is None and not untraced(converted)
+
+
+# --- forwards on the instance, and what they return ---
+
+
+@dataclass
+class Output:
+    value: Tensor
+    second: Tensor | None = None
+
+
+class InAnObject(nn.Module):
+    def __init__(self, values_decide: bool) -> None:
+        super().__init__()
+        self.values_decide, self.part = values_decide, nn.Sequential(conv3x3(3, 4), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.part(x) if not self.values_decide or x.sum() < 1e9 else x)
+
+
+class Around(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.conv, self.bn = part, conv3x3(4, 4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.part(x)
+        return self.bn(self.conv(x.value if isinstance(x, Output) else x))
+
+
+def twice(self: Any, x: Tensor) -> Tensor:
+    return 2 * (nn.Sequential if isinstance(self, nn.Sequential) else type(self)).forward(self, x)
+
+
+def twice_the_whole(self: Any, x: Tensor) -> Tensor:
+    return 2 * self.bn(self.conv(self.part(x)))
+
+
+@pytest.mark.parametrize("values_decide", [False, True])
+def test_a_data_class_hands_beliefs_on(values_decide: bool) -> None:
+    model = Around(InAnObject(values_decide)).eval()
+    converted, x = convert(model, "bkn", stat_batch=2), torch.randn(4, 3, 6, 6)
+    assert belief_report(converted, x)["bn"] is None
+    torch.testing.assert_close(converted(x), model(x))
+
+
+@pytest.mark.parametrize("place", ["", "part"])
+def test_a_forward_on_the_instance_runs_as_it_is(place: str) -> None:
+    model, x = Around(nn.Sequential(conv3x3(3, 4), nn.BatchNorm2d(4))).eval(), torch.randn(4, 3, 6, 6)
+    changed = model.get_submodule(place)
+    changed.forward = MethodType(twice_the_whole if place == "" else twice, changed)
+    converted = convert(model, "bkn", stat_batch=2)
+    assert "set on the instance" in untraced(converted)[place] and belief_report(converted, x)["bn"] is None
+    for copied in (converted, copy.deepcopy(converted), fold(converted)):
+        torch.testing.assert_close(copied(x), model(x))
+    folded = fold(converted).get_submodule(place)
+    assert isinstance(folded.forward, MethodType) and folded.forward.__self__ is folded
+
+
+def test_a_layer_with_a_forward_on_the_instance_has_no_rule() -> None:
+    model = Around(nn.Sequential(conv3x3(3, 4), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(6, 6)))
+    for layer in model.part[2:]:  # type: ignore[index]
+        layer.forward = MethodType(twice, layer)
+    report = belief_report(converted := convert(model.eval(), "bkn", stat_batch=2), x := torch.randn(4, 3, 6, 6))
+    assert str(report["bn"]).startswith("part.2 (ReLU: a hook or a forward of its own")
+    torch.testing.assert_close(converted.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("place", ["block", "conv"])
+def test_a_forward_set_on_a_part_after_the_conversion(place: str) -> None:
+    """It runs as it is, and hands no belief on."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+            self.block = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+            self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(self.block(self.stem(x))))
+
+    model, x = convert(Parts(), "bkn", stat_batch=2), torch.randn(4, 3, 12, 12)
+    assert belief_report(model, x)["bn"] is None
+    part = model.get_submodule(place)
+    part.forward = MethodType(lambda self, x: x * 2, part)
+    assert "before it" in str(belief_report(model, x)["bn"])
+    before = model.block(model.stem(x)) if place == "conv" else model.stem(x)
+    after = (lambda y: y) if place == "conv" else model.conv
+    torch.testing.assert_close(model(x), model.bn(after(2 * before)))
