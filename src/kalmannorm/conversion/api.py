@@ -22,12 +22,7 @@ from torch.utils._pytree import tree_map_only
 from kalmannorm.conversion import classes
 from kalmannorm.conversion.batch_norms import trace_layers
 from kalmannorm.conversion.flow import stand_ins
-from kalmannorm.conversion.generate import (
-    beneath_parametrization,
-    generate,
-    generate_layers,
-    is_container,
-)
+from kalmannorm.conversion.generate import beneath_parametrization, generate, generate_layers, is_container
 from kalmannorm.conversion.layers import (
     add_biases,
     build_normalizer,

@@ -494,13 +494,12 @@ def root_code(cls: type[nn.Module], input_belief: str | None, relu: str, returns
     if handed.startswith("*"):
         image = f"next(iter({first}{'.values()' if handed.startswith('**') else ''}), None)"
         by_name = f"dict.fromkeys(list({first})[:1], given)"
-    known = {"buffers": f"known_input(self, {image})", "argument": f"{first}_belief"}
-    known["data"] = known["buffers"]
+    known = f"{first}_belief" if input_belief == "argument" else f"known_input(self, {image})"
     if input_belief == "argument":
         head = head.replace(first, f"{first}, {first}_belief=None", 1)
     lines = [f"    given = pick(beliefs, 0, {first!r})"]
     if input_belief is not None and first:
-        lines += [f"    given = used({known[input_belief]} if given is None else given)"]
+        lines += [f"    given = used({known} if given is None else given)"]
     lines += ["    if isinstance(given, Belief) and _RELU != 'closed':", "        given = Carried(given, '', _RELU)"]
     positional = "=" not in handed and not handed.startswith("**")
     others = "".join(f"{a}, " for a in arguments.values())

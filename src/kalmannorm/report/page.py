@@ -154,7 +154,7 @@ def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
 
 
 def _ours(verdict: Verdict) -> bool:
-    """Say whether a claim of ours has an interval, without which a difference answers nothing."""
+    """Say whether it is a claim of ours on a whole network with an interval, without which it answers nothing."""
     at_full_width = verdict.group is not None and verdict.group.width == 1
     return verdict.explored and verdict.claim.ours and at_full_width and math.isfinite(verdict.low)
 
