@@ -103,7 +103,9 @@ def test_a_reader_that_leaves_is_no_error(trained: Path) -> None:
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-def test_an_output_that_takes_nothing_is_named(trained: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # written at the end, or line by line
+def test_an_output_that_takes_nothing_is_named(unbuffered: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     line = f"{sys.executable} -m kalmannorm records list --results {trained} > /dev/full"
     done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=100)
     assert done.returncode == 2 and b"No space left on device" in done.stderr and b"Traceback" not in done.stderr

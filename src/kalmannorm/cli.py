@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
         return _say("interrupted; the same command goes on from the last checkpoint", 130)
-    except BrokenPipeError:  # who reads has seen enough; nor is there anybody to flush to at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # who reads has seen enough
+        _drop_output()
         return 0
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("kalmannorm"):
@@ -54,7 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno is None:
             raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         return _say(f"{error.filename or 'input or output'}: {error.strerror}", 2)
+
+
+def _drop_output() -> None:
+    """Let what is left of the output go nowhere: Python writes it at its end, and would fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _say(text: str, code: int) -> int:
