@@ -3,7 +3,8 @@
 import gc
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +18,17 @@ from kalmannorm.experiments.card import Card, Row
 from kalmannorm.experiments.cards import chosen
 from kalmannorm.experiments.composition import refuse_repeated, split_paths
 from kalmannorm.files import write_atomically
+from kalmannorm.machine import cores
 from kalmannorm.report import claims, effects, figures, frame, page, parameters, plots, speed, tables
 from kalmannorm.report.compare import compare as beside
 from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.page import Made
 
 ALONE = ("gains", "layer_errors", "mixture", "death", "conditioning")  # kinds of cards that say something of one run
+COUNTED = ("parameters", "speed")  # kinds of cards without runs
 GROUPED = ("dataset", "budget", "schedule")
 DOCUMENTS = {"docs/results.md": page.results_markdown, "README.md": page.readme_markdown}
+_shared: list[Any] = []  # cells and results, in a process that draws
 
 
 def report(name: str, arguments: list[str]) -> int:
@@ -78,14 +82,16 @@ def report_all(arguments: list[str]) -> int:
 def write_all(results: Path) -> list[Path]:
     """Write all files and return their paths."""
     cells = Cells(frame.load(results))
-    made: list[Made] = []
-    absent = []
-    for card in sorted(map(cards.read, cards.names()), key=lambda card: _place(card, cells)):
-        if not card.same_as:
-            found = list(_make(card, cells, results, partial(_compares, card, cells=cells)))
-            made += found
-            absent += [] if found else [card]
-    verdicts = claims.evaluate(cells, results)
+    every = [card for card in map(cards.read, cards.names()) if not card.same_as]
+    every.sort(key=lambda card: _place(card, cells))
+    # Drawing is most of the work. What is counted stays here, where the claims count the same networks.
+    with ProcessPoolExecutor(min(cores(), len(every)), initializer=_share, initargs=(cells, results)) as pool:
+        running = {card.name: pool.submit(_made, card) for card in every if card.kind not in COUNTED}
+        of_cards = {card.name: list(_make(card, cells, results)) for card in every if card.kind in COUNTED}
+        verdicts = claims.evaluate(cells, results)
+        of_cards |= {name: future.result() for name, future in running.items()}
+    made = [one for card in every for one in of_cards[card.name]]
+    absent = [card for card in every if not of_cards[card.name]]
     written = [results / file for one in made for file in one.files]
     picture = page.forest(verdicts)
     drawn, files = _draw(results, "claims", picture) if picture else ("", [])
@@ -104,6 +110,16 @@ def write_all(results: Path) -> list[Path]:
     return written
 
 
+def _share(*shared: Any) -> None:
+    """Keep for `_made` what a process of the pool is started with."""
+    _shared[:] = shared
+
+
+def _made(card: Card) -> list[Made]:
+    cells, results = _shared
+    return list(_make(card, cells, results, partial(_compares, card, cells=cells)))
+
+
 def compare(runs: list[str], arguments: list[str]) -> int:
     """Print two runs beside each other."""
     print(beside(place_of_results(arguments), *runs))
@@ -120,9 +136,11 @@ def place_of_results(arguments: list[str]) -> Path:
     return Path(paths.get("results") or "results")
 
 
-def _make(card: Card, cells: Cells, results: Path, wanted: Any) -> Iterator[Made]:
+def _make(
+    card: Card, cells: Cells, results: Path, wanted: Callable[[Group], bool] = lambda group: True
+) -> Iterator[Made]:
     """Write the files of a card, and say what they show, for each group of its runs."""
-    if card.kind in ("parameters", "speed"):
+    if card.kind in COUNTED:
         counted = parameters.sheet(card) if card.kind == "parameters" else speed.sheet(card, results)
         yield Made(card, None, counted, {}, _write(results, tables.files(counted)))
         return
