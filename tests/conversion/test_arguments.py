@@ -9,6 +9,7 @@ from helpers import error, net
 from torch import Tensor, nn
 
 from kalmannorm import belief_report, convert
+from kalmannorm.conversion import untraced
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +136,53 @@ def test_a_tensor_of_another_class(norm: str) -> None:
     y = model(IMAGE.as_subclass(Wrapped))
     y.sum().backward()
     assert type(y) is Wrapped and error(y.detach().as_subclass(Tensor), model(IMAGE).detach()) < 1e-5
+
+
+class ToParameters(Holding):
+    """As Hugging Face's models do."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.to(self.dtype).to(next(self.parameters()).device))
+
+
+class ByType(Holding):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x if x.dtype is torch.float32 else 2 * x)
+
+
+class Catching(Holding):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.net(x)
+        except RuntimeError:
+            return self.net(x.mT)
+
+
+@pytest.mark.parametrize("kind", [ToParameters, ByType, Catching])
+def test_types_devices_and_errors_are_those_of_the_run(kind: type[nn.Module]) -> None:
+    """Not those of the conversion."""
+    original = kind().eval()
+    model = convert(original, "bkn", stat_batch=2)
+    assert list(untraced(model)) == [""] and belief_report(model, IMAGE)["net.4"] is None
+    for each in (model, original):
+        each.double()
+    x = IMAGE if kind is ToParameters else IMAGE.double()
+    torch.testing.assert_close(model(x), original(x))
+    if kind is Catching:
+        model.net[0].register_forward_pre_hook(fails_once := _FailsOnce())
+        assert model(x).shape == (4, 4) and fails_once.calls == 2
+    if kind is ToParameters:
+        assert model.to("meta")(x).device.type == "meta"
+
+
+class _FailsOnce:
+    calls = 0
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.calls += 1
+        if self.calls == 1:
+            raise RuntimeError("out of memory")

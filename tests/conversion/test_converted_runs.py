@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import net
+from helpers import error, net
 from torch import Tensor, nn
 from torch.ao.quantization import fuse_modules
 from torch.autograd import forward_ad
@@ -14,7 +14,7 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kalmannorm import NORMS, KalmanBatchNorm2d, belief_report, convert, fold
+from kalmannorm import NORMS, KalmanBatchNorm2d, belief_report, convert, fold, precise_statistics
 from kalmannorm.norm.moments import Predictor
 
 
@@ -48,6 +48,30 @@ def test_without_moving_statistics_afterwards() -> None:
     x = torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(model.eval()(x), model.train()(x))
     assert model.eval()(x[:3]).shape == (3, 4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("norm", ["bn", "bkn", "ibn", "zca"])
+def test_moving_statistics_that_are_no_longer_tracked_stay(norm: str, first: bool) -> None:
+    """Lightning freezes BatchNorm layers by this attribute, before the conversion or after it."""
+
+    def freeze(model: nn.Module) -> nn.Module:
+        for layer in model.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.track_running_stats = False
+        return model
+
+    if first:
+        model = convert(freeze(net(width=16)), norm, stat_batch=4, **({"group": 2} if norm == "zca" else {}))
+    else:
+        model = freeze(convert(net(width=16), norm, stat_batch=4, **({"group": 2} if norm == "zca" else {})))
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(4, 3, 8, 8) + 1
+    y = model.train()(x)
+    precise_statistics(model, [x])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert error(y.detach(), model.eval()(x).detach()) > 0.1  # those of the batch, those that were kept
+    if norm == "bkn":
+        assert not next(layer for layer in fold(model).modules() if isinstance(layer, _BatchNorm)).track_running_stats
 
 
 class Keeper(nn.Module):

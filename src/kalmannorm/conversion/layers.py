@@ -80,6 +80,9 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
                 target.copy_(value[channels] if value.dim() else value)
             if learned:
                 target.requires_grad_(value.requires_grad)
+    if getattr(old, "running_mean", None) is not None and not getattr(old, "track_running_stats", True):
+        for part, _ in _parts(new):  # moving statistics that stay as they are
+            part.track_running_stats = False  # type: ignore[assignment]
     if isinstance(gamma := getattr(old, "weight", None), nn.Parameter) and not gamma.requires_grad:
         for key, parameter in new.named_parameters(recurse=False):  # q and R, new, are as frozen as gamma
             parameter.requires_grad_(parameter.requires_grad and key in BATCH_NORM_STATE)

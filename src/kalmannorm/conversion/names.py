@@ -5,6 +5,7 @@ import abc
 import copy
 import dis
 import functools
+import itertools
 import numbers
 import random
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
@@ -128,6 +130,18 @@ def _globals(code: CodeType) -> frozenset[str]:
     return frozenset(str(one.argval) for one in dis.get_instructions(code) if one.opname in kinds).union(*inner)
 
 
+@functools.cache
+def _beyond_a_graph(code: CodeType) -> str:
+    """Why a graph would always take one way, where the code has two; or nothing."""
+    for before, one in itertools.pairwise(dis.get_instructions(code)):
+        if "EXC_MATCH" in one.opname:
+            return "it catches exceptions"
+        named = getattr(torch, str(before.argval), None)
+        if one.opname == "IS_OP" and (named is torch.dtype or isinstance(named, torch.dtype)):
+            return "it compares a dtype by `is`"
+    return ""
+
+
 class Kept:
     """Values as they were before something ran, which takes back what it changes."""
 
@@ -220,6 +234,7 @@ class Surroundings:
             return
         names = _names(function.__code__)
         self.switches |= bool(names & SWITCHES)
+        self.refused = _beyond_a_graph(function.__code__) or self.refused
         for name in sorted(names & _ASKS | names & {"enable_grad"}):
             self.refused = f"it calls {name}"
         if names & {"type", "isinstance"} - scope.keys():

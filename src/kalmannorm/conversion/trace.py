@@ -286,8 +286,8 @@ class Tracer(fx.Tracer):
 
 
 class _Constants(TorchFunctionMode):
-    """While it lasts, nothing may be computed of parameters and buffers alone, by whatever way the forward found them
-    (`self.parameters()`): a graph would have the value of now."""
+    """While it lasts, nothing may be computed of parameters and buffers alone, nor their type or device be asked for, by
+    whatever way the forward found them (`self.parameters()`): a graph would have the value of now."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -295,8 +295,9 @@ class _Constants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         y = func(*args, **(kwargs or {}))
-        if isinstance(y, Tensor) and any(id(value) in self._constants for value in tree_leaves(args)):
-            raise Untraceable("it computes with parameters that it does not find as attributes")
+        asks = isinstance(y, Tensor) or getattr(func, "__name__", "") == "__get__"
+        if asks and any(id(value) in self._constants for value in tree_leaves(args)):
+            raise Untraceable("it uses parameters that it does not find as attributes")
         return y
 
 

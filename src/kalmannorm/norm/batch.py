@@ -194,9 +194,9 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
         """Exponential average of what normalizes: new = (1 - momentum) old + momentum * mean over the groups.
 
         mean, var [groups, C] (population variance) of `values` values each; `more` for the other buffers of `averaged`.
-        `momentum=None` is the cumulative average, as in torch.
+        `momentum=None` is the cumulative average, and `track_running_stats` set to False leaves them, as in torch.
         """
-        if self.running_mean is None or self.left or is_run_again():
+        if self.running_mean is None or not self.track_running_stats or self.left or is_run_again():
             return
         if self.moving_unbiased:
             var = var * (values / (values - 1))
@@ -307,7 +307,7 @@ class BatchNorm(GroupedStatistics):
         return groups.merge(y, x.shape).contiguous(memory_format=groups.format_of(x))
 
     def _normalize_whole_batch(self, x: Tensor) -> Tensor:
-        if not self.training or self.running_mean is None or self.running_var is None or self.left:
+        if not (self.training and self.track_running_stats) or self.running_mean is None or self.left:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         if is_run_again():  # copies: a checkpoint counts the tensors that are kept for the backward
             moving = self.running_mean.clone(), self.running_var.clone()

@@ -60,7 +60,8 @@ def precise_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     if not normalizers(model) and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has BatchNorm layers of torch's alone: call kalmannorm.convert first")
     modes = {module: module.training for module in model.modules()}
-    layers = [layer for layer in normalizers(model).values() if layer.running_mean is not None]
+    tracking = [layer for layer in normalizers(model).values() if layer.track_running_stats]
+    layers = [layer for layer in tracking if layer.running_mean is not None]
     kept = {layer: (layer.momentum, layer.moving_groups) for layer in layers}
     old = {layer: {key: value.clone() for key, value in layer.named_buffers()} for layer in layers}
     model.eval()
