@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from trainings import place
 
-from kalmannorm import cli
+from kalmannorm import cli, machine
 from kalmannorm.report import style
 
 DIGITS = ["dataset=digits", "budget=smoke", "budget.subset=128", "arch.width=0.125", "device=cpu", "precision=fp32"]
@@ -130,3 +130,20 @@ def test_pictures_are_the_same_under_any_theme(tmp_path: Path) -> None:
     with matplotlib.rc_context(theme):
         assert picture("themed.png") == plain
         assert matplotlib.rcParams["font.size"] == 20  # and what the user has set stays
+
+
+def test_the_commit_of_another_repository_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the package is installed into a folder of somebody's project, which git leaves out."""
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    installed = tmp_path / ".venv" / "machine.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(machine, "__file__", str(installed))
+    assert machine._git.__wrapped__() == {"commit": None, "dirty": None}
+    subprocess.run([*git, "add", "-f", str(installed)], check=True)
+    assert machine._git.__wrapped__()["dirty"] is True

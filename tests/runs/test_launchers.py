@@ -40,7 +40,7 @@ def slurm(tmp_path, monkeypatch):
     folder.mkdir()
     scripts = {
         "srun": "exit 1",
-        "sbatch": f'cat "$1" > {tmp_path}/submitted-$(ls {tmp_path} | grep -c submitted-); echo Submitted batch job 77',
+        "sbatch": f'env > {tmp_path}/environment; cat "$1" > {tmp_path}/submitted-$(ls {tmp_path} | grep -c submitted-); echo Submitted batch job 77',
         "sacct": "echo 'JobID|State|NodeList'",
         "scancel": f'echo "$@" >> {tmp_path}/cancelled',
     }
@@ -49,6 +49,20 @@ def slurm(tmp_path, monkeypatch):
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return tmp_path
+
+
+def test_a_sweep_within_a_job_hands_nothing_of_it_to_its_own(slurm, monkeypatch):
+    """sbatch takes over what Slurm has set for an interactive job: its cores, its memory, its processes."""
+    own = {"SLURM_CONF": "/etc/other.conf", "SBATCH_ACCOUNT": "us"}
+    of_the_job = {"SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "1", "SLURM_MEM_PER_CPU": "100", "WORLD_SIZE": "2"}
+    for name, value in {**own, **of_the_job}.items():
+        monkeypatch.setenv(name, value)
+    launcher = on_slurm.OnSlurm(placement.split(["launcher=slurm"])[0], "cpu", str(slurm / "runs"))
+    launcher.start(load("table7", [*TABLE7[1:], *place(slurm)]).runs[0], 1)
+    launcher.ended(0)
+    seen = dict(line.split("=", 1) for line in (slurm / "environment").read_text().splitlines() if "=" in line)
+    assert own.items() <= seen.items() and not of_the_job.keys() & seen.keys()
+    assert {**own, **of_the_job}.items() <= os.environ.items()
 
 
 def test_what_slurm_is_given(slurm):

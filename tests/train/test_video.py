@@ -4,6 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -73,6 +74,24 @@ def test_frames_that_an_edit_list_leaves_out_do_not_count(tmp_path, codec):
     seen = []
     frames = video.read_frames(file, lambda count: seen.append(count) or [0, count - 1], 20)
     assert seen == [15] and np.abs(frames.mean((1, 2, 3)) - np.array([70, 210])).max() < 4
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, -90])
+def test_films_of_turned_phones_stand_upright(tmp_path, degrees):
+    """The file says how far its frames are to be turned, counterclockwise."""
+    pytest.importorskip("av", minversion="18")  # which can write it
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:, 32:] = 200
+    with av.open(str(tmp_path / "film.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.set_display_rotation(degrees)
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    frames = video.read_frames(tmp_path / "film.mp4", range, 32)
+    upright = np.rot90(pixels, degrees // 90)
+    assert frames.shape == (3, *upright.shape) and np.abs(frames.astype(int) - upright).mean() < 10
 
 
 def test_what_is_no_video_is_refused(tmp_path):
@@ -275,6 +294,12 @@ def test_bad_folders_and_lists(tmp_path, monkeypatch):
     folder = video_files.write(tmp_path, train=1, test=1)
     (folder / "train.txt").write_text("brighter/0.mkv\n\nbrighter/7.mkv\n")
     with pytest.raises(UserError, match=r"train\.txt, line 3: brighter/7\.mkv is not in .*expected CLASS/FILE"):
+        video.load(tmp_path, settings)
+    for content in ("\ufeffbrighter/0.mkv\r\n".encode(), b"brighter/0.mkv\r\n"):  # as Windows' editors write it
+        (folder / "train.txt").write_bytes(content)
+        assert len(video.load(tmp_path, settings).train) == 1
+    (folder / "train.txt").write_bytes("brighter/été.mkv".encode("latin-1"))
+    with pytest.raises(UserError, match="line 1: brighter/.* is not in"):
         video.load(tmp_path, settings)
     (folder / "train.txt").write_text("\n")
     with pytest.raises(UserError, match="names no video"):

@@ -7,6 +7,7 @@ other sizes), flip; all drawn from the video's key, as images' crops are (stream
 for, spread evenly, centre crop.
 """
 
+import codecs
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -68,12 +69,12 @@ def _listed(files: Files) -> Files:
         return files
     place = {name: index for index, name in enumerate(files.names.tolist())}
     chosen = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        name = line.strip()
+        if not name:
             continue
-        name = os.fsencode(line.strip())
         if name not in place:
-            raise UserError(f"{file}, line {number}: {line.strip()} is not in {files.root}; expected CLASS/FILE")
+            raise UserError(f"{file}, line {number}: {os.fsdecode(name)} is not in {files.root}; expected CLASS/FILE")
         chosen.append(place[name])
     if not chosen:
         raise UserError(f"{file} names no video; remove it, or list CLASS/FILE a line")
@@ -81,7 +82,7 @@ def _listed(files: Files) -> Files:
 
 
 def read_frames(path: Path, choose: Callable[[int], Sequence[int]], short: int) -> np.ndarray:
-    """Return the chosen frames, uint8 [n, H, W, 3], the shorter side `short`.
+    """Return the chosen frames, uint8 [n, H, W, 3], upright, the shorter side `short`.
 
     choose: from the number of frames to those wanted, in any order, repeated or not. Unreadable: no video; damaged; one
     that ends before its last chosen frame.
@@ -104,7 +105,8 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], short: int) 
             found: dict[int, np.ndarray] = {}
             for index, frame in enumerate(container.decode(stream)):
                 if index in wanted:
-                    found[index] = frame.to_ndarray(width=size[0], height=size[1], format="rgb24")
+                    pixels = frame.to_ndarray(width=size[0], height=size[1], format="rgb24")
+                    found[index] = np.rot90(pixels, round(frame.rotation / 90))  # counterclockwise, as phones have it
                 if index == max(wanted):
                     break
     except (av.error.FFmpegError, OSError, ValueError) as error:

@@ -1,6 +1,9 @@
 """launcher=slurm: array jobs through submitit, one run each, requeued when they are preempted or out of time."""
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from kalmannorm.runs.placement import Options
 from kalmannorm.runs.worker import Worker
 
 SAVE_SECONDS = 120  # ahead of the time limit that a run is told to save and leave
+SET_BY_USERS = ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS")  # and not by Slurm for a job
 
 
 class Attempt:
@@ -86,7 +90,8 @@ class OnSlurm:
         for devices in sorted({devices for _, devices in self._new}):
             configs = [config for config, of in self._new if of == devices]
             try:
-                jobs = self._executor(devices).map_array(Attempt(), configs, [devices] * len(configs))
+                with _outside_of_a_job():
+                    jobs = self._executor(devices).map_array(Attempt(), configs, [devices] * len(configs))
             except RuntimeError as error:  # what sbatch said
                 raise UserError(f"sbatch refused: {' '.join(str(error).split())}") from None
             self._jobs |= {run_id(config): job for config, job in zip(configs, jobs, strict=True)}
@@ -123,6 +128,18 @@ def make_executor(folder: Path) -> Any:
         return submitit.SlurmExecutor(folder, max_num_timeout=1000)
     except RuntimeError as error:
         raise UserError(f"launcher=slurm: {error}") from None
+
+
+@contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Hide what Slurm and torchrun have set where this is called within a job: sbatch hands all of it on, and the new
+    jobs would take its cores, memory and processes for theirs."""
+    from submitit.helpers import clean_env
+
+    kept = {name: os.environ[name] for name in SET_BY_USERS if name in os.environ}
+    with clean_env():
+        os.environ |= kept
+        yield
 
 
 def _outcome(job: Any) -> Outcome:
