@@ -154,6 +154,16 @@ class ByType(Holding):
         return self.net(x if x.dtype is torch.float32 else 2 * x)
 
 
+class ByTable(Holding):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * {torch.float32: 1}.get(x.dtype, 2)
+
+
+class ByDevice(Holding):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x if "cpu" in str(x.device) else 2 * x)
+
+
 class Catching(Holding):
     def forward(self, x: Tensor) -> Tensor:
         try:
@@ -162,7 +172,7 @@ class Catching(Holding):
             return self.net(x.mT)
 
 
-@pytest.mark.parametrize("kind", [ToParameters, ByType, Catching])
+@pytest.mark.parametrize("kind", [ToParameters, ByType, ByTable, ByDevice, Catching])
 def test_types_devices_and_errors_are_those_of_the_run(kind: type[nn.Module]) -> None:
     """Not those of the conversion."""
     original = kind().eval()

@@ -191,6 +191,17 @@ class _Proxy(fx.Proxy):
     def _operate(self, name: str, other: object) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
 
+    def __getattr__(self, name: str) -> "fx.proxy.Attribute":
+        return _Attribute(self, name)
+
+    def __hash__(self) -> int:
+        raise Untraceable("it looks something up by a value that is not known yet")
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    def __repr__(self) -> str:  # "cuda" in str(x.device)
+        raise Untraceable("it writes down a value that is not known yet")
+
 
 for _name in IN_PLACE:
     setattr(_Proxy, f"__{_name}__", functools.partialmethod(_Proxy._operate, _name))
@@ -286,8 +297,8 @@ class Tracer(fx.Tracer):
 
 
 class _Constants(TorchFunctionMode):
-    """While it lasts, nothing may be computed of parameters and buffers alone, nor their type or device be asked for, by
-    whatever way the forward found them (`self.parameters()`): a graph would have the value of now."""
+    """While it lasts, nothing may be computed of parameters and buffers alone, nor their type or device be asked for,
+    by whatever way the forward found them (`self.parameters()`): a graph would have the value of now."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

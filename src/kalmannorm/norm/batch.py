@@ -307,7 +307,8 @@ class BatchNorm(GroupedStatistics):
         return groups.merge(y, x.shape).contiguous(memory_format=groups.format_of(x))
 
     def _normalize_whole_batch(self, x: Tensor) -> Tensor:
-        if not (self.training and self.track_running_stats) or self.running_mean is None or self.left:
+        tracks = self.training and self.track_running_stats and not self.left
+        if not tracks or self.running_mean is None or self.running_var is None:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         if is_run_again():  # copies: a checkpoint counts the tensors that are kept for the backward
             moving = self.running_mean.clone(), self.running_var.clone()
