@@ -1,20 +1,25 @@
 """Prints the report's first differences again, from the records and nothing of the project: on CIFAR-10 at budget lite,
-each preset of KN against BN, both with statistics of 2 images, in points under moving statistics, seed by seed."""
+every KN against BN, both with statistics of 2 images, in points under moving statistics, seed by seed."""
 
 import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))  # setting, normalizer, seed
 for file in (Path(__file__).parents[1] / "results" / "records").glob("*.json"):
     run = json.loads(file.read_text())
-    of = {group: run["config"][group] for group in ("dataset", "budget", "norm", "arch", "batch")}
-    length = (of["budget"]["name"], of["budget"]["epochs"], of["budget"]["warmup"])
-    if of["dataset"]["name"] == "cifar10" and length == ("lite", 12, 2) and of["batch"]["stat_batch"] == 2:
-        row = of["arch"]["name"], of["norm"]["preset"] or of["norm"]["name"]
-        found[row][run["config"]["seed"]] = run["final"]["moving"]["accuracy"]
-for (network, kind), seeds in sorted(found.items()):
-    against = found[network, "bn"]
-    gains = [accuracy - against[seed] for seed, accuracy in seeds.items() if seed in against]
-    print(f"{network} {kind}: {mean(seeds.values()):.2f} (n = {len(seeds)}), against BN {mean(gains):+.2f}")
+    config, budget = run["config"], run["config"]["budget"]
+    length = config["dataset"]["name"], budget["name"], budget["epochs"]
+    if length == ("cifar10", "lite", 12) and config["batch"]["stat_batch"] == 2:
+        seed, norm = config.pop("seed"), config.pop("norm")
+        found[json.dumps(config)][json.dumps(norm)][seed] = run["final"]["moving"]["accuracy"]
+for setting, of in sorted(found.items()):
+    config, bn = json.loads(setting), next((seeds for norm, seeds in of.items() if '"bn"' in norm), {})
+    at = f"{config['arch']['name']}, {config['precision']}, rate {max(rate for _, rate in config['schedule']['lr'])}"
+    for name, seeds in of.items():
+        norm = json.loads(name)
+        gain = f" from gain {norm['options']['gain']}" if norm["options"].get("gain") else ""
+        gains = [accuracy - bn[seed] for seed, accuracy in seeds.items() if seed in bn]
+        against = f", against BN {mean(gains):+.2f}" if gains else ""
+        print(f"{at}: {norm['preset'] or norm['name']}{gain}: {mean(seeds.values()):.2f} (n = {len(seeds)}){against}")

@@ -45,10 +45,10 @@ def test_a_few_lines_of_plain_python_find_the_answer_that_readme_gives() -> None
     said = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
     readme = (DOCS.parent / "README.md").read_text()
     for network, kind, words in (
-        ("resnet32", "paper", "Is KN more accurate than BN, both with statistics of 2 images?"),
-        ("resnet14", "paper", "Is KN more accurate than BN, both with statistics of 2 images?"),
+        ("resnet32", "paper from gain 0.5", "Is KN more accurate than BN, both with statistics of 2 images?"),
+        ("resnet14", "paper from gain 0.5", "Is KN more accurate than BN, both with statistics of 2 images?"),
         ("resnet32", "robust", "Our preset robust with 2 images against BN with 2"),
     ):
-        found = re.search(rf"{network} {kind}: .* against BN (\S+)", said)
+        found = re.search(rf"{network}, bf16, rate 0.1: {kind}: .* against BN (\S+)", said)
         (line,) = (line for line in readme.splitlines() if words in line)
         assert found and f" {found[1]} ".replace("-", "−") in line
