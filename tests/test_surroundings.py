@@ -72,6 +72,7 @@ def test_a_run_without_a_home(package: Path, tmp_path: Path) -> None:
     assert "moving" in said and progress.count("epoch 1/1") == 1
 
 
+@pytest.mark.slow
 def test_a_report_on_an_ascii_terminal_reads_no_matplotlibrc(trained: Path, package: Path, tmp_path: Path) -> None:
     """Neither that of the current folder, which cannot be decoded, nor the user's own."""
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\0")

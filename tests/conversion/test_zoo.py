@@ -31,12 +31,11 @@ coverage = script()
 
 slow = pytest.mark.slow
 
-FAST = ("mobilenet_v3_small",)
 # One of each family: its other members have the same blocks, more or wider. On shapes alone all are converted, below.
-SLOW = (
-    "deeplabv3_mobilenet_v3_large", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "fcn_resnet50", "googlenet",
-    "inception_v3", "lraspp_mobilenet_v3_large", "mnasnet0_5", "mobilenet_v2", "regnet_x_400mf", "regnet_y_800mf",
-    "resnet18", "resnet50", "shufflenet_v2_x0_5", "vgg11_bn",
+FAMILIES = (
+    "deeplabv3_mobilenet_v3_large", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "fcn_resnet50",
+    "googlenet", "inception_v3", "lraspp_mobilenet_v3_large", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small",
+    "regnet_x_400mf", "regnet_y_800mf", "resnet18", "resnet50", "shufflenet_v2_x0_5", "vgg11_bn",
 )  # fmt: skip
 TABLE = ROOT / "docs" / "coverage.md"  # every model with BatchNorm, a line each
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -45,7 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=slow) for name in SLOW)])
+@slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_torchvision(name: str) -> None:
     options = {"aux_loss": True} if name.startswith(("deeplab", "fcn")) else OPTIONS.get(name, {})
     side = 75 if name == "inception_v3" else 32

@@ -132,6 +132,7 @@ def test_bfloat16_maps_are_transposed_right() -> None:
     assert torch.cosine_similarity(found, expected, 0) > 0.98
 
 
+@pytest.mark.slow
 def test_equal_blocks_are_compiled_once() -> None:
     """A stem, two equal blocks and a third: two graphs of blocks, and two of the stem's layers."""
     torch._dynamo.reset()

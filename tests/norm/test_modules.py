@@ -22,8 +22,6 @@ from torch.func import functional_call
 from kalmannorm import NORMS, convert
 from kalmannorm.norm import BatchRenorm, Estimator, GroupedStatistics
 
-modules = pytest.importorskip("torch.testing._internal.common_modules", reason="of torch's own tests")
-
 D = torch.float64
 ALONE: dict[str, Any] = {"gain": 1.0, "learn_gain": False, "noise": False}  # the measurement alone
 # What makes torch's BatchNorm of each, and its GroupNorm of the others.
@@ -58,6 +56,7 @@ def test_every_layer_is_looked_at() -> None:
 @functools.cache
 def cases() -> list[tuple[dict[str, Any], tuple[int, ...]]]:
     """Options that differ from torch's own defaults, and the shape of an input [N, C, ...]: each once."""
+    modules = pytest.importorskip("torch.testing._internal.common_modules", reason="of torch's own tests")
     found = {}
     for info in modules.module_db:
         if info.module_cls.__name__ not in KINDS:

@@ -40,7 +40,8 @@ def slurm(tmp_path, monkeypatch):
     folder.mkdir()
     scripts = {
         "srun": "exit 1",
-        "sbatch": f'env > {tmp_path}/environment; cat "$1" > {tmp_path}/submitted-$(ls {tmp_path} | grep -c submitted-); echo Submitted batch job 77',
+        "sbatch": f'env > {tmp_path}/environment; cat "$1" > {tmp_path}/submitted-$(ls {tmp_path} | grep -c submitted-)'
+        "; echo Submitted batch job 77",
         "sacct": "echo 'JobID|State|NodeList'",
         "scancel": f'echo "$@" >> {tmp_path}/cancelled',
     }

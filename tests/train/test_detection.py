@@ -77,6 +77,7 @@ def test_finished_runs_are_evaluated_again(done, capsys):
     assert main(["train", *overrides]) == 0 and "done already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
     """Stopped by a signal in the second step, which is an epoch's last, and once more in the run's last."""
     _, overrides = done

@@ -166,8 +166,8 @@ def command(folder: Path, overrides: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     "extra",
     [["norm=bkn", "norm.predictor=sampling"],
-     ["norm=eigennet", "norm.options.weights.every=2", "norm.options.weights.samples=64"],
      *(pytest.param(extra, marks=pytest.mark.slow) for extra in (
+         ["norm=eigennet", "norm.options.weights.every=2", "norm.options.weights.samples=64"],
          ["norm=pn", "norm.options.gamma_decay=[images,8]"],
          ["norm=post_gwnn", "norm.options.weights.every=3", "+norm.options.weights.covariance=predicted"],
          ["norm=bkn", "norm.preset=v1", "+norm.options.input_belief=data"],

@@ -299,7 +299,7 @@ def test_bad_folders_and_lists(tmp_path, monkeypatch):
         (folder / "train.txt").write_bytes(content)
         assert len(video.load(tmp_path, settings).train) == 1
     (folder / "train.txt").write_bytes("brighter/été.mkv".encode("latin-1"))
-    with pytest.raises(UserError, match="line 1: brighter/.* is not in"):
+    with pytest.raises(UserError, match=r"line 1: brighter/.* is not in"):
         video.load(tmp_path, settings)
     (folder / "train.txt").write_text("\n")
     with pytest.raises(UserError, match="names no video"):
