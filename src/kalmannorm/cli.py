@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import chdir, nullcontext
 from pathlib import Path
 
-from kalmannorm.errors import OUT_OF_MEMORY, Stopped, UserError
+from kalmannorm.errors import OF_A_WORKER, OUT_OF_MEMORY, Stopped, UserError
 from kalmannorm.runs.placement import HELP
 from kalmannorm.stopping import listening
 
@@ -48,6 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _say(f"{error.name} is not installed: pip install 'kalmannorm[detection]' has all that commands need", 2)
     except (MemoryError, RuntimeError) as error:
+        if OF_A_WORKER in str(error):
+            said = [line for line in str(error).splitlines() if line.strip()]
+            remedy = (
+                "pass fewer workers= (0: none), or more shared memory where this is a container (docker: --shm-size)"
+            )
+            return _say(f"a process that reads images failed ({said[-1]}): {remedy}", 2)
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         return _say("out of memory: pass a smaller batch.grad_batch, or accumulate=2 for half as much at once", 2)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 # Words by which libraries' RuntimeErrors say so.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+OF_A_WORKER = "DataLoader worker"  # that was killed, or has no room left
 
 
 class UserError(Exception):

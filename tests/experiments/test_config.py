@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 from dataclasses import replace
 
 import hydra
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from kalmannorm import machine
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import card, cards, composition
+from kalmannorm.experiments import config as config_module
 from kalmannorm.experiments.config import RESULT_KEYS, compose, conf_dir
 from kalmannorm.experiments.record import run_id
 from kalmannorm.presets import BATCH_STATISTICS
@@ -103,6 +105,34 @@ def test_settings_are_added_and_deleted_as_hydra_does(override):
 def test_an_override_that_cannot_be_is_named(override):
     with pytest.raises(UserError, match=re.escape(override)):
         composition.compose(conf_dir(), [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"name: a\nname: b\n", "is no YAML: .*name"),
+        (b"name:\n\t- a\n", "is no YAML"),
+        (b"name: a: b\n", "is no YAML"),
+        ("name: été\n".encode("latin-1"), "is no YAML: .*utf-8"),
+        (b"- a\n", "holds a list, expected settings, name: value"),
+    ],
+)
+def test_a_file_of_ones_own_that_is_no_configuration_is_named(tmp_path, content, words):
+    conf = shutil.copytree(conf_dir(), tmp_path / "conf")
+    (conf / "schedule" / "own.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"schedule/own\.yaml {words}"):
+        composition.compose(conf, ["schedule=own"])
+
+
+def test_hidden_files_of_editors_and_archives_are_no_choices(tmp_path, monkeypatch):
+    conf = shutil.copytree(conf_dir(), tmp_path / "conf")
+    (conf / "norm" / ".#bn.yaml").symlink_to("somebody@somewhere")
+    (conf / "norm" / "._gn.yaml").write_bytes(b"\x00\x05\x16\x07\xff")
+    (conf / "experiment" / "._table7.yaml").write_bytes(b"\x00\x05\x16\x07\xff")
+    names = card.names()
+    monkeypatch.setattr(config_module, "conf_dir", lambda: conf)
+    monkeypatch.setattr(card, "conf_dir", lambda: conf)
+    assert compose(["norm=bn"]).norm.name == "bn" and card.names() == names
 
 
 def test_auto_is_resolved_by_device():

@@ -1,12 +1,14 @@
 """Whole runs on small image folders, the ImageNet recipes, and the cards of its tables."""
 
 import json
+import os
 import signal
 from functools import partial
 from pathlib import Path
 
 import folders
 import pytest
+import torch
 from folders import SMALL
 from trainings import assert_same, assert_same_run, on_processes, only_record, place, signal_in_steps
 
@@ -78,6 +80,22 @@ def test_an_unreadable_file_fails_the_run_or_is_left_out(tmp_path, capsys, monke
     assert record["final"]["online"]["images"] == 8
     monkeypatch.setattr("kalmannorm.train.loaders.find_unreadable", lambda *_: pytest.fail("looked twice"))
     assert main(["train", *skip, "seed=2", *place(tmp_path / "skip")]) == 0
+
+
+@pytest.mark.parametrize("how", ["no room", "killed"])
+def test_a_worker_that_fails_is_one_line_and_no_hang(root, tmp_path, capsys, monkeypatch, how):
+    """A container has 64 MiB of shared memory; what has too much of the other kind is killed."""
+
+    def fail(*_):
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with_workers = ["workers=1" if override == "workers=0" else override for override in SMALL]
+    assert main(["train", *with_workers, f"data={root}", *place(tmp_path)]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kalmannorm:")]
+    assert ("No space left" in said or how == "killed") and "--shm-size" in said
 
 
 def test_a_wrong_number_of_classes_is_said(root, tmp_path, capsys):

@@ -26,7 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from kalmannorm.data.annotations import Split, Values, read
 from kalmannorm.data.batches import Batches, mix
 from kalmannorm.data.pixels import Unreadable, read_rgb
-from kalmannorm.data.workers import Named, begin_worker
+from kalmannorm.data.workers import Named, begin_worker, share
 from kalmannorm.errors import UserError, absent
 
 SPLITS = ("train2017", "val2017")
@@ -192,7 +192,7 @@ class TrainingBatches(Batches):
             Named(self.images),
             batch_sampler=mine,
             num_workers=self.workers,
-            collate_fn=list,
+            collate_fn=share,
             worker_init_fn=begin_worker,
         )
         for indices, items in zip(order, loader, strict=True):

@@ -65,7 +65,7 @@ class Source:
 def _named(folder: Path, pattern: str) -> dict[str, Path]:
     """Return the files of a pattern by what its last star stands for."""
     suffix = pattern.rpartition("*")[2]
-    return {path.name.removesuffix(suffix): path for path in folder.glob(pattern)}
+    return {path.name.removesuffix(suffix): path for path in folder.glob(pattern) if path.name[0] != "."}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from kalmannorm.data.batches import Batch, Counted, PlainBatches, mix
 from kalmannorm.data.folder import Files
 from kalmannorm.data.pixels import read_rgb
-from kalmannorm.data.workers import Named, begin_worker
+from kalmannorm.data.workers import Named, begin_worker, share
 from kalmannorm.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect of the random-resized crop (torchvision's defaults)
@@ -193,5 +193,5 @@ def _together(samples: list[Sample | str]) -> Batch | str:
             return sample
     images, labels = zip(*samples, strict=True)
     if len({image.shape for image in images}) > 1:
-        return list(images), list(labels)  # type: ignore[return-value]
-    return torch.stack(images), torch.stack([torch.as_tensor(label) for label in labels])
+        return share((list(images), list(labels)))  # type: ignore[return-value]
+    return share((torch.stack(images), torch.stack([torch.as_tensor(label) for label in labels])))

@@ -33,6 +33,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from kalmannorm.errors import UserError, nearest
+from kalmannorm.experiments.composition import choices
 from kalmannorm.experiments.config import conf_dir
 
 Settings = Mapping[str, Any]
@@ -150,7 +151,7 @@ class Card:
 
 
 def names() -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+    return choices(conf_dir() / "experiment")
 
 
 @functools.cache
@@ -159,12 +160,12 @@ def read(name: str) -> Card:
     if name not in names():
         raise UserError(nearest(name, names(), "experiment"))
     try:
-        tree = yaml.safe_load((conf_dir() / "experiment" / f"{name}.yaml").read_text())
+        tree = yaml.safe_load((conf_dir() / "experiment" / f"{name}.yaml").read_bytes())
         return TypeAdapter(Card).validate_python(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, UnicodeError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
     raise UserError(f"conf/experiment/{name}.yaml is no card: {reason}")
 

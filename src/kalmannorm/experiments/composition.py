@@ -104,13 +104,25 @@ def parse(override: str) -> "Override":
 def _file(folder: Path, name: str) -> Values:
     """Read a file of conf/, under those of its own folder that its `defaults` name."""
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
-    values: Values = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))  # type: ignore[assignment]
+    file = folder / f"{name}.yaml"
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, UnicodeError) as error:
+        raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds a {type(values).__name__}, expected settings, name: value")
     if name == "config":
         return values
     for other in values.pop("defaults", []):
         values = {**_file(folder, other), **values}
     return values
+
+
+def choices(folder: Path) -> list[str]:
+    """Return the names of a group's files, less the hidden ones that editors and archives leave there."""
+    return sorted(file.stem for file in folder.glob("[!.]*.yaml"))
 
 
 def _chooses(conf: Path, override: "Override") -> bool:
@@ -150,5 +162,5 @@ def _check_choice(conf: Path, override: str) -> None:
         raise UserError(f"override {override!r}: expected key=value, for example seed=2 or norm=bn")
     if group.lstrip("+~").split(".")[0].split("/")[0] == "hydra":
         raise UserError(f"override {override!r}: Hydra composes here and runs nothing; results= and runs= say where to")
-    if (conf / group).is_dir() and name not in (names := sorted(p.stem for p in (conf / group).glob("*.yaml"))):
+    if (conf / group).is_dir() and name not in (names := choices(conf / group)):
         raise UserError(nearest(name, names, group))

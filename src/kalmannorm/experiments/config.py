@@ -137,8 +137,8 @@ def _check_names(values: Mapping[str, Any]) -> None:
 def _names(folder: Path) -> tuple[str, ...]:
     """Return the names that stand in the files of a group."""
     named = (
-        re.search(r"^name: *([\w-]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
-        for file in sorted(folder.glob("*.yaml"))
+        re.search(r"^name: *([\w-]+)", (folder / f"{file}.yaml").read_text("utf-8", "replace"), re.MULTILINE)
+        for file in composition.choices(folder)
     )
     return tuple(dict.fromkeys(match[1] for match in named if match))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmannorm.errors import UserError, nearest
+from kalmannorm.experiments.composition import choices
 from kalmannorm.experiments.config import conf_dir, describe
 from kalmannorm.experiments.predict import duration
 from kalmannorm.experiments.record import NUMERICS, Record, Tree, files, reached, read_all, read_file
@@ -138,7 +139,7 @@ def _test(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
         wanted = {"name": composed["name"]} if "name" in composed else composed
         return lambda record: all(record["config"][key].get(name) == value for name, value in wanted.items())
     if key in CHOICES:
-        raise UserError(nearest(text, sorted(file.stem for file in choice.parent.glob("*.yaml")), key))
+        raise UserError(nearest(text, choices(choice.parent), key))
     path = key.split(".")
     if every and all(_setting(record["config"], path, override) is None for record in every):
         raise UserError(f"{override!r}: no record has a setting {key}")

@@ -181,7 +181,7 @@ class Verdict:
 @functools.cache
 def claims() -> tuple[Claim, ...]:
     """All of claims.yaml, in its order."""
-    return tuple(_claim(tree) for tree in yaml.load((HERE / "claims.yaml").read_text(), yaml.CSafeLoader))
+    return tuple(_claim(tree) for tree in yaml.load((HERE / "claims.yaml").read_bytes(), yaml.CSafeLoader))
 
 
 def evaluate(cells: Cells, results: Path) -> list[Verdict]:

@@ -234,7 +234,7 @@ def batch_sizes(name: str) -> tuple[int, int]:
 @functools.cache
 def defaults() -> dict[str, str]:
     """Return what conf/config.yaml chooses of each group."""
-    listed = yaml.safe_load((conf_dir() / "config.yaml").read_text())["defaults"]
+    listed = yaml.safe_load((conf_dir() / "config.yaml").read_bytes())["defaults"]
     return {key: value for entry in listed if isinstance(entry, dict) for key, value in entry.items() if value}
 
 
@@ -242,7 +242,7 @@ def defaults() -> dict[str, str]:
 def _conf(group: str, name: str) -> dict[str, Any]:
     """Return a file of conf/, as it stands there; {} where there is none."""
     path = conf_dir() / group / f"{name}.yaml"
-    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+    return (yaml.safe_load(path.read_bytes()) or {}) if path.exists() else {}
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from kalmannorm.report.frame import flat
 @functools.cache
 def values() -> dict[str, Any]:
     """Return what is printed, by dotted path."""
-    return flat(yaml.safe_load(Path(__file__).with_name("paper_values.yaml").read_text()), "")
+    return flat(yaml.safe_load(Path(__file__).with_name("paper_values.yaml").read_bytes()), "")
 
 
 def printed(path: str) -> float | None:

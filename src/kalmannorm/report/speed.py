@@ -21,9 +21,7 @@ def read(results: Path, card: Card) -> list[Measurement]:
     """Return the measurements of a card, the largest input first. UserError: a file that is not a whole measurement."""
     keys = {row.key for row in card.rows}
     found = []
-    for path in sorted((results / FOLDER).glob("*.json")):
-        if path.name.startswith("."):
-            continue  # not renamed to its final name yet
+    for path in sorted((results / FOLDER).glob("[!.]*.json")):  # hidden: not renamed to its final name yet
         try:
             measurement = json.loads(path.read_text())
             if measurement["id"] != path.stem or not keys <= measurement["configs"].keys():
