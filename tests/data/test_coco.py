@@ -115,6 +115,10 @@ def foreign(content):
     content["annotations"][0]["image_id"] = 4
 
 
+def objectless(content):
+    content["annotations"].clear()
+
+
 def keyless(content):
     del content["annotations"]
 
@@ -130,6 +134,7 @@ def other_size(content):
         (outside, ["annotation 1", "300.0", "outside of its image", "64 x 48"]),
         (maskless, ["annotation 1", "no mask"]),
         (foreign, ["annotation 1", "does not list"]),
+        (objectless, ["instances_val2017.json", "no image with an object to evaluate by"]),
         (keyless, ["instances_val2017.json", "annotations"]),
     ],
 )

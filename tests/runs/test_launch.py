@@ -172,6 +172,14 @@ def test_threads_of_workers(monkeypatch: pytest.MonkeyPatch, said: str, threads:
     assert pool.slots[0].worker._environment["OMP_NUM_THREADS"] == (threads or str(machine.cores()))
 
 
+def test_a_containers_quota_is_its_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docker run --cpus=1 on a machine of many: neither affinity nor os.cpu_count knows it."""
+    from joblib.externals.loky.backend import context
+
+    monkeypatch.setattr(context, "_cpu_count_cgroup", lambda there: 1)
+    assert machine.cores() == 1
+
+
 # Locks ----------------------------------------------------------------------------------------------------------------
 
 

@@ -209,8 +209,9 @@ def test_slots_of_gpus(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_on_two_devices_goes_through_torchrun_and_gets_the_same_numbers(tmp_path):
+def test_a_run_on_two_devices_goes_through_torchrun_and_gets_the_same_numbers(tmp_path, monkeypatch):
     overrides = [*SMALL, "norm=bkn"]
+    monkeypatch.setenv("PET_NNODES", "2")  # as Kubeflow sets it in every pod: torchrun would wait for another
     assert main(["train", "-m", *overrides, *place(tmp_path / "one")]) == 0
     assert main(["train", "-m", *overrides, "slots=2", "devices=2", *place(tmp_path / "two")]) == 0
     ((identity, _),) = statuses(tmp_path / "one").items()

@@ -62,9 +62,10 @@ def load(name: str, root: Path, classes: int) -> Coco:
         if names[0] != names[1] and str(category) not in names:  # which stands for a name that is missing
             which = " and ".join(f"{name!r} in {split}" for name, split in zip(names, SPLITS, strict=True))
             raise UserError(f"category {category} of {folder} is {which}: expected one name")
+    for split, found, use in zip(SPLITS, (train, test), ("train on", "evaluate by"), strict=True):
+        if not any(map(trainable, found.coco.anns.values())):
+            raise UserError(f"{_annotations(folder, split)} has no image with an object to {use}")
     usable = [i for i, image in enumerate(train.ids) if any(map(trainable, train.coco.imgToAnns[image]))]
-    if not usable:
-        raise UserError(f"{_annotations(folder, SPLITS[0])} has no image with an object to train on")
     counts = (len(train.ids), len(test.ids))
     fidelity = f"{counts[0]:,} + {counts[1]:,} images as they are"
     if counts != OFFICIAL:

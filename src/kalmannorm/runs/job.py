@@ -132,8 +132,8 @@ def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) ->
     with tempfile.TemporaryDirectory(prefix="kalmannorm-") as folder:
         order, answer = Path(folder) / "config.json", Path(folder) / "outcome.json"
         order.write_text(json.dumps(config.values()))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-        command += ["-m", "kalmannorm.runs.job", str(order), str(answer)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]  # else PET_NNODES
+        command += [f"--nproc-per-node={devices}", "-m", "kalmannorm.runs.job", str(order), str(answer)]
         environment = os.environ if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
         process = subprocess.Popen(command, env=environment, pass_fds=(lock,))
         asked: list[int] = []
