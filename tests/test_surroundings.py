@@ -14,6 +14,7 @@ from trainings import place
 
 from kalmannorm import cli, machine
 from kalmannorm.report import style
+from kalmannorm.runs import worker
 
 DIGITS = ["dataset=digits", "budget=smoke", "budget.subset=128", "arch.width=0.125", "device=cpu", "precision=fp32"]
 # Who is root writes to what nobody may write to, but for a process that gave up this one right.
@@ -131,6 +132,17 @@ def test_pictures_are_the_same_under_any_theme(tmp_path: Path) -> None:
     with matplotlib.rc_context(theme):
         assert picture("themed.png") == plain
         assert matplotlib.rcParams["font.size"] == 20  # and what the user has set stays
+
+
+def test_modules_of_the_users_folder_are_not_for_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m` looks there first, and the installed command does not; its workers are started by `python -m`."""
+    (tmp_path / "queue.py").write_text("raise RuntimeError('theirs')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    assert subprocess.run(worker.COMMAND, stdin=subprocess.DEVNULL, capture_output=True).returncode == 1
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    cli._settle_surroundings()
+    subprocess.run(worker.COMMAND, stdin=subprocess.DEVNULL, check=True)
 
 
 def test_the_commit_of_another_repository_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

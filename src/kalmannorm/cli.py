@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import chdir, nullcontext
+from contextlib import chdir, nullcontext, suppress
 from pathlib import Path
 
 from kalmannorm.errors import OF_A_WORKER, OUT_OF_MEMORY, Stopped, UserError
@@ -82,6 +82,9 @@ def _settle_surroundings() -> None:
     # Threads that wait busily make two processes on the same cores slow each other many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ |= {"MATPLOTLIBRC": os.devnull, "MPLBACKEND": "agg"}  # a mistake in them would end matplotlib's import
+    with suppress(OSError):  # of a folder that was removed
+        if str(Path.cwd()) not in sys.path:  # as of an installed command: a user's queue.py there is not for workers
+            os.environ["PYTHONSAFEPATH"] = "1"
     codecs.register_error("plain", _plainly)
     if sys.stdout is None or sys.stderr is None:  # closed by the shell
         nowhere = Path(os.devnull).open("w")  # noqa: SIM115, as long as the process
