@@ -336,6 +336,17 @@ def test_exported_models_compute_the_same(export: Any, options: dict[str, Any]) 
     torch.testing.assert_close(run(other), model(other))
 
 
+@pytest.mark.parametrize(("norm", "training"), [("gkn", False), ("bkn", True)])
+def test_exported_models_take_batches_of_any_size(norm: str, training: bool) -> None:
+    model = convert(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), norm, stat_batch=2
+    )
+    model.train(training)
+    program = torch.export.export(model, (images(),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    other = torch.randn(6, 3, 16, 16)
+    torch.testing.assert_close(program.module()(other), model(other))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("options", quick(OPTIONS, OPTIONS[3]), ids=str)

@@ -1,6 +1,7 @@
 """What torch and others do to converted models after the conversion; what these make of no images, or of one."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kalmannorm import NORMS, KalmanBatchNorm2d, belief_report, convert, fold, precise_statistics
+from kalmannorm.norm import GroupedStatistics
 from kalmannorm.norm.moments import Predictor
 
 
@@ -72,6 +74,18 @@ def test_moving_statistics_that_are_no_longer_tracked_stay(norm: str, first: boo
     assert error(y.detach(), model.eval()(x).detach()) > 0.1  # those of the batch, those that were kept
     if norm == "bkn":
         assert not next(layer for layer in fold(model).modules() if isinstance(layer, _BatchNorm)).track_running_stats
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn", "syncbn"])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
+def test_normalizers_are_of_the_kind_of_the_original(kind: type[_BatchNorm], norm: str) -> None:
+    """Code that freezes layers looks for it; in copies and pickles too."""
+    model = convert(nn.Sequential(kind(4), nn.ReLU(), kind(4)), norm, stat_batch=2)
+    x = torch.randn(4, 4, *(5,) * {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}[kind])
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [isinstance(layer, kind) for layer in each] == [True, False, True]
+        assert type(each[0]) is type(model[0]) and isinstance(each[0], GroupedStatistics)
+        assert torch.equal(each.eval()(x), model.eval()(x)) and type(fold(each)[0]) is kind
 
 
 class Keeper(nn.Module):

@@ -37,7 +37,7 @@ from kalmannorm.conversion.layers import (
 )
 from kalmannorm.conversion.mapping import Mapped, assign, choices
 from kalmannorm.conversion.report import observe
-from kalmannorm.norm import Estimator, Whitening, contract, normalize_weights
+from kalmannorm.norm import Estimator, GroupedStatistics, Whitening, contract, normalize_weights
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.moments import Transition
 from kalmannorm.norm.options import refuse_kind
@@ -211,7 +211,8 @@ def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[
 def _refuse_unlike_rows(layers: Iterable[nn.Module]) -> None:
     """ValueError: Kalman normalizers of both kinds, of which one cannot take the other's beliefs."""
     estimators = [layer for layer in layers if isinstance(layer, Estimator)]
-    if len(set(map(type, estimators))) > 1 and any(layer.belief == "posterior" for layer in estimators):
+    of_groups = [isinstance(layer, GroupedStatistics) for layer in estimators]
+    if any(of_groups) and not all(of_groups) and any(layer.belief == "posterior" for layer in estimators):
         raise ValueError(
             "bkn and gkn in one mapping: the one hands on beliefs of groups of images, the other of images. Take one "
             "of them, or belief='output' for both"

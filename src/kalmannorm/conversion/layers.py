@@ -1,6 +1,8 @@
 """One layer for another: what a normalizer takes over from the BatchNorm layer that it replaces, and gives back."""
 
 import copy
+import copyreg
+import functools
 import inspect
 import itertools
 from collections.abc import Iterable
@@ -42,6 +44,9 @@ def build_normalizer(
         raise ValueError(f"{name}: {error}") from None
     if hasattr(new, "replaced"):
         new.replaced = (type(old), old.affine, old.track_running_stats)  # type: ignore[assignment]
+    for kind in (nn.BatchNorm1d, nn.BatchNorm3d):
+        if isinstance(old, kind) and isinstance(new, nn.BatchNorm2d):
+            new.__class__ = _of_kind(type(new), kind)  # type: ignore[arg-type, assignment]
     if (check := type(old)._check_input_dim) in _DIMS:
         new.dims = _DIMS[check]  # type: ignore[assignment]
     carry_over(old, new, name)
@@ -50,6 +55,24 @@ def build_normalizer(
             if getattr(old, key, None) is None and isinstance(parameter := getattr(part, key, None), nn.Parameter):
                 parameter.requires_grad_(False)
     return new
+
+
+class _OfKind(type):
+    """The class of normalizers' classes that are of the original's kind too, for whoever looks for that (to freeze
+    BatchNorm1d layers)."""
+
+
+@functools.cache
+def _of_kind(normalizer: Any, kind: type) -> Any:
+    names = ("__module__", "__qualname__", "__doc__")
+    return _OfKind(normalizer.__name__, (normalizer, kind), {name: getattr(normalizer, name) for name in names})
+
+
+def _reduced(cls: _OfKind) -> tuple[Any, ...]:
+    return _of_kind, cls.__bases__
+
+
+copyreg.pickle(_OfKind, _reduced)
 
 
 def _parts(layer: nn.Module) -> list[tuple[nn.Module, slice]]:

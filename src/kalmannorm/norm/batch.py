@@ -28,10 +28,10 @@ def by_whole_groups(normalize: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: "GroupedStatistics", input: Tensor, *prior: Belief | None) -> Any:
         if self.ragged == "error" or self.uses_moving or self.group_of is None or self.decides_for_batch:
             return normalize(self, input, *prior)
-        left = len(input) % self.group_of
+        left = input.shape[0] % self.group_of
         if left == 0:
             return normalize(self, input, *prior)
-        whole, results = len(input) - left, []
+        whole, results = input.shape[0] - left, []
         if whole:
             results.append(normalize(self, input[:whole], *(_rows(one, slice(None, -1)) for one in prior)))
         self.left = left if self.ragged == "measure" else _DROPPED
@@ -271,7 +271,7 @@ class BatchNorm(GroupedStatistics):
             self._check_input_dim(input)
             mean, var = self.moving()
             return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-        if not len(input):
+        if not input.shape[0]:
             return self.of_no_images(input)
         size = self.group_size(input)
         if size == input.shape[0] and self.probe is None and self.pending is None and self.moving_unbiased:

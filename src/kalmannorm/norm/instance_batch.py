@@ -74,14 +74,14 @@ class InstanceBatchNorm(TakesOptions, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         groups.check(self, self.num_features, self.eps, input)
-        if not len(input):
+        if not input.shape[0]:
             return groups.of_no_images(input, *self.parameters())
         if self.IN is not None:
             refuse_single_pixels(self, input)
         # One affine for every channel of every image: neither split nor put together, the map is read twice.
         if self.BN is not None and self.BN.uses_moving:
             mean, var = groups.image_moments(input[:, self.instance])
-            batch = self.BN.moving_of_images(len(input))
+            batch = self.BN.moving_of_images(input.shape[0])
         else:
             mean, var = groups.image_moments(input)
             batch = [t[:, self.batch] for t in (mean, var)]  # of no channel where there is no BN

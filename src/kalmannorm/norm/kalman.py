@@ -90,7 +90,7 @@ class Estimator(TakesBeliefs):
     def forward(self, input: Tensor, beliefs: Any = None) -> Any:
         """y like the input; with `beliefs`, its own (or none: an empty tuple), Estimated(y, belief)."""
         prior = plain(pick(beliefs, 0, "input"))
-        if prior is not None and len(prior.mean) not in (1, self.rows(len(input))):
+        if prior is not None and prior.mean.shape[0] not in (self.rows(input.shape[0]), 1):
             prior = None  # of a normalizer with other groups: a part that was converted by itself
         y, belief = self.estimate(input, prior)
         if beliefs is None:
@@ -252,7 +252,7 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             weight = self.tie_idle(self.weight, prior) if tie else self.weight
             y = F.batch_norm(x, mean, var, weight, self.bias, False, 0.0, self.eps)
             return y, self.hand_on(moving, self.weight, self.bias)
-        if not len(x):
+        if not x.shape[0]:
             if self.guard is not None and self.over_ranks:  # the others would wait for its part of the decision
                 raise ValueError(f"{self.where}: a batch of no images on one of several devices, and a guard over all")
             y = self.of_no_images(x, *(prior or ()))

@@ -184,7 +184,7 @@ class PopulationNorm(SyncBatchNorm):
         remembers = self.estimator == "frozen" or (self.estimator == "memory" and self.corrects)
         if self.uses_moving or not (remembers or (self.decay is not None and self.training)):
             return super().forward(input)
-        if not len(input) and not self.spans:
+        if not input.shape[0] and not self.spans:
             return self.of_no_images(input)
         size, member, mean, var = self.moments(input, self.group_of)
         # Not compiled: hooks, and averages that change before the backward, which would then read them as changed.
@@ -243,7 +243,7 @@ class SplitBatchNorm(SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving:
             return super().forward(input)
-        if not len(input) and not self.spans:
+        if not input.shape[0] and not self.spans:
             return self.of_no_images(input)
         size, member, *of_groups = self.moments(input, self.group_of)
         _, _, *of_whole = self.moments(input, None)

@@ -82,7 +82,7 @@ class BatchRenorm(BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if self.uses_moving or not self.corrects or self.running_mean is None:
             return super().forward(input)
-        if not len(input):
+        if not input.shape[0]:
             return self.of_no_images(input)
         size = self.group_size(input)
         # Constants for the gradient, so it is BN with a gamma and beta of each group's own.

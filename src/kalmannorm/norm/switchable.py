@@ -65,7 +65,7 @@ class SwitchableNorm(GroupedStatistics):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         refuse_single_pixels(self, input)
-        if not len(input):
+        if not input.shape[0]:
             return self.of_no_images(input)
         # Everything follows from the moments of one channel of one image, [N, C].
         in_mean, in_var = groups.image_moments(input)
@@ -75,7 +75,7 @@ class SwitchableNorm(GroupedStatistics):
         parts: list[Sequence[Tensor]] = [(in_mean, in_var), groups.pooled(in_mean, in_var, 1)]
         if "bn" in self.mixed:
             moving = self.uses_moving
-            parts.append(self.moving_of_images(len(input)) if moving else self.of_images(input, in_mean, in_var))
+            parts.append(self.moving_of_images(input.shape[0]) if moving else self.of_images(input, in_mean, in_var))
         mean, var = (_mixture(w, of_kind) for w, of_kind in zip(self.ratios(), zip(*parts, strict=True), strict=True))
         return groups.normalize(input, 1, mean, var, self.weight, self.bias, self.eps)
 

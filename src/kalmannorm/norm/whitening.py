@@ -111,7 +111,7 @@ class Whitening(GroupedStatistics):
 
     @by_whole_groups
     def forward(self, input: Tensor) -> Tensor:
-        if not len(input):
+        if not input.shape[0]:
             return self.of_no_images(input)
         with without_autocast(input.device.type):  # matrix products in float32 as well
             return self._normalize(input).to(input.dtype).contiguous(memory_format=groups.format_of(input))
