@@ -1,8 +1,8 @@
 """One line for any CNN: `convert` swaps the normalizers and hands beliefs from one to the next; `fold` goes back.
 
 The converted model is the model that it was: the same modules under the same names, of generated subclasses of their
-own classes (classes.py). A container's forward is its own, with beliefs beside its operations (trace.py, write.py), or
-as it is where it cannot be traced (flow.py).
+own classes (classes.py). A container's forward is its own, with beliefs beside its operations (trace.py, write.py,
+forwards.py), or as it is where it cannot be traced (flow.py).
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_map_only
 
-from kalmannorm.conversion import classes
+from kalmannorm.conversion import classes, forwards
 from kalmannorm.conversion.batch_norms import trace_layers
 from kalmannorm.conversion.flow import stand_ins
 from kalmannorm.conversion.generate import beneath_parametrization, generate, generate_layers, is_container
@@ -149,17 +149,17 @@ def convert(
         predictors = "noise" if predictor == "sampling" else "transition" if learned else ""
         as_they_are = generate(source, leaves, predictors, known)
         if known or returns_belief:
-            classes.become(source, *classes.root_code(type(source), known, mark, returns_belief))
+            classes.become(source, *forwards.root_code(type(source), known, mark, returns_belief))
     else:
         for module in list(source.modules()):
             if not is_container(module, leaves):
                 continue
             if any(name in ("type", "class_of") for _, name, _ in stand_ins(type(module))):
-                classes.become(module, classes.ASKING)
+                classes.become(module, forwards.ASKING)
             elif any(child in built.values() for child in module.children()):
-                classes.become(module, classes.REFUSING)
+                classes.become(module, forwards.REFUSING)
         if returns_belief:
-            classes.become(source, classes.WITHOUT_BELIEF)
+            classes.become(source, forwards.WITHOUT_BELIEF)
     source.__dict__[_MARK] = {"as_they_are": as_they_are, "left": left, contract.RETURNS: returns_belief}
     return source
 

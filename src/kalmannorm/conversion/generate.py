@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from kalmannorm.conversion import classes
+from kalmannorm.conversion import classes, forwards
 from kalmannorm.conversion.attach import Search
 from kalmannorm.conversion.layers import copied, replace
 from kalmannorm.conversion.operations import MODULES_BY_NAME
@@ -35,7 +35,7 @@ def is_container(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> bool
         return False
     if "forward" in module.__dict__:  # set on the instance
         return any(isinstance(part, Estimator) for part in module.modules())
-    if type(module).forward in classes.NO_FORWARD:
+    if type(module).forward in forwards.NO_FORWARD:
         return False
     own = ("torch.nn.", "kalmannorm.norm.")
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith(own)
@@ -55,11 +55,11 @@ def generate_layers(traces: dict[_BatchNorm, dict[str, Trace]], built: dict[_Bat
     for layer, new in built.items():
         names, summary = dict[str, Any](), Summary()
         if traces.get(layer):
-            code, names, summary = classes.container_code(new, traces[layer], {})
+            code, names, summary = forwards.container_code(new, traces[layer], {})
         elif layer in traces:
-            code = classes.AS_ITS_ORIGINAL
+            code = forwards.AS_ITS_ORIGINAL
         elif classes.methods_of(type(layer), type(new)):
-            code = classes.AS_ITS_BASE
+            code = forwards.AS_ITS_BASE
         else:
             continue
         classes.become(new, code, names | {classes.ORIGINAL: type(layer)}, summary)
@@ -88,14 +88,14 @@ def generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, k
         names: dict[str, Any] = {}
         summary = Summary()
         if "forward" in module.__dict__:
-            code = classes.AS_IT_IS
+            code = forwards.AS_IT_IS
             module.__dict__["forward"] = classes.Followed(module.__dict__["forward"])
         elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            code, summary = classes.SEQUENTIAL, classes.sequential_summary(module, summaries)
+            code, summary = forwards.SEQUENTIAL, forwards.sequential_summary(module, summaries)
         elif module in traces:
-            code, names, summary = classes.container_code(module, traces[module], summaries)
+            code, names, summary = forwards.container_code(module, traces[module], summaries)
         elif any(isinstance(part, Estimator) for part in module.modules()):
-            code = classes.AS_IT_IS
+            code = forwards.AS_IT_IS
         else:
             continue
         summaries[module] = summary
@@ -171,17 +171,17 @@ def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str
     if "forward" in layer.__dict__:
         return
     if base.forward is nn.Linear.forward:
-        code = classes.LINEAR
+        code = forwards.LINEAR
     elif base.__name__ == "Conv2dSame":
-        code = classes.OTHER_CONVOLUTION
+        code = forwards.OTHER_CONVOLUTION
     elif base.forward in _TRANSPOSED:
-        code = classes.TRANSPOSED
+        code = forwards.TRANSPOSED
     elif not _is_convolution(base):
         return
     elif not own:
-        code = classes.CONVOLUTION
+        code = forwards.CONVOLUTION
     elif layer in predictors:
-        code = classes.SAMPLED if own == "noise" else classes.LEARNED
+        code = forwards.SAMPLED if own == "noise" else forwards.LEARNED
         layer.__dict__["predictor"] = (
             predictors[layer],
         )  # a tuple, since a module in an attribute would be registered

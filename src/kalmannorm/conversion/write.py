@@ -126,7 +126,7 @@ class Writer:
             function = checkpointed if node.target is CHECKPOINT else in_segments
             node = self._pair(node, function, node.args[0], node.args[1:], dict(node.kwargs))
         elif node.target is normalize:
-            # Its base class does it: classes.py puts that and the layer itself in the string's place.
+            # Its base class does it: forwards.py puts that and the layer itself in the string's place.
             node = self._pair(node, normalized, "self", node.args, {})
         elif set(node.all_input_nodes) <= self._constant:
             self._constant.add(node)
