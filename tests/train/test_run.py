@@ -397,6 +397,18 @@ def test_bf16_is_an_option(tmp_path):
     assert only_record(tmp_path)["config"]["precision"] == "bf16"
 
 
+@pytest.mark.usefixtures("small")
+def test_files_that_a_killed_process_left_unfinished_go(tmp_path):
+    identity = records.run_id(compose(SMALL))
+    left = [tmp_path / f"results/records/.{identity}.{ending}.x" for ending in ("json", "npz")]
+    left += [tmp_path / f"runs/{identity}/.{name}.x" for name in ("checkpoint.pt", "gaps.npz")]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert main(["train", *SMALL, *place(tmp_path)]) == 0
+    assert only_record(tmp_path)["id"] == identity and not any(file.exists() for file in left)
+
+
 @pytest.fixture
 def shallow(monkeypatch) -> list[str]:
     """SMALL with half as many blocks as the smallest ResNet: a compiler's time grows with them."""

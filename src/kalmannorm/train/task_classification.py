@@ -16,7 +16,7 @@ from kalmannorm.data.batches import PlainBatches
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Curves, Evaluation, Record
 from kalmannorm.experiments.settings import FilesDataset, VideoDataset
-from kalmannorm.files import write_atomically
+from kalmannorm.files import clear_unfinished, write_atomically
 from kalmannorm.norm.modes import normalizers
 from kalmannorm.train.evaluate import evaluate, precise
 from kalmannorm.train.first_steps import FirstSteps
@@ -129,9 +129,10 @@ class Classification(Task):
         assert stat_batch is not None
         images = dataset.gap_images if isinstance(dataset, FilesDataset) else None
         arrays, raw = variance_gaps(self.model, self.train, self.last, config.batch.grad_batch, stat_batch, images)
-        content = io.BytesIO()
+        content, file = io.BytesIO(), session.folder / "gaps.npz"
         np.savez(content, **raw)  # type: ignore[arg-type]
-        write_atomically(session.folder / "gaps.npz", content.getvalue())
+        clear_unfinished(file)
+        write_atomically(file, content.getvalue())
         return arrays
 
     def evaluate_all(self) -> dict[str, Evaluation]:
