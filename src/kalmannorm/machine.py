@@ -26,7 +26,7 @@ LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 def cores() -> int:
     """Count the cores that this process may use, by its affinity and its container's quota."""
-    from joblib.externals.loky import cpu_count  # half a second
+    from joblib import cpu_count  # half a second
 
     count: int = cpu_count()
     return count
