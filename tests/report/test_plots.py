@@ -27,6 +27,15 @@ def marks(axis: object) -> list[object]:
     return [line for line in axis.lines if line.get_marker() == "o"]  # type: ignore[attr-defined]
 
 
+def test_a_line_of_runs_in_other_arithmetic_says_so(tmp_path: Path) -> None:
+    for gain, precision in ((0.1, "fp32"), (0.5, "fp32"), (0.9, "bf16")):
+        one = config("bkn", arch="resnet14", gain=gain)
+        write_record(tmp_path, one | {"precision": precision}, 1, 60)
+    (figure,) = drawn(tmp_path, "initial-gain").values()
+    said = " ".join(str(figure.get_supxlabel()).split())
+    assert "Arithmetic differs: KN 0.9 in bf16" in said and "; the others in fp32" in said
+
+
 KINDS = ("table7", "table8", "figure4", "figure5", "gains", "layer-errors", "mixture", "stat-batch", "initial-gain")
 
 
