@@ -144,6 +144,9 @@ def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apar
         look, titles = _looks(card, group, cells), [apart.format(effects.identity(card, row)) for row in card.rows]
         at = [of(card, row) for row in card.rows]
         arithmetic: dict[str, set[str]] = {}  # which rows ran in it
+        for row, x in zip(card.rows, at, strict=True):
+            for run in cells.cell(card, row, group).runs:
+                arithmetic.setdefault(run["arithmetic"], set()).add(row.name if x is None else f"{row.name} {x:g}")
 
         def of_title(title: str, column: Column) -> Iterator[Line]:
             for label in look:
@@ -151,20 +154,16 @@ def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apar
                     row for row in zip(card.rows, titles, at, strict=True) if (row[0].name, row[1]) == (label, title)
                 ]
                 ran = {x: cell for row, _, x in same if (cell := cells.cell(card, row, group, column)).n}
-                for x, cell in ran.items():
-                    name_at = label if x is None else f"{label} {x:g}"
-                    arithmetic.update({kind: arithmetic.get(kind, set()) | {name_at} for kind in cell.kind[:1]})
                 if places := sorted(ran, key=lambda x: (x is None, x)):
                     values = [list(_final(ran[x]).values()) for x in places]
                     yield Line(label, look[label], places, values, [x for x in places if ran[x].lost])
 
-        panels = _accuracies(card, titles, name, of_title)
         said = f"{READING} Crosses: where runs failed or stayed at chance. Horizontal: no such setting."
         if len(arithmetic) > 1:
             *few, most = sorted(arithmetic, key=lambda kind: len(arithmetic[kind]))
             others = "; ".join(f"{', '.join(sorted(arithmetic[kind]))} in {kind}" for kind in few)
             said += f" Arithmetic differs: {others}; the others in {most}."
-        return _lines(panels, f"{_said(card, group)} {said}", scale)
+        return _lines(_accuracies(card, titles, name, of_title), f"{_said(card, group)} {said}", scale)
 
     return draw
 
