@@ -79,7 +79,7 @@ $(DATASETS:%=data-%): data-%: $(READY)
 notebooks: $(READY) ## execute the notebooks on the records, in place
 	@$(VENV)/bin/jupyter nbconvert --execute --inplace --ClearMetadataPreprocessor.enabled=True notebooks/*.ipynb
 
-test: $(READY) ## the quick tests, under 5 minutes on 2 cores
+test: $(READY) ## the quick tests, about 5 minutes on 2 cores
 	@$(PYTEST) -m "not slow"
 
 test-all: $(READY) ## all the tests, within 40 minutes on 2 cores
