@@ -1,6 +1,7 @@
 """`kalmannorm report`: an experiment's table or figure from the records, all of them, or two runs beside each other."""
 
 import gc
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,11 @@ ALONE = ("gains", "layer_errors", "mixture", "death", "conditioning")  # kinds o
 COUNTED = ("parameters", "speed")  # kinds of cards without runs
 GROUPED = ("dataset", "budget", "schedule")
 DOCUMENTS = {"docs/results.md": page.results_markdown, "README.md": page.readme_markdown}
+DRAWN_WITH = (
+    *(f"matplotlib.backends.backend_{kind}" for kind in ("agg", "pdf", "svg")),
+    "fontTools.subset",
+    "scipy.stats",
+)
 _shared: list[Any] = []  # cells and results, in a process that draws
 
 
@@ -84,6 +90,8 @@ def write_all(results: Path) -> list[Path]:
     cells = Cells(frame.load(results))
     every = [card for card in map(cards.read, cards.names()) if not card.same_as]
     every.sort(key=lambda card: _place(card, cells))
+    for library in DRAWN_WITH:
+        importlib.import_module(library)  # before the processes start: else each takes seconds for it
     # Drawing is most of the work. What is counted stays here, where the claims count the same networks.
     with ProcessPoolExecutor(min(cores(), len(every)), initializer=_share, initargs=(cells, results)) as pool:
         running = {card.name: pool.submit(_made, card) for card in every if card.kind not in COUNTED}
