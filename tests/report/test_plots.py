@@ -77,6 +77,21 @@ def test_files_are_reproducible(tmp_path: Path) -> None:
     assert one == other and one["png"].startswith(b"\x89PNG") and one["pdf"].startswith(b"%PDF")
 
 
+def test_a_pdf_stays_beside_the_same_png(tmp_path: Path) -> None:
+    table7(tmp_path)
+    figure = drawn(tmp_path, "table7")[""]
+    picture, files = command._draw(tmp_path, "a", figure)
+    assert picture.startswith("<svg") and sorted(files) == ["a.pdf", "a.png"]
+    (tmp_path / "a.pdf").write_bytes(b"of another machine")
+    assert sorted(command._draw(tmp_path, "a", figure)[1]) == ["a.pdf", "a.png"]
+    assert (tmp_path / "a.pdf").read_bytes() == b"of another machine"
+    (tmp_path / "a.png").write_bytes(b"another picture")
+    command._draw(tmp_path, "a", figure)
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF") and (
+        tmp_path / "a.png"
+    ).read_bytes() != b"another picture"
+
+
 def test_a_horizontal_line_has_no_marks() -> None:
     figure = plots.lines([[Panel("", [Line("GN", LOOK, [None], [[50.0, 60.0]])])]], "")
     (axis,) = figure.axes

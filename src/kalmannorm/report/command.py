@@ -81,6 +81,7 @@ def report_all(arguments: list[str]) -> int:
         for path in write_all(results):
             print(path)
     finally:
+        gc.freeze()  # nor in what is left, as the interpreter ends: two seconds
         gc.enable()
     return 0
 
@@ -222,7 +223,14 @@ def _write(results: Path, files: dict[str, bytes]) -> list[str]:
 
 
 def _draw(results: Path, stem: str, figure: Any, whole: bool = True) -> tuple[str, list[str]]:
-    """Write a picture as PNG, and, where `whole`, as PDF; return an SVG for the page, and the names of the files."""
-    found = plots.encode(figure, ("png", "pdf", "svg") if whole else ("png",))
+    """Write a picture as PNG, and, where `whole`, as PDF; return an SVG for the page, and the names of the files.
+
+    A PDF beside the same PNG stays: it takes as long as all else, and its bytes differ from machine to machine.
+    """
+    found = plots.encode(figure, ("png", "svg") if whole else ("png",))
     drawn = plots.inline(found.pop("svg"), stem) if whole else ""
-    return drawn, _write(results, {f"{stem}.{ending}": content for ending, content in found.items()})
+    png, pdf = (results / f"{stem}.{ending}" for ending in ("png", "pdf"))
+    if whole and not (pdf.exists() and png.exists() and png.read_bytes() == found["png"]):
+        found |= plots.encode(figure, ("pdf",))
+    files = _write(results, {f"{stem}.{ending}": content for ending, content in found.items()})
+    return drawn, [*files, *([pdf.name] if whole and "pdf" not in found else [])]
