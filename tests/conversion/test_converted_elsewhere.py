@@ -455,6 +455,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("by", ["model", "block", "layer"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("error:.*returned a view tensor")
 def test_sharded_models_have_the_same_gradients(options: dict[str, Any], by: str) -> None:
     model, x = converted(**options), images()
     expected = gradients(copy.deepcopy(model), x)

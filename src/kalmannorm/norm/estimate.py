@@ -118,13 +118,13 @@ class _Native(torch.autograd.Function):
         guard: float | None,
         over_ranks: bool,
     ) -> tuple[Tensor, ...]:
-        shape = (x.shape[0] // size, x.shape[1])
         rows = _rows(x, size)
         dtype = groups.moments_dtype(x)
         zeros, ones = (torch.full((rows.shape[1],), value, dtype=dtype) for value in (0.0, 1.0))
         # With momentum 0 the buffers stay as they are; they only make the kernel compute in their type.
-        measured_mean, measured_var = torch.batch_norm_update_stats(rows, zeros, ones, 0.0)
-        measured_mean, measured_var = measured_mean.view(shape), measured_var.view(shape)
+        moments = torch.batch_norm_update_stats(rows, zeros, ones, 0.0)
+        shape = torch.Size((x.shape[0] // size, x.shape[1]))
+        measured_mean, measured_var = (groups.merge(moment, shape) for moment in moments)  # FSDP warns of views
         q = deviation = None
         mean, var = measured_mean, measured_var
         if prior_var is not None:
