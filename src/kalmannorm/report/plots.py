@@ -141,7 +141,7 @@ def forest(
     from matplotlib.lines import Line2D
 
     with style.context():
-        figure = Figure(figsize=(style.WIDTH, 1.0 + 0.21 * len(entries)), layout="constrained")
+        figure = Figure(figsize=(style.WIDTH, 1.0 + 0.21 * max(3, len(entries))), layout="constrained")  # room for words
         axes = figure.subplots(1, len(horizontal), sharey=True, squeeze=False)[0]
         for place, entry in enumerate(entries):
             for number, axis in enumerate(axes):
