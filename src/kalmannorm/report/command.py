@@ -81,7 +81,6 @@ def report_all(arguments: list[str]) -> int:
         for path in write_all(results):
             print(path)
     finally:
-        gc.freeze()  # nor in what is left, as the interpreter ends: two seconds
         gc.enable()
     return 0
 
