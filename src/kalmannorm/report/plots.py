@@ -141,7 +141,8 @@ def forest(
     from matplotlib.lines import Line2D
 
     with style.context():
-        figure = Figure(figsize=(style.WIDTH, 1.0 + 0.21 * max(3, len(entries))), layout="constrained")  # room for words
+        height = 1.0 + 0.21 * max(3, len(entries))  # the legend and the caption want as much with one entry
+        figure = Figure(figsize=(style.WIDTH, height), layout="constrained")
         axes = figure.subplots(1, len(horizontal), sharey=True, squeeze=False)[0]
         for place, entry in enumerate(entries):
             for number, axis in enumerate(axes):
