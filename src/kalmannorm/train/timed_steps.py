@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kalmannorm.conversion.compiled import prepare_compiler
 from kalmannorm.train.model import optimizer
 
 GRAD_BATCH = 128
@@ -54,6 +55,8 @@ def training_step(
     optim = optimizer(model, **RECIPE)
     for group in optim.param_groups:
         group["lr"] = 1e-3
+    if compiled:
+        prepare_compiler()
     run = torch.compile(model, dynamic=False) if compiled else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
