@@ -23,6 +23,13 @@ def absent(name: str, found: str, remedy: str) -> UserError:
     return UserError(f"data set {name!r} is not there: {found}; {remedies}")
 
 
+def reason(error: BaseException) -> str:
+    """Return what a library's exception says, in one line: of an OSError what the system said, else the message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class Stopped(BaseException):
     """A signal asked a run to leave; what it had is saved.
 
