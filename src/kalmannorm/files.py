@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -27,7 +27,7 @@ def write_atomically(file: Path, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {file}: {reason(error)}") from None
 
 
 def clear_unfinished(file: Path) -> None:

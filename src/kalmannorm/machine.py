@@ -93,23 +93,20 @@ class Launch:
 
 def launch() -> Launch:
     """Read what a launcher such as torchrun has set. UserError: part of it, as an earlier shell or a pod leaves it."""
-    values = {name: os.environ.get(name, "").strip() for name in LAUNCHER}
-    given = {name: value for name, value in values.items() if value}
+    given = {name: value for name in LAUNCHER if (value := os.environ.get(name, "").strip())}
     shown = " ".join(f"{name}={value}" for name, value in given.items())
     remedy = f"start with torchrun --nproc-per-node N -m kalmannorm train ..., or `unset {' '.join(LAUNCHER)}`"
-    numbers = {}
     for name in LAUNCHER[:4]:
-        if name in given and not (given[name].isascii() and given[name].isdecimal()):
+        if not given.get(name, "0").isdecimal():
             raise UserError(f"{name}={given[name]} in the environment: expected a number; {remedy}")
-        numbers[name] = int(given.get(name, "0"))
-    world = numbers["WORLD_SIZE"] or 1
-    if world == 1 and not numbers["RANK"]:
+    world, rank, local_rank, local_world = (int(given.get(name, "0")) for name in LAUNCHER[:4])
+    if world < 2 and not rank:
         return Launch()
     if missing := [name for name in (*LAUNCHER[:3], *LAUNCHER[4:]) if name not in given]:
         raise UserError(f"{shown} in the environment without {', '.join(missing)}: {remedy}")
-    if numbers["RANK"] >= world:
+    if rank >= world:
         raise UserError(f"{shown} in the environment: expected RANK from 0 to {world - 1}; {remedy}")
-    return Launch(numbers["RANK"], world, numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"] or world)
+    return Launch(rank, world, local_rank, local_world or world)
 
 
 class Commit(TypedDict):

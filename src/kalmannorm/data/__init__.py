@@ -41,7 +41,8 @@ Source = Arrays | Images | Betons
 OFFICIAL = {each.name: each for each in (cifar.CIFAR10, cifar.CIFAR100, svhn.SVHN, svhn.SVHN_EXTRA)}
 VARIANTS = {"cifar10_few": "cifar10", "cifar10_recoloured": "cifar10"}  # of other sets, from whose folder they are read
 DATASETS = ("digits", *OFFICIAL, *VARIANTS)  # in memory
-MADE = {"playback": "playback", "coco-tiny-maps": "coco_maps"}  # of other data, by which module
+# Of other data, by which module.
+MADE = {"playback": "kalmannorm.data.playback", "coco-tiny-maps": "kalmannorm.data.coco_maps"}
 PREPARE = (*OFFICIAL, *MADE)  # digits needs no preparing
 
 
@@ -89,21 +90,17 @@ def prepare(name: str, root: Path, archive: Path | None = None, download: bool =
     if name in OFFICIAL:
         return OFFICIAL[name].prepare(root, archive, download)
     if name in MADE:
-        module = importlib.import_module(f"kalmannorm.data.{MADE[name]}")  # now: they import torch
-        made: Path = module.prepare(root / name, archive)
+        made: Path = importlib.import_module(MADE[name]).prepare(root / name, archive)  # now: they import torch
         return made
     if name == "digits":
         raise UserError("dataset 'digits' comes with scikit-learn: nothing to prepare, `dataset=digits` runs as it is")
-    if name.startswith("coco"):
-        raise UserError(
-            f"dataset {name!r} is read as it is: unpack the official files into {root / name} (data/coco.py)"
-        )
-    if name in folder.READ_AS_IT_IS:
-        how = folder.HOW_TO_GET.get(name, folder.LAYOUT)
-        raise UserError(f"dataset {name!r} is read as it is, from {root / name}: {how}")
-    if name in SCENES:
-        source = SCENES[name]
-        raise UserError(f"dataset {name!r} is read as it is, from {root / source.folder}: {source.how_to_get}")
     if name in VARIANTS:
         raise UserError(f"dataset {name!r} is read from that of {VARIANTS[name]}: prepare {VARIANTS[name]}")
-    raise UserError(nearest(name, PREPARE, "dataset"))
+    place, how = root / name, folder.HOW_TO_GET.get(name, folder.LAYOUT)
+    if name in SCENES:
+        place, how = root / SCENES[name].folder, SCENES[name].how_to_get
+    elif name.startswith("coco"):
+        how = "unpack the official files into it (data/coco.py)"
+    elif name not in folder.READ_AS_IT_IS:
+        raise UserError(nearest(name, PREPARE, "dataset"))
+    raise UserError(f"dataset {name!r} is read as it is, from {place}: {how}")

@@ -23,7 +23,7 @@ from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 
 from kalmannorm.data.pixels import Header, Unreadable, look, turn, turn_box
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 
 LISTS = ("images", "annotations", "categories")
 OUTSIDE = 2.0  # pixels by which a box may leave its image: the official boxes are rounded, not exact
@@ -86,8 +86,8 @@ def _parse(file: Path) -> dict[str, list[object]]:
             if not isinstance(content.get(key), list):
                 raise ValueError(f"no list of {key!r}")
     except (OSError, ValueError, RecursionError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"cannot read {file}: {reason}; expected COCO's instances format, get the file again") from None
+        remedy = "expected COCO's instances format, get the file again"
+        raise UserError(f"cannot read {file}: {reason(error)}; {remedy}") from None
     return content
 
 
@@ -164,9 +164,8 @@ def _with_headers(images: dict[int, Values], root: Path, problems: list[str]) ->
             stored, upright = (found.width, found.height), found.upright
             listed = (stored[0] if width is None else int(width), stored[1] if height is None else int(height))
             if listed not in (stored, upright):
-                problems.append(
-                    f"{root / name} has {stored[0]} x {stored[1]} pixels, its annotations say {listed[0]} x {listed[1]}"
-                )
+                sizes = f"{stored[0]} x {stored[1]} pixels, its annotations say {listed[0]} x {listed[1]}"
+                problems.append(f"{root / name} has {sizes}")
                 continue
             # Where both sizes are one, as of a half turn, annotations lie on the stored pixels: nothing says else.
             known[image["id"]] = ({**image, "width": upright[0], "height": upright[1]}, found, listed == stored)
@@ -194,10 +193,8 @@ def _annotations(
             if image not in images or category not in categories:
                 if bad_images:
                     continue
-                raise _Wrong(
-                    f"is of image {entry.get('image_id')!r} and category {entry.get('category_id')!r}, one of which "
-                    "the file does not list"
-                )
+                named = f"image {entry.get('image_id')!r} and category {entry.get('category_id')!r}"
+                raise _Wrong(f"is of {named}, one of which the file does not list")
             same = {"id": number + 1, "image_id": image, "category_id": category}
             found = {**entry, **same, **_object(entry, *images[image])}
         except _Wrong as wrong:
@@ -260,10 +257,8 @@ def _mask(segmentation: object, height: int, width: int) -> Values:
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise _Wrong(f"has the segmentation {_short(segmentation)}, expected polygons or a run-length code")
     if segmentation["size"] != [height, width]:
-        raise _Wrong(
-            f"has a run-length code of size {_short(segmentation['size'])}, expected its image's [height, width] "
-            f"{[height, width]}"
-        )
+        size, expected = _short(segmentation["size"]), f"its image's [height, width] {[height, width]}"
+        raise _Wrong(f"has a run-length code of size {size}, expected {expected}")
     counts = segmentation["counts"]
     runs = _runs(counts) if isinstance(counts, str) else counts
     whole = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
@@ -282,10 +277,9 @@ def _is_polygon(polygon: object, height: int, width: int) -> bool:
     if len(polygon) % 2 or not all(map(_is_number, polygon)):
         raise _Wrong(f"has the polygon {_short(polygon)}, expected numbers in pairs: [x, y, x, y, ...]")
     # pycocotools allocates by the length of a polygon's sides.
-    inside = all(-width <= x <= 2 * width for x in polygon[::2]) and all(
-        -height <= y <= 2 * height for y in polygon[1::2]
-    )
-    if not inside:
+    inside_x = all(-width <= x <= 2 * width for x in polygon[::2])
+    inside_y = all(-height <= y <= 2 * height for y in polygon[1::2])
+    if not (inside_x and inside_y):
         raise _Wrong(f"has the polygon {_short(polygon)}, far outside of its image of {width} x {height} pixels")
     return len(polygon) >= 6
 

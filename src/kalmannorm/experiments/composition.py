@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kalmannorm.errors import UserError, nearest
+from kalmannorm.errors import UserError, nearest, reason
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -97,7 +97,7 @@ def parse(override: str) -> "Override":
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
-        raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"override {override!r}: {reason(error)}") from None
 
 
 @functools.cache
@@ -110,7 +110,7 @@ def _file(folder: Path, name: str) -> Values:
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(file))
     except (YAMLError, UnicodeError) as error:
-        raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file} is no YAML: {reason(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} holds a {type(values).__name__}, expected settings, name: value")
     if name == "config":

@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from kalmannorm import machine
-from kalmannorm.errors import UserError, nearest
+from kalmannorm.errors import UserError, nearest, reason
 from kalmannorm.experiments import composition
 from kalmannorm.experiments.settings import (
     STRICT,
@@ -231,9 +231,7 @@ def _resolve_weights(arch: Mapping[str, Any], file: str | None, detects: bool) -
             with Path(file).expanduser().open("rb") as stream:
                 found["pretrained"] = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(
-                f"weights = {file}: {error.strerror or error}; expected a .pth or .safetensors file"
-            ) from None
+            raise UserError(f"weights = {file}: {reason(error)}; expected a .pth or .safetensors file") from None
     if detects and arch.get("frozen_stages") is None:
         found["frozen_stages"] = 0 if file is None else 2
     return found

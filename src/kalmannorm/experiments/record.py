@@ -10,16 +10,15 @@ import io
 import json
 import math
 import sys
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
 
 from kalmannorm import machine
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 from kalmannorm.experiments.config import RESULT_KEYS, Config
 from kalmannorm.files import write_atomically
 
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
 # Raised when a change alters results: records of another number are listed as stale and never tabulated.
 NUMERICS = 2
-
-# Arrays beside a record: more than a network's layers and their channels come to.
-MAX_ARRAY_BYTES = 2**28
 
 Status = Literal["done", "failed"]
 # By which an evaluation is known, in percent: accuracy, a detector's average precision, a segmenter's mean
@@ -207,34 +203,18 @@ def write(results: str | Path, record: Record, arrays: "Mapping[str, np.ndarray]
 
 def arrays(identity: str, results: str | Path = "results") -> "dict[str, np.ndarray]":
     """Return the arrays beside one run's record (docs/records.md), in double precision. UserError: no such file, or a
-    broken one; one that claims more than MAX_ARRAY_BYTES."""
+    broken one."""
     import numpy as np
 
     file = path(results, identity).with_suffix(".npz")
     try:
-        with zipfile.ZipFile(file) as archive:
-            for member in archive.infolist():
-                with archive.open(member) as stream:
-                    _check_claim(stream, member.file_size)
         with np.load(file, allow_pickle=False) as stored:
             return {key: np.asarray(stored[key], dtype=np.float64) for key in stored.files}
     except FileNotFoundError:
         raise UserError(f"{file} is missing beside its record: restore it, or run {identity} again") from None
     except Exception as error:  # numpy and zipfile raise many kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} cannot be read ({reason}): remove it and the record, and run again") from None
-
-
-def _check_claim(stream: IO[bytes], size: int) -> None:
-    """Raise ValueError where the header of a .npy file claims more than its `size`, or that is too much to load."""
-    from numpy.lib import format
-
-    read_header = {(1, 0): format.read_array_header_1_0, (2, 0): format.read_array_header_2_0}[
-        format.read_magic(stream)
-    ]
-    shape, _, dtype = read_header(stream)
-    if max(size, math.prod(shape) * dtype.itemsize) > min(MAX_ARRAY_BYTES, size):
-        raise ValueError(f"an array of {list(shape)} {dtype} in {size:,} bytes")
+        remedy = "remove it and the record, and run again"
+        raise UserError(f"{file} cannot be read ({reason(error)}): {remedy}") from None
 
 
 def read(results: str | Path, identity: str) -> Record | None:

@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any
 
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import run_id
 from kalmannorm.machine import cores
@@ -64,8 +64,7 @@ class OnRay:
                 outcomes.append((identity, self._ray.get(result)))
                 self._idle.append((devices, actor))
             except self._ray.exceptions.RayError as error:
-                reason = " ".join(str(error).split())[:300]
-                outcomes.append((identity, Outcome("died", f"{type(error).__name__}: {reason}")))
+                outcomes.append((identity, Outcome("died", f"{type(error).__name__}: {reason(error)}")))
         return outcomes
 
     def ask_to_stop(self) -> None:
@@ -111,4 +110,4 @@ def _connect(ray: Any, options: Options) -> None:
         ray.init(num_cpus=processors, include_dashboard=False, log_to_driver=False, **gpus)
     except Exception as error:  # ray raises bare ones, for instance where its processes take too long to start
         ray.shutdown()
-        raise UserError(f"no Ray at {address or 'this machine'}: {' '.join(str(error).split())}") from None
+        raise UserError(f"no Ray at {address or 'this machine'}: {reason(error)}") from None

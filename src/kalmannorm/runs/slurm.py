@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import run_id
 from kalmannorm.runs.job import Outcome
@@ -93,7 +93,7 @@ class OnSlurm:
                 with _outside_of_a_job():
                     jobs = self._executor(devices).map_array(Attempt(), configs, [devices] * len(configs))
             except RuntimeError as error:  # what sbatch said
-                raise UserError(f"sbatch refused: {' '.join(str(error).split())}") from None
+                raise UserError(f"sbatch refused: {reason(error)}") from None
             self._jobs |= {run_id(config): job for config, job in zip(configs, jobs, strict=True)}
         self._new.clear()
 
@@ -113,7 +113,7 @@ class OnSlurm:
         try:
             executor.update_parameters(**parameters | self._options.slurm)
         except ValueError as error:
-            raise UserError(f"slurm.: {' '.join(str(error).split())}") from None
+            raise UserError(f"slurm.: {reason(error)}") from None
         return executor
 
 

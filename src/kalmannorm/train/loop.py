@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kalmannorm.conversion.compiled import prepare_compiler
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
 from kalmannorm.files import check_room, clear_unfinished
@@ -162,8 +162,8 @@ def train_epoch(
         try:
             _forward_backward(task, session, forward, batch, done)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"compile = true: {reason}; repair the compiler, or pass compile=false") from None
+            remedy = "repair the compiler, or pass compile=false"
+            raise UserError(f"compile = true: {reason(error)}; {remedy}") from None
         if config.compile and done == first:
             _check_compiled(session.model)
         finish_gradients(session.model)

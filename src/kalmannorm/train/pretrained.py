@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Record
 from kalmannorm.models.i3d import inflate_weights
@@ -44,10 +44,8 @@ def load_pretrained(parts: Iterable[nn.Module], file: str) -> None:
                     continue
                 raise UserError(f"weights = {file}: {key} is missing; expected a ResNet-50 by torchvision's names")
             if weights[key].shape != value.shape:
-                raise UserError(
-                    f"weights = {file}: {key} is {list(weights[key].shape)}, expected {list(value.shape)}: of another "
-                    "network"
-                )
+                shapes = f"{list(weights[key].shape)}, expected {list(value.shape)}"
+                raise UserError(f"weights = {file}: {key} is {shapes}: of another network")
             chosen[key] = weights[key]
         part.load_state_dict(chosen, strict=False)
 
@@ -61,8 +59,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"weights = {file}: {reason}; expected a .pth or .safetensors file of weights") from None
+        expected = "expected a .pth or .safetensors file of weights"
+        raise UserError(f"weights = {file}: {reason(error)}; {expected}") from None
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"weights = {file}: expected a dictionary of tensors (a state dict)")
     return found

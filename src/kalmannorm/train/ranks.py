@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from kalmannorm import machine, stopping
-from kalmannorm.errors import Stopped, UserError
+from kalmannorm.errors import Stopped, UserError, reason
 from kalmannorm.experiments.config import Config, check_batches
 
 T = TypeVar("T")
@@ -57,8 +57,7 @@ class Ranks:
             # Of a tensor, with its number: torch.cuda.set_device refuses plain "cuda".
             device = torch.zeros(1, device=torch.device(asked)).device
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"device={asked} cannot be used: {reason}; pass device=cpu") from None
+            raise UserError(f"device={asked} cannot be used: {reason(error)}; pass device=cpu") from None
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return device
@@ -138,10 +137,9 @@ def _meet(backend: str, rank: int, world: int) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (dist.DistError, RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
-            f"WORLD_SIZE={world} RANK={rank} in the environment, but no {world} processes meet at {place} "
-            f"({str(error).splitlines()[0][:120]}): start with torchrun, or `unset {' '.join(machine.LAUNCHER)}`"
-        ) from None
+        found = f"WORLD_SIZE={world} RANK={rank} in the environment, but no {world} processes meet at {place}"
+        remedy = f"start with torchrun, or `unset {' '.join(machine.LAUNCHER)}`"
+        raise UserError(f"{found} ({reason(error)}): {remedy}") from None
 
 
 def leave_with_parent() -> None:
