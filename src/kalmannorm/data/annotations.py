@@ -59,7 +59,6 @@ def read(file: Path, root: Path) -> Split:
     problems: list[str] = []
     categories = {one["id"]: one for one in _checked(content, "categories", _category, problems)}
     listed = {one["id"]: one for one in _checked(content, "images", _image, problems)}
-    _refuse_listed_twice(listed, problems)
     images = _with_headers(listed, root, problems)
     notes: list[str] = []
     annotations = list(_annotations(content["annotations"], images, categories, problems, notes))
@@ -131,15 +130,6 @@ def _image(image: Values) -> Values:
     return image
 
 
-def _refuse_listed_twice(images: dict[int, Values], problems: list[str]) -> None:
-    """Note files that are two images: each would teach that the other's objects are not there."""
-    known: dict[PurePosixPath, int] = {}
-    for identity, image in images.items():
-        other = known.setdefault(PurePosixPath(image["file_name"]), identity)
-        if other != identity:
-            problems.append(f"images {other} and {identity} are one file, {image['file_name']}")
-
-
 Known = tuple[Values, Header, bool]  # an image, its file's header, and whether annotations are to be turned with it
 
 
@@ -153,9 +143,13 @@ def _with_headers(images: dict[int, Values], root: Path, problems: list[str]) ->
             return error
 
     known: dict[int, Known] = {}
+    by_file: dict[PurePosixPath, int] = {}
     with ThreadPool(THREADS) as pool:
         for image, found in zip(images.values(), pool.imap(header, images.values(), chunksize=64), strict=True):
-            name = image["file_name"]
+            name, identity = image["file_name"], image["id"]
+            if (other := by_file.setdefault(PurePosixPath(name), identity)) != identity:
+                # Each would teach that the other's objects are not there.
+                problems.append(f"images {other} and {identity} are one file, {name}")
             if isinstance(found, Unreadable):
                 there = (root / name).exists()
                 problems.append(str(found) if there else f"it names {name}, which is not in {root}")
@@ -168,7 +162,7 @@ def _with_headers(images: dict[int, Values], root: Path, problems: list[str]) ->
                 problems.append(f"{root / name} has {sizes}")
                 continue
             # Where both sizes are one, as of a half turn, annotations lie on the stored pixels: nothing says else.
-            known[image["id"]] = ({**image, "width": upright[0], "height": upright[1]}, found, listed == stored)
+            known[identity] = ({**image, "width": upright[0], "height": upright[1]}, found, listed == stored)
     return known
 
 

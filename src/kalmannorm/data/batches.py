@@ -82,6 +82,7 @@ class Batches(ABC):
 class PlainBatches(Batches):
     """Batches that also come without augmentation: of everything but a detector's images, which are tested singly."""
 
+    views: int | None = None  # of each image in `plain`, [n, views, ...]: a video's clips
     at_once = 500  # images of an evaluation batch, about; online statistics depend on it (NUMERICS)
 
     def plain(

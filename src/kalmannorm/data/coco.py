@@ -87,12 +87,11 @@ def _annotations(folder: Path, split: str) -> Path:
 def find(name: str, root: Path) -> Path:
     """Return the folder with both splits' images and annotations. UserError: something of it is missing."""
     folder = root / name
-    for split in SPLITS:
-        file, images = _annotations(folder, split), folder / split
-        if missing := [str(path) for path, there in ((file, file.is_file()), (images, images.is_dir())) if not there]:
-            where = f"from cocodataset.org and unpack them into {folder.absolute()}"
-            remedy = f"get train2017, val2017 and the annotations of 2017 {where}"
-            raise absent(name, f"{' and '.join(missing)} missing", remedy)
+    needed = [path for split in SPLITS for path in (_annotations(folder, split), folder / split)]
+    if missing := [str(path) for path in needed if not path.exists()]:
+        where = f"from cocodataset.org and unpack them into {folder.absolute()}"
+        remedy = f"get train2017, val2017 and the annotations of 2017 {where}"
+        raise absent(name, f"{' and '.join(missing)} missing", remedy)
     return folder
 
 

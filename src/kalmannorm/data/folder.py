@@ -172,7 +172,7 @@ def _files(folder: Path, classes: list[str], total: "hashlib._Hash", kind: Kind)
     others: list[Path] = []
     for label, name in enumerate(classes):
         try:
-            for place, files in sorted(_walk(folder / name, (_identity(folder),))):
+            for place, files in sorted(_walk(folder / name)):
                 for file in sorted(files):
                     path = Path(place, file)
                     if path.suffix.lower() not in kind.extensions:
@@ -193,26 +193,18 @@ def _files(folder: Path, classes: list[str], total: "hashlib._Hash", kind: Kind)
     return Files(folder, np.array(names), np.array(labels, dtype=np.int64))
 
 
-def _walk(place: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
-    """Yield every folder under `place` with its files, as os.walk does, along links too. UserError: a loop."""
-    own = _identity(place)
-    if own in above:
-        raise UserError(f"{place} links to a folder that holds it: remove the link")
-    files = []
-    for entry in os.scandir(place):
-        if _ignored(entry.name):
-            continue
-        if entry.is_dir():
-            yield from _walk(Path(entry), (*above, own))
-        else:
-            files.append(entry.name)
-    yield str(place), files
+def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield every folder from `top` on with its files, along links too. UserError: a loop."""
 
+    def fail(error: OSError) -> None:
+        raise error
 
-def _identity(place: Path) -> tuple[int, int]:
-    """Identify a folder, by whatever name it is reached."""
-    status = place.stat()
-    return status.st_dev, status.st_ino
+    for place, folders, files in os.walk(top, onerror=fail, followlinks=True):
+        here = Path(place)
+        if here.is_symlink() and here.resolve() in [parent.resolve() for parent in here.parents]:
+            raise UserError(f"{place} links to a folder that holds it: remove the link")
+        folders[:] = [name for name in folders if not _ignored(name)]
+        yield place, [name for name in files if not _ignored(name)]
 
 
 def fidelity(counts: tuple[int, int], published: list[int] | None) -> str:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize
 
 from kalmannorm.data.batches import Counted
-from kalmannorm.data.scenes import IGNORED, Scenes
+from kalmannorm.data.scenes import IGNORED, REMEDY, Scenes
 from kalmannorm.data.stream import PLAIN, Decoding, Sample
 
 Wholes = tuple[list[Tensor], list[Tensor], int]  # images, their classes, and how many of them count
@@ -28,6 +28,8 @@ class SceneLoader(Decoding):
 
     `wholes` yields scenes as they are, normalized.
     """
+
+    remedy = REMEDY
 
     def __init__(
         self, scenes: Scenes, *, size: int, crop: Sequence[int], scales: Sequence[float], flip: bool, **options: Any

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IGNORED = 255  # of a pixel that counts neither in training nor in evaluation
+REMEDY = "; get the file again, or remove image and label map"
 MEANINGLESS = 254  # of a number that no map of the source holds
 Pair = tuple[Path, Path]  # an image and its label map
 
@@ -80,12 +81,9 @@ class Scenes:
         return Scenes([self.pairs[i] for i in indices], self.table)
 
     def read(self, index: int) -> "tuple[Image, NDArray[np.uint8]]":
-        """Return the image, in RGB, and its classes, uint8 [H, W] with IGNORED among them. UserError."""
+        """Return the image, in RGB, and its classes, uint8 [H, W] with IGNORED among them. UserError, Unreadable."""
         image, numbers = self.pairs[index]
-        try:
-            return read_rgb(image), self._classes(numbers)
-        except Unreadable as error:
-            raise UserError(f"{error}; get the file again, or remove image and label map") from None
+        return read_rgb(image), self._classes(numbers)
 
     def _classes(self, file: Path) -> NDArray[np.uint8]:
         numbers = read_numbers(file)
@@ -103,7 +101,7 @@ class Scenes:
             size = look(image).upright
             classes = self._classes(numbers)
         except Unreadable as error:
-            raise UserError(f"{error}; get the file again, or remove image and label map") from None
+            raise UserError(f"{error}{REMEDY}") from None
         if size != classes.shape[::-1]:
             sizes = f"{classes.shape[1]} x {classes.shape[0]} pixels, its image {image} {size[0]} x {size[1]}"
             raise UserError(f"label map {numbers} has {sizes}: get both again, or remove both")

@@ -150,6 +150,7 @@ class VideoLoader(Decoding):
         **options: Any,
     ) -> None:
         super().__init__(_Decode(files, size, flip, frames, interval, views), len(files), **options)
+        self.views = views
         self.mean, self.std = (each.view(3, 1, 1, 1) for each in (self.mean, self.std))
 
 

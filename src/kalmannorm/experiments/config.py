@@ -161,16 +161,12 @@ def check_batches(config: Config, devices: int) -> None:
     if grad % (devices * parts):
         raise UserError(f"batch.grad_batch = {grad} does not divide among {where}")
     if stat is not None and name not in SPAN_DEVICES and (grad // (devices * parts)) % stat:
-        raise UserError(
-            f"batch.grad_batch = {grad} on {where}: {grad // (devices * parts)} images each are no whole groups of "
-            f"batch.stat_batch = {stat}, and a group cannot span devices; take fewer devices"
-        )
+        groups = f"no whole groups of batch.stat_batch = {stat}, and a group cannot span devices; take fewer devices"
+        raise UserError(f"batch.grad_batch = {grad} on {where}: {grad // (devices * parts)} images each are {groups}")
     whole = [key for key in LOOK_AT_ALL if config.norm.options.get(key) is not None]
     if parts > 1 and (name in SPAN_DEVICES or whole):
         what = name if name in SPAN_DEVICES else f"norm.options.{whole[0]}"
-        raise UserError(
-            f"accumulate = {parts}: {what} looks at the whole batch, which micro-batches do not see at once"
-        )
+        raise UserError(f"accumulate = {parts}: {what} looks at the whole batch, not at one micro-batch at a time")
 
 
 def _resolve(values: dict[str, Any]) -> Config:

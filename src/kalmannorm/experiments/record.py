@@ -272,19 +272,18 @@ def read_file(path: Path) -> Record:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): change its permissions or move it away") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(_broken(path, f"no valid JSON ({error}); it may be truncated")) from error
-    if problem := _problem(record, path.stem):
-        raise UserError(_broken(path, problem))
+        problem: str | None = f"no valid JSON ({error}); it may be truncated"
+    else:
+        problem = _problem(record, path.stem)
+    if problem:
+        remedy = f"Move it out of {path.parent} (or delete it) and run it again"
+        raise UserError(f"{path} is not a usable record: {problem}. {remedy}")
     return record  # type: ignore[no-any-return]
 
 
 @functools.cache  # once a process, however often the folder is read
 def _say(line: str) -> None:
     print(f"kalmannorm: {line}", file=sys.stderr)
-
-
-def _broken(path: Path, problem: str) -> str:
-    return f"{path} is not a usable record: {problem}. Move it out of {path.parent} (or delete it) and run it again"
 
 
 def _problem(record: object, stem: str) -> str | None:

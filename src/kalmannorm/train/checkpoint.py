@@ -7,7 +7,6 @@ that a file may hold. What is damaged in any way stands back behind the one befo
 import io
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,10 @@ def save(folder: Path, state: State) -> None:
     write_atomically(folder / NAME, buffer.getvalue())
 
 
-def load(folder: Path, identity: str, check: Callable[[State], None] = lambda state: None) -> State | None:
+def load(folder: Path, identity: str) -> State | None:
     """Return the state last saved, on the CPU; None if there is none.
 
-    A damaged or foreign file, or one that `check` raises ValueError for, is named; the previous one is used in its
-    place. UserError: there is no good one.
+    A damaged or foreign file is named; the previous one is used in its place. UserError: there is no good one.
     """
     problems = []
     for file in (folder / NAME, folder / PREVIOUS):
@@ -43,8 +41,7 @@ def load(folder: Path, identity: str, check: Callable[[State], None] = lambda st
             continue
         try:
             state = _read(file, identity)
-            check(state)
-        except Exception as error:  # torch, and whoever looks at what a damaged file holds, raise many things
+        except Exception as error:  # torch raises many things for a damaged file
             problems.append(f"{file} is not a usable checkpoint ({reason(error)})")
             continue
         if problems:
@@ -59,10 +56,8 @@ def _read(file: Path, identity: str) -> State:
     with zipfile.ZipFile(file) as archive:
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"the checksum of {damaged} is not that of what it holds")
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise ValueError(f"it holds a {type(state).__name__}")
-    if missing := PARTS - state.keys():
+    state: State = torch.load(file, map_location="cpu", weights_only=True)
+    if missing := PARTS - set(state):
         raise ValueError(f"without {', '.join(sorted(missing))}")
     if state["id"] != identity:
         raise ValueError(f"it belongs to run {state['id']}, not to {identity}")

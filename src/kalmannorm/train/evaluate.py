@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from kalmannorm.data.batches import Batches, PlainBatches
 from kalmannorm.experiments.record import Evaluation
@@ -32,35 +32,31 @@ def evaluate(
     shard_noise(model, (loader.rank, loader.world))
     set_statistics(model, statistics)
     model.eval()
-    correct, among, images, of_views = (torch.zeros((), dtype=torch.int64, device=loader.device) for _ in range(4))
+    correct, among, images = (torch.zeros((), dtype=torch.int64, device=loader.device) for _ in range(3))
     loss = torch.zeros((), dtype=torch.float64, device=loader.device)
     # A CPU's kernels take as little as half the time on channels_last maps, but those by groups of images.
     fast = torch.channels_last if loader.device.type == "cpu" and statistics == "moving" else torch.preserve_format
     for x, labels, counted in loader.plain(max(1, loader.at_once // fill) * fill, fill=fill):
-        several = x.dim() == 6
-        found = _mean_of_views(model, x) if several else model(x.to(memory_format=fast) if x.dim() == 4 else x)
+        if loader.views is None:
+            found = model(x.to(memory_format=fast) if x.dim() == 4 else x)
+        else:
+            found = torch.stack([model(view).float().softmax(1) for view in x.unbind(1)]).mean(0).log()
         logits, labels = found[:counted].float(), labels[:counted]
         correct += (logits.argmax(1) == labels).sum()
-        if several:
+        if loader.views:
             among += (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum()
-            of_views += counted
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         images += counted
-    if ranks is not None and loader.world > 1:  # one may have had no image of few
-        correct, among, loss, images, of_views = ranks.sum(correct, among, loss, images, of_views)
+    if ranks is not None and loader.world > 1:
+        correct, among, loss, images = ranks.sum(correct, among, loss, images)
     mean_loss = loss.item() / images.item()
     # JSON has no NaN: a loss that is not finite is recorded as absent, its accuracy stays.
-    top5: Evaluation = {"top5": 100 * among.item() / images.item()} if of_views else {}
+    top5: Evaluation = {"top5": 100 * among.item() / images.item()} if loader.views else {}
     return top5 | {
         "accuracy": 100 * correct.item() / images.item(),
         "loss": mean_loss if np.isfinite(mean_loss) else None,
         "images": int(images.item()),
     }
-
-
-def _mean_of_views(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the logarithm of the views' mean softmax [n, classes]; x [n, views, ...]."""
-    return torch.stack([model(view).float().softmax(1) for view in x.unbind(1)]).mean(0).log()
 
 
 def precise(model: nn.Module, train: Batches, epoch: int, one: Callable[[nn.Module], Evaluation]) -> Evaluation:

@@ -192,10 +192,8 @@ def _check_compiled(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            raise UserError(
-                f"compile = true: the gradient of {name} is not finite in the first compiled step; this machine's "
-                "compiler may be at fault: pass compile=false"
-            )
+            remedy = "this machine's compiler may be at fault: pass compile=false"
+            raise UserError(f"compile = true: the gradient of {name} is not finite in the first step; {remedy}")
 
 
 def _forward_backward(task: Task, session: Session, forward: nn.Module, batch: Any, step: int) -> None:

@@ -73,9 +73,8 @@ def export(run: str, file: str, overrides: list[str]) -> Path:
 def _finished(run: str, overrides: list[str]) -> tuple[records.Record, Config, dict[str, Any]]:
     """Return record, configuration (with the place that the overrides name) and weights of a finished run."""
     if any(o.partition("=")[0] not in PLACE for o in overrides):
-        raise UserError(
-            f"expected only {', '.join(f'{key}=' for key in PLACE)} here: a run's settings are in its record"
-        )
+        places = ", ".join(f"{key}=" for key in PLACE)
+        raise UserError(f"expected only {places} here: a run's settings are in its record")
     place = compose(overrides)
     record = records.find(place.results, run)
     if record["status"] != "done":

@@ -57,10 +57,8 @@ class Segmentation(Task):
         assert isinstance(config.dataset, SegmentationDataset)
         self.dataset = config.dataset
         if config.norm.name == "wn" or "weights" in config.norm.options:
-            raise UserError(
-                f"norm {config.norm.name} on {config.dataset.name}: weights that depend on data (wn, "
-                "norm.options.weights) are for classification alone"
-            )
+            of_data = "weights that depend on data (wn, norm.options.weights) are for classification alone"
+            raise UserError(f"norm {config.norm.name} on {config.dataset.name}: {of_data}")
         self.model = network(config)
         try_out(self.model, config, (self.dataset.crop[0], self.dataset.crop[1]))
         self.split, self.other = open_scenes(self.dataset, data.root(config.data), ranks)
