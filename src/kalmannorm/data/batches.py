@@ -60,7 +60,8 @@ class Batches(ABC):
     ) -> None:
         self.rank, self.world = shard
         if batch < 1 or batch % self.world:
-            raise UserError(f"batch {batch} cannot be dealt to {self.world} devices: give a multiple of {self.world}")
+            remedy = f"give a multiple of {self.world}"
+            raise UserError(f"batch {batch} cannot be dealt out to {self.world} devices: {remedy}")
         self.count, self.batch, self.seed, self.device = count, batch, seed, torch.device(device)
 
     @property

@@ -15,6 +15,8 @@ from ffcv.libffcv import imdecode, resize_crop
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 
+from kalmannorm.data.stream import RATIO, RESIZE, SCALE
+
 NUMBER, KEY = np.uint64(0xFFFFFFFF), np.uint64(32)  # mask of the image's number, shift of its key
 TRIES = 10  # crops drawn before the centre is taken, as torchvision has it
 
@@ -63,21 +65,11 @@ def random_box(height: int, width: int, key: int, scale: tuple[float, float], ra
 
 
 class Crop(SimpleRGBImageDecoder):
-    """uint8 [size, size, 3] of an image: its random crop, perhaps mirrored; without `augment` the square of `centre` of
-    the shorter side."""
+    """uint8 [size, size, 3] of an image: its random crop, perhaps mirrored; without `augment` the centre."""
 
-    def __init__(
-        self,
-        size: int,
-        augment: bool,
-        flip: bool,
-        scale: tuple[float, float],
-        ratio: tuple[float, float],
-        centre: float,
-    ) -> None:
+    def __init__(self, size: int, augment: bool, flip: bool) -> None:
         super().__init__()
         self.size, self.augment, self.flip = size, augment, flip
-        self.scale, self.ratio, self.centre = scale, ratio, centre
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
         image, bytes_ = (self.size, self.size, 3), np.dtype("u1")
@@ -88,7 +80,7 @@ class Crop(SimpleRGBImageDecoder):
     def generate_code(self) -> Callable[..., Any]:
         read, every = self.memory_read, Compiler.get_iterator()
         decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-        augment, flip, scale, ratio, centre = self.augment, self.flip, self.scale, self.ratio, self.centre
+        augment, flip, scale, ratio, centre = self.augment, self.flip, SCALE, RATIO, 1 / RESIZE
         jpeg = IMAGE_MODES["jpg"]
 
         def decode(batch: Any, memory: Any, metadata: Any, storage: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 
 from kalmannorm.data.batches import Batch
 from kalmannorm.data.beton import Beton
-from kalmannorm.data.stream import RATIO, RESIZE, SCALE, Part, Stream
+from kalmannorm.data.stream import Part, Stream
 
 
 class BetonLoader(Stream):
@@ -59,7 +59,7 @@ class BetonLoader(Stream):
             from kalmannorm.data.beton_decode import Crop, Label, set_threads
 
             set_threads(self.workers)
-            crop = Crop(self.size, augment, self.flip and augment, SCALE, RATIO, 1 / RESIZE)
+            crop = Crop(self.size, augment, self.flip and augment)
             pipelines = {"image": [crop, ToTensor()], "label": [Label(), ToTensor()]}
             self._compiled[augment] = Loader(
                 str(self.split.file),

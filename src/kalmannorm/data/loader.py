@@ -9,6 +9,7 @@ run that goes on in mid-epoch sees what it would have seen.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +24,11 @@ AHEAD = {"cuda": 16}  # batches prepared at once: where launching kernels is mos
 
 
 class Loader(PlainBatches):
-    """Batches of one split.
+    """Batches of one split; `options`: of Batches.
 
-    images: uint8 [N, H, W, 3]; labels: int64 [N]. batch: images per step over all devices.
+    images: uint8 [N, H, W, 3]; labels: int64 [N].
     pad: zeros around the raw image, in pixels; crops move by up to that much. flip: half of the images are mirrored.
     mean: float [3, H, W] on the scale 0..255, that of the training set; None: the mean of these images.
-    shard: (rank, world); this rank takes the positions rank::world of every batch (docs/trust.md).
     """
 
     def __init__(
@@ -36,16 +36,13 @@ class Loader(PlainBatches):
         images: NDArray[np.uint8],
         labels: NDArray[np.int64],
         *,
-        batch: int,
-        device: torch.device | str,
         pad: int = 0,
         flip: bool = False,
-        seed: int = 0,
         mean: Tensor | None = None,
-        shard: tuple[int, int] = (0, 1),
+        **options: Any,
     ) -> None:
         count, height, width, _ = images.shape
-        super().__init__(count, batch=batch, device=device, seed=seed, shard=shard)
+        super().__init__(count, **options)
         self.pad, self.flip, self.height, self.width = pad, flip, height, width
         if mean is None:  # exact: sums of integers, in float64
             mean = torch.from_numpy(images.mean(axis=0, dtype=np.float64).transpose(2, 0, 1).astype(np.float32))

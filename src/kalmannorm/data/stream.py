@@ -35,18 +35,8 @@ class Stream(PlainBatches):
 
     borrowed = False  # whether the source writes over a batch some batches later
 
-    def __init__(
-        self,
-        count: int,
-        *,
-        batch: int,
-        device: torch.device | str,
-        mean: list[float],
-        std: list[float],
-        seed: int = 0,
-        shard: tuple[int, int] = (0, 1),
-    ) -> None:
-        super().__init__(count, batch=batch, device=device, seed=seed, shard=shard)
+    def __init__(self, count: int, *, mean: list[float], std: list[float], **options: Any) -> None:
+        super().__init__(count, **options)
         self.mean, self.std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
 
     def draws(self, epoch: int) -> Part:

@@ -7,11 +7,12 @@ from kalmannorm.experiments.record import Record, Tree
 Kind = Callable[[Tree], Hashable]
 
 
-def predictor(runs: Iterable[Record]) -> Callable[[Tree], float | None]:
-    """Return a function from a run's configuration to its device-seconds: training and evaluation, on a device as the
-    recorded runs' (the caller chooses them). None where none of them is of the same network, normalizer, resolution and
-    data."""
-    done = [r for r in runs if r["status"] == "done" and (r.get("host") or {}).get("seconds")]
+def predictor(runs: Iterable[Record], device: str) -> Callable[[Tree], float | None]:
+    """Return a function from a run's configuration to its device-seconds on such a device ("cpu", "cuda"): training and
+    evaluation. None where none of the recorded runs is of the same network, normalizer, resolution and data."""
+    kind_of_device = device.partition(":")[0]
+    there = [r for r in runs if r["host"].get("device", "").partition(":")[0] == kind_of_device]
+    done = [r for r in there if r["status"] == "done" and r["host"].get("seconds")]
     kinds = [(kind, _rates(done, kind)) for kind in (_same_batch, _same_network)]
     whole = [r for r in done if r["config"]["budget"]["subset"] is None and "data" in r]
     sizes = {r["config"]["dataset"]["name"]: _images(r) for r in whole}
@@ -25,11 +26,6 @@ def predictor(runs: Iterable[Record]) -> Callable[[Tree], float | None]:
         return None
 
     return predict
-
-
-def on_device(runs: Iterable[Record], device: str) -> list[Record]:
-    """Select the runs on such a device: "cpu", "cuda"."""
-    return [run for run in runs if str((run.get("host") or {}).get("device")).split(":")[0] == device.split(":")[0]]
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ from kalmannorm.errors import Stopped, UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.cards import Experiment, load
 from kalmannorm.experiments.config import Config, batches, check_batches
-from kalmannorm.experiments.predict import duration, on_device, predictor
+from kalmannorm.experiments.predict import duration, predictor
 from kalmannorm.experiments.settings import CocoDataset, FolderDataset
 from kalmannorm.files import check_writable
 from kalmannorm.runs.display import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, WAITING, Board, Job
@@ -65,12 +65,11 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
     after which the same command goes on."""
     if (world := machine.launch().world) > 1:
         raise UserError(f"a sweep starts processes itself: without torchrun, pass devices={world}")
-    found = records.read_all(experiment.runs[0].results)
-    done = {record["id"] for record in records.current(found) if record["status"] == "done"}
+    found = records.current(records.read_all(experiment.runs[0].results))
+    done = {record["id"] for record in found if record["status"] == "done"}
     device = experiment.runs[0].device
-    predict = predictor(on_device(found, device))
-    on_gpu = device == "cuda"
-    asked = options.devices or (experiment.card.devices if on_gpu else 1)
+    predict = predictor(found, device)
+    asked = options.devices or (experiment.card.devices if device == "cuda" else 1)
     asked = min(asked, options.gpu_count or asked)
     jobs = []
     for key, config in zip(experiment.keys, experiment.runs, strict=True):
