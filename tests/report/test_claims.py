@@ -339,3 +339,14 @@ def test_the_answer_says_when_the_papers_value_is_outside_the_interval(
     )
     assert said.startswith("Is it? Not decided on ResNet-32, −0.38")
     assert said.endswith("the paper has +1.5, outside the interval." if outside else "the paper has +1.5.")
+
+
+def test_answers_speak_of_the_claims_own_data_where_these_ran() -> None:
+    known = claim(answer="Is it?", network="ResNet-14", ours=True, datasets=("cifar10",))
+    effect = Effect(4.5, 0.2, 8, 3, 0.5, (1, -1), 4)
+    own, others = (
+        Verdict(known, "explored", group=Group(dataset, "lite"), effect=effect, low=4, high=5)
+        for dataset in ("cifar10", "digits")
+    )
+    assert page.answers([others, own]) == {"Is it?": [own]}
+    assert page.answers([others]) == {"Is it?": [others]}

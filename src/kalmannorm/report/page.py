@@ -116,13 +116,16 @@ def write(template: str, **view: Any) -> str:
 
 
 def answers(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
-    """Return by question the claims that answer it, at the fullest budget that any of them has."""
+    """Return by question the claims that answer it, at the fullest budget that any of them has; those on the data sets
+    that they speak of, where there are such."""
     found = {}
     answering = [v for v in verdicts if v.claim.answer and v.group and v.effect and (v.judged or _ours(v))]
     for question in dict.fromkeys(v.claim.answer for v in sorted(answering, key=lambda v: not v.judged)):
         of = [v for v in answering if v.claim.answer == question]
         fullest = min((v.budget for v in of), key=_fullness)
-        found[question] = sorted((v for v in of if v.budget == fullest), key=lambda v: not v.judged)
+        of = [v for v in of if v.budget == fullest]
+        named = [v for v in of if v.group and v.group.dataset in v.claim.of]
+        found[question] = sorted(named or of, key=lambda v: not v.judged)
     return found
 
 
