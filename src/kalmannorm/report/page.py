@@ -30,7 +30,7 @@ MARKS = {"supported": "✓", "contradicted": "✗", "open": "?"}
 BUDGETS = ("paper", "short", "lite")  # the fullest first
 POINTS = 40  # of a curve
 HALF = 45  # characters of a row, beside its label, that half of the page has room for
-ROOM = 650_000  # characters of pictures: with runs and claims, the page is under 1 MB
+ROOM = 840_000  # characters of runs and pictures: with claims and tables, the page is under 1 MB
 # To the page's first questions; of what is ours an interval is given, and no verdict.
 ANSWERS = {"supported": "yes", "contradicted": "no", "open": "not decided", "explored": "explored"}
 FOREST = 25.0  # points to either side that the claims' picture shows
@@ -74,7 +74,8 @@ def render(
     """Return the page as text. `forest`: the claims' picture as SVG; `absent`: the cards without runs; `elsewhere`:
     folders of other records, which are linked."""
     of_card: dict[str, list[Made]] = {}
-    left = ROOM - len(forest)
+    runs = json.dumps(_runs(cells.runs), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    left = ROOM - len(runs) - len(forest)
     for one in made:  # the first group of each card is shown, others on demand, without pictures: these are linked
         size = sum(map(len, one.pictures.values()))
         first = one.card.name not in of_card and size <= left
@@ -94,7 +95,7 @@ def render(
         absent=absent,
         elsewhere=elsewhere,
         conflicts=paper.conflicts(),
-        runs=json.dumps(_runs(cells.runs), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        runs=runs,
         marks=MARKS,
     )
 
