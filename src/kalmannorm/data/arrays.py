@@ -86,18 +86,17 @@ def _read(path: Path) -> NDArray[Any]:
         # Mapped first: a header that claims more than the file has is refused before anything is allocated for it.
         return np.array(np.lib.format.open_memmap(path, mode="r"), order="C")
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        remedy = (
-            f"expected one array without pickled objects (.npy); delete {path.parent} and prepare the data set again"
-        )
-        raise UserError(f"cannot read {path}: {reason(error)}; {remedy}") from error
+        problem = f"cannot read {path}: {reason(error)}; expected one array without pickled objects (.npy)"
+        raise _damaged(path.parent, problem) from error
+
+
+def _damaged(folder: Path, problem: str) -> UserError:
+    return UserError(f"{problem}; delete {folder} and prepare the data set again")
 
 
 def _check(folder: Path, split: str, images: NDArray[Any], labels: NDArray[Any], classes: int) -> None:
     def refuse(kind: str, found: str, expected: str) -> None:
-        raise UserError(
-            f"{folder / f'{split}_{kind}.npy'} has {found}, expected {expected}; "
-            f"delete {folder} and prepare the data set again"
-        )
+        raise _damaged(folder, f"{folder / f'{split}_{kind}.npy'} has {found}, expected {expected}")
 
     for kind, array, dtype, shape in (
         ("images", images, "uint8", ("N", SIZE, SIZE, 3)),
@@ -124,19 +123,15 @@ def _fidelity(folder: Path, name: str, counts: tuple[int, int], sha256: str) -> 
         source = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"cannot read {path}: {reason(error)}; expected JSON; delete it or prepare the set again"
+            f"cannot read {path}: {reason(error)}; expected JSON, delete it or prepare the set again"
         ) from error
     if not isinstance(source, dict):
         raise UserError(f"{path} holds a {type(source).__name__}, expected a JSON object with 'dataset'")
     if source.get("dataset", name) != name:
-        raise UserError(
-            f"{path} says dataset {source['dataset']!r}, expected {name!r}: another set lies in this folder"
-        )
+        raise UserError(f"{path} says dataset {source['dataset']!r}, expected {name!r}: another set is in this folder")
     if source.get("sha256", sha256) != sha256:
-        raise UserError(
-            f"the arrays in {folder} have sha256 {sha256[:12]}..., {path.name} says {str(source['sha256'])[:12]}...: "
-            f"changed or damaged since they were prepared; delete {folder} and prepare the data set again"
-        )
+        said = f"sha256 {sha256[:12]}..., {path.name} says {str(source['sha256'])[:12]}..."
+        raise _damaged(folder, f"the arrays in {folder} have {said}: changed or damaged since they were prepared")
     if "fidelity" in source:
         return " ".join(str(source["fidelity"]).split())[:200]
     exact = source.get("exact_images")

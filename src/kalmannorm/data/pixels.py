@@ -4,22 +4,20 @@ Formats are named one by one: with all of Pillow's, a file that says it is PostS
 which is a programming language. What a file claims to be is looked at before anything is allocated for it.
 """
 
-import functools
 import os
 import stat
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from kalmannorm.errors import reason
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
@@ -27,6 +25,10 @@ PIXELS = 89_478_485  # of an image: where Pillow begins to warn of decompression
 ORIENTATION = 0x0112  # EXIF's tag
 
 T = TypeVar("T")
+
+# The limit here is PIXELS; of damaged metadata it is only the orientation that is read.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module="PIL")
 
 
 class Unreadable(Exception):
@@ -47,22 +49,21 @@ class Header:
         return (self.width, self.height) if self.orientation < 5 else (self.height, self.width)
 
 
-def read_rgb(path: Path) -> "Image":
+def read_rgb(path: Path) -> Image.Image:
     """Read the picture as 8-bit RGB, turned as EXIF says; of several in a file the first.
 
     Grey, palettes, CMYK and the like are converted, transparency is dropped, of 16 bits the upper eight are taken.
     Unreadable: damaged or no image; another format than FORMATS; 32-bit integers and floats, whose black and white no
     file tells; too many pixels.
     """
-    from PIL.Image import fromarray
 
-    def read(image: "Image", header: Header) -> "Image":
+    def read(image: Image.Image, header: Header) -> Image.Image:
         upright = image.format == "TIFF"  # Pillow turns these itself while it loads them
         _refuse_misread(image)
         rgb = _wide(image) if image.mode.startswith(("I", "F")) else image.convert("RGB")
         if header.orientation == 1 or upright:
             return rgb
-        return fromarray(turn(np.asarray(rgb), header.orientation))
+        return Image.fromarray(turn(np.asarray(rgb), header.orientation))
 
     return _open(path, read)
 
@@ -71,7 +72,7 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
     """Read a map of numbers, one byte a pixel, grey or of a palette: uint8 [H, W], as stored. Unreadable: damaged, no
     image, or one of another kind."""
 
-    def read(image: "Image", header: Header) -> NDArray[np.uint8]:
+    def read(image: Image.Image, header: Header) -> NDArray[np.uint8]:
         if image.mode not in ("L", "P"):
             raise ValueError(f"its pixels are {image.mode}, expected numbers of one byte, grey or of a palette")
         return np.asarray(image)
@@ -105,21 +106,11 @@ def turn_box(box: tuple[float, float, float, float], header: Header) -> tuple[fl
     return x, y, w, h
 
 
-@functools.cache
-def _pillow() -> Any:
-    from PIL import Image
-
-    # The limit here is PIXELS; of damaged metadata it is only the orientation that is read.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    warnings.filterwarnings("ignore", module="PIL")
-    return Image
-
-
-def _open(path: Path, use: Callable[["Image", Header], T]) -> T:
+def _open(path: Path, use: Callable[[Image.Image, Header], T]) -> T:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for somebody to write to it
             raise ValueError("no plain file")
-        with _pillow().open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             header = _header(image, path)
             if header.width * header.height > PIXELS:
                 raise ValueError(f"{header.width} x {header.height} pixels, expected at most {PIXELS:,}")
@@ -129,26 +120,20 @@ def _open(path: Path, use: Callable[["Image", Header], T]) -> T:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    from PIL import UnidentifiedImageError
-
     if isinstance(error, UnidentifiedImageError):
         return f"no image, or damaged at its beginning, or none of {', '.join(FORMATS)}"
     return reason(error).replace(str(path), "it")
 
 
-def _header(image: "Image", path: Path) -> Header:
-    from PIL.TiffImagePlugin import TiffImageFile
-
+def _header(image: Image.Image, path: Path) -> Header:
     width, height = image.size
     if isinstance(image, TiffImageFile):  # Pillow's size may be the upright one
         width, height = image.tag_v2[256], image.tag_v2[257]
     return Header(width, height, _orientation(image, path))
 
 
-def _orientation(image: "Image", path: Path) -> int:
+def _orientation(image: Image.Image, path: Path) -> int:
     """Read the orientation: 1 where EXIF data are missing, damaged or mean nothing: as every viewer has it."""
-    from PIL import Image
-
     try:
         if image.format == "PNG":
             exif = Image.Exif()
@@ -175,10 +160,8 @@ def _png_exif(path: Path) -> bytes:
     return b""
 
 
-def _refuse_misread(image: "Image") -> None:
+def _refuse_misread(image: Image.Image) -> None:
     """Raise ValueError for what Pillow makes another picture of without a word."""
-    from PIL.TiffImagePlugin import TiffImageFile
-
     if not isinstance(image, TiffImageFile):
         return
     bits, planes, formats = (image.tag_v2.get(tag, default) for tag, default in ((258, (1,)), (284, 1), (339, ())))
@@ -188,11 +171,8 @@ def _refuse_misread(image: "Image") -> None:
         raise ValueError("its pixels have signs, and nothing says which is black: convert it to 8 bits without")
 
 
-def _wide(image: "Image") -> "Image":
+def _wide(image: Image.Image) -> Image.Image:
     """Convert grey of more than 8 bits; Pillow's own conversion saturates."""
-    from PIL.Image import fromarray
-    from PIL.TiffImagePlugin import TiffImageFile
-
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     # Pillow opens 16-bit PNG and PGM files in the mode of 32 bits in some of its versions.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
@@ -202,4 +182,4 @@ def _wide(image: "Image") -> "Image":
     grey = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
     if tags.get(262) == 0:  # white is zero
         grey = 255 - grey
-    return fromarray(grey).convert("RGB")
+    return Image.fromarray(grey).convert("RGB")

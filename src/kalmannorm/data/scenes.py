@@ -11,17 +11,14 @@ from dataclasses import dataclass
 from itertools import permutations
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from kalmannorm import machine
 from kalmannorm.data.pixels import Unreadable, look, read_numbers, read_rgb
 from kalmannorm.errors import UserError, absent
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 IGNORED = 255  # of a pixel that counts neither in training nor in evaluation
 REMEDY = "; get the file again, or remove image and label map"
@@ -80,7 +77,7 @@ class Scenes:
     def take(self, indices: NDArray[np.int64]) -> "Scenes":
         return Scenes([self.pairs[i] for i in indices], self.table)
 
-    def read(self, index: int) -> "tuple[Image, NDArray[np.uint8]]":
+    def read(self, index: int) -> tuple[Image, NDArray[np.uint8]]:
         """Return the image, in RGB, and its classes, uint8 [H, W] with IGNORED among them. UserError, Unreadable."""
         image, numbers = self.pairs[index]
         return read_rgb(image), self._classes(numbers)

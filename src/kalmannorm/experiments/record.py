@@ -12,8 +12,9 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast
+from typing import Annotated, Any, Literal, NotRequired, cast
 
+import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
 
@@ -21,9 +22,6 @@ from kalmannorm import machine
 from kalmannorm.errors import UserError, reason
 from kalmannorm.experiments.config import RESULT_KEYS, Config
 from kalmannorm.files import write_atomically
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # Raised when a change alters results: records of another number are listed as stale and never tabulated.
 NUMERICS = 2
@@ -80,16 +78,6 @@ Evaluation = Annotated[dict[str, float | str | None], AfterValidator(_check_eval
 Tree = Mapping[str, Any]  # plain values in groups: what determines a result, as a record has it
 
 
-def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Raise ValueError for a configuration that no composed one looks like."""
-    for group in ("arch", "budget", "dataset", "norm", "schedule"):
-        if not (isinstance(settings[group], dict) and isinstance(settings[group].get("name"), str)):
-            raise ValueError(f"{group!r} is {settings[group]!r:.80}, expected settings with a name")
-    if not isinstance(settings["batch"], dict) or type(settings["seed"]) is not int:
-        raise ValueError("expected settings 'batch' and an integer 'seed'")
-    return settings
-
-
 @with_config(ConfigDict(extra="allow"))
 class Data(TypedDict, total=False):
     """What a data set says of itself, and how many images of it were used; one of one's own may say more."""
@@ -131,9 +119,7 @@ class Record(TypedDict):
     numerics: int
     status: Status
     reason: str | None  # why it failed
-    config: Annotated[
-        dict[str, Any], AfterValidator(_check_settings)
-    ]  # what determines the result (config.RESULT_KEYS); the id is its hash
+    config: dict[str, Any]  # what determines the result (config.RESULT_KEYS); the id is its hash
     host: machine.Host  # time and place (machine.host), seconds, images per second
     parameters: NotRequired[Count]
     data: NotRequired[Data]
@@ -188,12 +174,10 @@ def path(results: str | Path, identity: str) -> Path:
     return Path(results) / "records" / f"{identity}.json"
 
 
-def write(results: str | Path, record: Record, arrays: "Mapping[str, np.ndarray] | None" = None) -> Path:
+def write(results: str | Path, record: Record, arrays: Mapping[str, np.ndarray] | None = None) -> Path:
     """Write the arrays, then the record; both by a temporary file and a rename."""
     file = path(results, record["id"])
     if arrays:
-        import numpy as np
-
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         write_atomically(file.with_suffix(".npz"), buffer.getvalue())
@@ -201,11 +185,9 @@ def write(results: str | Path, record: Record, arrays: "Mapping[str, np.ndarray]
     return file
 
 
-def arrays(identity: str, results: str | Path = "results") -> "dict[str, np.ndarray]":
+def arrays(identity: str, results: str | Path = "results") -> dict[str, np.ndarray]:
     """Return the arrays beside one run's record (docs/records.md), in double precision. UserError: no such file, or a
     broken one."""
-    import numpy as np
-
     file = path(results, identity).with_suffix(".npz")
     try:
         with np.load(file, allow_pickle=False) as stored:

@@ -14,7 +14,7 @@ from kalmannorm.experiments import record as records
 from kalmannorm.experiments.cards import Experiment, load
 from kalmannorm.experiments.config import Config, batches, check_batches
 from kalmannorm.experiments.predict import duration, predictor
-from kalmannorm.experiments.settings import CocoDataset, FolderDataset
+from kalmannorm.experiments.settings import CocoDataset, FilesDataset
 from kalmannorm.files import check_writable
 from kalmannorm.runs.display import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, WAITING, Board, Job
 from kalmannorm.runs.job import LOG, Outcome, write_failed
@@ -257,8 +257,8 @@ def _check_data(jobs: list[Job]) -> None:
             from kalmannorm.data import coco
 
             coco.find(dataset.name, root)
-        elif isinstance(dataset, FolderDataset):
-            if dataset.loader == "torchvision":
+        elif isinstance(dataset, FilesDataset):
+            if dataset.values().get("loader") != "ffcv":
                 data.folder.find(root, dataset.values())
         elif scenes := data.SCENES.get(dataset.name):
             for split in ("train", "test"):

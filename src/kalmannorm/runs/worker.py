@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,10 +50,8 @@ class Worker:
             self._spawn(config)
         assert self.process is not None and self.process.stdin is not None
         order = {"config": config.values(), "devices": devices, "gpus": gpus}
-        try:
+        with suppress(BrokenPipeError):  # it died since; `outcome` says so
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
-        except BrokenPipeError:  # it died since; `outcome` says so
-            return
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when there is an outcome."""
