@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from kalmannorm.data.annotations import Split, Values, read
 from kalmannorm.data.batches import Batches, mix
-from kalmannorm.data.pixels import Unreadable, read_rgb
+from kalmannorm.data.pixels import read_rgb
 from kalmannorm.data.workers import Named, begin_worker, share
 from kalmannorm.errors import UserError, absent
 
@@ -125,10 +125,7 @@ class Images(Dataset[Item]):
 
     def __getitem__(self, item: tuple[int, bool, int]) -> Item:
         position, flipped, key = item
-        try:
-            picture = read_rgb(self.split.root / self.split.image(position)["file_name"])
-        except Unreadable as error:
-            raise UserError(f"{error}; get the image again") from None
+        picture = read_rgb(self.split.root / self.split.image(position)["file_name"])
         image, annotations = pil_to_tensor(picture), self.split.annotations(position)
         height, width = image.shape[1:]
         objects = [annotation for annotation in annotations if trainable(annotation)]
@@ -197,7 +194,7 @@ class TrainingBatches(Batches):
         )
         for indices, items in zip(order, loader, strict=True):
             if wrong := next((item for item in items if isinstance(item, str)), None):
-                raise UserError(wrong)
+                raise UserError(f"{wrong}; get the image again")
             images = [image.to(self.device).float() / 255 for image, _ in items]
             targets = [
                 {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in target.items()}

@@ -30,7 +30,6 @@ HOW_TO_GET = {
 }
 READ_AS_IT_IS = ("imagenet", "kinetics", "tiny_imagenet_20", "image_folder")
 LAYOUT = "expected torchvision's ImageFolder layout, train/CLASS/*.jpg and val/CLASS/*.jpg"
-PIPELINE = "torchvision; crops and flips keyed by (seed, epoch, position)"
 Unreadables = dict[str, list[tuple[int, str]]]  # of each split: the images' numbers, and the reasons
 JUNK = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # hidden by their makers
 
@@ -45,7 +44,7 @@ class Kind:
     pipeline: str
 
 
-IMAGES = Kind("images", EXTENSIONS, LAYOUT, PIPELINE)
+IMAGES = Kind("images", EXTENSIONS, LAYOUT, "torchvision; crops and flips keyed by (seed, epoch, position)")
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Scenes:
         return Scenes([self.pairs[i] for i in indices], self.table)
 
     def read(self, index: int) -> tuple[Image, NDArray[np.uint8]]:
-        """Return the image, in RGB, and its classes, uint8 [H, W] with IGNORED among them. UserError, Unreadable."""
+        """Return the image, in RGB, and its classes, uint8 [H, W] with IGNORED among them. UserError."""
         image, numbers = self.pairs[index]
         return read_rgb(image), self._classes(numbers)
 

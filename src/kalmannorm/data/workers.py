@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, get_worker_info
 
-from kalmannorm.data.pixels import Unreadable
 from kalmannorm.errors import UserError
 
 T = TypeVar("T")
@@ -31,7 +30,7 @@ class Named(Dataset[T | str]):
     def __getitem__(self, drawn: object) -> T | str:
         try:
             return self.dataset[drawn]  # type: ignore[index]
-        except (Unreadable, UserError) as error:
+        except UserError as error:
             return str(error)
 
 
