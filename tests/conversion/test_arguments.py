@@ -1,5 +1,6 @@
 """What a model is called with: by name, in lists, tokens, films, no argument at all, tensors of other classes."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -196,3 +197,20 @@ class _FailsOnce:
         self.calls += 1
         if self.calls == 1:
             raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_a_belief_of_the_input_that_is_given_comes_back_from_the_device_meta(kind: Any) -> None:
+    """No state dict has its numbers."""
+    belief, x = (kind([0.1] * 3), kind([2.0] * 3)), torch.randn(4, 3, 8, 8)
+    model = convert(net(), "bkn", stat_batch=2, input_belief=belief)
+    with torch.device("meta"):
+        empty = convert(net(), "bkn", stat_batch=2, input_belief=belief)
+    filled = copy.deepcopy(empty).to_empty(device="cpu")
+    filled.load_state_dict(model.state_dict())
+    torch.testing.assert_close(filled(x), model(x), rtol=0, atol=0)
+
+
+def test_a_belief_of_the_input_on_the_device_meta_is_refused() -> None:
+    with pytest.raises(ValueError, match="on the device meta, which have no values"):
+        convert(net(), "bkn", input_belief=(torch.zeros(3, device="meta"), torch.ones(3, device="meta")))

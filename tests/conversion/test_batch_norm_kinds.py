@@ -335,3 +335,19 @@ def test_frozen_batch_norm_is_known_by_what_it_is() -> None:
         convert(model, "bkn")
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(convert(model, "bkn", thaw=True).eval()(x), model(x))
+
+
+class Ahead(nn.Module):
+    """Normalizes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = Activated(3), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_layer_that_does_more_is_traced_without_a_warning() -> None:
+    assert untraced(convert(Ahead(), "bkn", stat_batch=2)) == {}

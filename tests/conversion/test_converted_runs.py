@@ -8,12 +8,20 @@ import pytest
 import torch
 from helpers import error, net, quick
 from torch import Tensor, nn
-from torch.ao.quantization import fuse_modules
+from torch.ao.quantization import (
+    fuse_modules,
+    get_default_qat_qconfig,
+    get_default_qat_qconfig_mapping,
+    prepare,
+    prepare_qat,
+)
+from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, replace_all_batch_norm_modules_, stack_module_state, vmap
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.flop_counter import FlopCounterMode
 
 from kalmannorm import NORMS, KalmanBatchNorm2d, belief_report, convert, fold, precise_statistics
 from kalmannorm.norm import GroupedStatistics
@@ -289,6 +297,52 @@ def test_layers_are_fused_after_fold() -> None:
     with pytest.raises(AssertionError, match=r"did not find fuser method for.*KalmanBatchNorm2d"):
         fuse_modules(model.eval(), layers)
     torch.testing.assert_close(fuse_modules(fold(model).eval(), layers)(x), model(x))
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+@pytest.mark.parametrize("prepared", [prepare, prepare_qat, prepare_fx, prepare_qat_fx])
+def test_quantization_after_the_conversion_is_refused(prepared: Any, norm: str) -> None:
+    """In torch's words a Conv2d is no Conv2d. What is folded is quantized."""
+    model, x, by_graph = convert(net(), norm, stat_batch=2), torch.randn(4, 3, 8, 8), "fx" in prepared.__name__
+    asked = (get_default_qat_qconfig_mapping(), (x,)) if by_graph else ()
+    both = model, fold(model)
+    for one in both:
+        one.train("qat" in prepared.__name__)
+        if not by_graph:
+            one.qconfig = get_default_qat_qconfig()
+    with pytest.raises(ValueError, match=r"has no (Kalman)?BatchNorm.*: quantize kalmannorm\.fold\(model\)"):
+        prepared(both[0], *asked)
+    assert prepared(both[1], *asked)(x).shape == (4, 4)
+
+
+def test_pruned_channels_are_refused() -> None:
+    """Where code that knows BatchNorm took their weights, and R, which it does not know, is of all channels."""
+    model, x = convert(net(), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)
+    for layer, names in ((model[3], ("weight", "bias")), (model[4], ("weight", "bias", "running_mean", "running_var"))):
+        for name in names:
+            value = getattr(layer, name)
+            setattr(layer, name, nn.Parameter(value[:6]) if isinstance(value, nn.Parameter) else value[:6])
+    model[3].out_channels = model[4].num_features = 6
+    with pytest.raises(ValueError, match=r"^4: a belief of 6 channels.*of 8:.*prune kalmannorm\.fold\(model\)"):
+        model[:5](x)
+
+
+def operations(model: nn.Module, x: Tensor) -> list[str]:
+    graph = torch.export.export(model.eval(), (x,)).graph
+    graph.eliminate_dead_code()
+    return sorted(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+def test_inference_costs_what_the_original_costs() -> None:
+    """No belief is computed that nothing uses; what is exported is as it would be of BatchNorm layers."""
+    original, x = net(), torch.randn(4, 3, 8, 8)
+    model, flops = convert(original, "bkn", stat_batch=2), []
+    for one in (original, model):
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            one.eval()(x)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1]
+    assert operations(model, x) == operations(original, x)
 
 
 def initialize(layer: nn.Module) -> None:

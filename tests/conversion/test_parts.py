@@ -147,3 +147,15 @@ def test_a_forward_set_on_a_part_after_the_conversion(place: str) -> None:
     before = model.block(model.stem(x)) if place == "conv" else model.stem(x)
     after = (lambda y: y) if place == "conv" else model.conv
     torch.testing.assert_close(model(x), model.bn(after(2 * before)))
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_the_report_says_what_was_put_in_a_normalizers_place(norm: str) -> None:
+    """As code does that looks for BatchNorm layers, to freeze them and to thaw them as such."""
+    model, x = convert(Used(False, False), norm, stat_batch=2), torch.randn(4, 3, 6, 6)
+    assert all(why is None or "nothing" in why for why in belief_report(model, x).values())
+    model.bn2 = nn.BatchNorm2d(4)
+    assert belief_report(model, x)["bn2"] == "no normalizer of convert's: a BatchNorm2d was put in its place"
+    assert belief_report(convert(model, norm, stat_batch=2), x).get("bn2") is None
+    model.bn1 = nn.Identity()
+    assert list(belief_report(model, x)) == ["bn1", "bn2"]

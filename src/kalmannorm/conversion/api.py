@@ -138,7 +138,7 @@ def convert(
     if norm == "wn":
         normalize_weights(source)
     share_noise(built.values())
-    known = _keep_input_belief(source, input_belief)
+    known, numbers = _keep_input_belief(source, input_belief)
     mark = ("closed" if predictor == "closed" else "sampled") if relu else "ignored"
     for new in built.values():
         if isinstance(new, Estimator):
@@ -160,7 +160,10 @@ def convert(
                 classes.become(module, forwards.REFUSING)
         if returns_belief:
             classes.become(source, forwards.WITHOUT_BELIEF)
-    source.__dict__[_MARK] = {"as_they_are": as_they_are, "left": left, contract.RETURNS: returns_belief}
+    source.__dict__[_MARK] = {
+        **{"as_they_are": as_they_are, "left": left, "names": tuple(layers)},
+        **{contract.RETURNS: returns_belief, contract.GIVEN: numbers},
+    }
     return source
 
 
@@ -229,12 +232,12 @@ def _is_learned(transition: str, predictor: str) -> bool:
     return transition == "learned"
 
 
-def _keep_input_belief(source: nn.Module, input_belief: tuple[Tensor, Tensor] | str | None) -> str | None:
-    """Buffers for a belief that is given. What root_code is told."""
-    if input_belief is None:
-        return None
-    if input_belief == "argument":
-        return "argument"
+def _keep_input_belief(
+    source: nn.Module, input_belief: tuple[Tensor, Tensor] | str | None
+) -> tuple[str | None, dict[str, Any]]:
+    """Buffers for a belief that is given. What root_code is told; and the numbers, which no state dict has."""
+    if input_belief in (None, "argument"):
+        return input_belief, {}
     # In float32, as statistics are, or wider, where the model is.
     like = next((p for p in source.parameters() if p.is_floating_point()), torch.zeros(()))
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -244,16 +247,19 @@ def _keep_input_belief(source: nn.Module, input_belief: tuple[Tensor, Tensor] | 
         for name, start in zip(INPUT_BELIEF, (0.0, 1.0), strict=True):
             source.register_buffer(name, torch.full((1, channels), start, dtype=dtype, device=like.device))
         source.register_buffer(INPUT_COUNT, torch.zeros((), dtype=dtype, device=like.device))
-        return "data"
+        return "data", {}
     if isinstance(input_belief, str):
         raise ValueError(f"input_belief must be (mean [C], var [C]), 'argument' or 'data', not {input_belief!r}")
-    values = [torch.as_tensor(value, dtype=dtype, device=like.device).view(1, -1) for value in input_belief]
+    if any(isinstance(value, Tensor) and value.is_meta for value in input_belief):
+        raise ValueError("input_belief: tensors on the device meta, which have no values: pass lists of numbers")
+    numbers = [torch.as_tensor(value, dtype=dtype, device="cpu").flatten().tolist() for value in input_belief]
+    values = [torch.as_tensor(value, dtype=dtype, device=like.device).view(1, -1) for value in numbers]
     if len(values) != 2 or values[0].shape != values[1].shape:
         shapes = [tuple(value.shape[1:]) for value in values]
         raise ValueError(f"input_belief must be (mean [C], var [C]), not of shapes {shapes}")
     for name, value in zip(INPUT_BELIEF, values, strict=True):
         source.register_buffer(name, value, persistent=False)
-    return "buffers"
+    return "buffers", dict(zip(INPUT_BELIEF, numbers, strict=True))
 
 
 # --- back, and what happened -----------------------------------------------------------------------------------------
@@ -279,14 +285,14 @@ def untraced(model: nn.Module) -> dict[str, str]:
 
 
 def belief_report(model: nn.Module, *example: Any, **named: Any) -> dict[str, str | None]:
-    """Per normalizer, in network order: None if a prior reaches it, else what lost it.
+    """Per normalizer, in network order: None if a prior reaches it, else what lost it; last, what took others' places.
 
     `example`: arguments of the model, a copy of which is run on them in training; without, random numbers of the shapes
     with which the model was called first. ValueError: not a converted model; nothing to run it on.
     """
     known = _conversion(model, "call kalmannorm.convert first")
     if not any(isinstance(module, Estimator) for module in model.modules()):
-        return {}
+        return _replaced(model, known["names"])
     if not (example or named):
         if contract.SEEN not in known:
             raise ValueError("a model that was not called yet: pass what it is called with, belief_report(model, x)")
@@ -296,7 +302,18 @@ def belief_report(model: nn.Module, *example: Any, **named: Any) -> dict[str, st
             known[contract.SEEN],
             lambda v: isinstance(v, Belief),
         )
-    return observe(model, example, named) | known["left"]
+    return observe(model, example, named) | known["left"] | _replaced(model, known["names"])
+
+
+def _replaced(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
+    """Where something else stands in a normalizer's place now (frozen and thawed again by others, as BatchNorm)."""
+    parts = dict(model.named_modules(remove_duplicate=False))
+    found = {name: parts[name] for name in names if name in parts}
+    return {
+        name: f"no normalizer of convert's: a {type(part).__name__} was put in its place"
+        for name, part in found.items()
+        if not any(contract.NORMALIZER in module.__dict__ for module in part.modules())
+    }
 
 
 def _random_like(model: nn.Module, value: Any) -> Any:

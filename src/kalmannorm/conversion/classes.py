@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from kalmannorm.conversion import runtime
@@ -75,6 +76,7 @@ class Generated:
             body |= contract.methods(base) if "beliefs" in self.code else {}
             body |= _OF_GRAPH_MODULES if issubclass(base, fx.GraphModule) else {}
             body |= {"children": runtime.children_of} if self.code == SEQUENTIAL else {}
+            body |= {"_apply": _refilling(base)} if "known_input(" in self.code else {}
             body |= {"__setattr__": _setting(base, self.names[HELD].split())} if HELD in self.names else {}
             if ORIGINAL in self.names:
                 body |= methods_of(self.names[ORIGINAL], base)
@@ -137,6 +139,22 @@ def _setting(base: type[nn.Module], held: list[str]) -> Callable[..., None]:
             self.__class__ = made.on(made.original, AS_IT_IS).make()
 
     return __setattr__
+
+
+def _refilling(base: type[nn.Module]) -> Callable[..., nn.Module]:
+    """Where a model leaves the device meta (to_empty), the belief of its input that was given has its numbers again:
+    no state dict has them."""
+
+    def _apply(self: nn.Module, *args: Any, **options: Any) -> nn.Module:
+        given = self.__dict__[contract.MARK][contract.GIVEN]
+        on_meta = [name for name in given if self._buffers[name].is_meta]  # type: ignore[union-attr]
+        base._apply(self, *args, **options)
+        for name in on_meta:
+            if not (buffer := self._buffers[name]).is_meta:  # type: ignore[union-attr]
+                buffer.copy_(torch.tensor(given[name]))  # type: ignore[union-attr]
+        return self
+
+    return _apply
 
 
 def _reduce(self: nn.Module, protocol: object) -> Any:

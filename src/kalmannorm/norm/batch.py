@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kalmannorm.norm import groups
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.checkpoints import is_run_again, once
-from kalmannorm.norm.contract import refuse_script
+from kalmannorm.norm.contract import refuse_script, refusing_qconfig
 from kalmannorm.norm.options import TakesOptions
 
 Probe = Callable[..., None]
@@ -257,6 +257,7 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
         return f"{super().extra_repr()}, stat_batch={self.stat_batch}"
 
     __prepare_scriptable__ = refuse_script
+    qconfig = refusing_qconfig
 
 
 class BatchNorm(GroupedStatistics):

@@ -19,8 +19,8 @@ from kalmannorm.norm.groups import is_transformed
 
 NORMALIZER = "_normalizer"  # of a layer that convert put in
 # Where a converted model keeps what is known of the conversion, and in that the shapes that it was called with first,
-# and whether it returns a belief.
-MARK, SEEN, RETURNS = "_conversion", "seen", "returns_belief"
+# whether it returns a belief, and the numbers of its input's.
+MARK, SEEN, RETURNS, GIVEN = "_conversion", "seen", "returns_belief", "given"
 
 
 class _Running(threading.local):
@@ -74,9 +74,17 @@ def is_traced() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-def _transformed(model: nn.Module, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """A call of a converted model, without beliefs where its normalizers are affine maps by moving averages: a trace
-    would keep them, and vmap makes no draws."""
+def _may_be_idle(model: nn.Module) -> bool:
+    """Whether beliefs that nothing uses are in the way: a trace would keep them, vmap makes no draws, and inference
+    may have weights that are no more than convolved with (quantized ones), and is the faster without. With gradients
+    they stay: DDP waits for those of what made them."""
+    if is_traced() or is_transformed():
+        return True
+    return not (model.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def _perhaps_idle(model: nn.Module, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """A call of a converted model, without beliefs where its normalizers are affine maps by moving averages."""
     outer, running.idle = running.idle, not model.__dict__[MARK][RETURNS] and not _measures(model)
     try:
         return call(model, *args, **kwargs)
@@ -92,7 +100,8 @@ def _is_apart(part: nn.Module, args: Args) -> bool:
     """Whether a part of a model takes in what other parts computed, and measures."""
     if MARK in part.__dict__ or torch.compiler.is_compiling():
         return False
-    computed = any(isinstance(value, Tensor) and value.grad_fn is not None for value in args) or is_within()
+    tensors = [value for value in args if issubclass(type(value), Tensor)]  # isinstance is true of some proxies
+    computed = any(value.grad_fn is not None for value in tensors) or is_within()
     return computed and _measures(part)
 
 
@@ -125,8 +134,8 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
                 stacklevel=2,
             )
         if flow is None or replaced or not flow.is_here():
-            if MARK in self.__dict__ and (is_traced() or is_transformed()):
-                return _transformed(self, base.__call__, args, kwargs)
+            if MARK in self.__dict__ and _may_be_idle(self):
+                return _perhaps_idle(self, base.__call__, args, kwargs)
             return base.__call__(self, *args, **kwargs)
         return flow.through(functools.partial(base.__call__, self), args, kwargs)
 
@@ -164,10 +173,24 @@ def refuse_script(layer: nn.Module) -> Any:
     )
 
 
+def _refuse_qconfig(layer: nn.Module, qconfig: object) -> None:
+    """ValueError: torch's quantization says how a normalizer is to be quantized, after which it would swap layers by
+    classes that it does not know."""
+    if qconfig is not None:
+        raise ValueError(
+            f"torch's quantization has no {type(layer).__name__}: quantize kalmannorm.fold(model); or, to train, "
+            "prepare the original model and convert that"
+        )
+
+
+refusing_qconfig = property(fset=_refuse_qconfig)  # quantize_dynamic, which swaps linear layers alone, sets None
+
+
 class TakesBeliefs(nn.Module):
     """Base of the normalizers that do."""
 
     takes_beliefs: bool
+    qconfig = refusing_qconfig
 
 
 def or_leaf(call: Callable[..., Any]) -> Callable[..., Any]:

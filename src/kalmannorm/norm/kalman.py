@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics, by_whole_groups
 from kalmannorm.norm.belief import Belief, Carried, Estimated, pick
-from kalmannorm.norm.contract import TakesBeliefs, used
+from kalmannorm.norm.contract import TakesBeliefs, is_traced, used
 from kalmannorm.norm.estimate import normalize_by_posterior
 from kalmannorm.norm.group import refuse_single_values
 from kalmannorm.norm.moments import plain
@@ -125,7 +125,12 @@ class Estimator(TakesBeliefs):
         """The prior with R on its variance (Eq. 7 line 3); R times that variance, where the noise is `relative`."""
         if self.noise_raw is None:
             return prior
-        noise = F.softplus(self.noise_raw)
+        noise, channels = F.softplus(self.noise_raw), prior.var.shape[1]
+        if len(noise) not in (1, channels):
+            raise ValueError(
+                f"{groups.name_of(self)}: a belief of {channels} channels, and R of {len(noise)}: where channels were "
+                "pruned, prune kalmannorm.fold(model) and convert what is left"
+            )
         return Belief(prior.mean, prior.var + (noise * prior.var if self.noise == "relative" else noise))
 
     def tie_idle(self, weight: Tensor | None, prior: Belief | None = None) -> Tensor | None:
@@ -248,7 +253,7 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             mean, var = self.moving()
             moving = Belief(mean[None], var[None])
             # A frozen layer's q, R and transition are idle, and DDP waits for their gradients.
-            tie = torch.is_grad_enabled() and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+            tie = torch.is_grad_enabled() and not is_traced()
             weight = self.tie_idle(self.weight, prior) if tie else self.weight
             y = F.batch_norm(x, mean, var, weight, self.bias, False, 0.0, self.eps)
             return y, self.hand_on(moving, self.weight, self.bias)
