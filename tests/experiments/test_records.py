@@ -205,6 +205,18 @@ def test_a_file_that_is_no_record_is_named_and_left_out(tmp_path, capsys, conten
     assert f"left out: {file} is not a usable record" in error and error.count("\n") == 1
 
 
+def test_made_up_settings_are_named_although_their_hash_is_right(tmp_path):
+    file = add(tmp_path, [])
+    record = json.loads(file.read_text())
+    record["config"]["norm"] = "bn"
+    record["id"] = records._hash(record["config"], record["numerics"])
+    renamed = file.with_stem(record["id"])
+    renamed.write_text(json.dumps(record))
+    file.unlink()
+    with pytest.raises(UserError, match=r"is not a usable record.*'norm' is 'bn', expected settings with a name"):
+        records.find(tmp_path, record["id"])
+
+
 def test_a_loss_that_was_not_finite_is_no_damage(tmp_path):
     """evaluate() writes null for it; the accuracy beside it counts."""
     final = {"moving": {"accuracy": 10.0, "loss": None, "images": 360}}

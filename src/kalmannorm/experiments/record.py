@@ -78,6 +78,16 @@ Evaluation = Annotated[dict[str, float | str | None], AfterValidator(_check_eval
 Tree = Mapping[str, Any]  # plain values in groups: what determines a result, as a record has it
 
 
+def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError for a configuration that no composed one looks like."""
+    for group in ("arch", "budget", "dataset", "norm", "schedule"):
+        if not (isinstance(settings[group], dict) and isinstance(settings[group].get("name"), str)):
+            raise ValueError(f"{group!r} is {settings[group]!r:.80}, expected settings with a name")
+    if not isinstance(settings["batch"], dict) or type(settings["seed"]) is not int:
+        raise ValueError("expected settings 'batch' and an integer 'seed'")
+    return settings
+
+
 @with_config(ConfigDict(extra="allow"))
 class Data(TypedDict, total=False):
     """What a data set says of itself, and how many images of it were used; one of one's own may say more."""
@@ -119,7 +129,9 @@ class Record(TypedDict):
     numerics: int
     status: Status
     reason: str | None  # why it failed
-    config: dict[str, Any]  # what determines the result (config.RESULT_KEYS); the id is its hash
+    config: Annotated[
+        dict[str, Any], AfterValidator(_check_settings)
+    ]  # what determines the result (config.RESULT_KEYS); the id is its hash
     host: machine.Host  # time and place (machine.host), seconds, images per second
     parameters: NotRequired[Count]
     data: NotRequired[Data]
