@@ -345,6 +345,19 @@ def test_inference_costs_what_the_original_costs() -> None:
     assert operations(model, x) == operations(original, x)
 
 
+def test_a_block_that_was_compiled_in_inference_hands_beliefs_on() -> None:
+    block = nn.Sequential(*net()[:6])
+    model = convert(nn.Sequential(block, nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)), "bkn", stat_batch=2).eval()
+    both, x = (model, copy.deepcopy(model)), torch.randn(4, 3, 8, 8)
+    model[0].compile(backend="eager")
+    with torch.no_grad():
+        model(x)
+        for one in both:
+            one[2].train()
+        y, expected = (one(x) for one in both)
+    torch.testing.assert_close(y, expected)
+
+
 def initialize(layer: nn.Module) -> None:
     """As torch's documentation has it."""
     if type(layer) is nn.Conv2d:
