@@ -55,6 +55,7 @@ NOWHERE = ["data=/nowhere", "device=cpu"]
         ("table4", ["arch=resnet5"], "did you mean 'resnet50'"),
         ("table6", NOWHERE, "'coco' is not there: /nowhere/coco/annotations/instances_train2017.json and"),
         ("playback", NOWHERE, "'playback' is not there: looked for train/ and val/ in /nowhere/playback"),
+        ("talk-pn", NOWHERE, "'cifar10' is not there: looked in /nowhere/cifar10"),
     ],
 )
 def test_what_cannot_be_is_refused_before_it_starts(tmp_path, capsys, plan, name, arguments, words):

@@ -263,7 +263,7 @@ def _check_data(jobs: list[Job]) -> None:
         elif scenes := data.SCENES.get(dataset.name):
             for split in ("train", "test"):
                 find(dataset.name, scenes, root / scenes.folder, split)
-        elif dataset.name in data.PREPARE and not (root / dataset.name).exists():
+        elif dataset.name != "digits" and not (root / data.VARIANTS.get(dataset.name, dataset.name)).exists():
             data.load(dataset.name, root)  # which says what to do
 
 
