@@ -97,7 +97,7 @@ def launch() -> Launch:
     shown = " ".join(f"{name}={value}" for name, value in given.items())
     remedy = f"start with torchrun --nproc-per-node N -m kalmannorm train ..., or `unset {' '.join(LAUNCHER)}`"
     for name in LAUNCHER[:4]:
-        if not given.get(name, "0").isdecimal():
+        if not ((number := given.get(name, "0")).isascii() and number.isdecimal()):
             raise UserError(f"{name}={given[name]} in the environment: expected a number; {remedy}")
     world, rank, local_rank, local_world = (int(given.get(name, "0")) for name in LAUNCHER[:4])
     if world < 2 and not rank:

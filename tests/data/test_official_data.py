@@ -169,13 +169,21 @@ def test_wrong_md5_is_refused_before_anything_is_read(tmp_path: Path, monkeypatc
     assert not (tmp_path / "touched").exists() and not (tmp_path / "cifar10").exists()
 
 
-def test_members_beside_the_batches_go_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    members, arrays = cifar_members()
-    members |= {"../escaped": b"here", "/tmp/escaped": b"here", "link": b"-> /etc/passwd"}
+@pytest.mark.parametrize("path", ["../escaped", "/tmp/escaped", "cifar-10-batches-py/../../escaped"])
+def test_paths_that_lead_outside_are_refused(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members, _ = cifar_members()
+    write_archive(tmp_path / "cifar-10-python.tar.gz", {**members, path: b"here"}, monkeypatch)
+    with pytest.raises(UserError, match=r"leads outside or is no plain file: refused"):
+        data.prepare("cifar10", tmp_path)
+    assert not (tmp_path / "cifar10").exists() and not list(tmp_path.parent.glob("escaped"))
+
+
+def test_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members, _ = cifar_members()
+    members["cifar-10-batches-py/test_batch"] = b"-> /etc/passwd"
     write_archive(tmp_path / "cifar-10-python.tar.gz", members, monkeypatch)
-    data.prepare("cifar10", tmp_path)
-    assert_prepared(tmp_path, "cifar10", arrays, "official archive, md5 verified")
-    assert not list(tmp_path.parent.glob("escaped")) and not Path("/tmp/escaped").exists()
+    with pytest.raises(UserError, match=r"test_batch.*refused"):
+        data.prepare("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
@@ -184,7 +192,7 @@ def test_pickles_that_run_code_are_refused(protocol: int, tmp_path: Path, monkey
     entry = {"data": Touch(tmp_path / "touched"), "labels": [0]}
     members["cifar-10-batches-py/data_batch_2"] = pickle.dumps(entry, protocol)
     write_archive(tmp_path / "cifar-10-python.tar.gz", members, monkeypatch)
-    with pytest.raises(UserError, match=r"its pickle asks for \w+\.mkdir, only numpy arrays"):
+    with pytest.raises(UserError, match=r"data_batch_2: its pickle asks for \w+\.mkdir, only numpy arrays"):
         data.prepare("cifar10", tmp_path)
     assert not (tmp_path / "touched").exists() and not (tmp_path / "cifar10").exists()
 
@@ -196,8 +204,39 @@ def test_unpickler_knows_three_names_only(asked: str) -> None:
         cifar.ArrayUnpickler(io.BytesIO(f"c{module}\n{name}\n.".encode())).load()
 
 
-def test_an_archive_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read .*nowhere.*: No such file"):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not hold cifar-10-batches-py/test_batch"),
+        (b"\x80\x02}", "cannot read cifar-10-batches-py/test_batch"),
+        (python2_pickle({"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]}), "data float32"),
+        (python2_pickle({"data": np.zeros((2, 3071), np.uint8), "labels": [0, 1]}), r"data uint8 \[2, 3071\]"),
+        (python2_pickle({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}), "for 1 labels"),
+        (python2_pickle({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 10]}), "out of 0 to 9"),
+        (python2_pickle({"data": np.zeros((2, 3072), np.uint8)}), "cannot read"),
+        (python2_pickle([1, 2]), "cannot read"),
+    ],
+)
+def test_unexpected_batches_are_refused(
+    content: bytes | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members, _ = cifar_members()
+    del members["cifar-10-batches-py/test_batch"]
+    if content is not None:
+        members["cifar-10-batches-py/test_batch"] = content
+    write_archive(tmp_path / "cifar-10-python.tar.gz", members, monkeypatch)
+    with pytest.raises(UserError, match=words):
+        data.prepare("cifar10", tmp_path)
+    assert not (tmp_path / "cifar10").exists()
+
+
+def test_archive_that_is_no_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_archive(tmp_path / "cifar-10-python.tar.gz", cifar_members()[0], monkeypatch)
+    path.write_bytes(path.read_bytes()[:2000])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
+    with pytest.raises(UserError, match=r"expected the official \.tar\.gz"):
+        data.prepare("cifar10", tmp_path)
+    with pytest.raises(UserError, match=r"cannot read .*nowhere"):
         data.prepare("cifar10", tmp_path, tmp_path / "nowhere.tar.gz")
 
 
@@ -320,13 +359,15 @@ def test_interrupted_while_replacing_never_mixes_old_and_new(
 # SVHN ----------------------------------------------------------------------------------------------------------------
 
 
-def write_mat(folder: Path, split: str, count: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def write_mat(
+    folder: Path, split: str, count: int, monkeypatch: pytest.MonkeyPatch, **replaced: Any
+) -> tuple[Any, Any]:
     """`split`_32x32.mat as the official ones are: X [32, 32, 3, n], y [n, 1] with 10 for the digit 0."""
     images, labels = images_of(count), np.arange(count) % 10
     content = {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]}
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"{split}_32x32.mat"
-    scipy.io.savemat(path, content, do_compression=True)
+    scipy.io.savemat(path, {**content, **replaced}, do_compression=True)
     entry = ["http://127.0.0.1:9/", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
     lists = {**torchvision.datasets.SVHN.split_list, split: entry}
     monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", lists)
@@ -353,6 +394,26 @@ def test_prepare_svhn(name: str, place: str, tmp_path: Path, monkeypatch: pytest
     assert data.prepare(name, root, download=False) == root / name  # the second time there is nothing to do
 
 
+@pytest.mark.parametrize(
+    ("replaced", "words"),
+    [
+        ({"y": np.zeros((12, 1), np.uint8)}, "labels out of 1 to 10"),
+        ({"y": np.full((12, 1), 11, np.uint8)}, "labels out of 1 to 10"),
+        ({"y": np.ones((11, 1), np.uint8)}, r"X uint8 \[32, 32, 3, 12\] and 11 labels"),
+        ({"X": np.zeros((32, 32, 3, 12))}, "X float64"),
+        ({"X": np.zeros((12, 32, 32, 3), np.uint8)}, r"\[12, 32, 32, 3\]"),
+    ],
+)
+def test_unexpected_mat_files_are_refused(
+    replaced: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mat(tmp_path, "train", 12, monkeypatch)
+    write_mat(tmp_path, "test", 12, monkeypatch, **replaced)
+    with pytest.raises(UserError, match=words):
+        data.prepare("svhn", tmp_path)
+    assert not (tmp_path / "svhn").exists()
+
+
 def test_svhn_md5_and_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_mat(tmp_path, "test", 12, monkeypatch)
     with pytest.raises(UserError, match=r"train_32x32\.mat is not there and downloading is off"):
@@ -366,4 +427,10 @@ def test_svhn_md5_and_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path.write_bytes(path.read_bytes()[:-100])
     monkeypatch.setattr(scipy.io, "loadmat", lambda *_, **__: pytest.fail("read before its md5 was right"))
     with pytest.raises(UserError, match=r"train_32x32\.mat has md5 "):
+        data.prepare("svhn", tmp_path)
+    monkeypatch.undo()
+    lists = {split: ["", f"{split}_32x32.mat", hashlib.md5((tmp_path / f"{split}_32x32.mat").read_bytes()).hexdigest()]
+             for split in ("train", "test")}  # fmt: skip
+    monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", lists)
+    with pytest.raises(UserError, match=r"cannot read .*train_32x32\.mat"):
         data.prepare("svhn", tmp_path)

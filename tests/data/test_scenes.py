@@ -71,7 +71,7 @@ def out_of_range(folder):
 
 
 CASES = {
-    "out of range": (out_of_range, ["testannot/0006R0_000001.png", "12, 13, 200", "0 to 11", "get it again"]),
+    "out of range": (out_of_range, ["testannot/0006R0_000001.png", "12 to 13, 200", "0 to 11", "get it again"]),
     "other size": (
         lambda folder: relabel(folder / "trainannot" / "0001TP_000002.png", lambda labels: labels[:-3]),
         ["trainannot/0001TP_000002.png", "48 x 37", "48 x 40", "train/0001TP_000002.png"],

@@ -240,8 +240,8 @@ def test_the_live_table_shows_what_runs_and_what_failed(tmp_path, monkeypatch):
     assert text.index(jobs[2].identity) > 0 and jobs[7].identity not in text  # no room
 
 
-@pytest.mark.parametrize("content", ["", '{"part": 0.5'])
-def test_an_unfinished_note_of_progress_is_none(tmp_path, content):
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"part": "x", "status": "", "seconds_left": 1}'])
+def test_a_damaged_note_of_progress_is_none(tmp_path, content):
     job = Job(load("table7", [*TABLE7[1:], *place(tmp_path)]).runs[0], "row", 1, None)
     job.state = display.RUNNING
     job.folder.mkdir(parents=True)

@@ -148,7 +148,7 @@ def bomb(file: Path) -> None:
 
 
 def changed(**values: Any) -> Callable[[Path], None]:
-    """The same with other values."""
+    """The same with other values under the checksum of the old ones, or (sha256 given) under none."""
 
     def damage(file: Path) -> None:
         torch.save(torch.load(file, weights_only=True) | values, file)
@@ -172,6 +172,12 @@ DAMAGE = {
     "of another program": lambda file: torch.save({"id": "x", "weights": 1}, file),
     "of another run": changed(id="y"),
     "a flipped bit": flipped,
+    "other weights": changed(model={"weight": torch.zeros(9)}),
+    "other shapes": changed(model={"weight": torch.arange(9.0).view(3, 3)}),
+    "a step of words": changed(step="7", sha256=None),
+    "a step below 0": changed(step=-1, sha256=None),
+    "a step of nan": changed(step=float("nan"), sha256=None),
+    "seconds of nan": changed(seconds=float("nan"), sha256=None),
     "an archive that claims more than it has": bomb,
     "malicious": lambda file: torch.save({"id": "x", "model": Evil(file.parent / "executed")}, file),
     "malicious pickle": lambda file: file.write_bytes(pickle.dumps(Evil(file.parent / "executed"))),

@@ -46,22 +46,39 @@ def trained(folder: Path, model: nn.Module) -> Session:
     return one
 
 
-OTHERS = {"of other shapes": nn.Linear(2, 5), "of other names": nn.Sequential(nn.Linear(2, 3))}
+OTHERS = {
+    "of other shapes": lambda: nn.Linear(2, 5),
+    "of other names": lambda: nn.Sequential(nn.Linear(2, 3)),
+    "of another type": lambda: nn.Linear(2, 3).double().requires_grad_(False),
+}
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_checkpoint_of_another_network_is_named(tmp_path: Path, kind: str) -> None:
-    trained(tmp_path, OTHERS[kind]).save()
-    with pytest.raises(UserError, match=r"checkpoint\.pt is of another network: .*delete it") as error:
-        session(tmp_path, nn.Linear(2, 3)).restore()
-    assert "\n" not in str(error.value)
+def test_a_checkpoint_of_another_network_stands_back_behind_a_good_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    good = trained(tmp_path, nn.Linear(2, 3))
+    good.save()
+    other = session(tmp_path, OTHERS[kind]())
+    other.step = 7
+    other.save()
+    back = session(tmp_path, nn.Linear(2, 3))
+    back.restore()
+    assert back.step == 1 and torch.equal(back.model.weight, good.model.weight)  # type: ignore[arg-type]
+    assert "of another network" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    (tmp_path / checkpoint.PREVIOUS).unlink()
+    fresh = session(tmp_path, nn.Linear(2, 3))
+    before = fresh.model.weight.clone()  # type: ignore[operator]
+    with pytest.raises(UserError, match="of another network"):
+        fresh.restore()
+    assert torch.equal(fresh.model.weight, before)  # type: ignore[arg-type]
 
 
-def test_a_checkpoint_of_another_optimizer_is_named(tmp_path: Path) -> None:
+def test_momentum_of_another_shape_is_not_taken(tmp_path: Path) -> None:
     one = trained(tmp_path, nn.Linear(2, 3))
-    one.optimizer = torch.optim.SGD([one.model.weight], 0.1)  # type: ignore[list-item]
+    one.optimizer.state[one.model.weight]["momentum_buffer"] = torch.zeros(3, 1)  # type: ignore[index]
     one.save()
-    with pytest.raises(UserError, match=r"is of another network: .*doesn't match the size"):
+    with pytest.raises(UserError, match=r"of another optimizer: momentum 0 is \[3, 1\]"):
         session(tmp_path, nn.Linear(2, 3)).restore()
 
 

@@ -14,12 +14,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kalmannorm.errors import UserError, absent, reason
+from kalmannorm.errors import UserError, absent
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")  # also the order in which sha256 takes them
 SOURCE = "source.json"
@@ -84,28 +84,32 @@ def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int
 def _read(path: Path) -> NDArray[Any]:
     try:
         # Mapped first: a header that claims more than the file has is refused before anything is allocated for it.
-        return np.array(np.lib.format.open_memmap(path, mode="r"), order="C")
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        problem = f"cannot read {path}: {reason(error)}; expected one array without pickled objects (.npy)"
-        raise _damaged(path.parent, problem) from error
-
-
-def _damaged(folder: Path, problem: str) -> UserError:
-    return UserError(f"{problem}; delete {folder} and prepare the data set again")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"cannot read {path}: {reason}; expected a whole .npy file without pickled objects; "
+            f"delete {path.parent} and prepare the data set again"
+        ) from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is an archive of arrays, expected one array; delete it and prepare the data set again")
+    return np.array(array, order="C")
 
 
 def _check(folder: Path, split: str, images: NDArray[Any], labels: NDArray[Any], classes: int) -> None:
     def refuse(kind: str, found: str, expected: str) -> None:
-        raise _damaged(folder, f"{folder / f'{split}_{kind}.npy'} has {found}, expected {expected}")
+        raise UserError(
+            f"{folder / f'{split}_{kind}.npy'} has {found}, expected {expected}; "
+            f"delete {folder} and prepare the data set again"
+        )
 
-    for kind, array, dtype, shape in (
-        ("images", images, "uint8", ("N", SIZE, SIZE, 3)),
-        ("labels", labels, "int64", ("N",)),
-    ):
+    for kind, array, dtype in (("images", images, np.uint8), ("labels", labels, np.int64)):
         if array.dtype != dtype:
-            refuse(kind, f"dtype {array.dtype}", dtype)
-        if array.ndim != len(shape) or array.shape[1:] != shape[1:]:
-            refuse(kind, f"shape {list(array.shape)}", f"[{', '.join(map(str, shape))}]")
+            refuse(kind, f"dtype {array.dtype}", f"{np.dtype(dtype)}")
+    if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
+        refuse("images", f"shape {list(images.shape)}", f"[N, {SIZE}, {SIZE}, 3]")
+    if labels.ndim != 1:
+        refuse("labels", f"shape {list(labels.shape)}", "[N]")
     if len(labels) == 0:
         refuse("labels", "no entries", "at least one")
     if len(images) != len(labels):
@@ -122,16 +126,18 @@ def _fidelity(folder: Path, name: str, counts: tuple[int, int], sha256: str) -> 
     try:
         source = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"cannot read {path}: {reason(error)}; expected JSON, delete it or prepare the set again"
-        ) from error
+        raise UserError(f"cannot read {path}: {error}; expected JSON; delete it or prepare the set again") from error
     if not isinstance(source, dict):
         raise UserError(f"{path} holds a {type(source).__name__}, expected a JSON object with 'dataset'")
     if source.get("dataset", name) != name:
-        raise UserError(f"{path} says dataset {source['dataset']!r}, expected {name!r}: another set is in this folder")
+        raise UserError(
+            f"{path} says dataset {source['dataset']!r}, expected {name!r}: another set lies in this folder"
+        )
     if source.get("sha256", sha256) != sha256:
-        said = f"sha256 {sha256[:12]}..., {path.name} says {str(source['sha256'])[:12]}..."
-        raise _damaged(folder, f"the arrays in {folder} have {said}: changed or damaged since they were prepared")
+        raise UserError(
+            f"the arrays in {folder} have sha256 {sha256[:12]}..., {path.name} says {str(source['sha256'])[:12]}...: "
+            f"changed or damaged since they were prepared; delete {folder} and prepare the data set again"
+        )
     if "fidelity" in source:
         return " ".join(str(source["fidelity"]).split())[:200]
     exact = source.get("exact_images")
@@ -151,14 +157,23 @@ def write_folder(folder: Path, arrays: dict[str, NDArray[Any]], source: dict[str
     source = {**source, "sha256": digest(*(arrays[name] for name in ARRAYS))}
     with partial(folder) as temporary:
         for name in ARRAYS:
-            np.save(temporary / f"{name}.npy", arrays[name], allow_pickle=False)
-        (temporary / SOURCE).write_text(json.dumps(source, indent=1), encoding="utf-8")
+            with (temporary / f"{name}.npy").open("wb") as file:
+                np.save(file, arrays[name], allow_pickle=False)
+                _flush(file)
+        with (temporary / SOURCE).open("w", encoding="utf-8") as file:
+            json.dump(source, file, indent=1)
+            _flush(file)
         folder.mkdir(exist_ok=True)
         names = [*(f"{name}.npy" for name in ARRAYS), SOURCE]
         for name in names:  # first all old ones away: old and new arrays never make up a folder together
             (folder / name).unlink(missing_ok=True)
         for name in reversed(names):  # the arrays last: never complete without its source.json
             (temporary / name).replace(folder / name)
+
+
+def _flush(file: IO[bytes] | IO[str]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextmanager
@@ -178,7 +193,9 @@ def partial(folder: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {reason(error)}; make room, or choose another data root") from error
+        raise UserError(
+            f"cannot write {folder}: {error.strerror or error}; make room, or choose another data root"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -198,8 +215,8 @@ def _lives(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
-        pass
+    except OSError:  # somebody else's
+        return True
     return True
 
 
@@ -238,7 +255,8 @@ def class_balanced_subset(labels: NDArray[np.int64], count: int, seed: int = 0) 
     classes, sizes = np.unique(labels, return_counts=True)
     if not len(classes) <= count <= len(labels):
         raise UserError(
-            f"a subset of {count:,} images of {len(labels):,}: give from {len(classes)}, one a class, to all"
+            f"a subset of {count:,} images of {len(labels):,}: give {len(classes)} (one a class) or more, "
+            f"and not more than there are"
         )
     random = np.random.RandomState(seed)
     extra = set(random.permutation(classes)[: count % len(classes)].tolist())  # these classes give one more
@@ -246,7 +264,9 @@ def class_balanced_subset(labels: NDArray[np.int64], count: int, seed: int = 0) 
     for label, available in zip(classes, sizes, strict=True):
         share = count // len(classes) + (int(label) in extra)
         if share > available:
-            most = f"there are {available:,}: take at most {available * len(classes):,}"
-            raise UserError(f"a balanced subset of {count:,} images needs {share:,} of class {label}, {most}")
+            raise UserError(
+                f"a balanced subset of {count:,} images needs {share:,} of class {label}, "
+                f"there are {available:,}: take at most {available * len(classes):,}"
+            )
         chosen.append(random.permutation(np.flatnonzero(labels == label))[:share])
     return np.sort(np.concatenate(chosen))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalmannorm.data.arrays import Arrays, is_complete, partial, read_folder, write_folder
-from kalmannorm.errors import UserError, reason
+from kalmannorm.errors import UserError
 from kalmannorm.files import check_room
 
 Part = tuple[str, NDArray[np.uint8], NDArray[np.int64]]  # "train" or "test", images [n, 32, 32, 3], labels [n]
@@ -20,7 +20,7 @@ Part = tuple[str, NDArray[np.uint8], NDArray[np.int64]]  # "train" or "test", im
 
 @dataclass(frozen=True)
 class File:
-    """An official file; `read` takes it, open, and its path."""
+    """An official file; `read` takes it, open, and its path, and raises UserError where it is not as expected."""
 
     url: str
     name: str
@@ -55,8 +55,7 @@ class Official:
             return folder
         files = self.files()
         if archive is None:
-            places = [[root / file.name, folder / file.name] for file in files]
-            paths = [next(filter(Path.is_file, here), None) for here in places]
+            paths = [_find(file.name, root, folder) for file in files]
         else:
             paths = [archive / file.name if archive.is_dir() else archive for file in files]
         arrays_size = sum(self.counts) * (32 * 32 * 3 + 8)
@@ -65,8 +64,10 @@ class Official:
         parts: list[Part] = []
         for file, found in zip(files, paths, strict=True):
             if found is None and not download:
-                put = f"put it (md5 {file.md5}) into {root.absolute()} or {folder.absolute()}"
-                raise UserError(f"{file.name} is not there and downloading is off: {put}")
+                raise UserError(
+                    f"{file.name} is not there and downloading is off: put it (md5 {file.md5}) into "
+                    f"{root.absolute()} or {folder.absolute()}"
+                )
             path = found or fetch(file, root)
             with open_verified(path, file.md5) as stream:
                 parts += file.read(stream, path)
@@ -85,6 +86,10 @@ class Official:
         return folder
 
 
+def _find(name: str, *places: Path) -> Path | None:
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
 def fetch(file: File, root: Path) -> Path:
     """Download into `root` under its final name only once it is whole and its md5 is right. UserError otherwise."""
     from torchvision.datasets.utils import download_url
@@ -93,8 +98,10 @@ def fetch(file: File, root: Path) -> Path:
         try:
             download_url(file.url, temporary, file.name, file.md5)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            put = f"get {file.name} (md5 {file.md5}) on another way, put it into {root.absolute()} and run this again"
-            raise UserError(f"could not download {file.url}: {reason(error)}; {put}") from error
+            raise UserError(
+                f"could not download {file.url}: {error}; get {file.name} (md5 {file.md5}) on another way, "
+                f"put it into {root.absolute()} and run this again"
+            ) from error
         (temporary / file.name).replace(root / file.name)
     return root / file.name
 
@@ -104,11 +111,15 @@ def open_verified(path: Path, md5: str) -> BinaryIO:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {reason(error)}; expected the official file, md5 {md5}") from error
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; expected the official file, md5 {md5}"
+        ) from error
     found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != md5:
         file.close()
-        remedy = "nothing of it was read; delete it and run this again"
-        raise UserError(f"{path} has md5 {found}, expected {md5}: damaged, or not the official file; {remedy}")
+        raise UserError(
+            f"{path} has md5 {found}, expected {md5}: damaged, incomplete or not the official file; "
+            "nothing of it was read; delete it and run this again"
+        )
     file.seek(0)
     return file

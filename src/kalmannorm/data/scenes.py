@@ -86,9 +86,11 @@ class Scenes:
         numbers = read_numbers(file)
         classes = self.table[numbers]
         if len(bad := np.unique(numbers[classes == MEANINGLESS])):
-            expected = f"0 to {np.flatnonzero(self.table != MEANINGLESS).max()}"
-            remedy = "of another data set, or coloured; get it again"
-            raise UserError(f"label map {file} holds {', '.join(map(str, bad[:9]))}, expected {expected}: {remedy}")
+            expected = _ranges(np.flatnonzero(self.table != MEANINGLESS))
+            raise UserError(
+                f"label map {file} holds {_ranges(bad)}, expected {expected}: of another data set, or coloured; get it "
+                "again"
+            )
         return classes
 
     def check(self, index: int) -> tuple[int, int]:
@@ -167,3 +169,14 @@ def _digest(folder: Path, *splits: Scenes) -> str:
             total.update(f"{image.relative_to(folder)} {image.stat().st_size}\n".encode())
             total.update(numbers.read_bytes())
     return total.hexdigest()
+
+
+def _ranges(numbers: NDArray[np.generic]) -> str:
+    """Say numbers in words: 0 to 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers.tolist():
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)

@@ -10,21 +10,27 @@ import io
 import json
 import math
 import sys
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, cast
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast
 
-import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
 
 from kalmannorm import machine
-from kalmannorm.errors import UserError, reason
+from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import RESULT_KEYS, Config
 from kalmannorm.files import write_atomically
 
+if TYPE_CHECKING:
+    import numpy as np
+
 # Raised when a change alters results: records of another number are listed as stale and never tabulated.
 NUMERICS = 2
+
+# Arrays beside a record: more than a network's layers and their channels come to.
+MAX_ARRAY_BYTES = 2**28
 
 Status = Literal["done", "failed"]
 # By which an evaluation is known, in percent: accuracy, a detector's average precision, a segmenter's mean
@@ -186,10 +192,12 @@ def path(results: str | Path, identity: str) -> Path:
     return Path(results) / "records" / f"{identity}.json"
 
 
-def write(results: str | Path, record: Record, arrays: Mapping[str, np.ndarray] | None = None) -> Path:
+def write(results: str | Path, record: Record, arrays: "Mapping[str, np.ndarray] | None" = None) -> Path:
     """Write the arrays, then the record; both by a temporary file and a rename."""
     file = path(results, record["id"])
     if arrays:
+        import numpy as np
+
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         write_atomically(file.with_suffix(".npz"), buffer.getvalue())
@@ -197,18 +205,36 @@ def write(results: str | Path, record: Record, arrays: Mapping[str, np.ndarray] 
     return file
 
 
-def arrays(identity: str, results: str | Path = "results") -> dict[str, np.ndarray]:
+def arrays(identity: str, results: str | Path = "results") -> "dict[str, np.ndarray]":
     """Return the arrays beside one run's record (docs/records.md), in double precision. UserError: no such file, or a
-    broken one."""
+    broken one; one that claims more than MAX_ARRAY_BYTES."""
+    import numpy as np
+
     file = path(results, identity).with_suffix(".npz")
     try:
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                with archive.open(member) as stream:
+                    _check_claim(stream, member.file_size)
         with np.load(file, allow_pickle=False) as stored:
             return {key: np.asarray(stored[key], dtype=np.float64) for key in stored.files}
     except FileNotFoundError:
         raise UserError(f"{file} is missing beside its record: restore it, or run {identity} again") from None
     except Exception as error:  # numpy and zipfile raise many kinds
-        remedy = "remove it and the record, and run again"
-        raise UserError(f"{file} cannot be read ({reason(error)}): {remedy}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file} cannot be read ({reason}): remove it and the record, and run again") from None
+
+
+def _check_claim(stream: IO[bytes], size: int) -> None:
+    """Raise ValueError where the header of a .npy file claims more than its `size`, or that is too much to load."""
+    from numpy.lib import format
+
+    read_header = {(1, 0): format.read_array_header_1_0, (2, 0): format.read_array_header_2_0}[
+        format.read_magic(stream)
+    ]
+    shape, _, dtype = read_header(stream)
+    if max(size, math.prod(shape) * dtype.itemsize) > min(MAX_ARRAY_BYTES, size):
+        raise ValueError(f"an array of {list(shape)} {dtype} in {size:,} bytes")
 
 
 def read(results: str | Path, identity: str) -> Record | None:
@@ -266,18 +292,19 @@ def read_file(path: Path) -> Record:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): change its permissions or move it away") from error
     except (ValueError, RecursionError) as error:
-        problem: str | None = f"no valid JSON ({error}); it may be truncated"
-    else:
-        problem = _problem(record, path.stem)
-    if problem:
-        remedy = f"Move it out of {path.parent} (or delete it) and run it again"
-        raise UserError(f"{path} is not a usable record: {problem}. {remedy}")
+        raise UserError(_broken(path, f"no valid JSON ({error}); it may be truncated")) from error
+    if problem := _problem(record, path.stem):
+        raise UserError(_broken(path, problem))
     return record  # type: ignore[no-any-return]
 
 
 @functools.cache  # once a process, however often the folder is read
 def _say(line: str) -> None:
     print(f"kalmannorm: {line}", file=sys.stderr)
+
+
+def _broken(path: Path, problem: str) -> str:
+    return f"{path} is not a usable record: {problem}. Move it out of {path.parent} (or delete it) and run it again"
 
 
 def _problem(record: object, stem: str) -> str | None:

@@ -44,9 +44,13 @@ class Job:
         try:
             if file.stat().st_mtime < self.began:
                 return {}
-            return dict(json.loads(file.read_text()))
-        except (OSError, ValueError):  # none yet, or just being written
+            found = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError):  # none yet, or just being written
             return {}
+        right = isinstance(found, dict) and all(
+            type(found.get(key)) in (int, float) for key in ("part", "seconds_left")
+        )
+        return found if right and "status" in found else {}
 
     def seconds_left(self) -> float | None:
         if self.state == RUNNING and (left := self.progress().get("seconds_left")) is not None:

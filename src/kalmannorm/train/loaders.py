@@ -141,7 +141,8 @@ def recoloured(
     `dataset.recolour` is not set. Appearance changes and content does not: IBN-Net's question. The numbers are ours."""
     if not isinstance(config.dataset, ArrayDataset) or not config.dataset.recolour:
         return {}
-    assert isinstance(source, data.Arrays) and isinstance(train, Loader)
+    if not isinstance(source, data.Arrays) or not isinstance(train, Loader):
+        raise UserError("dataset.recolour is for data sets in memory")
     images = data.resize(source.test_images, config.budget.size).astype(np.float32)
     mean = images.mean((1, 2), keepdims=True)
     changed = {

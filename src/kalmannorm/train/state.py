@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.errors import UserError, reason
 from kalmannorm.experiments.record import Curves
 from kalmannorm.train import checkpoint
 from kalmannorm.train.ranks import Ranks
@@ -81,15 +80,11 @@ class Session:
     def restore(self) -> None:
         """Go back to the last good checkpoint, if there is one; the number of processes may differ from then."""
         main = self.ranks.main
-        state = self.ranks.from_main(checkpoint.load(self.folder, self.identity) if main else None)
+        state = self.ranks.from_main(checkpoint.load(self.folder, self.identity, self._check) if main else None)
         if state is None:
             return
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            file, remedy = self.folder / checkpoint.NAME, "delete it to start the run again"
-            raise UserError(f"{file} is of another network: {reason(error)}; {remedy}") from None
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         device, saved = self.ranks.device, state["ranks"]
         if len(saved) == self.ranks.world:
@@ -100,6 +95,23 @@ class Session:
             for own in saved:
                 self.add({key: value.to(device) for key, value in own["sums"].items()})
         self.curves.update(state["curves"])
+
+    def _check(self, state: checkpoint.State) -> None:
+        """Raise ValueError unless a checkpoint is of this network and optimizer; before anything of it is taken."""
+        model, own = state["model"], self.model.state_dict()
+        if odd := sorted(model.keys() ^ own.keys()):
+            raise ValueError(f"it is of another network: {len(odd)} entries are not in both, the first {odd[0]}")
+        for name, value in own.items():
+            if (model[name].shape, model[name].dtype) != (value.shape, value.dtype):
+                raise ValueError(f"it is of another network: {name} is {list(model[name].shape)}")
+        groups, saved = self.optimizer.param_groups, state["optimizer"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
+            raise ValueError("it is of another optimizer")
+        parameters = [p for group in groups for p in group["params"]]
+        for number, values in saved["state"].items():
+            for value in values.values():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameters[number].shape:
+                    raise ValueError(f"it is of another optimizer: momentum {number} is {list(value.shape)}")
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
