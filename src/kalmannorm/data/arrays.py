@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kalmannorm.errors import UserError, absent
+from kalmannorm.errors import UserError, absent, reason
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")  # also the order in which sha256 takes them
 SOURCE = "source.json"
@@ -86,9 +86,8 @@ def _read(path: Path) -> NDArray[Any]:
         # Mapped first: a header that claims more than the file has is refused before anything is allocated for it.
         array = np.load(path, allow_pickle=False, mmap_mode="r")
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"cannot read {path}: {reason}; expected a whole .npy file without pickled objects; "
+            f"cannot read {path}: {reason(error)}; expected a whole .npy file without pickled objects; "
             f"delete {path.parent} and prepare the data set again"
         ) from error
     if not isinstance(array, np.ndarray):

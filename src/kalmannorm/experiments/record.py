@@ -19,7 +19,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
 
 from kalmannorm import machine
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 from kalmannorm.experiments.config import RESULT_KEYS, Config
 from kalmannorm.files import write_atomically
 
@@ -221,8 +221,7 @@ def arrays(identity: str, results: str | Path = "results") -> "dict[str, np.ndar
     except FileNotFoundError:
         raise UserError(f"{file} is missing beside its record: restore it, or run {identity} again") from None
     except Exception as error:  # numpy and zipfile raise many kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} cannot be read ({reason}): remove it and the record, and run again") from None
+        raise UserError(f"{file} cannot be read ({reason(error)}): remove it and the record, and run again") from None
 
 
 def _check_claim(stream: IO[bytes], size: int) -> None:

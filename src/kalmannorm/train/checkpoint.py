@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kalmannorm.errors import UserError
+from kalmannorm.errors import UserError, reason
 from kalmannorm.files import clear_unfinished, write_atomically
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -49,8 +49,7 @@ def load(folder: Path, identity: str, check: Callable[[State], None] = lambda st
             state = _read(file, identity)
             check(state)
         except Exception as error:  # torch, and whoever looks at what a damaged file holds, raise many things
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            problems.append(f"{file} is not a usable checkpoint ({reason})")
+            problems.append(f"{file} is not a usable checkpoint ({reason(error)})")
             continue
         if problems:
             print(f"kalmannorm: {'; '.join(problems)}; going on from {file.name}", file=sys.stderr)
