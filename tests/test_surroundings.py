@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -160,3 +161,29 @@ def test_the_commit_of_another_repository_is_not_recorded(tmp_path: Path, monkey
     assert machine._git.__wrapped__() == {"commit": None, "dirty": None}
     subprocess.run([*git, "add", "-f", str(installed)], check=True)
     assert machine._git.__wrapped__()["dirty"] is True
+
+
+FREES_LARGE_PIECES = """
+import resource
+from kalmannorm.machine import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        pieces = [bytearray(2**24) for _ in range(4)]
+        del pieces
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    ran = subprocess.run([sys.executable, "-c", FREES_LARGE_PIECES], capture_output=True, text=True, check=True)
+    before, after = map(int, ran.stdout.split())
+    assert before > 1000 > 100 > after

@@ -16,6 +16,7 @@ from kalmannorm.errors import UserError, reason
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
 from kalmannorm.files import check_room, clear_unfinished
+from kalmannorm.machine import keep_freed_memory
 from kalmannorm.norm.modes import finish_gradients, flush_moving, place_batch, set_progress, spread_batches
 from kalmannorm.stopping import finishing, listening
 from kalmannorm.train.model import optimizer
@@ -47,6 +48,8 @@ def run(config: Config) -> records.Record:
 def _run(config: Config, ranks: Ranks) -> records.Record:
     identity = records.run_id(config)
     folder = Path(config.runs) / identity
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     task = open_task(config, ranks)
     if ranks.main:
         weights = sum(p.numel() * p.element_size() for p in task.model.parameters())

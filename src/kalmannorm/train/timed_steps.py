@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmannorm.conversion.compiled import prepare_compiler
+from kalmannorm.machine import keep_freed_memory
 from kalmannorm.train.model import optimizer
 
 GRAD_BATCH = 128
@@ -50,6 +51,8 @@ def training_step(
     precision: str = "fp32",
 ) -> Step:
     """Make a step as the harness trains, on one fixed batch; None: noise of CIFAR's size."""
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device).train()
     x, labels = (part.to(device) for part in batch or synthetic_batch())
     optim = optimizer(model, **RECIPE)
