@@ -217,6 +217,20 @@ def test_batch_norm_that_is_something_else_is_left_as_it_is() -> None:
     assert type(fold(converted)[3]) is ByHand
 
 
+class Called(nn.BatchNorm2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_batch_norm_with_a_call_of_its_own_is_left_as_it_is(norm: str) -> None:
+    model = nn.Sequential(*pair(nn.BatchNorm2d)[:3], Called(4)).eval()
+    with pytest.warns(UserWarning, match=r"3 \(Called\) is a BatchNorm layer with a __call__ of its own: it is left"):
+        converted = convert(model, norm)
+    x = images()
+    torch.testing.assert_close(converted(x), model(x))
+
+
 def test_batch_norm_that_is_something_else_is_refused() -> None:
     """Where there is no other."""
     with pytest.raises(ValueError, match=r"^1 \(ByHand\) is a BatchNorm layer that normalizes by code of its own"):

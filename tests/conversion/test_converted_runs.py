@@ -406,6 +406,28 @@ def test_wrapped_models_and_others_are_not_converted() -> None:
                 function(thing)
 
 
+class AnsweringAll(nn.Module):
+    """Attributes that it has not are those of a part, or None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = net()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__["_modules"]:
+            return self.__dict__["_modules"][name]
+        return getattr(self.part, name, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.part(x)
+        return y if self.head is None else self.head(y)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_has_every_attribute() -> None:
+    model, x = AnsweringAll().eval(), torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(convert(model, "bkn", stat_batch=2)(x), model(x))
+
+
 @pytest.mark.slow
 def test_a_part_that_is_compiled_afterwards_hands_beliefs_on() -> None:
     model, x = convert(nn.Sequential(net()[:3], net()[3:]), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)

@@ -125,6 +125,50 @@ def test_a_layer_with_a_forward_on_the_instance_has_no_rule() -> None:
     torch.testing.assert_close(converted.eval()(x), model(x))
 
 
+def doubling(cls: Any) -> Any:
+    """A class whose call does more than its forward."""
+
+    def __call__(self: Any, x: Tensor) -> Tensor:
+        return 2 * cls.__call__(self, x)
+
+    return type(f"Doubling{cls.__name__}", (cls,), {"__call__": __call__})
+
+
+@pytest.mark.parametrize("values_decide", [False, True])
+@pytest.mark.parametrize("place", ["block", "conv", "relu", "whole"])
+def test_a_call_of_a_parts_own_runs_as_it_is(place: str, values_decide: bool) -> None:
+    """It runs once, also where the forward around it is traced, and hands no belief on."""
+
+    class Block(nn.Sequential):
+        pass
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+            self.block = (doubling(Block) if place == "block" else Block)(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+            self.relu = (doubling(nn.ReLU) if place == "relu" else nn.ReLU)()
+            self.conv = (doubling(nn.Conv2d) if place == "conv" else nn.Conv2d)(4, 4, 3)
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if values_decide and x.max() > 100:
+                x = x / 100
+            return self.bn(self.conv(self.relu(self.block(self.stem(x)))))
+
+    model, x = (doubling(Parts) if place == "whole" else Parts)().eval(), torch.randn(4, 3, 12, 12)
+    converted = convert(model, "bkn", stat_batch=2)
+    torch.testing.assert_close(converted(x), model(x))
+    torch.testing.assert_close(fold(converted)(x), model(x))
+    assert bool(untraced(converted)) is values_decide
+
+
+def test_the_report_names_a_call_of_a_parts_own() -> None:
+    part = nn.Sequential(conv3x3(3, 4), nn.BatchNorm2d(4), doubling(nn.Sequential)(conv3x3(4, 4)))
+    report = belief_report(convert(Around(part), "bkn", stat_batch=2), torch.randn(4, 3, 6, 6))
+    assert "part.2 (DoublingSequential: a hook or a forward of its own, or a __call__" in str(report["bn"])
+
+
 @pytest.mark.parametrize("place", ["block", "conv"])
 def test_a_forward_set_on_a_part_after_the_conversion(place: str) -> None:
     """It runs as it is, and hands no belief on."""

@@ -192,7 +192,7 @@ def _refuse_parts(model: nn.Module) -> None:
     """ValueError: compiled or distributed, so that code or gradients of a copy would be the original's; lazy."""
     for path, part in model.named_modules():
         kind = f"{path} ({type(part).__name__})" if path else type(part).__name__
-        for name, wrapped in (("_orig_mod", "_orig_mod" in part._modules), ("module", hasattr(part, "reducer"))):
+        for name, wrapped in (("_orig_mod", "_orig_mod" in part._modules), ("module", "reducer" in vars(part))):
             if wrapped:
                 raise ValueError(f"{kind} is wrapped: convert its .{name} before it is wrapped")
         if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[misc]

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.conversion.names import Scope
 from kalmannorm.conversion.trace import Passed, Trace, Tracer, Untraceable
+from kalmannorm.norm import contract
 
 BATCH_NORM = inspect.signature(F.batch_norm)
 
@@ -108,7 +109,9 @@ def trace_layers(
     traces: dict[_BatchNorm, dict[str, Trace]] = {}
     left: dict[str, str] = {}
     for name, layer in layers.items():
-        if layer in traces or not has_forward_of_its_own(layer):
+        if contract.has_call_of_its_own(type(layer)):
+            left[name] = f"{name} ({type(layer).__name__}) is a BatchNorm layer with a __call__ of its own"
+        if layer in traces or name in left or not has_forward_of_its_own(layer):
             continue
         try:
             traces[layer] = {mode: trace_layer(layer, name, mode == "train") for mode in ("train", "eval")}

@@ -158,7 +158,11 @@ def rule_of_class(cls: type[nn.Module]) -> tuple[Rule | None, tuple[str, ...]]:
 
 def class_of_rule(cls: type[nn.Module]) -> type[nn.Module]:
     """The class with a rule that one is derived from, if it computes the same; else itself."""
-    return next((base for base in cls.__mro__ if base in MODULES and cls.forward is base.forward), cls)
+    return next((base for base in cls.__mro__ if base in MODULES and _computes_the_same(cls, base)), cls)
+
+
+def _computes_the_same(cls: Any, base: Any) -> bool:
+    return cls.forward is base.forward and cls.__call__ is base.__call__
 
 
 # Their results may share memory with their input: what is changed in place under one name changes under the other.

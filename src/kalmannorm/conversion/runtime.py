@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kalmannorm.conversion import retrace
-from kalmannorm.conversion.names import CHECKPOINT
+from kalmannorm.conversion.names import CHECKPOINT, class_of
 from kalmannorm.conversion.operations import BY_NAME, FUNCTIONS, MODULES, MODULES_BY_NAME, class_of_rule, rule_of_class
 from kalmannorm.conversion.pixelwise import convolution, linear, of_map, transposed_convolution
 from kalmannorm.conversion.rules import Found, Known, Operation, Rule
@@ -59,7 +59,7 @@ def call(module: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs
         if traced:
             return retrace.call(module, args, kwargs, given)
         out = module(*args, **kwargs, beliefs=given)
-        if observer is not None and out[1] is None and (module._forward_hooks or module._forward_pre_hooks):
+        if observer is not None and out[1] is None and _is_changed(module):
             observer(Operation(out[0], args, kwargs, beliefs, keyword_beliefs), module, _HOOKED)
         return out
     if type(module) is nn.SyncBatchNorm:
@@ -76,7 +76,12 @@ def call(module: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs
     return y, apply(rule, operation, module)
 
 
-_HOOKED = "a hook or a forward of its own changes what it does"
+_HOOKED = "a hook or a forward of its own, or a __call__, changes what it does"
+
+
+def _is_changed(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or contract.has_call_of_its_own(class_of(module))
 
 
 def _replaced(operation: Operation) -> str:

@@ -39,6 +39,7 @@ from kalmannorm.conversion.names import (
 )
 from kalmannorm.conversion.operations import make_dict
 from kalmannorm.norm.checkpoints import is_within
+from kalmannorm.norm.contract import has_call_of_its_own
 
 IN_SEGMENTS = torch.utils.checkpoint.checkpoint_sequential
 
@@ -428,6 +429,8 @@ class _Reading:
             return value
 
         body = {"__getattribute__": getter, "watches": cls, "__module__": cls.__module__}
+        if issubclass(cls, nn.Module) and has_call_of_its_own(cls):  # which runs where the part is called
+            body["__call__"] = lambda part, *args, **kwargs: nn.Module.__call__(part, *args, **kwargs)
         self.made[cls] = derived(cls, body, type(cls))
         return self.made[cls]
 

@@ -105,13 +105,21 @@ def _is_apart(part: nn.Module, args: Args) -> bool:
     return computed and _measures(part)
 
 
+def has_call_of_its_own(cls: type[nn.Module]) -> bool:
+    """Whether a call does more than to run the forward, and hooks: a __call__ that is neither torch's nor ours."""
+    call = cls.__call__
+    return call is not nn.Module.__call__ and not call.__module__.startswith(("torch.", "kalmannorm."))
+
+
 def methods(base: type[nn.Module]) -> dict[str, Any]:
     """The methods of such a module, whose class is derived from `base`."""
+    own_call = has_call_of_its_own(base)  # which knows nothing of beliefs
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         own = type(self).forward  # of a generated class, unless another one was set on that, or on the instance, since
-        replaced = own is not getattr(type(self), "generated_forward", own) or (
-            "forward" in self.__dict__ and not hasattr(self.__dict__["forward"], "takes_beliefs")
+        replaced = own_call or (
+            own is not getattr(type(self), "generated_forward", own)
+            or ("forward" in self.__dict__ and not hasattr(self.__dict__["forward"], "takes_beliefs"))
         )
         if "beliefs" in kwargs and replaced:
             del kwargs["beliefs"]
