@@ -146,6 +146,14 @@ def test_modules_of_the_users_folder_are_not_for_workers(tmp_path: Path, monkeyp
     subprocess.run(worker.COMMAND, stdin=subprocess.DEVNULL, check=True)
 
 
+def test_a_current_folder_that_was_removed_is_named(tmp_path: Path) -> None:
+    gone = ("bash", "-c", 'rmdir "$PWD" && exec "$@"', "bash")
+    (tmp_path / "here").mkdir()
+    done = command("train", *DIGITS, *place(tmp_path), cwd=tmp_path / "here", under=gone)
+    said = b"kalmannorm: the current folder was removed: go to another one (cd) and call again\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_the_commit_of_another_repository_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the package is installed into a folder of somebody's project, which git leaves out."""
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import chdir, nullcontext, suppress
 from pathlib import Path
 
-from kalmannorm.errors import OF_A_WORKER, OUT_OF_MEMORY, Stopped, UserError
+from kalmannorm.errors import OF_A_WORKER, OUT_OF_MEMORY, TOO_MANY_FILES, Stopped, UserError
 from kalmannorm.runs.placement import HELP
 from kalmannorm.stopping import listening
 
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _settle_surroundings()
     try:
         options = _parse(_parser(), arguments)
+        _check_folder()
         with listening():
             code: int = options.command(options)
         sys.stdout.flush()
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _say(f"{error.name} is not installed: pip install 'kalmannorm[detection]' has all that commands need", 2)
     except (MemoryError, RuntimeError) as error:
+        if TOO_MANY_FILES in str(error):
+            return _say("too many open files: pass fewer workers= (0: none), or raise what is allowed (ulimit -n)", 2)
         if OF_A_WORKER in str(error):
             said = [line for line in str(error).splitlines() if line.strip()]
             remedy = (
@@ -75,6 +78,14 @@ def _drop_output() -> None:
 def _say(text: str, code: int) -> int:
     print("kalmannorm:", text.replace("\n", "\\n"), file=sys.stderr)  # as a path may have it
     return code
+
+
+def _check_folder() -> None:
+    """Raise UserError where the current folder was removed: libraries end the process there, in words of their own."""
+    try:
+        os.getcwd()  # noqa: PTH109, no path is wanted
+    except FileNotFoundError:
+        raise UserError("the current folder was removed: go to another one (cd) and call again") from None
 
 
 def _settle_surroundings() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 # Words by which libraries' RuntimeErrors say so.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+TOO_MANY_FILES = "Too many open files"
 OF_A_WORKER = "DataLoader worker"  # that was killed, or has no room left
 
 

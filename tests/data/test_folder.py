@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -442,3 +443,16 @@ def test_a_planted_file_ends_the_command_in_one_line_and_runs_nothing(
 
 def test_classes_are_counted(root: Path) -> None:
     assert listing.count_classes(root, folders.config()) == 3
+
+
+def test_workers_may_open_their_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many wait for each: what the system allows beyond what a process has at first is taken, too little is named."""
+    allowed = [80, 100]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(allowed))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: allowed.__setitem__(slice(None), limits))
+    loader(root, workers=2)
+    assert allowed == [80, 100]
+    loader(root, workers=3)
+    assert allowed == [92, 100]
+    with pytest.raises(UserError, match=r"4 processes .* need 112 open files, and 100 are allowed: .* workers="):
+        loader(root, workers=4)

@@ -26,7 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from kalmannorm.data.annotations import Split, Values, read
 from kalmannorm.data.batches import Batches, mix
 from kalmannorm.data.pixels import read_rgb
-from kalmannorm.data.workers import Named, begin_worker, share
+from kalmannorm.data.workers import Named, begin_worker, check_open_files, share
 from kalmannorm.errors import UserError, absent
 
 SPLITS = ("train2017", "val2017")
@@ -185,6 +185,7 @@ class TrainingBatches(Batches):
         """Yield the batches, each image mirrored with probability 1/2."""
         order = self.order(epoch)[start_step:]
         mine = [[self._item(i, epoch) for i in batch[self.rank :: self.world]] for batch in order]
+        check_open_files(self.workers)
         loader = DataLoader(
             Named(self.images),
             batch_sampler=mine,

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from kalmannorm.data.batches import Batch, Counted, PlainBatches, mix
 from kalmannorm.data.folder import Files
 from kalmannorm.data.pixels import read_rgb
-from kalmannorm.data.workers import Named, begin_worker, share
+from kalmannorm.data.workers import Named, begin_worker, check_open_files, share
 from kalmannorm.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect of the random-resized crop (torchvision's defaults)
@@ -116,6 +116,7 @@ class Decoding(Stream):
 
     def __init__(self, decode: Dataset[Sample], count: int, *, workers: int = 0, **options: Any) -> None:
         super().__init__(count, **options)
+        check_open_files(workers)
         self._plan = _Plan()
         self._loader = DataLoader(
             Named(decode),

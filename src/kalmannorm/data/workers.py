@@ -1,5 +1,6 @@
 """Processes that read files for a loader."""
 
+import resource
 import signal
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from kalmannorm.errors import UserError
 T = TypeVar("T")
 
 GRACE = 20  # seconds that a worker lives on after SIGTERM
+OPEN, OPEN_EACH = 32, 20  # files that a run has open, and more for each worker: pipes, and batches that wait
 
 
 def begin_worker(number: int) -> None:
@@ -19,6 +21,20 @@ def begin_worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # also how an interpreter that ends ends its workers
+
+
+def check_open_files(workers: int) -> None:
+    """Let this process open the files that `workers` need, within what the system allows. UserError: it allows less."""
+    needed = OPEN + OPEN_EACH * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if workers == 0 or soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"{workers} processes that read images need {needed} open files, and {hard} are allowed: raise it "
+            f"(ulimit -n {needed}), or pass fewer workers= (0: none)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class Named(Dataset[T | str]):
