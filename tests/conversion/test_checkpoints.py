@@ -272,3 +272,39 @@ def test_compiled_within_a_checkpoint(norm: str, options: dict[str, Any], how: b
     (y * v).sum().backward()
     for a, b in zip(layer.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad)
+
+
+class AskingInside(nn.Module):
+    """Functions in checkpoints, of which one asks for the class of a layer and one is a checkpoint again."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant, self.stem, self.body = reentrant, net()[:3], net()[3:6]
+
+    def checkpoint(self, function: Any, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return function(x)  # type: ignore[no-any-return]
+        return checkpoint(function, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+    def inner(self, x: Tensor) -> Tensor:
+        for layer in self.body:
+            x = layer(x)
+            if type(layer) is nn.BatchNorm2d:
+                x = x * torch.linspace(-2, 2, 8)[:, None, None]
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.checkpoint(lambda y: self.checkpoint(self.inner, y).sin(), self.stem(x))
+        return self.checkpoint(self.inner, x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_functions_in_checkpoints_that_ask_for_classes_and_are_nested(norm: str, reentrant: bool) -> None:
+    """They run again when the forward around them is over."""
+    found, x = [], torch.randn(8, 3, 8, 8)
+    for how in (None, reentrant):
+        torch.manual_seed(0)
+        found.append(gradients(convert(AskingInside(how), norm, stat_batch=2), x, None)[0])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from kalmannorm.conversion import retrace, runtime
 from kalmannorm.conversion.batch_norms import BATCH_NORM
-from kalmannorm.conversion.names import CHECKPOINT, Loan, Surroundings, class_of, lending
+from kalmannorm.conversion.names import CHECKPOINT, Loan, Surroundings, class_of, lending, lent_now
 from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
 from kalmannorm.conversion.rules import Operation, fields_of, has_belief
 from kalmannorm.conversion.runtime import apply, call, checkpointed, normalized
@@ -218,11 +218,18 @@ _NO_PARTS = nn.Module()
 
 
 def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands for torch's in a forward that runs as it is: beliefs go in and out as plain tensors."""
-    flow = running.flow
+    """Stands for torch's in a forward that runs as it is: beliefs go in and out as plain tensors. What is lent is lent
+    again where the function runs again, when the forward is over."""
+    flow, loans = running.flow, lent_now()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with lending(loans):
+            return function(*args, **kwargs)
+
+    again = function if isinstance(function, nn.Module) else run
     if flow is None or not flow.is_here():
-        return CHECKPOINT(function, *args, **kwargs)
-    y, belief = checkpointed(function, args, kwargs, flow.get(args), flow.get(kwargs), _call)
+        return CHECKPOINT(again, *args, **kwargs)
+    y, belief = checkpointed(again, args, kwargs, flow.get(args), flow.get(kwargs), _call)
     flow.put(y, belief)
     return y
 

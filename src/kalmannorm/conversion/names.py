@@ -315,7 +315,13 @@ def _content(cell: Any) -> tuple[Any, ...]:
 Loan = tuple[Scope, str, Any]  # globals, a name in them, and what it stands for
 
 _lock = threading.Lock()
-_lent: dict[tuple[int, str], list[Any]] = {}  # how often, and what there was before
+_lent: dict[tuple[int, str], list[Any]] = {}  # how often, what there was before, and in which globals
+
+
+def lent_now() -> list[Loan]:
+    """What is lent at the moment."""
+    with _lock:
+        return [(held[2], name, held[2][name]) for (_, name), held in _lent.items()]
 
 
 @contextmanager
@@ -323,7 +329,7 @@ def lending(loans: Iterable[Loan]) -> Iterator[None]:
     """While it lasts, names in the globals of functions stand for something else."""
     with _lock:
         for scope, name, value in loans:
-            _lent.setdefault((id(scope), name), [0, scope.get(name, _lent)])[0] += 1
+            _lent.setdefault((id(scope), name), [0, scope.get(name, _lent), scope])[0] += 1
             scope[name] = value
     try:
         yield
