@@ -18,7 +18,7 @@ KN := $(VENV)/bin/kalmannorm
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 OVERRIDES = $(if $(DATASET),dataset=$(DATASET)) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(WHERE) $(ARGS)
 WHERE = $(if $(LAUNCHER),launcher=$(LAUNCHER)) $(if $(GPUS),gpus=$(GPUS))
-DEMO := dataset=digits budget=lite arch.width=0.5 rows=paper seeds=3 results=results/demo
+DEMO := dataset=digits budget=lite arch.width=0.25 rows=paper seeds=3 results=results/demo
 EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
 DATASETS := cifar10 cifar100 svhn svhn_extra playback coco-tiny-maps
 IMAGENET := table1 table4 table5 figure3 talk-resnet50 $(foreach n,3 4 5 6 7,v1-figure$(n))
@@ -54,7 +54,7 @@ setup-ffcv: $(READY) ## FFCV for dataset.loader=ffcv: its Debian or Ubuntu packa
 	@$(VENV)/bin/uv pip install --python $(VENV)/bin/python -e '.[dev,ffcv]'
 	@$(VENV)/bin/python -c 'import ffcv, sys; print("FFCV is installed:", ffcv.__file__, file=sys.stderr)'
 
-demo: $(READY) ## Table 7 and Figure 5 on the bundled digits: 9 trainings, minutes on 2 cores
+demo: $(READY) ## Table 7 and Figure 5 on the bundled digits: 9 trainings, about 3 minutes on 2 cores
 	@$(KN) sweep table7 $(DEMO)
 	@$(KN) report figure5 $(DEMO)
 	@$(KN) report table7 $(DEMO)
@@ -79,7 +79,7 @@ $(DATASETS:%=data-%): data-%: $(READY)
 notebooks: $(READY) ## execute the notebooks on the records, in place
 	@$(VENV)/bin/jupyter nbconvert --execute --inplace --ClearMetadataPreprocessor.enabled=True notebooks/*.ipynb
 
-test: $(READY) ## the quick tests, about 5 minutes on 2 cores
+test: $(READY) ## the quick tests, about 4 minutes on 2 cores
 	@$(PYTEST) -m "not slow"
 
 test-all: $(READY) ## all the tests, within 40 minutes on 2 cores
