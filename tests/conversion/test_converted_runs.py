@@ -135,6 +135,38 @@ def test_hooks_see_what_a_module_returns() -> None:
     assert seen == [(Tensor, Tensor)] * len(model)
 
 
+class Remembering(nn.Module):
+    """Its hooks close over what they fill: the model, and a list that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.last, self.all = net(), torch.zeros(()), list[torch.Tensor]()
+        all_of_them = self.all
+
+        def remember(layer: nn.Module, args: Any, y: torch.Tensor) -> None:
+            self.last = y
+
+        self.part[1].register_forward_hook(remember)
+        self.part[3].register_forward_hook(lambda layer, args, y: all_of_them.append(y))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.all.clear()
+        y: torch.Tensor = self.part(x)
+        return y + self.last.mean() + self.all[0].mean()
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_hooks_of_a_copy_fill_what_is_its_own(norm: str) -> None:
+    model, first, x = Remembering().eval(), torch.randn(2, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    model(first)  # what is left of it is copied, and was what every forward of the copy found
+    converted = convert(model, norm, stat_batch=2)
+    folded = fold(converted)
+    expected = model(x)
+    model(first)
+    torch.testing.assert_close(converted(x), expected)
+    torch.testing.assert_close(folded(x), expected)
+
+
 def test_hooks_of_all_modules_see_what_they_return() -> None:
     seen: list[Any] = []
     model = convert(net(), "bkn", stat_batch=2)

@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Iterable
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from kalmannorm.conversion.names import content
 from kalmannorm.norm import NORMS, Estimator, Whitening, contract
 from kalmannorm.norm.options import options_of
 
 CONSTANT = ("frozen", "wn", "none")  # no parameters, or all of them constants
 OF_IMAGES = ("gn", "ln", "in", "gkn")  # no moving statistics anyway
 HOOKS = [key for key in vars(nn.Module()) if key.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
+_ALL_HOOKS = [key for key in vars(nn.Module()) if key.endswith("hooks")]
 # How many axes an input has, by the method that sees to it; a subclass may have one of its own.
 _DIMS: dict[object, tuple[int, ...]] = {
     **{nn.BatchNorm1d._check_input_dim: (2, 3), nn.BatchNorm2d._check_input_dim: (4,)},
@@ -192,11 +195,32 @@ def share_noise(layers: Iterable[nn.Module]) -> None:
 
 def copied(model: nn.Module) -> nn.Module:
     """A copy; what was computed and is kept, which deepcopy refuses (weights of pruning, of torch.nn.utils.weight_norm;
-    a module's own caches), as the values that it has. ValueError: a forward that would go on calling the original."""
+    a module's own caches), as the values that it has; hooks of its own, where deepcopy leaves those of the original.
+    ValueError: a forward that would go on calling the original."""
     _refuse_foreign_forwards(model)
     attributes = tree_leaves([vars(module) for module in model.modules()])
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
+    made = copy.deepcopy(model, memo)
+    for hooks in (hooks for module in made.modules() for key, hooks in vars(module).items() if key in _ALL_HOOKS):
+        for key, hook in hooks.items():
+            if inspect.isfunction(hook):
+                hooks[key] = _of_copy(hook, memo)
+            elif inspect.isfunction(inner := getattr(hook, "hook", None)):  # wrapped, by us or by torch
+                hook.hook = _of_copy(inner, memo)
+    return made
+
+
+def _of_copy(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """The function; or one in which what it closes over of the original (the model, a list it keeps) is the copy's."""
+    held = [content(cell) for cell in function.__closure__ or ()]
+    if not any(id(one) in memo for cell in held for one in cell):
+        return function
+    cells = tuple(CellType(*(memo.get(id(one), one) for one in cell)) for cell in held)
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(vars(function))
+    return made
 
 
 def _refuse_foreign_forwards(model: nn.Module) -> None:

@@ -246,7 +246,7 @@ class Surroundings:
             self.checkpointing.append((vars(torch.utils.checkpoint), "checkpoint"))
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for i, (name, cell) in enumerate(cells):
-            if name != "__class__" and expression and (held := _content(cell)):
+            if name != "__class__" and expression and (held := content(cell)):
                 self._value(f"{expression}.__closure__[{i}].cell_contents", held[0], names)
                 self._refuse_impure(name, held[0])
         for i, default in enumerate(function.__defaults__ or ()):
@@ -302,7 +302,8 @@ def _is_library(value: Any) -> bool:
     return not hasattr(value, "__dict__") or type(value).__module__.partition(".")[0] in ("torch", "builtins")
 
 
-def _content(cell: Any) -> tuple[Any, ...]:
+def content(cell: Any) -> tuple[Any, ...]:
+    """What a function's cell holds, if anything."""
     try:
         return (cell.cell_contents,)
     except ValueError:  # not set yet
