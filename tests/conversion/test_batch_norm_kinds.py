@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Chain, conv3x3, error, images, same_as_original
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torchvision.models import resnet18
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN
@@ -237,6 +238,24 @@ def test_batch_norm_that_is_something_else_is_refused() -> None:
         convert(pair(ByHand), "bn")
     with pytest.raises(ValueError, match=r"1 \(AlwaysMeasuring\) does not normalize as its base class"):
         convert(pair(AlwaysMeasuring), "bn")
+
+
+class Scaled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_computed_weights_of_batch_norm_are_refused() -> None:
+    """They would be constants from then on, or their hooks would miss what they compute them of."""
+    for compute in (
+        lambda layer: parametrize.register_parametrization(layer, "weight", Scaled()),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ):
+        compute((model := pair(nn.BatchNorm2d))[1])
+        with pytest.raises(ValueError, match=r"^1 \(.*BatchNorm2d\): its weight is computed.* make it permanent"):
+            convert(model, "bkn", stat_batch=2)
+        compute((converted := convert(pair(nn.BatchNorm2d), "bkn", stat_batch=2))[1])
+        converted(images()).square().sum().backward()
 
 
 class Clashing(Inherited):

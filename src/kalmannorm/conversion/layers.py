@@ -35,6 +35,7 @@ BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batche
 def build_normalizer(
     norm: str, name: str, old: _BatchNorm, stat_batch: int | None, options: dict[str, Any]
 ) -> nn.Module:
+    _refuse_computed(old, name)
     known = options_of(NORMS[norm])
     try:
         kept: dict[str, Any] = {"eps": old.eps, "momentum": old.momentum}
@@ -58,6 +59,17 @@ def build_normalizer(
             if getattr(old, key, None) is None and isinstance(parameter := getattr(part, key, None), nn.Parameter):
                 parameter.requires_grad_(False)
     return new
+
+
+def _refuse_computed(old: _BatchNorm, name: str) -> None:
+    """ValueError: gamma or beta that is no parameter, of which the normalizer would have today's value alone."""
+    for key in ("weight", "bias"):
+        if not (key in old._parameters or key in old._buffers) and isinstance(getattr(old, key, None), Tensor):
+            raise ValueError(
+                f"{name} ({type(old).__name__}): its {key} is computed, by a parametrization, pruning or code of its "
+                "own, which no normalizer takes over: make it permanent before convert (remove_parametrizations, "
+                "prune.remove), and parametrize or prune what was converted"
+            )
 
 
 class _OfKind(type):
