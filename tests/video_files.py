@@ -1,5 +1,6 @@
 """Small films in Kinetics's layout: every frame of a film has a grey of its own, by which a test knows it."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,17 +29,27 @@ SMALL = [
 
 
 def film(
-    file: Path, greys: Sequence[int], size: tuple[int, int] = (48, 40), codec: str = "ffv1", left_out: int = 0
+    file: Path,
+    greys: Sequence[int],
+    size: tuple[int, int] = (48, 40),
+    codec: str = "ffv1",
+    left_out: int = 0,
+    hidden: Sequence[int] = (),
 ) -> Path:
     """Write frames of these greys; size: width and height. ffv1 loses nothing, and does not say how many there are.
 
-    left_out: as many of an .mp4's first frames are not shown, by its edit list.
+    left_out: as many of an .mp4's first frames are not shown, by its edit list. hidden: frames that VP8 does not show.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(file), "w", options={"avoid_negative_ts": "disabled"}) as container:
+        numbers = itertools.count()
 
         def mux(packets: list[av.Packet]) -> None:
             for packet in packets:
+                if next(numbers) in hidden:
+                    content = bytearray(packet)
+                    content[0] &= ~0x10
+                    packet.update(content)
                 for name in ("pts", "dts"):
                     setattr(packet, name, getattr(packet, name) - round(left_out / 25 / packet.time_base))
                 container.mux(packet)

@@ -1,6 +1,8 @@
 """Scenes and label maps: the layouts, what is refused, and what a step and an evaluation see of them."""
 
 import json
+import struct
+import zlib
 
 import coco_files
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from kalmannorm import data
 from kalmannorm.cli import main
-from kalmannorm.data import SCENES, coco_maps
+from kalmannorm.data import SCENES, coco_maps, pixels
 from kalmannorm.data.scene_loader import SceneLoader, scaled
 from kalmannorm.data.scenes import IGNORED, load
 from kalmannorm.errors import UserError
@@ -112,6 +114,68 @@ def test_gta5_needs_its_split(tmp_path):
     (scene_files.gta5(tmp_path) / "split.mat").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"trainIds of .*split\.mat.*read_mapping\.zip"):
         loaded(tmp_path, "gta5")
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("jpeg", "a JPEG, which does not keep numbers"),
+        ("bits", "its greys have fewer than 8 bits"),
+        ("greys", "its palette has other greys than its numbers"),
+        ("black", None),
+        ("colours", None),
+    ],
+)
+def test_numbers_that_became_others_are_refused(tmp_path, form, words):
+    """ADE20K's numbers are nearly all of them, so that no other check notices."""
+    file = scene_files.ade20k(tmp_path) / "annotations" / "training" / "ADE_train_00000000.png"
+    numbers = np.asarray(Image.open(file))
+    expected = loaded(tmp_path, "ade20k").train.read(0)[1]
+    if form == "jpeg":
+        Image.fromarray(numbers).save(file, "JPEG", quality=95)
+    elif form == "bits":  # as PNG's standard has it, 1 of 15 is 17 of 255
+        write_grey_png(file, numbers % 2, 4)
+    else:
+        kept = np.unique(numbers)
+        palette = {"greys": np.tile(kept[:, None], 3), "black": np.zeros((256, 3)), "colours": np.eye(3)[kept % 3] * 99}
+        image = Image.fromarray(np.searchsorted(kept, numbers).astype(np.uint8) if form == "greys" else numbers)
+        if form == "colours":
+            palette["colours"] = np.concatenate([np.zeros((200, 3)), palette["colours"]])
+        image.putpalette(palette[form].astype(np.uint8).tobytes())
+        image.save(file)
+    if words is None:
+        assert np.array_equal(loaded(tmp_path, "ade20k").train.read(0)[1], expected)
+        return
+    with pytest.raises(UserError, match=f"{file.name}: .*{words}.*; get the file again"):
+        loaded(tmp_path, "ade20k")
+
+
+def write_grey_png(file, numbers, bits):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width = numbers.shape
+    rows = np.packbits(np.unpackbits(numbers[..., None], axis=-1)[..., -bits:].reshape(height, -1), axis=-1)
+    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    head = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", content) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_maps_turn_with_their_pictures(tmp_path, orientation):
+    """As they are stored, the map of the upright picture where its size says so."""
+    folder = scene_files.ade20k(tmp_path)
+    name = "ADE_train_00000001"  # 60 x 40
+    file, numbers = folder / "images" / "training" / f"{name}.jpg", folder / "annotations" / "training" / f"{name}.png"
+    classes = loaded(tmp_path, "ade20k").train.read(1)[1]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(file).save(file, exif=exif)
+    image, turned = loaded(tmp_path, "ade20k").train.read(1)
+    assert image.size == turned.shape[::-1] and np.array_equal(turned, pixels.turn(classes, orientation))
+    if orientation > 4:
+        Image.fromarray(pixels.turn(np.asarray(Image.open(numbers)), orientation)).save(numbers)
+        assert np.array_equal(loaded(tmp_path, "ade20k").train.read(1)[1], turned)
 
 
 def test_masks_of_coco_are_painted_in_ade20ks_layout(tmp_path, monkeypatch):

@@ -76,6 +76,28 @@ def test_frames_that_an_edit_list_leaves_out_do_not_count(tmp_path, codec):
     assert seen == [15] and np.abs(frames.mean((1, 2, 3)) - np.array([70, 210])).max() < 4
 
 
+def test_frames_of_vp8_that_are_not_shown_do_not_count(tmp_path):
+    """An encoder puts them ahead of those that are made of them."""
+    greys = list(range(20, 220, 20))
+    file = video_files.film(tmp_path / "film.webm", greys, codec="libvpx", hidden=(5, 8))
+    seen = []
+    frames = video.read_frames(file, lambda count: seen.append(count) or range(count), 20)
+    assert seen == [8] and np.abs(frames.mean((1, 2, 3)) - np.delete(greys, (5, 8))).max() < 4
+
+
+def test_the_picture_of_a_sound_is_no_video(tmp_path):
+    pytest.importorskip("av", minversion="18")  # which can write it
+    file = tmp_path / "sound.mp4"
+    with av.open(str(file), "w") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(cover.encode())
+    with pytest.raises(Unreadable, match=r"sound\.mp4: it has no video"):
+        video.read_frames(file, range, 20)
+
+
 @pytest.mark.parametrize("degrees", [0, 90, 180, -90])
 def test_films_of_turned_phones_stand_upright(tmp_path, degrees):
     """The file says how far its frames are to be turned, counterclockwise."""

@@ -70,12 +70,19 @@ def read_rgb(path: Path) -> Image.Image:
 
 def read_numbers(path: Path) -> NDArray[np.uint8]:
     """Read a map of numbers, one byte a pixel, grey or of a palette: uint8 [H, W], as stored. Unreadable: damaged, no
-    image, or one of another kind."""
+    image, or one of another kind; a form in which numbers become others without a word."""
 
     def read(image: Image.Image, header: Header) -> NDArray[np.uint8]:
         if image.mode not in ("L", "P"):
             raise ValueError(f"its pixels are {image.mode}, expected numbers of one byte, grey or of a palette")
-        return np.asarray(image)
+        if image.format == "JPEG":
+            raise ValueError("a JPEG, which does not keep numbers: expected PNG")
+        if image.mode == "L" and "'L;" in str(image.tile):  # Pillow stretches them to 0 to 255
+            raise ValueError("its greys have fewer than 8 bits, or white is 0: expected numbers of one byte")
+        numbers = np.asarray(image)
+        if image.mode == "P":
+            _refuse_greys(image, np.unique(numbers))
+        return numbers
 
     return _open(path, read)
 
@@ -169,6 +176,15 @@ def _refuse_misread(image: Image.Image) -> None:
         raise ValueError("its channels of 16 bits stand one behind the other: convert it to 8 bits")
     if image.mode == "L" and 2 in formats:
         raise ValueError("its pixels have signs, and nothing says which is black: convert it to 8 bits without")
+
+
+def _refuse_greys(image: Image.Image, numbers: NDArray[np.uint8]) -> None:
+    """Raise ValueError where the numbers of a palette stand for a map's own, its greys, as programs that make files
+    smaller leave it."""
+    palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    greys = palette[numbers, 0] if len(palette) > numbers.max() else numbers
+    if (palette == palette[:, :1]).all() and len(set(greys)) == len(greys) and (greys != numbers).any():
+        raise ValueError("its palette has other greys than its numbers, and nothing says which count: save it in grey")
 
 
 def _wide(image: Image.Image) -> Image.Image:

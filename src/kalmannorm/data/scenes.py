@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from kalmannorm import machine
-from kalmannorm.data.pixels import Unreadable, look, read_numbers, read_rgb
+from kalmannorm.data.pixels import Header, Unreadable, look, read_numbers, read_rgb, turn
 from kalmannorm.errors import UserError, absent
 
 IGNORED = 255  # of a pixel that counts neither in training nor in evaluation
@@ -80,10 +80,14 @@ class Scenes:
     def read(self, index: int) -> tuple[Image, NDArray[np.uint8]]:
         """Return the image, in RGB, and its classes, uint8 [H, W] with IGNORED among them. UserError."""
         image, numbers = self.pairs[index]
-        return read_rgb(image), self._classes(numbers)
+        return read_rgb(image), self._classes(numbers, look(image))
 
-    def _classes(self, file: Path) -> NDArray[np.uint8]:
+    def _classes(self, file: Path, image: Header) -> NDArray[np.uint8]:
+        """Return the classes of the upright picture. A map of the size that the picture is stored in is turned with it:
+        those who drew the published maps, and public code, do not look at EXIF data."""
         numbers = read_numbers(file)
+        if numbers.shape == (image.height, image.width):
+            numbers = turn(numbers, image.orientation)
         classes = self.table[numbers]
         if len(bad := np.unique(numbers[classes == MEANINGLESS])):
             expected = _ranges(np.flatnonzero(self.table != MEANINGLESS))
@@ -97,8 +101,8 @@ class Scenes:
         """Return width and height of a scene. UserError: it cannot be read, or its label map is not its own."""
         image, numbers = self.pairs[index]
         try:
-            size = look(image).upright
-            classes = self._classes(numbers)
+            header = look(image)
+            size, classes = header.upright, self._classes(numbers, header)
         except Unreadable as error:
             raise UserError(f"{error}{REMEDY}") from None
         if size != classes.shape[::-1]:

@@ -89,9 +89,7 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], short: int) 
 
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise Unreadable(f"{path}: it has no video")
-            stream = container.streams.video[0]
+            stream = _video(container, path)
             if not 0 < stream.width * stream.height <= MOST_PIXELS:
                 raise Unreadable(f"{path}: frames of {stream.width} x {stream.height} pixels")
             count = _frames(path)
@@ -114,13 +112,27 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], short: int) 
     return np.stack([found[index] for index in wanted])
 
 
+def _video(container: Any, path: Path) -> Any:
+    """Return the stream of frames. Unreadable: there is none, or only the picture that goes with a sound."""
+    from av.stream import Disposition
+
+    films = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
+    if not films:
+        raise Unreadable(f"{path}: it has no video")
+    return films[0]
+
+
 def _frames(path: Path) -> int:
-    """Count the frames that are shown: the number that a file gives is not that where its edit list leaves some out."""
+    """Count the frames that are shown: the number that a file gives is not that where its edit list leaves some out,
+    and VP8 has frames that others are made of."""
     import av
 
     with av.open(str(path)) as container:
-        packets = container.demux(container.streams.video[0])
-        return sum(packet.size > 0 and not packet.is_discard for packet in packets)
+        stream = _video(container, path)
+        packets = (packet for packet in container.demux(stream) if packet.size > 0 and not packet.is_discard)
+        if stream.codec_context.name == "vp8":
+            return sum(bytes(packet)[0] >> 4 & 1 for packet in packets)  # show_frame (RFC 6386, 9.1)
+        return sum(1 for _ in packets)
 
 
 def clip(start: float, count: int, frames: int, interval: int) -> list[int]:
