@@ -11,7 +11,7 @@ from kalmannorm import report
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.record import NUMERICS
-from kalmannorm.report import effects, frame
+from kalmannorm.report import claims, effects, frame, tables
 from kalmannorm.report.effects import Cells, Group
 
 LITE = Group("cifar10", "lite")
@@ -162,6 +162,27 @@ def test_arithmetic_and_data_are_never_averaged(tmp_path: Path, changes: dict[st
     found = cell(tmp_path, "bn_stat2")
     assert [run["accuracy"] for run in found.runs] == [60.0, 60.0]
     assert [run["id"] for run in found.left_out] == [other] and words in found.notes[0]
+
+
+def test_a_row_in_several_arithmetics_is_shown_in_that_of_the_rows_beside_it(tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        write_record(tmp_path, config(), seed, 80.0, precision="bf16", compile=True)
+    for seed in (1, 2):
+        write_record(tmp_path, config(), seed, 60.0)
+        write_record(tmp_path, config("bkn"), seed, 62.0)
+    card = cards.read("table7")
+    alone = Cells(report.load(tmp_path))
+    beside = alone.alike(effects.identities(card), LITE)
+    shown = [[run["accuracy"] for run in of.cell(card, card.row("bn_stat2"), LITE).runs] for of in (alone, beside)]
+    assert shown == [[80.0, 80.0, 80.0], [60.0, 60.0]]
+    assert beside.cell(card, card.row("bn_stat2"), LITE).notes == [
+        "seed 1, 2, 3 left out: bf16, compiled where the others are fp32"
+    ]
+    kn = tables.find(card, LITE, card.columns[-1], beside)["kn_stat2"]
+    assert kn.effect is not None and kn.effect.mean == 2
+    assert tables.find(card, LITE, card.columns[-1], alone)["kn_stat2"].effect is None
+    verdict = next(v for v in claims.evaluate(alone, tmp_path) if v.claim.id == "kn_over_bn")
+    assert verdict.effect is not None and verdict.effect.mean == 2
 
 
 def test_stale_records_are_listed_only(tmp_path: Path) -> None:

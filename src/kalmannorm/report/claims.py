@@ -238,6 +238,7 @@ def _of_claim(claim: Claim, cells: Cells, results: Path) -> list[Verdict]:
 
 def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells) -> Verdict:
     """Estimate the effect, before its interval is known."""
+    cells = cells.alike(rows, group)
     sides = [cells.of(row, group, term.statistics) for row, term in zip(rows, claim.contrast, strict=True)]
     verdict = Verdict(claim, "open", "", group)
     ids = tuple(dict.fromkeys(identity for side in sides for identity in side.ids))

@@ -154,11 +154,12 @@ def _make(
         return
     for group in groups(card, cells):
         if wanted(group):
-            shown = tables.by_batch(card, group, cells) if card.kind == "stat_batch" else card
-            sheet = tables.table(shown, group, cells) if shown.kind == "table" else None
+            alike = cells.alike(effects.identities(card), group)
+            shown = tables.by_batch(card, group, alike) if card.kind == "stat_batch" else card
+            sheet = tables.table(shown, group, alike) if shown.kind == "table" else None
             files = _write(results, tables.files(sheet)) if sheet else []
             pictures: dict[str, str] = {}
-            for behind, figure in figures.DRAW[card.kind](card, group, cells).items():
+            for behind, figure in figures.DRAW[card.kind](card, group, alike).items():
                 stem = f"{card.name}{behind}_{group.stem}"
                 picture, of_picture = _draw(results, stem, figure, group.main)  # others are linked, for a small page
                 pictures |= {behind: picture} if picture else {}

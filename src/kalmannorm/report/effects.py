@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -114,6 +115,22 @@ class Cells:
             cell = self._found.setdefault(key, Cell([], [], []))
             {"used": cell.runs, "failed": cell.failed, "left out": cell.left_out}[run["state"]].append(run)
         self.default_schedule = frame.defaults()["schedule"]
+        self._in: dict[str, Cells] = {}
+
+    def alike(self, rows: Collection[Identity], group: Group) -> "Cells":
+        """Return the cells in which a row that ran in several arithmetics is shown in the one that most of `rows` have.
+
+        Alone, a row is shown in the one of its most seeds; beside others, that would leave it without a difference.
+        """
+        cells = [self.of(row, group, "moving") for row in rows]
+        ran = [Counter(r["arithmetic"] for r in (*of.runs, *of.left_out) if r["status"] == "done") for of in cells]
+        if all(len(of) < 2 for of in ran):
+            return self
+        together = sum(ran, Counter[str]())
+        most = max(together, key=lambda arithmetic: (sum(arithmetic in of for of in ran), together[arithmetic]))
+        if most not in self._in:
+            self._in[most] = Cells(frame.check(self.runs, arithmetic=most))
+        return self._in[most]
 
     def cell(self, card: Card, row: Row, group: Group, column: Column | None = None, statistics: str = "") -> Cell:
         """Return the runs of a row, by the column's statistics; an empty cell where there are none."""

@@ -55,11 +55,11 @@ def load(results: str | Path = "results", numerics: int = NUMERICS) -> pd.DataFr
     return check(frame.reindex(columns=list(dict.fromkeys([*columns, *frame.columns]))), numerics)
 
 
-def check(runs: pd.DataFrame, numerics: int = NUMERICS) -> pd.DataFrame:
+def check(runs: pd.DataFrame, numerics: int = NUMERICS, arithmetic: str = "") -> pd.DataFrame:
     """Return the frame with the columns `state` and `note`: what must not be averaged, compared or overlooked.
 
-    Runs of another numerics are stale. Of runs that differ in arithmetic or data, the kind with the most seeds is used;
-    of two runs of one seed, the one that started first.
+    Runs of another numerics are stale. Of runs that differ in arithmetic or data, the kind with the most seeds is used,
+    of this `arithmetic` where there are such; of two runs of one seed, the one that started first.
     """
     few = ["numerics", "status", "reason", "seed", "learned", "host.started", *ROW, *GROUP, *KIND]
     one = runs.drop_duplicates("id").set_index("id").reindex(columns=few)  # all of them would take ten times as long
@@ -70,7 +70,8 @@ def check(runs: pd.DataFrame, numerics: int = NUMERICS) -> pd.DataFrame:
     done, failed = current[current.status == "done"], current[current.status == "failed"]
     kinds = done.groupby(["row", "kind"]).seed.nunique().reset_index(name="seeds")
     kinds["runs"] = kinds.kind.map(done.kind.value_counts())
-    chosen = done.row.map(kinds.sort_values(["seeds", "runs", "kind"]).groupby("row").kind.last())
+    kinds["asked"] = kinds.kind.isin(done.kind[done.arithmetic == arithmetic])
+    chosen = done.row.map(kinds.sort_values(["asked", "seeds", "runs", "kind"]).groupby("row").kind.last())
     other, same = done[done.kind != chosen], done[done.kind == chosen]
     again = same[same.duplicated(["row", "seed"])]
     first = same.drop_duplicates(["row", "seed"]).reset_index().set_index(["row", "seed"]).id
