@@ -45,6 +45,20 @@ def test_the_published_layouts_are_read(tmp_path, name, counts, classes, first):
     assert found.provenance["fidelity"].startswith(f"{counts[0]} + {counts[1]} scenes, not the published 367 + 233")
 
 
+def test_cities_may_have_scenes_of_one_name(tmp_path):
+    """As in sets of one's own in Cityscapes' layout: no image gets another city's map."""
+    folder = tmp_path / "cityscapes"
+    for split in ("train", "val"):
+        for number, city in enumerate(("aachen", "bonn", "ulm")):
+            place = f"{split}/{city}/0001"
+            label = folder / "gtFine" / f"{place}_gtFine_labelIds.png"
+            scene_files.scene(folder / "leftImg8bit" / f"{place}_leftImg8bit.png", label, [7, 11, 26], number)
+    pairs = loaded(tmp_path, "cityscapes").train.pairs
+    assert [(image.parent.name, label.parent.name) for image, label in pairs] == [
+        (c, c) for c in ("aachen", "bonn", "ulm")
+    ]
+
+
 def test_all_that_was_filmed_at_dusk_is_another_domain(tmp_path):
     scene_files.camvid(tmp_path)
     dusk = loaded(tmp_path, "camvid_dusk").test

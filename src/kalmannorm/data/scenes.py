@@ -31,7 +31,7 @@ class Source:
     """A published data set of scenes.
 
     folder: under the data root. classes: their names. table: uint8 [256], from a map's number to the class, IGNORED or
-    MEANINGLESS. images, maps: patterns of their files in the folder; what their last star stands for is a scene's name.
+    MEANINGLESS. images, maps: patterns of their files in the folder; what their stars stand for is a scene's name.
     splits: "train" and "test" in the published names. chosen: (folder, split) -> which names belong to it.
     """
 
@@ -59,9 +59,10 @@ class Source:
 
 
 def _named(folder: Path, pattern: str) -> dict[str, Path]:
-    """Return the files of a pattern by what its last star stands for."""
-    suffix = pattern.rpartition("*")[2]
-    return {path.name.removesuffix(suffix): path for path in folder.glob(pattern) if path.name[0] != "."}
+    """Return the files of a pattern by what stands in its stars' places: CITY/NAME, as two cities may have one name."""
+    top, suffix = folder / pattern.partition("*")[0], pattern.rpartition("*")[2]
+    found = (path for path in folder.glob(pattern) if path.name[0] != ".")
+    return {path.relative_to(top).as_posix().removesuffix(suffix): path for path in found}
 
 
 @dataclass(frozen=True)
