@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kalmannorm import belief_report, convert
 from kalmannorm.conversion import untraced
 
+switched_off = torch.autocast
 RATE, SETTINGS, LOG, CALLS = 1.0, {"rate": 1.0, "act": nn.ReLU}, list[int](), 0
 
 
@@ -198,6 +199,8 @@ UNSEEN = {
     "a sum by a method": "y = torch.zeros(4, 1, 1)\ny.add_(x.mean((0, 2, 3))[:, None, None])\nreturn x * y",
     "a filled tensor": "y = torch.zeros(2, 4, 6, 6)\ny[:, :2] = x[:, :2]\nreturn self.head(y)",
     "whether gradients are on": "return x if torch.is_grad_enabled() else -x",
+    "a mode for a while": "self.bn.train()\nx = self.bn(x)\nself.bn.eval()\nreturn x",
+    "an eps for a while": "self.bn.eps = 1.0\nx = self.bn(x)\nself.bn.eps = 1e-5\nreturn x",
 }
 NUMBERS, RATES = deque([1.0]), torch.ones(1)
 
@@ -218,6 +221,36 @@ def test_what_no_graph_has_runs_as_it_is(kind: str, monkeypatch: pytest.MonkeyPa
         with torch.no_grad():
             found.append([each(x) for _ in range(4)])
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("what", ["torch.autocast('cpu', enabled=False)", "switched_off('cpu', enabled=False)"])
+def test_autocast_is_switched_off_where_nothing_else_is(what: str) -> None:
+    """Which changes nothing where convert runs."""
+    model = net(f"x = self.head(x)\nwith {what}:\n    return self.blocks[0](x.float())")
+    converted, x = convert(model, "bkn", stat_batch=2), torch.randn(2, 3, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert converted(x).dtype == model(x).dtype
+        torch.testing.assert_close(converted(x), model(x))
+
+
+def test_gradients_are_switched_off_also_after_a_conversion_without_them() -> None:
+    with torch.no_grad():
+        converted = convert(net("with torch.no_grad(): x = self.head(x)\nreturn self.blocks[0](x)"), "bkn")
+    converted(torch.randn(2, 3, 6, 6)).sum().backward()
+    assert converted.head.weight.grad is None and converted.blocks[0][0].weight.grad is not None  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize("norm", ["bn", "bkn"])
+def test_an_attribute_that_is_set_later_is_found(norm: str) -> None:
+    code = "return x * (self.settings.late if hasattr(self.settings, 'late') else getattr(self, 'later', 1.0))"
+    model, x = net(code), torch.randn(2, 3, 6, 6)
+    converted = same(model, norm)
+    for each in (model, converted):
+        each.later = 3.0  # type: ignore[assignment]
+    torch.testing.assert_close(converted(x), model(x))
+    for each in (model, converted):
+        each.settings.late = 5.0  # type: ignore[union-attr]
+    torch.testing.assert_close(converted(x), model(x))
 
 
 @pytest.mark.parametrize("decorated", [False, True])

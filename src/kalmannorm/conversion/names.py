@@ -30,6 +30,7 @@ _DEPTH = 4  # of attributes of attributes
 # What no graph has: what a forward asks about the process, writes, or switches.
 _ASKS = {"print", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype"} | {
     *("is_autocast_cpu_enabled", "get_autocast_gpu_dtype", "is_initialized", "get_world_size", "get_rank"),
+    *("enable_grad", "set_grad_enabled", "autocast"),  # of which tracing sees nothing where they are so already
 }
 SWITCHES = {"no_grad", "enable_grad", "set_grad_enabled", "inference_mode"}
 _IMPURE = {"os", "time", "datetime"}  # modules whose functions return something else every time
@@ -235,7 +236,7 @@ class Surroundings:
         names = _names(function.__code__)
         self.switches |= bool(names & SWITCHES)
         self.refused = _beyond_a_graph(function.__code__) or self.refused
-        for name in sorted(names & _ASKS | names & {"enable_grad"}):
+        for name in sorted(names & _ASKS):
             self.refused = f"it calls {name}"
         if names & {"type", "isinstance"} - scope.keys():
             self.asking.append(scope)
@@ -269,7 +270,9 @@ class Surroundings:
 
     def _refuse_impure(self, name: str, value: Any) -> None:
         of = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-        if of in _IMPURE:
+        if isinstance(value, type) and issubclass(value, torch.autocast):
+            self.refused = f"it calls {name}"
+        elif of in _IMPURE:
             self.refused = f"it uses {name}, which may be something else the next time"
         elif not is_plain(value) and may_change(value):
             self.refused = f"it reads {name}, a {type(value).__name__}, which may change"

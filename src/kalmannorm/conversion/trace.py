@@ -102,6 +102,7 @@ def trace(module: nn.Module, passed: Passed) -> dict[str, Trace]:
     return found if found["train"].of_both else {**found, "eval": trace_mode(module, passed, False)}
 
 
+@torch.enable_grad()  # type: ignore[untyped-decorator]  # so that a forward is seen to switch them off
 def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
     """Trace a forward in one mode of the module. Whatever that leaves behind is taken back.
 
@@ -428,7 +429,21 @@ class _Reading:
                 reading.hold(found[0], name, value)
             return value
 
-        body = {"__getattribute__": getter, "watches": cls, "__module__": cls.__module__}
+        def missing(self: Any, name: str) -> Any:
+            try:
+                return cls.__getattr__(self, name)  # type: ignore[attr-defined]
+            except AttributeError:
+                if (found := objects.get(id(self))) is not None and not name.startswith("__"):
+                    read[f'hasattr({found[0]}, "{name}")'] = False
+                raise
+
+        def setter(self: Any, name: str, value: object) -> None:
+            if id(self) in objects and not name.startswith(("_tensor_constant", "__")):  # which fx and this set
+                raise Untraceable("its forward sets attributes")  # and may set them back: a mode, a momentum
+            cls.__setattr__(self, name, value)  # type: ignore[call-arg]
+
+        body = {"__getattribute__": getter, "__getattr__": missing, "__setattr__": setter, "watches": cls}
+        body["__module__"] = cls.__module__
         if issubclass(cls, nn.Module) and has_call_of_its_own(cls):  # which runs where the part is called
             body["__call__"] = lambda part, *args, **kwargs: nn.Module.__call__(part, *args, **kwargs)
         self.made[cls] = derived(cls, body, type(cls))
