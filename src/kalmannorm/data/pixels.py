@@ -77,7 +77,7 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
             raise ValueError(f"its pixels are {image.mode}, expected numbers of one byte, grey or of a palette")
         if image.format == "JPEG":
             raise ValueError("a JPEG, which does not keep numbers: expected PNG")
-        if image.mode == "L" and "'L;" in str(image.tile):  # Pillow stretches them to 0 to 255
+        if image.mode == "L" and "'L;" in str(getattr(image, "tile", "")):  # Pillow stretches them to 0 to 255
             raise ValueError("its greys have fewer than 8 bits, or white is 0: expected numbers of one byte")
         numbers = np.asarray(image)
         if image.mode == "P":

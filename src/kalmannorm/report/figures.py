@@ -1,6 +1,7 @@
 """What each kind of card shows of its runs in one group (`DRAW`), by the three ways to draw of plots.py."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -143,10 +144,11 @@ def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apar
     def draw(card: Card, group: Group, cells: Cells) -> Figures:
         look, titles = _looks(card, group, cells), [apart.format(effects.identity(card, row)) for row in card.rows]
         at = [of(card, row) for row in card.rows]
-        arithmetic: dict[str, set[str]] = {}  # which rows ran in it
-        for row, x in zip(card.rows, at, strict=True):
-            for run in cells.cell(card, row, group).runs:
-                arithmetic.setdefault(run["arithmetic"], set()).add(row.name if x is None else f"{row.name} {x:g}")
+        ran_in: dict[str, dict[str, list[str]]] = {}  # the panels of each row, by its runs' arithmetic
+        for row, title, x in zip(card.rows, titles, at, strict=True):
+            called = row.name if x is None else f"{row.name} {x:g}"
+            for arithmetic in {run["arithmetic"] for run in cells.cell(card, row, group).runs}:
+                ran_in.setdefault(arithmetic, {}).setdefault(called, []).append(title)
 
         def of_title(title: str, column: Column) -> Iterator[Line]:
             for label in look:
@@ -159,13 +161,24 @@ def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apar
                     yield Line(label, look[label], places, values, [x for x in places if ran[x].lost])
 
         said = f"{READING} Crosses: where runs failed or stayed at chance. Horizontal: no such setting."
-        if len(arithmetic) > 1:
-            *few, most = sorted(arithmetic, key=lambda kind: len(arithmetic[kind]))
-            others = "; ".join(f"{', '.join(sorted(arithmetic[kind]))} in {kind}" for kind in few)
-            said += f" Arithmetic differs: {others}; the others in {most}."
+        said += _differing(ran_in)
         return _lines(_accuracies(card, titles, name, of_title), f"{_said(card, group)} {said}", scale)
 
     return draw
+
+
+def _differing(ran_in: Mapping[str, Mapping[str, list[str]]]) -> str:
+    """Say which rows ran in another arithmetic than most, with the panel where a row of the same name did not."""
+    if len(ran_in) < 2:
+        return ""
+    *few, most = sorted(ran_in, key=lambda arithmetic: len(ran_in[arithmetic]))
+    several = Counter(called for rows in ran_in.values() for called in rows)
+    said = []
+    for arithmetic in few:
+        rows = sorted(ran_in[arithmetic].items())
+        names = [f"{called} ({', '.join(panels)})" if several[called] > 1 else called for called, panels in rows]
+        said.append(f"{', '.join(names)} in {arithmetic}")
+    return f" Arithmetic differs: {'; '.join(said)}; the others in {most}."
 
 
 def figure5(card: Card, group: Group, cells: Cells) -> Figures:
