@@ -1,8 +1,8 @@
-"""The normalizers: a statistics set (paper Eq. 8) times an estimator. They need torch alone.
+"""The normalizers: each combines a statistics set (paper Eq. 8) with an estimator. Needs torch alone.
 
-Contract: module(input) -> y. Those with beliefs also module(input, beliefs=a Belief of it, or ()) -> (y, Belief):
-belief.py.
-NORMS[name](num_features, *, stat_batch=None, **options) builds one.
+`norm(x)` returns y. Kalman normalizers also take and return beliefs (belief.py): `norm(x, beliefs=b)`, b a Belief about
+x or () if there is none, returns `Estimated(y, belief)`.
+`NORMS[name](num_features, *, stat_batch=None, **options)` builds a normalizer.
 """
 
 from collections.abc import Callable
@@ -42,11 +42,12 @@ def _bn(
         return SplitBatchNorm(num_features, mean_batch=mean_batch, var_batch=var_batch, **options)
     if mean_batch is not None or var_batch is not None:
         raise ValueError("gamma_decay is of groups that mean and deviation share: leave out mean_batch, var_batch")
-    # Population Normalization of groups of stat_batch images is BN of them.
+    # PopulationNorm over groups of stat_batch images computes BN, and knows gamma decay.
     return PopulationNorm(num_features, gamma_decay=gamma_decay, gamma_cap=gamma_cap, **options)
 
 
-# Those that know no statistics batch and no moving averages are handed both all the same, and ignore them.
+# Every normalizer is built with the same arguments: those without batch statistics or moving averages ignore
+# stat_batch and momentum.
 @hands_on(GroupNorm)
 def _gn(
     num_features: int, *, stat_batch: int | None = None, momentum: float | None = None, **options: Any
@@ -101,7 +102,7 @@ def _gkn(
 
 
 class _Norms(dict[str, Callable[..., nn.Module]]):
-    """Normalizers by name. The papers' names for one lead to it, and are not listed twice."""
+    """Constructors of normalizers by name. The papers' other names (SYNONYMS) are found too, but not listed."""
 
     def __missing__(self, name: str) -> Callable[..., nn.Module]:
         if name not in SYNONYMS:

@@ -1,4 +1,4 @@
-"""Batch Normalization over groups of `stat_batch` images, and what every normalizer of such groups shares."""
+"""Batch Normalization over groups of `stat_batch` images, and the base class of all normalizers over such groups."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,8 +21,10 @@ _DROPPED = -1
 
 
 def by_whole_groups(normalize: Callable[..., Any]) -> Callable[..., Any]:
-    """A normalizer's method on x [N, C, ...] (and a prior), for batches that do not divide: whole groups first, then
-    the images that are left, as the layer's `ragged` says."""
+    """Extend a normalizer's method on x [N, C, ...] (and a prior) to batches that do not divide into groups.
+
+    It is called for the whole groups, then for the remaining images, which the layer's `ragged` governs.
+    """
 
     @functools.wraps(normalize)
     def wrapped(self: "GroupedStatistics", input: Tensor, *prior: Belief | None) -> Any:
@@ -47,12 +49,12 @@ def by_whole_groups(normalize: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rows(prior: Belief | None, chosen: slice) -> Belief | None:
-    """A prior's rows for a part of the images; a single one is for all of them."""
+    """Return the rows of a prior that belong to a part of the groups; a single row belongs to all of them."""
     return prior if prior is None or len(prior.mean) == 1 else Belief(prior.mean[chosen], prior.var[chosen])
 
 
 def _together(first: Any, second: Any, one_row: bool) -> Any:
-    """What a method returned for either part: y, or y and what is handed on, of which one row may be for all images."""
+    """Join the results for whole groups and for remaining images: y, or (y, belief), which may have one row for all."""
     if isinstance(first, Tensor):
         return torch.cat([first, second])
     (y, belief), (z, other) = first, second
@@ -62,36 +64,34 @@ def _together(first: Any, second: Any, one_row: bool) -> Any:
 
 
 class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
-    """Parameters, moving statistics and the choice of statistics of a normalizer over groups of `stat_batch` images.
+    """Base of the normalizers over groups of `stat_batch` images: parameters, moving statistics, choice of statistics.
 
     In training, and in evaluation with `statistics = "online"`, every group of `stat_batch` images (None: the whole
-    batch) is normalized by statistics of its own. In evaluation with `statistics = "moving"` the moving averages
-    normalize, for any batch size. State-dict names are those of torch's BatchNorm2d, which it is for whoever looks for
-    such layers (to freeze them); it takes inputs of other dimensions too.
+    batch) is normalized by its own statistics. In evaluation with `statistics = "moving"` the moving averages normalize
+    batches of any size. It subclasses torch's BatchNorm2d, so that code which looks for such layers (to freeze them)
+    finds it and state dicts keep their names; inputs of other dimensions are taken too.
 
-    `ragged` says what becomes of the last images of a batch, which fill no whole group: an `error`; or they `measure` a
-    smaller group of their own; or, `drop`ped from all statistics, they are normalized by the moving averages. These
-    are of whole groups alone.
+    `ragged` says what happens to the last images of a batch that fill no whole group. `error`: ValueError. `measure`:
+    they are a smaller group. `drop`: the moving averages normalize them. Moving averages are of whole groups alone.
 
-    `probe`, where set, is called with the statistics of every group: probe(measured=, used=, prior=), each a detached
-    Belief [groups, C] or None. Figures are made of it; it costs nothing when it is None.
+    `probe`, if set, is called with the statistics of every group: probe(measured=, used=, prior=), each a detached
+    Belief [groups, C] or None. Figures are made from it; it costs nothing when it is None.
     """
 
     statistics = "moving"
-    averaged: tuple[str, ...] = ("running_mean", "running_var")  # the buffers that are moving averages
-    # While not None, moving averages wait for modes.flush_moving: the sums of what they average over the groups
-    # since the last one, and the number of these, in one row. No list of them: compiled code would depend on its
-    # length, and be compiled for each.
+    averaged: tuple[str, ...] = ("running_mean", "running_var")  # names of the buffers that are moving averages
+    # If not None, the moving averages wait for modes.flush_moving, and this row holds the sums over the groups since
+    # the last flush, then the number of groups. A list of statistics would recompile compiled code for every length.
     pending: "Tensor | None" = None
-    has_pending = False  # whether there was any group
+    has_pending = False  # whether `pending` holds any group
     holds_first = True  # whether this process and micro-batch has the batch's first group
     probe: Probe | None = None
-    left = 0  # while images that are left of a batch are normalized: how many measure, or _DROPPED
-    one_belief = False  # whether what it hands on is the same for all images, in one row
-    # What an error says may be done about a batch that does not divide.
+    left = 0  # while a batch's remaining images are normalized: their number if they measure, else _DROPPED
+    one_belief = False  # whether the belief that it hands on is one row for all images
+    # Appended to the error about a batch that does not divide.
     remedy = "; ragged='measure' or 'drop' says what becomes of its last images"
-    folds = True  # whether its moving statistics say all that a plain BatchNorm needs to compute the same
-    # Class, affine and track_running_stats of the layer that it stands for: set by convert, for fold.
+    folds = True  # whether a plain BatchNorm with its moving statistics computes the same
+    # Class, affine and track_running_stats of the layer that it replaced: set by convert, for fold.
     replaced: tuple[type[_BatchNorm], bool, bool] = (torch.nn.BatchNorm2d, True, True)
 
     def __init__(
@@ -129,7 +129,7 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
 
     @property
     def decides_for_batch(self) -> bool:
-        """Whether several processes decide something on a whole batch, for which they must meet once a batch."""
+        """Whether processes decide something together, once a batch: its last images are not normalized apart then."""
         return False
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -147,15 +147,18 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
 
     @property
     def group_of(self) -> int | None:
-        """How many images share statistics; None, the whole batch, also where a layer without moving statistics is
-        evaluated, as torch's BatchNorm does it."""
+        """Number of images that share statistics. None is the whole batch: also in evaluation of a layer without
+        moving statistics, as in torch's BatchNorm."""
         if self.left > 0:
             return self.left
         whole = not self.training and self.statistics == "moving" and self.running_mean is None
         return None if whole else self.stat_batch
 
     def group_size(self, x: Tensor) -> int:
-        """Images of each statistics group in x [N, C, ...]; ValueError where statistics would be of a single value."""
+        """Return the number of images in each statistics group of x [N, C, ...].
+
+        ValueError: x is not of this layer, its batch does not divide, or a statistic would be of a single value.
+        """
         self._check_input_dim(x)
         try:
             size = groups.size(x.shape[0], self.group_of)
@@ -173,28 +176,32 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
         return groups.of_no_images(x, *self.parameters(), *others)
 
     def moving(self) -> list[Tensor]:
-        """The moving averages that normalize. Those of dropped images, which change before the backward: as the forward
-        found them, also where a checkpoint runs it again."""
+        """Return the moving averages that normalize.
+
+        In training they normalize dropped images and change before the backward pass: then return copies, the same
+        ones when a checkpoint runs the forward again.
+        """
         found: list[Tensor] = [getattr(self, name) for name in self.averaged]
         return once(self, lambda: [average.clone() for average in found]) if self.left else found
 
     def of_images(self, x: Tensor, mean: Tensor, var: Tensor) -> list[Tensor]:
-        """Mean and variance of each image's group, [N, C], recorded; from those of the images of x, [N, C]."""
+        """Record the groups' mean and variance, and return them for each image of x: [N, C] from the images' [N, C]."""
         size = self.group_size(x)
         mean, var = groups.moments(mean, var, size)
         self.record(mean.detach(), var.detach(), groups.values(x, size))
         return [mean.repeat(size, 1), var.repeat(size, 1)]
 
     def moving_of_images(self, images: int) -> list[Tensor]:
-        """The moving averages for each image, [N, C]."""
+        """Return the moving averages, expanded to one row per image: [N, C]."""
         return [average.expand(images, -1) for average in self.moving()]
 
     @torch.no_grad()
     def update_moving(self, mean: Tensor, var: Tensor, values: int, *more: Tensor) -> None:
-        """Exponential average of what normalizes: new = (1 - momentum) old + momentum * mean over the groups.
+        """Update the moving averages: new = (1 - momentum) old + momentum * mean over the groups.
 
-        mean, var [groups, C] (population variance) of `values` values each; `more` for the other buffers of `averaged`.
-        `momentum=None` is the cumulative average, and `track_running_stats` set to False leaves them, as in torch.
+        mean and var (population variance) are [groups, C], each of `values` values; `more` is for the other buffers of
+        `averaged`. As in torch, `momentum=None` gives the cumulative average, and nothing is averaged once
+        `track_running_stats` is set to False.
         """
         if self.running_mean is None or not self.track_running_stats or self.left or is_run_again():
             return
@@ -212,7 +219,7 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
 
     @torch.no_grad()
     def average_in(self, means: Sequence[Tensor]) -> None:
-        """One step of the moving averages, with what a batch gave for each of them."""
+        """Make one step of the moving averages, given a batch's mean for each of them."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         rate: float | Tensor = 1.0 / self.num_batches_tracked.float() if self.momentum is None else self.momentum
@@ -221,7 +228,7 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
             average.lerp_(mean.view_as(average).to(average.dtype), rate)
 
     def defer_averages(self, defer: bool) -> None:
-        """From now on moving averages wait for average_pending, or no longer."""
+        """Let the moving averages wait for average_pending from now on, or no longer."""
         if self.running_mean is None:
             return
         averages = [getattr(self, name) for name in self.averaged]
@@ -231,7 +238,7 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
 
     @torch.no_grad()
     def average_pending(self, sums: Tensor) -> None:
-        """The step that waited, with the sums over all processes and micro-batches."""
+        """Make the step that waited, given the sums over all processes and micro-batches."""
         assert self.pending is not None
         sizes = [getattr(self, name).numel() for name in self.averaged]
         self.average_in((sums[:-1] / sums[-1]).split(sizes))
@@ -239,14 +246,16 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
         self.has_pending = False
 
     def begin_precise(self) -> None:
-        """What follows is modes.precise_statistics, by whose momentum every group counts the same."""
+        """Prepare for modes.precise_statistics, which sets the momentum so that every group counts the same."""
 
     def end_precise(self) -> None:
-        """The batches are over."""
+        """Finish the precise statistics, after the last batch."""
 
     def record(self, mean: Tensor, var: Tensor, values: int, *more: Tensor) -> None:
-        """The groups' measurement, where it is what normalizes: to the moving averages and the probe. mean, var [G, C],
-        detached; population variance of `values` values each."""
+        """Pass the groups' statistics to the moving averages and the probe, in a layer that normalizes by them.
+
+        mean and var (population variance) are [G, C], detached, each of `values` values.
+        """
         if self.training:
             self.update_moving(mean, var, values, *more)
         if self.probe is not None and not self.left:
@@ -280,25 +289,25 @@ class BatchNorm(GroupedStatistics):
         return self._normalize_groups(input, size, self.weight, self.bias)
 
     def corrected(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        """gamma and beta of each group's own: those of y = gamma (r x + d) + beta; r, d [G, C]."""
+        """Return the weight and bias of each group that give y = gamma (r x + d) + beta; r, d [G, C]."""
         weight = r if self.weight is None else r * self.weight
         shift = d if self.weight is None else d * self.weight
         return weight, shift if self.bias is None else self.bias + shift
 
     def _normalize_groups(self, x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Every group by its own statistics; weight, bias [C], or [G, C] of each group's own."""
+        """Normalize every group by its own statistics; weight and bias are [C], or [G, C] for each group."""
         if torch.compiler.is_compiling():
             mean, var = groups.moments(*groups.image_moments(x), size)
             self.record(mean.detach(), var.detach(), groups.values(x, size))
             return groups.normalize(x, size, mean, var, weight, bias, self.eps)
-        # The native kernel knows groups in contiguous memory alone; copies cost less than plain operations do.
+        # The native kernel needs groups in contiguous memory; copies cost less than plain operations would.
         split = groups.split(x, size).contiguous()
         of_groups = split.shape[1:3]
-        dtype = groups.moments_dtype(x)  # which the native kernel takes weight and bias in
+        dtype = groups.moments_dtype(x)  # the native kernel wants weight and bias in it
         weight, bias = (None if t is None else t.to(dtype).expand(of_groups).flatten() for t in (weight, bias))
         rows = split.flatten(1, 2)
         features = rows.shape[1]
-        # With momentum 1 the kernel leaves each group's mean and unbiased variance here, at no cost.
+        # With momentum 1 the kernel writes each group's mean and unbiased variance into these buffers, at no cost.
         mean = torch.zeros(features, device=x.device, dtype=dtype)
         var = torch.ones_like(mean)
         y = F.batch_norm(rows, mean, var, weight, bias, True, 1.0, self.eps)
@@ -311,7 +320,7 @@ class BatchNorm(GroupedStatistics):
         tracks = self.training and self.track_running_stats and not self.left
         if not tracks or self.running_mean is None or self.running_var is None:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        if is_run_again():  # copies: a checkpoint counts the tensors that are kept for the backward
+        if is_run_again():  # into copies: a checkpoint compares the number of tensors kept for the backward pass
             moving = self.running_mean.clone(), self.running_var.clone()
             return F.batch_norm(x, *moving, self.weight, self.bias, True, 0.0, self.eps)
         assert self.num_batches_tracked is not None

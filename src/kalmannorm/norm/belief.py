@@ -1,22 +1,22 @@
-"""What a normalizer knows of a feature map before it is measured, and how modules hand that to each other.
+"""Beliefs: a feature map's distribution as predicted before it is measured, and how modules pass them to each other.
 
-One contract for everything that takes beliefs: `module(*args, **kwargs)` returns what it always returns;
-`module(*args, beliefs=..., **kwargs)` returns that together with its belief (Estimated, or Returned).
+Every module that takes beliefs keeps one contract: `module(*args, **kwargs)` returns its ordinary result;
+`module(*args, beliefs=..., **kwargs)` returns the result and its belief (Estimated or Returned).
 """
 
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-Args = tuple[Any, ...]  # of a call
-Kwargs = dict[str, Any]
+Args = tuple[Any, ...]  # a call's positional arguments
+Kwargs = dict[str, Any]  # a call's keyword arguments
 
 
 class Belief(NamedTuple):
     """A feature map's estimated distribution: a Gaussian with independent pixels and channels.
 
-    Mean and variance, each [rows, C], in the units of the feature and their square: one row per statistics group, one
-    per image for GKN, a single one where moving statistics normalize.
+    Mean and variance, each [rows, C], in the feature's units and their square. One row per statistics group, or per
+    image for GKN; a single row where all images share it (moving statistics, `belief="output"`).
     """
 
     mean: Tensor
@@ -24,14 +24,14 @@ class Belief(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """A belief with what the operations behind it must know of it; a Belief alone stands for Carried(belief).
+    """A belief and what later operations need to know about it; a plain Belief means Carried(belief).
 
     Attributes:
-        belief: of the channels, in the order of the value's axes.
-        axes: a letter for each axis of the value, n images, c channels (divided into several), p pixels; empty where
-            the channels are axis 1, as usual.
-        relu: what a ReLU does to it: `closed`, it is rectified; `ignored`, nothing (convert's relu=False); `sampled`,
-            it waits for the next convolution, which rectifies its sample, and is then `pending`.
+        belief: mean and variance of each channel, in the order of the tensor's axes.
+        axes: one letter for each axis of the tensor: n images, c channels (which may take several axes), p pixels;
+            empty if the channels are axis 1, as usual.
+        relu: what a ReLU does to the belief. `closed`: rectify it. `ignored`: nothing (convert's relu=False).
+            `sampled`: leave the ReLU to the next convolution, which rectifies its sample; until then it is `pending`.
     """
 
     belief: Belief
@@ -40,19 +40,19 @@ class Carried(NamedTuple):
 
 
 class Estimated(NamedTuple):
-    """What a normalizer returns where beliefs were given: y and the belief of what it normalized."""
+    """The result of a normalizer called with beliefs: y, and the belief that it hands on."""
 
     y: Any
     belief: Any
 
 
 class Returned(NamedTuple):
-    """What a converted module returns where beliefs were given.
+    """The result of a converted module called with beliefs.
 
     Attributes:
-        y: what it returns without.
-        belief: a structure parallel to y, None where there is none.
-        changed: beliefs of arguments that it changed in place, by position; or None.
+        y: its ordinary result.
+        belief: a structure parallel to y, with None where a value has no belief.
+        changed: new beliefs of the arguments that it changed in place, by position; or None.
     """
 
     y: Any
@@ -60,12 +60,12 @@ class Returned(NamedTuple):
     changed: dict[int, Any] | None = None
 
 
-# Of a call's arguments: (those of the positional ones, those of the others), or the first one's alone, or nothing.
+# The beliefs of a call's arguments: (positional, by keyword), or that of the first argument alone, or none.
 Beliefs: TypeAlias = Belief | Carried | tuple[Args, Kwargs] | tuple[()] | None
 
 
 def pick(beliefs: Beliefs, position: int, name: str) -> Any:
-    """The belief of one argument; those of all that are left, for `*` or `**` ahead of its name."""
+    """Return the belief of one argument, or None; of all remaining arguments, if `name` begins with `*` or `**`."""
     if not beliefs:
         return None
     if isinstance(beliefs, Belief | Carried):

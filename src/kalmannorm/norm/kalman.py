@@ -17,22 +17,23 @@ from kalmannorm.norm.group import refuse_single_values
 from kalmannorm.norm.moments import plain
 from kalmannorm.norm.options import TakesOptions
 
-INITIAL_NOISE = 0.02  # R's start, per channel: no source gives it
+INITIAL_NOISE = 0.02  # R's initial value: no source gives one
 
 
 class Estimator(TakesBeliefs):
-    """The learned part of the update: gain q in (0, 1), one per layer; noise R >= 0, one per channel or one for all.
+    """Base of the Kalman normalizers, with the update's parameters: gain q in (0, 1), one per layer, and noise R >= 0,
+    one per channel or one for all (paper Eq. 7).
 
     posterior mean = p prior + q measured, posterior var = p (prior + R) + q measured [+ p q (difference of means)^2],
     p = 1 - q. Options as in KalmanBatchNorm2d.
     """
 
-    values = 1  # of which each statistic was measured last: with prior_values the gain depends on it
-    on_relu = "closed"  # what a ReLU does to the belief that is handed on (belief.Carried): set by convert
-    spread = False  # whether a batch is spread over processes (modes.spread_batches)
+    values = 1  # number of values behind each statistic of the last forward: with prior_values the gain depends on it
+    on_relu = "closed"  # how a ReLU changes the belief that is handed on (belief.Carried): set by convert
+    spread = False  # whether a batch is spread over processes: set by modes.spread_batches
     gain_logit: Tensor | None
     noise_raw: Tensor | None
-    rows: Callable[[int], int]  # of how many rows a prior for a number of images is; a method of each subclass
+    rows: Callable[[int], int]  # number of a prior's rows, from the number of images: each subclass has the method
 
     def _init_estimator(
         self,
@@ -69,7 +70,7 @@ class Estimator(TakesBeliefs):
         self.channels, self.initial_gain, self.prior_values = channels, gain, prior_values
         self.noise, self.mixture, self.guard, self.belief, self.predict = noise, mixture, guard, belief, predict
         self.gain_logit = self.noise_raw = None
-        if learn_gain:  # with prior_values: what learning adds to the logit that they give. [1]: FSDP refuses scalars
+        if learn_gain:  # with prior_values, an offset to the logit of n / (n + prior_values). [1]: FSDP refuses scalars
             self.gain_logit = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         if noise:
             self.noise_raw = nn.Parameter(torch.empty(1 if noise == "shared" else channels, device=device, dtype=dtype))
@@ -77,21 +78,21 @@ class Estimator(TakesBeliefs):
 
     @torch.no_grad()
     def _start(self) -> None:
-        """q and R as they start."""
+        """Set q and R to their initial values."""
         if self.gain_logit is not None:
             self.gain_logit.fill_(math.log(self.initial_gain / (1 - self.initial_gain)) if self.initial_gain else 0.0)
         if self.noise_raw is not None:
             self.noise_raw.fill_(math.log(math.expm1(INITIAL_NOISE)))
 
     def estimate(self, x: Tensor, prior: Belief | None) -> tuple[Tensor, Belief]:
-        """x normalized, and the belief to hand on."""
+        """Return x normalized, and the belief to hand on."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, beliefs: Any = None) -> Any:
-        """y like the input; with `beliefs`, its own (or none: an empty tuple), Estimated(y, belief)."""
+        """Return y like the input; with `beliefs` (the input's, or an empty tuple) return Estimated(y, belief)."""
         prior = plain(pick(beliefs, 0, "input"))
         if prior is not None and prior.mean.shape[0] not in (self.rows(input.shape[0]), 1):
-            prior = None  # of a normalizer with other groups: a part that was converted by itself
+            prior = None  # it comes from a normalizer with other groups: a part of the model converted by itself
         y, belief = self.estimate(input, prior)
         if beliefs is None:
             return y
@@ -101,8 +102,8 @@ class Estimator(TakesBeliefs):
     def gain(self) -> Tensor | float:
         """Return q, the weight of the measurement.
 
-        With `prior_values` it is n / (n + prior_values) of the n values measured last, as a Kalman gain is where the
-        noise of the measurement falls as 1 / n.
+        With `prior_values` q is n / (n + prior_values), n the number of values measured last: the Kalman gain where the
+        measurement's noise falls as 1 / n.
         """
         if self.prior_values is None:
             assert self.initial_gain is not None
@@ -113,16 +114,19 @@ class Estimator(TakesBeliefs):
 
     @property
     def over_ranks(self) -> bool:
-        """Whether the batch that the guard decides over is more than what this process sees."""
+        """Whether the guard decides over the batches of all processes."""
         return self.spread and self.training
 
     @property
     def gain_value(self) -> float:
-        """q as a number, for records."""
+        """The gain q as a number, for records."""
         return float(torch.as_tensor(self.gain).detach())
 
     def predicted(self, prior: Belief) -> Belief:
-        """The prior with R on its variance (Eq. 7 line 3); R times that variance, where the noise is `relative`."""
+        """Return the prior with R added to its variance (Eq. 7 line 3), or R times its variance if `relative`.
+
+        ValueError: the belief's number of channels is not R's.
+        """
         if self.noise_raw is None:
             return prior
         noise, channels = F.softplus(self.noise_raw), prior.var.shape[1]
@@ -134,18 +138,21 @@ class Estimator(TakesBeliefs):
         return Belief(prior.mean, prior.var + (noise * prior.var if self.noise == "relative" else noise))
 
     def tie_idle(self, weight: Tensor | None, prior: Belief | None = None) -> Tensor | None:
-        """`weight`, unchanged, as a function of q and R, idle without a prior, and of what made a prior that is not
-        used: DDP waits for all their gradients."""
+        """Return `weight`, its value unchanged, with a gradient of 0 for q, R and the unused prior.
+
+        DDP waits for the gradient of every parameter: q and R, which are idle without a prior, and those that the
+        prior was computed from.
+        """
         for idle in (self.gain_logit, self.noise_raw, None if prior is None else prior.mean):
             if idle is not None and idle.requires_grad:
                 weight = (idle.new_ones(self.channels) if weight is None else weight) + 0 * idle.sum()
         return weight
 
     def hand_on(self, posterior: Belief, weight: Tensor | None, bias: Tensor | None) -> Belief:
-        """The belief that the next layer predicts from.
+        """Return the belief that the next layer predicts from.
 
-        `posterior`: of the un-normalized feature (paper, released code). `output`: N(beta, gamma^2), the distribution
-        after an exact normalization (as in Normalization Propagation): a single row, the same for all groups.
+        `posterior`: that of the un-normalized feature (paper, released code). `output`: N(beta, gamma^2), the
+        distribution after an exact normalization (as in Normalization Propagation): one row for all groups.
         """
         if self.belief == "posterior":
             return posterior
@@ -160,32 +167,31 @@ class Estimator(TakesBeliefs):
 
 
 class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
-    """(Batch) Kalman Normalization, KN or BKN: BN's statistics, corrected by the belief of the layers before.
+    """(Batch) Kalman Normalization, KN or BKN: BN's statistics, corrected by a prediction from the layers before.
 
     Args:
         num_features: channels C.
-        stat_batch: images that share statistics; None is the whole batch.
-        gain: weight q of the measurement, in (0, 1]; with `learn_gain` its start. 1 needs `learn_gain=False`.
-            No source gives the start: 0.5 is this project's choice.
-        prior_values: in place of `gain` (None): as many measured values weigh as much as the prior, so that the gain is
-            n / (n + prior_values), n = stat_batch x pixels; with `learn_gain` a learned number is added to its logit.
-            Ours.
-        noise: learn R, one per channel (Eq. 7); `shared`: one scalar, which convert makes the same parameter in all
-            layers (v1). The released code has none. `relative` (ours): R times the prior's variance.
+        stat_batch: images that share statistics; None: the whole batch.
+        gain: weight q of the measurement, in (0, 1]; its initial value with `learn_gain`. 1 needs `learn_gain=False`.
+            No source gives the initial value: 0.5 is ours.
+        prior_values: instead of `gain` (None then), the number of measured values that weigh as much as the prior: the
+            gain is n / (n + prior_values), n = stat_batch x pixels. With `learn_gain` a learned offset is added to its
+            logit. Ours.
+        noise: True learns R, one per channel (Eq. 7). `shared`: a single scalar, which convert shares between all
+            layers (v1). `relative` (ours): R times the prior's variance. False: no R (released code).
         mixture: add p q (measured mean - prior mean)^2 to the variance, which makes it Cov(x - mu) as paper 3.2 defines
-            it (the talk, v1's appendix, the released code). Off: Eq. 7 to the letter.
-        guard: where the prior's variance is on average at least this many times the measured one, over the whole
-            batch, the measurement alone is used (released code: 100). It couples the groups of a batch.
-        belief: what is handed on, `posterior` or `output`.
-        predict: `both`, or the `var` alone, the mean being measured (ours).
-        moving_groups: `mean` over all groups, or only the `first` (released code).
-        moving_unbiased: Bessel's correction on the moving variance, as torch's BatchNorm has it.
+            it (the talk, v1's appendix, the released code). False: Eq. 7 to the letter.
+        guard: use the measurement alone if the prior's variance, averaged over the whole batch, is at least this many
+            times the measured one (released code: 100). It couples the groups of a batch.
+        belief: which belief to hand on, `posterior` or `output`.
+        predict: `both`, or only the `var` while the mean is measured (ours).
+        moving_groups: average the `mean` over all groups, or only the `first` group (released code).
+        moving_unbiased: apply Bessel's correction to the moving variance, as torch's BatchNorm does.
         first_unbiased: without a prior, hand on the unbiased variance (the released code's fused first layer).
-        ragged: of batches that do not divide: `error`, `measure` or `drop` (GroupedStatistics).
+        ragged: what to do with batches that do not divide: `error`, `measure` or `drop` (GroupedStatistics).
 
     x [N, C, H, W] or [N, C] -> y like x; with `beliefs`, a Belief [rows, C] or an empty tuple, -> (y, Belief [rows,
-    C]), with a row per group or a single one for all. ValueError: a batch that does not divide; statistics of a single
-    value.
+    C]), one row per group or one for all. ValueError: a batch that does not divide; statistics of a single value.
     Source: paper Eq. 7; rows are groups, interleaved (norm/groups.py).
     """
 
@@ -235,7 +241,7 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "initial_gain"):  # not yet, while BatchNorm is made
+        if hasattr(self, "initial_gain"):  # BatchNorm's constructor calls this before there is a gain
             self._start()
 
     def rows(self, images: int) -> int:
@@ -252,13 +258,13 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             self._check_input_dim(x)
             mean, var = self.moving()
             moving = Belief(mean[None], var[None])
-            # A frozen layer's q, R and transition are idle, and DDP waits for their gradients.
+            # In a frozen layer q, R and the transition are idle, and DDP waits for their gradients.
             tie = torch.is_grad_enabled() and not is_traced()
             weight = self.tie_idle(self.weight, prior) if tie else self.weight
             y = F.batch_norm(x, mean, var, weight, self.bias, False, 0.0, self.eps)
             return y, self.hand_on(moving, self.weight, self.bias)
         if not x.shape[0]:
-            if self.guard is not None and self.over_ranks:  # the others would wait for its part of the decision
+            if self.guard is not None and self.over_ranks:  # the other processes would wait for this one in all_reduce
                 raise ValueError(f"{self.where}: a batch of no images on one of several devices, and a guard over all")
             y = self.of_no_images(x, *(prior or ()))
             return y, self.hand_on(groups.belief_of_no_images(x), self.weight, self.bias)
@@ -284,10 +290,10 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
 
 
 class KalmanGroupNorm(TakesOptions, Estimator):
-    """Group Kalman Normalization, GKN (paper 3.3): GN's statistics, corrected by the same image's belief.
+    """Group Kalman Normalization, GKN (paper 3.3): GN's statistics, corrected by a prediction for the same image.
 
-    Rows are images. An image's prior is its belief [N, C] (+ R per channel) averaged over each group of channels, with
-    the variance of that mixture: mean of variances + variance of means. Options as in KalmanBatchNorm2d. There are no
+    Rows are images. An image's belief [N, C] (+ R per channel) is averaged over each group of channels, with the
+    variance of that mixture: mean of variances + variance of means. Options as in KalmanBatchNorm2d. There are no
     moving statistics: training and evaluation compute the same.
 
     x [N, C, ...] -> y like x; with `beliefs`, a Belief [N or 1, C] or an empty tuple, -> (y, Belief [N or 1, C]).
@@ -346,8 +352,8 @@ class KalmanGroupNorm(TakesOptions, Estimator):
         if prior is not None:
             mean, var = (t.expand(images, -1).unflatten(1, (self.num_groups, per_group)) for t in self.predicted(prior))
             predicted = Belief(mean.mean(2).flatten()[None], (var.mean(2) + mean.var(2, correction=0)).flatten()[None])
-        # One image whose channels are the N * num_groups sets of Eq. 8.
-        # In the statistics' type: what is rounded to a half one is the result alone.
+        # One image whose channels are the N * num_groups sets of Eq. 8, in the statistics' dtype: with a half-precision
+        # input only the result is rounded.
         sets = x.contiguous().view(1, images * self.num_groups, -1).to(groups.moments_dtype(x))
         self.values = sets.shape[2]
         used = predicted if predicted is None or self.predict == "both" else (None, predicted.var)
