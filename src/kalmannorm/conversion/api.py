@@ -1,8 +1,8 @@
-"""One line for any CNN: `convert` swaps the normalizers and hands beliefs from one to the next; `fold` goes back.
+"""`convert` replaces a model's normalizers and hands beliefs from one to the next; `fold` goes back to plain BatchNorm.
 
-The converted model is the model that it was: the same modules under the same names, of generated subclasses of their
-own classes (classes.py). A container's forward is its own, with beliefs beside its operations (trace.py, write.py,
-forwards.py), or as it is where it cannot be traced (flow.py).
+A converted model keeps its modules under their names; each becomes an instance of a generated subclass of its own class
+(classes.py). A container's forward is traced and rewritten to compute beliefs beside its operations (trace.py,
+write.py, forwards.py); one that cannot be traced runs unchanged, with beliefs followed by tensor (flow.py).
 """
 
 import functools
@@ -45,8 +45,8 @@ from kalmannorm.norm.sampling import Noise
 from kalmannorm.norm.whitened import fold_weights
 from kalmannorm.presets import KALMAN, NEED_BIAS, PRESETS, preset_options
 
-INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # buffers of a converted model
-INPUT_COUNT = "input_belief_batches"  # of a model that sees them itself: how many batches they are of
+INPUT_BELIEF = ("input_belief_mean", "input_belief_var")  # names of a converted model's buffers
+INPUT_COUNT = "input_belief_batches"  # with input_belief="data": the buffer that counts the batches seen so far
 _MARK = contract.MARK
 
 
@@ -61,31 +61,31 @@ def convert(
     returns_belief: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """A copy of `model` with every BatchNorm layer replaced by normalizer `norm`, beliefs handed from one to the next.
+    """Return a copy of `model` with its BatchNorm layers replaced by `norm`, beliefs handed from each to the next.
 
     Args:
-        model: a network with BatchNorm layers; or one that was converted before.
-        norm: a name of NORMS; or a normalizer for each layer, {pattern of layer names: name, or (name, options)}
-            (mapping.assign), `*` for what is left.
-        stat_batch: images that share statistics; None is the whole batch.
-        preset: variant of Kalman Normalization (presets.py): `paper`, which None stands for, `eq7`, `released`, `talk`,
-            `v1`, and `robust`, ours.
-        predictor: `closed` or `sampling`; None is the preset's.
-        input_belief: (mean [C], var [C]) of the model's input, a prior for the first normalizer too (paper 3.3). Or
-            "argument": the model is a part behind another one, and is called as model(x, belief of x). Or "data": of
-            the inputs that are seen in training, kept in buffers as moving averages are.
-        returns_belief: the model is a part ahead of another one: it returns (y, belief of y, None if there is none).
-        options: the normalizer's own, over the preset's. For Kalman normalizers also `relu` (whether ReLUs change
-            beliefs) and `transition`: the convolution's `weight`, or a `learned` matrix (moments.Transition).
-            Of convert itself: `leaves`, classes of modules that are called as they are, not looked into (they lose the
-            belief); `thaw`, whether FrozenBatchNorm2d layers are replaced too, by normalizers that train. Else they
-            stay constants, which a belief passes.
+        model: a network with BatchNorm layers, or one that was converted before.
+        norm: a name of NORMS for all layers; or a mapping {pattern of layer names: name, or (name, options)}
+            (mapping.assign), in which `*` stands for all remaining layers.
+        stat_batch: number of images that share statistics; None: the whole batch.
+        preset: variant of Kalman Normalization (presets.py): `paper` (the default), `eq7`, `released`, `talk`, `v1`, or
+            our `robust`.
+        predictor: `closed` or `sampling`; None: the preset's.
+        input_belief: (mean [C], var [C]) of the model's input, so that the first normalizer has a prior too (paper
+            3.3). "argument": the model follows another one and is called as model(x, belief of x). "data": mean and
+            variance are estimated from the inputs seen in training and kept in buffers, as moving averages are.
+        returns_belief: the model precedes another one and returns (y, belief of y); None in place of a missing belief.
+        options: the normalizer's own options, which override the preset's. For Kalman normalizers also `relu` (whether
+            ReLUs change beliefs) and `transition`: the convolution's `weight`, or a `learned` matrix
+            (moments.Transition). For convert itself: `leaves`, classes of modules that are called but not traced into
+            (a belief ends there); `thaw`, whether FrozenBatchNorm2d layers are replaced too, by normalizers that
+            train. Otherwise they stay constants, which beliefs pass through.
 
-    The model stays what it was: its class, methods and hooks, parts that can be called, replaced and removed.
-    State-dict keys, eps, momentum, affine parameters and moving statistics of the original are kept, where the new
-    normalizer has them; `wn` and `none` have none, and give every convolution a bias in their place (`wn` also weight
-    normalization: see norm.initialize_weight_norm). A forward that torch.fx cannot trace runs as it is, with beliefs
-    followed by tensor (and not compiled). `belief_report` says which normalizers had no prior, and why.
+    The copy keeps the model's class, methods and hooks; its parts can be called, replaced and removed. State-dict keys,
+    eps, momentum, affine parameters and moving statistics of the original are kept where the new normalizer has them.
+    `wn` and `none` have none of these: every convolution gets a bias instead (with `wn` also weight normalization, see
+    norm.initialize_weight_norm). A forward that torch.fx cannot trace runs unchanged and uncompiled, with beliefs
+    followed by tensor. `belief_report` says which normalizers have no prior, and why.
     Raises ValueError: an unknown norm, preset or option; a preset, predictor or input_belief for a normalizer that has
     no belief; a model without BatchNorm.
     """
@@ -114,7 +114,7 @@ def convert(
         thaw_frozen(source)
     layers = _batch_norms(source)
     if not layers and any(contract.NORMALIZER in module.__dict__ for module in source.modules()):
-        source = _folded(source)  # put together from parts of a converted model
+        source = _folded(source)  # a new model that was assembled from parts of a converted one
         layers = _batch_norms(source)
     _check(source, layers, leaves)
     traces, left = trace_layers(layers)
@@ -124,7 +124,7 @@ def convert(
     for why in left.values():
         warnings.warn(f"{why}: it is left as it is", stacklevel=2)
     chosen = assign(kinds, layers)
-    built: dict[_BatchNorm, nn.Module] = {}  # a layer can have several names
+    built: dict[_BatchNorm, nn.Module] = {}  # by layer: one that has several names is built once
     for name, layer in layers.items():
         if layer not in built:
             kind, own = chosen[name]
@@ -189,7 +189,8 @@ def _refuse_no_module(model: Any) -> None:
 
 
 def _refuse_parts(model: nn.Module) -> None:
-    """ValueError: compiled or distributed, so that code or gradients of a copy would be the original's; lazy."""
+    """Raise ValueError for a compiled or distributed part, since a copy would use the original's code or gradients, and
+    for a lazy one that has no shape yet."""
     for path, part in model.named_modules():
         kind = f"{path} ({type(part).__name__})" if path else type(part).__name__
         for name, wrapped in (("_orig_mod", "_orig_mod" in part._modules), ("module", "reducer" in vars(part))):
@@ -212,7 +213,7 @@ def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[
 
 
 def _refuse_unlike_rows(layers: Iterable[nn.Module]) -> None:
-    """ValueError: Kalman normalizers of both kinds, of which one cannot take the other's beliefs."""
+    """Raise ValueError if bkn and gkn are mixed and hand on posteriors: neither can use the other's beliefs."""
     estimators = [layer for layer in layers if isinstance(layer, Estimator)]
     of_groups = [isinstance(layer, GroupedStatistics) for layer in estimators]
     if any(of_groups) and not all(of_groups) and any(layer.belief == "posterior" for layer in estimators):
@@ -235,10 +236,11 @@ def _is_learned(transition: str, predictor: str) -> bool:
 def _keep_input_belief(
     source: nn.Module, input_belief: tuple[Tensor, Tensor] | str | None
 ) -> tuple[str | None, dict[str, Any]]:
-    """Buffers for a belief that is given. What root_code is told; and the numbers, which no state dict has."""
+    """Register buffers for the belief of the model's input. Return root_code's `input_belief`, and the given numbers:
+    no state dict holds them."""
     if input_belief in (None, "argument"):
         return input_belief, {}
-    # In float32, as statistics are, or wider, where the model is.
+    # In float32, as statistics are, or in the model's type where that is wider.
     like = next((p for p in source.parameters() if p.is_floating_point()), torch.zeros(()))
     dtype = torch.promote_types(like.dtype, torch.float32)
     if input_belief == "data":
@@ -266,13 +268,14 @@ def _keep_input_belief(
 
 
 def is_converted(model: nn.Module) -> bool:
+    """Say whether `model` itself came from `convert`; the parts of a converted model did not."""
     return _MARK in model.__dict__
 
 
 def _conversion(model: nn.Module, otherwise: str) -> dict[str, Any]:
     _refuse_no_module(model)
     if not is_converted(model):
-        for name in ("_orig_mod", "module"):  # compiled; averaged, distributed
+        for name in ("_orig_mod", "module"):  # of torch.compile; of AveragedModel and DistributedDataParallel
             if isinstance(inner := getattr(model, name, None), nn.Module) and is_converted(inner):
                 raise ValueError(f"{type(model).__name__} holds a converted model: pass its .{name}")
         raise ValueError(f"{type(model).__name__} is not a converted model: {otherwise}")
@@ -280,15 +283,19 @@ def _conversion(model: nn.Module, otherwise: str) -> dict[str, Any]:
 
 
 def untraced(model: nn.Module) -> dict[str, str]:
-    """The parts of a converted model whose forward runs as it is, beliefs followed by tensor, and why: not compiled."""
+    """Return the names of a converted model's parts whose forwards could not be traced, each with the reason.
+
+    They run as they are, uncompiled, with beliefs followed by tensor. ValueError: not a converted model.
+    """
     return dict(_conversion(model, "call kalmannorm.convert first")["as_they_are"])
 
 
 def belief_report(model: nn.Module, *example: Any, **named: Any) -> dict[str, str | None]:
-    """Per normalizer, in network order: None if a prior reaches it, else what lost it; last, what took others' places.
+    """Say for each normalizer, in network order, whether a prior reaches it (None), or which operation lost the belief.
 
-    `example`: arguments of the model, a copy of which is run on them in training; without, random numbers of the shapes
-    with which the model was called first. ValueError: not a converted model; nothing to run it on.
+    Then follow the layers that were left as they are or replaced since the conversion. A copy of the model is run in
+    training mode on `example` and `named`, the model's arguments; without them on random numbers of the shapes that the
+    model was first called with. ValueError: not a converted model; no example and no call yet.
     """
     known = _conversion(model, "call kalmannorm.convert first")
     if not any(isinstance(module, Estimator) for module in model.modules()):
@@ -306,7 +313,8 @@ def belief_report(model: nn.Module, *example: Any, **named: Any) -> dict[str, st
 
 
 def _replaced(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
-    """Where something else stands in a normalizer's place now (frozen and thawed again by others, as BatchNorm)."""
+    """Return the normalizers that were replaced after the conversion, with a line that says by what: some code freezes
+    and thaws BatchNorm by putting in other layers."""
     parts = dict(model.named_modules(remove_duplicate=False))
     found = {name: parts[name] for name in names if name in parts}
     return {
@@ -317,9 +325,10 @@ def _replaced(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
 
 
 def _random_like(model: nn.Module, value: Any) -> Any:
-    """Of that shape, with as many images more as make whole groups."""
+    """Return random numbers in the value's shape, with the number of images rounded up to whole groups; zeros for an
+    integer tensor, ones for a belief."""
     device = next(itertools.chain(model.parameters(), model.buffers())).device
-    if isinstance(value, Belief):  # one row stands for all groups
+    if isinstance(value, Belief):  # its single row applies to all groups
         return Belief(*(torch.ones(1, of.shape[1], device=device) for of in value))
     group = math.lcm(*(getattr(module, "stat_batch", None) or 1 for module in model.modules()))
     images, *rest = value.shape if value.dim() else (1,)
@@ -328,9 +337,10 @@ def _random_like(model: nn.Module, value: Any) -> Any:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """The original module back, with plain BatchNorm layers that hold the moving statistics: for inference and ONNX.
+    """Return a copy of the original model with plain BatchNorm layers that hold the moving statistics.
 
-    Same keys, same outputs in eval mode with moving statistics; needs no kalmannorm. A copy. ValueError: a normalizer
+    For inference and export to ONNX: the copy needs no kalmannorm, and has the original's state-dict keys and the
+    converted model's outputs in eval mode with moving statistics. ValueError: not a converted model; a normalizer
     without moving statistics.
     """
     _conversion(model, "there is nothing to fold")
@@ -349,7 +359,7 @@ def _folded(model: nn.Module) -> nn.Module:
         module._buffers.pop(INPUT_COUNT, None)
     folded: dict[nn.Module, nn.Module] = {}
     for name, layer in list(plain.named_modules(remove_duplicate=False)):
-        if contract.NORMALIZER not in layer.__dict__:  # another's, also where one stood
+        if contract.NORMALIZER not in layer.__dict__:  # not one that convert put in, or replaced since
             continue
         if not getattr(layer, "folds", False) or (
             layer.running_mean is None and isinstance(layer, Estimator | Whitening)

@@ -1,4 +1,4 @@
-"""Rules of what moves or drops pixels, axes and channels. Where channels went follows from the shapes."""
+"""Rules of operations that move or drop pixels, axes and channels; the shapes show where the channels went."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +15,10 @@ _UNKNOWN = "channels may not be where they were"
 
 
 def pooling(o: Operation) -> Found:
-    """Unchanged: the pixels of an image resemble each other, so that their mean varies nearly as they do.
+    """Hand the belief on: the pixels of an image resemble each other, so that their mean varies nearly as they do.
 
-    Over a whole map too, for the gate of squeeze-and-excitation: dividing the variance by the number of pixels, as
-    their independence would have it, predicts the variance behind the gate no better.
+    This also holds for the mean of a whole map in squeeze-and-excitation: dividing the variance by the number of
+    pixels, as if they were independent, predicts the variance behind the gate no better.
     """
     if not isinstance(o.y, Tensor) or (isinstance(o.belief, Carried) and o.belief.axes):
         return "of something that is not a map"
@@ -32,6 +32,7 @@ def adaptive_maximum(o: Operation) -> Found:
 
 
 def mean(o: Operation) -> Found:
+    """Hand the belief on, as `pooling` does, if the mean is taken over axes of pixels only."""
     dims, carried = o.argument(1, "dim"), o.located()
     if carried is None or dims is None:
         return "not over the pixels of a map"
@@ -50,7 +51,7 @@ def interpolation(o: Operation) -> Found:
 
 
 def padding(o: Operation) -> Found:
-    """Pixels around the map, overlooked as a convolution's own zero padding is; or channels of zeros."""
+    """Overlook pixels added around the map, as a convolution's own zero padding is; add zeros for channels of zeros."""
     sides, mode, value = o.argument(1, "pad"), o.argument(2, "mode", "constant"), o.argument(3, "value")
     if mode == "constant" and value:
         return "not with zeros"
@@ -69,7 +70,7 @@ def padding(o: Operation) -> Found:
 
 
 def reshape(o: Operation) -> Found:
-    """view, reshape, flatten, squeeze, unsqueeze: which axes became which follows from the two shapes."""
+    """Follow the axes through view, reshape, flatten, squeeze and unsqueeze by comparing the two shapes."""
     carried = o.located()
     if carried is None:
         return ""
@@ -80,10 +81,13 @@ def reshape(o: Operation) -> Found:
 
 
 def _axes_after(before: list[int], axes: str, after: list[int]) -> str | None:
-    """The letters of the new axes, if each is of one kind of old ones and images stay one axis."""
+    """Return the letters of the new axes; None if one mixes old axes of several kinds, or images do not stay one axis.
+
+    `before`, `after`: the shapes; `axes`: the letters of the old axes.
+    """
     old = [(size, axes[i]) for i, size in enumerate(before) if size != 1]
     new = [(size, i) for i, size in enumerate(after) if size != 1]
-    letters = ["p"] * len(after)  # of axes of size one too
+    letters = ["p"] * len(after)  # axes of size one count as pixels
     if before[0] == 1 and after[0] == 1:
         letters[0] = "n"
     i = j = 0
@@ -125,7 +129,7 @@ def _permuted(o: Operation, dims: list[int]) -> Found:
         return ""
     dims = [dim % o.x.dim() for dim in dims]
     order = [dim for dim in dims if carried.axes[dim] == "c"]
-    if order != sorted(order):  # channels divided into several axes change places
+    if order != sorted(order):  # the axes that hold the channels change places, as in a channel shuffle
         now = sorted(order)
         sizes, places = [o.x.shape[dim] for dim in now], [0, *(1 + now.index(dim) for dim in order)]
         mean, var = (t.unflatten(1, sizes).permute(places).flatten(1) for t in carried.belief)
@@ -134,7 +138,7 @@ def _permuted(o: Operation, dims: list[int]) -> Found:
 
 
 def expansion(o: Operation) -> Found:
-    """One pixel for a whole map."""
+    """Repeat axes of size one: a pixel over a whole map, a single channel for several."""
     if not isinstance(o.y, Tensor) or o.y.dim() != o.x.dim():
         return "not of one map to another"
     return on_channels(moments.expand, o.belief, o.y)
@@ -156,7 +160,10 @@ def concatenation(o: Operation) -> Found:
 
 
 def division(function: Callable[..., list[Belief]], name: str) -> Rule:
-    """A tuple of values, each with some of the channels."""
+    """Make the rule of chunk or split, which return several values with some of the channels each.
+
+    `name`: the keyword of the operation's second argument, which becomes `function`'s.
+    """
 
     def rule(o: Operation) -> Found:
         if o.belief is None:
@@ -172,7 +179,7 @@ def division(function: Callable[..., list[Belief]], name: str) -> Rule:
 
 
 def item(o: Operation) -> Found:
-    """Of a tensor, or of a structure of them."""
+    """Return the belief of x[index], x being a tensor or a structure of tensors."""
     x, index, belief = o.args[0], o.args[1], o.belief
     if not isinstance(x, Tensor):
         return _part(x, index, belief)
@@ -186,7 +193,7 @@ def _part(x: Any, index: Any, belief: Any) -> Found:
     if isinstance(belief, Belief | Carried) or belief is None:
         return ""
     try:
-        if isinstance(belief, dict) and not isinstance(index, str):  # outputs that can be read as tuples
+        if isinstance(belief, dict) and not isinstance(index, str):  # an output that can also be read as a tuple
             return [belief[key] for key in belief if x.get(key) is not None][index]
         found = belief[index]
     except (KeyError, IndexError, TypeError):
@@ -195,7 +202,8 @@ def _part(x: Any, index: Any, belief: Any) -> Found:
 
 
 def _indexed(o: Operation, index: list[Any]) -> Found:
-    """x[index]: slices of channels and pixels, a pixel of a map of one, new axes of size one."""
+    """Return the belief of a tensor's x[index], None if unknown: slices of channels or pixels, the only pixel of an
+    axis, new axes of size one."""
     carried = o.located()
     if carried is None or not isinstance(o.y, Tensor):
         return None
@@ -222,7 +230,7 @@ def _indexed(o: Operation, index: list[Any]) -> Found:
 
 
 def attribute(o: Operation) -> Found:
-    """Of an output with named parts."""
+    """Return the belief of a named field of an output."""
     found = o.belief.get(o.args[1]) if isinstance(o.belief, dict) else None
     return "" if found is None else found
 
@@ -235,12 +243,12 @@ def narrow(o: Operation) -> Found:
 
 
 def pixel_shuffle(o: Operation) -> Found:
-    """Channels into pixels."""
+    """Turn channels into pixels: each new channel is a mixture of the old ones."""
     return on_channels(moments.interleave, o.belief, o.argument(1, "upscale_factor") ** 2)
 
 
 def pixel_unshuffle(o: Operation) -> Found:
-    """Pixels into channels."""
+    """Turn pixels into channels: each new channel is like the old one that it comes from."""
     return on_channels(moments.deal, o.belief, o.argument(1, "downscale_factor") ** 2)
 
 

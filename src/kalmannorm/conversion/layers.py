@@ -1,4 +1,4 @@
-"""One layer for another: what a normalizer takes over from the BatchNorm layer that it replaces, and gives back."""
+"""Replacing one layer by another: what a normalizer takes over from its BatchNorm layer, and gives back to it."""
 
 import copy
 import copyreg
@@ -19,11 +19,11 @@ from kalmannorm.conversion.names import content
 from kalmannorm.norm import NORMS, Estimator, Whitening, contract
 from kalmannorm.norm.options import options_of
 
-CONSTANT = ("frozen", "wn", "none")  # no parameters, or all of them constants
-OF_IMAGES = ("gn", "ln", "in", "gkn")  # no moving statistics anyway
+CONSTANT = ("frozen", "wn", "none")  # without parameters, or with constants only
+OF_IMAGES = ("gn", "ln", "in", "gkn")  # never have moving statistics
 HOOKS = [key for key in vars(nn.Module()) if key.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
 _ALL_HOOKS = [key for key in vars(nn.Module()) if key.endswith("hooks")]
-# How many axes an input has, by the method that sees to it; a subclass may have one of its own.
+# The number of axes that an input may have, by the method that checks it; a subclass may define its own check.
 _DIMS: dict[object, tuple[int, ...]] = {
     **{nn.BatchNorm1d._check_input_dim: (2, 3), nn.BatchNorm2d._check_input_dim: (4,)},
     nn.BatchNorm3d._check_input_dim: (5,),
@@ -35,6 +35,7 @@ BATCH_NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batche
 def build_normalizer(
     norm: str, name: str, old: _BatchNorm, stat_batch: int | None, options: dict[str, Any]
 ) -> nn.Module:
+    """Build the normalizer `norm` in place of the BatchNorm layer `old`, called `name`. ValueError: a wrong option."""
     _refuse_computed(old, name)
     known = options_of(NORMS[norm])
     try:
@@ -54,7 +55,7 @@ def build_normalizer(
     if (check := type(old)._check_input_dim) in _DIMS:
         new.dims = _DIMS[check]  # type: ignore[assignment]
     carry_over(old, new, name)
-    if "affine" not in options:  # the original has none: nothing to learn there
+    if "affine" not in options:  # where the original has no gamma or beta, the new layer does not learn one either
         for key, part in itertools.product(("weight", "bias"), [part for part, _ in _parts(new)]):
             if getattr(old, key, None) is None and isinstance(parameter := getattr(part, key, None), nn.Parameter):
                 parameter.requires_grad_(False)
@@ -62,7 +63,7 @@ def build_normalizer(
 
 
 def _refuse_computed(old: _BatchNorm, name: str) -> None:
-    """ValueError: gamma or beta that is no parameter, of which the normalizer would have today's value alone."""
+    """Raise ValueError if gamma or beta is computed: the normalizer would keep only its present value."""
     for key in ("weight", "bias"):
         if not (key in old._parameters or key in old._buffers) and isinstance(getattr(old, key, None), Tensor):
             raise ValueError(
@@ -73,8 +74,8 @@ def _refuse_computed(old: _BatchNorm, name: str) -> None:
 
 
 class _OfKind(type):
-    """The class of normalizers' classes that are of the original's kind too, for whoever looks for that (to freeze
-    BatchNorm1d layers)."""
+    """Metaclass of normalizers that are also instances of the original's class, since other code looks for that (to
+    freeze BatchNorm1d layers)."""
 
 
 @functools.cache
@@ -91,27 +92,28 @@ copyreg.pickle(_OfKind, _reduced)
 
 
 def _parts(layer: nn.Module) -> list[tuple[nn.Module, slice]]:
-    """Where it has channels of its own, and which: it alone, or what it is made of."""
+    """Return the modules that hold the layer's channels, each with its slice: the layer itself, or its sublayers."""
     return getattr(layer, "parts", [(layer, slice(None))])
 
 
 def _left_out(old: _BatchNorm, norm: str) -> list[str]:
-    """What the layer is without: parameters, moving statistics."""
+    """Return the options to switch off, since the original lacks affine parameters, a bias or moving statistics."""
     without = {"affine": not old.affine, "bias": old.affine and old.bias is None}
     without["track_running_stats"] = old.running_mean is None and norm not in OF_IMAGES
     return [key for key, left_out in without.items() if left_out]
 
 
 def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
-    """Affine parameters and moving statistics, where both have them; device, type, mode, what is trained, and hooks."""
+    """Copy to `new` affine parameters and moving statistics that both layers have, device, dtype, mode, requires_grad
+    and hooks. Return `new`."""
     reference = next(itertools.chain(old.parameters(False), old.buffers(False)), None)
     if reference is not None:
         new.to(reference.device, reference.dtype)
     for key, (part, channels) in itertools.product(BATCH_NORM_STATE, _parts(new)):
         value: Any = getattr(old, key, None)
         target: Any = getattr(part, key, None)
-        learned = isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter)  # frozen BN's are buffers
-        if learned and value.shape == target.shape:  # itself, which other layers, and lists, may hold too
+        learned = isinstance(value, nn.Parameter) and isinstance(target, nn.Parameter)  # frozen BN has buffers
+        if learned and value.shape == target.shape:  # the same object, since other layers or lists may share it
             setattr(part, key, value)
         elif isinstance(target, Tensor) and value is not None:
             with torch.no_grad():
@@ -119,15 +121,15 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
             if learned:
                 target.requires_grad_(value.requires_grad)
     if getattr(old, "running_mean", None) is not None and not getattr(old, "track_running_stats", True):
-        for part, _ in _parts(new):  # moving statistics that stay as they are
+        for part, _ in _parts(new):  # the original's moving statistics are not updated
             part.track_running_stats = False  # type: ignore[assignment]
     if isinstance(gamma := getattr(old, "weight", None), nn.Parameter) and not gamma.requires_grad:
-        for key, parameter in new.named_parameters(recurse=False):  # q and R, new, are as frozen as gamma
+        for key, parameter in new.named_parameters(recurse=False):  # the new q and R are frozen where gamma is
             parameter.requires_grad_(parameter.requires_grad and key in BATCH_NORM_STATE)
     for part in new.modules():
         if hasattr(part, "layer_name"):
             part.layer_name = name  # type: ignore[assignment]
-    if not hasattr(old, "activation_post_process"):  # a quantization's observer, whose hook is of that part
+    if not hasattr(old, "activation_post_process"):  # a quantization observer: its hook uses that part of `old`
         contract.unwrap_hooks(old)
         new.__dict__.update({key: copy.copy(old.__dict__[key]) for key in HOOKS})
     if getattr(new, "takes_beliefs", False):
@@ -136,7 +138,10 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
 
 
 def keep_more(old: nn.Module, new: nn.Module, name: str) -> None:
-    """Of a class that torch does not know (timm's BatchNormAct2d): other parts and attributes are the new layer's."""
+    """Copy to `new` the parts and attributes that a BatchNorm subclass from elsewhere (timm's BatchNormAct2d) adds.
+
+    ValueError: the normalizer has one of the same name.
+    """
     if type(old).__module__.startswith("torch."):
         return
     for kind in ("_parameters", "_buffers", "_modules"):
@@ -153,7 +158,7 @@ def keep_more(old: nn.Module, new: nn.Module, name: str) -> None:
 
 
 def _original_of(layer: nn.Module) -> nn.Module:
-    """Such a layer again, with the present values and parts."""
+    """Return a copy of the layer that `keep_more` kept as the original, with the present values and parts."""
     (old,) = copy.deepcopy(layer.__dict__["original"])
     carry_over(layer, old)
     for kind in ("_parameters", "_buffers", "_modules"):
@@ -163,27 +168,27 @@ def _original_of(layer: nn.Module) -> nn.Module:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """By what it is: torchvision's and detectron2's, and DETR's, whose eps of 1e-5 is no attribute."""
+    """Say whether this is a FrozenBatchNorm2d, by name and buffers: torchvision, detectron2 and DETR each have one."""
     buffers = ("weight", "bias", "running_mean", "running_var")
     return type(module).__name__.endswith("FrozenBatchNorm2d") and all(name in module._buffers for name in buffers)
 
 
 def thaw_frozen(root: nn.Module) -> None:
-    """FrozenBatchNorm2d as BatchNorm2d with the same values."""
+    """Replace every FrozenBatchNorm2d by a BatchNorm2d with the same values."""
     for name, frozen in list(root.named_modules(remove_duplicate=False)):
-        if is_frozen(frozen):
+        if is_frozen(frozen):  # DETR's has no attribute for its eps of 1e-5
             layer = nn.BatchNorm2d(len(frozen.weight), getattr(frozen, "eps", 1e-5))  # type: ignore[arg-type]
             replace(root, name, carry_over(frozen, layer))
 
 
 def plain_batch_norm(layer: Any) -> nn.Module:
-    """Of a normalizer that `folds`."""
+    """Return the BatchNorm layer that computes what a normalizer with `folds` does in evaluation."""
     if "original" in layer.__dict__:
         return _original_of(layer)
     kind, affine, _ = layer.replaced
     if isinstance(layer, Whitening):
         return layer.folded(kind)
-    affine = affine or isinstance(layer.weight, nn.Parameter)  # on demand
+    affine = affine or isinstance(layer.weight, nn.Parameter)  # the option affine=True, where the original had none
     plain = kind(layer.num_features, layer.eps, layer.momentum, affine, layer.running_mean is not None)
     if layer.bias is None:
         plain.register_parameter("bias", None)
@@ -192,23 +197,26 @@ def plain_batch_norm(layer: Any) -> nn.Module:
 
 
 def add_biases(root: nn.Module) -> None:
-    """A bias of zeros for every convolution without one."""
+    """Give every convolution without a bias one of zeros."""
     for layer in root.modules():
         if isinstance(layer, _ConvNd) and layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_channels))
 
 
 def share_noise(layers: Iterable[nn.Module]) -> None:
-    """One R for all the layers whose noise is shared: the same parameter in each."""
+    """Make all layers with noise="shared" hold the same parameter R, the first one's."""
     sharing = [layer for layer in layers if isinstance(layer, Estimator) and layer.noise == "shared"]
     for layer in sharing[1:]:
         layer.noise_raw = sharing[0].noise_raw
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy; what was computed and is kept, which deepcopy refuses (weights of pruning, of torch.nn.utils.weight_norm;
-    a module's own caches), as the values that it has; hooks of its own, where deepcopy leaves those of the original.
-    ValueError: a forward that would go on calling the original."""
+    """Return a deep copy of the model in two cases more than copy.deepcopy.
+
+    Computed tensors that modules keep (weights under pruning or torch.nn.utils.weight_norm, caches), which deepcopy
+    refuses, are copied by value. Hooks that close over parts of the original get functions that close over the copy's.
+    ValueError: a forward that would go on calling the original.
+    """
     _refuse_foreign_forwards(model)
     attributes = tree_leaves([vars(module) for module in model.modules()])
     computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
@@ -218,13 +226,13 @@ def copied(model: nn.Module) -> nn.Module:
         for key, hook in hooks.items():
             if inspect.isfunction(hook):
                 hooks[key] = _of_copy(hook, memo)
-            elif inspect.isfunction(inner := getattr(hook, "hook", None)):  # wrapped, by us or by torch
+            elif inspect.isfunction(inner := getattr(hook, "hook", None)):  # in a wrapper of ours or of torch's
                 hook.hook = _of_copy(inner, memo)
     return made
 
 
 def _of_copy(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
-    """The function; or one in which what it closes over of the original (the model, a list it keeps) is the copy's."""
+    """Return the function; if it closes over objects of the original (the model, a list), one that has the copy's."""
     held = [content(cell) for cell in function.__closure__ or ()]
     if not any(id(one) in memo for cell in held for one in cell):
         return function
@@ -236,9 +244,11 @@ def _of_copy(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
 
 
 def _refuse_foreign_forwards(model: nn.Module) -> None:
+    """Raise ValueError if a forward that was set on an instance refers to the model by another name than self."""
     modules = set(model.modules())
     for name, module in model.named_modules():
-        forward = None if "_orig_mod" in module._modules else module.__dict__.get("forward")  # compiled: made anew
+        # A compiled module makes its forward anew.
+        forward = None if "_orig_mod" in module._modules else module.__dict__.get("forward")
         if any(one in modules for one in _modules_of(getattr(forward, "__func__", forward))):
             raise ValueError(
                 f"{name or 'the model'} ({type(module).__name__}): its forward is a function that calls the model by "
@@ -247,7 +257,8 @@ def _refuse_foreign_forwards(model: nn.Module) -> None:
 
 
 def _modules_of(function: Any) -> list[nn.Module]:
-    """What a function names beside its arguments, copies of which share it: modules, and those of bound methods."""
+    """Return the modules that a function refers to by closure or global, directly or by a bound method: its copies
+    share them."""
     if not inspect.isfunction(function):
         return []
     named = inspect.getclosurevars(function)
@@ -256,12 +267,13 @@ def _modules_of(function: Any) -> list[nn.Module]:
 
 
 def replace(root: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """A part of `root` by another. Returns `root`."""
+    """Put `new` in the place of the part `name` of `root`. Return `root`."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, new)
     return root
 
 
 def delete(root: nn.Module, name: str) -> None:
+    """Remove the part `name` of `root`."""
     parent, _, leaf = name.rpartition(".")
     delattr(root.get_submodule(parent), leaf)

@@ -1,4 +1,4 @@
-"""A normalizer for each layer: patterns of layer names to normalizers, what `convert` takes where it takes a name."""
+"""Which normalizer each layer gets: `convert` takes one name for all, or a mapping of patterns of layer names."""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -9,18 +9,19 @@ from kalmannorm.norm import NORMS
 from kalmannorm.norm.options import refuse_unknown
 from kalmannorm.presets import KALMAN, NEED_BIAS, SYNONYMS
 
-Choice = tuple[str, dict[str, Any]]  # a name of NORMS, and options
+Choice = tuple[str, dict[str, Any]]  # a name of NORMS and the normalizer's options
 Mapped = Mapping[str, str | tuple[str, Mapping[str, Any]]]
 
 OF_CONVERT = ("leaves", "thaw", "returns_belief")
-OF_KALMAN = ("relu", "transition", "input_belief")  # what convert makes of a Kalman normalizer's options
+OF_KALMAN = ("relu", "transition", "input_belief")  # given beside a Kalman normalizer's options, but used by convert
 BESIDE_KALMAN = ("preset", "predictor")
 
 
 def choices(norm: str | Mapped, options: dict[str, Any]) -> dict[str, Choice]:
-    """A normalizer and its options for each pattern: of a mapping, or of one name for all layers.
+    """Return the normalizer and options for each pattern of a mapping; for a single name, the only pattern is `*`.
 
-    ValueError: what is neither; an unknown name or option.
+    ValueError: neither a name nor a mapping; an unknown name or option; an option that must be given outside of the
+    mapping; a normalizer that only a whole network can have.
     """
     if isinstance(norm, str):
         kind = _known(norm)
@@ -48,7 +49,7 @@ def choices(norm: str | Mapped, options: dict[str, Any]) -> dict[str, Choice]:
 
 
 def _known(name: str, where: str = "") -> str:
-    """The name of NORMS, without synonyms: KN is BKN."""
+    """Return the name in NORMS, with synonyms resolved (kn is bkn). ValueError: an unknown one."""
     kind = SYNONYMS.get(name, name)
     if kind not in NORMS:
         raise ValueError(f"{where}{nearest(name, NORMS, 'normalizer')}")
@@ -56,9 +57,10 @@ def _known(name: str, where: str = "") -> str:
 
 
 def assign(mapping: Mapping[str, Choice], layers: Iterable[str]) -> dict[str, Choice]:
-    """Each layer's normalizer, by the first of the `fnmatch` patterns that matches its name.
+    """Choose each layer's normalizer by the first `fnmatch` pattern that matches the layer's name.
 
-    ValueError: a pattern that matches no layer, or none that an earlier one has not taken; a layer without a pattern.
+    ValueError: a layer that no pattern matches; a pattern without a layer, since none matches or earlier patterns have
+    taken all of them.
     """
     chosen: dict[str, Choice] = {}
     used = set()
@@ -68,7 +70,7 @@ def assign(mapping: Mapping[str, Choice], layers: Iterable[str]) -> dict[str, Ch
             raise ValueError(f"no pattern for the normalizer {layer}: add '*', which matches what is left")
         used.add(pattern)
         chosen[layer] = mapping[pattern]
-    # "*" is for what is left, and may find nothing left.
+    # "*" stands for the remaining layers, of which there may be none.
     if unused := [pattern for pattern in mapping if pattern not in used and pattern != "*"]:
         raise ValueError(f"pattern {unused[0]!r} matches no normalizer's name; names are such as {next(iter(chosen))}")
     return chosen

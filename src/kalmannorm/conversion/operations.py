@@ -1,4 +1,4 @@
-"""The table in which it stands what an operation does to a belief: a new one is a line here, and its rule."""
+"""The table of operations that a belief passes through, with their rules. A new one is a line here, and its rule."""
 
 import operator
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from kalmannorm.conversion import axes, pixelwise
 from kalmannorm.conversion.rules import Rule, as_it_is, unchanged
 from kalmannorm.norm import activations, moments
 
-Key = Any  # a function, or the name of a method
+Key = Any  # a function, or a method's name
 
 
 def _table(*entries: tuple[Rule, list[Key]]) -> dict[Key, Rule]:
@@ -74,8 +74,8 @@ FUNCTIONS: dict[Key, Rule] = _table(
     (pixelwise.linear, [F.linear]),
 )
 
-# Functions of other libraries, known by their names. Skipping a branch at random is a dropout of images: unchanged, as
-# dropout is.
+# Functions of other libraries, recognized by name. Skipping a branch at random is a dropout of images, and leaves the
+# belief unchanged as dropout does.
 BY_NAME: dict[str, Rule] = {"stochastic_depth": unchanged, "drop_path": unchanged}
 
 
@@ -87,7 +87,7 @@ def _by_dimension(*names: str) -> list[type[nn.Module]]:
     return [getattr(nn, f"{name}{d}d") for name in names for d in (1, 2, 3)]
 
 
-# A module's rule is that of its function, with these of its attributes as the arguments behind the first.
+# A module has the rule of its function; the attributes named here become the arguments after the first.
 MODULES: dict[type[nn.Module], tuple[Rule, tuple[str, ...]]] = {
     nn.Identity: (as_it_is, ()),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), (unchanged, ())),
@@ -131,7 +131,7 @@ MODULES_BY_NAME: dict[str, Rule] = {
 }
 
 
-# Of a map and a weight, which a rule must know to be made of parameters alone.
+# Functions of a map and a weight: their rules hold only for a weight that is computed from parameters alone.
 WEIGHTED: set[Key] = {
     key
     for key, rule in FUNCTIONS.items()
@@ -140,7 +140,7 @@ WEIGHTED: set[Key] = {
 
 
 def rule_of(target: Key) -> Rule | None:
-    """Of a function, or of the method of a name."""
+    """Return the rule of a function, or of the method with this name; None if there is none."""
     try:
         found = FUNCTIONS.get(target)
     except TypeError:  # not hashable
@@ -151,13 +151,13 @@ def rule_of(target: Key) -> Rule | None:
 
 
 def rule_of_class(cls: type[nn.Module]) -> tuple[Rule | None, tuple[str, ...]]:
-    """Of the modules of a class, and the attributes that are its arguments."""
+    """Return the rule of a module class, or None, and the names of the attributes that the rule gets as arguments."""
     cls = class_of_rule(cls)
     return MODULES.get(cls) or (MODULES_BY_NAME.get(cls.__name__), ())
 
 
 def class_of_rule(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class with a rule that one is derived from, if it computes the same; else itself."""
+    """Return the base class in MODULES that `cls` computes the same as; if there is none, `cls` itself."""
     return next((base for base in cls.__mro__ if base in MODULES and _computes_the_same(cls, base)), cls)
 
 
@@ -165,7 +165,7 @@ def _computes_the_same(cls: Any, base: Any) -> bool:
     return cls.forward is base.forward and cls.__call__ is base.__call__
 
 
-# Their results may share memory with their input: what is changed in place under one name changes under the other.
+# Operations whose result may share memory with their input: an in-place change of one then changes the other too.
 VIEWS: set[Key] = {
     *(key for key, rule in FUNCTIONS.items() if rule is unchanged and key not in ("clone", torch.clone)),
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Flatten),
@@ -177,7 +177,7 @@ VIEWS: set[Key] = {
     *("DropPath", "StochasticDepth", "stochastic_depth", "drop_path"),
 }
 
-# What acts pixel by pixel, by its formula, as the rule of a product with a function of itself needs it.
+# Formulas of functions that act pixel by pixel: by them a product x * f(x) is recognized (pixelwise.PRODUCTS).
 CURVES: dict[Key, str] = {
     **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_", nn.Sigmoid), "sigmoid({})"),
     **dict.fromkeys((F.hardsigmoid, nn.Hardsigmoid), "hardsigmoid({})"),
@@ -198,10 +198,10 @@ SIGNS: dict[Key, str] = {key: rule.sign for key, rule in FUNCTIONS.items() if ha
 
 
 def make_dict(keys: tuple[Any, ...], values: tuple[Any, ...]) -> "OrderedDict[Any, Any]":
-    """An OrderedDict that a forward returns: fx would make a plain dict of it."""
+    """Build the OrderedDict that a forward returns; fx itself would put a plain dict into the graph."""
     return OrderedDict(zip(keys, values, strict=True))
 
 
 def same_items(keys: tuple[Any, ...], beliefs: tuple[Any, ...]) -> dict[Any, Any]:
-    """The beliefs of what a dictionary holds."""
+    """Build the beliefs that belong to a dictionary's values, by the same keys."""
     return dict(zip(keys, beliefs, strict=True))

@@ -1,4 +1,4 @@
-"""Rules of what acts on every pixel by itself, or on two values, and of linear layers."""
+"""Rules of activations, arithmetic of two values, convolutions and linear layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +13,7 @@ from kalmannorm.norm.belief import Belief, Carried
 
 
 def relu(o: Operation) -> Found:
+    """Rectify the belief; do nothing with relu=False; leave it to the next convolution under the sampling predictor."""
     belief = o.belief
     if not isinstance(belief, Carried) or belief.relu == "closed":
         return lift(moments.relu, belief)
@@ -22,7 +23,10 @@ def relu(o: Operation) -> Found:
 
 
 def activation(function: Callable[..., Belief], **parameters: Any) -> Rule:
-    """`function`, with what the operation was given for these parameters (in this order), or their defaults."""
+    """Make a rule that applies `function` with the operation's arguments after the first.
+
+    `parameters`: their names in order of position, with their defaults.
+    """
 
     def rule(o: Operation) -> Found:
         given = [o.argument(i, name, default) for i, (name, default) in enumerate(parameters.items(), 1)]
@@ -34,6 +38,7 @@ def activation(function: Callable[..., Belief], **parameters: Any) -> Rule:
 
 
 def fixed(function: Callable[..., Belief], *given: float) -> Rule:
+    """Make a rule that applies `function` with these numbers, whatever else the operation was given."""
     return lambda o: lift(function, o.belief, *given)
 
 
@@ -43,7 +48,7 @@ def prelu(o: Operation) -> Found:
 
 # --- two operands -----------------------------------------------------------------------------------------------------
 
-# x f(x), of one and the same x: the product of independent factors would be something else. By the formula of f.
+# The activations x f(x) by the formula of f. As a product of independent factors their moments would be wrong.
 PRODUCTS: dict[str, Callable[..., Belief]] = {
     "sigmoid(x)": activations.silu,
     "hardsigmoid(x)": activations.hardswish,
@@ -55,6 +60,8 @@ _OF_TWO = {"+": moments.add, "-": moments.subtract, "*": moments.multiply}
 
 
 def arithmetic(sign: str) -> Rule:
+    """Make the rule of `+`, `-`, `*` or `/`, of two features or of a feature and a constant."""
+
     def rule(o: Operation) -> Found:
         a, b = o.argument(0, "input"), o.argument(1, "other")
         of_a, of_b = o.belief_of(0, "input"), o.belief_of(1, "other")
@@ -101,7 +108,7 @@ def _with_constant(sign: str, x: Any, belief: Any, constant: Any, first: bool) -
 
 
 def _is_per_channel(constant: Any, axes: str) -> bool:
-    """Whether it is one number, or one for each channel of a value with these axes."""
+    """Say whether a constant is a single number, or has one for each channel of a value with these axes."""
     if not isinstance(constant, Tensor):
         return isinstance(constant, int | float)
     wide = [i for i, size in enumerate(reversed(constant.shape), 1) if size != 1]
@@ -125,7 +132,7 @@ def _of_two(o: Operation, sign: str, a: Any, b: Any, of_a: Any, of_b: Any) -> Fo
 
 
 def convolution(o: Operation) -> Found:
-    """As a function, of a weight that is made of parameters; in closed form under either predictor."""
+    """Predict F.conv* in closed form (under either predictor), if the weight is computed from parameters alone."""
     if o.kind == "computed":
         return "its weight is computed from features"
     weight, bias, groups = o.argument(1, "weight"), o.argument(2, "bias"), o.argument(6, "groups", 1)
@@ -133,7 +140,7 @@ def convolution(o: Operation) -> Found:
 
 
 def transposed_convolution(o: Operation) -> Found:
-    """As a function; in closed form under either predictor."""
+    """Predict F.conv_transpose* in closed form (under either predictor), if the weight is computed from parameters."""
     if o.kind == "computed":
         return "its weight is computed from features"
     weight, bias, pixels = o.argument(1, "weight"), o.argument(2, "bias"), o.y.dim() - 2
@@ -144,7 +151,7 @@ def transposed_convolution(o: Operation) -> Found:
 
 
 def of_map(function: Callable[..., Belief], belief: Any, y: Tensor, weight: Tensor, *rest: Any) -> Found:
-    """`function` of a map that a kernel was moved over; not of one without an axis of images."""
+    """Apply `function` to the belief of a convolution's input, if that is a batch of maps with channels in axis 1."""
     if belief is None:
         return ""
     if y.dim() != weight.dim() or (isinstance(belief, Carried) and belief.axes):
@@ -153,7 +160,7 @@ def of_map(function: Callable[..., Belief], belief: Any, y: Tensor, weight: Tens
 
 
 def linear(o: Operation) -> Found:
-    """Over the last axis: of [N, C], or of [N, H, W, C] as a convolution with a kernel of one."""
+    """Predict F.linear over the last axis, if it holds the channels: [N, C], or [N, H, W, C] as a 1x1 convolution."""
     if o.kind == "computed":
         return "its weight is computed from features"
     carried = o.located()

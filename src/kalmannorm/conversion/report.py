@@ -1,4 +1,4 @@
-"""Which normalizers had a prior in a forward, and what lost the belief of the others."""
+"""Which normalizers had a prior in a forward, and where the belief was lost for the others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,15 +20,16 @@ CHECKPOINTED = "a checkpoint of several modules that are called in turn: nothing
 
 
 def observe(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str | None]:
-    """Run a copy of the model in training: per normalizer, in its order, None or what lost the belief."""
+    """Run a copy of the model in training mode. Return None for each normalizer that had a prior, else what lost the
+    belief, in the order in which the normalizers ran."""
     twin = copied(model).train()
     for name, part in list(twin.named_modules()):
-        if "_orig_mod" in part._modules:  # compiled
+        if "_orig_mod" in part._modules:  # of torch.compile: the observer watches an eager forward
             replace(twin, name, part._modules["_orig_mod"])  # type: ignore[arg-type]
     found: dict[str, str | None] = {}
     names = {module: name for name, module in twin.named_modules()}
     reasons: dict[int, str] = {}
-    kept: list[Any] = []  # so that no other tensor gets the place of one of these
+    kept: list[Any] = []  # keeps tensors alive: reasons are stored by id, which a freed tensor would pass on
 
     def see(operation: Operation, what: Any, belief: Any) -> None:
         y = operation.y

@@ -1,7 +1,7 @@
-"""How the rules of operations are written: what a rule is given, and what it says.
+"""The interface of a rule, which says what an operation does to beliefs.
 
-A rule is given an operation that just ran, with its real tensors and the beliefs of its arguments. It returns the
-belief of the operation's value, or, as a string, why there is none (an empty one: nothing that is worth saying).
+A rule is called with an operation that just ran: its real tensors and the beliefs of its arguments. It returns the
+belief of the result or, if there is none, a string with the reason (empty where there is nothing to report).
 """
 
 from collections.abc import Callable
@@ -15,10 +15,12 @@ from kalmannorm.norm.belief import Args, Belief, Carried, Kwargs
 
 
 class Operation(NamedTuple):
-    """One that ran: its value y, its arguments, and their beliefs in structures parallel to them.
+    """An operation that ran: its result y, its arguments, and their beliefs in structures of the same shape.
 
-    `kind` says of an arithmetic operation what was found when its code was read (write.py): which operand is a
-    constant (`constant second`, `constant first`), or that one is a function of the other (`dependent`).
+    `kind` is what the code around the operation shows (write.py, flow.py). In arithmetic: which operand is a constant
+    (`constant second`, `constant first`), that both are functions of one value (`dependent`), or that their product is
+    a known activation (`product`, a formula of PRODUCTS, and the position of its x). Of a convolution or linear layer:
+    that the weight is made of features (`computed`).
     """
 
     y: Any
@@ -35,31 +37,33 @@ class Operation(NamedTuple):
 
     @property
     def belief(self) -> Any:
-        """The first argument's."""
+        """The first argument's belief."""
         return self.beliefs[0] if self.beliefs else next(iter(self.keyword_beliefs.values()), None)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """Return an argument that may be given by position or by name."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
     def belief_of(self, position: int, name: str) -> Any:
+        """Return the belief of an argument that may be given by position or by name."""
         return self.beliefs[position] if position < len(self.beliefs) else self.keyword_beliefs.get(name)
 
     def located(self) -> Carried | None:
-        """The first argument's belief with a letter for each of its axes."""
+        """Return the first argument's belief with a letter for each axis; None if it has none or is no tensor."""
         if self.belief is None or not isinstance(self.x, Tensor):
             return None
         return located(self.belief, self.x.dim())
 
 
 def fields_of(value: Any) -> dict[Any, Any] | None:
-    """What a dict or a data class holds."""
+    """Return the items of a dict or a dataclass's fields, None for anything else."""
     if isinstance(value, dict):
         return value
     return vars(value) if is_dataclass(value) and hasattr(value, "__dict__") else None
 
 
 def has_belief(structure: object) -> bool:
-    """Whether there is one in a structure of beliefs."""
+    """Say whether a structure of beliefs, in which some may be None, contains one."""
     if isinstance(structure, Belief | Carried):
         return True
     if isinstance(structure, dict):
@@ -68,12 +72,12 @@ def has_belief(structure: object) -> bool:
 
 
 Known: TypeAlias = "Belief | Carried | tuple[Known, ...] | list[Known] | dict[Any, Known] | None"
-Found: TypeAlias = "Known | str"  # or why there is none
+Found: TypeAlias = "Known | str"  # a string is the reason why there is no belief
 Rule = Callable[[Operation], Found]
 
 
 def located(belief: Belief | Carried, dim: int) -> Carried:
-    """A belief of a value with `dim` axes, with a letter for each."""
+    """Spell out which of a value's `dim` axes holds images, channels or pixels, one letter each (belief.Carried)."""
     if isinstance(belief, Belief):
         return Carried(belief, "nc" + "p" * (dim - 2))
     belief = moments.settled(belief)
@@ -81,14 +85,14 @@ def located(belief: Belief | Carried, dim: int) -> Carried:
 
 
 def joined(carried: Carried) -> Belief | Carried:
-    """In the shortest form."""
+    """Bring a belief to its shortest form: without letters if the axes are the usual ones, a Belief if possible."""
     if carried.axes[:2] == "nc" and not {"c", "n"} & set(carried.axes[2:]):
         carried = carried._replace(axes="")
     return carried.belief if not carried.axes and carried.relu == "closed" else carried
 
 
 def lift(function: Callable[..., Belief], belief: Any, *rest: Any) -> Any:
-    """`function` of a belief, whatever it carries."""
+    """Apply `function` to the Belief inside of a Carried or to a plain one; "" where there is none."""
     if isinstance(belief, Belief):
         return function(belief, *rest)
     if isinstance(belief, Carried):
@@ -98,17 +102,17 @@ def lift(function: Callable[..., Belief], belief: Any, *rest: Any) -> Any:
 
 
 def on_channels(function: Callable[..., Belief], belief: Any, *rest: Any) -> Any:
-    """As lift, for a function that knows channels as axis 1 alone."""
+    """Apply `function` as `lift` does, but only if the channels are axis 1."""
     if isinstance(belief, Carried) and belief.axes:
         return "along another axis than the channels"
     return lift(function, belief, *rest)
 
 
 def as_it_is(o: Operation) -> Found:
-    """The same belief of the same tensor."""
+    """Hand the belief on untouched, a pending ReLU included: the result is the argument itself."""
     return o.belief
 
 
 def unchanged(o: Operation) -> Found:
-    """The same belief, pixel by pixel."""
+    """Hand the belief on, a pending ReLU settled: the distribution of each pixel stays the same."""
     return moments.settled(o.belief) if isinstance(o.belief, Carried) else o.belief
