@@ -1,6 +1,6 @@
-"""How activations change a belief: the mean and the variance of f(x) for x ~ N(mean, var), per row and channel.
+"""How activations change a belief: mean and variance of f(x) for x ~ N(mean, var), per row and channel.
 
-Piecewise linear functions in closed form, from the moments of a rectified Gaussian (moments.relu); curved ones by
+Piecewise linear functions are in closed form, from the moments of a rectified Gaussian (moments.relu), curved ones by
 quadrature. Every function takes a belief [rows, C] and returns one, in float32 or wider, with finite gradients at
 variance 0.
 """
@@ -22,10 +22,10 @@ from kalmannorm.norm.moments import applied, full_precision, relu, scale, shift
 
 @full_precision
 def leaky_relu(belief: Belief, slope: float | Tensor = 0.01) -> Belief:
-    """max(0, x) + slope min(0, x); `slope` a number, or [C] or [1] (PReLU).
+    """Propagate a belief through max(0, x) + slope min(0, x); `slope` is a number, or [C] or [1] (PReLU).
 
-    With E+, V+ the moments of max(0, x) and E-, V- those of max(0, -x), of which one is 0 at a time, their covariance
-    is -E+ E-: mean = E+ - slope E-, var = V+ + slope^2 V- + 2 slope E+ E-.
+    E+, V+ are the moments of max(0, x), and E-, V- those of max(0, -x). One of the two is always 0, so that their
+    covariance is -E+ E-: mean = E+ - slope E-, var = V+ + slope^2 V- + 2 slope E+ E-.
     """
     if isinstance(slope, Tensor):
         slope = slope.to(belief.mean.dtype)
@@ -36,9 +36,9 @@ def leaky_relu(belief: Belief, slope: float | Tensor = 0.01) -> Belief:
 
 @full_precision
 def clamp(belief: Belief, low: float | None = None, high: float | None = None) -> Belief:
-    """min(max(x, low), high): ReLU6, Hardtanh.
+    """Propagate a belief through min(max(x, low), high): ReLU6, Hardtanh.
 
-    From the two ends, by A = max(0, x - low) and B = max(0, x - high), of which A = B + high - low wherever B > 0.
+    That is low + A - B with A = max(0, x - low) and B = max(0, x - high), where A = B + high - low wherever B > 0.
     """
     if low is None and high is None:
         return belief
@@ -47,7 +47,7 @@ def clamp(belief: Belief, low: float | None = None, high: float | None = None) -
     if low is None:
         return scale(clamp(scale(belief, -1.0), -high), -1.0)
     width = high - low
-    # By symmetry the mean lies in the lower half, where the two terms do not cancel.
+    # Mirror means in the upper half into the lower one, where the two terms do not cancel.
     from_low = belief.mean - low
     mirrored = from_low > width / 2
     mean = torch.where(mirrored, width - from_low, from_low)
@@ -58,7 +58,7 @@ def clamp(belief: Belief, low: float | None = None, high: float | None = None) -
 
 
 def hardsigmoid(belief: Belief) -> Belief:
-    """min(max(x + 3, 0), 6) / 6."""
+    """Propagate a belief through min(max(x + 3, 0), 6) / 6."""
     return scale(clamp(shift(belief, 3.0), 0.0, 6.0), 1 / 6)
 
 
@@ -66,7 +66,7 @@ def hardsigmoid(belief: Belief) -> Belief:
 
 
 def _gauss_legendre(number: int) -> list[tuple[float, float]]:
-    """Nodes in (0, 1) and weights, as the eigenvalues of the Legendre polynomials' Jacobi matrix (Golub & Welsch)."""
+    """Return Gauss-Legendre nodes in (0, 1) and weights, from the eigenvalues of the Jacobi matrix (Golub & Welsch)."""
     k = torch.arange(1, number, dtype=torch.float64)
     beside = torch.diag(k / (4 * k * k - 1).sqrt(), 1)
     nodes, vectors = torch.linalg.eigh(beside + beside.T)
@@ -74,9 +74,9 @@ def _gauss_legendre(number: int) -> list[tuple[float, float]]:
 
 
 _NODES = _gauss_legendre(16)
-_REACH = 6.0  # standard deviations; 2e-9 of the distribution lie beyond
-_NEAR = 3.0  # a bend further away than this is not worth an end of its own
-_NARROW = 1e-3  # below this standard deviation, relative to max(1, |mean|), every curve is a straight line
+_REACH = 6.0  # standard deviations to integrate over; 2e-9 of the distribution lie beyond
+_NEAR = 3.0  # standard deviations within which the interval is split at a bend
+_NARROW = 1e-3  # below this standard deviation, relative to max(1, |mean|), a curve is taken for a straight line
 
 
 def _sigmoid(x: Tensor, _: float) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def _elu(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def _nodes(like: Tensor) -> Tensor:
-    """[16, 2, 1, 1], kept per device: a copy from the host would make it wait in every forward."""
+    """Return nodes and weights, [16, 2, 1, 1], cached per device: copying them from the host stalls every forward."""
     if torch.compiler.is_compiling() or type(like) is not Tensor:
         return like.new_tensor(_NODES).view(-1, 2, 1, 1)
     where = (like.device, like.dtype)
@@ -130,7 +130,7 @@ def _nodes(like: Tensor) -> Tensor:
 
 _nodes_on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-# Value and slope at x, and where the curve bends most.
+# Each curve's value and slope at x, and the points where it bends most.
 _Curve = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 _CURVES: dict[str, tuple[_Curve, tuple[float, ...]]] = {
     "sigmoid": (_sigmoid, (0.0,)),
@@ -145,9 +145,9 @@ _CURVES: dict[str, tuple[_Curve, tuple[float, ...]]] = {
 
 
 class _CurvedMoments(torch.autograd.Function):
-    """Mean E and variance V of f(N(mean, var)), and their derivatives: what backward needs is four tensors [rows, C].
+    """Mean E and variance V of f(N(mean, var)), with their derivatives: backward needs four tensors [rows, C] more.
 
-    Gauss-Legendre nodes on each side of where f bends. Gauss-Hermite nodes of the same number are as good for narrow
+    Uses Gauss-Legendre nodes on each side of f's bends. As many Gauss-Hermite nodes are as good for narrow
     distributions, but miss a bend that lies between two of them: at standard deviation 10 they are off by percents.
     dE = E[f'] dmean + E[f' z] / (2 sd) dvar and dV = 2 E[(f - E) f'] dmean + E[(f - E) f' z] / sd dvar. Differentiable
     twice.
@@ -163,7 +163,7 @@ class _CurvedMoments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         mean, var, *derivatives = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: as functions of mean and variance
+        if torch.is_grad_enabled():  # create_graph=True wants them as functions of mean and variance
             derivatives = _integrals(mean, var, *ctx.curve)[2:]
         mean_by_mean, mean_by_var, var_by_mean, var_by_var = derivatives
         dmean, dvar = grads
@@ -171,7 +171,7 @@ class _CurvedMoments(torch.autograd.Function):
 
 
 def _integrals(mean: Tensor, var: Tensor, name: str, parameter: float) -> tuple[Tensor, ...]:
-    """E and V; dE by mean and by var, dV by mean and by var."""
+    """Return E and V, the derivatives of E by mean and by var, and those of V by mean and by var."""
     curve, bends = _CURVES[name]
     narrowest = (_NARROW * mean.abs().clamp_min(1)).square()
     straight = var < narrowest
@@ -192,7 +192,7 @@ def _integrals(mean: Tensor, var: Tensor, name: str, parameter: float) -> tuple[
     off = value - expected
     pull, lift = share * slope, share * slope * off
     variance = (share * off * off).sum(0)
-    # On a straight line the variance is proportional, and so is what is beside the line.
+    # Where the curve is nearly straight, V is proportional to var, and so is E - f(mean).
     proportion = torch.where(straight, var / spread, 1.0)
     at_mean = curve(mean, parameter)[0]
     return (
@@ -219,15 +219,15 @@ mish = functools.partial(_curved, name="mish")  # x tanh(softplus(x))
 
 
 def softplus(belief: Belief, beta: float = 1.0) -> Belief:
-    """log(1 + exp(beta x)) / beta."""
+    """Propagate a belief through log(1 + exp(beta x)) / beta."""
     return scale(_curved(scale(belief, beta), "softplus"), 1 / beta)
 
 
 def elu(belief: Belief, alpha: float = 1.0) -> Belief:
-    """x where positive, else alpha (exp(x) - 1)."""
+    """Propagate a belief through x for x > 0, else alpha (exp(x) - 1)."""
     return _curved(belief, "elu", alpha)
 
 
 def selu(belief: Belief) -> Belief:
-    """Scaled ELU with the constants of its paper (Klambauer et al. 2017)."""
+    """Propagate a belief through scaled ELU, with the constants of its paper (Klambauer et al. 2017)."""
     return scale(elu(belief, 1.6732632423543772), 1.0507009873554805)

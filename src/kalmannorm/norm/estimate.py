@@ -1,10 +1,10 @@
-"""Measure, update, normalize: one pass structure for every Kalman normalizer.
+"""Measure, update, normalize: the arithmetic of every Kalman normalizer.
 
-Input x [N, C, ...] in G groups, statistics per (group, channel). Two forms of the same arithmetic:
+Input x [N, C, ...] in G groups, statistics per (group, channel). The same arithmetic in two forms:
 
 - plain tensor operations, which a compiler fuses and which may be differentiated twice;
-- one autograd function with torch's native batch-norm kernels, for eager mode: it saves x once, as BN does, and its
-  backward makes one reduction and one elementwise sweep. Differentiable twice, then by plain operations.
+- an autograd function with torch's native batch-norm kernels, for eager mode on a CPU: it saves x once, as BN does, and
+  its backward makes one reduction and one elementwise pass. Differentiable twice, then by plain operations.
 """
 
 from typing import Any
@@ -29,12 +29,12 @@ def normalize_by_posterior(
     guard: float | None,
     over_ranks: bool = False,
 ) -> tuple[Tensor, Belief, Belief]:
-    """x [N, C, ...] in G groups of `size` images, prior [G or 1, C] (R included) -> y like x, posterior [G, C],
-    measurement [G, C], detached.
+    """Measure x, update the prior (paper Eq. 7 lines 2 and 4) and normalize x by the posterior.
 
-    Without a prior the posterior is the measurement; a prior whose mean is None predicts the variance alone. weight and
-    bias are [C] or None. `over_ranks`: the batch is spread over the processes, all of which decide alike whether the
-    guard holds.
+    x [N, C, ...] in G groups of `size` images, prior [G or 1, C] (R included) -> y like x, posterior [G, C],
+    measurement [G, C], detached. Without a prior the posterior is the measurement; a prior whose mean is None predicts
+    the variance alone. weight and bias are [C] or None. `over_ranks`: the batch is spread over processes, and the guard
+    is decided over all of it.
     """
     shape = (x.shape[0] // size, x.shape[1])
     dtype = groups.moments_dtype(x)
@@ -42,8 +42,9 @@ def normalize_by_posterior(
     gain = torch.as_tensor(gain, dtype=dtype, device=x.device)
     options = (size, prior_mean, prior_var, gain, weight, bias, eps, mixture, guard, over_ranks)
     if x.device.type == "cpu" and type(x) is Tensor and not groups.takes_plain_operations():
-        # Not of a subclass, which makes views of what a function returns: none of several may be changed in place. The
-        # native kernels know groups in contiguous memory alone; copies cost less than plain operations do.
+        # Not for a subclass of Tensor: it makes views of a function's results, and a view that is one of several
+        # results cannot be changed in place. The native kernels need groups in contiguous memory; copies cost less than
+        # plain operations would.
         y, *found = _Native.apply(x.contiguous(), *options)
         y = y.contiguous(memory_format=groups.format_of(x))
     else:  # on a GPU the plain form is compiled by default
@@ -55,15 +56,15 @@ def normalize_by_posterior(
 def _effective_gain(
     gain: Tensor, prior_var: Tensor, measured_var: Tensor, guard: float | None, over_ranks: bool
 ) -> Tensor:
-    """The gain, or 1 where the guard holds: one decision per layer and call, without a gradient.
+    """Return the gain, or 1 if the guard rejects the prior: one decision per layer and call, without a gradient.
 
-    Written so that 0 / 0 (a dead channel, predicted to be one) keeps the measurement, as in the released code.
+    Compared so that 0 / 0 (a dead channel, predicted to be dead) keeps the measurement, as in the released code.
     """
     if guard is None:
         return gain
     ratio = (prior_var.detach() / measured_var.detach()).mean()
     if over_ranks and dist.is_initialized():
-        dist.all_reduce(ratio)  # as many groups on every rank
+        dist.all_reduce(ratio)  # then a plain mean: every rank has the same number of groups
         ratio = ratio / dist.get_world_size()
     return torch.where(ratio < guard, gain, 1.0)
 
@@ -96,7 +97,7 @@ def _plain(
 
 
 def _rows(x: Tensor, size: int) -> Tensor:
-    """Contiguous x [N, C, ...] as [size, G * C, pixels], the native kernels' view of groups."""
+    """View contiguous x [N, C, ...] as [size, G * C, pixels], groups as the native kernels take them."""
     return x.view(size, x.shape[0] // size * x.shape[1], -1)
 
 
@@ -121,7 +122,7 @@ class _Native(torch.autograd.Function):
         rows = _rows(x, size)
         dtype = groups.moments_dtype(x)
         zeros, ones = (torch.full((rows.shape[1],), value, dtype=dtype) for value in (0.0, 1.0))
-        # With momentum 0 the buffers stay as they are; they only make the kernel compute in their type.
+        # With momentum 0 the buffers stay as they are; they only make the kernel compute in their dtype.
         moments = torch.batch_norm_update_stats(rows, zeros, ones, 0.0)
         shape = torch.Size((x.shape[0] // size, x.shape[1]))
         measured_mean, measured_var = (groups.merge(moment, shape) for moment in moments)  # FSDP warns of views
@@ -135,14 +136,15 @@ class _Native(torch.autograd.Function):
                 mean = torch.lerp(prior_mean, measured_mean, q)
                 if mixture:
                     var = torch.addcmul(var, deviation, deviation * (q * (1 - q)))
-        # The native kernel takes them in the statistics' type: float32 where x and they are half as long.
+        # The native kernel takes them in the statistics' dtype: float32 even if they and x are in half precision.
         weights = None if weight is None else weight.to(mean.dtype).repeat(len(mean))
         biases = None if bias is None else bias.to(mean.dtype).repeat(len(mean))
         y = torch.native_batch_norm(rows, weights, biases, mean.flatten(), var.flatten(), False, 0.0, eps)[0]
-        # Backward finds the prior from posterior, measurement and gain. The posterior is kept by the next ReLU too.
+        # Backward recovers the prior from posterior, measurement and gain. Saving the posterior takes no more memory:
+        # the prediction through the next ReLU saves it too.
         ctx.save_for_backward(x, mean, var, weight, gain, q, measured_mean, measured_var)
         ctx.size, ctx.eps, ctx.mixture, ctx.predicts_mean = size, eps, mixture, prior_mean is not None
-        # Handed out for probes only. Clones: without a prior the posterior is the same tensor, and is differentiable.
+        # For probes only. Clones: without a prior the measurement is the posterior's tensor, which is differentiable.
         measurement = measured_mean.clone(), measured_var.clone()
         ctx.mark_non_differentiable(*measurement)
         return groups.merge(y, x.shape), mean, var, *measurement
@@ -155,8 +157,8 @@ class _Native(torch.autograd.Function):
         dy = dy.contiguous().view(rows.shape)
         column = (mean.numel(), 1)
         rstd = torch.rsqrt(var + ctx.eps)
-        # Sums of dy * (x - mean) * rstd and of dy, per row: the normalizer seen as a constant affine.
-        if torch.is_grad_enabled():  # create_graph=True: all that follows from what is differentiable itself
+        # Sums of dy * (x - mean) * rstd and of dy, per row, as if the normalizer were a constant affine.
+        if torch.is_grad_enabled():  # create_graph=True: everything below must be differentiable itself
             rows, dy = rows.to(mean.dtype), dy.to(mean.dtype)
             total = dy.sum((0, 2)).view(mean.shape)
             dot = (dy * (rows - mean.reshape(column))).sum((0, 2)).view(mean.shape) * rstd
@@ -176,7 +178,7 @@ class _Native(torch.autograd.Function):
         dprior_mean = dprior_var = dgain = None
         dmeasured_mean, dmeasured_var = dmean, dvar
         if q is not None:
-            p = torch.where(q == 1, 1, 1 - q)  # where the measurement is all, what follows is multiplied by 0
+            p = torch.where(q == 1, 1, 1 - q)  # no division by 0 at q = 1, where these gradients are masked below
             dmeasured_var = q * dvar
             dprior_var = dvar - dmeasured_var
             from_prior = var - q * measured_var
@@ -192,7 +194,7 @@ class _Native(torch.autograd.Function):
                     dmeasured_mean, dprior_mean = dmeasured_mean + spread, dprior_mean - spread
                     slope = slope + dvar * deviation.square() * (1 - 2 * q)
             slope = slope + dvar * (measured_var - from_prior / p)
-            # Where the guard holds, q is the constant 1.
+            # If the guard rejected the prior, q is the constant 1.
             dgain = torch.where(q == 1, 0.0, slope.sum()).view_as(q) if ctx.needs_input_grad[4] else None
 
         values = rows.shape[0] * rows.shape[2]

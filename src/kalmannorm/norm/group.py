@@ -1,6 +1,6 @@
-"""Group Normalization (Wu & He 2018): the statistics of a group of channels of one image.
+"""Group Normalization (Wu & He 2018): statistics of a group of channels of one image.
 
-One group is Layer Normalization over (C, H, W), a group for every channel Instance Normalization.
+With one group it is Layer Normalization over (C, H, W), with a group for every channel Instance Normalization.
 """
 
 from typing import Any
@@ -13,7 +13,10 @@ from kalmannorm.norm.options import TakesOptions
 
 
 def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -> int:
-    """`num_groups`, which must divide the channels, or else their largest divisor that is not above `max_groups`."""
+    """Return `num_groups`, or if None the largest divisor of the channels that is not above `max_groups`.
+
+    ValueError: `num_groups` does not divide the channels.
+    """
     if num_groups is None:
         return max(g for g in range(1, min(max_groups, num_features) + 1) if num_features % g == 0)
     if num_groups < 1 or num_features % num_groups:
@@ -22,7 +25,7 @@ def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -
 
 
 def refuse_single_values(layer: nn.Module, x: Tensor, num_groups: int) -> None:
-    """ValueError where a group of channels of x [N, C, ...] has one value, whose variance says nothing."""
+    """Raise ValueError if a group of channels of x [N, C, ...] has a single value, whose variance says nothing."""
     if x.shape[0] and x.shape[1:].numel() == num_groups:
         raise ValueError(
             f"{groups.name_of(layer)}: statistics of a single value ({num_groups} groups of {x.shape[1]} channels on a "
@@ -31,7 +34,7 @@ def refuse_single_values(layer: nn.Module, x: Tensor, num_groups: int) -> None:
 
 
 def refuse_single_pixels(layer: nn.Module, x: Tensor) -> None:
-    """ValueError where a channel of an image of x [N, C, ...] has one value, whose variance says nothing."""
+    """Raise ValueError if x [N, C, ...] has a single pixel, where an image's variance per channel says nothing."""
     if x.shape[2:].numel() == 1:
         raise ValueError(
             f"{groups.name_of(layer)}: statistics of a single value (instance statistics on a feature map of "
@@ -42,7 +45,8 @@ def refuse_single_pixels(layer: nn.Module, x: Tensor) -> None:
 class GroupNorm(TakesOptions, nn.GroupNorm):
     """torch's GroupNorm with errors that name the layer: x [N, C, ...] -> y.
 
-    32 groups as in its paper; the released code takes 4 on CIFAR (`max_groups=4`).
+    At most 32 groups by default, as in its paper; the released code takes 4 on CIFAR (`max_groups=4`). ValueError:
+    `num_groups` that does not divide the channels; statistics of a single value.
     """
 
     def __init__(

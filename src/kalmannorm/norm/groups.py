@@ -1,4 +1,4 @@
-"""Which images share statistics: the one place where the rule stands.
+"""Statistics groups: the one place that knows which images share statistics, and the moments over such groups.
 
 Image i of a batch of G groups belongs to group i mod G (interleaved). In NCHW the groups are then a free view
 [stat_batch, G * C, H, W] for the native batch-norm kernels; and k devices that are dealt the images in turn hold whole
@@ -16,7 +16,10 @@ from kalmannorm.norm.belief import Belief
 
 
 def size(batch: int, stat_batch: int | None) -> int:
-    """Images of each group of a batch. `stat_batch` None means the whole batch is one group."""
+    """Return the number of images in each group; `stat_batch=None` makes the whole batch one group.
+
+    ValueError: the batch does not divide into groups.
+    """
     if stat_batch is None:
         return batch
     if batch % stat_batch:
@@ -25,17 +28,17 @@ def size(batch: int, stat_batch: int | None) -> int:
 
 
 def name_of(layer: nn.Module) -> str:
-    """A normalizer's name for messages. Asked for where there is one to write: compiled code would be of that layer."""
+    """Return a normalizer's name for messages. Call it only for an error: compiled code would depend on the layer."""
     return getattr(layer, "layer_name", "") or type(layer).__name__
 
 
 def check(layer: nn.Module, channels: int, eps: float, x: Tensor | None = None) -> None:
-    """ValueError for an eps that is none, and for an x that is not [N, C, ...] of these channels and real numbers."""
+    """Raise ValueError if eps is negative, or x is not a floating-point [N, C, ...] with `channels` channels."""
     if eps < 0:
         raise ValueError(f"{name_of(layer)}: eps must not be negative, not {eps}")
     if x is not None and x.dim() < 2:
         raise ValueError(f"{name_of(layer)}: expected an input [N, C, ...], got {tuple(x.shape)}")
-    if x is not None and x.dim() not in getattr(layer, "dims", (x.dim(),)):  # set by convert: those of the original
+    if x is not None and x.dim() not in getattr(layer, "dims", (x.dim(),)):  # set by convert, from the original layer
         axes = " or ".join(f"{dim}D" for dim in layer.dims)  # type: ignore[union-attr]
         raise ValueError(f"{name_of(layer)}: expected {axes} input, got {tuple(x.shape)}; one image is a batch x[None]")
     if x is not None and x.shape[1] != channels:
@@ -45,8 +48,7 @@ def check(layer: nn.Module, channels: int, eps: float, x: Tensor | None = None) 
 
 
 def of_no_images(x: Tensor, *others: Tensor | None) -> Tensor:
-    """x [0, C, ...] as every normalizer returns it: as a function of `others` too, whose gradients are 0 (DDP waits for
-    them). Moving averages stay as they are."""
+    """Return a normalizer's output for x [0, C, ...], with a gradient of 0 for `others`: DDP waits for it."""
     y = x.clone()
     for other in others:
         if other is not None and other.requires_grad:
@@ -55,13 +57,13 @@ def of_no_images(x: Tensor, *others: Tensor | None) -> Tensor:
 
 
 def belief_of_no_images(x: Tensor) -> Belief:
-    """Of x [0, C, ...]: no rows."""
+    """Return the belief about x [0, C, ...]: no rows."""
     none = x.new_zeros(0, x.shape[1], dtype=moments_dtype(x))
     return Belief(none, none)
 
 
 def format_of(x: Tensor) -> torch.memory_format:
-    """The memory format of x, which a normalizer's result has too. vmap knows the contiguous one alone."""
+    """Return the memory format of x, which a normalizer's output keeps. vmap supports the contiguous one alone."""
     if is_transformed():
         return torch.contiguous_format
     for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
@@ -71,43 +73,45 @@ def format_of(x: Tensor) -> torch.memory_format:
 
 
 def values(x: Tensor, size: int) -> int:
-    """How many values of x [N, C, ...] each statistic of groups of `size` images is of."""
+    """Return how many values of x [N, C, ...] make one statistic, with `size` images in a group."""
     return size * math.prod(x.shape[2:])
 
 
 def split(x: Tensor, size: int) -> Tensor:
-    """[N, C, ...] -> a view [size, G, C, ...]; [:, g] are the images of group g. Free in every memory format."""
+    """View x [N, C, ...] as [size, G, C, ...]; [:, g] are the images of group g. Free in every memory format."""
     return x.unflatten(0, (size, x.shape[0] // size))
 
 
 def merge(split: Tensor, shape: torch.Size) -> Tensor:
-    """A fresh tensor of groups as [N, C, ...] again; not a view, on which an in-place ReLU would cost copies."""
+    """Reshape a fresh tensor of groups to [N, C, ...]; not a view, on which an in-place ReLU would cost copies."""
     return torch.ops.aten._unsafe_view(split, shape)
 
 
-# In plain operations, for a compiler and for any memory format. The feature maps themselves are never reshaped: with
-# sizes that may change (a compiler's, from the second batch size on) every such view would be minutes of algebra.
+# What follows is in plain operations, for a compiler and for any memory format. It never reshapes a feature map: with
+# dynamic shapes (a compiler's, from the second batch size on) every such view costs minutes of symbolic algebra.
 
 
 def is_transformed() -> bool:
-    """Whether torch.func's transforms, forward-mode derivatives or torch.jit.trace are under way, which ask more of
-    autograd functions than our own have."""
+    """Say whether torch.func transforms, forward-mode derivatives or torch.jit.trace are active.
+
+    They ask more of an autograd.Function than ours provide.
+    """
     is_traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_traced
 
 
 def takes_plain_operations() -> bool:
-    """Whether autograd functions of our own are not for here: a compiler makes better ones."""
+    """Say whether to use plain operations instead of our autograd functions: a compiler makes better ones of them."""
     return torch.compiler.is_compiling() or is_transformed()
 
 
 def moments_dtype(x: Tensor) -> torch.dtype:
-    """Statistics are float32 under autocast too, and float64 for float64 inputs."""
+    """Return the dtype of the statistics of x: float64 for float64, else float32, under autocast too."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def image_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance over the pixels of x [N, C, ...], each [N, C]."""
+    """Return mean and population variance over the pixels of x [N, C, ...], each [N, C]."""
     x = x.to(moments_dtype(x))
     if x.dim() == 2:
         return x, torch.zeros_like(x)
@@ -118,8 +122,10 @@ def image_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ImageMoments(torch.autograd.Function):
-    """`image_moments` in two passes, a tenth of the time that torch.var_mean takes on a CPU in eager mode. What is kept
-    for backward is x, as there. Differentiable twice."""
+    """`image_moments` in two passes, in a tenth of the time of torch.var_mean on a CPU in eager mode.
+
+    Like it, saves x for backward. Differentiable twice.
+    """
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,13 +146,16 @@ class _ImageMoments(torch.autograd.Function):
 
 
 def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of what equally large parts make together: mean of variances + variance of means."""
+    """Return mean and variance of the union of equally large parts along `dim`, which is kept with size 1.
+
+    Its variance is the mean of the variances + the variance of the means.
+    """
     between, together = torch.var_mean(mean, dim, correction=0, keepdim=True)
     return together, var.mean(dim, keepdim=True) + between
 
 
 def moments(mean: Tensor, var: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Mean and population variance of groups of `size` images, each [G, C], from those of the images, [N, C]."""
+    """Return mean and population variance of groups of `size` images, each [G, C], from the images' own [N, C]."""
     mean, var = pooled(split(mean, size), split(var, size), 0)
     return mean[0], var[0]
 
@@ -154,8 +163,10 @@ def moments(mean: Tensor, var: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def normalize(
     x: Tensor, size: int, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias in x's type: x [N, C, ...] in groups of `size` images, mean and var
-    [G, C], weight and bias None, [C] or [G, C]."""
+    """Return (x - mean) / sqrt(var + eps) * weight + bias in the dtype of x.
+
+    x is [N, C, ...] in groups of `size` images; mean and var are [G, C]; weight and bias None, [C] or [G, C].
+    """
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight

@@ -1,6 +1,7 @@
-"""Which statistics normalize in evaluation: moving averages, the evaluation batch's own (online), or precise ones.
+"""Settings of all normalizers of a model: statistics in evaluation (moving, online, precise), progress, spread batches.
 
-The paper calls moving "Option A" and online "Option B", v1 the other way round: here they have names only.
+The paper calls moving statistics "Option A" and online ones "Option B", v1 the other way round: here they have names
+only.
 """
 
 from collections.abc import Iterable, Iterator
@@ -30,14 +31,14 @@ SCHEDULED = (BatchRenorm, SparseSwitchableNorm, PopulationNorm)  # normalizers t
 
 
 def normalizers(model: nn.Module) -> dict[str, GroupedStatistics]:
-    """The normalizers with batch statistics, by name, in order of definition."""
+    """Return the normalizers with batch statistics by name, in order of definition."""
     return {name: m for name, m in model.named_modules() if isinstance(m, GroupedStatistics)}
 
 
 def set_statistics(model: nn.Module, statistics: str) -> None:
     """Choose what normalizes in eval mode: `moving` averages, or `online` statistics of groups of the evaluation batch.
 
-    Normalizers without moving statistics (GN, GKN) compute the same under both. ValueError: another word.
+    Normalizers without moving statistics (GN, GKN) compute the same under both. ValueError: any other value.
     """
     if statistics not in STATISTICS:
         raise ValueError(f"statistics must be 'moving' or 'online', not {statistics!r}")
@@ -47,13 +48,14 @@ def set_statistics(model: nn.Module, statistics: str) -> None:
 
 @torch.no_grad()
 def precise_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Re-estimate the moving statistics from the given batches of inputs, with the weights as they are.
+    """Re-estimate the moving statistics from batches of inputs, with the present weights.
 
-    Of batches (x, y), tuples or lists, the model is given the first; those that are dicts are its named arguments.
+    A batch is the model's input; of a tuple or list (x, y) it is x, and a dict holds the model's keyword arguments.
 
-    Mean over all groups of all batches of what normalizes (KN: the posterior), variances included: the definition
-    "mean of variances", not the pooled one (whitening takes the pooled covariance). Everything but the normalizers
-    stays in eval mode; the model's modes are restored. ValueError: no batch; a model that was not converted.
+    The statistics that normalize (KN: the posterior) are averaged over all groups of all batches, variances too: "mean
+    of variances", not the pooled variance (whitening takes the pooled covariance). Everything but the normalizers stays
+    in eval mode; the model's modes are restored, after an error its buffers too. ValueError: one Tensor; no batch, or
+    none with a whole group; a model that was not converted.
     """
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several, [x] or a loader, not one Tensor {tuple(batches.shape)}")
@@ -70,7 +72,7 @@ def precise_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
             layer.moving_groups = "mean"
             layer.begin_precise()
             layer.train()
-        seen = dict.fromkeys(layers, 0)  # groups so far
+        seen = dict.fromkeys(layers, 0)  # number of groups so far
         batch = None
         for batch in batches:
             args = [] if isinstance(batch, dict) else [batch[0] if isinstance(batch, list | tuple) else batch]
@@ -100,17 +102,20 @@ def precise_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def set_progress(model: nn.Module, fraction: float) -> None:
-    """`fraction` of the training is done, from 0 to 1: for normalizers with a schedule (BRN, SSN). Call it before every
-    step and before an evaluation; a resumed training that does so goes on exactly."""
+    """Tell normalizers with a schedule (BRN, SSN, PN) which `fraction` of the training is done, from 0 to 1.
+
+    Call it before every step and before an evaluation; then a resumed training goes on exactly.
+    """
     for module in model.modules():
         if isinstance(module, SCHEDULED):
             module.set_progress(fraction)
 
 
 def spread_batches(model: nn.Module, spread: bool = True) -> None:
-    """From now on a batch is spread over processes or micro-batches, or no longer.
+    """Tell the normalizers that from now on a batch is spread over processes or micro-batches, or no longer.
 
-    Moving averages wait for flush_moving; the released code's guard decides over the groups of all processes.
+    Moving averages then wait for flush_moving, SyncBN's groups span the processes, and the released code's guard
+    decides over the groups of all processes.
     """
     for module in model.modules():
         if isinstance(module, GroupedStatistics):
@@ -121,7 +126,7 @@ def spread_batches(model: nn.Module, spread: bool = True) -> None:
 
 @torch.no_grad()
 def flush_moving(model: nn.Module) -> None:
-    """One step of the deferred moving averages, over all groups of all ranks and micro-batches since the last."""
+    """Make one step of the deferred moving averages, over the groups of all ranks and micro-batches since the last."""
     layers = [layer for layer in normalizers(model).values() if layer.has_pending]
     sums = [layer.pending for layer in layers if layer.pending is not None]
     if sums and dist.is_initialized():
@@ -134,7 +139,7 @@ def flush_moving(model: nn.Module) -> None:
 
 @contextmanager
 def averaging_once(model: nn.Module) -> Iterator[None]:
-    """All calls while it lasts are one step of the moving averages, over all of their groups."""
+    """Make all forwards within this context one step of the moving averages, over all of their groups."""
     waiting = [layer for layer in normalizers(model).values() if layer.pending is None]
     for layer in waiting:
         layer.defer_averages(True)
@@ -150,9 +155,11 @@ def averaging_once(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def finish_gradients(model: nn.Module) -> None:
-    """What normalizers do to gradients before the optimizer's step: gamma decay's penalty is added, and the weight
-    decay of whitened weights; the gradients of all of SSN's logits together are clipped to norm 1 (public code). Where
-    a batch is spread, after all of it."""
+    """Add gamma decay's and whitened weights' penalties to the gradients, and clip those of all SSN logits together to
+    norm 1 (public code).
+
+    Call it between backward and the optimizer's step; for a spread batch, after its last backward.
+    """
     decays = [(m, m.decay) for m in model.modules() if isinstance(m, PopulationNorm) and m.decay is not None]
     measured = [decay for _, decay in decays if decay.sums is not None]
     if measured and dist.is_initialized():
@@ -172,7 +179,7 @@ def finish_gradients(model: nn.Module) -> None:
 
 
 def shard_noise(model: nn.Module, shard: tuple[int, int]) -> None:
-    """Which part (number, of how many) of every batch's groups the sampling predictor draws for."""
+    """Tell the sampling predictor for which part of every batch's groups it draws: (part, number of parts)."""
     for module in model.modules():
         if isinstance(module, Noise):
             module.shard = shard
@@ -194,7 +201,7 @@ def place_batch(model: nn.Module, step: int, part: int, parts: int) -> None:
 
 @contextmanager
 def probing(model: nn.Module, probes: dict[str, Probe]) -> Iterator[None]:
-    """While it lasts, the named normalizers report every group's statistics to their probe."""
+    """Report every group's statistics of the named normalizers to their probes, within this context."""
     layers = normalizers(model)
     try:
         for name, probe in probes.items():
@@ -206,7 +213,7 @@ def probing(model: nn.Module, probes: dict[str, Probe]) -> Iterator[None]:
 
 
 def seed_noise(model: nn.Module, seed: int) -> None:
-    """Seed of the sampling predictor's draws."""
+    """Seed the sampling predictor's draws."""
     for module in model.modules():
         if isinstance(module, Noise):
             module.seed = seed

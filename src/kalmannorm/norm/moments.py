@@ -1,7 +1,7 @@
 """How the operations between two normalizers change a belief (the predict step, paper Eq. 7 lines 1 and 3).
 
-Every rule takes beliefs and returns the belief of the operation's output, in float32 or wider, under autocast too.
-Curved activations: activations.py; the sampling predictor: sampling.py.
+Every rule takes the beliefs about an operation's inputs and returns the belief about its output, in float32 or wider,
+under autocast too. Curved activations: activations.py; the sampling predictor: sampling.py.
 """
 
 import functools
@@ -24,7 +24,10 @@ T = TypeVar("T")
 
 
 def full_precision(rule: Callable[P, T]) -> Callable[P, T]:
-    """In half precision, as autocast runs the small matrix products below, the prior would lose most of its digits."""
+    """Run `rule`, whose first argument is a belief, in float32 or wider, without autocast.
+
+    In half precision, which autocast would choose for its small matrix products, the prior loses most of its digits.
+    """
 
     @functools.wraps(rule)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -39,14 +42,14 @@ def full_precision(rule: Callable[P, T]) -> Callable[P, T]:
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Of a type of devices; "meta", of shapes alone, knows none."""
+    """Return a context that disables autocast for a device type; "meta" has no autocast to disable."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply`; under transforms the operations of its forward."""
+    """Call `function.apply`, or under torch.func's transforms the plain operations of its forward."""
     if torch.compiler.is_compiling() or not is_transformed():
         return function.apply(*args)
     return function.forward(SimpleNamespace(save_for_backward=lambda *_: None), *args)
@@ -57,7 +60,8 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 @full_precision
 def conv(belief: Belief, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Belief:
-    """Through a convolution, in closed form: [rows, C_in] -> [rows, C_out] (paper Eq. 7; Sigma's diagonal only).
+    """Propagate a belief through a convolution in closed form, [rows, C_in] -> [rows, C_out] (paper Eq. 7; the
+    diagonal of Sigma only).
 
     mean' = (sum of the taps of W) mean + bias and var' = (sum of the taps of W^2) var. Exact for independent pixels in
     the interior of the map, for any stride and dilation; the border's zero padding is ignored.
@@ -67,8 +71,11 @@ def conv(belief: Belief, weight: Tensor, bias: Tensor | None = None, groups: int
 
 
 class _ThroughTaps(torch.autograd.Function):
-    """Sums of the taps and of their squares, made again from the weight in backward: kept, they would be most of what
-    Kalman Normalization holds in memory beyond BatchNorm. Differentiable twice."""
+    """Products with the sums of a weight's taps and of their squares.
+
+    Backward computes these sums again: saved, they would be most of the memory that Kalman Normalization needs beyond
+    BatchNorm. Differentiable twice.
+    """
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -99,11 +106,11 @@ def conv_transpose(
     groups: int = 1,
     dilation: tuple[int, ...] = (1, 1),
 ) -> Belief:
-    """Through a transposed convolution, weight [C_in, C_out / groups, taps...]: [rows, C_in] -> [rows, C_out].
+    """Propagate a belief through a transposed convolution, [rows, C_in] -> [rows, C_out].
 
-    With a stride, every output pixel sees only some of the taps, those of its phase, of which there are as many as the
-    stride's product, equally often (in the interior; a phase without taps is the bias alone). The map is their mixture:
-    mean of means, mean of variances + variance of means. A convolution's formulas where the stride is 1.
+    `weight` is [C_in, C_out / groups, taps...]. With a stride, an output pixel sees only the taps of its phase. There
+    are prod(stride) phases, equally frequent in the interior (one without taps is the bias alone), and the output is
+    their mixture: mean of means, mean of variances + variance of means. With stride 1 these are the formulas of `conv`.
     """
     mean, var = belief
     taps = weight.to(mean.dtype).unflatten(0, (groups, -1)).flatten(3)  # [groups, C_in / groups, C_out / groups, taps]
@@ -120,25 +127,25 @@ def conv_transpose(
 
 @full_precision
 def linear(belief: Belief, weight: Tensor, bias: Tensor | None = None) -> Belief:
-    """Through a fully connected layer: [rows, C_in] -> [rows, C_out], exact for independent inputs."""
+    """Propagate a belief through a linear layer, [rows, C_in] -> [rows, C_out]; exact for independent inputs."""
     weight = weight.to(belief.mean.dtype)
     mean = F.linear(belief.mean, weight, None if bias is None else bias.to(belief.mean.dtype))
     return Belief(mean, F.linear(belief.var, weight.square()))
 
 
 def conv_covariance(covariance: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-    """Through a convolution or linear layer, with the whole matrix: [..., groups, C_in / groups, C_in / groups] -> the
-    same of the outputs, for the channels of each group.
+    """Propagate a full covariance through a convolution or linear layer, for the channels of each group:
+    [..., groups, C_in / groups, C_in / groups] -> [..., groups, C_out / groups, C_out / groups].
 
-    S' = sum over the taps of W S W^T, of which `conv` predicts the diagonal, where S is diagonal. Exact where pixels
-    are independent, in the interior of the map.
+    S' = sum over the taps of W S W^T; for a diagonal S, `conv` predicts the diagonal of S'. Exact for independent
+    pixels in the interior of the map.
     """
     taps = weight.to(covariance.dtype).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     return torch.einsum("goit,...gij,gpjt->...gop", taps, covariance, taps)
 
 
 def _mix(rows: Tensor, matrix: Tensor, groups: int) -> Tensor:
-    """rows [R, C_in] times matrix [C_out, C_in / groups], block-diagonal over the groups -> [R, C_out]."""
+    """Multiply rows [R, C_in] by a matrix [C_out, C_in / groups], block-diagonal over the groups: [R, C_out]."""
     if groups == 1:
         return F.linear(rows, matrix)
     blocks = matrix.view(groups, -1, matrix.shape[1])  # [groups, C_out / groups, C_in / groups]
@@ -146,12 +153,12 @@ def _mix(rows: Tensor, matrix: Tensor, groups: int) -> Tensor:
 
 
 def _transposed(matrix: Tensor, groups: int) -> Tensor:
-    """Each block of a block-diagonal matrix [C_out, C_in / groups] transposed: [C_in, C_out / groups]."""
+    """Transpose each block of a block-diagonal matrix: [C_out, C_in / groups] -> [C_in, C_out / groups]."""
     return matrix.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _mixed_rows(out: Tensor, rows: Tensor, groups: int) -> Tensor:
-    """The derivative by `matrix` of the sum of out * _mix(rows, matrix): [C_out, C_in / groups]."""
+    """Return the gradient by `matrix` of sum(out * _mix(rows, matrix)): [C_out, C_in / groups]."""
     if groups == 1:
         return out.T @ rows
     blocks = (t.unflatten(1, (groups, -1)) for t in (out, rows))
@@ -159,19 +166,21 @@ def _mixed_rows(out: Tensor, rows: Tensor, groups: int) -> Tensor:
 
 
 class Predictor(nn.Module):
-    """What a convolution predicts with beside its weight: it stands next to it in the model, and is not called by it
-    when the model is run plainly. Called as one of a model's children in turn (a Sequential that is made of them), it
-    hands its input on."""
+    """Base of the modules that a convolution predicts with, beside its weight.
+
+    It stands next to the convolution in the model, and takes no part in a plain forward: called with a tensor, as by a
+    Sequential made of a model's children, it returns that.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else super().__call__(*args, **kwargs)
 
 
 class Transition(Predictor):
-    """A convolution's transition matrix of its own, in place of its weight (`transition="learned"`: the talk, v1).
+    """A learned transition matrix, used in place of a convolution's weight (`transition="learned"`: the talk, v1).
 
-    mean' = A mean + bias and var' = A^2 var (the diagonal of A Sigma A^T): [rows, C_in] -> [rows, C_out]. A, learned,
-    is [C_out, C_in / groups] and starts at the sum of the taps of the convolution's weight as it is then: ours.
+    mean' = A mean + bias and var' = A^2 var (the diagonal of A Sigma A^T): [rows, C_in] -> [rows, C_out]. A is
+    [C_out, C_in / groups] and starts at the sum of the taps of the convolution's present weight (ours).
     """
 
     def __init__(self, convolution: _ConvNd) -> None:
@@ -184,32 +193,32 @@ class Transition(Predictor):
 
 
 def add(a: Belief, b: Belief) -> Belief:
-    """A shortcut: the sum of two independent features. Means add, variances add."""
+    """Add two independent features (a shortcut): means add, variances add."""
     return Belief(a.mean + b.mean, a.var + b.var)
 
 
 def subtract(a: Belief, b: Belief) -> Belief:
-    """The difference of two independent features. Means subtract, variances add."""
+    """Subtract two independent features: means subtract, variances add."""
     return Belief(a.mean - b.mean, a.var + b.var)
 
 
 @full_precision
 def multiply(a: Belief, b: Belief) -> Belief:
-    """The product of two independent features, such as a map and its gate (squeeze-and-excitation)."""
+    """Multiply two independent features, such as a map and its gate (squeeze-and-excitation)."""
     var = a.var * b.var + a.var * b.mean.square() + b.var * a.mean.square()
     return Belief(a.mean * b.mean, var)
 
 
 @full_precision
 def scale(belief: Belief, factor: float | Tensor) -> Belief:
-    """Times a constant: a number, or a tensor of one value per channel in any shape."""
+    """Multiply by a constant: a number, or a tensor of one value per channel in any shape."""
     factor = _per_channel(factor, belief)
     return Belief(belief.mean * factor, belief.var * factor**2)
 
 
 @full_precision
 def shift(belief: Belief, amount: float | Tensor) -> Belief:
-    """Plus a constant: a number, or a tensor of one value per channel in any shape."""
+    """Add a constant: a number, or a tensor of one value per channel in any shape."""
     return Belief(belief.mean + _per_channel(amount, belief), belief.var)
 
 
@@ -218,7 +227,7 @@ def _per_channel(value: float | Tensor, belief: Belief) -> float | Tensor:
 
 
 def concat(beliefs: list[Belief]) -> Belief:
-    """Channels of several branches side by side. A single row (moving statistics) stands for every row."""
+    """Concatenate the channels of several branches. A single row (moving statistics) stands for every row."""
     rows = max(b.mean.shape[0] for b in beliefs)
     return Belief(
         torch.cat([b.mean.expand(rows, -1) for b in beliefs], 1),
@@ -227,51 +236,51 @@ def concat(beliefs: list[Belief]) -> Belief:
 
 
 def pad_channels(belief: Belief, before: int, after: int) -> Belief:
-    """Zero channels on both sides (parameter-free shortcut of CIFAR ResNets): constants, mean 0 and variance 0.
+    """Pad with zero channels on both sides (parameter-free shortcut of CIFAR ResNets): mean 0 and variance 0.
 
-    Padded per row. The released code pads all groups as one flat vector, which misaligns groups and channels.
+    Every row is padded. The released code pads all groups as one flat vector, which misaligns groups and channels.
     """
     return Belief(F.pad(belief.mean, (before, after)), F.pad(belief.var, (before, after)))
 
 
-# --- channels: chosen, divided, in another order ----------------------------------------------------------------------
+# --- selecting, splitting and reordering channels ---------------------------------------------------------------------
 
 
 def channels(belief: Belief, chosen: slice) -> Belief:
-    """Those of a slice."""
+    """Select a slice of the channels."""
     return Belief(belief.mean[:, chosen], belief.var[:, chosen])
 
 
 def chunk(belief: Belief, chunks: int) -> list[Belief]:
-    """As torch.chunk divides the channels."""
+    """Split the channels as torch.chunk does."""
     return [Belief(*both) for both in zip(belief.mean.chunk(chunks, 1), belief.var.chunk(chunks, 1), strict=True)]
 
 
 def split(belief: Belief, sizes: int | list[int]) -> list[Belief]:
-    """As torch.split divides the channels."""
+    """Split the channels as torch.split does."""
     return [Belief(*both) for both in zip(belief.mean.split(sizes, 1), belief.var.split(sizes, 1), strict=True)]
 
 
 def shuffle(belief: Belief, first: int, second: int) -> Belief:
-    """Channels that stand in `first` rows of `second` (either may be -1), column by column instead (ShuffleNet)."""
+    """Transpose the channels, seen as [first, second] (either may be -1), and flatten them again (ShuffleNet)."""
     mean, var = (t.unflatten(1, (first, second)).transpose(1, 2).flatten(1) for t in belief)
     return Belief(mean, var)
 
 
 def interleave(belief: Belief, number: int) -> Belief:
-    """Each channel's pixels taken in turn from `number` channels that stand together: their mixture (pixel shuffle)."""
+    """Merge each `number` adjacent channels, whose pixels alternate in the output: their mixture (pixel shuffle)."""
     mean, var = (t.unflatten(1, (-1, number)) for t in belief)
     spread, mean = torch.var_mean(mean, 2, correction=0)
     return Belief(mean, var.mean(2) + spread)
 
 
 def deal(belief: Belief, number: int) -> Belief:
-    """Each channel's pixels dealt out to `number` channels that stand together (the inverse)."""
+    """Split each channel's pixels between `number` adjacent channels (pixel unshuffle)."""
     return Belief(*(t.repeat_interleave(number, 1) for t in belief))
 
 
 def expand(belief: Belief, to: Tensor) -> Belief:
-    """To the channels of `to` [N, C, ...], for which a single one may stand."""
+    """Expand a belief of one channel to the channels of `to` [N, C, ...]; C channels stay as they are."""
     return Belief(belief.mean.expand(-1, to.shape[1]), belief.var.expand(-1, to.shape[1]))
 
 
@@ -279,7 +288,7 @@ def expand(belief: Belief, to: Tensor) -> Belief:
 
 
 class _RectifiedMoments(torch.autograd.Function):
-    """Moments of max(0, N(mean, var)) and their exact derivatives, which are shorter than what autograd would record.
+    """Moments of max(0, N(mean, var)), with exact derivatives that are shorter than what autograd would record.
 
     With a = mean / sd, E the new mean and V the new variance:
     dE = Phi(a) dmean + phi(a) / (2 sd) dvar and dV = 2 E Phi(-a) dmean + (Phi(a) - E phi(a) / sd) dvar.
@@ -288,7 +297,7 @@ class _RectifiedMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(mean, var)  # all else is made again: the posterior is kept by its normalizer too
+        ctx.save_for_backward(mean, var)  # no more memory: the normalizer saves them too. All else is computed again
         a, above, below, density, rectified = _rectified(mean, var)
         # E2 - E^2, written so that it does not cancel.
         share = above + a * a * above * below + a * density * (below - above) - density * density
@@ -307,11 +316,11 @@ class _RectifiedMoments(torch.autograd.Function):
 
 
 def _rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
-    """a = mean / sd, Phi(a), Phi(-a), phi(a) and the mean of the rectified Gaussian."""
+    """Return a = mean / sd, Phi(a), Phi(-a), phi(a) and the mean of the rectified Gaussian."""
     positive = var > 0
     sd = torch.where(positive, var, 1).sqrt()
-    # Beyond 30 deviations every term is 0 or exact in float64 too; unclamped, a^2 overflows for tiny variances.
-    # At zero variance the distribution is a point: a of +-30 selects it.
+    # Beyond 30 standard deviations every term is 0 or exact even in float64; unclamped, a^2 overflows for tiny
+    # variances. At variance 0 the distribution is a point, and a = +-30 says on which side of 0.
     a = torch.where(positive, mean / sd, torch.where(mean > 0, 30.0, -30.0)).clamp(-30, 30)
     density = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
     below, above = torch.special.ndtr(-a), torch.special.ndtr(a)
@@ -321,7 +330,7 @@ def _rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
 
 @full_precision
 def relu(belief: Belief) -> Belief:
-    """Moments of the rectified Gaussian. At variance 0: max(mean, 0) and 0, with finite gradients.
+    """Return the moments of the rectified Gaussian; at variance 0 max(mean, 0) and 0, with finite gradients.
 
     The paper's equations have no ReLU and cannot be run literally on a network that has them; the released code
     rectifies a sample instead.
@@ -330,14 +339,14 @@ def relu(belief: Belief) -> Belief:
 
 
 def settled(carried: Carried) -> Carried:
-    """With a pending ReLU done, in closed form."""
+    """Apply a pending ReLU in closed form."""
     if carried.relu != "pending":
         return carried
     return Carried(relu(carried.belief), carried.axes, "sampled")
 
 
 def plain(carried: Belief | Carried | None) -> Belief | None:
-    """The belief of a value whose channels are axis 1, settled; None if they are not."""
+    """Return the Belief about a tensor whose channels are axis 1, a pending ReLU applied; None for other axes."""
     if carried is None or isinstance(carried, Belief):
         return carried
     return settled(carried).belief if isinstance(carried, Carried) and not carried.axes else None
