@@ -1,5 +1,5 @@
-"""BN = PN + gamma decay (Luo et al. 2018; the talk, part 2): statistics without the batch's noise, the penalty that the
-noise amounts to, and the noise of mean and deviation apart."""
+"""BN = PN + gamma decay (Luo et al. 2018; the talk, part 2): statistics without the batch's noise, the penalty that
+this noise amounts to, and BN with the noise of the mean or of the deviation alone."""
 
 from typing import Any
 
@@ -14,32 +14,35 @@ from kalmannorm.norm.sync import SyncBatchNorm
 
 ESTIMATORS = ("whole", "memory", "frozen")
 VARIANTS = ("talk", "fisher", "images", "constant")
-KEPT = 0.9  # of the average coefficient at every step
+KEPT = 0.9  # share of the averaged coefficient that a step keeps
 
 
 class GammaDecay(nn.Module):
-    """The penalty sum over channels of zeta gamma^2 that stands for the noise of statistics of `batch` images.
+    """Gamma decay: the penalty sum over channels of zeta gamma^2, equivalent to the noise of statistics of `batch`
+    images.
 
-    zeta is measured at every step, averaged, and a constant for the gradient; gamma's is 2 zeta gamma. With the excess
-    kurtosis rho, the normalized h~, the output hbar = gamma h~ + beta, and each image's own gradient dl/dhbar:
+    zeta is measured at every step, averaged, and a constant for the gradient: 2 zeta gamma is added to gamma's. With
+    the excess kurtosis rho, the normalized feature h~, the output hbar = gamma h~ + beta, and the gradient dl/dhbar of
+    one image's loss:
 
     - `talk`: zeta = (rho + 2) F_gamma / (8 batch) + mean sigmoid(hbar) / (2 batch). Meant for one ReLU layer: the
       sigmoid does not scale with the loss.
-    - `fisher`: F_beta in the sigmoid's place. F_gamma, F_beta: means over images of (sum over pixels of dl/dhbar h~)^2,
-      (sum over pixels of dl/dhbar)^2; the empirical Fisher information.
-    - `images`: omega^2 F_gamma / (8 batch) + tau^2 F_beta / (2 batch), with the variances over images of the mean of
-      h~^2 (omega^2) and of h~ (tau^2) over the pixels: these are correlated, so that an image says less than its number
-      of pixels. On maps of one pixel it is `fisher`.
+    - `fisher`: F_beta in place of the mean sigmoid. F_gamma and F_beta are the empirical Fisher information, means over
+      images of (sum over pixels of dl/dhbar h~)^2 and of (sum over pixels of dl/dhbar)^2.
+    - `images`: omega^2 F_gamma / (8 batch) + tau^2 F_beta / (2 batch), where omega^2 and tau^2 are the variances over
+      images of an image's mean h~^2 and mean h~. An image's pixels are correlated, and so say less than as many
+      independent values. On maps of one pixel it is `fisher`.
     - `constant`: zeta = batch, for comparison.
 
-    A coefficient can run away: as gamma shrinks, the gradient behind it grows, and zeta with it (seen with `fisher` on
-    convolutions). So it is held at `cap`, and `capped` counts the steps at which some channel's was above it; ours.
-    `images` and `fisher` are ours for deep networks, where the source has one layer's formula alone.
+    zeta can run away: as gamma shrinks, the gradient at hbar grows, and zeta with it (seen with `fisher` on
+    convolutions). So it is clamped to `cap`, and `capped` counts the steps at which some channel exceeded that (ours).
+    `images` and `fisher` are ours, for deep networks: the source's formula is of one layer.
+    ValueError: an unknown variant; a `batch` that is no positive number.
     """
 
-    zeta: Tensor  # [C]
-    steps: Tensor  # seen
-    capped: Tensor  # at how many of them some channel's zeta was above the cap
+    zeta: Tensor  # [C], averaged over the steps
+    steps: Tensor  # number of steps measured
+    capped: Tensor  # number of steps at which some channel's zeta was above the cap
 
     def __init__(self, num_features: int, variant: str, batch: float, cap: float | None = 1.0) -> None:
         super().__init__()
@@ -48,9 +51,9 @@ class GammaDecay(nn.Module):
         if not isinstance(batch, int | float) or batch <= 0:
             raise ValueError(f"gamma_decay: {variant} needs a number above 0, not {batch!r}")
         self.variant, self.batch, self.cap = variant, float(batch), cap
-        self.micro_batches = 1  # whose gradients add up on each process: set by modes.place_batch
-        # Over the step's images: (sums over pixels of dl/dhbar h~)^2, of dl/dhbar^2, the images' mean of h~ squared,
-        # of (mean of h~^2) - 1 squared, of h~^4, of sigmoid(hbar), and 1; [7, C].
+        self.micro_batches = 1  # per process and step, their gradients are added: set by modes.place_batch
+        # [7, C], sums over the step's images of: (sum over pixels of dl/dhbar h~)^2, (sum over pixels of dl/dhbar)^2,
+        # (mean h~)^2, (mean h~^2 - 1)^2, mean h~^4, mean sigmoid(hbar), and 1.
         self.sums: Tensor | None = None
         for name in ("steps", "capped"):
             self.register_buffer(name, torch.tensor(0))
@@ -58,10 +61,10 @@ class GammaDecay(nn.Module):
 
     @torch.no_grad()
     def see_features(self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> None:
-        """x [N, C, ...] is normalized by mean, var [N, C] of each image's group."""
+        """Add up the statistics of features x [N, C, ...], normalized by mean, var [N, C] of each image's group."""
         if self.variant == "constant":
             return
-        var = torch.where(var > 0, var, 1)  # of a channel that is constant, a dead one, h~ is 0
+        var = torch.where(var > 0, var, 1)  # in a constant, dead channel h~ is 0
         own_mean, own_var = groups.image_moments(x)
         deviation = own_mean - mean
         square = (own_var + deviation.square()) / var
@@ -86,7 +89,8 @@ class GammaDecay(nn.Module):
         self._add(torch.stack([part.sum(0) for part in parts]))
 
     def watch(self, weight: Tensor, bias: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        """gamma and beta of each image's own, [N, C]: their gradients are the sums over the image's pixels."""
+        """Return gamma and beta repeated for each image, [N, C], with hooks that collect their gradients: sums over
+        an image's pixels."""
         weight, bias = (t.expand(images, -1).clone() for t in (weight, bias))
         if self.variant != "constant":
             for row, t in enumerate((weight, bias)):
@@ -94,7 +98,8 @@ class GammaDecay(nn.Module):
         return weight, bias
 
     def _see_gradient(self, row: int, gradient: Tensor) -> None:
-        own = gradient.detach() * (len(gradient) * self.micro_batches)  # of the loss of each image, not of their mean
+        # The gradient of each image's own loss: backward has that of the mean loss.
+        own = gradient.detach() * (len(gradient) * self.micro_batches)
         sums = torch.zeros(7, gradient.shape[1], dtype=own.dtype, device=own.device)
         sums[row] = own.square().sum(0)
         self._add(sums)
@@ -103,7 +108,7 @@ class GammaDecay(nn.Module):
         self.sums = sums if self.sums is None else self.sums + sums
 
     def measured(self) -> Tensor:
-        """zeta [C] of the images seen since the last step."""
+        """Return zeta [C] as measured on the images since the last step."""
         assert self.sums is not None
         f_gamma, f_beta, tau2, omega2, fourth, sigmoid = self.sums[:-1] / self.sums[-1]
         if self.variant == "images":
@@ -113,7 +118,7 @@ class GammaDecay(nn.Module):
 
     @torch.no_grad()
     def penalize(self, weight: Tensor) -> None:
-        """Adds the penalty's gradient to gamma's, after all of a step's backwards."""
+        """Add the penalty's gradient to gamma's, once a step, after its last backward."""
         if self.variant == "constant":
             self.zeta.fill_(self.batch)
         elif self.sums is not None:
@@ -128,7 +133,7 @@ class GammaDecay(nn.Module):
 
     @property
     def coefficients(self) -> Tensor:
-        """The averaged zeta [C], as it is used."""
+        """The averaged zeta [C], clamped to the cap."""
         return self.zeta if self.cap is None else self.zeta.clamp(max=self.cap)
 
     def extra_repr(self) -> str:
@@ -136,19 +141,19 @@ class GammaDecay(nn.Module):
 
 
 class PopulationNorm(SyncBatchNorm):
-    """Population Normalization: h normalized by the statistics of the training distribution under the present weights.
+    """Population Normalization: normalizes by statistics of the training distribution under the present weights.
 
-    x [N, C, ...] -> y. The source's estimator could not be read; `estimator` names three:
+    x [N, C, ...] -> y. The source's estimator could not be read; `estimator` offers three:
 
-    - `whole`: groups of `stat_batch` images, over all processes; None, the whole gradient batch, makes PN of it. So BN
-      of small groups against it, at one gradient batch, differs in the statistics' noise alone.
-    - `memory`: moving averages normalize, gradients as BN's: Batch Renormalization without limits, after its warm-up.
+    - `whole`: statistics of groups of `stat_batch` images over all processes; of the whole gradient batch if that is
+      None, which is PN. BN with small groups at the same gradient batch then differs in the statistics' noise alone.
+    - `memory`: moving averages normalize, with BN's gradients: Batch Renormalization without limits, after its warm-up.
     - `frozen`: moving averages as constants; expected to diverge, a negative control.
 
-    `gamma_decay=(variant, batch)` adds the penalty that statistics of `batch` images would amount to (GammaDecay; with
-    `whole` alone), its coefficients held at `gamma_cap`: modes.finish_gradients has to be called between backward and
-    the optimizer's step.
-    Evaluation is BatchNorm's. ValueError: as of BatchNorm; an unknown estimator or variant.
+    `gamma_decay=(variant, batch)` adds the penalty equivalent to statistics of `batch` images (GammaDecay; with `whole`
+    only), its coefficients clamped to `gamma_cap`: call modes.finish_gradients between backward and the optimizer's
+    step. Evaluation is BatchNorm's. ValueError: as BatchNorm; an unknown estimator or variant; gamma_decay without a
+    gamma, a beta and `whole`.
     """
 
     def __init__(
@@ -176,7 +181,7 @@ class PopulationNorm(SyncBatchNorm):
         self.corrects = True  # whether `memory` is past its warm-up
 
     def set_progress(self, fraction: float) -> None:
-        """`fraction` of the training is done: whether `memory` is past its warm-up, which is BRN's."""
+        """Switch `memory` from BN to the moving averages once `fraction` of the training is past BRN's warm-up."""
         self.corrects = fraction > WARM_UP
 
     @by_whole_groups
@@ -187,8 +192,8 @@ class PopulationNorm(SyncBatchNorm):
         if not input.shape[0] and not self.spans:
             return self.of_no_images(input)
         size, member, mean, var = self.moments(input, self.group_of)
-        # Not compiled: hooks, and averages that change before the backward, which would then read them as changed.
-        # Not as a decorator: that imports the whole compiler.
+        # Not compiled: it has hooks, and averages that change before backward, where compiled code would read the new
+        # ones. Not a decorator: that imports the whole compiler.
         apart = torch.compiler.disable if torch.compiler.is_compiling() else lambda function: function
         normalize = apart(self._normalize_by_memory if remembers else self._normalize_watched)
         y = normalize(input, mean[member], var[member])
@@ -201,7 +206,7 @@ class PopulationNorm(SyncBatchNorm):
         past_mean, past_var = (t.expand_as(mean) for t in once(self, lambda: [t.clone() for t in averages]))
         if self.estimator == "frozen":
             return groups.normalize(x, 1, past_mean, past_var, self.weight, self.bias, self.eps)
-        # BRN's r and d, constants for the gradient, without their limits.
+        # BRN's r and d without limits, constants for the gradient.
         scale = (past_var + self.eps).rsqrt()
         r = (var.detach() + self.eps).sqrt() * scale
         d = (mean.detach() - past_mean) * scale
@@ -211,7 +216,8 @@ class PopulationNorm(SyncBatchNorm):
         assert self.decay is not None
         weight: Tensor = self.weight
         bias: Tensor = self.bias
-        seen = once(self, torch.is_grad_enabled)  # in a checkpoint: by its first forward, if that has a graph
+        # A checkpoint runs this twice; features count once, in its first forward if that builds a graph.
+        seen = once(self, torch.is_grad_enabled)
         if torch.is_grad_enabled():
             if not (seen and is_run_again()):
                 self.decay.see_features(x.detach(), mean.detach(), var.detach(), weight.detach(), bias.detach())
@@ -223,10 +229,11 @@ class PopulationNorm(SyncBatchNorm):
 
 
 class SplitBatchNorm(SyncBatchNorm):
-    """BN whose mean and deviation are of different groups, so that only one of them carries the noise of small batches.
+    """BN with mean and deviation of different groups, so that only one of them carries the noise of small batches.
 
-    x [N, C, ...] -> y. `mean_batch`, `var_batch`: None, groups of `stat_batch` images; or "whole", the whole
-    batch, over all processes. NORMS["bn"] builds it where one is given. The variance is around its own group's mean.
+    x [N, C, ...] -> y. `mean_batch` and `var_batch` are None for groups of `stat_batch` images, or "whole" for the
+    whole batch over all processes. NORMS["bn"] builds it if either is given. A group's variance is around its own mean.
+    ValueError: as BatchNorm; any other value; a `ragged` other than "error".
     """
 
     def __init__(

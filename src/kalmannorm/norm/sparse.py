@@ -1,4 +1,4 @@
-"""Sparse Switchable Normalization (Shao et al. 2019): SN whose weights end in a choice, by SparsestMax."""
+"""Sparse Switchable Normalization (Shao et al. 2019): SN whose weights become a choice, by SparsestMax."""
 
 import math
 from typing import Any
@@ -9,32 +9,32 @@ from torch import Tensor
 from kalmannorm.norm import groups
 from kalmannorm.norm.switchable import SwitchableNorm
 
-# Nearer to the middle of its face than this, a point has no direction away from it, only rounding.
+# A point closer than this to the middle of its face has no direction away from it: only rounding error.
 NO_DIRECTION = 1e-6
 FIRST_FACES = ("whole", "cut")
 
 
 def sparsemax(z: Tensor) -> Tensor:
-    """The point of the simplex that is nearest to z [K] (Martins & Astudillo 2016)."""
+    """Return the point of the simplex that is nearest to z [K] (Martins & Astudillo 2016)."""
     ordered = z.sort(descending=True).values
     excess = ordered.cumsum(0) - 1
     count = torch.arange(1, len(z) + 1, device=z.device)
-    support = (ordered * count > excess).sum()  # the first `support` ones stay above 0
+    support = (ordered * count > excess).sum()  # so many of the largest stay above 0
     threshold = excess.gather(0, (support - 1).view(1)) / support
     return (z - threshold).clamp(min=0)
 
 
 def sparsestmax(z: Tensor, radius: Tensor | float, *, first_face: str = "whole") -> Tensor:
-    """Weights [K] from logits z [K]: sparsemax's, pushed out of a circle of `radius` around the middle of the simplex.
+    """Return weights [K] from logits z [K]: those of sparsemax, pushed out of a circle around the simplex's middle.
 
-    At radius 0 it is sparsemax; from sqrt(1 - 1/K) on, every result is a corner. Where sparsemax ends on an edge, the
-    circle there is around the edge's middle. It has the whole radius, as the public code computes it, or, with
-    `first_face="cut"`, that of the cut of the edge with the circle around the simplex's middle, as everywhere later:
-    this is the paper's definition from memory, and a weaker constraint.
+    With `radius` 0 it is sparsemax; above sqrt(1 - 1/K) every result is a corner. If sparsemax ends on an edge, the
+    circle is around the edge's middle. It then has the whole radius, as in the public code, or with `first_face="cut"`
+    that of the edge's intersection with the circle around the simplex's middle, as on every later face: the paper's
+    definition, from memory, and a weaker constraint.
 
-    At ties, where the public code gives NaN or weights that do not sum to 1, there is no direction to push into
-    (nearer than 1e-6 to a middle): sparsemax's result stays, with its gradient; beyond sqrt(1 - 1/K) the largest logit
-    is taken, the first of equals. Both are ours. Corners have gradient 0. ValueError: an unknown `first_face`.
+    At ties (closer than 1e-6 to a middle), where the public code gives NaN or weights that do not sum to 1, there is no
+    direction to push in: sparsemax's result stays, with its gradient. Above sqrt(1 - 1/K) the largest logit is taken,
+    the first if several are equal. Both are ours. Corners have gradient 0. ValueError: an unknown `first_face`.
     """
     cut = _known_face(first_face) == "cut"
     radius = torch.as_tensor(radius, dtype=z.dtype, device=z.device)
@@ -43,7 +43,7 @@ def sparsestmax(z: Tensor, radius: Tensor | float, *, first_face: str = "whole")
     middle = torch.full_like(w, 1 / len(w))
     result, done = torch.zeros_like(w), torch.zeros((), dtype=torch.bool, device=z.device)
     for step in range(len(z)):
-        inside = (w > 0).to(w.dtype)  # a constant, as the middle and the radius are
+        inside = (w > 0).to(w.dtype)  # constant for the gradient, like the middle and the radius
         before, middle = middle, inside / inside.sum()
         if step or cut:
             square = square - (middle - before).square().sum()
@@ -55,12 +55,12 @@ def sparsestmax(z: Tensor, radius: Tensor | float, *, first_face: str = "whole")
         corner = inside.sum() == 1
         stays = corner | no_direction | (length >= remaining)
         pushed = middle + remaining * away / length
-        # Corners exactly: a choice is recognized by its 1.
+        # Corners are exact: a choice is recognized by a weight of exactly 1.
         here = torch.where(corner, inside, torch.where(stays, w, pushed))
         result = torch.where(done, result, here)
         done = done | stays | (pushed.min() >= 0)
         w = sparsemax(pushed)
-    # Beyond the circle around the whole simplex, every point of it is a corner.
+    # Above the simplex's circumradius the circle contains all of it, and only a corner is left.
     return torch.where(radius > math.sqrt(1 - 1 / len(z)), _one_hot(z.argmax(), z), result)
 
 
@@ -75,22 +75,23 @@ def _one_hot(index: Tensor, like: Tensor) -> Tensor:
 
 
 class SparseSwitchableNorm(SwitchableNorm):
-    """SN with SparsestMax in softmax's place (SSN), whose radius grows over the training until every layer has chosen
+    """SSN: SN with SparsestMax instead of softmax, whose radius grows over the training until every layer has chosen
     one of IN, LN and BN for its mean, and one for its variance.
 
-    x [N, C, H, W, ...] -> y. modes.set_progress before every step sets the radius to the fraction done, so that all
-    have chosen at 81.65 % of a training; without it the radius stays 0. A weight that becomes 1 in training
-    stays so for good: `choice` [2], for mean and variance, is its index in `mixed`, -1 before; the logits become the
-    choice and get no gradient. `first_face` is sparsestmax's. Statistics are SN's: population variances, averages by
-    0.1 (the published layer has in_unbiased=True, and averages by 0.003, too slow for short trainings).
+    x [N, C, H, W, ...] -> y. modes.set_progress, called before every step, sets the radius to the fraction of the
+    training that is done, so that all layers have chosen by 81.65 % of it; without it the radius stays 0. A weight that
+    reaches 1 in training is fixed for good: `choice` [2], for mean and variance, holds its index in `mixed`, -1 before;
+    the logits become one-hot and get no gradient. `first_face` is sparsestmax's. Statistics are SN's: population
+    variances, and a momentum of 0.1 (the published layer has in_unbiased=True, and 0.003, too slow for short
+    trainings).
 
-    In an optimizer the logits want a tenth of the rate, no weight decay, and clipped gradients
-    (modes.finish_gradients), as in the public code.
+    The logits need a tenth of the learning rate, no weight decay, and clipped gradients (modes.finish_gradients), as in
+    the public code. ValueError: as SwitchableNorm; an unknown `first_face`.
     """
 
-    radius: Tensor
+    radius: Tensor  # scalar: the fraction of the training that is done
     choice: Tensor
-    chosen_at: Tensor  # [2]: the radius then, so the part of the training; 0 before
+    chosen_at: Tensor  # [2]: the radius at the choice, which is the fraction of the training; 0 before
 
     def __init__(self, num_features: int, *, first_face: str = "whole", **options: Any) -> None:
         super().__init__(num_features, **options)
@@ -100,12 +101,12 @@ class SparseSwitchableNorm(SwitchableNorm):
         self.register_buffer("chosen_at", self.mean_weight.new_zeros(2))
 
     def set_progress(self, fraction: float) -> None:
-        """`fraction` of the training is done: the radius."""
+        """Set the radius to the `fraction` of the training that is done."""
         self.radius.fill_(fraction)
 
     @property
     def chosen(self) -> tuple[str | None, str | None]:
-        """What was chosen for the mean and for the variance, of `mixed`; None before."""
+        """The statistics chosen for the mean and for the variance, as names in `mixed`; None before the choice."""
         mean, var = (None if index < 0 else self.mixed[index] for index in self.choice.tolist())
         return mean, var
 
@@ -114,8 +115,8 @@ class SparseSwitchableNorm(SwitchableNorm):
         return self._ratio(0, logits[0]), self._ratio(1, logits[1])
 
     def _ratio(self, which: int, logits: Tensor) -> Tensor:
-        # A copy: the logits themselves may change below, before their gradient is taken. Halves are too short for sums
-        # of logits.
+        # A copy: the logits may change below, before their gradient is taken. Half precision is too coarse for sums of
+        # logits.
         weights = sparsestmax(logits.clone().to(groups.moments_dtype(logits)), self.radius, first_face=self.first_face)
         choice = self.choice[which]
         if self.training:

@@ -10,22 +10,22 @@ from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics, by_whole_groups
 from kalmannorm.norm.group import refuse_single_pixels
 
-MIXED = ("in", "ln", "bn")  # the order of the weights
+MIXED = ("in", "ln", "bn")  # in the order of the weights
 
 
 class SwitchableNorm(GroupedStatistics):
     """y = gamma (x - sum of w_z mu_z) / sqrt(sum of w'_z var_z + eps) + beta over z = IN, LN, BN.
 
-    w = softmax(mean_weight) and w' = softmax(var_weight), three logits each, equal at the start. The talk's formula
-    mixes deviations; variances, as here, are the cited paper's. BN's part is of groups of `stat_batch` images and has
-    the moving averages: under moving statistics they take that part's place, the other two are the image's own.
+    w = softmax(mean_weight) and w' = softmax(var_weight) have three logits each, equal at the start. The talk's formula
+    mixes deviations; the cited paper mixes variances, as here. BN's statistics are of groups of `stat_batch` images and
+    have moving averages, which replace them under moving statistics; IN's and LN's are always the image's own.
 
-    `mixed=("in", "ln")` leaves BN out, with its moving averages, as the public code does where a device has a single
-    image: two logits each. `in_unbiased=True` takes the unbiased variance of an image's pixels for IN's, and for what
-    LN's and BN's are made of, as the public code does.
+    `mixed=("in", "ln")` leaves out BN and its moving averages, as the public code does where a device has a single
+    image; w and w' then have two logits. `in_unbiased=True` takes the unbiased variance of an image's pixels for IN,
+    and to compute LN's and BN's variances from, as the public code does.
 
-    x [N, C, H, W, ...] -> y. ValueError: an input without more than one pixel, which IN cannot measure; `mixed` that is
-    neither. A probe sees BN's part, the one that moving averages stand for. It cannot be folded into a BatchNorm.
+    x [N, C, H, W, ...] -> y. ValueError: an input of one pixel, which IN cannot measure; any other `mixed`. A probe
+    sees BN's statistics, those with moving averages. The layer cannot be folded into a BatchNorm.
     """
 
     folds = False
@@ -47,18 +47,18 @@ class SwitchableNorm(GroupedStatistics):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         for name in ("mean_weight", "var_weight"):
-            if name in self._parameters:  # not yet, while BatchNorm is made
+            if name in self._parameters:  # BatchNorm's constructor calls this before they exist
                 nn.init.ones_(self._parameters[name])  # type: ignore[arg-type]
 
     @property
     def weights(self) -> dict[str, list[float]]:
-        """The weights of `mixed` in the mean and in the variance, as numbers, for records."""
+        """The weights of the `mixed` statistics in the mean and in the variance, as numbers, for records."""
         with torch.no_grad():
             ratios = self.ratios()
         return {key: value.tolist() for key, value in zip(("mean", "var"), ratios, strict=True)}
 
     def ratios(self) -> tuple[Tensor, Tensor]:
-        """The weights of `mixed` in the mean and in the variance, [3] each, or [2]."""
+        """Return the weights of the `mixed` statistics in the mean and in the variance, [3] or [2] each."""
         return torch.softmax(self.mean_weight, 0), torch.softmax(self.var_weight, 0)
 
     @by_whole_groups
@@ -67,7 +67,7 @@ class SwitchableNorm(GroupedStatistics):
         refuse_single_pixels(self, input)
         if not input.shape[0]:
             return self.of_no_images(input)
-        # Everything follows from the moments of one channel of one image, [N, C].
+        # All three follow from the moments of each channel of each image, [N, C].
         in_mean, in_var = groups.image_moments(input)
         if self.in_unbiased:
             pixels = groups.values(input, 1)

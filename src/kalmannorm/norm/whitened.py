@@ -1,9 +1,10 @@
-"""Whitened weights: a layer's weight is W = Q V P, where V is learned and P and Q are constants between refreshes that
-whiten what comes into the layer and what comes back to it (the talk, part 1; Desjardins et al. 2015; Luo 2017).
+"""Whitened weights: a layer's weight is W = Q V P, where V is learned; P, which whitens the layer's input, and Q, which
+whitens its output or the gradient there, are constants between refreshes (the talk, part 1; Desjardins et al. 2015;
+Luo 2017).
 
-It is a parametrization of the weights and no layer: h = V P (o - c) + d is the layer's own convolution of o by V P,
+This is a parametrization of the weights, not a layer: h = V P (o - c) + d is the layer's own convolution of o by V P,
 with the bias d - (sum of the taps of V P) c, and so exact at zero-padded borders too. The graph, beliefs and
-normalizers know nothing of it.
+normalizers do not change.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,19 +27,22 @@ MOMENTA = ("transform", "zero")
 
 
 class WhitenedWeight(nn.Module):
-    """V -> Q V P, for every tap and group of channels of a convolution or linear layer; see whiten_weights."""
+    """The parametrization V -> Q V P, for every tap and group of channels of a convolution or linear layer.
+
+    whiten_weights registers it and describes the kinds.
+    """
 
     inner: Tensor  # P [groups, C_in / groups, C_in / groups]
     outer: Tensor  # Q [groups, C_out / groups, C_out / groups]
     center: Tensor  # c [C_in]
-    refreshes: Tensor  # so far
-    jump: Tensor  # change of the outputs at the last one: root mean square, over that of the outputs around their mean
+    refreshes: Tensor  # number so far
+    jump: Tensor  # rms change of the outputs at the last refresh, relative to their rms around the mean
 
     def __init__(self, layer: Layer, kind: str, eps: float, outer_eps: float, share: float) -> None:
         super().__init__()
         self.groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         self.kind, self.eps, self.outer_eps, self.share = kind, eps, outer_eps, share
-        self.weight_decay = 0.0  # of W, by finish_gradients: an optimizer's own would be of V
+        self.weight_decay = 0.0  # of W, applied by finish_gradients: the optimizer's would decay V
         c_out, c_in = (size // self.groups for size in (layer.weight.shape[0], layer.weight.shape[1] * self.groups))
         for name, size in (("inner", c_in), ("outer", c_out)):
             self.register_buffer(name, torch.eye(size).expand(self.groups, -1, -1).to(layer.weight).clone())
@@ -53,26 +57,26 @@ class WhitenedWeight(nn.Module):
         return self._between(self._inverse(self.outer), weight, self._inverse(self.inner)).detach()
 
     def decay(self, v: Tensor) -> Tensor:
-        """The gradient of |W|^2 / 2 at V."""
+        """Return the gradient of |W|^2 / 2 by V."""
         return self.pull_back(self(v))
 
     def pull_back(self, weight: Tensor) -> Tensor:
-        """V's gradient where `weight` is W's."""
+        """Return V's gradient, given W's (`weight`)."""
         return self._between(self.outer.mT, weight, self.inner.mT)
 
     def push_forward(self, gradient: Tensor) -> Tensor:
-        """W's gradient where `gradient` is V's."""
+        """Return W's gradient, given V's: the inverse of pull_back."""
         return self._between(self._inverse(self.outer).mT, gradient, self._inverse(self.inner).mT)
 
     def of_center(self, weight: Tensor) -> Tensor:
-        """(sum of the taps of W) c, [C_out]."""
+        """Return (sum of the taps of W) c, [C_out]."""
         taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
         return torch.einsum(
             "goi,gi->go", taps.unflatten(0, (self.groups, -1)), self.center.view(self.groups, -1)
         ).flatten()
 
     def _inverse(self, matrix: Tensor) -> Tensor:
-        """Of a P or Q; where rows were dropped (they are orthogonal then), the pseudo-inverse."""
+        """Invert P or Q; for `pre_gwnn`, which drops rows (they are orthogonal), return the pseudo-inverse."""
         if self.kind != "pre_gwnn":
             return torch.linalg.inv(matrix)
         squares = matrix.square().sum(-1, keepdim=True)
@@ -84,7 +88,7 @@ class WhitenedWeight(nn.Module):
 
 
 class WhitenedBias(nn.Module):
-    """d -> d - (sum of the taps of W) c."""
+    """The parametrization d -> d - (sum of the taps of W) c of a layer's bias."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -105,21 +109,21 @@ class WhitenedBias(nn.Module):
 def whiten_weights(
     model: nn.Module, kind: str, *, eps: float = 0.01, outer_eps: float = 1.0, share: float = 0.99
 ) -> None:
-    """Parametrize every convolution and Linear of `model`; until the first refresh P and Q are the identity, c is 0.
+    """Parametrize every convolution and Linear of `model`. Until the first refresh P and Q are the identity and c is 0.
 
     kind:
         `wnn`: P = (S + eps)^(-1/2) of the covariance S of the layer's input over images and pixels (ZCA; PRONG).
-        `pre_gwnn`: P of the leading eigenvectors alone, as many as have `share` of the trace; the others' part of V
-            gets no gradient. A refresh changes the function where it drops some: `jump`.
-        `post_gwnn`: Q whitens the layer's output (no P), and a refresh changes the function. Without truncation: the
-            channels that Batch Norm gets are as many as before (ours).
-        `eigennet`: P as in `wnn`, and Q = (D + outer_eps)^(-1/2) of the covariance D of the loss's gradient at the
+        `pre_gwnn`: P has only the leading eigenvectors, up to `share` of the trace; the rest of V gets no gradient.
+            A refresh that drops eigenvectors changes the function: `jump` says by how much.
+        `post_gwnn`: Q whitens the layer's output (no P), and a refresh changes the function. Without truncation, so
+            that Batch Norm keeps its number of channels (ours).
+        `eigennet`: P as in `wnn`, and Q = (D + outer_eps)^(-1/2) of the second moment D of the loss's gradient at the
             output, scaled to mean diagonal 1, with labels drawn from the model's own output. No channel is dropped: the
             source's rule is unknown.
 
-    eps 0.01 and the share are ours, among what the sources searched; so is outer_eps: whitening what comes back needs
-    far more damping. Layers without a bias, which Batch Norm follows, have no c and d: neither changes its output.
-    ValueError: another kind; a layer that is parametrized already.
+    eps 0.01 (of the values that the sources searched) and the share are ours. So is outer_eps: whitening gradients
+    needs far more damping. Layers without a bias have no c and d: Batch Norm follows them, and neither would change its
+    output. ValueError: an unknown kind; a layer that is parametrized already.
     """
     if kind not in KINDS:
         raise ValueError(f"whitened weights are of kind {', '.join(KINDS)}, not {kind!r}")
@@ -134,7 +138,7 @@ def whiten_weights(
 
 
 def parametrization_of(layer: nn.Module) -> WhitenedWeight:
-    """ValueError: a layer whose weight is not whitened."""
+    """Return a layer's WhitenedWeight. ValueError: its weight is not whitened."""
     if not _is_whitened(layer):
         raise ValueError(f"{type(layer).__name__} has no whitened weight")
     return layer.parametrizations.weight[0]  # type: ignore[index, union-attr, return-value]
@@ -145,24 +149,24 @@ def _is_whitened(layer: nn.Module) -> bool:
 
 
 def whitened(model: nn.Module) -> dict[str, Layer]:
-    """The layers with whitened weights, by name."""
+    """Return the layers with whitened weights, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Layer) and _is_whitened(m)}
 
 
 def whitened_parameters(model: nn.Module) -> list[tuple[WhitenedWeight, nn.Parameter]]:
-    """The parametrizations and their V."""
+    """Return each layer's parametrization and its V."""
     return [(parametrization_of(layer), _learned(layer, "weight")) for layer in whitened(model).values()]
 
 
 def _learned(layer: nn.Module, name: str) -> nn.Parameter:
-    """V, as the "weight", or d, as the "bias"."""
+    """Return a layer's learned V (name "weight") or d (name "bias")."""
     return layer.parametrizations[name].original  # type: ignore[index, union-attr, return-value]
 
 
 def fold_weights(model: nn.Module) -> None:
-    """Write W (and the bias) back in the place of V (and d), for good."""
+    """Replace V (and d) by W (and the bias), and remove the parametrizations."""
     for layer in whitened(model).values():
-        kind = type(layer)  # shared by the model's copies, and changed by what is removed
+        kind = type(layer)  # removal changes the class, which copies of the model share: give the layer its own
         body = {key: value for key, value in kind.__dict__.items() if key not in ("__dict__", "__weakref__")}
         layer.__class__ = type(kind.__name__, kind.__bases__, body)
         for key in ("bias", "weight"):
@@ -172,7 +176,10 @@ def fold_weights(model: nn.Module) -> None:
 
 @dataclass
 class Moments:
-    """Sums over samples of rows [groups, C, samples]: in float64, where E[x x^T] - E[x] E[x]^T does not cancel."""
+    """Count, sum [groups, C] and sum of x x^T [groups, C, C] of samples, with C the channels of a group.
+
+    In float64, in which E[x x^T] - E[x] E[x]^T does not cancel.
+    """
 
     count: float = 0.0
     first: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -212,15 +219,15 @@ def refresh(
     generator: torch.Generator | None = None,
     inputs: Mapping[nn.Module, Belief] | None = None,
 ) -> None:
-    """New P, Q and c of all whitened layers, from one pass over `batches` [N, C, H, W]; V and d such that the model
-    computes what it did (but for `pre_gwnn` and `post_gwnn`, see whiten_weights).
+    """Compute new P, Q and c for all whitened layers from one pass over `batches` [N, C, H, W], and change V and d so
+    that the model computes the same as before (but for `pre_gwnn` and `post_gwnn`, see whiten_weights).
 
-    Statistics are those of the samples in groups, as in training, in evaluation mode: nothing else of the model
-    changes. The optimizer's momentum is that of the same gradients of W, through the new P and Q; or with "zero"
-    forgotten. In a distributed run every process calls it with its part of the samples. `generator` draws EigenNet's
-    labels. `inputs` (conversion.flow.beliefs_of_inputs): post-GWNN's Q of these layers is of the covariance that
-    follows from what they take in and their weights (moments.conv_covariance), and not of a measured one.
-    ValueError: no batch, or another `momentum`.
+    The pass is in evaluation mode with online statistics, over groups as in training: it changes nothing else in the
+    model. momentum="transform" turns the optimizer's momentum into that of the same gradients of W under the new P and
+    Q; "zero" clears it. In a distributed run every process calls this with its part of the samples. `generator` draws
+    EigenNet's labels. For the layers in `inputs` (conversion.flow.beliefs_of_inputs), post-GWNN's Q whitens the
+    covariance predicted from the input's belief and the weights (moments.conv_covariance), not a measured one.
+    ValueError: no batch, or an unknown `momentum`.
     """
     if momentum not in MOMENTA:
         raise ValueError(f"momentum must be 'transform' or 'zero', not {momentum!r}")
@@ -238,7 +245,7 @@ def _measure(
     batches: Iterable[Tensor],
     generator: torch.Generator | None,
 ) -> dict[nn.Module, tuple[Moments, Moments]]:
-    """Of every layer's input, and of its output or its gradient."""
+    """Return the moments of every layer's input, and of its output (`post_gwnn`) or the gradient there (`eigennet`)."""
     moments: dict[nn.Module, tuple[Moments, Moments]] = {m: (Moments(), Moments()) for m in layers.values()}
     kinds: dict[nn.Module, str] = {layer: parametrization_of(layer).kind for layer in layers.values()}
     backwards = "eigennet" in kinds.values()
@@ -268,7 +275,7 @@ def _measure(
             if backwards:
                 drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0]
                 loss = F.cross_entropy(logits.float(), drawn.to(logits.device), reduction="sum")
-                # For the hooks: gradients of the parameters themselves must not be touched.
+                # Only to run the hooks: unlike backward, grad leaves the parameters' own gradients alone.
                 torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         if not seen:
             raise ValueError("whitened weights need at least one batch of samples")
@@ -307,7 +314,7 @@ def _renew(
     if whitening.kind == "eigennet":
         scaled = outer.moment() / outer.moment().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
         whitening.outer.copy_(_root(scaled, whitening.outer_eps))
-    elif whitening.kind == "post_gwnn":  # of the output before Q
+    elif whitening.kind == "post_gwnn":  # from the covariance of the output before Q
         if believed is None:
             undo = torch.linalg.inv(whitening.outer)
             before = undo @ outer.covariance() @ undo.mT
@@ -323,7 +330,7 @@ def _renew(
     if buffer is not None and gradient is not None:
         of_d = None if d is None else _momentum(optimizer, d)
         if of_d is not None:
-            # W's gradient has a part through the bias, whose c has changed.
+            # Part of W's gradient comes through the bias, which contains c: that has changed.
             moved = of_d.double()[:, None] * _per_group(old_center - whitening.center, whitening, weight)
             gradient = gradient + moved.view(*moved.shape, *(1,) * (weight.dim() - 2))
         buffer.copy_(whitening.pull_back(gradient) if momentum == "transform" else torch.zeros_like(gradient))
@@ -340,7 +347,7 @@ def _momentum(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) 
 
 
 def _per_group(center: Tensor, whitening: WhitenedWeight, weight: Tensor) -> Tensor:
-    """[C_in] as the weight has it, [C_out, C_in / groups]."""
+    """Expand a center [C_in] to the shape of the weight's channels, [C_out, C_in / groups]."""
     rows = center.view(whitening.groups, 1, -1)
     return rows.expand(-1, weight.shape[0] // whitening.groups, -1).flatten(0, 1)
 
@@ -350,7 +357,7 @@ def _root(covariance: Tensor, eps: float) -> Tensor:
 
 
 def _leading(covariance: Tensor, eps: float, share: float) -> Tensor:
-    """[..., d, d]: the eigenvectors in rows, scaled to variance 1; zeros for those beyond `share` of the trace."""
+    """Return eigenvectors in rows [..., d, d], scaled to variance 1; zeros for those beyond `share` of the trace."""
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     before = values.cumsum(-1) - values
@@ -359,7 +366,7 @@ def _leading(covariance: Tensor, eps: float, share: float) -> Tensor:
 
 
 def _difference(new: Tensor, old: Tensor, covariance: Tensor, groups: int) -> Tensor:
-    """Root mean square of the outputs' change over that of the outputs, taps as if independent."""
+    """Return the outputs' rms change relative to their rms around the mean, as if pixels were independent."""
 
     def size(weight: Tensor) -> Tensor:
         return conv_covariance(covariance, weight, groups).diagonal(dim1=-2, dim2=-1).sum().clamp(min=0)

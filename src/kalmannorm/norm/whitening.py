@@ -1,4 +1,4 @@
-"""Whitening in Batch Norm's place: channels are not only scaled to variance 1 but made uncorrelated as well.
+"""Whitening in place of Batch Norm: channels are not only scaled to variance 1, but also decorrelated.
 
 Decorrelated Batch Norm by ZCA (Huang et al. 2018) and Iterative Normalization (Huang et al. 2019).
 """
@@ -18,11 +18,11 @@ AVERAGES = ("whitening", "cov")
 
 
 class _InverseSqrt(torch.autograd.Function):
-    """S^(-1/2) of symmetric positive matrices [..., d, d], by eigenvalues.
+    """S^(-1/2) of symmetric positive matrices [..., d, d], by eigendecomposition.
 
-    Its gradient is taken by the divided differences of l^(-1/2), which are finite where eigenvalues coincide, and not
-    through the eigenvectors, whose derivatives are not. Second derivatives go through these: not finite where
-    eigenvalues coincide.
+    The gradient uses the divided differences of l^(-1/2), which are finite where eigenvalues coincide, instead of the
+    derivatives of the eigenvectors, which are not. Second derivatives do go through the eigenvectors: they are not
+    finite where eigenvalues coincide.
     """
 
     @staticmethod
@@ -34,7 +34,7 @@ class _InverseSqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         matrix, roots, vectors = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: as functions of the matrix
+        if torch.is_grad_enabled():  # create_graph=True wants them as functions of the matrix
             roots, vectors = _roots(matrix)
         row, column = roots.unsqueeze(-1), roots.unsqueeze(-2)
         differences = -1 / (row * column * (row + column))
@@ -43,32 +43,32 @@ class _InverseSqrt(torch.autograd.Function):
 
 
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The square roots of the eigenvalues, and the eigenvectors."""
+    """Return the square roots of the eigenvalues, and the eigenvectors."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.clamp(min=torch.finfo(values.dtype).tiny).sqrt(), vectors
 
 
 def inverse_sqrt(matrix: Tensor) -> Tensor:
-    """S^(-1/2) of symmetric positive matrices [..., d, d], with finite gradients where eigenvalues coincide."""
+    """Return S^(-1/2) of symmetric positive matrices [..., d, d], with finite gradients where eigenvalues coincide."""
     return _InverseSqrt.apply(matrix)
 
 
 class Whitening(GroupedStatistics):
-    """y = gamma (W (x - mean)) + beta, mean and W of every group of `stat_batch` images: what `zca` and `itern` share.
+    """Base of `zca` and `itern`: y = gamma (W (x - mean)) + beta, mean and W from each group of `stat_batch` images.
 
-    x [N, C, ...] -> y. The channels are cut into groups of `group` neighbours, the last one shorter where they
-    do not divide; W [d, d] of each whitens its covariance + eps. Moving statistics are the averages of the mean and of
+    x [N, C, ...] -> y. The channels are split into groups of d = `group` adjacent ones, the last one smaller if they do
+    not divide; each has a W [d, d] that whitens its covariance + eps. Moving statistics are averages of the mean and of
     W itself (`running_whitening`, as published), or with average="cov" of the covariance + eps (`running_cov`).
-    `running_var` is the channels' variance, by which nothing is normalized: the other normalizers have it, and figures.
-    precise statistics are the mean and covariance of all the values together. fold makes a 1x1 convolution of it.
+    `running_var`, the channels' variance, normalizes nothing: it is there for figures, as in the other normalizers.
+    Precise statistics are the pooled mean and covariance of all values. fold turns the layer into a 1x1 convolution.
 
-    ValueError: groups of fewer than 2 d values, whose covariance says little, or nothing, about the smallest
-    eigenvalues (that bound is ours); another `average`.
+    ValueError: fewer than 2 d values in a group, whose covariance says little or nothing about the smallest eigenvalues
+    (the bound is ours); `group` below 1; any other `average`.
     """
 
     average: str
-    pad_value = 0.0  # on the diagonal of channels that are not there
-    _pool: tuple[Tensor, Tensor, int] | None = None  # sums over groups of mean and second moment, and their number
+    pad_value = 0.0  # on the diagonal for channels that pad the last group
+    _pool: tuple[Tensor, Tensor, int] | None = None  # sums over groups of mean and second moment; number of groups
 
     def __init__(
         self,
@@ -91,11 +91,11 @@ class Whitening(GroupedStatistics):
         self.register_buffer(self.averaged[-1], start)
 
     def whiten(self, cov: Tensor) -> Tensor:
-        """W [..., d, d] of covariances."""
+        """Return the whitening matrix W [..., d, d] of covariances [..., d, d]."""
         raise NotImplementedError
 
     def _present(self, like: Tensor) -> Tensor:
-        """[groups, d]: 1 where a channel is there."""
+        """Return a mask [groups, d]: 1 for a channel, 0 for the padding of the last group."""
         present = torch.arange(self.channel_groups * self.group, device=like.device) < self.num_features
         return present.view(self.channel_groups, self.group).to(like.dtype)
 
@@ -127,7 +127,7 @@ class Whitening(GroupedStatistics):
             size = self.group_size(x)
             mean = groups.split(wide.mean(2), size).mean(0)
             centered = self._in_groups(wide - mean.repeat(size, 1)[..., None])
-            # A matrix product for every image: the groups, interleaved, would first have to be brought together.
+            # One matrix product per image: one per group would first have to gather its images, which are interleaved.
             cov = groups.split(centered @ centered.mT / centered.shape[-1], size).mean(0)
             whitening = self._whiten(self._with_eps(cov))
             self._record(mean.detach(), cov.detach(), whitening.detach(), groups.values(x, size))
@@ -136,29 +136,29 @@ class Whitening(GroupedStatistics):
         return (y if self.bias is None else y + self.bias[:, None]).reshape(x.shape)
 
     def _in_groups(self, x: Tensor) -> Tensor:
-        """[N, C, pixels] -> [N, groups, d, pixels], zeros for channels that are not there."""
+        """Reshape [N, C, pixels] to [N, groups, d, pixels], with zero channels to pad the last group."""
         missing = self.channel_groups * self.group - self.num_features
         return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(1, (self.channel_groups, self.group))
 
     def _with_eps(self, cov: Tensor) -> Tensor:
-        """cov [..., groups, d, d] + eps on the diagonal of channels that are there."""
+        """Add eps to the diagonal of cov [..., groups, d, d], but for padding."""
         return cov + self.eps * self._present(cov).diag_embed()
 
     def _whiten(self, cov: Tensor) -> Tensor:
-        """W [..., groups, d, d] of covariances that have their eps; zero where channels are not there."""
+        """Return W [..., groups, d, d] of covariances to which eps was added; zero for padding."""
         present = self._present(cov)
-        # Each its own where channels are not there: second derivatives need eigenvalues that differ.
+        # A different value for each padding channel: second derivatives need distinct eigenvalues.
         padding = self.pad_value * torch.arange(1, self.group + 1).to(cov)
         return self.whiten(cov + (padding * (1 - present)).diag_embed()) * present[..., None] * present[:, None]
 
     def _scaled(self, whitening: Tensor) -> Tensor:
-        """gamma W; gamma [C] belongs to W's rows."""
+        """Return gamma W: gamma [C] scales the rows of W."""
         if self.weight is None:
             return whitening
         return whitening * self._in_groups(self.weight[None, :, None])
 
     def moving_whitening(self) -> Tensor:
-        """W [groups, d, d] of the moving statistics."""
+        """Return W [groups, d, d] of the moving statistics."""
         return self._whitening_of(getattr(self, self.averaged[-1]))
 
     def _whitening_of(self, average: Tensor) -> Tensor:
@@ -199,7 +199,10 @@ class Whitening(GroupedStatistics):
 
     @torch.no_grad()
     def folded(self, replaced: type[_BatchNorm]) -> nn.Module:
-        """What computes the same by the moving statistics: a 1x1 convolution, in groups where the channels divide."""
+        """Return the 1x1 convolution that computes the same by moving statistics, grouped if the channels divide.
+
+        ValueError: the layer replaced neither a BatchNorm2d nor a BatchNorm3d.
+        """
         kinds: dict[type[_BatchNorm], type[nn.Conv2d | nn.Conv3d]] = {
             nn.BatchNorm2d: nn.Conv2d,
             nn.BatchNorm3d: nn.Conv3d,
@@ -223,13 +226,13 @@ class Whitening(GroupedStatistics):
 
 
 class ZCANorm(Whitening):
-    """Decorrelated Batch Normalization: W = S^(-1/2), the whitening that moves the features least (ZCA).
+    """Decorrelated Batch Normalization: W = S^(-1/2), the whitening that changes the features least (ZCA).
 
-    x [N, C, ...] -> y; see Whitening. 16 channels a group, as in the authors' networks for CIFAR-10; their eps
-    is 1e-7, the default here the other normalizers' 1e-5 (ours).
+    x [N, C, ...] -> y; see Whitening. 16 channels in a group, as in the authors' networks for CIFAR-10. Their eps is
+    1e-7; the default here is the other normalizers' 1e-5 (ours).
     """
 
-    pad_value = 1.0  # whose root is harmless
+    pad_value = 1.0  # 0 would have no inverse root
 
     def __init__(self, num_features: int, *, group: int = 16, **options: Any) -> None:
         super().__init__(num_features, group=group, **options)
@@ -239,10 +242,10 @@ class ZCANorm(Whitening):
 
 
 class IterNorm(Whitening):
-    """Iterative Normalization: W by `iterations` of Newton's method towards S^(-1/2), from S / trace(S).
+    """Iterative Normalization: W approaches S^(-1/2) by `iterations` of Newton's method on S / trace(S).
 
-    x [N, C, ...] -> y; see Whitening. 64 channels a group and 5 iterations, as in the public code. Where S is
-    badly conditioned it whitens in part: less noise in the statistics is the point.
+    x [N, C, ...] -> y; see Whitening. 64 channels in a group and 5 iterations, as in the public code. It whitens an
+    ill-conditioned S only in part, which is the point: less noise in the statistics.
     """
 
     def __init__(self, num_features: int, *, group: int = 64, iterations: int = 5, **options: Any) -> None:
