@@ -1,6 +1,7 @@
-"""Beliefs followed by tensor, as a forward runs: one that torch.fx cannot trace, or that differs from what was traced.
+"""Beliefs followed by tensor while a forward runs that torch.fx cannot trace, or that changed since it was traced.
 
-The rules are the same, applied as functions are called; modules that take beliefs find those of their arguments here.
+Every function that the forward calls is intercepted and its rule applied, as in a generated forward; modules that take
+beliefs are given those of their arguments.
 """
 
 import copyreg
@@ -28,19 +29,19 @@ from kalmannorm.norm.contract import running
 from kalmannorm.norm.moments import plain
 from kalmannorm.norm.whitened import Layer
 
-# Operators by the functions, or names of methods, that have their rules.
+# Names of operators' methods -> the function, or the method's name, under which FUNCTIONS has the rule.
 _METHODS: dict[str, Any] = {"__getitem__": operator.getitem}
 _METHODS |= {f"__{name}__": name for name in ("add", "sub", "mul", "neg")}
 _METHODS |= {f"__i{name}__": f"{name}_" for name in ("add", "sub", "mul")}
 _METHODS |= {"__radd__": "add", "__rmul__": "mul", "__truediv__": "div", "__itruediv__": "div_"}
-_CONSTANT = object()  # stands for the belief of what is made of parameters alone
+_CONSTANT = object()  # marks, in place of a belief, a tensor that is computed from parameters alone
 
 
 class Flow(TorchFunctionMode):
-    """Beliefs by tensor, while one forward runs."""
+    """The beliefs of the tensors in one running forward, and the mode that intercepts its function calls."""
 
     def __init__(self, switches: bool = False, batch_norm: Callable[..., Any] | None = None) -> None:
-        """`switches`: whether the forward itself switches gradients off or on. `batch_norm`: what F.batch_norm is."""
+        """`switches`: whether the forward itself switches gradients off or on. `batch_norm`: replaces F.batch_norm."""
         super().__init__()
         self._batch_norm = batch_norm
         self._known: dict[int, tuple[Tensor, int, Any]] = {}
@@ -55,13 +56,13 @@ class Flow(TorchFunctionMode):
         super().__exit__(*args)
 
     def is_here(self) -> bool:
-        """Whether what runs is this forward itself: inside of a checkpoint it is another one, since what was found here
-        would be missing when it is computed again."""
+        """Say whether this forward itself is running, and not a checkpoint inside of it: when that is recomputed, the
+        beliefs found here would be missing."""
         (enabled, checkpoint), (was_enabled, outside) = _place(), self._place
         return checkpoint == outside and (enabled == was_enabled or (self._switches and not is_within()))
 
     def get(self, value: Any) -> Any:
-        """The belief of a tensor as it is now, or those of a structure of tensors."""
+        """Return the belief of a tensor, None if the tensor was changed in place since; or those of a structure."""
         if isinstance(value, list | tuple):
             return tuple(map(self.get, value))
         if (items := fields_of(value)) is not None:
@@ -70,6 +71,7 @@ class Flow(TorchFunctionMode):
         return belief if tensor is not None and tensor is value and contract.version(tensor) == version else None
 
     def put(self, value: Any, belief: Any) -> None:
+        """Keep the belief of a tensor in its present version, or those of a structure of tensors."""
         if isinstance(value, Tensor) and belief is not None and not isinstance(belief, dict):
             self._known[id(value)] = (value, contract.version(value), belief)
         elif isinstance(belief, dict) and (items := fields_of(value)) is not None:
@@ -80,7 +82,7 @@ class Flow(TorchFunctionMode):
                 self.put(one, its)
 
     def through(self, module: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-        """A call of a module that takes beliefs."""
+        """Call a module that takes beliefs with those of its arguments, and keep what it returns. Return y alone."""
         running.flow = None
         try:
             out = module(*args, beliefs=(self.get(args), self.get(kwargs)), **kwargs)
@@ -100,10 +102,11 @@ class Flow(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         name = getattr(func, "__name__", "")
         rule = rule_of(func) or rule_of(_METHODS.get(name, name))
-        beliefs = tuple(map(self._get_or_constant, args))  # before an operation in place changes what they are of
+        beliefs = tuple(map(self._get_or_constant, args))  # read now, since `func` may change its arguments in place
         keyword_beliefs = {key: self._get_or_constant(value) for key, value in kwargs.items()}
         y = func(*args, **kwargs)
-        if name == "__setitem__" or (args and y is args[0] and y.is_inference()):  # changes that are not counted there
+        # The version of an inference tensor does not count in-place changes.
+        if name == "__setitem__" or (args and y is args[0] and y.is_inference()):
             self._known.pop(id(args[0]), None)
         if isinstance(y, Tensor) and _only_constants(beliefs) and _only_constants(keyword_beliefs.values()):
             self.put(y, _CONSTANT)
@@ -119,7 +122,7 @@ class Flow(TorchFunctionMode):
 
 
 def _place() -> tuple[bool, int | None]:
-    """Differs inside of a checkpoint."""
+    """Return whether gradients are enabled and which saved-tensor hooks apply: both kinds of checkpoints change one."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return torch.is_grad_enabled(), id(hooks[0]) if hooks else None
 
@@ -134,6 +137,7 @@ def _no_constant(belief: object) -> object:
 
 
 def _kind(func: object, name: str, args: Args, beliefs: Args) -> str:
+    """Return Operation.kind, as far as the beliefs of the arguments show it."""
     if func in WEIGHTED:
         return "" if beliefs[1] is _CONSTANT else "computed"
     if len(args) > 1 and (func in SIGNS or name in _METHODS or name.rstrip("_") in ("add", "sub", "mul", "div")):
@@ -145,8 +149,10 @@ def _kind(func: object, name: str, args: Args, beliefs: Args) -> str:
 
 
 def follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
-    """A forward, or another function, as it is, with beliefs: what it returns, or Returned where beliefs were given.
-    Not compiled."""
+    """Run a forward, or another function (`module` None), unchanged and uncompiled, with beliefs followed by tensor.
+
+    Return what the function returns; Returned if `beliefs` are not None.
+    """
     if torch.compiler.is_compiling():
         return torch.compiler.disable(_follow, recursive=False)(forward, module, args, kwargs, beliefs)
     return _follow(forward, module, args, kwargs, beliefs)
@@ -179,8 +185,8 @@ def _follow(
 
 
 def as_original(base: Any, layer: Any, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:
-    """The forward of the BatchNorm layer that `layer` stands for, in which F.batch_norm is that of its class, `base`.
-    Not compiled."""
+    """Run the forward of the BatchNorm layer that `layer` replaced, uncompiled; in place of F.batch_norm it calls the
+    new normalizer's class, `base`."""
     if torch.compiler.is_compiling():
         return torch.compiler.disable(_as_original, recursive=False)(base, layer, args, kwargs, beliefs)
     return _as_original(base, layer, args, kwargs, beliefs)
@@ -192,7 +198,7 @@ def _as_original(base: Any, layer: Any, args: Args, kwargs: Kwargs, beliefs: Bel
     shell.__dict__ |= {key: layer.__dict__.get(key, value) for key, value in vars(old).items()}
     for kind in ("_parameters", "_buffers", "_modules"):
         shell.__dict__[kind] = {key: getattr(layer, key, None) for key in vars(old)[kind]}
-    if "num_batches_tracked" in shell._buffers:  # the normalizer counts for itself
+    if "num_batches_tracked" in shell._buffers:  # the new normalizer does the counting
         shell._buffers["num_batches_tracked"] = None
 
     def batch_norm(*given: Any, **named: Any) -> Any:
@@ -200,7 +206,7 @@ def _as_original(base: Any, layer: Any, args: Args, kwargs: Kwargs, beliefs: Bel
         training = layer.training or shell.running_mean is None
         same = a.get("weight") is shell.weight and a.get("bias") is shell.bias and a.get("eps", 1e-5) == layer.eps
         if not same or a.get("training", False) is not training:
-            return F.batch_norm(*given, **named)  # something else
+            return F.batch_norm(*given, **named)  # not the layer's own normalization
         flow, running.flow = running.flow, None
         try:
             y, belief = normalized(base, layer, (a["input"],), {}, (flow.get(a["input"]),), {})[:2]
@@ -218,8 +224,10 @@ _NO_PARTS = nn.Module()
 
 
 def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands for torch's in a forward that runs as it is: beliefs go in and out as plain tensors. What is lent is lent
-    again where the function runs again, when the forward is over."""
+    """Replace torch's checkpoint in a forward that runs as it is: beliefs go in and out as plain tensors.
+
+    The recomputation happens after the forward has returned its loans (names.lending): it borrows them again.
+    """
     flow, loans = running.flow, lent_now()
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -235,6 +243,7 @@ def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _call(function: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs) -> Any:
+    """Call a checkpoint's function or module with beliefs. Return (y, belief of y, ...)."""
     if isinstance(function, nn.Module):
         return call(function, args, kwargs, beliefs, keyword_beliefs)
     return follow(function, None, args, kwargs, (beliefs, keyword_beliefs))
@@ -244,8 +253,8 @@ _known_around: WeakKeyDictionary[type | FunctionType, tuple[Any, bool, list[Loan
 
 
 def _around(cls: type | FunctionType) -> tuple[bool, list[Loan]]:
-    """Whether a forward, or a function that it calls, switches gradients; and what it is lent while it runs."""
-    forward = getattr(cls, "forward", None)  # what is known is of the one that stood there then
+    """Return whether a forward, or a function that it calls, switches gradients, and the loans that it needs to run."""
+    forward = getattr(cls, "forward", None)  # another one may have been set on the class since it was looked at
     if cls not in _known_around or _known_around[cls][0] is not forward:
         around = Surroundings(cls)
         asking = {id(scope): (scope, "type", class_of) for scope in around.asking}
@@ -256,15 +265,21 @@ def _around(cls: type | FunctionType) -> tuple[bool, list[Loan]]:
 
 
 def stand_ins(cls: type | FunctionType) -> list[Loan]:
-    """What stands for type() and for checkpoint() in the functions that a forward may call, while it runs as it is."""
+    """Return the loans for a forward that runs as it is: what replaces type() and checkpoint() in the functions that
+    it may call."""
     return _around(cls)[1]
 
 
 @torch.no_grad()
 def beliefs_of_inputs(model: nn.Module, x: Tensor) -> dict[nn.Module, Belief]:
-    """What convolutions and linear layers take in, by the parameters alone: behind every normalizer that is measured
-    stands N(beta, gamma^2), and the table's rules lead from there; where there is none before, or no rule, the layer is
-    missing. `model`: a converted one, of which nothing changes; x: whole groups of images, whose shape alone counts.
+    """Return the belief of the input of each convolution and linear layer, from the model's parameters alone.
+
+    A normalizer's output is taken to be N(beta, gamma^2), and the table's rules lead from there to the next layers.
+    Layers without a normalizer before them, or behind an operation without a rule, are left out.
+
+    Args:
+        model: a converted model, which is left as it was.
+        x: whole groups of images, of which only the shape matters.
     """
     found: dict[nn.Module, Belief] = {}
     modes = {module: module.training for module in model.modules()}

@@ -1,5 +1,5 @@
-"""The code of generated forwards: of layers, of containers with the conditions under which it is theirs, and around a
-model as a whole."""
+"""The source code of generated forwards: of layers, of containers (with the conditions under which their traces hold),
+and around a whole model."""
 
 import inspect
 import math
@@ -17,9 +17,9 @@ from kalmannorm.norm import contract
 from kalmannorm.norm.belief import Belief, Carried, Estimated, Returned, pick
 from kalmannorm.norm.moments import Predictor, plain
 
-HELD = "_held"  # among the names of generated code: those of attributes that it takes for what they were
+HELD = "_held"  # key in the names of generated code: lists the attributes that must not be set (Trace.held)
 
-# What generated code may call.
+# The functions and classes that generated code may use.
 HELPERS: Scope = {
     one.__name__: one
     for one in (
@@ -31,7 +31,7 @@ HELPERS: Scope = {
     )
 } | {"linear": F.linear}
 
-NO_FORWARD = nn.Module.forward, nn.ModuleList.forward  # of what holds modules alone
+NO_FORWARD = nn.Module.forward, nn.ModuleList.forward  # of modules that only hold others
 
 
 def _layer_code(y: str, predictor: str, arguments: str = "input") -> str:
@@ -48,7 +48,7 @@ def forward(self, {arguments}, beliefs=None):
 """
 
 
-# The weight is read once: it may be computed, and change with every reading (a spectral norm).
+# The weight is read once: a computed one may change with every reading (a spectral norm).
 _CONVOLUTION = "self._conv_forward(input, weight, bias)"
 CONVOLUTION = _layer_code(_CONVOLUTION, "of_convolution")
 SAMPLED = _layer_code(_CONVOLUTION, "of_sample")
@@ -57,10 +57,10 @@ LINEAR = _layer_code("linear(input, weight, bias)", "of_linear")
 TRANSPOSED = _layer_code(
     "transposed(self, input, weight, bias, output_size)", "of_transposed", "input, output_size=None"
 )
-# With code of its own (timm's Conv2dSame pads as it goes).
+# For a convolution with more code in its forward (timm's Conv2dSame computes its padding there).
 OTHER_CONVOLUTION = _layer_code("_base.forward(self, input)", "of_convolution")
 
-# One loop for all of them: slices and appended modules go on working.
+# All Sequentials share one loop over their parts, so that slicing and appending keep working.
 SEQUENTIAL = """\
 def forward(self, input, beliefs=None):
     if _base.forward is not _forward:
@@ -75,14 +75,14 @@ def forward(self, input, beliefs=None):
     return input if beliefs is None else Returned(input, belief, changed)
 """
 
-# Where there are no beliefs.
+# For a container in a model without beliefs.
 REFUSING = """\
 def forward(self, *args, **kwargs):
     refuse_torch_sync(self)
     return _base.forward(self, *args, **kwargs)
 """
 
-# One that asks for classes.
+# For such a container whose forward asks for the classes of layers.
 ASKING = """\
 def forward(self, *args, **kwargs):
     refuse_torch_sync(self)
@@ -90,26 +90,27 @@ def forward(self, *args, **kwargs):
         return _base.forward(self, *args, **kwargs)
 """
 
-# A part that is to return a belief, and has none.
+# For a model that is to return a belief (convert's returns_belief), and has none.
 WITHOUT_BELIEF = """\
 def forward(self, *args, **kwargs):
     return Estimated(_base.forward(self, *args, **kwargs), None)
 """
 
-# A forward that cannot be traced.
+# For a forward that cannot be traced.
 AS_IT_IS = """\
 def forward(self, *args, beliefs=None, **kwargs):
     return follow(_base.forward, self, args, kwargs, beliefs)
 """
 
 
-# Of one whose class has methods of its own alone.
+# For the normalizer in place of a BatchNorm subclass that adds methods but has no forward of its own.
 AS_ITS_BASE = """\
 def forward(self, *args, **kwargs):
     return _base.forward(self, *args, **kwargs)
 """
 
-# Of a BatchNorm layer that cannot be traced: its class's, in which F.batch_norm is the normalizer's.
+# For the normalizer in place of a BatchNorm subclass that cannot be traced: that class's forward runs as it is, but
+# F.batch_norm in it is the normalizer.
 AS_ITS_ORIGINAL = """\
 def forward(self, *args, beliefs=None, **kwargs):
     return as_original(_base, self, args, kwargs, beliefs)
@@ -119,14 +120,17 @@ def forward(self, *args, beliefs=None, **kwargs):
 def container_code(
     module: nn.Module, traces: dict[str, Trace], summaries: dict[nn.Module, Summary]
 ) -> tuple[str, Scope, Summary]:
-    """Code, the names that it uses, and the summary of a module with these traces."""
+    """Return the code of a traced module's forward, the names that the code uses, and the module's summary.
+
+    `traces`: one for both modes, or one each for `train` and `eval`. `summaries`: of the modules that it calls.
+    """
     parts: dict[str, str] = {}
     names: Scope = {}
     summary, kinds, held, was = Summary(), dict[type, str](), set[str](), dict[str, str]()
     guards: dict[str, None] = {"_base.forward is _forward": None}
     for mode, traced in traces.items():
         writer = Writer(module, traced.graph, summaries)
-        for node in traced.graph.nodes:  # annotations, not all of which fx can write
+        for node in traced.graph.nodes:  # without annotations, not all of which fx can write as code
             node.type = None
         code = traced.graph.python_code("self")
         source = code.src.replace("def forward(", "def _run(", 1).lstrip()
@@ -174,7 +178,7 @@ def container_code(
     lines += [f"    if not ({' and '.join(guards)}):"]
     lines += [f"        return follow(_base.forward, self, {packed}, {{{named}{rest}}}, beliefs)"]
     handed = [a.partition("=")[0] for n, a in arguments.items() if n not in frozen]
-    handed.sort(key=lambda a: a.startswith("*"))  # fx has what is starred last, keyword arguments before it
+    handed.sort(key=lambda a: a.startswith("*"))  # fx puts starred arguments last, behind those by keyword
     starred = [a for a in handed if a.startswith("**")]
     given = ", ".join(["self", *(a for a in handed if a not in starred), "beliefs=beliefs", *starred])
     lines += [f"    y, belief, changed = {run}({given})"]
@@ -183,7 +187,7 @@ def container_code(
 
 
 def sequential_summary(module: nn.Sequential, summaries: dict[nn.Module, Summary]) -> Summary:
-    """Of a loop over modules: the formulas in each other, as far as each has one."""
+    """Return the summary of a Sequential: its parts' formulas nested in each other, empty if one has none."""
     curve, whole, aliases, mutates = "{}", True, True, False
     for child in module:
         one = summaries.get(child) or summary_of_class(child)
@@ -195,7 +199,8 @@ def sequential_summary(module: nn.Sequential, summaries: dict[nn.Module, Summary
 
 
 def _structure(module: nn.Module, graph: fx.Graph, summaries: dict[nn.Module, Summary]) -> list[str]:
-    """That a module has the parts that it had, and those in which parts are called, and those whose summary counts."""
+    """Return conditions that parts are still those that were traced: the module's own, those of modules in it through
+    which the forward reaches a part, and those of Sequentials on whose summary the code relies."""
     owners = {""}
     for node in graph.nodes:
         path = str(node.target).split(".") if node.op in ("call_module", "get_attr") else ()
@@ -233,10 +238,13 @@ def _equals(expression: str, value: object) -> str:
 
 
 def head_of(cls: type[nn.Module], names: Scope) -> tuple[str, dict[str, str]]:
-    """The parameters of a forward, `beliefs` among them, and how each is handed on, by name."""
+    """Return the parameters of a class's forward as code, with `beliefs` added, and by name how to pass each one on.
+
+    Default values are added to `names`.
+    """
     head, arguments = ["self"], {}
     for name, parameter in list(inspect.signature(cls.forward).parameters.items())[1:]:
-        if name == "beliefs":  # a normalizer's own
+        if name == "beliefs":  # a normalizer's forward has it already
             continue
         star = "*" * (parameter.kind is parameter.VAR_POSITIONAL) + "**" * (parameter.kind is parameter.VAR_KEYWORD)
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -253,12 +261,16 @@ def head_of(cls: type[nn.Module], names: Scope) -> tuple[str, dict[str, str]]:
     return ", ".join(head), arguments
 
 
-# Around the forward of a model as a whole: what is known of its input, and what it returns.
 def root_code(cls: type[nn.Module], input_belief: str | None, relu: str, returns_belief: bool) -> tuple[str, Scope]:
-    """`input_belief`: `buffers`, `argument`, `data`, or None: nothing is known."""
+    """Return the code around a whole model's forward, and its names: it adds the belief of the input, and returns y
+    alone or, with `returns_belief`, (y, belief of y).
+
+    `input_belief`: where the input's belief is known from: `buffers`, `argument`, `data`, or None if it is not known.
+    `relu`: Carried.relu of that belief.
+    """
     names: Scope = {"_RELU": relu}
     head, arguments = head_of(cls, names)
-    first = next(iter(arguments), "")  # of `*images`, `**batch`: the first of them
+    first = next(iter(arguments), "")  # the input; of `*images` or `**batch` the first entry
     image, by_name, handed = first, f"{{{first!r}: given}}", arguments.get(first, "")
     if handed.startswith("*"):
         image = f"next(iter({first}{'.values()' if handed.startswith('**') else ''}), None)"

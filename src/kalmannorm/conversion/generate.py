@@ -1,4 +1,4 @@
-"""Give a model's modules their generated forwards: parents are traced before their parts, and written after them."""
+"""Give a model's modules their generated forwards: parents are traced before their parts and written after them."""
 
 import inspect
 import operator
@@ -22,13 +22,13 @@ from kalmannorm.norm import Estimator
 from kalmannorm.norm.moments import Transition
 from kalmannorm.norm.sampling import Noise
 
-# Layers whose beliefs are computed inside of them.
+# Layers that compute their beliefs in their own forward.
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _TRANSPOSED = nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward
 
 
 def is_container(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> bool:
-    """Whether a module has a forward to write beliefs into: not one of torch's own, nor what has a rule as a whole."""
+    """Say whether a module has a forward to write beliefs into: not torch's own modules, nor any with a rule."""
     if isinstance(module, (Estimator, torch.jit.ScriptModule, *leaves)) or type(module).__name__ in MODULES_BY_NAME:
         return False
     if classes.generated(type(module)) is not None or _is_layer(type(module)):
@@ -42,7 +42,7 @@ def is_container(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> bool
 
 
 def _is_convolution(kind: Any) -> bool:
-    """Whether a class computes what torch's convolution does."""
+    """Say whether a class computes its convolution as torch's does."""
     return any(kind.forward is of.forward and kind._conv_forward is of._conv_forward for of in _CONVOLUTIONS)
 
 
@@ -51,7 +51,7 @@ def _is_layer(kind: Any) -> bool:
 
 
 def generate_layers(traces: dict[_BatchNorm, dict[str, Trace]], built: dict[_BatchNorm, nn.Module]) -> None:
-    """Forwards of BatchNorm layers that do more than normalize: their own, around the new normalizer."""
+    """Give the normalizers that replace BatchNorm subclasses with more code that code, around the new normalization."""
     for layer, new in built.items():
         names, summary = dict[str, Any](), Summary()
         if traces.get(layer):
@@ -66,14 +66,20 @@ def generate_layers(traces: dict[_BatchNorm, dict[str, Trace]], built: dict[_Bat
 
 
 def generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, known: str | None) -> dict[str, str]:
-    """Forwards with beliefs for a model with Kalman normalizers. Names of the containers that run as they are, and why.
+    """Give the modules of a model with Kalman normalizers forwards that compute beliefs.
 
-    `own`: the predictors that its convolutions have of their own, `noise`, `transition` or none.
+    Args:
+        source: the model, with its new normalizers.
+        leaves: classes of modules that are called but not traced into.
+        own: the kind of predictor that each convolution gets for itself: `noise`, `transition`, or "" for none.
+        known: where the belief of the model's input is known from (forwards.root_code).
+
+    Return the names of the containers that run as they are, each with the reason.
     """
     containers = [
         (name, module)
         for name, module in source.named_modules()
-        if is_container(module, leaves) and "parametrizations" not in name.split(".")  # which see weights alone
+        if is_container(module, leaves) and "parametrizations" not in name.split(".")  # those compute weights
     ]
     traces, as_they_are = _trace(containers)
     predictors = _attach(source, traces, own, known) if own else {}
@@ -104,7 +110,10 @@ def generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, k
 
 
 def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dict[str, Trace]], dict[str, str]]:
-    """Parents before children: what they pass decides how these are traced."""
+    """Trace the containers, parents first: what they pass to their parts decides how these are traced.
+
+    Return the traces, and for those that cannot be traced the reason by name.
+    """
     traces: dict[nn.Module, dict[str, Trace]] = {}
     as_they_are: dict[str, str] = {}
     passed: dict[nn.Module, Passed] = defaultdict(Passed.nothing)
@@ -127,7 +136,7 @@ def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dic
             continue
         traces[module] = both
         _note_passed(module, both["train"], passed)
-    # What is appended to a list shows in the forward that handed it on, which was traced without.
+    # A part that appends to a list changes what the parent sees in it, and the parent was traced without the change.
     for name, module in reversed(containers):
         called = [n for n in traces[module]["train"].graph.nodes if n.op == "call_module"] if module in traces else []
         parts = [module.get_submodule(str(node.target)) for node in called]
@@ -140,12 +149,12 @@ def _trace(containers: list[tuple[str, nn.Module]]) -> tuple[dict[nn.Module, dic
 
 
 def _note_passed(module: nn.Module, traced: Trace, passed: dict[nn.Module, Passed]) -> None:
-    """What the calls of a forward say of the arguments of the modules that it calls."""
+    """Note what a forward's calls show of the arguments of the modules that it calls."""
     for node in traced.graph.nodes:
         if node.op != "call_module":
             continue
         child = module.get_submodule(str(node.target))
-        if isinstance(child, torch.jit.ScriptModule):  # its class has no signature
+        if isinstance(child, torch.jit.ScriptModule):  # has no signature to match arguments with
             continue
         parameters = list(inspect.signature(type(child).forward).parameters)[1:]
         known = passed[child]
@@ -166,6 +175,7 @@ def _is_sum_of_lists(value: object) -> bool:
 
 
 def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str) -> None:
+    """Give a convolution or a linear layer a forward that predicts the belief of its output."""
     kind: Any = type(layer)
     base = kind.__bases__[0] if parametrize.is_parametrized(layer) else kind
     if "forward" in layer.__dict__:
@@ -182,16 +192,15 @@ def _generate_layer(layer: Any, predictors: dict[nn.Module, nn.Module], own: str
         code = forwards.CONVOLUTION
     elif layer in predictors:
         code = forwards.SAMPLED if own == "noise" else forwards.LEARNED
-        layer.__dict__["predictor"] = (
-            predictors[layer],
-        )  # a tuple, since a module in an attribute would be registered
+        layer.__dict__["predictor"] = (predictors[layer],)  # in a tuple, since a module would be registered as a part
     else:
         return
     beneath_parametrization(layer, lambda layer: classes.become(layer, code))
 
 
 def beneath_parametrization(layer: nn.Module, change: Callable[[nn.Module], None]) -> None:
-    """Change a layer's class, beneath that of a parametrization, which is taken off again as the uppermost."""
+    """Change a layer's class by `change`; that of a parametrization stays on top of it, where torch expects it when it
+    removes the parametrization."""
     kind: Any = type(layer)
     if not parametrize.is_parametrized(layer):
         return change(layer)
@@ -205,14 +214,14 @@ def beneath_parametrization(layer: nn.Module, change: Callable[[nn.Module], None
 def _attach(
     source: nn.Module, traces: dict[nn.Module, dict[str, Trace]], own: str, known: str | None
 ) -> dict[nn.Module, nn.Module]:
-    """The predictors of convolutions that have one of their own, beside them."""
+    """Put predictors beside the convolutions that need one of their own. Return them by convolution."""
     predictors: dict[nn.Module, nn.Module] = {}
 
     def found(name: str, layer: _ConvNd, single: bool) -> None:
         if layer in predictors or not _is_convolution(type(layer)):
             return
         number = sum(isinstance(module, Noise) for module in source.modules())
-        # Of a copy, in evaluation: where a spectral norm is read in training, it advances.
+        # A copy in evaluation mode, since reading the weight of a spectral norm in training advances its iteration.
         predictors[layer] = (
             Noise(number, shared=single) if own == "noise" else Transition(cast(_ConvNd, copied(layer).eval()))
         )

@@ -1,4 +1,4 @@
-"""What generated forwards call: modules with the beliefs of their arguments, and the rules of operations."""
+"""The functions that generated forwards call: to run modules with beliefs of their arguments, and to apply rules."""
 
 import functools
 import inspect
@@ -24,20 +24,20 @@ from kalmannorm.norm.checkpoints import once
 from kalmannorm.norm.contract import proxy_among
 from kalmannorm.norm.sampling import sampled_conv
 
-# While a report is made: observer(operation, what ran, its belief or why there is none).
+# Set while a report is made: observer(operation, the module or name that ran, its belief or why there is none).
 observer: Callable[[Operation, object, Found], None] | None = None
-follow: Any = None  # flow.follow, which is made of what stands here
+follow: Any = None  # flow.follow: flow.py, which imports this module, sets it
 
 
 def key_of(target: object) -> str:
-    """A name for a function, or for the method of a name, as generated code has it."""
+    """Return the name by which generated code refers to a function, or to a method given by its name."""
     if isinstance(target, str):
         return f".{target}"
     return f"{getattr(target, '__module__', None) or 'torch'}.{getattr(target, '__name__', target)}"
 
 
 def key_of_class(cls: type[nn.Module]) -> str:
-    """A name for the rule of a class of modules, as a graph of a converted model has it."""
+    """Return the name by which the torch.fx graph of a converted model refers to the rule of a module class."""
     return f"class {class_of_rule(cls).__name__}"
 
 
@@ -47,11 +47,12 @@ _RULES |= {f"class {name}": rule for name, rule in MODULES_BY_NAME.items()}
 
 
 def call(module: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs) -> Any:
-    """(y, belief of y, ...) of any module: one that takes beliefs is handed them, another's class has a rule."""
+    """Call any module and return (y, belief of y, ...): pass it the beliefs if it takes them, else apply its class's
+    rule. ValueError: torch's SyncBatchNorm in a converted model."""
     traced = bool(args) and isinstance(args[0], fx.Proxy)
     if type(module).__name__ == "CheckpointWrapper" and getattr(module.checkpoint_fn, "func", None) is CHECKPOINT:
         options = module.checkpoint_fn.keywords
-        if options.get("use_reentrant"):  # it would see no tensors in beliefs
+        if options.get("use_reentrant"):  # a reentrant checkpoint would not find the tensors inside of beliefs
             wrapped = module._checkpoint_wrapped_module
             return checkpointed(wrapped, args, {**kwargs, **options}, beliefs, keyword_beliefs)
     if getattr(module, "takes_beliefs", False):
@@ -89,8 +90,8 @@ def _replaced(operation: Operation) -> str:
 
 
 def _called(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Any, bool]:
-    """What a module returns, and whether that is what its class computes of these arguments: neither a forward of the
-    instance's nor a hook has replaced it."""
+    """Call a module. Return the result, and whether the module's class computed it from these very arguments: neither
+    a forward set on the instance nor a hook interfered."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     if all(map(contract.rounds, hooks)):
         return module(*args, **kwargs), "forward" not in vars(module)
@@ -100,6 +101,7 @@ def _called(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Any, bool]:
 
 
 def _watched(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Any, bool]:
+    """Call a module that has hooks. Return as `_called` does, by comparing what the forward and the caller see."""
     seen: list[Any] = []
 
     def see(_: nn.Module, args: Args, kwargs: Kwargs, y: Any) -> None:
@@ -115,8 +117,8 @@ def _watched(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Any, bool]:
 
 
 def parts_of(module: nn.Module) -> tuple[str, ...]:
-    """Names of a module's parts; with the class of an activation, and whether a part changes its input in place, which
-    the code around it takes for what they are."""
+    """Return what a container's traced forward takes for granted of each part: the name, the class of an activation,
+    and whether the part changes its input in place."""
     return tuple(_look(name, part) for name, part in module._modules.items() if part is not None)
 
 
@@ -126,12 +128,13 @@ def _look(name: str, part: nn.Module) -> str:
 
 
 def has_parts(module: nn.Module, parts: tuple[str, ...]) -> bool:
-    """Whether no part was added, removed, set to None or replaced by another activation."""
+    """Say whether the module still has the parts that `parts_of` listed: none was added, removed, set to None, replaced
+    by another activation, or switched to or from in-place."""
     return parts_of(module) == parts
 
 
 def refuse_torch_sync(container: nn.Module) -> None:
-    """ValueError: torch's SyncBatchNorm in the place of a normalizer of ours, whose groups it does not know."""
+    """Raise ValueError for torch's SyncBatchNorm in place of one of our normalizers: it knows no statistics groups."""
     for name, child in container._modules.items():
         if type(child) is nn.SyncBatchNorm:
             raise ValueError(_TORCH_SYNC.format(name))
@@ -146,7 +149,7 @@ _TORCH_SYNC = (
 def belief_of(
     key: str, y: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs, kind: str = ""
 ) -> "Known | fx.Proxy":
-    """The belief of a function's or a method's value, by the name that key_of gives it."""
+    """Return the belief of a function's or method's result y, by the rule of the name `key` (key_of)."""
     if isinstance(y, fx.Proxy):
         known = proxy_among((beliefs, keyword_beliefs)) is not None
         return retrace.record(belief_of, key, y, args, kwargs, beliefs, keyword_beliefs, kind) if known else None
@@ -155,7 +158,7 @@ def belief_of(
 
 
 def apply(rule: Rule | None, operation: Operation, what: object) -> Known:
-    """What the rule of `what` (a module, or a name) says of an operation."""
+    """Apply a rule to an operation of `what` (a module, or a name) and tell the observer. Return the belief or None."""
     found = "" if rule is None or not (operation.beliefs or operation.keyword_beliefs) else rule(operation)
     if observer is not None:
         observer(operation, what, found)
@@ -163,19 +166,19 @@ def apply(rule: Rule | None, operation: Operation, what: object) -> Known:
 
 
 def lost(value: object, why: str) -> None:
-    """No belief, of a value that was changed in place under another name."""
+    """Return None for the belief of a value that was changed in place under another name, and tell the observer why."""
     if observer is not None:
         observer(Operation(value, (), {}, (), {}), why, "in place")
 
 
 def changed(pair: tuple[Any, ...], position: int) -> Known:
-    """The belief of an argument that a module changed in place."""
+    """Return the belief of an argument that a module changed in place, from the triple that the module returned."""
     changes = pair[2] if len(pair) > 2 else None
     return None if changes is None else changes.get(position)
 
 
 def normalized(base: Any, layer: nn.Module, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs) -> Any:
-    """(y, belief) of the normalizer that a layer which does more is derived from."""
+    """Return (y, belief) of `base`, the normalizer that a layer with more code of its own is derived from."""
     if getattr(base, "takes_beliefs", False):
         return base.forward(layer, *args, **kwargs, beliefs=(beliefs, keyword_beliefs))
     return base.forward(layer, *args, **kwargs), None
@@ -184,8 +187,8 @@ def normalized(base: Any, layer: nn.Module, args: Args, kwargs: Kwargs, beliefs:
 def checkpointed(
     module: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs, called: Callable[..., Any] = call
 ) -> Any:
-    """checkpoint(module, *args, **kwargs) with beliefs through it, as plain tensors: reentrant checkpoints see no
-    tensors inside of other things. `called` calls the module with beliefs."""
+    """Call checkpoint(module, *args, **kwargs) with beliefs passed through as plain tensors: reentrant checkpoints do
+    not find tensors inside of other objects. `called` is what calls the module with beliefs."""
     names = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
     own = {key: value for key, value in kwargs.items() if key in names}
     rest = {key: value for key, value in kwargs.items() if key not in names}
@@ -200,7 +203,8 @@ def checkpointed(
 
 
 def in_segments(module: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs) -> Any:
-    """checkpoint_sequential(module, segments, input, ...): all of as many parts but the last are checkpoints."""
+    """Call checkpoint_sequential(module, segments, input, ...) with beliefs: all segments but the last are
+    checkpoints."""
     given = inspect.signature(IN_SEGMENTS).bind(module, *args, **kwargs)
     segments, x = given.arguments["segments"], given.arguments["input"]
     belief = beliefs[1] if len(beliefs) > 1 else keyword_beliefs.get("input")
@@ -213,6 +217,7 @@ def in_segments(module: Any, args: Args, kwargs: Kwargs, beliefs: Args, keyword_
 
 
 def _in_turn(children: list[nn.Module], args: Args, kwargs: Kwargs, beliefs: Args, keyword_beliefs: Kwargs) -> Any:
+    """Call modules one after the other. Return (y, belief of y)."""
     for child in children:
         y, belief, *_ = call(child, args, kwargs, beliefs, keyword_beliefs)
         args, beliefs = (y,), (belief,)
@@ -220,8 +225,11 @@ def _in_turn(children: list[nn.Module], args: Args, kwargs: Kwargs, beliefs: Arg
 
 
 def children_of(module: Any) -> Iterator[Callable[..., Any]]:
-    """A Sequential's children. checkpoint_sequential(module, segments, input), which calls them in turn without
-    beliefs, is told of as many functions as there are segments: the last one is all of it, with beliefs."""
+    """Yield a Sequential's children; to torch's checkpoint_sequential, one stand-in for each segment.
+
+    checkpoint_sequential would call the children in turn without beliefs. All of its segments but the last get an
+    identity; the last gets a function that runs the whole Sequential in segments, with beliefs.
+    """
     frame = None if torch.compiler.is_compiling() or contract.running.flow is not None else sys._getframe(1)
     if frame is None or frame.f_code is not IN_SEGMENTS.__code__:
         yield from type(module).converted.original.children(module)
@@ -234,7 +242,8 @@ def children_of(module: Any) -> Iterator[Callable[..., Any]]:
 
 
 def known_input(model: nn.Module, x: Any) -> Belief | None:
-    """The belief of a model's input that its buffers hold; of one that is no batch of such images none."""
+    """Return the belief of a model's input from the model's buffers; None if there are none, or x is no batch with as
+    many channels."""
     mean, var = (model._buffers.get(f"input_belief_{name}") for name in ("mean", "var"))
     if mean is None or var is None:
         return None
@@ -245,7 +254,8 @@ def known_input(model: nn.Module, x: Any) -> Belief | None:
 
 
 def seen_input(model: Any, x: Any) -> Belief:
-    """The belief of the model's input: mean and variance of what it saw in training, this batch included."""
+    """Return mean and variance of the inputs that the model saw in training, as the belief of its input. In training x
+    is counted first. ValueError: torch.fx traces a model in training."""
     if model.training:
         retrace.refuse(model, (x,))
     return once(model, functools.partial(_see_input, model, x))
@@ -263,11 +273,11 @@ def _see_input(model: Any, x: Tensor) -> Belief:
     return Belief(mean.clone(), var.clone())
 
 
-# --- convolutions and linear layers: their belief is computed inside of them, where FSDP has their weight ------------
+# --- convolutions and linear layers: they compute their belief in their own forward, where FSDP has gathered the weight
 
 
 def of_convolution(layer: _ConvNd, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Known) -> Known:
-    """In closed form."""
+    """Predict the belief of a convolution's output in closed form."""
     given = x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
     return apply(convolution, Operation(y, given, {}, (belief,), {}), layer)
 
@@ -276,7 +286,7 @@ _TRANSPOSED: Any = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 
 
 def transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None) -> Tensor:
-    """A transposed convolution, as its class computes it, with a weight that was read once."""
+    """Compute a transposed convolution as its class does, but with a weight that was read once."""
     pixels = len(layer.kernel_size)
     padding = layer._output_padding(
         x, output_size, layer.stride, layer.padding, layer.kernel_size, pixels, layer.dilation
@@ -288,17 +298,19 @@ def transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, outpu
 def of_transposed(
     layer: _ConvTransposeNd, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Known
 ) -> Known:
-    """In closed form."""
+    """Predict the belief of a transposed convolution's output in closed form."""
     given = x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
     return apply(transposed_convolution, Operation(y, given, {}, (belief,), {}), layer)
 
 
 def of_linear(layer: nn.Linear, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Known) -> Known:
+    """Predict the belief of a linear layer's output."""
     return apply(linear, Operation(y, (x, weight, bias), {}, (belief,), {}), layer)
 
 
 def _predictor(layer: nn.Module) -> Any:
-    """A layer's own. RuntimeError: of a replica of DataParallel, which has that of the model on the first device."""
+    """Return the predictor that a layer has of its own. RuntimeError: a DataParallel replica in training, whose
+    predictor would be the original model's, on the first device."""
     if layer.__dict__.get("_is_replica") and layer.training:
         raise RuntimeError(
             "DataParallel's replicas share draws and learned transitions, which are of the first device: train with "
@@ -308,14 +320,14 @@ def _predictor(layer: nn.Module) -> Any:
 
 
 def of_transition(layer: _ConvNd, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Known) -> Known:
-    """By the transition matrix of the layer's own."""
+    """Predict the belief of a convolution's output by the layer's learned transition matrix."""
     transition = _predictor(layer)
     operation = Operation(y, (x,), {}, (belief,), {})
     return apply(lambda o: of_map(lambda b, _: transition(b, bias), o.belief, y, weight), operation, layer)
 
 
 def of_sample(layer: _ConvNd, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, belief: Known) -> Known:
-    """By a sample; a ReLU directly before the convolution acts on it."""
+    """Predict the belief of a convolution's output from a drawn sample of its input, rectified if a ReLU is pending."""
     found: Found = ""
     if layer.padding_mode != "zeros":
         found = f"padding_mode={layer.padding_mode!r}, which the sampling predictor does not draw"

@@ -1,7 +1,7 @@
-"""The torch.fx graph of one module's own forward: every module that it calls is a leaf.
+"""Trace one module's own forward by torch.fx; every module that it calls is a leaf.
 
-What tracing freezes (plain attributes that the forward read, options, whether an argument is a tensor) is noted, and
-becomes a condition under which the generated forward holds.
+Tracing freezes the plain attributes that the forward reads, its options, and whether an argument is a tensor. All of
+this is recorded and becomes a condition of the generated forward: where one fails, the original forward runs.
 """
 
 import copy
@@ -43,25 +43,26 @@ from kalmannorm.norm.contract import has_call_of_its_own
 
 IN_SEGMENTS = torch.utils.checkpoint.checkpoint_sequential
 
-# Augmented assignments, x += y, by their names in `operator`: tensors do them in place.
+# Augmented assignments such as x += y, by their names in `operator`: tensors execute them in place.
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod")
 
 
 def is_in_place(name: str) -> bool:
-    """Whether the function or method of this name changes its first argument."""
+    """Say whether a function or method of this name changes its first argument."""
     return name.strip("_") in (*IN_PLACE, "setitem") or (name.endswith("_") and not name.endswith("__"))
 
 
-_DEPTH = 3  # of attributes of a module's attributes
-_NOT_READ = ("builtins", "torch", "collections", "functools", "enum", "random", "numpy")  # modules of objects
+_DEPTH = 3  # how deep attributes of a module's attributes are watched
+# Objects of classes from these packages are not watched.
+_NOT_READ = ("builtins", "torch", "collections", "functools", "enum", "random", "numpy")
 _OF_MODULES = {*vars(nn.Module())}
 
 
 class Passed(NamedTuple):
-    """What is known of a module's arguments from the calls in its parents, by name.
+    """What the calls in a module's parents show of the module's arguments, by name.
 
-    `lists`: those that are lists or tuples; `fixed`: those that are the same plain value in every call; `given`: those
-    that are tensors, or something computed, in some call.
+    `lists`: arguments that are lists or tuples in some call; `fixed`: that are the same plain value in every call;
+    `given`: that are tensors, other computed values or different ones in some call.
     """
 
     lists: set[str]
@@ -74,40 +75,43 @@ class Passed(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A graph and the conditions under which it is what the forward does."""
+    """A graph, and the conditions under which it does what the forward does."""
 
     graph: fx.Graph
-    asked: dict[str, str]  # arguments that were asked whether they are a `tensor` or a `list`, and said yes
-    read: dict[str, Plain]  # plain attributes and globals, by the expression that reads them
-    frozen: dict[str, Plain]  # arguments that the graph takes for these values
-    of_both: bool = False  # whether the forward did not ask which mode it is in
-    names: Mapping[str, object] = MappingProxyType({})  # what those expressions name: modules of globals
-    kinds: Mapping[str, type] = MappingProxyType({})  # classes of layers that it asked for, by the layer's expression
-    held: AbstractSet[str] = frozenset()  # attributes of the module that it takes for what they are: functions, methods
-    functions: tuple[str, ...] = ()  # the same of its surroundings, by expressions
-    methods: Mapping[str, type] = MappingProxyType({})  # those of its parts that it calls, and of which class they are
-    given: tuple[str, ...] = ()  # arguments that are not None
+    asked: dict[str, str]  # arguments whose type the forward asked for -> what they claimed to be, `tensor` or `list`
+    read: dict[str, Plain]  # expressions of plain attributes and globals -> their values
+    frozen: dict[str, Plain]  # arguments -> the values that the graph assumes
+    of_both: bool = False  # whether the graph is that of training and evaluation: the forward did not ask for the mode
+    names: Mapping[str, object] = MappingProxyType({})  # names in `read` and `functions` -> modules that hold globals
+    kinds: Mapping[str, type] = MappingProxyType({})  # expressions of layers -> the classes that the forward saw
+    held: AbstractSet[str] = frozenset()  # the module's attributes that must not be set: functions, methods, objects
+    functions: tuple[str, ...] = ()  # expressions of functions and classes around the forward that must stay the same
+    methods: Mapping[str, type] = MappingProxyType({})  # expressions of methods of parts -> the classes they are from
+    given: tuple[str, ...] = ()  # arguments that must not be None
 
 
 APPENDS = "appends to a list that it was given"
 
 
 class Untraceable(ValueError):
-    """The forward as it is written cannot become a graph."""
+    """A forward cannot become a graph as it is written."""
 
 
 def trace(module: nn.Module, passed: Passed) -> dict[str, Trace]:
-    """Trace a forward in the modes `train` and, if that differs, `eval`. Raises Untraceable: as of trace_mode."""
+    """Trace a forward in training mode and, if it asks for the mode, in evaluation. Return {"train": ..., "eval": ...}.
+
+    Raises Untraceable, as trace_mode does.
+    """
     found = {"train": trace_mode(module, passed, True)}
     return found if found["train"].of_both else {**found, "eval": trace_mode(module, passed, False)}
 
 
-@torch.enable_grad()  # type: ignore[untyped-decorator]  # so that a forward is seen to switch them off
+@torch.enable_grad()  # type: ignore[untyped-decorator]  # so that a forward which disables gradients is noticed
 def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
-    """Trace a forward in one mode of the module. Whatever that leaves behind is taken back.
+    """Trace a forward in one mode of the module, and undo all side effects of running it.
 
-    Raises Untraceable: with fx's reason, or because the graph would not do what the forward does (it sets attributes,
-    draws random numbers).
+    Raises Untraceable: with torch.fx's reason, or because the graph would do something else than the forward (which
+    sets attributes or draws random numbers).
     """
     frozen = _frozen(module, passed)
     tracer = Tracer(passed)
@@ -161,7 +165,8 @@ def trace_mode(module: nn.Module, passed: Passed, training: bool) -> Trace:
 
 
 def _frozen(module: nn.Module, passed: Passed) -> dict[str, Plain]:
-    """Options, which decide what there is to trace: as all parents pass them, or their defaults."""
+    """Return the options that the forward is traced with: the value that all parents pass, or the default if that is
+    None or a bool. They decide which operations there are to trace."""
     frozen: dict[str, Plain] = {}
     for name, parameter in inspect.signature(type(module).forward).parameters.items():
         if name in passed.given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -174,7 +179,7 @@ def _frozen(module: nn.Module, passed: Passed) -> dict[str, Plain]:
 
 
 def _erase_frozen(graph: fx.Graph, frozen: dict[str, Plain]) -> None:
-    """Their placeholders, and the assertions of their values that fx wrote."""
+    """Erase the placeholders of frozen arguments, and the assertions of their values that fx wrote."""
     for node in list(graph.nodes):
         if node.op == "placeholder" and str(node.target).removesuffix("_1") in frozen:
             for user in list(node.users):
@@ -188,7 +193,8 @@ def _erase_frozen(graph: fx.Graph, frozen: dict[str, Plain]) -> None:
 
 
 class _Proxy(fx.Proxy):
-    """fx traces `x += y` as x = x + y, a new tensor, which other names of x do not see: here it stays in place."""
+    """A proxy that records `x += y` as an in-place operation: fx would make it x = x + y, a new tensor that other names
+    of x do not see."""
 
     def _operate(self, name: str, other: object) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
@@ -201,7 +207,7 @@ class _Proxy(fx.Proxy):
 
 
 class _Attribute(_Proxy, fx.proxy.Attribute):
-    def __repr__(self) -> str:  # "cuda" in str(x.device)
+    def __repr__(self) -> str:  # for instance by "cuda" in str(x.device)
         raise Untraceable("it writes down a value that is not known yet")
 
 
@@ -210,7 +216,7 @@ for _name in IN_PLACE:
 
 
 class _TensorArgument(_Proxy):
-    """An argument that says it is a tensor when it is asked."""
+    """An argument that claims to be a tensor when it is asked for its class, and records that it was asked."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -218,13 +224,14 @@ class _TensorArgument(_Proxy):
         return Tensor
 
     def __getattr__(self, name: str) -> Any:
-        if not (hasattr(Tensor, name) or name.startswith("__") or "*" in str(self.node.target)):  # it may ask for it
+        # A proxy has every attribute: one that the forward may look for by hasattr() becomes a condition.
+        if not (hasattr(Tensor, name) or name.startswith("__") or "*" in str(self.node.target)):
             self.tracer.read[f'hasattr({self.node.target}, "{name}")'] = True  # type: ignore[attr-defined]
         return super().__getattr__(name)
 
 
 class _ListArgument(_Proxy):
-    """One that says it is a list."""
+    """An argument that claims to be a list."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -233,7 +240,9 @@ class _ListArgument(_Proxy):
 
 
 class Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # what is made of a buffer is made of it in every forward, not once
+    """Traces one forward: modules are leaves, and what a graph would get wrong is noted or raises Untraceable."""
+
+    proxy_buffer_attributes = True  # values computed from a buffer are computed in every forward, not once
 
     def __init__(self, passed: Passed) -> None:
         super().__init__(autowrap_modules=(math,), autowrap_functions=(CHECKPOINT, IN_SEGMENTS))
@@ -242,7 +251,7 @@ class Tracer(fx.Tracer):
         self.asked: dict[str, str] = {}
         self.read: dict[str, Plain] = {}
         self._switched = _switched()
-        # Tensors that the forward makes of nothing: copies of them in every run, by their names; and their versions.
+        # Constant tensors that the forward creates: the nodes that clone them in each run, by name; and their versions.
         self._made: dict[str, fx.Node] = {}
         self._versions: list[tuple[Tensor, int]] = []
 
@@ -264,6 +273,7 @@ class Tracer(fx.Tracer):
         return super().create_node(kind, target, *rest, **more)
 
     def check_constants(self) -> None:
+        """Raise Untraceable if the forward changed one of its constant tensors in place."""
         if any(tensor._version != version for tensor, version in self._versions):
             raise Untraceable("it changes a tensor that it makes")
 
@@ -273,9 +283,9 @@ class Tracer(fx.Tracer):
         return (_ListArgument if str(node.target) in self.passed.lists else _TensorArgument)(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if issubclass(type(a), fx.Proxy):  # isinstance would ask what it says it is
+        if issubclass(type(a), fx.Proxy):  # isinstance would read __class__, which answers Tensor and is recorded
             return a.node
-        if isinstance(a, dict) and type(a) is not dict:  # fx would make a plain dict of it
+        if isinstance(a, dict) and type(a) is not dict:  # fx would put a plain dict into the graph
             items = {key: self.create_arg(value) for key, value in a.items()}
             if type(a) is OrderedDict:
                 return self.create_node("call_function", make_dict, (tuple(items), tuple(items.values())), {})
@@ -293,14 +303,14 @@ class Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
             self.path_of_module(m)
-        except NameError:  # made where it is used, nn.ReLU()(x)
+        except NameError:  # a module that is created where it is used, nn.ReLU()(x)
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
 
 class _Constants(TorchFunctionMode):
-    """While it lasts, nothing may be computed of parameters and buffers alone, nor their type or device be asked for,
-    by whatever way the forward found them (`self.parameters()`): a graph would have the value of now."""
+    """A mode that raises Untraceable where a forward computes from parameters or buffers, or asks for their type or
+    device, by another way than attributes (`self.parameters()`): the graph would keep the present value."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -318,8 +328,8 @@ class _Constants(TorchFunctionMode):
 
 
 class _Reading:
-    """While it lasts, plain attributes that the code reads are noted: of the module, of modules in it, and of plain
-    objects that these hold (a configuration)."""
+    """A context that records which plain attributes the code reads: of the module, of the modules in it, and of objects
+    that these hold (a configuration)."""
 
     def __init__(self, module: nn.Module) -> None:
         self.read: dict[str, Plain] = {}
@@ -353,7 +363,7 @@ class _Reading:
             cls = type(each)
             try:
                 each.__class__ = self._reading_class(cls)
-            except TypeError:  # slots, an extension's own layout: whatever it holds may be read
+            except TypeError:  # slots, or the layout of an extension: take all that it holds as read
                 for key, value in each.__dict__.items():
                     self.read |= plain_parts(f"{expression}.{key}", value)
                 continue
@@ -365,7 +375,7 @@ class _Reading:
             each.__class__ = cls
 
     def class_of(self, value: object, *body: Any, **options: Any) -> type:
-        """type(value), in the forward: of a layer it is noted."""
+        """Replace type() in the forward: record the class of a layer that is asked for."""
         if body:
             return type(value, *body, **options)
         if issubclass(type(value), fx.Proxy):
@@ -376,14 +386,17 @@ class _Reading:
         return class_of(value)
 
     def isinstance(self, value: object, kinds: Any) -> bool:
-        """As the builtin, in the forward: of a layer it is noted."""
+        """Replace isinstance() in the forward: record the class of a layer that is asked for."""
         if type(value) is _Proxy:
             raise Untraceable("it asks for the type of what it computed")
         self._note(value)
         return isinstance(value, kinds)
 
     def hold(self, owner: str, name: str, value: object) -> None:
-        """What is no plain value is taken for what it is, until the attribute is set."""
+        """Record that the graph relies on an attribute that is no plain value: it holds until the attribute is set.
+
+        Raises Untraceable: the value may change in place.
+        """
         expression = attribute_of(owner, name)
         if owner != "self" and isinstance(value, nn.Module):
             return
@@ -403,6 +416,7 @@ class _Reading:
             self.kinds[self.objects[id(value)][0]] = class_of(value)
 
     def _reading_class(self, cls: type) -> type:
+        """Return a subclass of `cls` whose instances report which of their attributes are read, missed or set."""
         if cls in self.made:
             return self.made[cls]
         reading, read, objects = self, self.read, self.objects
@@ -438,20 +452,22 @@ class _Reading:
                 raise
 
         def setter(self: Any, name: str, value: object) -> None:
-            if id(self) in objects and not name.startswith(("_tensor_constant", "__")):  # which fx and this set
-                raise Untraceable("its forward sets attributes")  # and may set them back: a mode, a momentum
+            # Names of these kinds are set by fx and by this class. A forward may set an attribute back at its end (a
+            # mode, a momentum), so that a comparison before and after would not show it.
+            if id(self) in objects and not name.startswith(("_tensor_constant", "__")):
+                raise Untraceable("its forward sets attributes")
             cls.__setattr__(self, name, value)  # type: ignore[call-arg]
 
         body = {"__getattribute__": getter, "__getattr__": missing, "__setattr__": setter, "watches": cls}
         body["__module__"] = cls.__module__
-        if issubclass(cls, nn.Module) and has_call_of_its_own(cls):  # which runs where the part is called
+        if issubclass(cls, nn.Module) and has_call_of_its_own(cls):  # the part's __call__ runs later, not in the trace
             body["__call__"] = lambda part, *args, **kwargs: nn.Module.__call__(part, *args, **kwargs)
         self.made[cls] = derived(cls, body, type(cls))
         return self.made[cls]
 
 
 def expression_of(path: str) -> str:
-    """self.layers[0].bn as code: getattr(self.layers, "0").bn."""
+    """Return the code that reads a module by its path: `layers.0.bn` is getattr(self.layers, "0").bn."""
     return functools.reduce(attribute_of, path.split(".") if path else (), "self")
 
 
@@ -474,6 +490,6 @@ def _restore_random_state(state: bytes) -> None:
 
 
 def _switched() -> tuple[object, ...]:
-    """What the contexts that fx does not see have switched."""
+    """Return the state of the contexts that fx does not record: gradients, inference mode, autocast."""
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast

@@ -1,7 +1,7 @@
-"""Beliefs written beside the operations of a traced forward: every value gets the belief of it, as a variable.
+"""Write beliefs into a traced forward: beside every value stands a variable with the value's belief.
 
-What can be told only from the code is told here: which operand is a constant, which value is a function of which, and
-which tensors are changed in place under another name. The rest is left to the rules, which see the tensors.
+Decided here is what only the code shows: which operand is a constant, which value is a function of which, and which
+tensors are changed in place under another name. All else is left to the rules, which see the tensors.
 """
 
 import inspect
@@ -24,8 +24,13 @@ from kalmannorm.norm.belief import pick
 
 
 class Summary(NamedTuple):
-    """What a parent must know of a module: a formula of its first argument, if it acts pixel by pixel; which of its
-    arguments it changes in place; which its result may share memory with."""
+    """What a parent must know of a module.
+
+    Attributes:
+        curve: the formula of its result, `{}` being its first argument, if it acts pixel by pixel; else empty.
+        mutates: positions of the arguments that it changes in place.
+        aliases: positions of the arguments with which its result may share memory.
+    """
 
     curve: str = ""
     mutates: frozenset[int] = frozenset()
@@ -33,7 +38,7 @@ class Summary(NamedTuple):
 
 
 def summary_of_class(module: nn.Module) -> Summary:
-    """Of a module that is not converted, by its class."""
+    """Return the summary of a module that is not converted, which follows from its class."""
     key = type(module)
     curve = _with_parameters(CURVES.get(key, ""), [getattr(module, name) for name in MODULES.get(key, ("", ()))[1]])
     in_place, view = getattr(module, "inplace", False) is True, key in VIEWS or key.__name__ in VIEWS
@@ -41,27 +46,27 @@ def summary_of_class(module: nn.Module) -> Summary:
 
 
 def _with_parameters(curve: str, given: Any) -> str:
-    """A formula with what its function was given beside the feature, where that is not one."""
+    """Put numbers that a function was given beside the feature into its formula, except ones, the usual default."""
     extra = "".join(f",{value:g}" for value in given if type(value) in (int, float) and value != 1)
     return curve.replace("({})", f"({{}}{extra})") if extra else curve
 
 
 class Writer:
-    """Writes one graph: `summary` is what its parents must know then."""
+    """Writes beliefs into one graph when it is made; then `summary` is what parents must know of the module."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, summaries: dict[nn.Module, Summary]) -> None:
         self.module, self.graph, self.summaries = module, graph, summaries
         self.summary = Summary()
         self._belief: dict[fx.Node, fx.Node | None] = {}
-        self._constant: set[fx.Node] = set()  # made of parameters and buffers alone
-        self._curve: dict[fx.Node, tuple[fx.Node, str]] = {}
+        self._constant: set[fx.Node] = set()  # values that are computed from parameters and buffers alone
+        self._curve: dict[fx.Node, tuple[fx.Node, str]] = {}  # value -> the value that it is a function of, the formula
         self._latest: dict[fx.Node, fx.Node] = {}  # a tensor changed in place -> the operation that changed it last
-        self._memory: dict[fx.Node, set[fx.Node]] = {}  # the values that may share memory with this one
-        self._stale: dict[fx.Node, str] = {}  # changed in place through another of those: how
+        self._memory: dict[fx.Node, set[fx.Node]] = {}  # value -> all values that may share memory with it
+        self._stale: dict[fx.Node, str] = {}  # a value that changed in place under another name -> a line that says how
         self._own: list[fx.Node] = []
         parameters = inspect.signature(type(module).forward).parameters.values()
         self._positions = {p.name: sys.maxsize if p.kind is p.KEYWORD_ONLY else i for i, p in enumerate(parameters, -1)}
-        self._inputs: dict[int, fx.Node] = {}  # by position: options that the graph was frozen for are missing
+        self._inputs: dict[int, fx.Node] = {}  # arguments by position, without the options that tracing froze
         self._mutated: set[fx.Node] = set()
         nodes = list(graph.nodes)
         self._start = next(node for node in nodes if node.op != "placeholder")
@@ -77,12 +82,13 @@ class Writer:
     # --- beliefs ---
 
     def _now(self, node: fx.Node) -> fx.Node:
+        """Return the node that holds a tensor's present value, after changes in place."""
         while node in self._latest:
             node = self._latest[node]
         return node
 
     def _beliefs_of(self, value: Any) -> Any:
-        """The structure of beliefs beside a structure of values."""
+        """Return the beliefs of a structure of values, in the same structure."""
 
         def one(item: Any) -> Any:
             if not isinstance(item, fx.Node):
@@ -95,6 +101,7 @@ class Writer:
         return map_aggregate(value, one)
 
     def _add(self, function: Any, *args: Any, name: str) -> fx.Node:
+        """Add a call that computes a belief; it is erased at the end if nothing uses it."""
         node = self.graph.create_node("call_function", function, args, name=name)
         self._own.append(node)
         return node
@@ -106,7 +113,7 @@ class Writer:
         key: Any = node.target
         if node.op == "placeholder":
             with self.graph.inserting_before(self._start):
-                # A layer that does more than normalize has names of its own, and no options.
+                # The traced forward of a BatchNorm subclass may name its arguments otherwise; it has no options.
                 position = self._positions.get(str(node.target).lstrip("*"), len(self._inputs))
                 name = f"{node.name}_belief"
                 self._belief[node] = self._add(pick, self._beliefs, position, str(node.target), name=name)
@@ -120,13 +127,13 @@ class Writer:
             key = type(child)
             of_constants = len(node.all_input_nodes) > 0 and set(node.all_input_nodes) <= self._constant
             node = self._call(node)
-            if of_constants:  # a weight, quantized
+            if of_constants:  # for instance a weight that the module quantizes
                 self._constant.add(node)
         elif node.target in (CHECKPOINT, IN_SEGMENTS):
             function = checkpointed if node.target is CHECKPOINT else in_segments
             node = self._pair(node, function, node.args[0], node.args[1:], dict(node.kwargs))
         elif node.target is normalize:
-            # Its base class does it: forwards.py puts that and the layer itself in the string's place.
+            # The base class normalizes: forwards.py replaces the string "self" by that class and the layer.
             node = self._pair(node, normalized, "self", node.args, {})
         elif set(node.all_input_nodes) <= self._constant:
             self._constant.add(node)
@@ -141,14 +148,14 @@ class Writer:
         value = self._pair(node, call, child, node.args, dict(node.kwargs))
         for i in self.summaries.get(self.module.get_submodule(str(node.target)), Summary()).mutates:
             given = node.args[i] if i < len(node.args) else None
-            if isinstance(given, fx.Node):  # what it has become, wherever it is used
+            if isinstance(given, fx.Node):  # the changed argument has a new belief from here on
                 pair = value.args[0]
                 with self.graph.inserting_before(value):
                     self._belief[self._now(given)] = self._add(changed, pair, i, name=f"{given.name}_changed")
         return value
 
     def _pair(self, node: fx.Node, function: Any, called: Any, args: Any, kwargs: dict[str, Any]) -> fx.Node:
-        """A call that returns a value and its belief, in the place of one that returns the value."""
+        """Replace a call that returns a value by one that returns the value and its belief. Return the new value."""
         with self.graph.inserting_before(node):
             beliefs = self._beliefs_of(args), self._beliefs_of(kwargs)
             given = (called, args, kwargs, *beliefs)
@@ -160,6 +167,7 @@ class Writer:
         return value
 
     def _function(self, node: fx.Node) -> None:
+        """Add the belief of a function's or method's result, if an argument may have one."""
         target, name = node.target, f"{node.name}_belief"
         if target is make_dict or (isinstance(target, type) and (issubclass(target, dict) or is_dataclass(target))):
             keys, values = node.args if target is make_dict else (tuple(node.kwargs), tuple(node.kwargs.values()))
@@ -174,7 +182,7 @@ class Writer:
             self._belief[node] = self._add(belief_of, *given, name=name)
 
     def _kind(self, node: fx.Node) -> str:
-        """Operation.kind."""
+        """Return Operation.kind."""
         if node.target in WEIGHTED:
             weights = [*node.args[1:3], node.kwargs.get("weight"), node.kwargs.get("bias")]
             return "" if {w for w in weights if isinstance(w, fx.Node)} <= self._constant else "computed"
@@ -197,7 +205,8 @@ class Writer:
     # --- formulas ---
 
     def _formula(self, node: fx.Node, end: fx.Node | None = None) -> tuple[fx.Node, str]:
-        """The value (`end`, or the earliest) that `node` is a function of, pixel by pixel, and that function of "x"."""
+        """Return the value of which `node` is a function pixel by pixel (`end`, else the earliest), and the formula in
+        terms of "x"."""
         if node is end or node not in self._curve:
             return node, "x"
         x, curve = self._curve[node]
@@ -230,7 +239,7 @@ class Writer:
             return f"{sign}({{}},{other:g})"
         return f"{sign}({{}},{other})" if isinstance(other, fx.Node) and other in self._constant else ""
 
-    # --- memory: what is changed in place ---
+    # --- memory that values share, and changes in place ---
 
     def _note_memory(self, node: fx.Node, x: fx.Node | None, child: nn.Module | None, key: Any) -> None:
         self._memory[node] = {node}
@@ -261,6 +270,7 @@ class Writer:
                 self._latest[node] = x  # another name of the same tensor
 
     def _overwrite(self, node: fx.Node, x: fx.Node) -> None:
+        """Mark the other names of x as stale, because `node` changes x in place."""
         for other in self._memory[x]:
             if self._now(other) is not x:
                 self._stale[other] = f"{node.name.removesuffix('_y')} changes {other.name} in place under another name"
@@ -270,6 +280,7 @@ class Writer:
         return node.target in (F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.mish) and True in node.args[1:2]
 
     def _output(self, node: fx.Node) -> None:
+        """Return (y, belief of y, beliefs of arguments changed in place) from the graph; set the summary."""
         (value,) = node.args
         positions = {given: i for i, given in self._inputs.items()}
         mutates = {positions[given] for given in self._mutated if given in positions}
