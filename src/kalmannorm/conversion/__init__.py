@@ -1,5 +1,5 @@
-"""Conversion of any model: normalizers swapped, beliefs handed from one to the next by one table of rules
-(operations.py), and the way back."""
+"""Convert any model and back: normalizers are replaced, and beliefs handed from one to the next by one table of rules
+(operations.py)."""
 
 from kalmannorm.conversion.api import INPUT_BELIEF, belief_report, convert, fold, is_converted, untraced
 from kalmannorm.conversion.compiled import compile_blocks

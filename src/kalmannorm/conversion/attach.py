@@ -1,7 +1,8 @@
-"""Which convolutions need a predictor of their own (draws of the sampling predictor, a learned transition), in order.
+"""Find the convolutions that need a predictor of their own (draws for sampling, a learned transition), in order.
 
-Those whose belief reaches a normalizer. Their predictors stand beside them, `conv1_noise`, in state dicts too, and
-draws are keyed by their number: in the order of the normalizers, and for one of them in the order of what it needs.
+These are the convolutions whose belief reaches a normalizer. A predictor stands beside its convolution as
+`conv1_noise`, also in state dicts. Draws are keyed by the predictor's number, which counts in the order of the
+normalizers and, for each of them, in the order of the convolutions that lead to it.
 """
 
 import inspect
@@ -24,9 +25,13 @@ Traces = dict[nn.Module, dict[str, Trace]]
 
 
 class Value:
-    """What is known of a value before anything runs: whose beliefs its own is made of.
+    """What is known of a value's belief before anything runs.
 
-    `lost`: whether it has one at all. `single`: whether that has one row for all groups of all devices.
+    Attributes:
+        needs: the values whose beliefs it is computed from.
+        lost: whether it has no belief.
+        single: whether the belief has one row for all groups on all devices.
+        layer: name and module of the convolution that computed the value, or None.
     """
 
     def __init__(self, needs: list["Value"], lost: bool = False, single: bool = True) -> None:
@@ -37,7 +42,10 @@ class Value:
 
 
 class Search:
-    """Walks through traced forwards as they call each other; `found` is called with each convolution once."""
+    """Walks through traced forwards as they call each other, and calls `found` for each convolution that it finds.
+
+    `mode`: which traces it follows, `train` or `eval`. found(name, convolution, single): single as of Value.
+    """
 
     def __init__(self, traces: Traces, mode: str, found: Callable[[str, _ConvNd, bool], None]) -> None:
         self.traces, self.mode, self.found = traces, mode, found
@@ -45,11 +53,14 @@ class Search:
 
     @staticmethod
     def given(known: str | None) -> Value:
-        """The model's input: its belief is in buffers, an argument, or not known."""
+        """Return the Value of the model's input. `known`: the `input_belief` of forwards.root_code."""
         return Value([], lost=known is None, single=known != "argument")
 
     def run(self, module: nn.Module, path: str, given: dict[str, Any], first: Any) -> Any:
-        """A forward with these values of its arguments, by name; `first` of its first one. Returns its value."""
+        """Walk through a module's forward and return the Value of its result, or a structure of Values.
+
+        `path`: the module's name. `given`: the arguments' Values by name; `first`: that of the first argument.
+        """
         if type(module).forward is nn.Sequential.forward:
             for name, child in [item for item in module.named_children() if not isinstance(item[1], Predictor)]:
                 first = self._module(child, f"{path}.{name}" if path else name, (first,), {}, first)
@@ -75,6 +86,8 @@ class Search:
         return (of.get(self.mode) or of["train"]).graph
 
     def _value(self, module: nn.Module, path: str, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """Return the Value of a node's result from those of the nodes before it."""
+
         def of(value: Any) -> Any:
             return map_aggregate(value, lambda item: env.get(item) if isinstance(item, fx.Node) else None)
 
@@ -104,6 +117,7 @@ class Search:
         return Value(needs, lost=rule_of(node.target) is None)
 
     def _module(self, child: nn.Module, path: str, args: Args, kwargs: Kwargs, first: Any) -> Any:
+        """Return the Value of what a module returns; walk through its forward if it holds normalizers."""
         if isinstance(child, Estimator):
             return self._normalized(child, first) if child not in self.traces else self._run(child, path, args, kwargs)
         if (
@@ -127,6 +141,7 @@ class Search:
         return self.run(child, path, given, args[0] if args else None)
 
     def _normalized(self, layer: Any, x: Any) -> Value:
+        """Report the convolutions that a normalizer's prior needs. Return the Value of the normalizer's output."""
         for value in _values(x):
             if not value.lost:
                 self._demand(value)
@@ -135,6 +150,7 @@ class Search:
         return Value([], single=layer.belief == "output")
 
     def _demand(self, value: Value) -> None:
+        """Report the convolutions from which a value's belief is computed, those before others first."""
         if value in self.done:
             return
         self.done.add(value)

@@ -1,4 +1,4 @@
-"""BatchNorm layers that do more than normalize: their forwards, with the new normalizer where they normalize."""
+"""BatchNorm layers that do more than normalize: trace their forwards with the new normalizer where they normalize."""
 
 import inspect
 from collections.abc import Iterator
@@ -21,19 +21,20 @@ class OwnCode(ValueError):
 
 
 def has_forward_of_its_own(layer: nn.Module) -> bool:
-    """Whether a BatchNorm layer's class computes more than torch's, or something else (timm's BatchNormAct2d)."""
+    """Say whether a BatchNorm layer has another forward than torch's: more code (timm's BatchNormAct2d), or other."""
     return type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or "forward" in layer.__dict__
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Stands in the graph of such a layer where it normalizes."""
+    """Mark, in the graph of such a layer, the place where it normalizes; never called."""
     raise NotImplementedError
 
 
 def trace_layer(layer: _BatchNorm, name: str, training: bool) -> Trace:
-    """The graph of such a layer, with `normalize` where it normalizes, by F.batch_norm or by its base class.
+    """Trace such a layer, with `normalize` in place of F.batch_norm or of its base class's forward.
 
-    Raises OwnCode: it normalizes by code of its own. Untraceable: its forward has options, or decides by its input.
+    Raises OwnCode: the layer normalizes by code of its own. Untraceable: its forward has options, or branches on its
+    input.
     """
     tracer = _LayerTracer(layer, name)
     mode = layer.training
@@ -55,15 +56,17 @@ def trace_layer(layer: _BatchNorm, name: str, training: bool) -> Trace:
             "F.batch_norm nor by its base class"
         )
     for node in list(graph.nodes):
-        if node.op == "get_attr" and node.target == "num_batches_tracked":  # the new normalizer counts for itself
+        if node.op == "get_attr" and node.target == "num_batches_tracked":  # the new normalizer does the counting
             for user in list(node.users):
                 graph.erase_node(user)
-        if node.op == "get_attr" and not node.users:  # a moving average, which the new normalizer may be without
+        if node.op == "get_attr" and not node.users:  # a moving average, which the new normalizer may not have
             graph.erase_node(node)
     return Trace(graph, {}, {}, {})
 
 
 class _LayerTracer(Tracer):
+    """Traces a BatchNorm layer's forward; `found` says whether it met the normalization."""
+
     def __init__(self, layer: _BatchNorm, name: str) -> None:
         super().__init__(Passed.nothing())
         self.layer, self.name, self.found = layer, name, False
@@ -74,6 +77,7 @@ class _LayerTracer(Tracer):
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
     def _normalization(self, given: Scope) -> fx.Proxy:
+        """Record `normalize` for a call of F.batch_norm. OwnCode: its arguments are not those of torch's BatchNorm."""
         layer = self.layer
         names = [key if getattr(layer, key) is not None else None for key in ("weight", "bias")]
         found = [getattr(getattr(given.get(key), "node", None), "target", None) for key in ("weight", "bias")]
@@ -88,7 +92,7 @@ class _LayerTracer(Tracer):
 
     @contextmanager
     def reading_base_class(self) -> Iterator[None]:
-        """While it lasts, super().forward(x) stands for the normalization."""
+        """Record super().forward(x) as the normalization while the context lasts."""
         tracer = self
         classes: tuple[Any, ...] = (_BatchNorm, nn.SyncBatchNorm)
         originals = [cls.forward for cls in classes]
@@ -104,8 +108,11 @@ class _LayerTracer(Tracer):
 def trace_layers(
     layers: dict[str, _BatchNorm],
 ) -> tuple[dict[_BatchNorm, dict[str, Trace]], dict[str, str]]:
-    """Traces of the BatchNorm layers that do more than normalize, none of those that cannot be traced; and by name
-    why others are left as they are: they normalize by code of their own."""
+    """Trace the BatchNorm layers that do more than normalize.
+
+    Return their traces, an empty dict for a layer that cannot be traced; and by name why other layers are left as they
+    are: they normalize by code of their own, or have a __call__ of their own.
+    """
     traces: dict[_BatchNorm, dict[str, Trace]] = {}
     left: dict[str, str] = {}
     for name, layer in layers.items():

@@ -1,7 +1,7 @@
-"""Classes of converted modules: generated subclasses of their own, whose forward takes beliefs.
+"""The classes of converted modules: generated subclasses of their original classes, with forwards that take beliefs.
 
-They have the name, the module and the signature of the class that they are derived from. Equal code of one class is one
-class: blocks share a forward, and a compiled graph.
+They have the name, the module and the signature of the original class. Equal code for one class gives one generated
+class, so that equal blocks share a forward and a compiled graph.
 """
 
 import copy
@@ -24,12 +24,15 @@ from kalmannorm.conversion.write import Summary
 from kalmannorm.norm import contract
 
 _serial = itertools.count()
-ORIGINAL = "_original"  # among the names of generated code: the class of the layer that a normalizer stands for
+ORIGINAL = "_original"  # key in the names of generated code: the class of the layer that a normalizer replaced
 _classes: dict[tuple[object, ...], type[nn.Module]] = {}
 
 
 class Generated:
-    """What a class was made of; pickled in its place."""
+    """What a generated class is made from: its base, the code of its forward, the code's names, the module's summary.
+
+    It is pickled in place of the class.
+    """
 
     def __init__(self, base: "type[nn.Module] | Generated", code: str, names: Scope, summary: Summary) -> None:
         self.base, self.code, self.names, self.summary = base, code, names, summary
@@ -42,16 +45,17 @@ class Generated:
 
     @property
     def original(self) -> type[nn.Module]:
-        """The class that is derived from: the original's."""
+        """The class that the module had before the conversion."""
         return self.base.original if isinstance(self.base, Generated) else self.base
 
     def on(self, original: Any, code: str = "") -> "Generated":
-        """The same, derived from another class, with this code in place of that which is derived from it directly."""
+        """Return the same on another original class. `code`, if given, replaces the code derived from it directly."""
         if isinstance(self.base, Generated):
             return Generated(self.base.on(original, code), self.code, self.names, self.summary)
         return Generated(original, code or self.code, {} if code else self.names, self.summary)
 
     def make(self) -> type[nn.Module]:
+        """Return the class, generated at the first call."""
         base = self.base.make() if isinstance(self.base, Generated) else self.base
         names = tuple(sorted((name, _identity(value)) for name, value in self.names.items()))
         key = id(base), self.code, names
@@ -60,7 +64,7 @@ class Generated:
             scope |= HELPERS | {"_base": base, "_forward": base.forward}
             filename = f"<converted {base.__name__} {next(_serial)}>"
             lines = self.code.splitlines(keepends=True)
-            linecache.cache[filename] = (len(self.code), None, lines, filename)  # for tracebacks
+            linecache.cache[filename] = (len(self.code), None, lines, filename)  # so that tracebacks show the code
             exec(compile(self.code, filename, "exec"), scope)
             forward: Any = scope["forward"]
             forward.__doc__, forward.__signature__ = base.forward.__doc__, inspect.signature(base.forward)
@@ -90,8 +94,8 @@ class Generated:
 
 
 def _without_beliefs(cls: type[nn.Module], scope: Scope) -> Any:
-    """The generated forward by the original's parameters alone: what torch.fx looks at, and what is left of it where a
-    wrapper is taken off again (accelerate's mixed precision)."""
+    """Return the generated forward with the original's parameters only, as its `__wrapped__`: torch.fx reads that, and
+    code that removes a wrapper (accelerate's mixed precision) leaves it as the forward."""
     head, arguments = head_of(cls, scope)
     head, handed = head.replace(", beliefs=None", ""), ", ".join(["self", *arguments.values()])
     exec(f"def plainly({head}):\n    return forward({handed})\n", scope)
@@ -99,15 +103,18 @@ def _without_beliefs(cls: type[nn.Module], scope: Scope) -> Any:
 
 
 def _apply(self: Any, fn: Callable[[nn.Module], None]) -> nn.Module:
-    """As the original's, for which layers are of their own classes."""
+    """Apply a function to all modules as nn.Module.apply does; where it asks for type(layer), it sees the original
+    classes."""
     function = getattr(fn, "__func__", fn)
     with lending(stand_ins(function) if isinstance(function, FunctionType) else []):
         return type(self).converted.original.apply(self, fn)  # type: ignore[no-any-return]
 
 
 def methods_of(original: type[nn.Module], base: type[nn.Module]) -> Scope:
-    """What a BatchNorm layer's class defines beside its forward, for a class that is derived from the normalizer
-    `base`: all but what that has, and torch's BatchNorm has not."""
+    """Return what a BatchNorm subclass defines beside its forward, for a class derived from the normalizer `base`.
+
+    Left out are names that the normalizer defines and torch's BatchNorm does not: they belong to the normalizer.
+    """
     body: Scope = {}
     for cls in reversed(original.__mro__):
         for name, value in {} if is_of_library(cls.__module__) else vars(cls).items():
@@ -122,7 +129,7 @@ def methods_of(original: type[nn.Module], base: type[nn.Module]) -> Scope:
 
 
 def _rebound(function: FunctionType) -> FunctionType:
-    """The same, whose super() is that of another class, which is not known yet."""
+    """Return a copy of a method whose super() refers to a class that is made later: its cell is still empty."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     closure = tuple(CellType() if name == "__class__" else cell for name, cell in cells)
     made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
@@ -131,7 +138,8 @@ def _rebound(function: FunctionType) -> FunctionType:
 
 
 def _setting(base: type[nn.Module], held: list[str]) -> Callable[..., None]:
-    """Where an attribute is set that tracing took for what it was (a function, a method), the forward runs as it is."""
+    """Return a __setattr__ after which the forward runs as it is, if it set an attribute on which the trace relied (a
+    function, a method)."""
 
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:
         base.__setattr__(self, name, value)
@@ -142,8 +150,8 @@ def _setting(base: type[nn.Module], held: list[str]) -> Callable[..., None]:
 
 
 def _refilling(base: type[nn.Module]) -> Callable[..., nn.Module]:
-    """Where a model leaves the device meta (to_empty), the belief of its input that was given has its numbers again:
-    no state dict has them."""
+    """Return an _apply that restores the given belief of the input where the model leaves the device meta (to_empty):
+    no state dict holds its numbers."""
 
     def _apply(self: nn.Module, *args: Any, **options: Any) -> nn.Module:
         given = self.__dict__[contract.MARK][contract.GIVEN]
@@ -166,12 +174,12 @@ def _rebuild(generated: Generated) -> nn.Module:
     return cls.__new__(cls)  # type: ignore[misc]
 
 
-# Every GraphModule has a class of its own, whose forward changes with its graph (torchvision's feature extractors have
-# one graph for each mode), and makes its copies from the graph.
+# Every GraphModule has a class of its own, whose forward changes with the graph (torchvision's feature extractors have
+# one graph for each mode), and is copied by way of its graph.
 
 
 def _recompile(self: Any) -> Any:
-    """Its forward becomes what the graph says now, and runs as it is."""
+    """Recompile a converted GraphModule: from then on its forward is that of the new graph, and runs as it is."""
     made = type(self).converted
     self.__class__ = made.original
     try:
@@ -225,12 +233,12 @@ def _is_module_name(value: object) -> bool:
 
 
 def generated(cls: type) -> Generated | None:
-    """What a class was made of, if it is a generated one."""
+    """Return what a class is made from if it is a generated one, else None."""
     return cls.__dict__.get("converted")
 
 
 def become(module: nn.Module, code: str, names: Scope | None = None, summary: Summary | None = None) -> None:
-    """The module gets a class of this code, derived from its own."""
+    """Change a module's class to one generated from this code, derived from its present class."""
     base = generated(type(module)) or type(module)
     made = Generated(base, code, names or {}, summary or Summary())
     if generated(type(module)) is None:
@@ -239,7 +247,7 @@ def become(module: nn.Module, code: str, names: Scope | None = None, summary: Su
 
 
 def restore(module: nn.Module) -> None:
-    """The module has its own class again."""
+    """Give a module its original class, forward and hooks back."""
     made = generated(type(module))
     if made is not None:
         if isinstance(followed := module.__dict__.get("forward"), Followed):
@@ -249,7 +257,7 @@ def restore(module: nn.Module) -> None:
 
 
 class Followed:
-    """A forward that was set on an instance, run as it is."""
+    """A forward that was set on an instance: it runs as it is, with beliefs followed by tensor."""
 
     takes_beliefs = True
 

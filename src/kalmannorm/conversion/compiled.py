@@ -1,4 +1,4 @@
-"""Compilation by block: equal blocks are compiled once. torch's compiler is imported where it is asked for."""
+"""Compilation by block, where equal blocks are compiled once. torch's compiler is only imported when it is needed."""
 
 from collections import Counter
 from collections.abc import Container, Iterator
@@ -11,16 +11,16 @@ from kalmannorm.conversion.names import class_of
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
-    """Compile a network's blocks, each on its own, in place: the outermost modules of classes that come twice.
+    """Compile a network's blocks one by one, in place: the outermost modules whose class occurs more than once.
 
-    Blocks of equal code and shapes are compiled once, which takes about half of the time that the network as a whole
-    does; a step is slower by the calls of compiled code, half a millisecond each.
+    Blocks of equal code and shapes are compiled once, which takes about half of the time of compiling the whole
+    network; each call of compiled code adds half a millisecond to a step.
 
     Args:
-        model: a network, converted or not. It is returned.
+        model: a network, converted or not.
         options: of torch.compile. Shapes are static unless `dynamic` says otherwise.
 
-    ValueError: no two modules are of one class.
+    Return `model`. ValueError: no two modules are of one class.
     """
     import torch._dynamo.config as config
 
@@ -28,7 +28,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no two blocks of one class: take torch.compile(model)")
     prepare_compiler()
-    config.recompile_limit = max(config.recompile_limit, len(blocks))  # for as many shapes each code may be compiled
+    config.recompile_limit = max(config.recompile_limit, len(blocks))  # every block may have other shapes
     if not options.keys() & {"backend", "mode", "options"}:
         options = {**options, "options": {"joint_custom_post_pass": _without_masks()}}
     for block in blocks:
@@ -37,11 +37,12 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def prepare_compiler() -> None:
-    """Let later processes find compiled code again, and keep to code that compilers on CPUs get right.
+    """Let later processes reuse compiled code, and avoid code that g++ miscompiles on some CPUs.
 
-    Of code with autograd functions of one's own, as beliefs have them, torch keeps the half unless it is told to. Of
-    its transposition of bfloat16 blocks by vectors of 512 bits, g++ 12.2 makes one that leaves memory as it was, on a
-    processor that it has no tuning for (-O3; right with -fno-tree-slp-vectorize). Ones of 256 bits are as fast.
+    Of code with custom autograd functions, which beliefs use, torch caches only half (inductor's kernels, but not
+    AOTAutograd's graphs) unless it is told to. torch's transposition of bfloat16 blocks by 512-bit vectors is
+    miscompiled by g++ 12.2 on a processor that it has no tuning for: memory stays as it was (with -O3; right with
+    -fno-tree-slp-vectorize). 256-bit vectors are as fast.
     """
     import torch._functorch.config as functorch
     from torch._inductor.config import cpp
@@ -52,6 +53,7 @@ def prepare_compiler() -> None:
 
 
 def _blocks(module: nn.Module, kinds: Container[type]) -> Iterator[nn.Module]:
+    """Yield the outermost modules of these classes that have parameters."""
     for child in module.children():
         if class_of(child) in kinds and any(True for _ in child.parameters()):
             yield child
@@ -60,15 +62,15 @@ def _blocks(module: nn.Module, kinds: Container[type]) -> Iterator[nn.Module]:
 
 
 def _repeated(model: nn.Module) -> set[type]:
-    """Classes of which two modules have the same forward."""
+    """Return the original classes of which two modules share a forward."""
     counts = Counter(map(type, model.modules()))
     repeated = {class_of(module) for module in model.modules() if counts[type(module)] > 1}
     return repeated - {nn.Sequential, nn.ModuleList}
 
 
 def _without_masks() -> Any:
-    """A pass of inductor's by which comparisons are made again in backward: a ReLU at a block's end would be kept as a
-    mask of bool, which takes a CPU 20 times as long to write as the ReLU's result."""
+    """Return an inductor pass that recomputes comparisons in the backward: else a ReLU at the end of a block is saved
+    as a bool mask, which takes a CPU 20 times as long to write as the ReLU's result."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
     from torch.utils.checkpoint import CheckpointPolicy
 

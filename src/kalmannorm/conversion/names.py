@@ -1,5 +1,5 @@
-"""What the code of a forward names beside its arguments: plain values of its surroundings, which tracing would freeze,
-and the class of a layer, which is another one after the conversion."""
+"""What a forward's code refers to beside its arguments: globals and closures, whose values tracing would freeze, and
+the classes of layers, which the conversion changes."""
 
 import abc
 import copy
@@ -26,20 +26,20 @@ CHECKPOINT = torch.utils.checkpoint.checkpoint
 Plain = bool | int | float | str | None
 Scope = dict[str, Any]  # the globals of a function
 _LIBRARIES = {"torch", "kalmannorm", "numpy", *sys.stdlib_module_names} - {"__main__"}
-_DEPTH = 4  # of attributes of attributes
-# What no graph has: what a forward asks about the process, writes, or switches.
+_DEPTH = 4  # how deep attributes of globals are followed
+# Functions that a graph leaves out or freezes: they ask about the process, print, or switch something.
 _ASKS = {"print", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "get_autocast_dtype"} | {
     *("is_autocast_cpu_enabled", "get_autocast_gpu_dtype", "is_initialized", "get_world_size", "get_rank"),
-    *("enable_grad", "set_grad_enabled", "autocast"),  # of which tracing sees nothing where they are so already
+    *("enable_grad", "set_grad_enabled", "autocast"),  # not noticed in a trace where the state is already that
 }
 SWITCHES = {"no_grad", "enable_grad", "set_grad_enabled", "inference_mode"}
-_IMPURE = {"os", "time", "datetime"}  # modules whose functions return something else every time
-_INSIDE = {property: ".fget", classmethod: ".__func__"}  # where a class's attribute has its function
+_IMPURE = {"os", "time", "datetime"}  # modules whose functions may return something else every time
+_INSIDE = {property: ".fget", classmethod: ".__func__"}  # kind of a class's attribute -> where its function is
 _CHANGING = (Tensor, set, bytearray, deque, Iterator, torch.Generator, random.Random)
 
 
 def class_of(value: object) -> type:
-    """type(value); of what was converted, that of the original."""
+    """Return type(value); for a converted module the class that it had before."""
     own = getattr(value, "__dict__", {})
     if NORMALIZER in own and "replaced" in own:
         return own["replaced"][0]  # type: ignore[no-any-return]
@@ -54,8 +54,8 @@ class _Nothing:
 
 
 class AsOriginal(type):
-    """The class of a layer's class, which equals the original: public code looks layers up, to count or to quantize
-    them, by type(layer) == nn.Linear and {nn.Linear: ...}[type(layer)]."""
+    """Metaclass of layers' generated classes, which equal the original class: other code looks layers up by
+    type(layer) == nn.Linear or {nn.Linear: ...}[type(layer)], to count or to quantize them."""
 
     def __eq__(cls, other: object) -> bool:
         made = cls.__dict__.get("converted")
@@ -67,21 +67,21 @@ class AsOriginal(type):
 
 
 def derived(cls: Any, body: Scope, kind: type) -> Any:
-    """A subclass of that name and of the metaclass `kind`, of which no registry of subclasses is told:
-    neither by __init_subclass__, which may want arguments, nor by a metaclass."""
+    """Make a subclass of `cls` with the same name and the metaclass `kind`, unnoticed by registries of subclasses:
+    neither an __init_subclass__, which may want arguments, nor a metaclass of the model's own runs."""
     body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")} | body
     make = abc.ABCMeta.__new__ if isinstance(cls, abc.ABCMeta) else type.__new__
     base = nn.Module if issubclass(cls, nn.Module) else _Nothing
     try:
         made: Any = make(kind, cls.__name__, (base,), body)
         made.__bases__ = (cls,)
-    except TypeError:  # of another layout
+    except TypeError:  # instances of `cls` have another memory layout, so that the bases cannot be exchanged
         return type(cls)(cls.__name__, (cls,), body)
     return made
 
 
 def plain_parts(expression: str, value: object) -> dict[str, Any]:
-    """What is plain of a value, by expressions: all of it, or what a dict or a list has beside other things."""
+    """Return {expression: plain value}: the value itself if it is plain, else the plain items of a dict or a list."""
     if is_plain(value):
         return {expression: value}
     items: Any = ()
@@ -93,8 +93,10 @@ def plain_parts(expression: str, value: object) -> dict[str, Any]:
 
 
 def is_plain(value: object) -> bool:
-    """Whether it is a number, a word or none; or a list, a tuple, a set or a dict of what is. No subclass is, whose
-    repr() is no code (an IntEnum)."""
+    """Say whether a value is a bool, a number, a string or None, or a list, tuple, set or dict of plain values.
+
+    Instances of subclasses are not plain: their repr() may be no code (an IntEnum's).
+    """
     if type(value) is dict:
         return all(map(is_plain, (*value, *value.values())))
     if type(value) in (tuple, list, set, frozenset):
@@ -103,8 +105,8 @@ def is_plain(value: object) -> bool:
 
 
 def may_change(value: object) -> bool:
-    """Whether it can become another one in place, which no condition on a graph would see: arrays, generators of
-    random numbers, iterators, objects without a __dict__; or holds such."""
+    """Say whether a value can change in place unseen by a graph's conditions, or holds one that can: tensors, arrays,
+    sets, random generators, iterators, objects without a __dict__."""
     if isinstance(value, dict | list | tuple):
         return any(map(may_change, value.values() if isinstance(value, dict) else value))
     if isinstance(value, _CHANGING):
@@ -115,6 +117,7 @@ def may_change(value: object) -> bool:
 
 
 def is_of_library(module: object) -> bool:
+    """Say whether a module's name is one of torch, numpy, the standard library or this package."""
     return str(module).partition(".")[0] in _LIBRARIES
 
 
@@ -133,7 +136,7 @@ def _globals(code: CodeType) -> frozenset[str]:
 
 @functools.cache
 def _beyond_a_graph(code: CodeType) -> str:
-    """Why a graph would always take one way, where the code has two; or nothing."""
+    """Return why a graph would always take one of two branches in the code; "" if there is no such branch."""
     for before, one in itertools.pairwise(dis.get_instructions(code)):
         if "EXC_MATCH" in one.opname:
             return "it catches exceptions"
@@ -144,24 +147,25 @@ def _beyond_a_graph(code: CodeType) -> str:
 
 
 class Kept:
-    """Values as they were before something ran, which takes back what it changes."""
+    """Values as they were before a forward ran, to undo what the forward changes."""
 
     def __init__(self) -> None:
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._attributes: list[tuple[Any, str, Any]] = []
 
     def contents(self, value: object) -> None:
-        """Of a dict, a list or a set, and of those in it."""
+        """Keep the contents of a dict, a list or a set, and of those inside of it."""
         if isinstance(value, dict | list | set) and id(value) not in self._contents:
             self._contents[id(value)] = value, copy.copy(value)
             for one in tuple(value.values() if isinstance(value, dict) else value):
                 self.contents(one)
 
     def attribute(self, owner: Any, name: str) -> None:
+        """Keep an object's attribute, or a dict's item."""
         self._attributes.append((owner, name, owner[name] if isinstance(owner, dict) else getattr(owner, name)))
 
     def take_back(self) -> bool:
-        """Whether something was changed."""
+        """Restore everything that was kept. Return whether something had changed."""
         changed = False
         for value, was in self._contents.values():
             if _identities(value) != _identities(was):
@@ -180,14 +184,22 @@ def _identities(value: Any) -> list[Any]:
 
 
 class Surroundings:
-    """Of the forward of `cls`, or of a function, and of the functions and methods that it may call; `others`: whose
-    methods too.
+    """What a forward, and the functions and methods that it may call, refer to outside of their arguments.
 
-    `plain`: values by expressions, in which `modules` are names of modules, as generated code knows them. `functions`:
-    expressions of functions and classes, which graphs are made of. `asking`: the globals of functions that call type()
-    or isinstance(); `asks_class`: whether one reads `layer.__class__`.
-    `checkpointing`: where they find torch's checkpoint. `switches`: whether one switches gradients off or on.
-    `refused`: why no graph of it would be right, or nothing.
+    Args:
+        cls: the class whose forward is examined, or a function.
+        others: classes whose methods the forward may call too.
+
+    Attributes:
+        plain: expressions -> plain values of globals, closures and defaults.
+        modules: names in these expressions -> the modules that they stand for, as generated code gets them.
+        functions: expressions of the functions and classes that the forward uses.
+        asking: globals of the functions that call type() or isinstance().
+        asks_class: whether one reads `layer.__class__`.
+        checkpointing: (globals, name) under which torch's checkpoint is found.
+        switches: whether one switches gradients off or on.
+        refused: why no graph would do what the forward does, or "".
+        kept: the values outside of the forward that it may change.
     """
 
     def __init__(self, cls: type | FunctionType, others: Iterable[type] = ()) -> None:
@@ -210,7 +222,8 @@ class Surroundings:
             self._function("_base.forward", forward)
 
     def _methods_of(self, base: type, cls: Any = None) -> None:
-        """Note what `base` defines, where code of `cls` may call it (by super() too); of parts, but their forward."""
+        """Note the methods that `base` defines and code of `cls` may call, by super() too. Without `cls`, `base` is a
+        part's class, whose own forward does not count."""
         for name, found in ({} if is_of_library(base.__module__) else vars(base)).items():
             inner = _INSIDE.get(type(found), "")
             function = getattr(found, "__func__", getattr(found, "fget", found))
@@ -223,6 +236,7 @@ class Surroundings:
             self._methods.setdefault(name, []).append((where, function))
 
     def _function(self, expression: str, function: FunctionType) -> None:
+        """Examine a function, and what it refers to and may call. `expression` is "" where no code can name it."""
         scope = function.__globals__
         if id(function) in self._seen:
             return
@@ -269,6 +283,7 @@ class Surroundings:
                 self._function(where, method)
 
     def _refuse_impure(self, name: str, value: Any) -> None:
+        """Set `refused` if a value that the code refers to by `name` may be different in the next forward."""
         of = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
         if isinstance(value, type) and issubclass(value, torch.autocast):
             self.refused = f"it calls {name}"
@@ -278,7 +293,7 @@ class Surroundings:
             self.refused = f"it reads {name}, a {type(value).__name__}, which may change"
 
     def _value(self, expression: str, value: Any, names: frozenset[str], depth: int = 0) -> None:
-        """`names`: of attributes that may be read."""
+        """Note a value that a function refers to by this expression. `names`: the attributes that the code may read."""
         if isinstance(value, FunctionType | BuiltinFunctionType | type) and value is not CHECKPOINT:
             self.functions.append(expression)
         if isinstance(value, FunctionType):
@@ -306,31 +321,32 @@ def _is_library(value: Any) -> bool:
 
 
 def content(cell: Any) -> tuple[Any, ...]:
-    """What a function's cell holds, if anything."""
+    """Return what a cell of a function's closure holds, as a tuple of one, or () if it is empty."""
     try:
         return (cell.cell_contents,)
-    except ValueError:  # not set yet
+    except ValueError:  # the cell is empty
         return ()
 
 
 # --- the classes of layers --------------------------------------------------------------------------------------------
 
 
-Loan = tuple[Scope, str, Any]  # globals, a name in them, and what it stands for
+Loan = tuple[Scope, str, Any]  # a function's globals, a name in them, and what it stands for meanwhile
 
 _lock = threading.Lock()
-_lent: dict[tuple[int, str], list[Any]] = {}  # how often, what there was before, and in which globals
+# (id of the globals, name) -> number of loans, the value before them (_lent itself: none), the globals.
+_lent: dict[tuple[int, str], list[Any]] = {}
 
 
 def lent_now() -> list[Loan]:
-    """What is lent at the moment."""
+    """Return the loans in force at the moment."""
     with _lock:
         return [(held[2], name, held[2][name]) for (_, name), held in _lent.items()]
 
 
 @contextmanager
 def lending(loans: Iterable[Loan]) -> Iterator[None]:
-    """While it lasts, names in the globals of functions stand for something else."""
+    """Lend values: names in the globals of functions stand for something else until the context ends."""
     with _lock:
         for scope, name, value in loans:
             _lent.setdefault((id(scope), name), [0, scope.get(name, _lent), scope])[0] += 1

@@ -1,7 +1,8 @@
-"""A converted model under torch.fx: in its graph layers that take beliefs are leaves, and beliefs stand beside values.
+"""Trace a converted model by torch.fx: layers that take beliefs become leaves, and beliefs stand beside values.
 
-`torch.fx.symbolic_trace` and torchvision's feature extractors run the generated forwards with proxies; what they call
-is recorded here. Nodes of beliefs have no place in a feature extractor's names: "layer2" is the features of layer2.
+`torch.fx.symbolic_trace` and torchvision's feature extractors run the generated forwards with proxies, and this module
+records what the forwards call. Nodes of beliefs stay out of a feature extractor's names, so that "layer2" remains the
+name of layer2's features.
 """
 
 import operator
@@ -16,25 +17,26 @@ from kalmannorm.norm.contract import TakesBeliefs, proxy_among, record_layer
 
 
 def record(function: Callable[..., Any], *args: Any) -> fx.Proxy:
-    """Return a node that calls the function, outside of the modules' names."""
+    """Add a call of the function to the graph, outside of the modules' names, and return its proxy."""
     tracer = proxy_among(args).tracer
     return fx.Proxy(tracer.create_node("call_function", function, tracer.create_arg(args), {}), tracer)
 
 
 def call(module: nn.Module, args: Args, kwargs: Kwargs, beliefs: tuple[Args, Kwargs]) -> Any:
-    """(y, belief of y, ...) of a module that takes beliefs: a container's own forward is traced, a layer is a leaf."""
+    """Call a module that takes beliefs on proxies and return (y, belief of y, ...): a container's forward is traced, a
+    layer becomes a leaf."""
     if not isinstance(module, TakesBeliefs | _ConvNd | nn.Linear):
         return module(*args, **kwargs, beliefs=beliefs)
     pair = record_layer(module, args, {**kwargs, "beliefs": beliefs})
     y, belief = record(operator.getitem, pair, 0), record(operator.getitem, pair, 1)
-    names = getattr(pair.tracer, "node_to_qualname", {})  # torchvision's: the layer's name is that of its y
+    names = getattr(pair.tracer, "node_to_qualname", {})  # torchvision's tracer: the layer's name belongs to y
     if pair.node in names:
         names[y.node] = names.pop(pair.node)
     return y, belief
 
 
 def refuse(module: nn.Module | None, args: Args) -> None:
-    """ValueError: torch.fx traces a module whose beliefs are not in its code, and would take them for constants."""
+    """Raise ValueError if torch.fx traces a module that follows beliefs by tensor: the graph would freeze them."""
     if args and isinstance(args[0], fx.Proxy):
         raise ValueError(
             f"{type(module).__name__} cannot be traced by torch.fx once it is converted: what it does with beliefs "
