@@ -1,4 +1,4 @@
-"""Forwards that a checkpoint runs again: their gradients must be those of the forward that was run once."""
+"""Forwards that an activation checkpoint runs again: they must have the gradients of a forward that runs once."""
 
 import inspect
 from collections.abc import Callable
@@ -12,37 +12,38 @@ from kalmannorm.norm.groups import name_of
 
 T = TypeVar("T")
 
-# Code of torch.utils.checkpoint in which a forward runs for the first time, or again; what stands for the checkpoint in
-# both, by the variable that holds it.
+# The functions of torch.utils.checkpoint that run a forward for the first time and again, each with the local variable
+# that leads to the object which identifies the checkpoint.
 _FILE = torch.utils.checkpoint.__file__
 _FIRST = {"forward": "ctx", "_checkpoint_impl": "gen", "checkpoint": "gen"}
 _AGAIN = {"backward": "ctx", "unpack_hook": "frame"}
 
 
 def is_run_again() -> bool:
-    """Whether this forward is a checkpoint's second one, inside of a backward pass.
+    """Say whether this forward is a checkpoint's second one, within a backward pass.
 
-    It then draws and corrects as the first one did, and leaves moving averages as they are.
+    It must then draw and correct as the first one did, and leave the moving averages alone.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def once(layer: nn.Module, make: Callable[[], T]) -> T:
-    """`make()`, which differs from forward to forward in training; in a checkpoint's second one, as in its first.
+    """Return `make()`, or in a checkpoint's second forward what it returned in the first.
 
-    It is kept with the checkpoint, so that any number of them may wait for their backward. RuntimeError: the checkpoint
-    is not torch's, and more than one forward waits for its backward.
+    For values that differ from forward to forward in training. They are kept with the checkpoint, so that any number of
+    checkpoints may wait for their backward. RuntimeError: the checkpoint is not torch's, and more than one forward
+    waits for its backward.
     """
     if not layer.training:
         return make()
     if torch.compiler.is_compiling():
-        # Compiled code cannot look for a checkpoint around it; where it is compiled within one, it leaves for this.
+        # Compiled code cannot look for a checkpoint around it: within one, it breaks the graph to do so.
         return torch.compiler.disable(once)(layer, make) if _is_compiled_within() else make()
     again, checkpoints = is_run_again(), _checkpoints()
     if not again and not checkpoints:
         value = make()
         if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True):
-            # As a checkpoint that is not torch's would run it.
+            # Perhaps the first forward of a checkpoint that is not torch's.
             layer.__dict__["_waiting"] = value, layer.__dict__.get("_waiting", (None, 0))[1] + 1
         return value
     outer = next((i for i, (_, is_second) in enumerate(checkpoints) if is_second), len(checkpoints))
@@ -52,27 +53,27 @@ def once(layer: nn.Module, make: Callable[[], T]) -> T:
         value = record.next()
     else:
         value = _of_unknown(layer, make)
-    for checkpoint, _ in checkpoints[:outer]:  # inside of it, others that run for the first time
+    for checkpoint, _ in checkpoints[:outer]:  # checkpoints inside the one run again, which run for the first time
         _record(checkpoint, layer).values.append(value)
     return value
 
 
 def is_within() -> bool:
-    """Whether this forward is in one of torch's checkpoints."""
+    """Say whether this forward is in one of torch's checkpoints."""
     return not torch.compiler.is_compiling() and bool(_checkpoints())
 
 
 def _is_compiled_within() -> bool:
-    """Whether a checkpoint is being run as its code is compiled."""
+    """Say whether the code that is being compiled runs within a checkpoint."""
     return bool(_checkpoints())
 
 
-# torch.compiler.assume_constant_result, which does this, imports the whole compiler.
+# What torch.compiler.assume_constant_result would set; using that imports the whole compiler.
 _is_compiled_within._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _of_unknown(layer: nn.Module, make: Callable[[], T]) -> T:
-    """In the second forward of a checkpoint that is not torch's: what it was in the only one that waits."""
+    """Return, in the second forward of a checkpoint that is not torch's, the value of the only forward that waits."""
     if "_waiting" not in layer.__dict__:
         return make()
     value, number = layer.__dict__["_waiting"]
@@ -87,11 +88,11 @@ def _of_unknown(layer: nn.Module, make: Callable[[], T]) -> T:
 
 
 class _Record:
-    """What one layer made within one checkpoint, call by call."""
+    """The values that `once` made for one layer within one checkpoint, call by call."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
-        self.read = (-1, 0)  # by which backward pass, and how many of them
+        self.read = (-1, 0)  # the last backward pass that read values, and how many it has read
 
     def next(self) -> Any:
         task = torch._C._current_graph_task_id()
@@ -106,9 +107,9 @@ def _record(checkpoint: Any, layer: nn.Module) -> _Record:
 
 
 def _checkpoints() -> list[tuple[Any, bool]]:
-    """torch's checkpoints that this forward is inside of, the innermost first, and whether each runs it again.
+    """Return torch's checkpoints around this forward, innermost first, each with whether it runs the forward again.
 
-    What stands for one is the same object both times, and goes when its graph goes.
+    A checkpoint is identified by an object that is the same in both forwards, and is freed with its graph.
     """
     found: list[tuple[Any, bool]] = []
     frame = inspect.currentframe()

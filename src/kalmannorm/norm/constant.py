@@ -1,4 +1,4 @@
-"""What measures nothing: frozen Batch Normalization, and no normalization at all."""
+"""Layers that measure nothing: frozen Batch Normalization, and no normalization at all."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from kalmannorm.norm.options import TakesOptions
 
 
 class FrozenBatchNorm(TakesOptions, nn.Module):
-    """Frozen BN ("BN*" in the paper's Table 6): an affine of constants, in training and evaluation.
+    """Frozen BN ("BN*" in the paper's Table 6): a constant affine map, in training and evaluation.
 
-    gamma, beta, mean and variance are buffers by the names of torch's BatchNorm2d, whose checkpoints load; convert
-    carries a model's over. As built it is the identity (but for eps). torchvision's FrozenBatchNorm2d is the same for
-    images alone; this one takes [N, C] too, and norm/ needs torch only.
+    gamma, beta, mean and variance are buffers named as in torch's BatchNorm2d, whose checkpoints load; convert copies a
+    model's. A new layer is the identity (but for eps). torchvision's FrozenBatchNorm2d is the same for images alone;
+    this one takes [N, C] too, and norm/ needs torch alone.
 
     x [N, C, ...] -> y.
     """
@@ -53,11 +53,11 @@ class FrozenBatchNorm(TakesOptions, nn.Module):
 
 
 class NoNorm(TakesOptions, nn.Module):
-    """No normalizer: x -> x. The convolutions' biases, which convert adds, are in beta's place."""
+    """No normalizer: x -> x. convert gives the convolutions biases in place of beta."""
 
-    def __init__(self) -> None:  # of its own, for TakesOptions: nn.Module's takes any
+    def __init__(self) -> None:  # for TakesOptions, to refuse options: nn.Module's __init__ takes any
         super().__init__()
 
     def forward(self, input: Tensor) -> Tensor:
-        # A copy, as of every normalizer: an in-place ReLU behind it must not reach x, which a shortcut may use too.
+        # A copy, as from every normalizer: an in-place ReLU after it must not change x, which a shortcut may use too.
         return input.clone()

@@ -1,5 +1,7 @@
-"""What makes a module one that takes beliefs (belief.py): hooks see what it returns without them, and a plain call in a
-forward whose beliefs are followed by tensor (conversion/flow.py) finds those of its arguments."""
+"""The methods of a module that takes beliefs (belief.py): its call, and hooks that see no beliefs.
+
+In a forward whose beliefs are followed by tensor (conversion/flow.py) a plain call finds the beliefs of its arguments.
+"""
 
 import functools
 import threading
@@ -17,15 +19,19 @@ from kalmannorm.norm.belief import Args, Estimated, Kwargs, Returned, pick
 from kalmannorm.norm.checkpoints import is_within
 from kalmannorm.norm.groups import is_transformed
 
-NORMALIZER = "_normalizer"  # of a layer that convert put in
-# Where a converted model keeps what is known of the conversion, and in that the shapes that it was called with first,
-# whether it returns a belief, and the numbers of its input's.
+NORMALIZER = "_normalizer"  # attribute that marks a layer which convert put in
+# A converted model's attribute with a dict about the conversion, and keys in this: the arguments of the first call (on
+# the meta device), whether the model returns a belief, and the mean and variance of the input's belief.
 MARK, SEEN, RETURNS, GIVEN = "_conversion", "seen", "returns_belief", "given"
 
 
 class _Running(threading.local):
-    """Of each thread (DataParallel has several): the flow.Flow that follows beliefs through its forward, or None; and
-    whether no belief is of any use."""
+    """State of the forward that a thread runs (DataParallel has several threads).
+
+    Attributes:
+        flow: the flow.Flow that follows beliefs through it, or None.
+        idle: whether no belief is used, so that normalizers return none.
+    """
 
     flow: Any = None
     idle = False
@@ -34,13 +40,15 @@ class _Running(threading.local):
 running = _Running()
 
 
-# While a forward runs that asks for `layer.__class__`: `class_of`, what it is told in place of the type.
+# While a forward runs that reads `layer.__class__`, this holds `class_of`, to be used in place of type().
 lent: dict[str, Callable[[object], type]] = {}
 
 
 def _set_class(layer: Any, cls: Any) -> None:
-    """FSDP keeps its classes by those that they are derived from, and a converted layer's class equals the original,
-    whose it may find: the layer's own takes the original's place then."""
+    """Set a layer's class; a class that FSDP derived from the original is derived anew from the layer's own.
+
+    FSDP caches its classes by their base, and a converted layer's class compares equal to the original.
+    """
     own, made = type(layer), vars(type(layer)).get("converted")
     if made is not None and "converted" not in vars(cls) and any(base is made.original for base in cls.__bases__):
         bases = tuple(own if base is made.original else base for base in cls.__bases__)
@@ -56,35 +64,40 @@ def used(belief: Any) -> Any:
 
 
 def proxy_among(values: Any) -> Any:
-    """Return a torch.fx.Proxy in a structure of arguments, or None: torch.fx traces what calls."""
+    """Return a torch.fx.Proxy in a structure of arguments, a sign that torch.fx traces the caller; else None."""
     found: list[Any] = []
     map_aggregate(values, lambda value: found.append(value) if isinstance(value, fx.Proxy) else None)
     return found[0] if found else None
 
 
 def record_layer(layer: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-    """Return the proxy of a layer's call: in the graph it is a leaf, as torch's own layers are."""
+    """Record a layer's call in the graph as a leaf, like those of torch's own layers, and return its proxy."""
     tracer = proxy_among((args, kwargs)).tracer
     path = tracer.path_of_module(layer)
     return tracer.call_module(layer, lambda *a, **k: tracer.create_proxy("call_module", path, a, k), args, kwargs)
 
 
 def is_traced() -> bool:
-    """By torch.export or torch.jit.trace, which would keep what nothing uses: draws, which ONNX has not, among it."""
+    """Say whether torch.export or torch.jit.trace is tracing.
+
+    A trace would keep unused operations, among them the sampling predictor's draws, which ONNX does not have.
+    """
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _may_be_idle(model: nn.Module) -> bool:
-    """Whether beliefs that nothing uses are in the way: a trace would keep them, vmap makes no draws, and inference
-    may have weights that are no more than convolved with (quantized ones), and is the faster without. With gradients
-    they stay: DDP waits for those of what made them."""
+    """Say whether a converted model should drop beliefs that nothing uses.
+
+    A trace would keep them, vmap cannot draw, and inference may have weights that can only be convolved with (quantized
+    ones) and is faster without. With gradients beliefs stay: DDP waits for those of the parameters behind them.
+    """
     if is_traced() or is_transformed():
         return True
     return not (model.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def _perhaps_idle(model: nn.Module, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """A call of a converted model, without beliefs where its normalizers are affine maps by moving averages."""
+    """Call a converted model, without beliefs if all its normalizers use moving averages and it returns no belief."""
     outer, running.idle = running.idle, not model.__dict__[MARK][RETURNS] and not _measures(model)
     try:
         return call(model, *args, **kwargs)
@@ -97,26 +110,27 @@ def _measures(model: nn.Module) -> bool:
 
 
 def _is_apart(part: nn.Module, args: Args) -> bool:
-    """Whether a part of a model takes in what other parts computed, and measures."""
+    """Say whether a part of a model is called by itself, on features that other parts computed, and measures them."""
     if MARK in part.__dict__ or torch.compiler.is_compiling():
         return False
-    tensors = [value for value in args if issubclass(type(value), Tensor)]  # isinstance is true of some proxies
+    tensors = [value for value in args if issubclass(type(value), Tensor)]  # isinstance is also true for some proxies
     computed = any(value.grad_fn is not None for value in tensors) or is_within()
     return computed and _measures(part)
 
 
 def has_call_of_its_own(cls: type[nn.Module]) -> bool:
-    """Whether a call does more than to run the forward, and hooks: a __call__ that is neither torch's nor ours."""
+    """Say whether a class has a __call__ that is neither torch's nor ours: it may do more than forward and hooks."""
     call = cls.__call__
     return call is not nn.Module.__call__ and not call.__module__.startswith(("torch.", "kalmannorm."))
 
 
 def methods(base: type[nn.Module]) -> dict[str, Any]:
-    """The methods of such a module, whose class is derived from `base`."""
-    own_call = has_call_of_its_own(base)  # which knows nothing of beliefs
+    """Return the methods of a class that takes beliefs and is derived from `base`."""
+    own_call = has_call_of_its_own(base)  # such a __call__ knows nothing of beliefs
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = type(self).forward  # of a generated class, unless another one was set on that, or on the instance, since
+        # A forward that was set after the conversion, on the class or on the instance, knows nothing of beliefs.
+        own = type(self).forward
         replaced = own_call or (
             own is not getattr(type(self), "generated_forward", own)
             or ("forward" in self.__dict__ and not hasattr(self.__dict__["forward"], "takes_beliefs"))
@@ -174,7 +188,7 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
 
 
 def refuse_script(layer: nn.Module) -> Any:
-    """ValueError: torch.jit.script asks what to compile in a layer's place."""
+    """Raise ValueError: torch.jit.script calls this to ask what to compile in a layer's place."""
     raise ValueError(
         f"torch.jit.script cannot compile {type(layer).__name__}: script kalmannorm.fold(model), or trace the model in "
         "evaluation by torch.jit.trace"
@@ -182,8 +196,8 @@ def refuse_script(layer: nn.Module) -> Any:
 
 
 def _refuse_qconfig(layer: nn.Module, qconfig: object) -> None:
-    """ValueError: torch's quantization says how a normalizer is to be quantized, after which it would swap layers by
-    classes that it does not know."""
+    """Raise ValueError if torch's quantization sets a normalizer's qconfig: it would then replace layers by class, and
+    does not know this one."""
     if qconfig is not None:
         raise ValueError(
             f"torch's quantization has no {type(layer).__name__}: quantize kalmannorm.fold(model); or, to train, "
@@ -191,18 +205,18 @@ def _refuse_qconfig(layer: nn.Module, qconfig: object) -> None:
         )
 
 
-refusing_qconfig = property(fset=_refuse_qconfig)  # quantize_dynamic, which swaps linear layers alone, sets None
+refusing_qconfig = property(fset=_refuse_qconfig)  # quantize_dynamic, which replaces linear layers alone, sets None
 
 
 class TakesBeliefs(nn.Module):
-    """Base of the normalizers that do."""
+    """Base of the normalizers that take beliefs."""
 
     takes_beliefs: bool
     qconfig = refusing_qconfig
 
 
 def or_leaf(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's call, which torch.fx records as that of one of torch's own."""
+    """Wrap a layer's __call__ so that torch.fx records it as a leaf, like those of torch's own layers."""
 
     @functools.wraps(call)
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +244,7 @@ def _wrap_backward_hooks(hooks: dict[int, Callable[..., Any]]) -> None:
 
 
 def wrap_hooks(module: nn.Module) -> None:
-    """Those that were registered before the module took beliefs."""
+    """Wrap the hooks that were registered before the module took beliefs."""
     _wrap_forward_hooks(module._forward_hooks, module._forward_hooks_with_kwargs)
     for key, hook in module._forward_pre_hooks.items():
         if not isinstance(hook, PlainPreHook) and not _is_of_torch(hook):
@@ -242,7 +256,7 @@ def wrap_hooks(module: nn.Module) -> None:
 
 
 def unwrap_hooks(module: nn.Module) -> None:
-    """The hooks as they were registered."""
+    """Put back a module's hooks as they were registered."""
     for key, hook in module._forward_hooks.items():
         module._forward_hooks[key] = hook.hook if isinstance(hook, PlainHook) else hook
     for key, hook in module._forward_pre_hooks.items():
@@ -255,7 +269,10 @@ def unwrap_hooks(module: nn.Module) -> None:
 
 
 def _is_of_torch(hook: Any) -> bool:
-    """FSDP's must see beliefs; those of weights that are computed do not look at what is passed."""
+    """Say whether a hook is torch's own, and stays unwrapped.
+
+    FSDP's hooks must see beliefs; those that compute weights (torch.nn.utils) ignore what is passed.
+    """
     while isinstance(hook, functools.partial):
         hook = hook.func
     where = getattr(hook, "__module__", None) or type(hook).__module__
@@ -263,18 +280,18 @@ def _is_of_torch(hook: Any) -> bool:
 
 
 def rounds(hook: Any) -> bool:
-    """Whether it is a quantization's observer: what that returns is what it was, but for rounding."""
+    """Say whether a hook is a quantization observer, which returns the module's result, at most rounded."""
     return (getattr(hook, "__module__", None) or "").startswith("torch.ao.")
 
 
 def version(value: object) -> int:
-    """How often a tensor was changed in place, where that is counted."""
+    """Return how often a tensor was changed in place; 0 for other values, and where torch does not count."""
     counted = isinstance(value, Tensor) and not torch.compiler.is_compiling() and not value.is_inference()
     return value._version if counted else 0  # type: ignore[attr-defined]
 
 
 class PlainHook:
-    """A user's forward hook: it sees what the module returns without beliefs, and may replace that."""
+    """A user's forward hook, wrapped: it sees the module's ordinary result, without beliefs, and may replace it."""
 
     def __init__(self, hook: Callable[..., Any], with_kwargs: bool) -> None:
         self.hook, self.with_kwargs = hook, with_kwargs
@@ -293,8 +310,10 @@ class PlainHook:
 
 
 class PlainBackwardHook:
-    """A user's backward hook, or backward pre-hook, which are told of gradients of what the module returns: not of
-    beliefs beside it, whose gradients torch leaves out (None)."""
+    """A user's backward hook or backward pre-hook, wrapped: it sees the gradients of the module's ordinary result.
+
+    It does not see those of the beliefs beside it, which torch leaves out (None).
+    """
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self.hook = hook
@@ -308,7 +327,7 @@ class PlainBackwardHook:
 
 
 class PlainPreHook:
-    """A user's forward pre-hook: it sees the arguments without beliefs. What it replaces has none."""
+    """A user's forward pre-hook, wrapped: it sees the arguments without beliefs. Those that it replaces have none."""
 
     def __init__(self, hook: Callable[..., Any], with_kwargs: bool) -> None:
         self.hook, self.with_kwargs = hook, with_kwargs

@@ -14,16 +14,16 @@ from kalmannorm.norm.options import TakesOptions
 class InstanceBatchNorm(TakesOptions, nn.Module):
     """Instance Norm on `ratio` of the channels, Batch Norm of groups of `stat_batch` images on the rest.
 
-    x [N, C, H, W] -> y like x. The parts are named as in the public models, whose state dicts load:
-    `IN.weight`, `BN.weight`, `BN.running_mean`, ... IN measures every image by its pixels (population variance), in
-    evaluation too, and keeps no averages; BN is norm.BatchNorm. A ratio of 0 or 1 leaves one of them.
+    x [N, C, H, W] -> y like x. The parts are named as in the public models, whose state dicts load: `IN.weight`,
+    `BN.weight`, `BN.running_mean`, ... IN takes every image's own statistics (population variance), in evaluation too,
+    and keeps no averages; BN is norm.BatchNorm. A ratio of 0 is BN alone, of 1 IN alone.
 
     Args:
-        ratio: share of the channels that IN takes. 0.5 in the ResNets, 0.4 in the DenseNets (public code).
+        ratio: share of IN's channels: 0.5 in the ResNets, 0.4 in the DenseNets (public code).
         first: which part has the first channels: "in" takes int(C ratio) of them (ResNets), "bn" int(C (1 - ratio))
-            (DenseNets). The public ResNet layer drops channels where they do not halve; this one does not.
+            (DenseNets). The public ResNet layer drops channels that do not split in half; this one does not.
 
-    ValueError: an input with one pixel, which IN cannot measure; a ratio or order that is none.
+    ValueError: an input of one pixel, which IN cannot measure; a `ratio` outside 0 to 1; any other `first`.
     """
 
     folds = False
@@ -52,7 +52,7 @@ class InstanceBatchNorm(TakesOptions, nn.Module):
         self.instance = slice(0, ahead) if first == "in" else slice(ahead, num_features)
         self.batch = slice(ahead, num_features) if first == "in" else slice(0, ahead)
         of_instance = self.instance.stop - self.instance.start
-        # None where a part has no channel.
+        # A part without channels is None.
         place: dict[str, Any] = {key: options.get(key) for key in ("device", "dtype")}
         self.IN = nn.InstanceNorm2d(of_instance, eps, affine=affine, **place) if of_instance else None
         if self.IN is not None and not bias:
@@ -61,13 +61,13 @@ class InstanceBatchNorm(TakesOptions, nn.Module):
             raise ValueError("ragged: IBN measures whole groups alone")
         options |= {"stat_batch": stat_batch, "eps": eps, "affine": affine, "bias": bias}
         of_batch = num_features - of_instance
-        batch = BatchNorm(max(of_batch, 1), **options)  # which knows the options, also where it gets no channel
+        batch = BatchNorm(max(of_batch, 1), **options)  # built even without channels, to check the options
         self.BN = batch if of_batch else None
 
     @property
     def parts(self) -> list[tuple[nn.Module, slice]]:
-        """The parts that have channels, in the channels' order, and which those are: for convert, which hands each its
-        share of a BatchNorm's state."""
+        """The parts that have channels, each with their slice, in the order of the channels. convert splits a
+        BatchNorm's state by them."""
         both = [(self.IN, self.instance), (self.BN, self.batch)]
         present = [(part, channels) for part, channels in both if part is not None]
         return sorted(present, key=lambda part: part[1].start)
@@ -78,13 +78,13 @@ class InstanceBatchNorm(TakesOptions, nn.Module):
             return groups.of_no_images(input, *self.parameters())
         if self.IN is not None:
             refuse_single_pixels(self, input)
-        # One affine for every channel of every image: neither split nor put together, the map is read twice.
+        # One affine map per channel and image: the feature map is read twice, and neither split nor concatenated.
         if self.BN is not None and self.BN.uses_moving:
             mean, var = groups.image_moments(input[:, self.instance])
             batch = self.BN.moving_of_images(input.shape[0])
         else:
             mean, var = groups.image_moments(input)
-            batch = [t[:, self.batch] for t in (mean, var)]  # of no channel where there is no BN
+            batch = [t[:, self.batch] for t in (mean, var)]  # without a BN, no channels
             if self.BN is not None:
                 batch = self.BN.of_images(input[:, self.batch], *batch)
             mean, var = mean[:, self.instance], var[:, self.instance]

@@ -1,4 +1,4 @@
-"""Options of normalizers by name: one that does not exist is refused with the names of those that do."""
+"""Checks of a normalizer's options: the error about an unknown one names those that exist."""
 
 import functools
 import inspect
@@ -15,12 +15,14 @@ Build = TypeVar("Build", bound=Callable[..., Any])
 
 
 class UnknownOption(ValueError, TypeError):
-    """ValueError, as of every bad option; TypeError, as Python has it."""
+    """An unknown option: a ValueError, like every bad option, and a TypeError, as Python raises for it."""
 
 
 def options_of(build: Callable[..., Any]) -> list[str] | None:
-    """What a class, or a function that builds one, knows by name: its own options, and those of what it hands the rest
-    to, which is a class's base or what stands in `hands_on`. None: it takes any."""
+    """Return the names of the options of a class, or of a function that builds one; None if it takes any.
+
+    Its own, and those of what it passes **options to: a class's bases, or its `hands_on`.
+    """
     names: dict[str, None] = {}
     for constructor in _constructors(build):
         parameters = inspect.signature(constructor).parameters.values()
@@ -38,7 +40,7 @@ def _constructors(build: Callable[..., Any]) -> list[Callable[..., Any]]:
 
 
 def refuse_unknown(of: str, build: Callable[..., Any], given: dict[str, Any], more: tuple[str, ...] = ()) -> None:
-    """UnknownOption: one that `build` does not know, nor is one of `more`."""
+    """Raise UnknownOption if `given` has an option that neither `build` nor `more` has; `of` begins the message."""
     known = options_of(build)
     valid = given if known is None else dict.fromkeys([*known, *more])
     for name in given:
@@ -55,14 +57,14 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
 
 
 def refuse_kind(of: str, name: str, kind: Any, value: object) -> None:
-    """ValueError: what is no number or word, where one is wanted."""
+    """Raise ValueError unless `value` is of the annotated `kind`; kinds not in _KINDS are not checked."""
     kinds, wanted = _KINDS.get(kind, ((object,), ""))
     if not isinstance(value, kinds):
         raise ValueError(f"{of}: {name} must be {wanted}, not {value!r}")
 
 
 def _refusing(build: Callable[..., Any], call: Build) -> Build:
-    """`call`, a class's constructor or the function itself, for what `build` knows."""
+    """Wrap `call`, the constructor of the class `build` or the function itself, with checks of its options."""
     signature = inspect.signature(call)
     by_place = signature.parameters
 
@@ -78,7 +80,7 @@ def _refusing(build: Callable[..., Any], call: Build) -> Build:
 
 
 class TakesOptions:
-    """Base of the normalizers, whose constructors refuse what they do not know."""
+    """Base of the normalizers: their constructors refuse unknown options."""
 
     __class__ = own_class
     __call__ = or_leaf(nn.Module.__call__)
@@ -91,7 +93,7 @@ class TakesOptions:
 
 
 def hands_on(kind: Callable[..., Any], *fixed: str) -> Callable[[Build], Build]:
-    """A function that builds a `kind`, which is handed all options but for the fixed ones."""
+    """Decorate a function that builds a `kind` and passes it all options but the `fixed` ones."""
 
     def mark(build: Build) -> Build:
         build.hands_on, build.fixed = kind, fixed  # type: ignore[attr-defined]

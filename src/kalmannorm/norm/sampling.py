@@ -1,4 +1,4 @@
-"""The sampling predictor (paper 3.2, released code): a belief's moments from one drawn image per row."""
+"""The sampling predictor (paper 3.2, released code): it convolves an image drawn from the belief, one for each row."""
 
 import hashlib
 from typing import Any
@@ -14,11 +14,11 @@ from kalmannorm.norm.moments import Predictor, full_precision
 
 
 class Noise(Predictor):
-    """Standard normal draws for one convolution's pseudo-images, one image per row of the belief.
+    """Standard normal noise for the images that one convolution samples, one image per row of the belief.
 
-    Keyed by (seed, layer, step), with row g always the g-th part of the draw: the same for any number of devices, of
-    which this one is `shard` = (rank, world) and holds the groups rank, rank + world, ... Evaluation draws too, always
-    the same numbers. `step` counts the training forwards and travels in the state dict.
+    Draws are keyed by (seed, layer, step), and row g is always the g-th part of a draw, so that they do not depend on
+    the number of devices: this one is `shard` = (rank, world), with the groups rank, rank + world, ... Evaluation draws
+    too, always the same numbers. `step` counts the training forwards and is saved in the state dict.
     """
 
     def __init__(self, layer: int, seed: int = 0, shared: bool = False) -> None:
@@ -36,16 +36,16 @@ class Noise(Predictor):
         self.step = int(state)
 
     def forward(self, belief: Belief, x: Tensor) -> Tensor:
-        """belief [rows, C] and the feature map x [N, C, H, W] it stands for -> draws [rows, C, H, W].
+        """Draw noise [rows, C, H, W] for a belief [rows, C] about the feature map x [N, C, H, W].
 
-        ValueError: in a trace of evaluation, whose draws would differ from call to call; in an export to ONNX.
+        ValueError: a trace in evaluation, whose draws would differ from call to call; an export to ONNX.
         """
         if is_traced() and (not self.training or torch.onnx.is_in_onnx_export()):
             raise ValueError(
                 "draws of the sampling predictor cannot be exported: export kalmannorm.fold(model.eval()), or the "
                 "model in evaluation by moving statistics"
             )
-        # Not as a decorator: that imports the whole compiler, half of this module's time to import.
+        # Not a decorator: that imports the whole compiler, half of this module's import time.
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._draw)(belief, x)
         return self._draw(belief, x)
@@ -53,7 +53,7 @@ class Noise(Predictor):
     def _draw(self, belief: Belief, x: Tensor) -> Tensor:
         key = ("train", once(self, self._next_step)) if self.training else ("eval", 0)
         digest = hashlib.blake2b(repr((self.seed, self.layer, *key)).encode(), digest_size=8).digest()
-        generator = None  # on the device meta, which has shapes alone
+        generator = None  # the meta device, with shapes alone, has none
         if x.device.type != "meta":
             generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big") >> 1)
         rank, world = (0, 1) if self.shared else self.shard
@@ -78,13 +78,14 @@ def sampled_conv(
     groups: int = 1,
     relu: bool = False,
 ) -> Belief:
-    """Through a convolution by sampling (paper 3.2): one image per row, drawn, rectified where `relu`, convolved.
+    """Propagate a belief through a convolution by sampling (paper 3.2): draw one image per row, rectify it if `relu`,
+    and convolve it, with the layer's own zero padding.
 
-    belief [rows, C_in], noise [rows, C_in, pixels...] standard normal -> mean and population variance over the pixels
-    of the convolved image, [rows, C_out]. The layer's own zero padding applies.
+    belief [rows, C_in], standard normal noise [rows, C_in, pixels...] -> mean and population variance over the pixels
+    of the convolved image, [rows, C_out].
     """
     mean, var = belief
-    # No eps under the root: a channel of variance 0 is a constant, and its gradient 0.
+    # No eps under the root: a channel of variance 0 is constant, with gradient 0.
     sd = torch.where(var > 0, var, 1).sqrt() * (var > 0)
     pixels = noise.dim() - 2
     column = (*mean.shape, *(1,) * pixels)

@@ -11,7 +11,7 @@ from kalmannorm.norm.batch import BatchNorm, by_whole_groups
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over all processes; its gradient is the sum of theirs."""
+    """The sum over all processes, whose gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -25,18 +25,18 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class SyncBatchNorm(BatchNorm):
-    """BN whose groups of `stat_batch` images (None: the whole batch) are of the batch over all processes.
+    """BN over groups of `stat_batch` images (None: all) of the batch that all processes have together.
 
-    x [N, C, ...], rank r holding the images r, r + k, ... of k N, -> y. Where batches are not spread over
-    processes (modes.spread_batches; always in evaluation) it is BatchNorm. torch's own refuses CPU tensors and
-    knows no groups.
+    x [N, C, ...] -> y, where rank r of k has the images r, r + k, ... of k N. It is BatchNorm in evaluation, and unless
+    batches are spread over processes (modes.spread_batches). torch's SyncBatchNorm refuses CPU tensors and has no
+    groups. ValueError: as BatchNorm; a process without images.
     """
 
     spread = False  # set by modes.spread_batches
 
     @property
     def spans(self) -> bool:
-        """Whether groups are of the batch over all processes."""
+        """Whether groups span the processes."""
         return self.spread and self.training and dist.is_initialized()
 
     @property
@@ -53,13 +53,13 @@ class SyncBatchNorm(BatchNorm):
         return y
 
     def moments(self, x: Tensor, stat_batch: int | None) -> tuple[int, Tensor, Tensor, Tensor]:
-        """Images of each group of `stat_batch`, which group [N] each of this process's is in, and the groups' mean and
-        population variance [G, C]; None: the whole batch is one."""
+        """Return the number of images in a group, the group [N] of each of this process's images, and the groups' mean
+        and population variance [G, C]. `stat_batch=None` makes the whole batch one group."""
         if not self.spans:
-            self.group_size(x)  # refuses what says nothing
+            self.group_size(x)  # for its checks
         rank, world = (dist.get_rank(), dist.get_world_size()) if self.spans else (0, 1)
         images = x.shape[0]
-        if images == 0:  # the other processes wait for what this one has to add
+        if images == 0:  # the other processes would wait for this one's sums
             raise ValueError(f"{self.where}: a batch of no images on one of {world} devices")
         size = stat_batch or images * world
         if images * world % size:
@@ -69,11 +69,11 @@ class SyncBatchNorm(BatchNorm):
 
         mean, var = groups.image_moments(x)
         group_mean = self._over_groups(mean, member, number) / size
-        # Around the group's mean, not E[x^2] - E[x]^2: does not cancel.
+        # Around the group's mean: E[x^2] - E[x]^2 would cancel.
         group_var = self._over_groups(var + (mean - group_mean[member]).square(), member, number) / size
         return size, member, group_mean, group_var
 
     def _over_groups(self, per_image: Tensor, member: Tensor, number: int) -> Tensor:
-        """[N, C] summed over the images of each group, of all processes -> [groups, C]."""
+        """Sum [N, C] over the images of each group, on all processes: [groups, C]."""
         sums = per_image.new_zeros(number, per_image.shape[1]).index_add(0, member, per_image)
         return _SumOverRanks.apply(sums) if self.spans else sums

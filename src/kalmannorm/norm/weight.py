@@ -13,12 +13,14 @@ EPS = 1e-5  # on the variance of a pre-activation, as in the normalizers
 
 
 class WeightNorm(NoNorm):
-    """What stands at the normalizer's place under WN: nothing. convert parametrizes the convolutions."""
+    """The layer in a normalizer's place under WN: x -> x. It is convert that parametrizes the convolutions."""
 
 
 def normalize_weights(model: nn.Module) -> None:
-    """Every convolution of `model` gets W = g v / |v| (torch's parametrization: g is `original0`, v `original1`),
-    started at the W that it has. A copy of such a model is made by deepcopy or state_dict: torch refuses to pickle it.
+    """Parametrize every convolution of `model` as W = g v / |v|, with W unchanged.
+
+    This is torch's parametrization: g is `original0`, v is `original1`. Copy such a model by deepcopy or state_dict:
+    torch refuses to pickle it. ValueError: a transposed convolution with groups.
     """
     for layer in list(model.modules()):
         if isinstance(layer, _ConvNd) and not is_parametrized(layer, "weight"):
@@ -36,17 +38,17 @@ def is_weight_normalized(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def initialize_weight_norm(model: nn.Module, batch: Tensor) -> None:
-    """Data-dependent initialization (section 3 there): every weight-normalized convolution, in the order of the forward
-    pass, gets the g and bias that give its outputs on `batch` [N, C, H, W] mean 0 and variance 1 per channel.
+    """Initialize g and bias from data (Salimans & Kingma, section 3): every weight-normalized convolution, in the order
+    of the forward pass, then has outputs on `batch` [N, C, H, W] of mean 0 and variance 1 per channel.
 
-    Once, before training starts. In a distributed run every process calls it with its part of the batch, equally large
-    on all; all end with the same parameters. A model without weight normalization is left as it is.
+    Call it once, before training. In a distributed run every process calls it with its part of the batch, of the same
+    size on all; all end with the same parameters. A model without weight normalization stays as it is.
     """
     layers = [m for m in model.modules() if isinstance(m, _ConvNd) and is_weight_normalized(m)]
     done: set[nn.Module] = set()
 
     def initialize(layer: nn.Module, _: object, out: Tensor) -> Tensor | None:
-        if layer in done:  # it runs again on other features: as it is now
+        if layer in done:  # a shared layer, called again on other features, keeps its first initialization
             return None
         done.add(layer)
         wide = out.double()
