@@ -201,6 +201,7 @@ def _refuse_parts(model: nn.Module) -> None:
 
 
 def _check(source: nn.Module, layers: dict[str, _BatchNorm], leaves: tuple[type[nn.Module], ...]) -> None:
+    """Raise ValueError for a model without BatchNorm layers, and for a leaf that holds one."""
     kind = type(source).__name__
     if not layers:
         frozen = sum(is_frozen(module) for module in source.modules())
@@ -236,8 +237,8 @@ def _is_learned(transition: str, predictor: str) -> bool:
 def _keep_input_belief(
     source: nn.Module, input_belief: tuple[Tensor, Tensor] | str | None
 ) -> tuple[str | None, dict[str, Any]]:
-    """Register buffers for the belief of the model's input. Return root_code's `input_belief`, and the given numbers:
-    no state dict holds them."""
+    """Register buffers for the belief of the model's input. Return root_code's `input_belief`, and the given numbers,
+    which no state dict holds. ValueError: a belief of another form."""
     if input_belief in (None, "argument"):
         return input_belief, {}
     # In float32, as statistics are, or in the model's type where that is wider.
@@ -273,6 +274,7 @@ def is_converted(model: nn.Module) -> bool:
 
 
 def _conversion(model: nn.Module, otherwise: str) -> dict[str, Any]:
+    """Return what `convert` noted on the model. ValueError, with the advice `otherwise`: it is not a converted one."""
     _refuse_no_module(model)
     if not is_converted(model):
         for name in ("_orig_mod", "module"):  # of torch.compile; of AveragedModel and DistributedDataParallel
@@ -348,6 +350,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _folded(model: nn.Module) -> nn.Module:
+    """Do what `fold` does, also for a module that only contains converted parts."""
     plain = copied(model)
     for module in plain.modules():
         beneath_parametrization(module, classes.restore)

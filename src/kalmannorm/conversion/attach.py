@@ -150,7 +150,7 @@ class Search:
         return Value([], single=layer.belief == "output")
 
     def _demand(self, value: Value) -> None:
-        """Report the convolutions from which a value's belief is computed, those before others first."""
+        """Report the convolutions from which a value's belief is computed, the earlier ones first."""
         if value in self.done:
             return
         self.done.add(value)

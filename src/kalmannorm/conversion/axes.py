@@ -124,6 +124,7 @@ def transpose(o: Operation) -> Found:
 
 
 def _permuted(o: Operation, dims: list[int]) -> Found:
+    """Return the belief of a value whose axes were brought into the order `dims`."""
     carried = o.located()
     if carried is None:
         return ""

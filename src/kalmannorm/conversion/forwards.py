@@ -35,6 +35,7 @@ NO_FORWARD = nn.Module.forward, nn.ModuleList.forward  # of modules that only ho
 
 
 def _layer_code(y: str, predictor: str, arguments: str = "input") -> str:
+    """Return the code of a layer's forward, from the code that computes y and the name of what predicts its belief."""
     plainly = arguments.replace("=None", "")
     return f"""\
 def forward(self, {arguments}, beliefs=None):
@@ -220,6 +221,7 @@ def _structure(module: nn.Module, graph: fx.Graph, summaries: dict[nn.Module, Su
 
 
 def _guards(traced: Trace) -> list[str]:
+    """Return the conditions, as code, on arguments and plain values under which a trace holds."""
     asked = {"tensor": "(Tensor, Proxy)", "list": "(list, tuple)"}
     return [
         *(f"isinstance({name}, {asked[kind]})" for name, kind in traced.asked.items()),

@@ -51,7 +51,7 @@ def _is_layer(kind: Any) -> bool:
 
 
 def generate_layers(traces: dict[_BatchNorm, dict[str, Trace]], built: dict[_BatchNorm, nn.Module]) -> None:
-    """Give the normalizers that replace BatchNorm subclasses with more code that code, around the new normalization."""
+    """Give each normalizer in place of a BatchNorm subclass that class's own code, around the new normalization."""
     for layer, new in built.items():
         names, summary = dict[str, Any](), Summary()
         if traces.get(layer):

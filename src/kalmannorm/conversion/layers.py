@@ -154,7 +154,7 @@ def keep_more(old: nn.Module, new: nn.Module, name: str) -> None:
     for key, value in vars(old).items():
         if key not in _OF_BATCH_NORM and not hasattr(new, key):
             new.__dict__[key] = value
-    new.__dict__["original"] = (old,)  # a tuple, since a module in an attribute would be registered
+    new.__dict__["original"] = (old,)  # in a tuple, since a module would be registered as a part
 
 
 def _original_of(layer: nn.Module) -> nn.Module:

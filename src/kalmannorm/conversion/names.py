@@ -123,12 +123,14 @@ def is_of_library(module: object) -> bool:
 
 @functools.cache
 def _names(code: CodeType) -> frozenset[str]:
+    """Return the names of globals and attributes in the code of a function and of functions inside of it."""
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return frozenset(code.co_names).union(*inner)
 
 
 @functools.cache
 def _globals(code: CodeType) -> frozenset[str]:
+    """Return only the names of globals in such code."""
     inner = [_globals(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     kinds = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
     return frozenset(str(one.argval) for one in dis.get_instructions(code) if one.opname in kinds).union(*inner)

@@ -32,6 +32,7 @@ def observe(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str | Non
     kept: list[Any] = []  # keeps tensors alive: reasons are stored by id, which a freed tensor would pass on
 
     def see(operation: Operation, what: Any, belief: Any) -> None:
+        """Keep by tensor why the operation's result has no belief: its own doing, or the reason of an argument's."""
         y = operation.y
         if belief == "in place":
             kept.append(y)
@@ -56,6 +57,7 @@ def observe(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str | Non
                 reasons[id(tensor)] = before[0]
 
     def normalizing(layer: Any, args: Args, kwargs: Kwargs) -> None:
+        """Note why a normalizer that is about to run has no prior."""
         name = names[layer]
         x = args[0] if args else next(iter(kwargs.values()))
         prior = pick(kwargs.get("beliefs"), 0, "input")

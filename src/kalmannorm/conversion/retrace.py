@@ -36,7 +36,8 @@ def call(module: nn.Module, args: Args, kwargs: Kwargs, beliefs: tuple[Args, Kwa
 
 
 def refuse(module: nn.Module | None, args: Args) -> None:
-    """Raise ValueError if torch.fx traces a module that follows beliefs by tensor: the graph would freeze them."""
+    """Raise ValueError if torch.fx traces a module whose code does not compute its beliefs: the graph would freeze them
+    as constants."""
     if args and isinstance(args[0], fx.Proxy):
         raise ValueError(
             f"{type(module).__name__} cannot be traced by torch.fx once it is converted: what it does with beliefs "

@@ -263,6 +263,7 @@ def seen_input(model: Any, x: Any) -> Belief:
 
 @torch.no_grad()
 def _see_input(model: Any, x: Tensor) -> Belief:
+    """Update the buffers in training: a mean over the first ten batches, then a moving average with rate 0.1."""
     mean, var = model.input_belief_mean, model.input_belief_var
     if model.training and x.numel():
         model.input_belief_batches += 1

@@ -107,6 +107,7 @@ class Writer:
         return node
 
     def _visit(self, node: fx.Node) -> None:
+        """Write the belief of a node's result, and note what its formula is and which memory it shares."""
         first = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
         x = self._now(first) if isinstance(first, fx.Node) else None
         child: nn.Module | None = None
@@ -214,6 +215,7 @@ class Writer:
         return root, curve.replace("{}", inner)
 
     def _note_curve(self, node: fx.Node, x: fx.Node | None, child: nn.Module | None, key: Any) -> None:
+        """Note the formula of a node's result, if it is a function of its first argument x pixel by pixel."""
         if x is None:
             return
         if child is not None and child in self.summaries:
@@ -242,6 +244,7 @@ class Writer:
     # --- memory that values share, and changes in place ---
 
     def _note_memory(self, node: fx.Node, x: fx.Node | None, child: nn.Module | None, key: Any) -> None:
+        """Note whether a node's result shares memory with its first argument x, and whether the node changes x."""
         self._memory[node] = {node}
         if x is None or x not in self._memory:
             return
