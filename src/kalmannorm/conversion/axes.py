@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kalmannorm.conversion.rules import Found, Operation, Rule, joined, on_channels, unchanged
+from kalmannorm.conversion.rules import Found, Operation, Rule, on_channels, shortened, unchanged
 from kalmannorm.norm import moments
 from kalmannorm.norm.belief import Belief, Carried
 
@@ -33,14 +33,14 @@ def adaptive_maximum(o: Operation) -> Found:
 
 def mean(o: Operation) -> Found:
     """Hand the belief on, as `pooling` does, if the mean is taken over axes of pixels only."""
-    dims, carried = o.argument(1, "dim"), o.located()
+    dims, carried = o.argument(1, "dim"), o.belief_with_axes()
     if carried is None or dims is None:
         return "not over the pixels of a map"
     dims = [dim % o.x.dim() for dim in (dims if isinstance(dims, list | tuple) else [dims])]
     if any(carried.axes[dim] != "p" for dim in dims):
         return "not over the pixels of a map"
     kept = o.y.dim() == o.x.dim()
-    return joined(carried._replace(axes="".join(a for i, a in enumerate(carried.axes) if kept or i not in dims)))
+    return shortened(carried._replace(axes="".join(a for i, a in enumerate(carried.axes) if kept or i not in dims)))
 
 
 def interpolation(o: Operation) -> Found:
@@ -71,13 +71,13 @@ def padding(o: Operation) -> Found:
 
 def reshape(o: Operation) -> Found:
     """Follow the axes through view, reshape, flatten, squeeze and unsqueeze by comparing the two shapes."""
-    carried = o.located()
+    carried = o.belief_with_axes()
     if carried is None:
         return ""
     if not isinstance(o.y, Tensor) or o.y.dim() < 2 or o.x.dim() < 2 or carried.belief.mean.shape[1] == 1:
         return _UNKNOWN
     axes = _axes_after(list(o.x.shape), carried.axes, list(o.y.shape))
-    return _UNKNOWN if axes is None else joined(carried._replace(axes=axes))
+    return _UNKNOWN if axes is None else shortened(carried._replace(axes=axes))
 
 
 def _axes_after(before: list[int], axes: str, after: list[int]) -> str | None:
@@ -125,7 +125,7 @@ def transpose(o: Operation) -> Found:
 
 def _permuted(o: Operation, dims: list[int]) -> Found:
     """Return the belief of a value whose axes were brought into the order `dims`."""
-    carried = o.located()
+    carried = o.belief_with_axes()
     if carried is None:
         return ""
     dims = [dim % o.x.dim() for dim in dims]
@@ -135,7 +135,7 @@ def _permuted(o: Operation, dims: list[int]) -> Found:
         sizes, places = [o.x.shape[dim] for dim in now], [0, *(1 + now.index(dim) for dim in order)]
         mean, var = (t.unflatten(1, sizes).permute(places).flatten(1) for t in carried.belief)
         carried = carried._replace(belief=Belief(mean, var))
-    return joined(carried._replace(axes="".join(carried.axes[dim] for dim in dims)))
+    return shortened(carried._replace(axes="".join(carried.axes[dim] for dim in dims)))
 
 
 def expansion(o: Operation) -> Found:
@@ -157,10 +157,10 @@ def concatenation(o: Operation) -> Found:
     if dim % o.y.dim() != 1 or any(isinstance(belief, Carried) and belief.axes for belief in beliefs):
         return "not of channels"
     carried = [moments.settled(b) if isinstance(b, Carried) else Carried(b) for b in beliefs]
-    return joined(carried[0]._replace(belief=moments.concat([c.belief for c in carried]), axes="nc"))
+    return shortened(carried[0]._replace(belief=moments.concat([c.belief for c in carried]), axes="nc"))
 
 
-def division(function: Callable[..., list[Belief]], name: str) -> Rule:
+def partition(function: Callable[..., list[Belief]], name: str) -> Rule:
     """Make the rule of chunk or split, which return several values with some of the channels each.
 
     `name`: the keyword of the operation's second argument, which becomes `function`'s.
@@ -173,7 +173,8 @@ def division(function: Callable[..., list[Belief]], name: str) -> Rule:
             return "not of channels"
         carried = moments.settled(o.belief) if isinstance(o.belief, Carried) else Carried(o.belief)
         return tuple(
-            joined(carried._replace(belief=part, axes="nc")) for part in function(carried.belief, o.argument(1, name))
+            shortened(carried._replace(belief=part, axes="nc"))
+            for part in function(carried.belief, o.argument(1, name))
         )
 
     return rule
@@ -205,7 +206,7 @@ def _part(x: Any, index: Any, belief: Any) -> Found:
 def _indexed(o: Operation, index: list[Any]) -> Found:
     """Return the belief of a tensor's x[index], None if unknown: slices of channels or pixels, the only pixel of an
     axis, new axes of size one."""
-    carried = o.located()
+    carried = o.belief_with_axes()
     if carried is None or not isinstance(o.y, Tensor):
         return None
     used = sum(one is not None and one is not ... for one in index)
@@ -227,7 +228,7 @@ def _indexed(o: Operation, index: list[Any]) -> Found:
                 belief = moments.channels(belief, one)
         elif not (isinstance(one, int) and letter == "p" and size == 1):
             return None
-    return joined(carried._replace(belief=belief, axes=axes)) if "n" in axes else None
+    return shortened(carried._replace(belief=belief, axes=axes)) if "n" in axes else None
 
 
 def attribute(o: Operation) -> Found:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kalmannorm.conversion.rules import Found, Operation, Rule, joined, lift, located, on_channels
+from kalmannorm.conversion.rules import Found, Operation, Rule, lift, on_channels, shortened, with_axes
 from kalmannorm.norm import activations, moments
 from kalmannorm.norm.belief import Belief, Carried
 
@@ -91,20 +91,20 @@ def _with_constant(sign: str, x: Any, belief: Any, constant: Any, first: bool) -
         return ""
     if sign == "/" and first:
         return "divides a constant by a feature"
-    carried = located(belief, x.dim())
+    carried = with_axes(belief, x.dim())
     if not _is_per_channel(constant, carried.axes):
         return "with a constant that is not one number per channel"
     if sign == "+":
-        return joined(lift(moments.shift, carried, constant))
+        return shortened(lift(moments.shift, carried, constant))
     if sign == "*":
-        return joined(lift(moments.scale, carried, constant))
+        return shortened(lift(moments.scale, carried, constant))
     if sign == "-" and first:
-        return joined(lift(moments.shift, lift(moments.scale, carried, -1.0), constant))
+        return shortened(lift(moments.shift, lift(moments.scale, carried, -1.0), constant))
     if sign == "-":
-        return joined(lift(moments.shift, carried, -constant))
+        return shortened(lift(moments.shift, carried, -constant))
     if not isinstance(constant, Tensor) and constant == 0:
         return "divides by zero"
-    return joined(lift(moments.scale, carried, 1 / constant))
+    return shortened(lift(moments.scale, carried, 1 / constant))
 
 
 def _is_per_channel(constant: Any, axes: str) -> bool:
@@ -122,10 +122,10 @@ def _of_two(o: Operation, sign: str, a: Any, b: Any, of_a: Any, of_b: Any) -> Fo
         return "divides by a feature"
     if o.kind == "dependent":
         return "of a feature with a function of itself, which is not independent of it"
-    first, second = located(of_a, a.dim()), located(of_b, b.dim())
+    first, second = with_axes(of_a, a.dim()), with_axes(of_b, b.dim())
     if first.axes != second.axes:
         return "of values whose axes differ"
-    return joined(first._replace(belief=_OF_TWO[sign](first.belief, second.belief)))
+    return shortened(first._replace(belief=_OF_TWO[sign](first.belief, second.belief)))
 
 
 # --- convolutions and linear layers -----------------------------------------------------------------------------------
@@ -163,9 +163,9 @@ def linear(o: Operation) -> Found:
     """Predict F.linear over the last axis, if it holds the channels: [N, C], or [N, H, W, C] as a 1x1 convolution."""
     if o.kind == "computed":
         return "its weight is computed from features"
-    carried = o.located()
+    carried = o.belief_with_axes()
     if carried is None:
         return ""
     if carried.axes[-1] != "c" or carried.axes.count("c") > 1:
         return "over an axis that is not the channels"
-    return joined(lift(moments.linear, carried, o.argument(1, "weight"), o.argument(2, "bias")))
+    return shortened(lift(moments.linear, carried, o.argument(1, "weight"), o.argument(2, "bias")))

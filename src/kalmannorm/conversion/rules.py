@@ -48,11 +48,11 @@ class Operation(NamedTuple):
         """Return the belief of an argument that may be given by position or by name."""
         return self.beliefs[position] if position < len(self.beliefs) else self.keyword_beliefs.get(name)
 
-    def located(self) -> Carried | None:
+    def belief_with_axes(self) -> Carried | None:
         """Return the first argument's belief with a letter for each axis; None if it has none or is no tensor."""
         if self.belief is None or not isinstance(self.x, Tensor):
             return None
-        return located(self.belief, self.x.dim())
+        return with_axes(self.belief, self.x.dim())
 
 
 def fields_of(value: Any) -> dict[Any, Any] | None:
@@ -76,7 +76,7 @@ Found: TypeAlias = "Known | str"  # a string is the reason why there is no belie
 Rule = Callable[[Operation], Found]
 
 
-def located(belief: Belief | Carried, dim: int) -> Carried:
+def with_axes(belief: Belief | Carried, dim: int) -> Carried:
     """Spell out which of a value's `dim` axes holds images, channels or pixels, one letter each (belief.Carried)."""
     if isinstance(belief, Belief):
         return Carried(belief, "nc" + "p" * (dim - 2))
@@ -84,7 +84,7 @@ def located(belief: Belief | Carried, dim: int) -> Carried:
     return belief if belief.axes else belief._replace(axes="nc" + "p" * (dim - 2))
 
 
-def joined(carried: Carried) -> Belief | Carried:
+def shortened(carried: Carried) -> Belief | Carried:
     """Bring a belief to its shortest form: without letters if the axes are the usual ones, a Belief if possible."""
     if carried.axes[:2] == "nc" and not {"c", "n"} & set(carried.axes[2:]):
         carried = carried._replace(axes="")
