@@ -76,6 +76,8 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
 
     `probe`, if set, is called with the statistics of every group: probe(measured=, used=, prior=), each a detached
     Belief [groups, C] or None. Figures are made from it; it costs nothing when it is None.
+
+    ValueError: a bad option; an input of another shape; statistics of a single value; a batch that does not divide.
     """
 
     statistics = "moving"
@@ -272,7 +274,8 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
 class BatchNorm(GroupedStatistics):
     """Batch Normalization (Ioffe & Szegedy 2015) of groups of `stat_batch` images ("ghost" batches).
 
-    x [N, C, H, W] or [N, C] -> y. With `stat_batch` None it computes torch's BatchNorm bit for bit.
+    x [N, C, ...] -> y. With `stat_batch=None` it computes torch's BatchNorm bit for bit. ValueError: as
+    GroupedStatistics.
     """
 
     @by_whole_groups

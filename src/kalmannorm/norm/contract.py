@@ -60,6 +60,7 @@ own_class = property(lambda self: lent.get("class_of", type)(self), _set_class)
 
 
 def used(belief: Any) -> Any:
+    """Return the belief, or None while no belief is used."""
     return None if running.idle else belief
 
 
@@ -106,6 +107,7 @@ def _perhaps_idle(model: nn.Module, call: Callable[..., Any], args: Args, kwargs
 
 
 def _measures(model: nn.Module) -> bool:
+    """Say whether any normalizer that takes beliefs measures its input, instead of using moving averages."""
     return any(isinstance(m, TakesBeliefs) and not getattr(m, "uses_moving", False) for m in model.modules())
 
 

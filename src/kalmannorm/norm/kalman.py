@@ -21,9 +21,9 @@ INITIAL_NOISE = 0.02  # R's initial value: no source gives one
 
 
 class Estimator(TakesBeliefs):
-    """Base of the Kalman normalizers, with the update's parameters: gain q in (0, 1), one per layer, and noise R >= 0,
-    one per channel or one for all (paper Eq. 7).
+    """Base of the Kalman normalizers: gain and noise of the update (paper Eq. 7), and the belief that is handed on.
 
+    The gain q in (0, 1) is one per layer, the noise R >= 0 one per channel or one for all:
     posterior mean = p prior + q measured, posterior var = p (prior + R) + q measured [+ p q (difference of means)^2],
     p = 1 - q. Options as in KalmanBatchNorm2d.
     """

@@ -155,10 +155,10 @@ def averaging_once(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def finish_gradients(model: nn.Module) -> None:
-    """Add gamma decay's and whitened weights' penalties to the gradients, and clip those of all SSN logits together to
-    norm 1 (public code).
+    """Add the penalties of gamma decay and whitened weights to the gradients, and clip those of SSN's logits.
 
-    Call it between backward and the optimizer's step; for a spread batch, after its last backward.
+    All logits of a model together are clipped to norm 1 (public code). Call it between backward and the optimizer's
+    step; for a spread batch, after its last backward.
     """
     decays = [(m, m.decay) for m in model.modules() if isinstance(m, PopulationNorm) and m.decay is not None]
     measured = [decay for _, decay in decays if decay.sums is not None]

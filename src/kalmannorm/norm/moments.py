@@ -60,11 +60,11 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 @full_precision
 def conv(belief: Belief, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Belief:
-    """Propagate a belief through a convolution in closed form, [rows, C_in] -> [rows, C_out] (paper Eq. 7; the
-    diagonal of Sigma only).
+    """Propagate a belief through a convolution in closed form, [rows, C_in] -> [rows, C_out] (paper Eq. 7).
 
-    mean' = (sum of the taps of W) mean + bias and var' = (sum of the taps of W^2) var. Exact for independent pixels in
-    the interior of the map, for any stride and dilation; the border's zero padding is ignored.
+    mean' = (sum of the taps of W) mean + bias and var' = (sum of the taps of W^2) var: of Sigma only the diagonal is
+    kept. Exact for independent pixels in the interior of the map, for any stride and dilation; the border's zero
+    padding is ignored.
     """
     mean, var = applied(_ThroughTaps, *belief, weight, groups)
     return Belief(mean if bias is None else mean + bias.to(mean.dtype), var)

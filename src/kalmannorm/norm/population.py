@@ -18,8 +18,7 @@ KEPT = 0.9  # share of the averaged coefficient that a step keeps
 
 
 class GammaDecay(nn.Module):
-    """Gamma decay: the penalty sum over channels of zeta gamma^2, equivalent to the noise of statistics of `batch`
-    images.
+    """Gamma decay: the penalty sum over channels of zeta gamma^2, equal to the noise of statistics of `batch` images.
 
     zeta is measured at every step, averaged, and a constant for the gradient: 2 zeta gamma is added to gamma's. With
     the excess kurtosis rho, the normalized feature h~, the output hbar = gamma h~ + beta, and the gradient dl/dhbar of
@@ -89,8 +88,7 @@ class GammaDecay(nn.Module):
         self._add(torch.stack([part.sum(0) for part in parts]))
 
     def watch(self, weight: Tensor, bias: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        """Return gamma and beta repeated for each image, [N, C], with hooks that collect their gradients: sums over
-        an image's pixels."""
+        """Return gamma and beta for each image, [N, C], with hooks that collect their gradients, sums over pixels."""
         weight, bias = (t.expand(images, -1).clone() for t in (weight, bias))
         if self.variant != "constant":
             for row, t in enumerate((weight, bias)):

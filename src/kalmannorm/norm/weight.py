@@ -33,6 +33,7 @@ def normalize_weights(model: nn.Module) -> None:
 
 
 def is_weight_normalized(layer: nn.Module) -> bool:
+    """Say whether a layer's weight has torch's weight normalization."""
     return is_parametrized(layer, "weight") and hasattr(layer.parametrizations.weight, "original1")  # type: ignore[union-attr]
 
 

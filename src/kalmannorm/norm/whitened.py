@@ -186,11 +186,13 @@ class Moments:
     second: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, x: Tensor, groups: int) -> None:
+        """Add samples x [N, C, ...]: every pixel is one."""
         rows = x.detach().transpose(0, 1).flatten(1).unflatten(0, (groups, -1)).double()
         self.count += rows.shape[-1]
         self.first, self.second = self.first.to(rows) + rows.sum(-1), self.second.to(rows) + rows @ rows.mT
 
     def over_ranks(self) -> None:
+        """Sum over all processes."""
         if dist.is_initialized():
             together = torch.cat([self.first.flatten(), self.second.flatten(), self.first.new_tensor([self.count])])
             dist.all_reduce(together)
@@ -203,6 +205,7 @@ class Moments:
         return self.first / self.count
 
     def moment(self) -> Tensor:
+        """Return the second moment E[x x^T], [groups, C, C]."""
         return self.second / self.count
 
     def covariance(self) -> Tensor:
@@ -298,6 +301,7 @@ def _renew(
     momentum: str,
     believed: Belief | None,
 ) -> None:
+    """Refresh one layer, given the moments of its input and output; `believed`: the belief about its input."""
     whitening, v = parametrization_of(layer), _learned(layer, "weight")
     d = _learned(layer, "bias") if parametrize.is_parametrized(layer, "bias") else None
     weight = layer.weight.double()

@@ -180,7 +180,7 @@ class Verdict:
 
 @functools.cache
 def claims() -> tuple[Claim, ...]:
-    """All of claims.yaml, in its order."""
+    """Return all claims of claims.yaml, in its order."""
     return tuple(_claim(tree) for tree in yaml.load((HERE / "claims.yaml").read_bytes(), yaml.CSafeLoader))
 
 
@@ -346,7 +346,7 @@ def _decide(verdict: Verdict, family: int) -> Verdict:
 
 
 def _count(claim: Claim) -> Verdict:
-    """Of numbers of parameters: counted from the models, no run is needed."""
+    """Return the verdict on numbers of parameters, which are counted from the models: no run is needed."""
     from kalmannorm.report import parameters
 
     terms = [(term, parameters.count(term.card.settings(term.row, term.column))) for term in claim.contrast]
@@ -358,7 +358,7 @@ def _count(claim: Claim) -> Verdict:
 
 
 def _timed(claim: Claim, results: Path) -> list[Verdict]:
-    """For each measurement of two networks whose training steps alternate: how much slower the second is."""
+    """Return a verdict for each measurement of two networks whose training steps alternate: the slowdown in percent."""
     plus, minus = (term.row.key for term in claim.contrast)
     found = []
     for measurement in speed.read(results, claim.contrast[0].card):

@@ -178,7 +178,7 @@ def _place(card: Card, cells: Cells) -> tuple[int, int]:
 
 
 def groups(card: Card, cells: Cells) -> list[Group]:
-    """Those in which a card has runs."""
+    """Return the groups in which a card has runs."""
     return [
         group
         for group in cells.groups(effects.identities(card))

@@ -145,9 +145,10 @@ class Cells:
         return self._found.get((*whole, row.dataset or group.dataset, budget, schedule, statistics), Cell([], [], []))
 
     def groups(self, rows: Iterable[Identity]) -> list[Group]:
-        """Those in which any of the rows has runs, the papers' length first; of a data set that a row fixes, "".
+        """Return the groups in which any of the rows has runs, the papers' length first.
 
-        A width, a schedule or a length that some row of a card names is that row's, and no group of others.
+        `dataset` is "" if the row fixes it. Runs with a width, schedule or length that some row of a card names belong
+        to that row alone, and make no group of other rows.
         """
         found = set()
         for row in rows:
@@ -188,7 +189,7 @@ class Effect(NamedTuple):
     equal: float = math.nan  # p of Bartlett's test that rows with two runs or more have one variance; nan: no test
 
     def half_width(self, family: int = 1) -> float:
-        """Of the interval that holds for all of `family` at once (Bonferroni) at 95 %; nan where there is none."""
+        """Return the half-width of the 95 % interval, simultaneous for `family` ones (Bonferroni); nan if undefined."""
         return t_quantile(self.df, family) * self.error if self.df >= LEAST else math.nan
 
     def interval(self, family: int = 1) -> tuple[float, float]:
@@ -379,7 +380,7 @@ def identity(card: Card, row: Row, column: Column | None = None) -> Identity:
 
 
 def signed(value: float) -> str:
-    """ "+1.23", "−0.4"."""
+    """Write a number with its sign and about three digits: "+1.23", "−0.4"."""
     size = abs(value)
     written = next((of for least, of in ((1000, ",.0f"), (100, ".1f"), (0.1, ".2f")) if size >= least), ".2g")
     return f"{'−' if value < 0 else '+'}{size:{written}}"

@@ -164,7 +164,7 @@ def _ours(verdict: Verdict) -> bool:
 
 
 def _in_words(verdict: Verdict, place: str) -> str:
-    """ "not decided on ResNet-32, −0.38 [−1.74, +0.98] points (n = 3), the paper has +1.5, outside the interval"."""
+    """Say a verdict in words: "not decided on ResNet-32, −0.38 [−1.74, +0.98] points (n = 3), the paper has +1.5"."""
     network = f"on {verdict.claim.network}"
     said = [f"{network} {verdict.estimate}"]
     if verdict.judged:
@@ -235,7 +235,7 @@ def readme_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: Ce
 
 
 def between(text: str, generated: str) -> str:
-    """`text` with what stands between the markers replaced. ValueError: no such markers."""
+    """Replace the part of `text` between the markers by `generated`. ValueError: no such markers."""
     start, end = GENERATED
     before, found, rest = text.partition(start)
     if not found or end not in rest:
@@ -244,7 +244,7 @@ def between(text: str, generated: str) -> str:
 
 
 def _fullness(budget: str) -> tuple[int, str]:
-    """Sorts the fullest budget first."""
+    """Return a sort key that puts the fullest budget first."""
     name = budget.split(" ")[0]
     return (BUDGETS.index(name) if name in BUDGETS else len(BUDGETS), budget)
 

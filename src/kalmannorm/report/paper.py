@@ -22,5 +22,5 @@ def printed(path: str) -> float | None:
 
 
 def conflicts() -> list[str]:
-    """Where the sources contradict themselves or each other."""
+    """Return the sentences on where the sources contradict themselves or each other."""
     return [str(said) for said in values()["neurips.text.inconsistent"]]

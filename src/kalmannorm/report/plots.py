@@ -262,7 +262,7 @@ def _title(text: str, columns: int) -> str:
 
 
 def _thinned(values: np.ndarray, most: int = 128) -> np.ndarray:
-    """At most so many rows: the means of consecutive ones."""
+    """Average consecutive rows until at most `most` are left."""
     every = -(-len(values) // most)
     if every == 1:
         return values
@@ -308,7 +308,7 @@ def _words(figure: "Figure", said: str, handles: Sequence["Line2D"] = ()) -> Non
 
 
 def _n(counts: Sequence[int]) -> str:
-    """ " (n = 1 to 3)"."""
+    """Write the range of the numbers of seeds: " (n = 1 to 3)", or nothing if there are none."""
     found = sorted(set(counts))
     return f" (n = {found[0]}{f' to {found[-1]}' if found[1:] else ''})" if found else ""
 

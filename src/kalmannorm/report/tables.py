@@ -180,7 +180,7 @@ def find(card: Card, group: Group, column: Column, cells: Cells) -> dict[str, Fo
 
 
 def value(found: Found, column: Column) -> str:
-    """ "45.26 (45.41, 45.10)", "45.26 ± 0.81 (n = 5)", "2 of 3 learned: 34.10 (...)", "failed", "not run"."""
+    """Write a cell: "45.26 (45.41, 45.10)", "45.26 ± 0.81 (n = 5)", "2 of 3 learned: 34.10 (...)", "failed", ..."""
     cell, values = found.cell, list(found.values.values())
     if not cell.runs:
         return "failed" if cell.failed else "not run"
@@ -197,7 +197,7 @@ def value(found: Found, column: Column) -> str:
 
 
 def difference(found: Effect | None) -> str:
-    """ "+9.38 [+6.77, +11.99]"."""
+    """Write an effect with its interval, "+9.38 [+6.77, +11.99]"; "" for none."""
     if found is None:
         return ""
     low, high = found.interval()
@@ -331,7 +331,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def letter(place: int) -> str:
-    """a, b, ... z, aa, ab, ..."""
+    """Return the letter of a footnote by its place: a, b, ... z, aa, ab, ..."""
     return ("" if place < 26 else letter(place // 26 - 1)) + chr(ord("a") + place % 26)
 
 
@@ -379,13 +379,14 @@ def _printed(card: Card, row: Row, column: Column, printed: float | None) -> str
 
 
 def _spread(found: Effect) -> str:
-    """ "0.68 (16 degrees of freedom; that all rows have the same: p = 0.31)"."""
+    """Write the spread over seeds: "0.68 (16 degrees of freedom; that all rows have the same: p = 0.31)"."""
     equal = "" if math.isnan(found.equal) else f"; that all rows have the same: p = {found.equal:.2g}"
     return f"{found.spread:.2f} ({found.df} degrees of freedom{equal})"
 
 
 def _seen(run: quantities.Run) -> str:
-    """ "50,000 images", "96 videos"; without their number where the run failed before it was known."""
+    """Write the size of a run's training set: "50,000 images", "96 videos"; without a number if the run failed before
+    it was known."""
     count, what = _recorded(run, "data.train_images"), "videos" if _recorded(run, "dataset.frames") else "images"
     return f"{int(count):,} {what}" if count else what
 
