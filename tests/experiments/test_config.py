@@ -266,6 +266,9 @@ def test_a_reduced_budget_warms_up_to_the_schedules_highest_rate_and_decays_to_0
         ("budget.subset=50", ["budget.subset = 50"]),
         ("norm.preset=relaesed", ["relaesed", "released"]),
         ("seed=[", ["seed=["]),
+        ("++norm=bn", ["norm = bn", "norm=NAME without a +"]),
+        ("++budget=null", ["budget = None", "budget=NAME without a +"]),
+        ("++dataset.budgets={mine:5}", ["dataset.budgets.mine = 5"]),
         ("+norm.options.input_belief=images", ["norm.options.input_belief = images", "data"]),
     ],
 )

@@ -104,7 +104,9 @@ def test_merge_takes_what_is_missing_names_conflicts_and_overwrites_nothing(tmp_
 def test_merge_takes_a_finished_run_for_a_failed_one(tmp_path, capsys):
     failed = add(tmp_path / "here", ["seed=1"], status="failed", reason="killed")
     done = add(tmp_path / "other", ["seed=1"])
+    failed.with_suffix(".npz").write_bytes(b"of the failed run")
     assert main(["records", "merge", str(tmp_path / "other"), "--results", str(tmp_path / "here")]) == 0
+    assert failed.with_suffix(".npz").read_bytes() == done.with_suffix(".npz").read_bytes()
     assert failed.read_bytes() == done.read_bytes() and "1 records taken" in capsys.readouterr().out
     before = add(tmp_path / "other", ["seed=1"], status="failed", reason="out of memory")  # of another machine
     assert main(["records", "merge", str(tmp_path / "other"), "--results", str(tmp_path / "here")]) == 0

@@ -136,6 +136,19 @@ def test_two_sweeps_at_once_share_the_runs(tmp_path, plan):
     assert len(tried) == len(set(tried)) == 6 and len(statuses(tmp_path)) == 6
 
 
+def test_a_clock_that_is_set_back_does_not_keep_a_sweep_waiting(tmp_path, plan, monkeypatch):
+    plan({})
+    arguments = ["sweep", *TABLE7, "seeds=1", *place(tmp_path), "slots=1"]
+    config = load("table7", arguments[2:-1]).runs[0]
+    began = time.time()
+    monkeypatch.setattr(sweep.time, "time", lambda: began - 3600 * (time.monotonic() > released))
+    with lock.hold(config.runs, records.run_id(config)) as handle:
+        released = time.monotonic() + 1
+        threading.Timer(1, fcntl.flock, (handle, fcntl.LOCK_UN)).start()
+        assert main(arguments) == 0
+    assert time.monotonic() - released < 60 and set(statuses(tmp_path).values()) == {"done"}
+
+
 def test_a_second_process_on_a_run_is_told_who_has_it(tmp_path, capsys):
     overrides = [*SMALL, *place(tmp_path)]
     identity = records.run_id(compose(overrides))

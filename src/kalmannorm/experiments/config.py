@@ -118,7 +118,10 @@ def conf_dir() -> Path:
 def compose(overrides: list[str]) -> Config:
     """Return the configuration of one run. UserError: unknown names or values, impossible combinations."""
     values = composition.compose(conf_dir(), overrides)
+    for group in GROUPS:
+        expect(isinstance(values[group], dict), group, values[group], f"settings; a choice is {group}=NAME without a +")
     for budget, own in values["dataset"].pop("budgets").items():  # the chosen one stands under `budget`
+        expect(isinstance(own, dict), f"dataset.budgets.{budget}", own, "settings")
         for key in own.keys() - set(OF_BUDGET):
             raise unknown(key, OF_BUDGET, f"dataset.budgets.{budget}.")
     _check_names(values)

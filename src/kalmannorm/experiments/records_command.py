@@ -64,7 +64,7 @@ def merge(results: str, folders: list[str]) -> int:
             problems.append(f"{file.stem}: {results} and {folder} differ in {what}; that of {results} stays")
             continue
         arrays = file.with_suffix(".npz")
-        if arrays.exists() and not target.with_suffix(".npz").exists():
+        if arrays.exists() and (here is None or not target.with_suffix(".npz").exists()):
             write_atomically(target.with_suffix(".npz"), arrays.read_bytes())
         if here is None:
             write_atomically(target, file.read_bytes())

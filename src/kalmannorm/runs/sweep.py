@@ -1,5 +1,6 @@
 """A sweep: what an experiment asks for, less what is done."""
 
+import math
 import signal
 import sys
 import time
@@ -98,7 +99,7 @@ def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> N
     """Start runs where there is room and settle those that ended, until none is left."""
     waiting, elsewhere = deque(jobs), list[Job]()
     running: dict[str, Job] = {}
-    looked, asked = 0.0, list[int]()  # the signals that asked the sweep to stop, in order
+    looked, asked = -math.inf, list[int]()  # the signals that asked the sweep to stop, in order
     with handling((signal.SIGINT, *STOP_SIGNALS), lambda number, _: asked.append(number)):
         while waiting or running or elsewhere:
             while waiting and launcher.room(waiting[0].devices) and not asked:
@@ -117,8 +118,8 @@ def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> N
                     elsewhere.append(job)
                 elif job.state == WAITING:
                     waiting.append(job)
-            if time.time() - looked > LOOK_EVERY:
-                looked = time.time()
+            if time.monotonic() - looked > LOOK_EVERY:
+                looked = time.monotonic()
                 for job in [job for job in elsewhere if holder(job.config.runs, job.identity) is None]:
                     elsewhere.remove(job)
                     if records.is_done(job.config.results, job.identity):
