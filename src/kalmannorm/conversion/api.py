@@ -87,7 +87,7 @@ def convert(
     norm.initialize_weight_norm). A forward that torch.fx cannot trace runs unchanged and uncompiled, with beliefs
     followed by tensor. `belief_report` says which normalizers have no prior, and why.
     Raises ValueError: an unknown norm, preset or option; a preset, predictor or input_belief for a normalizer that has
-    no belief; a model without BatchNorm.
+    no belief; a model without BatchNorm, or with compiled, distributed or uninitialized lazy parts.
     """
     relu, learned = True, False
     leaves, thaw = _classes(options.pop("leaves", ())), options.pop("thaw", False)

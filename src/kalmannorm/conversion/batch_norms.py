@@ -21,7 +21,7 @@ class OwnCode(ValueError):
 
 
 def has_forward_of_its_own(layer: nn.Module) -> bool:
-    """Say whether a BatchNorm layer has another forward than torch's: more code (timm's BatchNormAct2d), or other."""
+    """Say whether a BatchNorm layer's forward is not torch's: it does more (timm's BatchNormAct2d), or otherwise."""
     return type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or "forward" in layer.__dict__
 
 

@@ -103,8 +103,7 @@ def _without_beliefs(cls: type[nn.Module], scope: Scope) -> Any:
 
 
 def _apply(self: Any, fn: Callable[[nn.Module], None]) -> nn.Module:
-    """Apply a function to all modules as nn.Module.apply does; where it asks for type(layer), it sees the original
-    classes."""
+    """Apply a function to all modules as nn.Module.apply does; type(layer) in that function is the original class."""
     function = getattr(fn, "__func__", fn)
     with lending(stand_ins(function) if isinstance(function, FunctionType) else []):
         return type(self).converted.original.apply(self, fn)  # type: ignore[no-any-return]

@@ -71,7 +71,8 @@ def generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, k
     Args:
         source: the model, with its new normalizers.
         leaves: classes of modules that are called but not traced into.
-        own: the kind of predictor that each convolution gets for itself: `noise`, `transition`, or "" for none.
+        own: the kind of predictor for each convolution whose belief reaches a normalizer: `noise`, `transition`, or ""
+            for none of its own.
         known: where the belief of the model's input is known from (forwards.root_code).
 
     Return the names of the containers that run as they are, each with the reason.

@@ -74,8 +74,8 @@ def _refuse_computed(old: _BatchNorm, name: str) -> None:
 
 
 class _OfKind(type):
-    """Metaclass of normalizers that are also instances of the original's class, since other code looks for that (to
-    freeze BatchNorm1d layers)."""
+    """Metaclass of normalizers' classes that also derive from the original's class, since other code looks for
+    instances of that (to freeze BatchNorm1d layers)."""
 
 
 @functools.cache
@@ -104,8 +104,8 @@ def _left_out(old: _BatchNorm, norm: str) -> list[str]:
 
 
 def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
-    """Copy to `new` affine parameters and moving statistics that both layers have, device, dtype, mode, requires_grad
-    and hooks. Return `new`."""
+    """Give `new` the affine parameters (the same objects, where shapes agree) and moving statistics that both layers
+    have, and the device, dtype, mode, requires_grad and hooks of `old`. Return `new`."""
     reference = next(itertools.chain(old.parameters(False), old.buffers(False)), None)
     if reference is not None:
         new.to(reference.device, reference.dtype)
@@ -138,7 +138,7 @@ def carry_over(old: nn.Module, new: nn.Module, name: str = "") -> nn.Module:
 
 
 def keep_more(old: nn.Module, new: nn.Module, name: str) -> None:
-    """Copy to `new` the parts and attributes that a BatchNorm subclass from elsewhere (timm's BatchNormAct2d) adds.
+    """Give `new` the parts and attributes that a BatchNorm subclass from elsewhere (timm's BatchNormAct2d) adds.
 
     ValueError: the normalizer has one of the same name.
     """
@@ -211,10 +211,10 @@ def share_noise(layers: Iterable[nn.Module]) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy of the model in two cases more than copy.deepcopy.
+    """Return a deep copy of the model that can do more than copy.deepcopy.
 
     Computed tensors that modules keep (weights under pruning or torch.nn.utils.weight_norm, caches), which deepcopy
-    refuses, are copied by value. Hooks that close over parts of the original get functions that close over the copy's.
+    refuses, are copied by value. A hook that closes over parts of the original is replaced by one over the copy's.
     ValueError: a forward that would go on calling the original.
     """
     _refuse_foreign_forwards(model)

@@ -46,13 +46,13 @@ def summary_of_class(module: nn.Module) -> Summary:
 
 
 def _with_parameters(curve: str, given: Any) -> str:
-    """Put numbers that a function was given beside the feature into its formula, except ones, the usual default."""
+    """Put the numbers that a function was given beside the feature into its formula, but no 1: softplus's default."""
     extra = "".join(f",{value:g}" for value in given if type(value) in (int, float) and value != 1)
     return curve.replace("({})", f"({{}}{extra})") if extra else curve
 
 
 class Writer:
-    """Writes beliefs into one graph when it is made; then `summary` is what parents must know of the module."""
+    """Writes beliefs into one graph, as it is constructed; `summary` is then what parents must know of the module."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, summaries: dict[nn.Module, Summary]) -> None:
         self.module, self.graph, self.summaries = module, graph, summaries
