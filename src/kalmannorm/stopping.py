@@ -1,9 +1,9 @@
-"""Signals that ask a command to stop, in whatever phase: SIGTERM, and SIGUSR1, which Slurm sends ahead of the end.
+"""Handle signals that ask a command to stop: SIGTERM, and SIGUSR1, which Slurm sends before a job's time is over.
 
-Where nothing would be lost, as while data are loaded, a model is built, or a checkpoint holds all that an evaluation
-would have to repeat, the command stops at once. What is under way within `finishing`, a step and its checkpoint or a
-file, is brought to its end first; in a run of several processes, what is under way lasts until they ask each other
-(train/loop.py). The exit code is 128 and the signal's number: schedulers requeue such a job.
+A command stops at once where no work would be lost: while data are loaded, while a model is built, or in an evaluation
+that can be repeated from a checkpoint. Within `finishing` (a step and its checkpoint, a file) it completes the work
+first. A run of several processes goes on until they ask each other whether to stop (train/loop.py). The exit code is
+128 plus the signal's number, after which schedulers requeue the job.
 """
 
 import signal
@@ -16,12 +16,12 @@ from kalmannorm.errors import Stopped
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _asked: list[int] = []  # numbers of the signals that came, in order
-_depth = 0  # of `finishing`
+_depth = 0  # how many `finishing` contexts are open
 
 
 @contextmanager
 def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let `handler` have these signals while the context lasts."""
+    """Handle these signals by `handler` while the context lasts."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -32,7 +32,8 @@ def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Raise Stopped when a signal asks for it, while the context lasts. May be nested; the main thread alone can."""
+    """Raise Stopped when a signal asks this process to stop, while the context lasts. It may be nested; outside of the
+    main thread, where Python cannot handle signals, it does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -44,7 +45,7 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """Bring what is under way to its end before Stopped is raised."""
+    """Hold Stopped back until the context ends. It may be nested: the outermost one raises it."""
     global _depth
     _depth += 1
     try:
@@ -56,7 +57,7 @@ def finishing() -> Iterator[None]:
 
 
 def asked() -> int | None:
-    """Return the number of the signal that asked this process to stop."""
+    """Return the number of the first signal that asked this process to stop, or None."""
     return _asked[0] if _asked else None
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a detector by pycocotools: average precision of boxes and masks, every image counted once."""
+"""Evaluate a detector by pycocotools: average precision of boxes and masks, every image counted once."""
 
 import contextlib
 import io
@@ -19,7 +19,8 @@ from kalmannorm.norm.modes import set_statistics, shard_noise
 from kalmannorm.train.detector import of_images
 from kalmannorm.train.ranks import Ranks
 
-# pycocotools' first six numbers, in its order: over IoU 0.5 to 0.95, at 0.5, at 0.75; of small, medium, large objects.
+# pycocotools' first six numbers, in its order: AP averaged over IoU 0.5 to 0.95; at IoU 0.5; at 0.75; averaged over
+# IoU for small, medium and large objects.
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 KINDS = {"box": "bbox", "mask": "segm"}
 
@@ -36,13 +37,12 @@ def evaluate(
     stat_batch: int | None,
     ranks: Ranks,
 ) -> Evaluation:
-    """Return AP in percent (box_ap, mask_ap50, ...; None where no object is of that size) over the images at
-    `positions`.
+    """Return AP in percent over the images at `positions`: box_ap, mask_ap50, ...; None if no object has that size.
 
-    Of boxes alone where the model finds no masks. `moving`: images one by one. `online`: the backbone, with a pyramid,
-    measures the images of each group of `stat_batch`; heads keep to their moving averages, since they see other regions
-    than in training: all proposed ones, then detections.
-    The images are dealt out to the ranks, all of which return the same.
+    A model that finds no masks is evaluated on boxes only. Under "moving" statistics images go through one by one.
+    Under "online" statistics the backbone, with its pyramid if any, measures each group of `stat_batch` images; heads
+    keep their moving averages, since they see other regions than in training: all proposals, then the detections.
+    `labels`: category id -> label. Images are dealt out to the ranks, all of which return the same result.
     """
     shard_noise(model, (0, 1))
     set_statistics(model, "moving")
@@ -67,7 +67,8 @@ def evaluate(
 
 
 def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, bool]]]:
-    """Deal out this rank's groups of `size` images, in the fixed order, as (number, False where it only fills one)."""
+    """Yield this rank's groups of `size` images, in the fixed order, as pairs: the image's number, and whether it
+    counts or only fills up the last group."""
     order = fixed_order(count).tolist()
     for start in range(ranks.rank * size, count, ranks.world * size):
         real = order[start : start + size]
@@ -76,7 +77,7 @@ def _groups(count: int, size: int, ranks: Ranks) -> Iterator[list[tuple[int, boo
 
 
 def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, int]) -> Detections:
-    """Return one image's detections in COCO's result format, masks, if any, cut at 1/2 as run-length codes."""
+    """Return one image's detections in COCO's result format; masks, if any, thresholded at 1/2 and run-length coded."""
     boxes, scores, labels = (output[key].double().cpu().numpy() for key in ("boxes", "scores", "labels"))
     results: Detections = [
         {
@@ -97,7 +98,7 @@ def as_results(output: dict[str, Tensor], image_id: int, categories: dict[int, i
 def average_precision(
     split: Split, ids: list[int], detections: Detections, kinds: Mapping[str, str] = KINDS
 ) -> Evaluation:
-    """Compute pycocotools' box and mask AP of `detections` on the images `ids`, in percent, and count both."""
+    """Return pycocotools' box and mask AP of `detections` on the images `ids`, in percent, and both their numbers."""
     values: Evaluation = {"images": len(ids), "detections": len(detections)}
     for name, kind in kinds.items():
         with contextlib.redirect_stdout(io.StringIO()):
@@ -108,7 +109,7 @@ def average_precision(
                 evaluation.evaluate()
                 evaluation.accumulate()
                 evaluation.summarize()
-        # Without a single detection all is 0; -1 is pycocotools' word for "no such object".
+        # pycocotools cannot load an empty list: without detections every AP is 0. Its -1 means "no such object".
         numbers = [0.0] * len(NAMES) if evaluation is None else evaluation.stats[: len(NAMES)]
         for key, number in zip(NAMES, numbers, strict=True):
             values[f"{name}_{key}"] = None if number < 0 else 100 * float(number)
@@ -116,7 +117,7 @@ def average_precision(
 
 
 def _of_kind(detections: Detections, kind: str) -> Detections:
-    """Leave out the other kind's field: pycocotools tells the kind of a result by the fields it has."""
+    """Drop the other kind's field: pycocotools tells boxes from masks by the fields of a result."""
     other = {"bbox": "segmentation", "segm": "bbox"}[kind]
     return [{key: value for key, value in detection.items() if key != other} for detection in detections]
 

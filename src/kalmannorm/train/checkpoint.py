@@ -1,7 +1,6 @@
-"""Checkpoint files: runs/<id>/checkpoint.pt and the one before it.
+"""Checkpoint files: runs/<id>/checkpoint.pt and the previous one, which is used if the last one is damaged.
 
-Written whole or not at all, with a checksum over all that they hold; loaded without executing anything that a file may
-hold. What is damaged in any way stands back behind the one before it.
+A file is written whole or not at all, with a checksum over its content, and loaded without executing code from it.
 """
 
 import hashlib
@@ -21,12 +20,12 @@ from kalmannorm.files import clear_unfinished, write_atomically
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 CHECKSUM = "sha256"
-State = dict[str, Any]  # with PARTS; plain values and tensors
+State = dict[str, Any]  # plain values and tensors, with the keys PARTS
 PARTS = {"id", "model", "optimizer", "ranks", "epoch", "step", "seconds", "curves"}
 
 
 def save(folder: Path, state: State) -> None:
-    """Write the state; at every moment one of the two files is whole: the last one becomes the previous by a rename."""
+    """Write the state. One of the two files is whole at every moment: the last one is first renamed to the previous."""
     clear_unfinished(folder / NAME)
     buffer = io.BytesIO()
     torch.save(state | {CHECKSUM: checksum(state)}, buffer)
@@ -38,8 +37,8 @@ def save(folder: Path, state: State) -> None:
 def load(folder: Path, identity: str, check: Callable[[State], None] = lambda state: None) -> State | None:
     """Return the state last saved, on the CPU; None if there is none.
 
-    A damaged or foreign file, or one that `check` raises ValueError for, is named; the previous one is used in its
-    place. UserError: there is no good one.
+    If the last file is damaged, belongs to another run, or makes `check` raise ValueError, say so on stderr and use the
+    previous one. UserError: there are files, but no good one.
     """
     problems = []
     for file in (folder / NAME, folder / PREVIOUS):
@@ -48,7 +47,7 @@ def load(folder: Path, identity: str, check: Callable[[State], None] = lambda st
         try:
             state = _read(file, identity)
             check(state)
-        except Exception as error:  # torch, and whoever looks at what a damaged file holds, raise many things
+        except Exception as error:  # torch and `check` raise all kinds of exceptions for a damaged file
             problems.append(f"{file} is not a usable checkpoint ({reason(error)})")
             continue
         if problems:
@@ -60,6 +59,7 @@ def load(folder: Path, identity: str, check: Callable[[State], None] = lambda st
 
 
 def _read(file: Path, identity: str) -> State:
+    """Load and check a file. An exception (of many kinds): it is damaged, or belongs to another run."""
     with zipfile.ZipFile(file) as archive:
         if sum(member.file_size for member in archive.infolist()) > file.stat().st_size:
             raise ValueError("its members claim more than it has")
@@ -70,7 +70,7 @@ def _read(file: Path, identity: str) -> State:
         raise ValueError(f"without {', '.join(sorted(missing))}")
     if state["id"] != identity:
         raise ValueError(f"it belongs to run {state['id']}, not to {identity}")
-    expected = state.pop(CHECKSUM, None)  # None: of a version that wrote none
+    expected = state.pop(CHECKSUM, None)  # None: an older version wrote the file, without a checksum
     if expected is not None and expected != checksum(state):
         raise ValueError("its checksum is not that of what it holds")
     for key in ("epoch", "step"):

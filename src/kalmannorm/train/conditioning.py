@@ -1,4 +1,4 @@
-"""How well conditioned a layer's learning is: of the two factors of its Fisher block, E[o o^T] and E[dh dh^T]."""
+"""Condition numbers of a layer's two Fisher factors, E[o o^T] and E[dh dh^T], during training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from kalmannorm.norm.whitened import Moments, WhitenedWeight, parametrization_of, whitened
 
-FLOOR = 1e-6  # of the largest eigenvalue: smaller ones are rounding, or a channel that is never active
+FLOOR = 1e-6  # times the largest eigenvalue: smaller ones are rounding errors, or of a channel that is never active
 
 
 class Conditioning:
-    """Watch the convolutions' steps in training: the context `watching` around them, then `arrays`.
+    """Records condition numbers at every training step within the context `watching`; `arrays` returns them.
 
-    A convolution's weight is learned by the covariance of what comes in, o, and by the second moment of the loss's
-    gradient at its output, dh; a whitened weight's V by those of P o and of Q^T dh (norm/whitened.py). The gradient is
-    that of the training's labels, so the block is the empirical Fisher's.
+    For a convolution's weight these are the covariance of its input, o, and the second moment of the loss's gradient at
+    its output, dh; for a whitened weight's V, those of P o and of Q^T dh (norm/whitened.py). The gradient is that of
+    the training labels, so the block is the empirical Fisher's.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,7 +54,7 @@ class Conditioning:
         return see
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return `condition_inputs` and `condition_gradients`, [T, convolutions]; {} where nothing was seen."""
+        """Return `condition_inputs` and `condition_gradients`, [T, convolutions]; {} if no step was seen."""
         steps = min(len(values) for of in self.seen.values() for values in of) if self.layers else 0
         if not steps:
             return {}
@@ -62,8 +62,11 @@ class Conditioning:
 
 
 def condition_number(moments: Tensor, through: Tensor | None = None) -> float:
-    """Return that of `through` S `through`^T, the largest of the groups': [groups, C, C]. Rows of `through` that are
-    zero (pre-GWNN's, whose V does not learn) do not count, nor eigenvalues below FLOOR of the largest."""
+    """Return the condition number of `through` S `through`^T, S = `moments` [groups, C, C]: the largest over groups.
+
+    Eigenvalues below FLOOR times the largest do not count, and so neither do zero rows of `through` (pre-GWNN's, whose
+    V does not learn).
+    """
     if through is not None:
         through = through.to(moments)
         moments = through @ moments @ through.mT

@@ -1,4 +1,4 @@
-"""A picture of what a detector finds on a few images. It holds their pixels: it stays in runs/<id>/."""
+"""Draw what a detector finds on a few images. The picture contains their pixels, so it stays in runs/<id>/."""
 
 import io
 from collections.abc import Sequence
@@ -22,14 +22,15 @@ COLOURS = ["#D55E00", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#CC79A7"]  # 
 def draw_detections(
     model: nn.Module, split: Split, labels: dict[int, int], positions: Sequence[int], device: torch.device, file: Path
 ) -> None:
-    """Write boxes, names and masks of the sure detections on the images at these positions as a PNG file."""
+    """Draw boxes, names and masks of detections with a score of at least SURE on the images at these positions, and
+    write a PNG file."""
     model.eval()
     images, shown = Images(split, labels), []
     names = {label: split.coco.cats[category]["name"] for category, label in labels.items()}
     for position in positions:
         image, _ = images[position, False, 0]
         (found,) = model([image.to(device).float() / 255])
-        picture = resize(image, [SIDE, SIDE])  # ahead of drawing, so that names stay readable
+        picture = resize(image, [SIDE, SIDE])  # resized before drawing, so that names stay readable
         sure = found["scores"] >= SURE
         if sure.any():
             height, width = image.shape[-2:]

@@ -1,4 +1,4 @@
-"""A detection run's model: Mask R-CNN with its normalizers converted part by part, its weights, its constants."""
+"""Build a detection run's model: Mask R-CNN, converted part by part; its pretrained weights and frozen constants."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,14 +22,14 @@ from kalmannorm.presets import BATCH_STATISTICS, KALMAN
 from kalmannorm.train.model import plain_network
 
 DETECTORS: dict[str, Callable[..., nn.Module]] = {"mask_rcnn_c4": MaskRCNNC4, "mask_rcnn_fpn": MaskRCNNFPN}
-# What torch.fx can trace of a detector, each converted on its own.
-BODIES = ("body", "backbone.body")  # C4's, that of torchvision's FPN models
+# The parts of a detector that torch.fx can trace; each is converted on its own.
+BODIES = ("body", "backbone.body")  # in C4, in torchvision's FPN models
 HEAD, MASK_HEAD = "roi_heads.box_head", "roi_heads.mask_head"
-STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the first n + 1 of them are n frozen stages
+STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3")  # frozen_stages = n freezes the first n + 1 of them
 BELIEF_ENDS = "roi_align (rows of images become rows of regions; arch.roi_belief=carry hands the belief on)"
-BELIEF_ENDS_AT_HEADS = "roi_align (rows of images become rows of regions)"  # of a pyramid
+BELIEF_ENDS_AT_HEADS = "roi_align (rows of images become rows of regions)"  # in a model with a pyramid
 NEEDS_MORE = {"brn": "follows a schedule", "wn": "begins with a pass over data"}
-# Training batches from which constants are measured where no pretrained weights bring them.
+# Training batches from which a frozen normalizer's constants are measured if no pretrained weights provide them.
 CONSTANTS_BATCHES = 10
 
 
@@ -63,12 +63,12 @@ def build(config: Config) -> nn.Module:
 
 
 def body(model: nn.Module) -> nn.Module:
-    """Return what a detector sees whole images with, ahead of pyramid and regions."""
+    """Return the part of a detector that sees whole images, before pyramid and regions."""
     return next(part for part in (_part(model, name) for name in BODIES) if part is not None)
 
 
 def of_images(model: nn.Module) -> nn.Module:
-    """Return all that sees whole images: the body, and the pyramid where there is one."""
+    """Return all parts that see whole images: the body, with the pyramid if there is one."""
     backbone = _part(model, "backbone")
     return body(model) if backbone is None else backbone
 
@@ -82,13 +82,19 @@ def convert_parts(
     head_norm: str = "none",
     **options: Any,
 ) -> None:
-    """Convert in place the parts of a detector that can be traced: MaskRCNNC4's, or torchvision's FPN models'.
+    """Convert in place the parts of a detector that can be traced, in a MaskRCNNC4 or torchvision's FPN models.
 
-    `stat_batch`: images whose statistics, and in C4's head whose regions' statistics, are shared. `carry`: the belief
-    of a group's images is handed to their regions. It holds for the mean; the variance is that of single cells, which
-    RoIAlign's interpolation lowers where neighbouring cells differ, so that it is an upper bound. `head_norm`: the
-    normalizer of the pyramid and the heads of a MaskRCNNFPN that has them there.
-    ValueError: as convert; no part with BatchNorm layers; a belief to carry, and no normalizer behind RoIAlign.
+    Args:
+        model: the detector.
+        norm: name of the normalizer.
+        stat_batch: images that share statistics; in C4's head, the regions of that many images.
+        carry: whether a group's images hand their belief on to their regions. The belief is right for the mean. Its
+            variance, that of single cells, is an upper bound: RoIAlign's interpolation lowers the variance where
+            neighbouring cells differ.
+        head_norm: normalizer of the pyramid and the heads, if a MaskRCNNFPN has normalizers there.
+        options: of convert.
+
+    ValueError: as convert; no part with BatchNorm layers; `carry` without a normalizer behind RoIAlign.
     """
     if head_norm != "none":
         _convert_with_heads(model, norm, head_norm, stat_batch, carry, options)
@@ -116,10 +122,10 @@ def convert_parts(
 def _convert_with_heads(
     model: nn.Module, norm: str, head_norm: str, stat_batch: int | None, carry: bool, options: Mapping[str, Any]
 ) -> None:
-    """Convert body and pyramid as one, so that beliefs go from one to the other, and each head alone.
+    """Convert body and pyramid together, so that beliefs flow from one to the other, and each head on its own.
 
-    The normalizers of pyramid and heads have the options of the body's where they are the same, else their own. A
-    head's batch is the regions of one image (fpn.py).
+    If the normalizer of pyramid and heads is the body's, it gets the same options, else its defaults. A head's
+    statistics batch is the regions of one image (fpn.py).
     """
     if carry:
         raise ValueError("beliefs are carried to the regions of a C4 model alone: pass arch.roi_belief=end")
@@ -156,7 +162,7 @@ def converted_parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def belief_report_of_parts(model: nn.Module) -> dict[str, str | None]:
-    """Return the belief reports of the parts that were converted, as one."""
+    """Return the belief reports of all converted parts in one dict."""
     beliefs: dict[str, str | None] = {}
     for part, converted in converted_parts(model).items():
         for name, lost in belief_report(converted).items():
@@ -170,15 +176,15 @@ def belief_report_of_parts(model: nn.Module) -> dict[str, str | None]:
 
 
 def pretrained_parts(model: nn.Module) -> list[nn.Module]:
-    """Return what a ResNet-50's weights are for: the body, and C4's conv5."""
+    """Return the parts that a ResNet-50's weights are loaded into: the body, and C4's conv5."""
     conv5 = _part(model, f"{HEAD}.layer4")
     return [body(model), *([model.get_submodule(HEAD)] if conv5 is not None else [])]
 
 
 @torch.no_grad()
 def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches) -> None:
-    """Give frozen normalizers constants where no pretrained weights did: means and variances under the weights as they
-    are, over CONSTANTS_BATCHES training batches (mean over the batches)."""
+    """Measure the constants of frozen normalizers, for a run without pretrained weights: means and variances under the
+    present weights, averaged over CONSTANTS_BATCHES training batches."""
     norm = Norm(name="bn", preset=None, predictor=None, options={})
     plain = replace(config, norm=norm, batch=replace(config.batch, stat_batch=None))
     twin = build(plain).to(batches.device)
@@ -188,7 +194,7 @@ def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches
     frozen = [name for name, m in model.named_modules() if isinstance(m, FrozenBatchNorm)]
     measured = {name: layer for name, layer in normalizers(twin).items() if name in frozen}
     for layer in measured.values():
-        layer.momentum = None  # torch's word for a cumulative average
+        layer.momentum = None  # for BatchNorm, None means a cumulative average
     twin.train()
     for batch in islice(batches.epoch(0), CONSTANTS_BATCHES):
         twin(batch.images, batch.targets, batch.canvas)

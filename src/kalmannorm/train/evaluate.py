@@ -1,4 +1,4 @@
-"""Evaluation of one set of weights under moving, online and precise statistics."""
+"""Evaluate a classifier under moving, online and precise statistics."""
 
 import copy
 from collections.abc import Callable
@@ -22,11 +22,11 @@ PRECISE_BATCHES = 200
 def evaluate(
     model: nn.Module, loader: PlainBatches, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
 ) -> Evaluation:
-    """Return the accuracy in percent and mean cross-entropy over every image of the split, each counted once.
+    """Return accuracy in percent and mean cross-entropy over the images of the split, each counted once.
 
-    A loader that deals the images out needs the `ranks`, all of which return the same. Where it gives several views of
-    each, [n, views, ...], the mean of their softmax counts, and `top5` is recorded: how often the label is among the
-    five best.
+    If the loader deals images out to processes, pass `ranks`; all of them return the same. If it gives several views of
+    each image, [n, views, ...], the mean of the views' softmax is the prediction, and `top5` is added: how often, in
+    percent, the label is among the five best.
     """
     fill = stat_batch or 1
     shard_noise(model, (loader.rank, loader.world))
@@ -34,7 +34,7 @@ def evaluate(
     model.eval()
     correct, among, images = (torch.zeros((), dtype=torch.int64, device=loader.device) for _ in range(3))
     loss = torch.zeros((), dtype=torch.float64, device=loader.device)
-    # A CPU's kernels take as little as half the time on channels_last maps, but those by groups of images.
+    # On a CPU, channels_last can halve the time, but not with statistics by groups of images.
     fast = torch.channels_last if loader.device.type == "cpu" and statistics == "moving" else torch.preserve_format
     for x, labels, counted in loader.plain(max(1, loader.at_once // fill) * fill, fill=fill):
         if loader.views is None:
@@ -50,7 +50,7 @@ def evaluate(
     if ranks is not None and loader.world > 1:
         correct, among, loss, images = ranks.sum(correct, among, loss, images)
     mean_loss = loss.item() / images.item()
-    # JSON has no NaN: a loss that is not finite is recorded as absent, its accuracy stays.
+    # JSON has no NaN: a loss that is not finite is recorded as None; the accuracy stays.
     top5: Evaluation = {"top5": 100 * among.item() / images.item()} if loader.views else {}
     return top5 | {
         "accuracy": 100 * correct.item() / images.item(),
@@ -60,9 +60,10 @@ def evaluate(
 
 
 def precise(model: nn.Module, train: Batches, epoch: int, one: Callable[[nn.Module], Evaluation]) -> Evaluation:
-    """Make `one` evaluation by precise statistics (mean of variances), in this process alone.
+    """Return one(copy of the model) under precise statistics (the mean of variances), in this process alone.
 
-    From PRECISE_BATCHES training batches with the augmentation of epoch `epoch`. The model stays as it is.
+    They are measured on PRECISE_BATCHES training batches with the augmentation of epoch `epoch`. The model itself is
+    not changed.
     """
     model = copy.deepcopy(model)
     spread_batches(model, False)

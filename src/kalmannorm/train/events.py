@@ -1,6 +1,7 @@
-"""TensorBoard's event file of a run, written anew at each epoch from the curves that checkpoints hold.
+"""TensorBoard's event file of a run, rewritten at each epoch from the curves that checkpoints hold.
 
-So a run that was killed and went on has every point once. TensorBoard reads on from where it was: the file only grows.
+A run that was killed and resumed therefore has every point once. As the file only grows, TensorBoard can read on from
+where it was.
 """
 
 import io
@@ -16,12 +17,12 @@ PLACE = ("epoch", "step")  # curves that say where a point lies
 
 
 def write(folder: Path, curves: Curves, times: Sequence[float]) -> None:
-    """Write the curves of a run, whose epochs ended at `times` (since 1970). UserError: no space, no permission."""
+    """Write a run's curves. `times`: the ends of its epochs, in seconds since 1970. UserError: no space, permission."""
     write_atomically(folder / FOLDER / NAME, encode(curves, times))
 
 
 def encode(curves: Curves, times: Sequence[float]) -> bytes:
-    """Return the content of an event file: scalars by curve, at the curves' steps."""
+    """Return the content of an event file: a scalar per curve and epoch, at the epoch's last step."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -39,7 +40,7 @@ def encode(curves: Curves, times: Sequence[float]) -> bytes:
 
 
 def clear(folder: Path) -> None:
-    """Remove event files of other writers, whose points would stand beside these."""
+    """Remove event files of other writers: TensorBoard would show their points too."""
     for file in (folder / FOLDER).glob("*tfevents*"):
         if file.name != NAME:
             file.unlink(missing_ok=True)

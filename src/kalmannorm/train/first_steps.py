@@ -1,5 +1,5 @@
-"""What becomes of a network in its first steps, layer by layer: why Kalman Normalization dies where it does, and what
-whitening does for how well conditioned the learning is."""
+"""Record a network's first training steps layer by layer: they show where and why Kalman Normalization
+fails, and how much whitening improves the conditioning."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,25 +14,25 @@ from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.modes import normalizers, probing
 from kalmannorm.train.conditioning import Conditioning
 
-# Per normalizer: how far the predicted mean is from the measured one, in measured standard deviations; predicted over
-# measured variance, as a geometric mean; and the mean square of what the normalizer puts out before gamma and beta.
+# Per normalizer: distance of the predicted from the measured mean, in measured standard deviations; predicted over
+# measured variance, as a geometric mean over channels; mean square of the output before gamma and beta.
 QUANTITIES = ("offsets", "variance_ratios", "scales")
 
 
 class FirstSteps:
-    """Watch a training's steps: the context `watching` around them, then `arrays`. Eager steps alone can be watched."""
+    """Records every training step within the context `watching`; `arrays` returns the result. Eager mode only."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.weights = [_learned(m) for m in model.modules() if isinstance(m, nn.Conv2d)]
         self.seen: dict[str, list[Tensor]] = {name: [] for name in normalizers(model)}  # per step [QUANTITIES]
-        self.gradients: list[list[Tensor]] = [[] for _ in self.weights]  # per step, its norm over the weight's
-        self.losses: list[Tensor] = []  # of the training, per micro-batch
+        self.gradients: list[list[Tensor]] = [[] for _ in self.weights]  # per step, norm over the weight's
+        self.losses: list[Tensor] = []  # of training, per micro-batch
         self.conditioning = Conditioning(model)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the steps inside."""
+        """Record the training steps that run while the context lasts."""
         probes = {name: self._probe(name, layer) for name, layer in normalizers(self.model).items()}
         with probing(self.model, probes), self.conditioning.watching(), ExitStack() as hooks:
             for weight, seen in zip(self.weights, self.gradients, strict=True):
@@ -63,8 +63,8 @@ class FirstSteps:
         return hook
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return `steps` and `losses` [T], QUANTITIES [T, normalizers] each (NaN: no prior), `gradients` and those of
-        Conditioning [T, convolutions]."""
+        """Return `steps` and `losses` [T]; each of QUANTITIES [T, normalizers], NaN without a prior; `gradients` and
+        Conditioning's arrays [T, convolutions]. {} if no step was seen."""
         steps = min((len(values) for values in self.seen.values()), default=0)
         if not steps:
             return {}
@@ -79,7 +79,7 @@ class FirstSteps:
 
 
 def _learned(layer: nn.Conv2d) -> Tensor:
-    """Return what is learned of a weight: V of a whitened one."""
+    """Return the parameter that is learned: the weight, or V of a whitened weight."""
     if not parametrize.is_parametrized(layer, "weight"):
         return layer.weight
     return next(layer.parametrizations.weight.parameters(recurse=False))  # type: ignore[union-attr, operator]

@@ -1,4 +1,4 @@
-"""What a training takes from its data beside gradients: the input's belief, and weights that depend on samples."""
+"""Measure on the training data: the belief of the model's input, and weights that depend on samples (WN, whitening)."""
 
 from collections.abc import Iterable
 
@@ -20,11 +20,11 @@ REFRESH_BATCH = 500  # images at a time, over all processes
 
 @torch.no_grad()
 def measure_input(model: nn.Module, images: Iterable[Tensor], ranks: Ranks) -> None:
-    """Fill the model's input belief, if it has one (norm.options.input_belief = data); else `images` are not looked at.
+    """Measure the belief of the model's input, if it has one (norm.options.input_belief = data); else do nothing.
 
-    Mean and variance of each channel over all pixels of the training images, preprocessed as for evaluation (no crops,
-    no flips): the paper's "mean of the whole data set" (3.3). `images`: this process's part of them, [N, 3, ...] at a
-    time. The result is the same on every process.
+    It is the mean and variance of each channel over all pixels of the training images, preprocessed as for evaluation
+    (no crops, no flips): the paper's "mean of the whole data set" (3.3). `images`: batches [N, 3, ...] of this
+    process's share. The result is the same on every process.
     """
     if not hasattr(model, INPUT_BELIEF[0]):
         return
@@ -40,19 +40,21 @@ def measure_input(model: nn.Module, images: Iterable[Tensor], ranks: Ranks) -> N
 
 
 def initialize(model: nn.Module, train: Batches) -> None:
-    """Initialize WN by data: the whole first training batch. Only for a training that starts."""
+    """Initialize weight normalization, if the model has it, on the first training batch. For fresh runs only."""
     if any(is_weight_normalized(module) for module in model.modules()):
         x, _ = next(train.epoch(0))
         initialize_weight_norm(model.train(), x)
 
 
 def refresh_weights(config: Config, session: Session, train: PlainBatches, step: int) -> None:
-    """Refresh before step number `step` (from 0) of the training, every `every` steps, by `samples` training images
-    without augmentation, other ones each time; norm.options.weights has both numbers. With `covariance: predicted`
-    post-GWNN's, which depends on no data but in the first layer.
+    """Refresh whitened weights before step number `step` (from 0), if it is a multiple of `every`.
 
-    What is drawn depends on the run's seed and the step alone, so that a resumed training goes on exactly; EigenNet's
-    labels on the process as well, so that only the others compute the same on any number of processes.
+    They are measured on `samples` training images without augmentation, drawn anew each time; norm.options.weights has
+    both numbers. With `covariance: predicted` post-GWNN takes its covariances from beliefs instead, and only the first
+    layer's from data.
+
+    Draws depend on the run's seed and the step alone, so that a resumed training continues exactly. EigenNet's sampled
+    labels also depend on the process: unlike the others, it is not the same on any number of processes.
     """
     weights = config.norm.options.get("weights")
     if not weights or step % weights["every"]:

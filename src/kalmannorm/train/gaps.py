@@ -1,4 +1,4 @@
-"""Variance gaps: how far the variances that normalize are from the moving ones (Figure 5)."""
+"""Variance gaps: the distance between the variances that normalize and the moving variances (Figure 5)."""
 
 from itertools import islice
 
@@ -14,14 +14,15 @@ from kalmannorm.train.layer_errors import ERROR_BATCHES, Population, layer_error
 
 # Bins of consecutive statistics groups, along Figure 5's horizontal axis.
 GAP_BINS = 64
-# Two variances of every group: the one measured, and the one that normalizes (KN: the posterior).
+# Two variances of every group: the measured one, and the one used to normalize (for KN the posterior).
 KINDS = ("measured", "used")
 
 
 class Gaps:
-    """Sums |variance - moving variance| of one normalizer's groups, per channel and bin of consecutive groups.
+    """A probe that sums |variance - moving variance| of a normalizer's groups, per channel and bin of consecutive
+    groups. In the same pass it collects the population's statistics.
 
-    And its population's statistics, from the same pass.
+    `moving`: the moving variance [C]. `groups`: how many there will be. `keep`: whether to keep every group's gap too.
     """
 
     def __init__(self, moving: Tensor, groups: int, keep: bool) -> None:
@@ -60,15 +61,16 @@ def variance_gaps(
     stat_batch: int,
     images: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Measure the gaps of Figure 5 between every group's variance and the moving variance, over the training set as it
-    is, or over the first `images` of it in the fixed order.
+    """Measure the gaps of Figure 5, between every group's variance and the moving variance, on the training images.
 
-    And the errors of every layer's estimates (layer_errors.py), on its first batches.
+    The images are not augmented; with `images`, only the first so many in the fixed order. The errors of every layer's
+    estimates (layer_errors.py) are measured on the first batches. `last`: names of the last normalizers.
 
-    Returns the small arrays that stand beside the record (`gap_measured`, `gap_used` [C, bins] and `moving_var` [C] of
-    the last normalizers, whose channels stand side by side, `last_channels` of each; `layer_gap_measured`,
-    `layer_gap_used` and `layer_error_...` per normalizer), and the raw gaps of the last normalizers [groups, C] in half
-    precision.
+    Returns:
+        The small arrays to be saved beside the record. Of the last normalizers, with their channels concatenated
+        (`last_channels` has the number of each): `gap_measured`, `gap_used` [C, bins] and `moving_var` [C]. Per
+        normalizer: `layer_gap_measured`, `layer_gap_used` and `layer_error_...`.
+        The raw gaps of the last normalizers, [groups, C] in half precision.
     """
     layers = normalizers(model)
     order = train.fixed_order()[:images]
@@ -91,7 +93,7 @@ def variance_gaps(
         "moving_var": torch.cat([probes[name].moving for name in last]).float().cpu().numpy(),
     }
     raw = {}
-    # Where the measurement itself normalizes there is nothing else to draw.
+    # Without a Kalman normalizer the measured variance is the one used: one kind is enough.
     for key in KINDS if any(isinstance(layer, Estimator) for layer in layers.values()) else KINDS[:1]:
         relative = [probe.relative(key, layers[name].eps) for name, probe in probes.items()]
         arrays[f"layer_gap_{key}"] = np.array(relative, dtype=np.float32)

@@ -1,9 +1,9 @@
-"""The mechanism itself: per layer, how far measurement, prior and posterior are from the population's statistics.
+"""Per layer, the errors of measurement, prior and posterior against the population's statistics.
 
-The population of a layer: its features before normalization, over all images, in the network as it normalizes in
-training, every group by its own statistics (KN: by its posterior). So the features depend on how the layers before
-normalize, and each network is compared with its own population. Its mean is the mean of all groups' means, its variance
-the pooled one: mean of the groups' variances plus variance of their means.
+The population of a layer is its features before normalization, over all images, in a network that normalizes as in
+training: every group by its own statistics (for KN, by its posterior). The features depend on how earlier layers
+normalize, so each network is compared with its own population. The population's mean is the mean of all groups' means,
+its variance the pooled one: the mean of the groups' variances plus the variance of their means.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,31 +15,31 @@ from torch import Tensor, nn
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.modes import normalizers, probing
 
-# What a normalizer's probe is told, in the order of the arrays' first axis. `used` is what normalizes: KN's posterior.
+# The estimates that a normalizer's probe receives, in the order of the arrays' first axis. `used`: KN's posterior.
 ESTIMATES = ("measured", "prior", "used")
-# The whole error; the part that is the same for all groups, which gamma and beta can make up for; the part that differs
-# from group to group, which is noise. Per channel, the squares of the latter two add up to that of the first.
+# The whole error; its part that is the same for all groups, which gamma and beta can undo; its part that differs from
+# group to group, which is noise. Per channel, the squares of the last two add up to that of the first.
 PARTS = ("", "_bias", "_spread")
 # Training batches whose groups are compared with the population.
 ERROR_BATCHES = 16
 
 
 class Population:
-    """Statistics of one layer's features over all groups that it is shown."""
+    """Statistics of one layer's features over all groups that are added."""
 
     def __init__(self) -> None:
         self.groups = 0
-        self.sums: Tensor | None = None  # of means, squared means and variances: float64 [3, C]
+        self.sums: Tensor | None = None  # sums of means, squared means and variances: float64 [3, C]
 
     def add(self, measured: Belief) -> None:
-        """Add measured [G, C], the groups' own means and population variances, all of as many values."""
+        """Add G groups' measured means and population variances [G, C]. All groups have equally many values."""
         mean, var = measured.mean.double(), measured.var.double()
         sums = torch.stack((mean.sum(0), mean.square().sum(0), var.sum(0)))
         self.sums = sums if self.sums is None else self.sums + sums
         self.groups += len(mean)
 
     def belief(self) -> Belief:
-        """Return the mean and pooled variance, float64 [C]."""
+        """Return the population's mean and pooled variance, float64 [C]."""
         assert self.sums is not None, "no group was added"
         mean, square, var = self.sums / self.groups
         return Belief(mean, var + (square - mean.square()).clamp_min(0))
@@ -48,14 +48,14 @@ class Population:
 class Errors:
     """A probe that compares every group's estimates with the population.
 
-    Errors of the mean are in units of the population's standard deviation; those of the variance are
-    ln(estimate / population), which weighs half and double alike. `eps`, the normalizer's, is added to all variances.
+    Errors of the mean are in units of the population's standard deviation; errors of the variance are
+    ln(estimate / population), so that half and double weigh the same. The normalizer's `eps` is added to all variances.
     """
 
     def __init__(self, population: Belief, eps: float) -> None:
         self.population, self.eps = Belief(population.mean.double(), population.var.double()), eps
         self.groups = 0
-        self.sums: dict[str, Tensor] = {}  # per estimate, of errors and their squares: [2, mean or variance, C]
+        self.sums: dict[str, Tensor] = {}  # per estimate, sums of errors and of their squares: [2, mean or variance, C]
 
     def __call__(self, *, measured: Belief, used: Belief, prior: Belief | None) -> None:
         groups = len(measured.mean)
@@ -70,11 +70,11 @@ class Errors:
         self.groups += groups
 
     def typical(self, key: str) -> Tensor:
-        """Return [PARTS, mean or variance] of the median channel: root mean square error over the groups, size of the
-        mean error, standard deviation of the error. nan for an estimate that the layer does not have."""
+        """Return the median over channels, [PARTS, mean or variance], of: root mean square error over the groups,
+        absolute mean error, standard deviation of the error. nan if the layer has no such estimate."""
         if key not in self.sums:
             return torch.full((len(PARTS), 2), torch.nan, dtype=torch.float64)
-        # On the CPU: the GPU median has no deterministic form: deterministic=true would refuse it after the training.
+        # On the CPU: a GPU's median is not deterministic, so deterministic=true would raise here, after the training.
         bias, square = self.sums[key].cpu() / self.groups
         parts = torch.stack((square.sqrt(), bias.abs(), (square - bias.square()).clamp_min(0).sqrt()))
         return parts.median(2).values
@@ -87,8 +87,8 @@ def layer_errors(
     """Return the errors of every normalizer's estimates on the given batches, in the model's present mode and
     statistics.
 
-    Arrays float32 [ESTIMATES, K], K normalizers in network order: `layer_error_mean`, `layer_error_var`, and the same
-    with "_bias" and "_spread" behind (PARTS). nan where there is no such estimate: without a prior.
+    The arrays are float32 [ESTIMATES, K] for K normalizers in network order: `layer_error_mean` and `layer_error_var`,
+    and each also with the suffixes "_bias" and "_spread" (PARTS). nan where a normalizer has no prior.
     """
     layers = normalizers(model)
     probes = {name: Errors(populations[name].belief(), layer.eps) for name, layer in layers.items()}

@@ -1,7 +1,7 @@
-"""A run's training and test images: the data set's configuration says where they come from and which loader feeds them.
+"""Open a run's training and test images, with the loader that the data set's configuration asks for.
 
-Without `dataset.loader`: arrays in memory (data/loader.py). With it: an image folder, through torchvision's transforms
-(data/stream.py) or through FFCV's files (data/beton_loader.py).
+Without `dataset.loader` they are arrays in memory (data/loader.py). With it they are an image folder, read by
+torchvision's transforms (data/stream.py) or from FFCV's files (data/beton_loader.py).
 """
 
 import json
@@ -24,7 +24,7 @@ from kalmannorm.train.ranks import Ranks
 
 
 def open_data(config: Config, ranks: Ranks) -> data.Source:
-    """Open the data set. UserError: it is missing or damaged, or has another number of classes than configured."""
+    """Open the data set. UserError: it is missing or damaged, or its number of classes is not the configured one."""
     dataset = config.dataset
     source = data.source(dataset.values(), data.root(config.data))
     if source.classes != dataset.classes:
@@ -37,21 +37,22 @@ def open_data(config: Config, ranks: Ranks) -> data.Source:
 
 
 def check_same_files(provenance: Tree, folder: Path, ranks: Ranks) -> None:
-    """Raise UserError where this process sees other files in a data set's folder than rank 0 does."""
+    """Raise UserError if this process sees other files in the data set's folder than rank 0 does."""
     if provenance["sha256"] != ranks.from_main(provenance["sha256"]):
         raise UserError(f"the processes see different files in {folder}: one folder for all")
 
 
 def workers_beside_network(config: Config, ranks: Ranks) -> int:
-    """Return how many processes decode for a detector or segmenter: none on a CPU, which the network fills, unless
-    asked for."""
+    """Return how many processes decode images for a detector or segmenter. On a CPU the default is none, since the
+    network keeps all cores busy."""
     if (config.workers, ranks.device.type) == ("auto", "cpu"):
         return 0
     return data.workers_of(config.workers, ranks.world)
 
 
 def _unreadable(config: Config, images: data.Images) -> data.folder.Unreadables:
-    """Find what cannot be read, once for these files, and keep it: to read all of ImageNet takes minutes to an hour."""
+    """Return the unreadable images, from a list kept in runs/ if these files were searched before: reading all of
+    ImageNet takes minutes to an hour."""
     kept = Path(config.runs) / f"unreadable-{images.provenance['sha256'][:16]}.json"
     if (found := _kept(kept, images)) is not None:
         return found
@@ -61,7 +62,7 @@ def _unreadable(config: Config, images: data.Images) -> data.folder.Unreadables:
 
 
 def _kept(file: Path, images: data.Images) -> data.folder.Unreadables | None:
-    """Return the list in a file; None where there is none, or it is damaged and has to be made anew."""
+    """Return the list of unreadable images in a file; None if there is no file or it is damaged."""
     try:
         listed = json.loads(file.read_text())
         found: data.folder.Unreadables = {}
@@ -77,8 +78,8 @@ def _kept(file: Path, images: data.Images) -> data.folder.Unreadables | None:
 def loaders(
     config: Config, source: data.Source, ranks: Ranks, whole: bool = False
 ) -> tuple[PlainBatches, PlainBatches]:
-    """Return the training and test images at the budget's resolution, on the device. Dealt out to the ranks; `whole`:
-    all of them for this one."""
+    """Return loaders of the training and test images, which put them on the device at the budget's resolution. Images
+    are dealt out to the ranks; with `whole` this rank gets all."""
     shard = (0, 1) if whole else ranks.shard
     test_shard = (0, 1) if whole else evaluation_shard(config, ranks)
     if isinstance(source, data.Arrays):
@@ -87,8 +88,8 @@ def loaders(
 
 
 def evaluation_shard(config: Config, ranks: Ranks) -> tuple[int, int]:
-    """Return the part of the test images that this rank evaluates: all of them where the sampling predictor's draws or
-    the guard know a whole batch of groups."""
+    """Return the shard of the test images that this rank evaluates. It is all of them with the sampling predictor or
+    the guard, whose results depend on a whole batch of groups."""
     together = config.norm.predictor == "sampling" or config.norm.options.get("guard") is not None
     return (0, 1) if together else ranks.shard
 
@@ -96,7 +97,7 @@ def evaluation_shard(config: Config, ranks: Ranks) -> tuple[int, int]:
 def _in_memory(
     config: Config, arrays: data.Arrays, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
 ) -> tuple[PlainBatches, PlainBatches]:
-    """Make both, under the training images' mean."""
+    """Make both loaders from arrays. The mean of the training images is subtracted from both."""
     budget, dataset = config.budget, config.dataset
     assert isinstance(dataset, ArrayDataset)
     images, labels = arrays.train_images, arrays.train_labels
@@ -109,7 +110,7 @@ def _in_memory(
         labels,
         batch=config.batch.grad_batch,
         device=ranks.device,
-        # The released 4 is for 32 pixels; none stays none.
+        # The released padding of 4 is for 32 pixels, and scales with the size; no padding stays none.
         pad=max(1, round(dataset.pad * size / 32)) if dataset.pad else 0,
         flip=dataset.flip,
         seed=config.seed,
@@ -127,7 +128,7 @@ def _in_memory(
 
 
 def options_of_files(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Return what all loaders of files are given."""
+    """Return the options that all loaders of files share."""
     dataset = config.dataset
     assert isinstance(dataset, FilesDataset | SegmentationDataset)
     pixels = {"size": config.budget.size, "flip": dataset.flip, "mean": dataset.mean, "std": dataset.std}
@@ -137,8 +138,10 @@ def options_of_files(config: Config, ranks: Ranks) -> dict[str, Any]:
 def recoloured(
     config: Config, source: data.Source, train: PlainBatches, device: torch.device
 ) -> dict[str, PlainBatches]:
-    """Return the test images in other colours, by what was done to them, all of them for this process; none where
-    `dataset.recolour` is not set. Appearance changes and content does not: IBN-Net's question. The numbers are ours."""
+    """Return loaders of all test images in changed colours, by the name of the change; {} without `dataset.recolour`.
+
+    IBN-Net's question is how accuracy depends on appearance while content stays. The sizes of the changes are ours.
+    """
     if not isinstance(config.dataset, ArrayDataset) or not config.dataset.recolour:
         return {}
     if not isinstance(source, data.Arrays) or not isinstance(train, Loader):
@@ -160,8 +163,8 @@ def recoloured(
 def _of_files(
     config: Config, source: data.Images | data.Betons, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
 ) -> tuple[PlainBatches, PlainBatches]:
-    """Make both, normalized by the data set's `mean` and `std`; the clips of a test video side by side."""
-    from kalmannorm.data.beton_loader import BetonLoader  # here, as torchvision's transforms take a second to import
+    """Make both loaders from files, normalized by the data set's `mean` and `std`. A test video gives several clips."""
+    from kalmannorm.data.beton_loader import BetonLoader  # here: torchvision's transforms take a second to import
     from kalmannorm.data.stream import FolderLoader
     from kalmannorm.data.video import VideoLoader
 

@@ -1,4 +1,4 @@
-"""Training of one run, from its configuration to its record, whatever its task. Read it from top to bottom."""
+"""Train one run, from its configuration to its record, whatever its task. Read this file from top to bottom."""
 
 import math
 import time
@@ -25,7 +25,7 @@ from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.state import Session
 from kalmannorm.train.task import Arrays, Task, arithmetic
 
-CHECK_EVERY = 50  # steps between looks at the loss: each one waits for the GPU
+CHECK_EVERY = 50  # steps between two checks of the loss: each check waits for the GPU
 
 
 class Diverged(Exception):
@@ -33,14 +33,14 @@ class Diverged(Exception):
 
 
 def run(config: Config) -> records.Record:
-    """Train and evaluate one run; write and return its record. Goes on from the last checkpoint where there is one.
+    """Train and evaluate one run; write and return its record. If the run has a checkpoint, resume from it.
 
-    In a distributed run every process calls it and gets the record; rank 0 writes. A loss that is not finite ends it
-    with a record of status "failed". UserError: impossible configuration or data. Stopped: a signal.
+    In a distributed run every process calls this and gets the record; rank 0 writes it. If the loss is not finite, the
+    run ends with a record of status "failed". UserError: impossible configuration or data. Stopped: a signal.
     """
     ranks = Ranks(config)
-    # One of several processes that stopped by itself would leave the others waiting: they stop where they ask each
-    # other.
+    # A process that stopped at once would leave the others waiting for it: with several processes, a signal only takes
+    # effect where all of them check for it (`ranks.check_stop`).
     with finishing() if ranks.world > 1 else nullcontext():
         return _run(config, ranks)
 
@@ -53,7 +53,7 @@ def _run(config: Config, ranks: Ranks) -> records.Record:
     task = open_task(config, ranks)
     if ranks.main:
         weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
-        check_room(folder, 4 * weights + 2**26)  # checkpoints: weights and momentum, old and new at once
+        check_room(folder, 4 * weights + 2**26)  # two checkpoints, each with weights and momentum
         file = records.path(config.results, identity)
         clear_unfinished(file)
         clear_unfinished(file.with_suffix(".npz"))
@@ -86,7 +86,8 @@ def _run(config: Config, ranks: Ranks) -> records.Record:
 
 
 def open_task(config: Config, ranks: Ranks) -> Task:
-    """Return the task that the data set asks for, its model built and its data opened. UserError."""
+    """Return the task that the data set belongs to, with its model built and its data opened. UserError: impossible
+    configuration or data."""
     if config.task == "detection":
         from kalmannorm.train.task_detection import Detection
 
@@ -101,7 +102,7 @@ def open_task(config: Config, ranks: Ranks) -> Task:
 
 
 def open_session(identity: str, folder: Path, task: Task) -> Session:
-    """Return the state of a training that has not begun."""
+    """Return the state before the first step. `identity`: the run's id; `folder`: where its checkpoints go."""
     curves: records.Curves = {key: [] for key in ("epoch", "step", "lr", *task.curves)}
     schedule = task.config.schedule
     sgd = optimizer(task.model, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
@@ -109,15 +110,15 @@ def open_session(identity: str, folder: Path, task: Task) -> Session:
 
 
 def _fit(task: Task, session: Session, progress: Progress) -> dict[str, records.Evaluation] | None:
-    """Train from where the last checkpoint left it. Returns the evaluation after the last epoch; None where that was
-    over already, or there is none. Raises Diverged and Stopped."""
+    """Train from the session's step to the end of the run. Return the evaluation after the last epoch, or None if no
+    epoch was left to train or the task does not evaluate epochs. Raises Diverged and Stopped."""
     config, ranks, steps = task.config, task.ranks, task.train.steps_per_epoch
     first = session.epoch * steps + session.step
     progress.begin(first, task.end, task.train.batch, session.folder, session.curves)
     forward = ranks.wrap(session.model)
     if config.compile:
         prepare_compiler()
-        torch.compiler.reset()  # a worker lives on from run to run, and the compiler gives up after a few models
+        torch.compiler.reset()  # a worker process trains many runs, and the compiler gives up after a few models
         forward = torch.compile(forward, dynamic=False)  # type: ignore[assignment]
     spread_batches(session.model, ranks.world * config.accumulate > 1)
 
@@ -148,8 +149,10 @@ def _fit(task: Task, session: Session, progress: Progress) -> dict[str, records.
 def train_epoch(
     task: Task, session: Session, forward: nn.Module, progress: Progress, first: int = 0
 ) -> dict[str, float]:
-    """Train the rest of the session's epoch, or of the run; `forward`: the model, wrapped and compiled; `first`: the
-    step that this process began with. Returns the curves' new values."""
+    """Train to the end of the session's epoch, or of the run. Return the epoch's values of the curves.
+
+    `forward`: the model, wrapped and compiled. `first`: the step at which this process began.
+    """
     config, ranks, total = task.config, task.ranks, task.total
     before_epoch = session.epoch * task.train.steps_per_epoch
     last = min(task.train.steps_per_epoch, task.end - before_epoch)
@@ -188,10 +191,10 @@ def train_epoch(
 
 
 def _check_compiled(model: nn.Module) -> None:
-    """Raise UserError for a gradient that is not finite where this process begins.
+    """Raise UserError for a gradient that is not finite in the first step of this process.
 
-    A diverging network comes to that later. Seen of a machine's compiler: transposed bfloat16 maps held what was in
-    memory before, and the run would stand in its record as one that the normalizer lost.
+    A network that diverges does so later. One machine's compiler was seen to leave transposed bfloat16 maps unwritten,
+    with whatever was in memory before; the record would have blamed the normalizer for the failure.
     """
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
@@ -200,7 +203,7 @@ def _check_compiled(model: nn.Module) -> None:
 
 
 def _forward_backward(task: Task, session: Session, forward: nn.Module, batch: Any, step: int) -> None:
-    """Bring about the gradients of one step."""
+    """Compute the gradients of one step, summed over its micro-batches."""
     parts = task.config.accumulate
     for part in micro_batches(session, forward, parts, step):
         with arithmetic(task.config, task.ranks.device):
@@ -210,10 +213,10 @@ def _forward_backward(task: Task, session: Session, forward: nn.Module, batch: A
 
 
 def micro_batches(session: Session, forward: nn.Module, parts: int, step: int) -> Iterator[int]:
-    """Yield the number of each micro-batch when it is to run forward and backward.
+    """Yield the number of each micro-batch, in the context in which it has to run forward and backward.
 
-    The i-th is the images i, i + parts, ..., dealt out interleaved as they are to the processes. `forward`: the wrapped
-    model; gradients are exchanged once.
+    Micro-batch i holds the images i, i + parts, ... of the process's batch, interleaved as images are over processes.
+    `forward`: the wrapped model, whose gradients are exchanged between processes at the last micro-batch only.
     """
     ranks = session.ranks
     for part in range(parts):

@@ -1,4 +1,4 @@
-"""A run's model and optimizer, from its configuration. What can be wrong is found before any data is read."""
+"""Build a run's model and optimizer from its configuration. Errors in it are raised before any data is read."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,38 +21,38 @@ from kalmannorm.norm.weight import is_weight_normalized
 from kalmannorm.norm.whitened import parametrization_of, whiten_weights, whitened
 from kalmannorm.placement import PLACEMENTS
 
-# What is left of the rate after a part of the run.
+# Decay by name: share of the run that is done -> factor of the learning rate.
 DECAY: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "poly": lambda done: (1 - done) ** 0.9,
 }
-# Of norm.options.weights: how refreshes go (from_data.py); the rest is whiten_weights's.
+# The keys of norm.options.weights that refreshes use (from_data.py); the others are arguments of whiten_weights.
 REFRESH = ("every", "samples", "momentum", "covariance")
-# Stands for norm.options.input_belief = data until from_data.measure_input has seen them.
+# The input's mean and variance for norm.options.input_belief = data, until from_data.measure_input measures them.
 UNMEASURED = (torch.zeros(3), torch.ones(3))
 
 
 def build(config: Config) -> tuple[nn.Module, tuple[str, ...]]:
-    """Build the converted model, with fresh weights from the run's seed, and the names of its last normalizers (Figure
-    5).
+    """Build the converted model with fresh weights from the run's seed. Return it and the names of its last
+    normalizers, which Figure 5 is drawn from.
 
-    UserError: as of network; statistics of a single value at the budget's resolution, the layer named.
+    UserError: as network; at the budget's resolution a layer (named) would have statistics of a single value.
     """
     model = network(config)
     size, dataset = config.budget.size, config.dataset
     frames = (dataset.frames,) if isinstance(dataset, VideoDataset) else ()
     try_out(model, config, (*frames, size, size))
     last = LAST_NORMALIZERS[config.arch.name]
-    # What is made of several parts has its averages in one of them.
+    # A normalizer that consists of several modules has its moving averages in one of them.
     inner = {name.rpartition(".")[0]: name for name in normalizers(model)}
     return model, tuple(inner.get(name, name) for name in last)
 
 
 def network(config: Config) -> nn.Module:
-    """Build the converted model, with fresh weights from the run's seed, not tried out yet.
+    """Build the converted model with fresh weights from the run's seed, without running it.
 
-    UserError: an unknown architecture or option; a normalizer that does not fit a layer, named.
+    UserError: an unknown architecture or option; a normalizer that does not fit a layer (named).
     """
     norm = config.norm
     if isinstance(config.schedule, DetectionSchedule):
@@ -83,7 +83,8 @@ def network(config: Config) -> nn.Module:
 def plain_network(
     config: Config, known: Mapping[str, Callable[..., nn.Module]], options: Mapping[str, Any], **own: Any
 ) -> nn.Module:
-    """Build the network as it is without conversion, by `known`. UserError: an unknown architecture or option."""
+    """Build the network without converting it. `known`: constructors by name; `options`: of the architecture; `own`:
+    further arguments. UserError: an unknown architecture or option."""
     name = config.arch.name
     if name not in known:
         raise UserError(f"{config.task} on {config.dataset.name}: {nearest(name, list(known), 'arch')}")
@@ -96,18 +97,18 @@ def plain_network(
 
 
 def parameter_count(result: Tree) -> int:
-    """Count the numbers that a network learns, shared ones once; its weights are not filled in.
+    """Count a network's parameters, shared ones once, on the meta device.
 
-    `result`: what determines a run's result, as a record has it, or a card's row without a seed.
+    `result`: the settings that determine a run's result, from a record, or from a card's row, which has no seed.
 
-    UserError: as of network.
+    UserError: as network.
     """
     with torch.device("meta"), _Unfilled():
         return sum(p.numel() for p in network(Config.read({"seed": 0, **result})).parameters())
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves new weights as they are: on the meta device filling them in does nothing, and takes seconds to do it."""
+    """Skips the initialization of weights: on the meta device it has no effect, but takes seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("normal_", "uniform_", "trunc_normal_"):
@@ -116,8 +117,11 @@ class _Unfilled(TorchFunctionMode):
 
 
 def try_out(model: nn.Module, config: Config, size: tuple[int, ...]) -> None:
-    """Try one group of blank images, [height, width], or clips, [frames, height, width], so that statistics of a single
-    value, or a map that vanishes, show at the start."""
+    """Run the model on one statistics group of blank inputs, so that errors of shape show before data are read.
+
+    `size`: [height, width] of images, [frames, height, width] of clips. UserError: statistics of a single value; a map
+    without pixels.
+    """
     set_statistics(model, "online")
     model.eval()
     try:
@@ -133,11 +137,11 @@ def try_out(model: nn.Module, config: Config, size: tuple[int, ...]) -> None:
 def optimizer(model: nn.Module, *, momentum: float, weight_decay: float) -> torch.optim.SGD:
     """Return SGD with momentum; weight decay on the weights of convolutions and the classifier only (released code).
 
-    So never on biases, gamma, beta, or a Kalman normalizer's q, R and transition. The rate is set before every step:
-    each group's is the `part_of_rate` of it, where it has one (SSN's logits a tenth, public code).
+    Biases, gamma, beta, and a Kalman normalizer's q, R and transition never decay. The loop sets the learning rate
+    before every step, times a group's `part_of_rate` if it has one (1/10 for SSN's logits, as in its public code).
     """
     whitened_weights = whitened(model).values()
-    for layer in whitened_weights:  # the decay is of W, not of the V that is learned
+    for layer in whitened_weights:  # W decays, not the learned V: finish_gradients adds W's decay to V's gradient
         parametrization_of(layer).weight_decay = weight_decay
     kinds = nn.Conv2d | nn.Conv3d | nn.Linear
     layers = [m for m in model.modules() if isinstance(m, kinds) and m not in set(whitened_weights)]
@@ -152,18 +156,18 @@ def optimizer(model: nn.Module, *, momentum: float, weight_decay: float) -> torc
 
 
 def _decayed(layer: nn.Conv2d | nn.Conv3d | nn.Linear) -> torch.Tensor:
-    """Return the weight; under weight normalization its g: W = g v / |v| has the norm of g, and v's changes nothing. So
-    the penalty on W stays the recipe's, which knows no weight normalization: ours."""
+    """Return the parameter that decays: the weight; under weight normalization g, since W = g v / |v| has the norm of
+    g whatever v's norm. The recipe has no weight normalization; that the penalty stays one on W is our reading."""
     if is_weight_normalized(layer):
         return layer.parametrizations.weight.original0  # type: ignore[union-attr, return-value]
     return layer.weight
 
 
 def describe(model: nn.Module, beliefs: dict[str, str | None]) -> Norms:
-    """Describe the normalizers after training: order, gains, and the `beliefs` of a belief_report.
+    """Describe the normalizers after training: their order, their gains, and `beliefs`, which is a belief_report.
 
-    And where there are any, the weights of SN, the choices of SSN with the part of the training after which each was
-    made, and gamma decay's mean coefficient with the number of steps at which it was held at the cap.
+    If the model has them, also: the mixture weights of SN; the choices of SSN, each with the share of the training
+    after which it was made; gamma decay's mean coefficient, with the number of steps at which the cap limited it.
     """
     gains = {name: m.gain_value for name, m in model.named_modules() if isinstance(m, Estimator)}
     mixture = {name: m.weights for name, m in model.named_modules() if isinstance(m, SwitchableNorm)}
@@ -188,12 +192,12 @@ def describe(model: nn.Module, beliefs: dict[str, str | None]) -> Norms:
 def learning_rate(
     step: int, total_steps: int, schedule: Schedule, warmup: float | None, grad_batch: int | None = None
 ) -> float:
-    """Return the rate of a step (from 0) of a run of `total_steps`.
+    """Return the learning rate of a step (from 0) of a run of `total_steps`.
 
-    `warmup` None: the schedule's own. Its `lr` is a list of milestones in epochs of a full run, whose last one ends it,
-    scaled to this run; or one rate, that `decay` takes to 0 over the run. Else `warmup` is a part of the run: the
-    schedule's highest rate is reached linearly over it and then falls linearly to 0. With `lr_batch` rates are meant
-    for steps of that many images, and scale with `grad_batch`.
+    With `warmup`, a share of the run, the rate rises linearly to the schedule's highest over that share and then falls
+    linearly to 0. With None it follows the schedule: `lr` is either a list of milestones (last epoch, rate) of a full
+    run, scaled to this run's length, or one rate, which `decay` takes to 0 over the run. If the schedule has
+    `lr_batch`, its rates are for steps of that many images and scale with `grad_batch`.
     """
     scale = grad_batch / schedule.lr_batch if grad_batch and schedule.lr_batch else 1
     if warmup is not None:

@@ -1,4 +1,4 @@
-"""Weights that a run begins with: fresh ones, or ImageNet's of a ResNet-50 from a file."""
+"""Load the weights that a run starts from: ImageNet weights of a ResNet-50 from a file."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,12 +11,12 @@ from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Record
 from kalmannorm.models.i3d import inflate_weights
 
-CLASSIFIER = ("fc.weight", "fc.bias")  # left out
+CLASSIFIER = ("fc.weight", "fc.bias")  # not loaded
 
 
 def begin_with_weights(parts: Iterable[nn.Module], config: Config, fresh: bool, record: Record) -> None:
-    """Load the file `config.weights`, where there is one, into the parts of a `fresh` run; say in the record where the
-    weights come from. UserError: as load_pretrained."""
+    """Load the file `config.weights`, if one is named, into the parts of a `fresh` run; note in the record where the
+    weights come from, also of a resumed run. UserError: as load_pretrained."""
     origin = "trained from scratch" if config.weights is None else "ImageNet weights from a file"
     record["weights"] = {"origin": origin, "sha256": config.arch.options.get("pretrained")}
     if config.weights is not None and fresh:
@@ -24,12 +24,11 @@ def begin_with_weights(parts: Iterable[nn.Module], config: Config, fresh: bool, 
 
 
 def load_pretrained(parts: Iterable[nn.Module], file: str) -> None:
-    """Load ImageNet weights of a ResNet-50 by torchvision's names (conv1.weight, layer4.2.bn3.running_var, ...) into
-    the parts of a converted network that have them; its classifier is left out. Convolutions over frames get them
-    inflated.
+    """Load ImageNet weights of a ResNet-50, named as in torchvision (conv1.weight, layer4.2.bn3.running_var, ...), into
+    the parts of a converted network, except for the classifier. For convolutions over frames they are inflated.
 
-    q, R and SN's weights keep their start where the file, of another normalizer, has none. UserError: not such a file;
-    another network; a weight that is missing.
+    q, R and SN's weights keep their initial values if the file, made with another normalizer, has none. UserError: not
+    a file of weights; weights of another network; a missing weight.
     """
     flat = _read_weights(Path(file).expanduser())
     for part in parts:
@@ -51,6 +50,7 @@ def load_pretrained(parts: Iterable[nn.Module], file: str) -> None:
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
+    """Read a .pth or .safetensors file. UserError: it is not a dictionary of tensors."""
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, a line an epoch elsewhere; TensorBoard's event files."""
+"""Show a run's progress: a bar on a terminal, elsewhere a line per epoch; and TensorBoard's event files."""
 
 import json
 import sys
@@ -14,19 +14,19 @@ from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Curves
 from kalmannorm.train import events
 
-FILE = "progress.json"  # in the run's folder, for who watches from another process
+FILE = "progress.json"  # in the run's folder, for a sweep that watches from another process
 FILE_EVERY = 2.0  # seconds
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Seconds and images of this process, and how the run goes. A context: it leaves the terminal clean."""
+    """Shows a run's progress and counts this process's seconds and images. As a context, it cleans up the terminal."""
 
     def __init__(self, identity: str, config: Config, quiet: bool = False) -> None:
         norm, batch = config.norm, config.batch
         statistics = "" if batch.stat_batch is None else f" ({batch.grad_batch},{batch.stat_batch})"
         self.title = f"{identity} {norm.name}{statistics} seed {config.seed}"
         self.epochs = config.budget.epochs
-        self.quiet = quiet  # one process of a distributed run speaks
+        self.quiet = quiet  # for all ranks but one of a distributed run
         self.images = 0
         self._began = time.perf_counter()
         self._console = Console(stderr=True)
@@ -49,7 +49,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._bar.stop()
 
     def begin(self, first: int, total: int, batch: int, folder: Path, curves: Curves) -> None:
-        """Start, or go on, after `first` of `total` steps of `batch` images; `curves`: of the epochs before."""
+        """Start after `first` of `total` steps of `batch` images. `curves`: of the epochs so far, in a resumed run."""
         self._first, self._total, self._batch = first, total, batch
         self._bar.start()
         self._task = self._bar.add_task(self.title, total=total, completed=first, status="")
@@ -63,7 +63,7 @@ class Progress(AbstractContextManager["Progress"]):
             events.write(folder, curves, self._times)
 
     def step(self, done: int, loss: float, accuracy: float | None = None) -> None:
-        """Show that `done` steps are done, and the epoch's mean loss and, of a classifier, accuracy in percent."""
+        """Show the number of steps done, the epoch's mean loss and, for a classifier, its accuracy in percent."""
         self.images = (done - self._first) * self._batch
         rate = self.images / (time.perf_counter() - self._training)
         correct = "" if accuracy is None else f"accuracy {accuracy:.1f} %  "
@@ -73,18 +73,18 @@ class Progress(AbstractContextManager["Progress"]):
             self._written = time.perf_counter()
             left = self.seconds / (done - self._first) * (self._total - done)
             now = {"part": done / self._total, "status": status, "seconds_left": round(left, 1)}
-            with suppress(OSError):  # a full disk is found out by who needs it
+            with suppress(OSError):  # progress is not worth failing for: on a full disk, the next checkpoint fails
                 (self._folder / FILE).write_text(json.dumps(now))
 
     def epoch(self, curves: Curves) -> None:
-        """Note that an epoch is done and evaluated."""
+        """Show that an epoch is done and evaluated: on a terminal the bar does, else a line."""
         if self.quiet:
             return
         self._times.append(time.time())
         events.write(self._folder, curves, self._times)
         now = {key: values[-1] for key, values in curves.items()}
         if self._bar.disable:
-            done = max(1, now["step"] - self._first)  # 0 where only the evaluation of an epoch was left to do
+            done = max(1, now["step"] - self._first)  # 0 if only the evaluation of an epoch was left to do
             left = self.seconds / done * (self._total - now["step"])
             tested = "".join(f"{kind} {now[kind]:.2f} %  " for kind in ("moving", "online") if kind in now)
             print(

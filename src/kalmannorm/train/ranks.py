@@ -1,7 +1,7 @@
-"""The processes of a distributed run (torchrun): who this one is, and the few things that they must agree on.
+"""The processes of a distributed run (torchrun): this one's rank and device, and what they exchange.
 
-A run on k processes computes what one process does: rank r takes the images r, r + k, ... of every batch, which are
-whole statistics groups (norm/groups.py); gradients are averaged, moving averages taken over the groups of all ranks.
+A run on k processes computes what one process does. Rank r takes the images r, r + k, ... of every batch, which are
+whole statistics groups (norm/groups.py); gradients are averaged over the ranks, moving averages over all their groups.
 """
 
 import os
@@ -24,18 +24,18 @@ from kalmannorm.experiments.config import Config, check_batches
 
 T = TypeVar("T")
 
-# Rank 0 alone re-estimates precise statistics and measures gaps while the others wait.
+# How long the other ranks wait for rank 0, which re-estimates precise statistics and measures gaps alone.
 PATIENCE = timedelta(hours=2)
-MEETING = timedelta(minutes=2)  # that processes get to find each other where torchrun has not brought them together
+MEETING = timedelta(minutes=2)  # time limit to connect to the other processes, which may not exist without torchrun
 
 
 class Ranks:
-    """rank, world and device of this process; collectives that do nothing where there is one process."""
+    """This process's rank, world size and device, and collectives, which do nothing in a run of one process."""
 
     def __init__(self, config: Config) -> None:
-        """Meet the other processes. UserError: a device that is not there; batches that do not divide among them."""
+        """Connect to the other processes. UserError: no such device; batches that cannot be dealt out to them."""
         if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; before CUDA starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it, set before CUDA starts
             torch.use_deterministic_algorithms(True)
         self._launch = machine.launch()
         self.rank, self.world = self._launch.rank, self._launch.world
@@ -47,14 +47,15 @@ class Ranks:
             leave_with_parent()
             _meet("nccl" if self.device.type == "cuda" else "gloo", self.rank, self.world)
         if self.world > 1:
-            # For decisions: does not wait for a GPU. The others wait for rank 0 on it; its default is half an hour.
+            # A group on the CPU, so that decisions need not wait for the GPU. The others wait for rank 0 in it, longer
+            # than the default timeout of half an hour.
             self._control = dist.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[assignment]
 
     def _device(self, asked: str) -> torch.device:
         if asked == "cuda" and self.world > 1:
             asked = f"cuda:{self._launch.local_rank}"
         try:
-            # Of a tensor, with its number: torch.cuda.set_device refuses plain "cuda".
+            # A tensor's device has a number, which torch.cuda.set_device needs: it refuses plain "cuda".
             device = torch.zeros(1, device=torch.device(asked)).device
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device={asked} cannot be used: {reason(error)}; pass device=cpu") from None
@@ -75,13 +76,13 @@ class Ranks:
         if self.world == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
-        # Moving averages are brought together by modes.flush_moving: broadcasting rank 0's would lose the rest.
-        with warnings.catch_warnings():  # the argument's new name is not in every torch that this runs on
+        # modes.flush_moving averages the moving averages over ranks; broadcasting rank 0's would lose the others.
+        with warnings.catch_warnings():  # broadcast_buffers is being renamed, but not every supported torch has that
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def without_exchange(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Keep the gradients of all but the last micro-batch of a step here."""
+        """Return a context in which gradients are not exchanged, or, for a step's last micro-batch, are exchanged."""
         return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
     def sum(self, *values: Tensor) -> list[Tensor]:
@@ -93,7 +94,8 @@ class Ranks:
         return list(together)
 
     def asked_to_stop(self) -> int | None:
-        """Return the number of the signal that asked any process to stop: all hear of it at the same step."""
+        """Return the number of a signal that asked any process to stop, or None. All ranks call it at the same step and
+        get the same."""
         number = stopping.asked()
         if self.world == 1:
             return number
@@ -102,12 +104,12 @@ class Ranks:
         return int(flag) or None
 
     def check_stop(self) -> None:
-        """Raise Stopped where any process was asked to stop."""
+        """Raise Stopped if any process was asked to stop. All ranks call it."""
         if (number := self.asked_to_stop()) is not None:
             raise Stopped(number)
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's value, on rank 0; an empty list elsewhere."""
+        """Return the values of all ranks on rank 0, an empty list on the others."""
         if self.world == 1:
             return [value]
         values: list[T] = [value] * self.world if self.main else []
@@ -115,14 +117,14 @@ class Ranks:
         return values
 
     def from_main(self, value: T | None) -> T:
-        """Return rank 0's value, everywhere; what the others pass is not looked at."""
+        """Return rank 0's value on all ranks; the values that the others pass are ignored."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, group=self._control)
         return cast(T, box[0])
 
     def leave(self) -> None:
-        """Wait for the others, as the last call, and end the process group if it began here."""
+        """Wait for the other ranks and end the process group if this object started it. The last call."""
         if self.world > 1:
             dist.barrier(group=self._control)
         if self._began:
@@ -130,7 +132,7 @@ class Ranks:
 
 
 def _meet(backend: str, rank: int, world: int) -> None:
-    """Begin the process group. UserError: the other processes are not there."""
+    """Start the process group. UserError: the other processes do not answer."""
     try:
         store, _, _ = next(rendezvous("env://", rank, world, timeout=MEETING))
         store.set_timeout(PATIENCE)
@@ -143,8 +145,10 @@ def _meet(backend: str, rank: int, world: int) -> None:
 
 
 def leave_with_parent() -> None:
-    """Get SIGTERM when torchrun dies without a word: by SIGKILL, and by SIGUSR1, which it hands on only
-    where TORCHELASTIC_SIGNALS_TO_HANDLE names it (Linux alone has this)."""
+    """Let the kernel send this process SIGTERM when torchrun dies without passing a signal on (Linux only).
+
+    That happens on SIGKILL, and on SIGUSR1 unless TORCHELASTIC_SIGNALS_TO_HANDLE names it.
+    """
     if sys.platform == "linux":
         import ctypes
 
@@ -153,7 +157,8 @@ def leave_with_parent() -> None:
 
 
 def end_process(code: int) -> None:
-    """End a distributed run's process, at once: interpreters that shut down beside gloo's threads often abort."""
+    """End a distributed run's process without shutting down the interpreter, which often aborts while gloo's threads
+    run."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

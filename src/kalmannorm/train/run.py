@@ -1,4 +1,4 @@
-"""`kalmannorm train`, `evaluate` and `export`: one run in this process, and what is done with its weights later."""
+"""`kalmannorm train`, `evaluate` and `export`: train one run in this process, and use its weights later."""
 
 import json
 import sys
@@ -38,8 +38,8 @@ def execute(config: Config) -> records.Record:
 def evaluate(run: str, overrides: list[str]) -> dict[str, records.Evaluation]:
     """Evaluate the weights of a finished run again, under all kinds of statistics, and print the result.
 
-    `run` is an id or its beginning; `overrides` say where things are (data=, runs=, results=, device=). UserError: no
-    such run, several of them, no weights, or an override that would make it another run.
+    `run`: an id or the beginning of one. `overrides`: PLACE only, data=, runs=, results=, device=, workers=. UserError:
+    no such run, several of them, no weights, or an override of a setting of the run.
     """
     record, config, weights = _finished(run, overrides)
     ranks = Ranks(config)
@@ -55,23 +55,24 @@ def evaluate(run: str, overrides: list[str]) -> dict[str, records.Evaluation]:
 
 
 def export(run: str, file: str, overrides: list[str]) -> Path:
-    """Write the weights of a finished run as safetensors, its id, configuration and final accuracies as metadata.
+    """Write the weights of a finished run as safetensors, with its id, configuration and final accuracies as metadata.
 
-    Load them into `convert(ARCHS[...](...), norm, ...)` of the same configuration. UserError as for evaluate; no
+    They load into `convert(ARCHS[...](...), norm, ...)` of the same configuration. UserError: as evaluate; no
     permission, no space.
     """
     from safetensors.torch import save
 
     record, _, weights = _finished(run, overrides)
     metadata: dict[str, str] = {key: json.dumps(record[key], sort_keys=True) for key in METADATA}
-    # Copies: safetensors refuses tensors that share memory, as an R that all layers share does.
+    # Cloned, since safetensors refuses tensors that share memory, such as an R shared by all layers.
     write_atomically(Path(file), save({k: v.contiguous().clone() for k, v in weights.items()}, metadata))
     print(f"{file}: weights of run {record['id']}")
     return Path(file)
 
 
 def _finished(run: str, overrides: list[str]) -> tuple[records.Record, Config, dict[str, Any]]:
-    """Return record, configuration (with the place that the overrides name) and weights of a finished run."""
+    """Return record, configuration (with the overrides applied) and weights of a finished run. UserError: as
+    evaluate."""
     if any(o.partition("=")[0] not in PLACE for o in overrides):
         places = ", ".join(f"{key}=" for key in PLACE)
         raise UserError(f"expected only {places} here: a run's settings are in its record")

@@ -1,4 +1,4 @@
-"""All that training changes, in one place: what a checkpoint holds."""
+"""The state of a training: all that its steps change, which is what a checkpoint holds."""
 
 import random
 from collections.abc import Callable
@@ -17,9 +17,10 @@ from kalmannorm.train.ranks import Ranks
 
 @dataclass
 class Session:
-    """A training under way. The next step is number `step` of epoch `epoch`, both from 0.
+    """The state of a training. The next step is number `step` of epoch `epoch`, both from 0.
 
-    curves: one value an epoch each. sums: of this epoch's steps, this process's share; `zero_sums` makes them.
+    `curves`: lists with one value per epoch. `sums`: this process's share of the sums over the epoch's steps so far,
+    which begin as `zero_sums()`.
     """
 
     identity: str
@@ -39,15 +40,15 @@ class Session:
 
     @property
     def fresh(self) -> bool:
-        """Whether no step was done."""
+        """Whether no step was done yet."""
         return self.epoch == self.step == 0
 
     def begin_epoch(self, epoch: int) -> None:
-        """Stand before the first step of an epoch."""
+        """Go to the start of an epoch, with sums of zero."""
         self.epoch, self.step, self.sums = epoch, 0, self.zero_sums()
 
     def add(self, sums: dict[str, Tensor]) -> None:
-        """Add a micro-batch to the sums."""
+        """Add a micro-batch's values to the sums."""
         for key, value in sums.items():
             self.sums[key] += value
 
@@ -56,8 +57,8 @@ class Session:
         return dict(zip(self.sums, self.ranks.sum(*self.sums.values()), strict=True))
 
     def save(self) -> None:
-        """Write a checkpoint by rank 0, with each rank's sums and random generators."""
-        # On the CPU: rank 0 must not open every other rank's GPU to unpack what it sends.
+        """Write a checkpoint with every rank's sums and random states. All ranks call this; rank 0 writes."""
+        # On the CPU, else rank 0 would open every other rank's GPU to unpickle the tensors it is sent.
         sums = {key: value.cpu() for key, value in self.sums.items()}
         own = {"random": _random_state(self.ranks.device), "sums": sums}
         of_ranks = self.ranks.gather(own)
@@ -78,7 +79,7 @@ class Session:
         )
 
     def restore(self) -> None:
-        """Go back to the last good checkpoint, if there is one; the number of processes may differ from then."""
+        """Load the last good checkpoint, if there is one; it may come from another number of processes."""
         main = self.ranks.main
         state = self.ranks.from_main(checkpoint.load(self.folder, self.identity, self._check) if main else None)
         if state is None:
@@ -91,13 +92,13 @@ class Session:
             own = saved[self.ranks.rank]
             _set_random_state(own["random"], device)
             self.sums = {key: value.to(device) for key, value in own["sums"].items()}
-        elif self.ranks.main:  # of another number of processes: the first has all that there was
+        elif self.ranks.main:  # another number of processes saved it: rank 0 takes all of their sums
             for own in saved:
                 self.add({key: value.to(device) for key, value in own["sums"].items()})
         self.curves.update(state["curves"])
 
     def _check(self, state: checkpoint.State) -> None:
-        """Raise ValueError unless a checkpoint is of this network and optimizer; before anything of it is taken."""
+        """Raise ValueError unless a checkpoint fits this network and optimizer. Nothing is loaded from it yet."""
         model, own = state["model"], self.model.state_dict()
         if odd := sorted(model.keys() ^ own.keys()):
             raise ValueError(f"it is of another network: {len(odd)} entries are not in both, the first {odd[0]}")
@@ -115,8 +116,8 @@ class Session:
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of every generator in the process. Training draws from generators keyed by (seed, epoch) and
-    needs none of them, but a model or data set of one's own may."""
+    """Return the state of every global random generator. Training itself does not need them, as it draws from
+    generators keyed by (seed, epoch), but a user's model or data set may."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),

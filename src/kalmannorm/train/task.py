@@ -24,14 +24,17 @@ Arrays = dict[str, np.ndarray]
 class Task(ABC):
     """One run's model and data. A subclass's constructor builds the model and opens the data, or raises UserError.
 
-    model: on the CPU until `load`. train: there from `load` on. provenance: where the data come from, for the record.
+    Attributes:
+        model: on the CPU until `load` is called.
+        train: the training batches; exists once `load` was called.
+        provenance: where the data come from, for the record.
     """
 
-    # Per epoch, beside epoch, step and lr: the curves of the record; train_loss is among them.
+    # Names of the record's curves (a value per epoch), beside epoch, step and lr; train_loss is one of them.
     curves: tuple[str, ...]
-    # An evaluation ends every epoch, and a checkpoint behind it. Else checkpoints are written by steps alone.
+    # Whether every epoch ends with an evaluation and a checkpoint. If not, checkpoints depend on the step alone.
     evaluates_epochs: bool
-    # Of an evaluation, what the curves show.
+    # The key of an evaluation's value that the curves show.
     metric: str
 
     config: Config
@@ -42,32 +45,32 @@ class Task(ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Bring model and data to the device."""
+        """Move the model to the device and load the data there."""
 
     @property
     def total(self) -> int:
-        """Steps of the run."""
+        """Steps of the run's schedule."""
         return self.config.budget.epochs * self.train.steps_per_epoch
 
     @property
     def end(self) -> int:
-        """Steps after which the run ends, where it does not last as long as its schedule."""
+        """Steps after which the run ends: `total`, or fewer if the run ends before its schedule does."""
         return self.total
 
     def watching(self) -> AbstractContextManager[object]:
-        """Return a context around the training, for what is to be seen of it."""
+        """Return a context in which the loop trains, for tasks that record something of the steps."""
         return nullcontext()
 
     @abstractmethod
     def zero_sums(self) -> dict[str, Tensor]:
-        """Return what is summed over an epoch's steps, at its start; all of one shape."""
+        """Return zeros for all that is summed over an epoch's steps, by name; all of one shape."""
 
     @abstractmethod
     def begin(self, session: Session, record: Record) -> None:
-        """Do what precedes the first step, in a fresh run or one that goes on (`session`)."""
+        """Prepare for the first step of a fresh run or of a resumed one (`session.fresh`)."""
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step (from 0) of the run: a classifier's, with the budget's warm-up."""
+        """Return the learning rate of a step (from 0) of the run, by the schedule and the budget's warm-up."""
         schedule, budget = self.config.schedule, self.config.budget
         assert isinstance(schedule, Schedule)
         warmup = None if budget.warmup is None else budget.warmup / budget.epochs
@@ -78,22 +81,23 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, forward: nn.Module, batch: Any, part: int, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of a micro-batch, images part, part + parts, ... of the process's batch, over `parts`.
+        """Return the loss of a micro-batch divided by `parts`, and what the micro-batch adds to the sums.
 
-        And what it adds to the sums, of this process; the sums of all processes are those of the whole batch. `forward`
-        is the model, wrapped and compiled.
+        The micro-batch holds the images part, part + parts, ... of the process's batch. What it adds is this process's
+        share: added up over micro-batches and processes it is the value of the whole batch. `forward`: the model,
+        wrapped and compiled.
         """
 
     @abstractmethod
     def means(self, sums: Mapping[str, Tensor], steps: int) -> dict[str, float]:
-        """Return the curves' values of training from the sums over `steps` steps and all processes."""
+        """Return the training values of the curves, from the sums over `steps` steps and all processes."""
 
     @abstractmethod
     def evaluate_under(self, statistics: str) -> Evaluation:
-        """Return the metric under "moving" or "online" statistics, on all images of the test set. Stopped: a signal."""
+        """Evaluate all test images under "moving" or "online" statistics. Stopped: a signal."""
 
     def evaluate(self) -> dict[str, Evaluation]:
-        """Return the metric under both. Without batch statistics they are one, and evaluated once."""
+        """Evaluate under moving and online statistics: once for both if no normalizer has batch statistics."""
         moving = self.evaluate_under("moving")
         return {"moving": moving, "online": self.evaluate_under("online") if normalizers(self.model) else moving}
 
@@ -102,14 +106,14 @@ class Task(ABC):
         return False
 
     def evaluate_all(self) -> dict[str, Evaluation]:
-        """Return the metric under every kind of statistics that the task offers, in one process."""
+        """Evaluate under every kind of statistics that the task offers."""
         return self.evaluate()
 
     @abstractmethod
     def finish(self, record: Record, session: Session) -> Arrays:
-        """Complete the record, whose `final` holds the last evaluation; return the arrays that stand beside it."""
+        """Complete the record, whose `final` holds the last evaluation; return the arrays to be saved beside it."""
 
 
 def arithmetic(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """Return a context with the precision in which a run is trained and evaluated."""
+    """Return a context with the precision (fp32, or autocast to bfloat16) in which a run is trained and evaluated."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")

@@ -29,11 +29,12 @@ from kalmannorm.train.ranks import Ranks
 from kalmannorm.train.state import Session
 from kalmannorm.train.task import Arrays, Task
 
-NEAR_CHANCE = 1.2  # times the accuracy of guessing
+NEAR_CHANCE = 1.2  # times the accuracy of guessing: below it, a network counts as having learned nothing
 
 
 class Classification(Task):
-    """A classifier's run. Accuracies in percent: of training (augmented), and of the test set under two statistics."""
+    """A classifier's run. Its curves show accuracies in percent: on augmented training images, and on the test set
+    under moving and online statistics."""
 
     curves = ("train_loss", "train_accuracy", "moving", "online")
     evaluates_epochs = True
@@ -43,7 +44,7 @@ class Classification(Task):
     test: PlainBatches
 
     def __init__(self, config: Config, ranks: Ranks, source: data.Source | None = None) -> None:
-        """Build the model, then open the data, or take them from `source`."""
+        """Build the model and open the data, unless `source` has them. UserError: as build and open_data."""
         self.config, self.ranks = config, ranks
         self.model, self.last = build(config)
         self.source = source or open_data(config, ranks)
@@ -61,7 +62,7 @@ class Classification(Task):
 
     @property
     def end(self) -> int:
-        """The budget's first steps alone, or all of them."""
+        """Steps after which the run ends: `budget.stop_after`, if given, or all of the schedule's."""
         return min(self.config.budget.stop_after or self.total, self.total)
 
     def watching(self) -> AbstractContextManager[object]:
@@ -72,7 +73,7 @@ class Classification(Task):
         return {"loss": torch.zeros((), device=device), "correct": torch.zeros((), dtype=torch.int64, device=device)}
 
     def begin(self, session: Session, record: Record) -> None:
-        """Load the given weights, and initialize what depends on data."""
+        """Load pretrained weights, if any, and in a fresh run initialize weights that depend on data."""
         if self.config.weights is not None:
             begin_with_weights([self.model], self.config, session.fresh, record)
         if session.fresh:
@@ -101,7 +102,7 @@ class Classification(Task):
         return found
 
     def ends_early(self, curves: Curves) -> bool:
-        """Say whether the last `budget.stop_at_chance` epochs after the warm-up have learned next to nothing."""
+        """Say whether the last `budget.stop_at_chance` epochs, all after the warm-up, stayed near chance."""
         budget = self.config.budget
         if budget.stop_at_chance is None:
             return False
@@ -139,13 +140,13 @@ class Classification(Task):
         return self.evaluate() | {"precise": self.precise()}
 
     def precise(self) -> Evaluation:
-        """Evaluate by precise statistics, in this process alone."""
+        """Evaluate under precise statistics, in this process alone."""
         stat_batch = self.config.batch.stat_batch
         epochs = self.config.budget.epochs
         return precise(self.model, self.train, epochs, lambda model: evaluate(model, self.test, "moving", stat_batch))
 
 
 def memory_format(config: Config, device: torch.device) -> torch.memory_format:
-    """Choose that of the training images. What a CPU's compiler makes of channels_last takes 3/4 of the time."""
+    """Return the memory format of training images: channels_last where it pays, compiled on a CPU (3/4 of the time)."""
     flat = not isinstance(config.dataset, VideoDataset)
     return torch.channels_last if config.compile and device.type == "cpu" and flat else torch.preserve_format

@@ -1,7 +1,7 @@
-"""Detection: boxes and masks of objects, the losses of a Mask R-CNN (or a Faster one), pycocotools' average precision.
+"""Detection: boxes and masks of objects, the losses of Mask R-CNN or Faster R-CNN, pycocotools' average precision.
 
-An epoch is a pass over the images, the run may end within one (`dataset.steps`), and detectors are evaluated once, at
-the end.
+An epoch is a pass over the images; a run may end within one (`dataset.steps`). Detectors are evaluated once, at the
+end.
 """
 
 import copy
@@ -35,8 +35,8 @@ class Detection(Task):
     """A detector's run.
 
     record["final"][kind] holds AP in percent (average_precision.NAMES for box and mask) under moving and online
-    statistics; precise ones are not offered: the head's regions differ between training and evaluation.
-    record["weights"] says where the weights, and a frozen normalizer's constants, come from.
+    statistics. Precise statistics are not offered, since the head's regions differ between training and evaluation.
+    record["weights"] says where the weights and a frozen normalizer's constants come from.
     """
 
     evaluates_epochs = False
@@ -47,8 +47,8 @@ class Detection(Task):
         self.config, self.ranks = config, ranks
         self.model = detector.build(config)
         self.losses = tuple(name for name in LOSSES if name != "loss_mask" or finds_masks(self.model))
-        self.curves = ("train_loss", *self.losses)  # the first is the sum of the others
-        self.full_precision = torch.autocast(ranks.device.type, enabled=False)  # of evaluation
+        self.curves = ("train_loss", *self.losses)  # train_loss is the sum of the others
+        self.full_precision = torch.autocast(ranks.device.type, enabled=False)  # for evaluation
         assert isinstance(config.dataset, CocoDataset)
         self.dataset = config.dataset
         self.images = coco.load(self.dataset.name, data.root(config.data), self.dataset.classes)
@@ -67,7 +67,8 @@ class Detection(Task):
         return {"losses": torch.zeros(len(self.losses), device=self.ranks.device)}
 
     def begin(self, session: Session, record: Record) -> None:
-        """Load the given weights, or measure a frozen normalizer's constants; say in the record what was done."""
+        """Load pretrained weights, if any; without them measure a frozen normalizer's constants. Note both in the
+        record."""
         begin_with_weights(detector.pretrained_parts(self.model), self.config, session.fresh, record)
         if self.config.norm.name != "frozen":
             return
@@ -79,7 +80,7 @@ class Detection(Task):
         record["weights"]["constants"] = how
         if session.fresh:
             alone = copy.copy(self.train)
-            alone.rank, alone.world = 0, 1  # every rank measures on the whole batches
+            alone.rank, alone.world = 0, 1  # every rank measures on whole batches, with the same result
             detector.measure_constants(self.model, self.config, alone)
 
     def rate(self, step: int) -> float:
@@ -122,7 +123,7 @@ class Detection(Task):
 
 
 def training_batches(config: Config, images: Coco, ranks: Ranks) -> TrainingBatches:
-    """Return the training images of the budget, dealt out to the ranks."""
+    """Return batches of the budget's training images, dealt out to the ranks."""
     return TrainingBatches(
         images,
         choose(images.train_images, config.budget.subset),
@@ -136,7 +137,11 @@ def training_batches(config: Config, images: Coco, ranks: Ranks) -> TrainingBatc
 
 
 def learning_rate(step: int, total: int, schedule: DetectionSchedule, batch: int) -> float:
-    """Return the rate of a step (from 0) of a run of `total` steps: the schedule's, scaled to that, times the batch."""
+    """Return the learning rate of a step (from 0) of a run of `total` steps, proportional to `batch`.
+
+    The schedule's drops are scaled to the run's length. The warm-up, linear from 1/3 of the rate, has the schedule's
+    number of steps, but at most a tenth of the run.
+    """
     rate = schedule.lr * batch / schedule.of_batch
     warmup = min(schedule.warmup, total // 10)
     if step < warmup:

@@ -1,8 +1,8 @@
 """Segmentation: a class for every pixel, two cross-entropies, mean intersection over union and pixel accuracy.
 
-Every loss is the mean over the images of the mean over an image's labelled pixels, so that k processes compute what one
-does. Evaluation counts a confusion matrix over the pixels of whole scenes at the resolution of their label maps, and
-sums it over the processes. Segmenters are evaluated once, at the end.
+A loss is the mean over images of each image's mean over labelled pixels, so that k processes compute what one does.
+Evaluation counts a confusion matrix over the pixels of whole scenes, at the resolution of their label maps, and sums it
+over the processes. Segmenters are evaluated once, at the end.
 """
 
 import math
@@ -34,19 +34,19 @@ from kalmannorm.train.state import Session
 from kalmannorm.train.task import Arrays, Task
 
 AUXILIARY = 0.4  # weight of the third stage's loss (the talk's code)
-SHOWN = 4  # test scenes whose predicted maps stand beside the record
-SHOWN_SIDE = 240  # at most, of their short side, in pixels
+SHOWN = 4  # test scenes whose predicted maps are saved beside the record
+SHOWN_SIDE = 240  # most pixels of a saved map's short side
 
 
 class Segmentation(Task):
     """A segmenter's run.
 
-    record["final"][kind] holds mean intersection over union (`miou`) and pixel accuracy in percent: of the test scenes
-    under moving, online and precise statistics; under moving ones also averaged over `dataset.test_scales`
-    (`multi_scale`), and of the data set `dataset.other` by its name.
+    record["final"][kind] holds mean intersection over union (`miou`) and pixel accuracy in percent. Kinds are moving,
+    online and precise statistics; `multi_scale`, with scores averaged over `dataset.test_scales`, and the name of
+    `dataset.other` for the scenes of that data set, both under moving statistics.
     """
 
-    curves = ("train_loss", "train_accuracy")  # of the head's loss and pixels
+    curves = ("train_loss", "train_accuracy")  # the head's loss, without the auxiliary one, and its pixel accuracy
     evaluates_epochs = False
     metric = "miou"
     train: SceneLoader
@@ -115,9 +115,9 @@ class Segmentation(Task):
         return self._evaluated(statistics, self.model, self.test)
 
     def evaluate_all(self) -> dict[str, Evaluation]:
-        """Evaluate also by precise statistics, at several scales, and on the other data set."""
+        """Evaluate under moving, online and precise statistics, at several scales, and on the other data set."""
         found = self.evaluate()
-        # Every process measures the statistics of the whole batches.
+        # Every process measures precise statistics on whole batches, with the same result.
         batches = self._loader(self.train.scenes, (0, 1), self.train.batch)
         found["precise"] = precise(
             self.model, batches, self.config.budget.epochs, lambda m: self._evaluated("precise", m, self.test)
@@ -153,7 +153,7 @@ class Segmentation(Task):
         return arrays | self._maps()
 
     def _maps(self) -> Arrays:
-        """Return the true and predicted classes of a few test scenes, small: scene_true_0 [H, W], ..."""
+        """Return the true and predicted classes of a few test scenes, scaled down: scene_true_0 [H, W], ..."""
         arrays: Arrays = {}
         alone = self._loader(self.split.test, (0, 1))
         for number, (images, labels, _) in enumerate(alone.wholes(1, fixed_order(alone.count)[:SHOWN])):
@@ -165,7 +165,10 @@ class Segmentation(Task):
 
 
 def open_scenes(dataset: SegmentationDataset, root: Path, ranks: Ranks) -> tuple[Split, Split | None]:
-    """Return the data set and the other one that it is tested on. UserError: as scenes.load; they do not fit."""
+    """Return the data set, and `dataset.other` if given, on which it is tested too.
+
+    UserError: as scenes.load; unknown data sets; another number of classes than configured; different classes.
+    """
     found: list[Split] = []
     for name in (dataset.name, dataset.other):
         if name is None:
@@ -185,7 +188,7 @@ def open_scenes(dataset: SegmentationDataset, root: Path, ranks: Ranks) -> tuple
 
 
 def mean_of_images(scores: Tensor, classes: Tensor) -> Tensor:
-    """Return the mean over images of the mean cross-entropy over an image's labelled pixels; 0 of one without any."""
+    """Return the mean over images of the mean cross-entropy over each image's labelled pixels (0 if it has none)."""
     losses = F.cross_entropy(scores, classes, ignore_index=IGNORED, reduction="none")
     return (losses.sum((1, 2)) / labelled(classes)).mean()
 
@@ -208,8 +211,9 @@ def confusion(
 ) -> Tensor:
     """Count the labelled pixels of all scenes by class and predicted class: int64 [classes, classes].
 
-    size: of the short side that the network sees. group: scenes that share online statistics, padded to one size; None:
-    moving ones, and the scenes one by one. All ranks return the same.
+    `size`: the short side, in pixels, at which the network sees scenes. `scales`: factors of it, over which scores are
+    averaged. `group`: number of scenes that share online statistics, padded to one size; None: moving statistics, and
+    scenes one by one. All ranks return the same.
     """
     shard_noise(model, (loader.rank, loader.world))
     set_statistics(model, "online" if group else "moving")
@@ -227,14 +231,15 @@ def confusion(
 
 
 def reduced(image: Tensor, short: float) -> Tensor:
-    """Bring an image [3, H, W] to the resolution that the network sees: [1, 3, h, w]."""
+    """Resize an image [3, H, W] to [1, 3, h, w], with a short side of `short` pixels."""
     return F.interpolate(image[None], scaled(image.shape[-2:], short), mode="bilinear", antialias=True)
 
 
 def score(
     model: nn.Module, images: Sequence[Tensor], labels: Sequence[Tensor], size: int, scales: Sequence[float] = (1.0,)
 ) -> list[Tensor]:
-    """Return every image's scores at its label map's resolution [classes, h, w]: of several scales mean softmax."""
+    """Return every image's scores [classes, h, w] at the resolution of its label map. With several scales, they are the
+    mean of the scales' softmax."""
     total = [torch.zeros((), device=image.device) for image in images]
     for scale in scales:
         seen = [reduced(image, size * scale)[0] for image in images]
@@ -251,7 +256,8 @@ def score(
 
 
 def summary(counts: Tensor) -> Evaluation:
-    """Return mean intersection over union, of classes that occur or are predicted, and pixel accuracy: percent."""
+    """Return, in percent, mean intersection over union of the classes that occur or are predicted, and pixel accuracy,
+    from a confusion matrix [classes, classes]; and the number of pixels."""
     both, exact = counts.double(), counts.diag().double()
     union = both.sum(0) + both.sum(1) - exact
     return {

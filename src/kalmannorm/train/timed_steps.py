@@ -1,4 +1,4 @@
-"""Training steps on one fixed batch, and two of them in turn: what speed is measured by (Table 3, benchmarks/)."""
+"""Measure speed by training steps on one fixed batch, two networks alternating (Table 3, benchmarks/)."""
 
 import time
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from kalmannorm.train.model import optimizer
 
 GRAD_BATCH = 128
 RECIPE = {"momentum": 0.9, "weight_decay": 2e-4}
-WARM_UP = 3  # steps; compilation, allocation and caches
+WARM_UP = 3  # steps not timed, for compilation, allocation and caches
 
 Step = Callable[[], None]
 Pairs = list[tuple[float, float]]  # seconds of neighbouring steps: this, against
 
 
 def alternate(this: Step, against: Step, seconds: float, device: torch.device) -> Pairs:
-    """Time neighbouring steps, the order within each pair alternating, for about `seconds` and at least 5 pairs."""
+    """Time pairs of one step each, for about `seconds` and at least 5 pairs; the order within pairs alternates."""
 
     def timed(step: Step) -> float:
         began = time.perf_counter()
@@ -50,7 +50,10 @@ def training_step(
     compiled: bool = False,
     precision: str = "fp32",
 ) -> Step:
-    """Make a step as the harness trains, on one fixed batch; None: noise of CIFAR's size."""
+    """Return a function that does one training step as the harness does, always on the same batch.
+
+    `batch`: images and labels; None: noise of CIFAR's size. `precision`: fp32 or bf16.
+    """
     if device.type == "cpu":
         keep_freed_memory()
     model.to(device).train()
@@ -74,7 +77,7 @@ def training_step(
 
 
 def synthetic_batch(images: int = GRAD_BATCH, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Make noise [images, 3, size, size] and labels [images], the same every time."""
+    """Return noise [images, 3, size, size] and labels [images], the same at every call."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, 3, size, size, generator=generator)
     return x, torch.randint(classes, (images,), generator=generator)
