@@ -43,7 +43,7 @@ def by_whole_groups(normalize: Callable[..., Any]) -> Callable[..., Any]:
             self.left = 0
         if len(results) == 1:
             return results[0]
-        return _together(results[0], results[1], self.one_belief)
+        return _join(results[0], results[1], self.one_belief)
 
     return wrapped
 
@@ -53,7 +53,7 @@ def _rows(prior: Belief | None, chosen: slice) -> Belief | None:
     return prior if prior is None or len(prior.mean) == 1 else Belief(prior.mean[chosen], prior.var[chosen])
 
 
-def _together(first: Any, second: Any, one_row: bool) -> Any:
+def _join(first: Any, second: Any, one_row: bool) -> Any:
     """Join the results for whole groups and for remaining images: y, or (y, belief), which may have one row for all."""
     if isinstance(first, Tensor):
         return torch.cat([first, second])
@@ -159,7 +159,7 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
     def group_size(self, x: Tensor) -> int:
         """Return the number of images in each statistics group of x [N, C, ...].
 
-        ValueError: x is not of this layer, its batch does not divide, or a statistic would be of a single value.
+        ValueError: as groups.check; a batch that does not divide; statistics of a single value.
         """
         self._check_input_dim(x)
         try:

@@ -52,7 +52,7 @@ def once(layer: nn.Module, make: Callable[[], T]) -> T:
     elif outer < len(checkpoints) and (record := _record(checkpoints[outer][0], layer)).values:
         value = record.next()
     else:
-        value = _of_unknown(layer, make)
+        value = _value_of_waiting(layer, make)
     for checkpoint, _ in checkpoints[:outer]:  # checkpoints inside the one run again, which run for the first time
         _record(checkpoint, layer).values.append(value)
     return value
@@ -72,7 +72,7 @@ def _is_compiled_within() -> bool:
 _is_compiled_within._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _of_unknown(layer: nn.Module, make: Callable[[], T]) -> T:
+def _value_of_waiting(layer: nn.Module, make: Callable[[], T]) -> T:
     """Return, in the second forward of a checkpoint that is not torch's, the value of the only forward that waits."""
     if "_waiting" not in layer.__dict__:
         return make()

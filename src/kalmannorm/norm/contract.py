@@ -86,7 +86,7 @@ def is_traced() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-def _may_be_idle(model: nn.Module) -> bool:
+def _may_drop_beliefs(model: nn.Module) -> bool:
     """Say whether a converted model should drop beliefs that nothing uses.
 
     A trace would keep them, vmap cannot draw, and inference may have weights that can only be convolved with (quantized
@@ -97,7 +97,7 @@ def _may_be_idle(model: nn.Module) -> bool:
     return not (model.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-def _perhaps_idle(model: nn.Module, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+def _call_without_unused_beliefs(model: nn.Module, call: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Call a converted model, without beliefs if all its normalizers use moving averages and it returns no belief."""
     outer, running.idle = running.idle, not model.__dict__[MARK][RETURNS] and not _measures(model)
     try:
@@ -111,7 +111,7 @@ def _measures(model: nn.Module) -> bool:
     return any(isinstance(m, TakesBeliefs) and not getattr(m, "uses_moving", False) for m in model.modules())
 
 
-def _is_apart(part: nn.Module, args: Args) -> bool:
+def _is_called_by_itself(part: nn.Module, args: Args) -> bool:
     """Say whether a part of a model is called by itself, on features that other parts computed, and measures them."""
     if MARK in part.__dict__ or torch.compiler.is_compiling():
         return False
@@ -150,7 +150,7 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
         if MARK in self.__dict__ and SEEN not in self.__dict__[MARK] and not torch.compiler.is_compiling():
             self.__dict__[MARK][SEEN] = tree_map_only(Tensor, lambda value: value.detach().to("meta"), (args, kwargs))
         flow = running.flow
-        if flow is None and (base is not nn.Module or NORMALIZER in self.__dict__) and _is_apart(self, args):
+        if flow is None and (base is not nn.Module or NORMALIZER in self.__dict__) and _is_called_by_itself(self, args):
             warnings.warn(
                 "a part of a converted model is called without beliefs, by code that convert has not seen: its first "
                 "normalizers only measure. Let the model's forward call it, in a checkpoint too; or put the parts "
@@ -158,8 +158,8 @@ def methods(base: type[nn.Module]) -> dict[str, Any]:
                 stacklevel=2,
             )
         if flow is None or replaced or not flow.is_here():
-            if MARK in self.__dict__ and _may_be_idle(self):
-                return _perhaps_idle(self, base.__call__, args, kwargs)
+            if MARK in self.__dict__ and _may_drop_beliefs(self):
+                return _call_without_unused_beliefs(self, base.__call__, args, kwargs)
             return base.__call__(self, *args, **kwargs)
         return flow.through(functools.partial(base.__call__, self), args, kwargs)
 

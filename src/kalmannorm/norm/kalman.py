@@ -181,8 +181,8 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             layers (v1). `relative` (ours): R times the prior's variance. False: no R (released code).
         mixture: add p q (measured mean - prior mean)^2 to the variance, which makes it Cov(x - mu) as paper 3.2 defines
             it (the talk, v1's appendix, the released code). False: Eq. 7 to the letter.
-        guard: use the measurement alone if the prior's variance, averaged over the whole batch, is at least this many
-            times the measured one (released code: 100). It couples the groups of a batch.
+        guard: use the measurement alone if the ratio of the prior's variance to the measured one, averaged over all
+            groups and channels of a batch, is at least this (released code: 100). It couples the groups of a batch.
         belief: which belief to hand on, `posterior` or `output`.
         predict: `both`, or only the `var` while the mean is measured (ours).
         moving_groups: average the `mean` over all groups, or only the `first` group (released code).

@@ -88,7 +88,7 @@ class _ThroughTaps(torch.autograd.Function):
     def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
         mean, var, weight = ctx.saved_tensors
         taps, groups = weight.to(mean.dtype).flatten(2), ctx.groups
-        dtaps = _mixed_rows(dmean, mean, groups)[:, :, None] + 2 * taps * _mixed_rows(dvar, var, groups)[:, :, None]
+        dtaps = _outer_sums(dmean, mean, groups)[:, :, None] + 2 * taps * _outer_sums(dvar, var, groups)[:, :, None]
         return (
             _mix(dmean, _transposed(taps.sum(2), groups), groups),
             _mix(dvar, _transposed(taps.square().sum(2), groups), groups),
@@ -157,8 +157,11 @@ def _transposed(matrix: Tensor, groups: int) -> Tensor:
     return matrix.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _mixed_rows(out: Tensor, rows: Tensor, groups: int) -> Tensor:
-    """Return the gradient by `matrix` of sum(out * _mix(rows, matrix)): [C_out, C_in / groups]."""
+def _outer_sums(out: Tensor, rows: Tensor, groups: int) -> Tensor:
+    """Sum the outer products of out [R, C_out] and rows [R, C_in] in each group: [C_out, C_in / groups].
+
+    It is the gradient of sum(out * _mix(rows, matrix)) by `matrix`.
+    """
     if groups == 1:
         return out.T @ rows
     blocks = (t.unflatten(1, (groups, -1)) for t in (out, rows))

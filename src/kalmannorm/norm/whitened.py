@@ -239,7 +239,7 @@ def refresh(
     for layer in layers.values():
         for each in moments[layer]:
             each.over_ranks()
-        _renew(layer, *moments[layer], optimizer, momentum, (inputs or {}).get(layer))
+        _refresh_layer(layer, *moments[layer], optimizer, momentum, (inputs or {}).get(layer))
 
 
 def _measure(
@@ -293,7 +293,7 @@ def _measure(
 
 
 @torch.no_grad()
-def _renew(
+def _refresh_layer(
     layer: Layer,
     inner: Moments,
     outer: Moments,
