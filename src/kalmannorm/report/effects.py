@@ -137,7 +137,7 @@ class Cells:
         return self.of(identity(card, row, column), group, statistics or (column.statistics if column else "moving"))
 
     def of(self, row: Identity, group: Group, statistics: str) -> Cell:
-        """Return the same, of a row's identity."""
+        """Return the runs of a row's identity under one kind of statistics; an empty cell where there are none."""
         width = group.width if row.width is None else row.width
         schedule = row.rates or group.schedule or row.schedule or self.default_schedule
         whole = (row.network, width, row.normalizer, row.grad_batch, row.stat_batch)
@@ -197,7 +197,7 @@ class Effect(NamedTuple):
         return self.mean - half, self.mean + half
 
     def half_width_of(self, seeds: int, family: int = 1) -> float:
-        """Return what `seeds` of each row of the model would give if the spread stayed."""
+        """Return the half-width that `seeds` seeds of each row of the model would give with the present spread."""
         error = self.spread * math.sqrt(sum(w**2 for w in self.weights) / seeds)
         return self._replace(df=(seeds - 1) * max(1, self.rows - 1), error=error).half_width(family)
 

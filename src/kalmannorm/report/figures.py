@@ -182,7 +182,7 @@ def _differing(ran_in: Mapping[str, Mapping[str, list[str]]]) -> str:
 
 
 def figure5(card: Card, group: Group, cells: Cells) -> Figures:
-    """Variance gaps of the last normalizers by channel and batch, and of every layer; of the card's first two rows."""
+    """Draw variance gaps of the last normalizers by channel and batch, and of every layer, for the first two rows."""
     (bn_name, bn), (kn_name, kn) = ((row.name, _arrays(cells.cell(card, row, group))) for row in card.rows[:2])
     if not bn or not kn:
         return {}
@@ -232,8 +232,8 @@ def gains(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def layer_errors(card: Card, group: Group, cells: Cells) -> Figures:
-    """Per layer, the errors of measurement, prior and posterior against the population's statistics, and their
-    parts."""
+    """Draw, for each layer, the errors of measurement, prior and posterior against the population's statistics, and
+    their parts."""
     what = {"mean": "mean:\n|error| / population sd", "var": "variance:\n|ln(estimate / population)|"}
     parts = {"": "root mean square error", "_bias": "the same in all groups", "_spread": "from group to group"}
     estimates = {
@@ -267,7 +267,7 @@ def layer_errors(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def mixture(card: Card, group: Group, cells: Cells) -> Figures:
-    """Switchable Norm's weights of IN, LN and BN against the statistics batch."""
+    """Draw Switchable Norm's weights of IN, LN and BN against the statistics batch."""
     shares: dict[float | None, np.ndarray] = {}  # statistics batch -> [layers and seeds, means or variances, weights]
     for row in card.rows:
         layers = [
@@ -423,7 +423,7 @@ def _add_layers(panel: Panel, label: str, look: Look, found: Sequence[tuple[quan
 
 
 def _branch(name: str) -> tuple[tuple[str, ...], str]:
-    """Block and branch: "blocks.0.b3.1.bn" is in b3 of blocks.0; "layers.3.bn1" in the one branch of layers.3."""
+    """Return a layer's block and branch: "blocks.0.b3.1.bn" is in b3 of blocks.0, "layers.3.bn1" in "" of layers.3."""
     block = quantities.block(name)
     rest = name.split(".")[len(block) :]
     return block, rest[0] if len(rest) > 1 else ""

@@ -197,7 +197,7 @@ def own_options(norm: Mapping[str, Any], stat_batch: int | None) -> dict[str, An
 
 
 def _normalizer(norm: Mapping[str, Any], stat_batch: int | None) -> str:
-    """ "bkn", "bkn released", "bkn belief=output": the name and what is not its default."""
+    """Write a normalizer's name and what is not its default: "bkn", "bkn released", "bkn belief=output"."""
     words = [str(norm["name"])]
     if norm["name"] in KALMAN:
         known = norm_defaults(norm["name"])["preset"]
@@ -248,7 +248,7 @@ def _conf(group: str, name: str) -> dict[str, Any]:
 
 @functools.cache
 def norm_defaults(name: str) -> dict[str, Any]:
-    """conf/norm/NAME.yaml; another name's where it is one for it."""
+    """Return conf/norm/NAME.yaml, or the file that it names as its default."""
     tree = _conf("norm", name)
     return norm_defaults(tree["defaults"][0]) if "defaults" in tree else {"name": name, "preset": "paper", **tree}
 

@@ -177,8 +177,10 @@ def _in_words(verdict: Verdict, place: str) -> str:
 
 
 def matrix(verdicts: Sequence[Verdict]) -> tuple[list[str], list[tuple[Claim, list[list[Verdict]]]]]:
-    """Return the claims of the papers that were tested, against data sets and budgets: columns, and the verdicts by
-    column; in one place those of what is counted or timed."""
+    """Return the tested claims against data sets and budgets: the columns, and each claim with its verdicts by column.
+
+    Claims about counts and times have no columns: their verdicts are one list.
+    """
     judged = [v for v in verdicts if v.judged]
     columns = sorted({v.place for v in judged if v.place}, key=lambda c: (_fullness(c.rpartition(", ")[2]), c))
     of_claims = {claim: [v for v in judged if v.claim is claim] for claim in dict.fromkeys(v.claim for v in judged)}
@@ -189,7 +191,7 @@ def matrix(verdicts: Sequence[Verdict]) -> tuple[list[str], list[tuple[Claim, li
 
 
 def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
-    """Measured effects in points with the intervals that decide, beside the paper's."""
+    """Draw the measured effects in points with the intervals that decide, beside the paper's values."""
     colours = {"supported": style.GREEN, "contradicted": style.ORANGE, "open": style.GREY}
     paper_point = Point(0, "#000000", "D", filled=False)
     shown = [v for v in verdicts if v.judged and v.claim.unit == "points" and math.isfinite(v.low)]
@@ -289,7 +291,7 @@ def _runs(runs: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _command(config: Mapping[str, Any]) -> str:
-    """Return what runs it again."""
+    """Return the command that runs a configuration again."""
     said = [f"{part}={config[part]['name']}" for part in ("dataset", "arch", "norm", "schedule", "budget")]
     said += [f"batch.{key}={value}" for key, value in config["batch"].items() if value is not None]
     said += [f"arch.width={config['arch']['width']}"] if config["arch"].get("width", 1) != 1 else []

@@ -257,7 +257,7 @@ def label_maps(columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[st
 
 
 def _title(text: str, columns: int) -> str:
-    """Break it into lines as wide as one of so many columns."""
+    """Break a title into lines that fit one of `columns` columns."""
     return textwrap.fill(text, 84 // columns)
 
 

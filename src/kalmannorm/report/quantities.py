@@ -56,12 +56,12 @@ def steps_to(run: Run, level: float) -> float | None:
 
 
 def missing(found: Any) -> bool:
-    """Say whether it is no number: what a record does not have is None in its own values, nan in the frame."""
+    """Say whether a value is no finite number: a missing one is None in a record's own values, nan in the frame."""
     return not isinstance(found, int | float) or not math.isfinite(found)
 
 
 def block(name: str) -> tuple[str, ...]:
-    """Branches of a block, such as an Inception's, are as deep as each other: "blocks.0.b3.1.bn" is in blocks.0."""
+    """Return a layer's block, whose branches count as equally deep: "blocks.0.b3.1.bn" is in blocks.0."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     return tuple(parts[: number + 1])

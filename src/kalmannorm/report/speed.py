@@ -91,7 +91,7 @@ def sheet(card: Card, results: Path) -> Sheet:
 
 
 def describe(measurement: Measurement, row: str) -> str:
-    """Device, resolution, batches and arithmetic: "AMD EPYC, 2 threads; 64x64 px, (32, 32), fp32, eager"."""
+    """Write device, resolution, batches and arithmetic: "AMD EPYC, 2 threads; 64x64 px, (32, 32), fp32, eager"."""
     config = measurement["configs"][row]
     width, batch = config["arch"].get("width", 1), config["batch"]
     narrow = f", width {width:g}" if width != 1 else ""
@@ -107,6 +107,6 @@ def ratios(measurement: Measurement, base: str, other: str) -> list[float]:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Between the outer two lies the middle half; all of them where there are fewer than four."""
+    """Return first quartile, median and third quartile; of fewer than four values least, median and greatest."""
     low, high = (min(values), max(values)) if len(values) < 4 else quantiles(values, n=4)[::2]
     return low, median(values), high

@@ -317,7 +317,7 @@ def csv(sheet: Sheet) -> str:
 
 
 def files(sheet: Sheet) -> dict[str, bytes]:
-    """Return its files by name."""
+    """Return a sheet's files by name."""
     texts = {"md": markdown(sheet), "csv": csv(sheet), "tex": latex(sheet)}
     return {f"{sheet.stem}.{ending}": content.encode() for ending, content in texts.items()}
 
