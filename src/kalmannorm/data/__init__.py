@@ -1,7 +1,7 @@
-"""Data sets by name: small ones as arrays in memory, large ones as folders of files.
+"""Open data sets by name: small ones as arrays in memory, large ones as folders of files.
 
-What feeds them to a device imports torch and is not imported here: `loader` (arrays), `stream` (files through
-torchvision), `beton_loader` (FFCV's files).
+The loaders that bring them to a device import torch, and so are not imported here: `loader` (arrays), `stream` (files,
+by torchvision), `beton_loader` (FFCV's files).
 """
 
 import importlib
@@ -39,15 +39,15 @@ __all__ = [
 Source = Arrays | Images | Betons
 
 OFFICIAL = {each.name: each for each in (cifar.CIFAR10, cifar.CIFAR100, svhn.SVHN, svhn.SVHN_EXTRA)}
-VARIANTS = {"cifar10_few": "cifar10", "cifar10_recoloured": "cifar10"}  # of other sets, from whose folder they are read
+VARIANTS = {"cifar10_few": "cifar10", "cifar10_recoloured": "cifar10"}  # -> the data set whose files it has
 DATASETS = ("digits", *OFFICIAL, *VARIANTS)  # in memory
-# Of other data, by which module.
+# Data sets made from other data -> the module that makes them.
 MADE = {"playback": "kalmannorm.data.playback", "coco-tiny-maps": "kalmannorm.data.coco_maps"}
 PREPARE = (*OFFICIAL, *MADE)  # digits needs no preparing
 
 
 def root(option: str | None = None) -> Path:
-    """Return the folder of the data sets: the option, else the environment's KALMANNORM_DATA, else ./data."""
+    """Return the folder of the data sets: the option, else $KALMANNORM_DATA, else ./data. UserError: ~ is unknown."""
     chosen = option or os.environ.get("KALMANNORM_DATA") or "data"
     try:
         return Path(chosen).expanduser()
@@ -56,7 +56,7 @@ def root(option: str | None = None) -> Path:
 
 
 def source(dataset: Mapping[str, Any], root: Path) -> Source:
-    """Return the data set of a run's configuration (conf/dataset). UserError as for `load`."""
+    """Return the data set that a run's configuration (conf/dataset) describes. UserError as for `load`."""
     if dataset.get("frames") is not None:
         from kalmannorm.data import video  # imports torch
 
@@ -69,14 +69,14 @@ def source(dataset: Mapping[str, Any], root: Path) -> Source:
 
 
 def workers_of(asked: int | str, world: int) -> int:
-    """Return the workers of one of `world` processes; "auto": its share of this machine's cores, up to 16."""
+    """Return the number of workers for one of `world` processes; "auto": its share of the machine's cores, up to 16."""
     if asked != "auto":
         return int(asked)
     return max(1, min(16, machine.cores() // (machine.launch().local_world if world > 1 else 1)))
 
 
 def load(name: str, root: Path) -> Arrays:
-    """Return the data set `name`, checked. UserError if there is none of that name, or it is missing or damaged."""
+    """Return the data set `name`, checked. UserError: there is none of that name, or it is missing or damaged."""
     if name not in DATASETS:
         raise UserError(nearest(name, DATASETS, "dataset"))
     if name == "digits":
@@ -86,11 +86,15 @@ def load(name: str, root: Path) -> Arrays:
 
 
 def prepare(name: str, root: Path, archive: Path | None = None, download: bool = True) -> Path:
-    """Get the data set into `root/name`, from `archive`, files already there, or the network; see its module."""
+    """Bring a data set into `root/name` and return that folder.
+
+    It is read from `archive`, from files that are there already, or from the network: see the data set's module.
+    UserError: the data set needs no preparing, is unknown, or its source is missing or damaged.
+    """
     if name in OFFICIAL:
         return OFFICIAL[name].prepare(root, archive, download)
     if name in MADE:
-        made: Path = importlib.import_module(MADE[name]).prepare(root / name, archive)  # now: they import torch
+        made: Path = importlib.import_module(MADE[name]).prepare(root / name, archive)  # here: it imports torch
         return made
     if name == "digits":
         raise UserError("dataset 'digits' comes with scikit-learn: nothing to prepare, `dataset=digits` runs as it is")

@@ -1,7 +1,7 @@
-"""What every loader has in common: which images a step sees, in which order, and what part of them this process takes.
+"""Define the base classes of loaders: which images a step sees, in which order, and which of them this process takes.
 
-The engine knows loaders by this class alone. Where pixels come from is theirs: arrays on the device (`loader`), files
-through torchvision (`stream`), or FFCV's file (`beton_loader`).
+The training loop knows loaders by these classes alone. The subclasses bring the pixels: from arrays on the device
+(`loader`), from files by torchvision (`stream`), or from FFCV's file (`beton_loader`).
 """
 
 import hashlib
@@ -16,31 +16,32 @@ from torch import Tensor
 
 from kalmannorm.errors import UserError
 
-EVALUATION_SEED = 0  # order of `plain`; not the run's seed: all runs are evaluated on the same groups
+EVALUATION_SEED = 0  # of the order in `plain`: the same in all runs, so that all are evaluated on the same groups
 
 Batch = tuple[Tensor, Tensor]  # images float32 [n, 3, H, W], normalized, and labels int64 [n], on the device
-Counted = tuple[Tensor, Tensor, int]  # and how many of them count
+Counted = tuple[Tensor, Tensor, int]  # images, labels, and how many of them count
 
 
 def mix(*numbers: int) -> int:
-    """Make one seed of 63 bits from several integers: the head of the sha256 of their decimal digits joined by
-    commas.
+    """Mix integers to one seed of 63 bits: the first bits of the sha256 of their decimal digits joined by commas.
 
-    The same on every platform and version; no structure of the arguments survives (seed 1, epoch 2 is as far from
-    seed 2, epoch 1 as from any other), even in the low 32 bits, which are all that torch's CPU generator uses.
+    The result is the same on every platform and in every version. Related arguments (seed 1, epoch 2 and seed 2,
+    epoch 1) give unrelated seeds, even in the low 32 bits, which are all that torch's CPU generator uses.
     """
     digest = hashlib.sha256(",".join(str(int(number)) for number in numbers).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def fixed_order(count: int) -> Tensor:
-    """Return `count` images in a random order that is the same for every run: int64 [count]. Test sets may be sorted by
-    class, and who shares a statistics group matters."""
+    """Return the indices of `count` images in a random order that is the same in every run: int64 [count].
+
+    A test set may be sorted by class, and results depend on which images share a statistics group.
+    """
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(EVALUATION_SEED)))
 
 
 def choose(positions: Sequence[int], count: int | None) -> list[int]:
-    """Choose `count` of the images, always the same ones, in ascending order; None: all."""
+    """Choose `count` of the images, always the same ones, in ascending order; None: all. UserError: there are fewer."""
     if count is None:
         return list(positions)
     if count > len(positions):
@@ -51,8 +52,9 @@ def choose(positions: Sequence[int], count: int | None) -> list[int]:
 class Batches(ABC):
     """Batches of one split.
 
-    count: images of the split. batch: images per step over all devices. seed: of the order and the augmentation.
-    shard: (rank, world); this rank takes the positions rank::world of every batch (docs/trust.md).
+    count: images in the split. batch: images per step over all devices. seed: for the order and the augmentation.
+    shard: (rank, world); this rank takes the positions rank::world of every batch (docs/trust.md). UserError: `batch`
+    is not a multiple of `world`.
     """
 
     def __init__(
@@ -66,25 +68,24 @@ class Batches(ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; what is left over is dropped. UserError: not even one."""
+        """The number of whole batches in an epoch; images left over are dropped. UserError: there is not even one."""
         if self.batch > self.count:
             raise UserError(f"batch {self.batch} is larger than the {self.count} training images: give a smaller batch")
         return self.count // self.batch
 
     @abstractmethod
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]:
-        """Yield this rank's part of the augmented batches of one epoch, from `start_step` on: `Batch`, if not a
-        detector's.
+        """Yield this rank's part of each augmented batch of an epoch, from `start_step` on.
 
-        What a step yields depends on (seed, epoch, step) and the shard alone.
+        A part is a `Batch`, or coco.Batch for a detector. It depends on (seed, epoch, step) and the shard alone.
         """
 
 
 class PlainBatches(Batches):
-    """Batches that also come without augmentation: of everything but a detector's images, which are tested singly."""
+    """Batches that also come without augmentation, for evaluation; a detector is tested image by image instead."""
 
-    views: int | None = None  # of each image in `plain`, [n, views, ...]: a video's clips
-    at_once = 500  # images of an evaluation batch, about; online statistics depend on it (NUMERICS)
+    views: int | None = None  # clips of each video in `plain`: [n, views, ...]; None for images
+    at_once = 500  # images per evaluation batch, approximately; online statistics depend on it (NUMERICS)
 
     def plain(
         self, batch: int, order: Tensor | NDArray[np.int64] | Sequence[int] | None = None, fill: int = 1
@@ -93,10 +94,10 @@ class PlainBatches(Batches):
 
         batch: images per step over all devices, a multiple of `fill`.
         order: indices of the images; None: all of them, in `fixed_order`.
-        fill: the statistics batch. If the last batch is no multiple of it, the first images of the same order fill it
-        up to the next one; only the first `counted` images of a batch count.
-        With shards each rank gets whole statistics groups, in the order that keeps image i of G groups in group
-        i mod G; where they do not divide evenly some ranks get a group, and at the end a batch, less.
+        fill: the statistics batch. A last batch that is not a multiple of it is filled up with the first images of the
+        order; only the first `counted` images of a batch count.
+        With shards, each rank gets whole statistics groups, ordered such that image i of G groups stays in group
+        i mod G. If the groups do not divide evenly, some ranks get one group less, and at the end one batch less.
         """
         if fill < 1 or batch < 1 or batch % fill:
             raise UserError(f"evaluation batch {batch} is not a multiple of the statistics batch {fill}")
@@ -107,7 +108,7 @@ class PlainBatches(Batches):
         return fixed_order(self.count)
 
     def _dealt(self, batch: int, order: Tensor, fill: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield this rank's part of every batch of `plain`: indices int64 [n], and how many of them count."""
+        """Yield this rank's part of every batch of `plain`: indices int64 [n], and how many of these images count."""
         for start in range(0, len(order), batch):
             real = min(batch, len(order) - start)
             groups = -(-real // fill)  # rounded up

@@ -1,13 +1,13 @@
-"""COCO 2017 (Lin et al. 2014): images, boxes and masks, read from the official layout
+"""Read COCO 2017 (Lin et al. 2014), its images, boxes and masks, from the official layout
 
     ROOT/coco/{train2017,val2017}/*.jpg
     ROOT/coco/annotations/instances_{train2017,val2017}.json
 
-What the files say is checked when they are loaded (annotations.py). Crowd regions are left out of training, and so are
-images without any other object; both take part in evaluation, as COCO's own evaluation has it.
+The content of the files is checked when they are loaded (annotations.py). Crowd regions, and images without any other
+object, are left out of training; both take part in evaluation, as in COCO's own evaluation.
 
-Batches are of images of one orientation as far as possible (aspect-ratio grouping: less padding). What is drawn, the
-order and the flips, depends on (seed, epoch) and on the image alone.
+The images of a batch have one orientation as far as possible (aspect-ratio grouping: less padding). Order and flips
+depend on (seed, epoch) and on the image alone.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ from kalmannorm.errors import UserError, absent
 
 SPLITS = ("train2017", "val2017")
 OFFICIAL = (118_287, 5_000)
-SMALLEST = 1.0  # pixels: thinner boxes are no objects to train on
+SMALLEST = 1.0  # pixels: objects with thinner boxes are not trained on
 
 
 @dataclass(frozen=True)
 class Coco:
-    """Both splits. `train_images`: positions in `train.ids` of the images that can be trained on.
+    """Both splits. `train_images`: positions in `train.ids` of the images with an object to train on.
 
     `labels`: COCO's category id -> label 1..classes, in the order of the ids.
     """
@@ -49,7 +49,8 @@ class Coco:
 
 
 def load(name: str, root: Path, classes: int) -> Coco:
-    """Return the set `name` from its folder under `root`. UserError: what is missing, damaged or inconsistent."""
+    """Return the data set in `root/name`, with this number of classes, checked. UserError: it is missing, damaged or
+    inconsistent."""
     folder = find(name, root)
     train, test = (read(_annotations(folder, split), folder / split) for split in SPLITS)
     categories = sorted(train.coco.cats)
@@ -59,7 +60,7 @@ def load(name: str, root: Path, classes: int) -> Coco:
         raise UserError(f"the categories of {SPLITS[0]} and {SPLITS[1]} in {folder / 'annotations'} differ")
     for category in categories:
         names = [split.coco.cats[category]["name"] for split in (train, test)]
-        if names[0] != names[1] and str(category) not in names:  # which stands for a name that is missing
+        if names[0] != names[1] and str(category) not in names:  # a missing name is replaced by the id
             which = " and ".join(f"{name!r} in {split}" for name, split in zip(names, SPLITS, strict=True))
             raise UserError(f"category {category} of {folder} is {which}: expected one name")
     for split, found, use in zip(SPLITS, (train, test), ("train on", "evaluate by"), strict=True):
@@ -75,7 +76,7 @@ def load(name: str, root: Path, classes: int) -> Coco:
 
 
 def trainable(annotation: Values) -> bool:
-    """Say whether an annotation is an object to train on: no crowd region, not thinner than a pixel, with a mask."""
+    """Say whether an annotation is an object to train on: no crowd, at least a pixel wide and high, with a mask."""
     thin = min(annotation["bbox"][2:]) < SMALLEST
     return not annotation["iscrowd"] and not thin and run_length.area(annotation["segmentation"]) > 0
 
@@ -85,7 +86,7 @@ def _annotations(folder: Path, split: str) -> Path:
 
 
 def find(name: str, root: Path) -> Path:
-    """Return the folder with both splits' images and annotations. UserError: something of it is missing."""
+    """Return the folder with both splits' images and annotations. UserError: one of these is missing."""
     folder = root / name
     needed = [path for split in SPLITS for path in (_annotations(folder, split), folder / split)]
     if missing := [str(path) for path in needed if not path.exists()]:
@@ -96,7 +97,7 @@ def find(name: str, root: Path) -> Path:
 
 
 def _digest(folder: Path, *splits: Split) -> str:
-    """Hash by sha256 both annotation files, and every image's name and size (not its 20 GB of pixels)."""
+    """Return the sha256 of both annotation files and of all images' names and sizes (not of 20 GB of pixels)."""
     total = hashlib.sha256()
     for split, found in zip(SPLITS, splits, strict=True):
         with _annotations(folder, split).open("rb") as file:
@@ -109,15 +110,15 @@ def _digest(folder: Path, *splits: Split) -> str:
 
 # Batches -------------------------------------------------------------------------------------------------------------
 
-Target = dict[str, Any]  # torchvision's, with the image's id and key
+Target = dict[str, Any]  # torchvision's target, with `image_id` and `key` in addition
 Item = tuple[Tensor, Target]
 
 
 class Images(Dataset[Item]):
-    """(position in the split, flipped, key) -> uint8 image [3, H, W], torchvision's target with `image_id` and `key`.
+    """Map (position in the split, flipped, key) to the image, uint8 [3, H, W], and its Target.
 
-    The target's boxes [n, 4] (left, top, right, bottom, in pixels), labels [n] and masks uint8 [n, H, W] are of the
-    objects that can be trained on.
+    The target has the boxes [n, 4] (left, top, right, bottom, in pixels), labels [n] and masks, uint8 [n, H, W], of the
+    n objects to train on.
     """
 
     def __init__(self, split: Split, labels: dict[int, int]) -> None:
@@ -146,7 +147,7 @@ class Images(Dataset[Item]):
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's part of a step's images, on the device; `canvas`: what the whole step's images are padded to."""
+    """This process's images of a step, on the device. `canvas`: (height, width) that all of the step are padded to."""
 
     images: list[Tensor]  # float [3, H, W] in [0, 1]
     targets: list[Target]
@@ -154,7 +155,7 @@ class Batch:
 
 
 class TrainingBatches(Batches):
-    """Batches of the training images `positions`. size: short and long side, of which the step's canvas is made."""
+    """Batches of the training images at `positions`. size: the short and the long side that images are resized to."""
 
     def __init__(
         self, coco: Coco, positions: list[int], *, size: tuple[int, int], workers: int = 0, **options: Any
@@ -166,7 +167,7 @@ class TrainingBatches(Batches):
         self.shapes = [(image["height"], image["width"]) for image in listed]
 
     def order(self, epoch: int) -> list[list[int]]:
-        """Return each step's images (indices into `positions`): of one orientation, but for what is left over."""
+        """Return each step's images, as indices into `positions`: of one orientation, except for the remainders."""
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         shuffled: list[int] = torch.randperm(self.count, generator=generator).tolist()
         wide = [i for i in shuffled if self.shapes[i][1] >= self.shapes[i][0]]
@@ -182,7 +183,7 @@ class TrainingBatches(Batches):
         return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches, each image mirrored with probability 1/2."""
+        """Yield the batches; each image is mirrored with probability 1/2. UserError: an image cannot be read."""
         order = self.order(epoch)[start_step:]
         mine = [[self._item(i, epoch) for i in batch[self.rank :: self.world]] for batch in order]
         check_open_files(self.workers)
@@ -212,6 +213,6 @@ class TrainingBatches(Batches):
 
 
 def resized(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
-    """Return the size that torchvision resizes to: the short side to `size`, the long one to at most `max_size`."""
+    """Return (height, width) as torchvision resizes an image: short side `size`, long side at most `max_size`."""
     scale = min(size / min(height, width), max_size / max(height, width))
     return math.floor(height * scale), math.floor(width * scale)

@@ -1,7 +1,7 @@
-"""COCO's masks as label maps, in ADE20K's layout: a few real photographs for the path of ADE20K.
+"""Make label maps in ADE20K's layout from COCO's masks: a few real photographs to run the code for ADE20K on.
 
-`prepare` paints every object's mask, and every crowd, with its category: 1 to 80, in the order of COCO's ids. Where
-masks overlap the smaller one is seen. What no mask covers is unlabelled (0). Ours, of no paper.
+`prepare` paints the mask of every object and every crowd with its category: 1 to 80, in the order of COCO's ids. Where
+masks overlap, the smaller one is on top. Pixels that no mask covers are unlabelled (0). The set is ours, from no paper.
 """
 
 import shutil
@@ -21,8 +21,8 @@ SOURCE = "coco-tiny"
 
 
 def prepare(target: Path, archive: Path | None) -> Path:
-    """Write the data set to `target`, from coco-tiny beside it or the folder `archive` in COCO's layout. UserError:
-    that is missing or damaged; `target` is there already."""
+    """Write the data set to `target` and return that folder. `archive`: the source, a folder in COCO's layout; None:
+    coco-tiny beside `target`. UserError: the source is missing or damaged; `target` exists already."""
     folder = archive or target.parent / SOURCE
     found = coco.load(folder.name, folder.parent, COCO_CLASSES)
     with new_folder(target) as temporary:
@@ -33,14 +33,14 @@ def prepare(target: Path, archive: Path | None) -> Path:
             for position in range(len(split.ids)):
                 file = split.root / split.image(position)["file_name"]
                 shutil.copyfile(file, images / f"{file.stem}.jpg")
-                as_stored = {6: 8, 8: 6}.get(kept := look(file).orientation, kept)  # back, as scenes are read
+                as_stored = {6: 8, 8: 6}.get(kept := look(file).orientation, kept)  # reading turns it back
                 painted = turn(paint(split, position, found.labels), as_stored)
                 Image.fromarray(painted).save(maps / f"{file.stem}.png")
     return target
 
 
 def paint(split: Split, position: int, labels: dict[int, int]) -> np.ndarray:
-    """Return the label map uint8 [H, W] of an image: labels[category] of the smallest mask over a pixel, else 0."""
+    """Return an image's label map, uint8 [H, W]: labels[category] of the smallest mask over a pixel, else 0."""
     image = split.image(position)
     painted = np.zeros((image["height"], image["width"]), np.uint8)
     masks = sorted(split.annotations(position), key=lambda a: run_length.area(a["segmentation"]), reverse=True)

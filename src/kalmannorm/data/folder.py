@@ -1,8 +1,8 @@
-"""A data set as a folder of image files, as torchvision's ImageFolder has it: {train,val}/CLASS/FILE.
+"""List a data set that is a folder of image files in the layout of torchvision's ImageFolder: {train,val}/CLASS/FILE.
 
-Only names and sizes are read here; pixels are read when a loader asks for them (`pixels.read_rgb`).
+Only names and sizes are read here; a loader reads the pixels (`pixels.read_rgb`).
 
-Hidden files and folders, and what archives and file servers leave behind (JUNK), are neither classes nor images.
+Hidden files and folders, and those that archives and file servers leave behind (JUNK), are ignored.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ HOW_TO_GET = {
 }
 READ_AS_IT_IS = ("imagenet", "kinetics", "tiny_imagenet_20", "image_folder")
 LAYOUT = "expected torchvision's ImageFolder layout, train/CLASS/*.jpg and val/CLASS/*.jpg"
-Unreadables = dict[str, list[tuple[int, str]]]  # of each split: the images' numbers, and the reasons
-JUNK = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # hidden by their makers
+Unreadables = dict[str, list[tuple[int, str]]]  # split -> (index of the image, reason)
+JUNK = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")  # hidden from users
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the files are: their name, how theirs end, the layout that is expected, how they are read."""
+    """A kind of files: their name in messages, their extensions, the expected layout, and how they are read."""
 
     what: str
     extensions: tuple[str, ...]
@@ -49,8 +49,11 @@ IMAGES = Kind("images", EXTENSIONS, LAYOUT, "torchvision; crops and flips keyed 
 
 @dataclass(frozen=True)
 class Files:
-    """The images of one split. `names` are relative to `root`: one array of bytes, not a list of strings, whose
-    reference counts would copy the list into every worker that a loader forks."""
+    """The files of one split. names: paths relative to `root`, bytes [n]. labels: int64 [n].
+
+    `names` is one array, since reading a list of strings changes their reference counts, which would copy the list into
+    the memory of every worker that a loader forks.
+    """
 
     root: Path
     names: NDArray[np.bytes_]
@@ -68,7 +71,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Images:
-    """A data set as files; `provenance` goes into every record."""
+    """A data set of files; `provenance` goes into every record."""
 
     train: Files
     test: Files
@@ -76,7 +79,10 @@ class Images:
     provenance: dict[str, Any]
 
     def without(self, unreadable: Unreadables) -> "Images":
-        """Leave out the images that `find_unreadable` found, which the provenance then names with the reasons."""
+        """Return the data set without the images that `find_unreadable` found; its provenance names them and why.
+
+        UserError: a split or a class has no other images.
+        """
         left = {}
         named = []
         for split, files in (("train", self.train), ("val", self.test)):
@@ -96,7 +102,7 @@ class Images:
 
 
 def find(root: Path, dataset: Mapping[str, Any], layout: str = LAYOUT) -> Path:
-    """Return the folder with train/ and val/: `root/FOLDER`, or `root` itself. UserError: neither has them."""
+    """Return the folder that has train/ and val/: `root/FOLDER`, or `root` itself. UserError: neither has both."""
     places = (root / dataset["folder"], root)
     for place in places:
         if all((place / split).is_dir() for split in SPLITS):
@@ -109,13 +115,16 @@ def find(root: Path, dataset: Mapping[str, Any], layout: str = LAYOUT) -> Path:
 
 
 def count_classes(root: Path, dataset: Mapping[str, Any]) -> int:
-    """Count the folders in train/, one a class. UserError as for `find`."""
+    """Count the classes: the folders in train/. UserError as for `find`."""
     return len(_classes(find(root, dataset) / "train"))
 
 
 def load(root: Path, dataset: Mapping[str, Any], kind: Kind = IMAGES) -> Images:
-    """Return the files of the data set whose configuration (conf/dataset) is given. UserError: it is missing, or not of
-    the layout. `sha256` in the provenance is of names and sizes: to hash 150 GB would take an hour a run."""
+    """Return the files of the data set that a configuration (conf/dataset) describes.
+
+    `sha256` in the provenance is that of names and sizes: hashing 150 GB would take an hour per run. UserError: the
+    data set is missing, or has another layout.
+    """
     folder = find(root, dataset, kind.layout)
     classes = {split: _classes(folder / split) for split in SPLITS}
     if classes["train"] != classes["val"]:
@@ -139,7 +148,7 @@ def load(root: Path, dataset: Mapping[str, Any], kind: Kind = IMAGES) -> Images:
 
 
 def _classes(folder: Path) -> list[str]:
-    """Return the class folders as torchvision numbers them, sorted by name."""
+    """Return the names of the class folders, sorted: a class's label is its position, as in torchvision."""
     classes = []
     try:
         for entry in os.scandir(folder):
@@ -165,7 +174,7 @@ def _ignored(name: str) -> bool:
 
 
 def _files(folder: Path, classes: list[str], total: "hashlib._Hash", kind: Kind) -> Files:
-    """Return the files of a split, in torchvision's order; their names and sizes go into the hash `total`."""
+    """Return the files of a split, in torchvision's order, and add their names and sizes to the hash `total`."""
     names: list[bytes] = []
     labels: list[int] = []
     others: list[Path] = []
@@ -193,7 +202,7 @@ def _files(folder: Path, classes: list[str], total: "hashlib._Hash", kind: Kind)
 
 
 def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield every folder from `top` on with its files, along links too. UserError: a loop."""
+    """Yield `top` and every folder below it with its files; links are followed. UserError: a link leads to a parent."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -207,7 +216,7 @@ def _walk(top: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def fidelity(counts: tuple[int, int], published: list[int] | None) -> str:
-    """Say how many files there are beside how many were published."""
+    """Compare the numbers of training and test files with the published ones, in words."""
     said = f"{counts[0]:,} + {counts[1]:,} files"
     if published is None:
         return f"{said}, content not verified"
@@ -220,13 +229,13 @@ def fidelity(counts: tuple[int, int], published: list[int] | None) -> str:
 
 
 def find_unreadable(images: Images, workers: int) -> Unreadables:
-    """Read every image once, in `workers` threads: {split: [(index, reason), ...]}."""
+    """Read each image once, in `workers` threads; return those that cannot be read: {split: [(index, reason), ...]}."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     found: Unreadables = {}
-    with ThreadPool(max(1, workers)) as pool:  # Pillow decodes without holding the interpreter
+    with ThreadPool(max(1, workers)) as pool:  # threads suffice: Pillow releases the GIL while it decodes
         for split, files in (("train", images.train), ("val", images.test)):
             paths = (files.path(index) for index in range(len(files)))
             reasons: Iterable[str] = pool.imap(_reason, paths, chunksize=16)

@@ -1,11 +1,11 @@
-"""The whole set on the training device; whole batches cropped, flipped and normalized there, no Python per image.
+"""Load arrays: the whole set lies on the training device, where whole batches are cropped, flipped and normalized.
 
-The released CIFAR recipe: zero-pad the raw image, crop at random, flip at random, subtract the training
-set's per-pixel mean, divide by 128.
+The recipe is that of the released CIFAR code: zero-pad the raw image, crop at random, flip at random, subtract the
+training set's per-pixel mean, divide by 128.
 
-Every draw of an epoch is made beforehand on the CPU from (seed, epoch) alone, for all the images of the epoch, and goes
-to the device in one transfer. So image i of an epoch gets the same crop on any device and any number of devices, and a
-run that goes on in mid-epoch sees what it would have seen.
+All random numbers of an epoch are drawn beforehand on the CPU from (seed, epoch) alone, and go to the device in one
+transfer. So image i of an epoch gets the same crop on any device and any number of devices, and a run that is resumed
+within an epoch sees the same batches as without the interruption.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from kalmannorm.data.batches import Batch, Counted, PlainBatches, mix
 
-SCALE = 128.0  # released code
-CHUNK = 8192  # images padded at a time while the set is brought to the device
-AHEAD = {"cuda": 16}  # batches prepared at once: where launching kernels is most of the cost, else 1 (cache)
+SCALE = 128.0  # as in the released code
+CHUNK = 8192  # images that are padded at a time, while the set is copied to the device
+AHEAD = {"cuda": 16}  # batches prepared at once: launching kernels costs most there; else 1, to fit the cache
 
 
 class Loader(PlainBatches):
-    """Batches of one split; `options`: of Batches.
+    """Batches of one split, from arrays. `options`: those of Batches.
 
     images: uint8 [N, H, W, 3]; labels: int64 [N].
-    pad: zeros around the raw image, in pixels; crops move by up to that much. flip: half of the images are mirrored.
+    pad: zeros on each side of the raw image, in pixels; crops move by up to that much. flip: mirror half of the images.
     mean: float [3, H, W] on the scale 0..255, that of the training set; None: the mean of these images.
     """
 
@@ -44,7 +44,7 @@ class Loader(PlainBatches):
         count, height, width, _ = images.shape
         super().__init__(count, **options)
         self.pad, self.flip, self.height, self.width = pad, flip, height, width
-        if mean is None:  # exact: sums of integers, in float64
+        if mean is None:  # exact, since float64 holds the sums of integers
             mean = torch.from_numpy(images.mean(axis=0, dtype=np.float64).transpose(2, 0, 1).astype(np.float32))
         self.mean = mean.to(self.device, torch.float32).contiguous()
         self.labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)).to(self.device)
@@ -54,9 +54,9 @@ class Loader(PlainBatches):
         for start in range(0, count, CHUNK):
             raw = torch.from_numpy(np.ascontiguousarray(images[start : start + CHUNK])).to(self.device)
             padded[start : start + CHUNK, :, pad : pad + height, pad : pad + width] = raw.permute(0, 3, 1, 2)
-        # A crop, all three channels, lies within one run of bytes; runs overlap and start anywhere. `_runs` shows every
-        # run as a row, so that one index_select copies the crops of a batch: one memcpy an image on a CPU, 15 times
-        # faster there than indexing padded.unfold(2, H, 1).unfold(3, W, 1) by image, row and column.
+        # All three channels of a crop lie within one run of bytes; the runs of different crops overlap. `_runs` is a
+        # view with a row for each run, so that one index_select copies the crops of a batch. On a CPU that is one
+        # memcpy per image, 15 times faster than indexing padded.unfold(2, H, 1).unfold(3, W, 1) by image, row, column.
         self._image_stride, self._plane_stride, self._row_stride = 3 * rows * columns, rows * columns, columns
         length = 2 * rows * columns + (height - 1) * columns + width
         self._runs = padded.view(-1).as_strided((padded.numel() - length + 1, length), (1, 1))
@@ -71,11 +71,10 @@ class Loader(PlainBatches):
             yield from zip(images.split(local), labels.split(local), strict=True)
 
     def _draws(self, epoch: int) -> Tensor:
-        """Draw int64 [3, steps * batch / world] on the device: which image, where its run starts, whether it is
-        mirrored.
+        """Draw image, start of the crop's run and flip (0 or 1): int64 [3, steps * batch / world], on the device.
 
-        Drawn for all N positions in this order: permutation, row and column shifts, flips. A change of it, or of
-        `mix`, changes results (NUMERICS).
+        They are drawn for all N positions, in this order: permutation, row and column shifts, flips. A change of the
+        order, or of `mix`, changes results (NUMERICS).
         """
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(self.count, generator=generator)
@@ -90,7 +89,7 @@ class Loader(PlainBatches):
         runs = self._runs.index_select(0, starts)
         strides = (runs.stride(0), self._plane_stride, self._row_stride, 1)
         crops = runs.as_strided((len(starts), 3, self.height, self.width), strides)
-        if flips is not None:  # chosen by a second index_select: torch.where on bytes takes 4 times as long on a CPU
+        if flips is not None:  # by a second index_select, since torch.where on bytes takes 4 times as long on a CPU
             both = torch.cat((crops, crops.flip(-1)))
             crops = both.index_select(0, torch.arange(len(starts), device=self.device) + flips * len(starts))
         images = crops.to(torch.float32, memory_format=torch.contiguous_format)

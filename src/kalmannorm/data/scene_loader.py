@@ -1,8 +1,8 @@
-"""Scenes and their label maps for a network: crops of one size in training, whole scenes in evaluation.
+"""Load scenes and their label maps: crops of one size in training, whole scenes in evaluation.
 
-Training: the short side is brought to `size` times a factor drawn from `scales`, a crop of [height, width] is taken
-where it falls, what it lacks is filled with the mean colour and ignored pixels, and half of the crops are mirrored. All
-of it is drawn from the image's key (stream.py).
+In training the short side is resized to `size` times a random one of `scales`, and a crop of [height, width] is taken
+at a random place. Where the scene is smaller than the crop, the rest is filled with the mean colour and ignored pixels.
+Half of the crops are mirrored. All random numbers come from the image's key (stream.py).
 """
 
 import functools
@@ -20,13 +20,15 @@ from kalmannorm.data.batches import Counted
 from kalmannorm.data.scenes import IGNORED, REMEDY, Scenes
 from kalmannorm.data.stream import PLAIN, Decoding, Sample
 
-Wholes = tuple[list[Tensor], list[Tensor], int]  # images, their classes, and how many of them count
+Wholes = tuple[list[Tensor], list[Tensor], int]  # images, classes of their pixels, and how many images count
 
 
 class SceneLoader(Decoding):
     """Batches of one split: `epoch` yields images float32 [n, 3, *crop] and classes uint8 [n, *crop].
 
-    `wholes` yields scenes as they are, normalized.
+    `wholes` yields whole scenes, normalized.
+
+    size, scales, flip: of the crops, see above. options: those of Decoding.
     """
 
     remedy = REMEDY
@@ -39,7 +41,7 @@ class SceneLoader(Decoding):
         super().__init__(_Decode(scenes, size, crop, scales, flip, fill), len(scenes), **options)
 
     def wholes(self, batch: int, order: Tensor | None = None, fill: int = 1) -> Iterator[Wholes]:
-        """Yield, as `plain` does, images [3, H, W] and classes [H, W] at the files' resolution."""
+        """Yield batches as `plain` does, but as lists: images [3, H, W] and classes [H, W] at the files' resolution."""
         return cast(Iterator[Wholes], self.plain(batch, order, fill))
 
     def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
@@ -51,7 +53,7 @@ class SceneLoader(Decoding):
 
 
 class _Decode(Dataset[Sample]):
-    """(index, key) -> image and classes."""
+    """Map (index, key) to an image and the classes of its pixels."""
 
     def __init__(
         self, scenes: Scenes, size: int, crop: Sequence[int], scales: Sequence[float], flip: bool, fill: list[int]
@@ -82,6 +84,6 @@ class _Decode(Dataset[Sample]):
 
 
 def scaled(sides: Sequence[int], short: float) -> tuple[int, int]:
-    """Return height and width of a scene whose short side becomes `short`."""
+    """Return (height, width) of a scene after its short side is resized to `short`."""
     height, width = (max(1, round(side * short / min(sides))) for side in sides)
     return height, width

@@ -1,17 +1,17 @@
-"""The published sets of scenes, which are read as they are: where their files lie, what the numbers in their maps mean.
+"""List the published data sets of scenes, read as published: where their files lie, what the numbers in maps mean.
 
-CamVid (Brostow et al. 2009): streets of Cambridge, as SegNet's authors deal it out, in any resolution. The drive 0001TP
-was filmed at dusk, the others by day: `camvid_day` leaves it out, and `camvid_dusk` has all its labelled scenes, as
-another domain to be tested on.
+CamVid (Brostow et al. 2009): streets of Cambridge, as distributed by SegNet's authors, in any resolution. The drive
+0001TP was filmed at dusk, the others by day: `camvid_day` leaves it out, and `camvid_dusk` has all its labelled scenes,
+to test on another domain.
 
-Cityscapes (Cordts et al. 2016): streets of German cities. Tested on `val`: the labels of `test` are its evaluation
-server's.
+Cityscapes (Cordts et al. 2016): streets of German cities. Runs are tested on `val`, since the labels of `test` are
+known to the evaluation server only.
 
-GTA5 (Richter et al. 2016, "Playing for Data"): streets of a computer game with Cityscapes' classes. split.mat says
-which scenes are trained on and which validated on. Scenes that are not there are left out: some were never published.
-What the numbers mean is as in public code (wasidennis/AdaptSegNet, dataset/gta5_dataset.py).
+GTA5 (Richter et al. 2016, "Playing for Data"): streets of a computer game, with Cityscapes' classes. split.mat lists
+the scenes for training and for validation. Listed scenes without a file are left out: some were never published. The
+meaning of the numbers is taken from public code (wasidennis/AdaptSegNet, dataset/gta5_dataset.py).
 
-ADE20K (Zhou et al. 2017): things and stuff, as the scene parsing benchmark deals it out (ADEChallengeData2016).
+ADE20K (Zhou et al. 2017): things and stuff, as distributed for the scene parsing benchmark (ADEChallengeData2016).
 `coco-tiny-maps` has the same layout (coco_maps.py).
 """
 
@@ -22,12 +22,12 @@ from kalmannorm.data.scenes import Source, meanings
 from kalmannorm.errors import UserError, reason
 
 COCO_CLASSES = 80
-DUSK = "0001TP"  # how the names of CamVid's scenes at dusk begin
-# Of GTA5: published with label maps of another size than their images, or black. Public loaders leave them out.
+DUSK = "0001TP"  # prefix of the names of CamVid's scenes at dusk
+# GTA5's scenes whose published label maps are black, or of another size than the image. Public loaders skip them.
 DAMAGED = {15188, 17705, *range(20801, 20861)}
 
 CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
-# The classes that Cityscapes' benchmark evaluates, in its order, by the number (labelIds) that stands in the maps.
+# The classes that Cityscapes' benchmark evaluates, in its order -> the number (labelIds) in the maps.
 CITYSCAPES = {
     "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
     "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
@@ -37,13 +37,13 @@ OF_CITYSCAPES = {number: i for i, number in enumerate(CITYSCAPES.values())}
 
 
 def _listed(folder: Path, split: str) -> set[str]:
-    """Return the names of GTA5's scenes of a split. UserError: a split.mat that is missing or damaged."""
+    """Return the names of GTA5's scenes in a split. UserError: split.mat is missing or damaged."""
     from scipy.io import loadmat
 
     file, key = folder / "split.mat", {"train": "trainIds", "test": "valIds"}[split]
     try:
         numbers = {int(number) for number in loadmat(file)[key].ravel()}
-    except Exception as error:  # whatever a damaged file makes of it
+    except Exception as error:  # a damaged file may raise any kind
         where = "it is in read_mapping.zip, where the images are"
         raise UserError(f"cannot read {key} of {file}: {reason(error)}; {where}") from None
     return {f"{number:05d}" for number in numbers - DAMAGED}
@@ -100,7 +100,7 @@ SOURCES = {
         chosen=lambda folder, split: lambda name: name.startswith(DUSK),
     ),
     "cityscapes": _cityscapes,
-    "cityscapes_gta5": _cityscapes,  # tested on GTA5 as well
+    "cityscapes_gta5": _cityscapes,  # a run is tested on GTA5 as well
     "gta5": _gta5,
     "ade20k": _ade20k,
     "coco-tiny-maps": replace(

@@ -1,8 +1,8 @@
-"""Scenes with a label map each, from whose pixels a network learns: what all such data sets have in common.
+"""Read and check data sets for segmentation: scenes, that is images with a label map each.
 
-A source (scene_sources.py) says where its images and maps lie, what the numbers in its maps mean and where it can be
-got. What a run will read is looked at when the set is loaded: every image has a map of its size, and no map holds a
-number that means nothing.
+A source (scene_sources.py) says where images and maps lie, what the numbers in the maps mean and where to get the set.
+All that a run will read is checked when the set is loaded: every image has a map of its size, and no map holds a number
+without a meaning.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from kalmannorm import machine
 from kalmannorm.data.pixels import Header, Unreadable, look, read_numbers, read_rgb, turn
 from kalmannorm.errors import UserError, absent
 
-IGNORED = 255  # of a pixel that counts neither in training nor in evaluation
+IGNORED = 255  # class of a pixel that counts neither in training nor in evaluation
 REMEDY = "; get the file again, or remove image and label map"
-MEANINGLESS = 254  # of a number that no map of the source holds
+MEANINGLESS = 254  # in `Source.table`: no map of the source should hold this number
 Pair = tuple[Path, Path]  # an image and its label map
 
 
@@ -30,9 +30,10 @@ Pair = tuple[Path, Path]  # an image and its label map
 class Source:
     """A published data set of scenes.
 
-    folder: under the data root. classes: their names. table: uint8 [256], from a map's number to the class, IGNORED or
-    MEANINGLESS. images, maps: patterns of their files in the folder; what their stars stand for is a scene's name.
-    splits: "train" and "test" in the published names. chosen: (folder, split) -> which names belong to it.
+    folder: under the data root. classes: their names. table: uint8 [256], number in a map -> class, IGNORED or
+    MEANINGLESS. images, maps: glob patterns of the files in the folder; the text that the stars match is the scene's
+    name. splits: "train" and "test" -> published names of the splits. chosen: (folder, split) -> a function that says
+    whether a name belongs to the split.
     """
 
     folder: str
@@ -45,7 +46,7 @@ class Source:
     chosen: Callable[[Path, str], Callable[[str], bool]] = lambda folder, split: lambda name: True
 
     def pairs(self, folder: Path, split: str) -> list[Pair]:
-        """Return the images of a split and their label maps, by name. UserError: one is without the other."""
+        """Return a split's images with their label maps, sorted by name. UserError: an image or a map is alone."""
         chosen = self.chosen(folder, split)
         found: list[Pair] = []
         for published in self.splits[split]:
@@ -59,7 +60,7 @@ class Source:
 
 
 def _named(folder: Path, pattern: str) -> dict[str, Path]:
-    """Return the files of a pattern by what stands in its stars' places: CITY/NAME, as two cities may have one name."""
+    """Return the files that match a pattern, by the text that its stars match: CITY/NAME, as cities may share names."""
     top, suffix = folder / pattern.partition("*")[0], pattern.rpartition("*")[2]
     found = (path for path in folder.glob(pattern) if path.name[0] != ".")
     return {path.relative_to(top).as_posix().removesuffix(suffix): path for path in found}
@@ -79,13 +80,16 @@ class Scenes:
         return Scenes([self.pairs[i] for i in indices], self.table)
 
     def read(self, index: int) -> tuple[Image, NDArray[np.uint8]]:
-        """Return the image, in RGB, and its classes, uint8 [H, W] with IGNORED among them. UserError."""
+        """Return the RGB image and its pixels' classes, uint8 [H, W], some IGNORED. UserError: one cannot be read."""
         image, numbers = self.pairs[index]
         return read_rgb(image), self._classes(numbers, look(image))
 
     def _classes(self, file: Path, image: Header) -> NDArray[np.uint8]:
-        """Return the classes of the upright picture. A map of the size that the picture is stored in is turned with it:
-        those who drew the published maps, and public code, do not look at EXIF data."""
+        """Return the classes of the upright picture's pixels, uint8 [H, W].
+
+        A map with the size of the picture as stored is turned like the picture: published maps were drawn, and public
+        code reads them, without regard to EXIF data. UserError: the map cannot be read, or has a wrong number.
+        """
         numbers = read_numbers(file)
         if numbers.shape == (image.height, image.width):
             numbers = turn(numbers, image.orientation)
@@ -99,8 +103,8 @@ class Scenes:
         return classes
 
     def check(self, index: int) -> tuple[tuple[int, int], bool]:
-        """Return width and height of a scene, and whether a pixel of it has a class. UserError: it cannot be read, or
-        its label map is not its own."""
+        """Return (width, height) of a scene, and whether any pixel of it has a class. UserError: image or map cannot be
+        read, or their sizes differ."""
         image, numbers = self.pairs[index]
         try:
             header = look(image)
@@ -124,7 +128,7 @@ class Split:
 
 
 def meanings(classes: Mapping[int, int], ignored: Iterable[int]) -> NDArray[np.uint8]:
-    """Make a source's table of classes by number, and of the numbers that do not count."""
+    """Make the table of a source. classes: number in a map -> class. ignored: numbers of pixels that do not count."""
     table = np.full(256, MEANINGLESS, dtype=np.uint8)
     table[list(ignored)] = IGNORED
     table[list(classes)] = list(classes.values())
@@ -134,9 +138,9 @@ def meanings(classes: Mapping[int, int], ignored: Iterable[int]) -> NDArray[np.u
 def load(
     name: str, source: Source, folder: Path, published: Sequence[int] | None = None, part: tuple[int, int] = (0, 1)
 ) -> Split:
-    """Return the data set, checked; of k processes, the i-th checks every k-th scene from `part` = (i, k) on.
+    """Return the data set, checked. With `part` = (i, k), this process checks every k-th scene, from the i-th on.
 
-    UserError: it is not there, incomplete, damaged or inconsistent.
+    UserError: the data set is missing, incomplete, damaged or inconsistent.
     """
     train, test = (find(name, source, folder, split) for split in ("train", "test"))
     sizes = check(train, part) | check(test, part)
@@ -155,7 +159,7 @@ def load(
 
 
 def find(name: str, source: Source, folder: Path, split: str) -> Scenes:
-    """Return the scenes of a split, "train" or "test", not checked. UserError: there are none."""
+    """Return the scenes of a split, "train" or "test", unchecked. UserError: there are none."""
     scenes = Scenes(source.pairs(folder, split), source.table) if folder.is_dir() else None
     if not scenes:
         raise absent(name, f"no {split} scenes in {folder.absolute()}", source.how_to_get)
@@ -163,8 +167,9 @@ def find(name: str, source: Source, folder: Path, split: str) -> Scenes:
 
 
 def check(scenes: Scenes, part: tuple[int, int] = (0, 1)) -> set[tuple[int, int]]:
-    """Read every label map, and every image's size; return the sizes, (width, height). UserError."""
-    with ThreadPool(machine.cores()) as pool:  # Pillow decodes without holding the interpreter
+    """Check every scene of `part` and return the sizes found, (width, height). UserError: a bad scene; no pixel of any
+    scene has a class."""
+    with ThreadPool(machine.cores()) as pool:  # threads suffice: Pillow releases the GIL while it decodes
         found = list(pool.imap(scenes.check, range(part[0], len(scenes), part[1]), chunksize=8))
     if not any(has_class for _, has_class in found) and not any(scenes.check(i)[1] for i in range(len(scenes))):
         raise UserError(f"no pixel of any label map in {scenes.pairs[0][1].parent} has a class: get them again")
@@ -181,7 +186,7 @@ def _digest(folder: Path, *splits: Scenes) -> str:
 
 
 def _ranges(numbers: NDArray[np.generic]) -> str:
-    """Say numbers in words: 0 to 3, 7."""
+    """Describe ascending numbers in words: "0 to 3, 7"."""
     runs: list[list[int]] = []
     for number in numbers.tolist():
         if runs and runs[-1][1] == number - 1:

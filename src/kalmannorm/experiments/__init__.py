@@ -1,1 +1,1 @@
-"""Runs and experiments as data: configuration, record, card. Imports no torch."""
+"""Describe runs and experiments as data: configuration, record, card. Imports no torch."""

@@ -1,24 +1,26 @@
-"""Cards: conf/experiment/NAME.yaml names the runs of a table, figure or count. Sweeps and reports read the same ones.
+"""Read cards: conf/experiment/NAME.yaml names the runs of a table, figure or count, for sweeps and reports alike.
 
-    name, title   "table7", what it reproduces
-    kind          "table" (the default), or one of the pictures' and counts' (report/__init__.py)
-    runs          {SETTING: VALUE} of every run
-    rows          - {key, label, runs: {SETTING: VALUE}}; of the papers unless `ours: true`. More: `block` (a heading),
-                  `columns` (the only ones that it has), `baseline` (a row's key), `paper` (a path into
-                  paper_values.yaml, {column} where the column's key goes), `paper_batch` ([grad, stat] of that value)
-    columns       kinds of statistics (moving, online), or {key, label, statistics, value, steps_to, at, runs}: `value`
-                  of the final ones (accuracy), or optimizer steps to `steps_to` percent, or the accuracy at the part
-                  `at` of the steps; `runs` where columns are data sets, networks or batches
-    baseline      the row that the others are compared with
-    paper, paper_dataset, paper_setting, paper_batches
-                  where the printed values stand, and what they are of; false where no batches are printed
+    name, title   "table7", and the title of what it reproduces
+    kind          "table" (the default), or a kind of figure or count (report/__init__.py)
+    runs          {SETTING: VALUE} for every run
+    rows          - {key, label, runs: {SETTING: VALUE}}; from the papers unless `ours: true`. Optional: `block` (a
+                  heading), `columns` (the only ones that the row has), `baseline` (a row's key), `paper` (a path into
+                  paper_values.yaml, with {column} for the column's key), `paper_batch` ([grad, stat] of that value)
+    columns       kinds of statistics (moving, online), or {key, label, statistics, value, steps_to, at, runs}: the
+                  cell shows `value` of the final evaluation (accuracy), or the number of optimizer steps to `steps_to`
+                  percent, or the accuracy after the part `at` of the steps; `runs`: settings of the column, where
+                  columns are data sets, networks or batches
+    baseline      key of the row that the others are compared with
+    paper, paper_dataset, paper_setting
+                  where the printed values are in paper_values.yaml, and the data set and setting that they are for
+    paper_batches false if the paper does not print the batches
 
-A setting is an override of the command line: {arch: resnet32, norm: bkn, batch: g128_s2, norm.options.gain: 0.1}.
-Sweeps compose them; a report looks them up in the records (report/frame.py), where what a row does not name is the
-default, but for data set, budget, schedule and width, in which tables are grouped.
+A setting is an override as on the command line: {arch: resnet32, norm: bkn, batch: g128_s2, norm.options.gain: 0.1}.
+A sweep composes the runs from them; a report looks the runs up in the records (report/frame.py). A setting that a row
+does not name has its default there, except data set, budget, schedule and width: tables are grouped by these.
 
-A row with `sweep: {SETTING: [VALUE, ...], ...}` stands for one row per combination of the values, which its key ends
-with.
+A row with `sweep: {SETTING: [VALUE, ...], ...}` stands for one row for each combination of the values, which are
+appended to its key.
 """
 
 import functools
@@ -41,14 +43,14 @@ KNOWN = ConfigDict(extra="forbid")
 
 
 def _column(written: Any) -> Any:
-    """Give a column its label: a name alone is a kind of statistics, a key is what it is called."""
+    """Complete a column: a name alone is a kind of statistics, and the label is the key unless it is given."""
     if isinstance(written, str):
         return {"key": written, "label": written, "statistics": written}
     return {"label": written.get("key"), **written} if isinstance(written, dict) else written
 
 
 def _swept(rows: Iterable[Any]) -> list[Any]:
-    """Put in place of a row with a `sweep` one for each combination of the swept values."""
+    """Replace each row that has a `sweep` by one row for each combination of the swept values."""
     found = []
     for row in rows:
         if not isinstance(row, dict) or "sweep" not in row:
@@ -63,7 +65,7 @@ def _swept(rows: Iterable[Any]) -> list[Any]:
 
 @dataclass(frozen=True, config=KNOWN)
 class Column:
-    """What a column shows of its runs."""
+    """A column of a card: which quantity of its runs it shows."""
 
     key: str
     label: str = ""
@@ -76,7 +78,7 @@ class Column:
 
 @dataclass(frozen=True, config=KNOWN)
 class Row:
-    """Runs that differ in nothing but their seed, and in what a card leaves open."""
+    """A row of a card: its runs differ only in the seed and in settings that the card leaves open."""
 
     key: str
     label: str
@@ -89,12 +91,12 @@ class Row:
     paper_batch: tuple[int, int] | None = None
 
     def has(self, column: Column) -> bool:
-        """Say whether the row has a place in this column."""
+        """Say whether the row has a cell in this column."""
         return self.columns is None or column.key in self.columns
 
     @property
     def name(self) -> str:
-        """The label, marked where the row is none of the papers'."""
+        """The label, marked as ours if the row is from no paper."""
         return f"{self.label} (ours)" if self.ours else self.label
 
 
@@ -122,7 +124,7 @@ class Card:
 
     @property
     def of_papers(self) -> bool:
-        """Whether it is a table or figure of the papers, not of the talk, and none of ours."""
+        """Whether it reproduces a table or figure of the papers, rather than the talk's or our own."""
         return self.name.startswith(("table", "figure", "v1-"))
 
     @property
@@ -146,7 +148,7 @@ class Card:
         return [column for column in self.columns if row.has(column)]
 
     def settings(self, row: Row, column: Column | None = None) -> dict[str, Any]:
-        """Return the settings of a row's runs, in one column."""
+        """Return the settings of a row's runs, those of `column` included."""
         return {**self.runs, **(column.runs if column else {}), **row.runs}
 
 
@@ -156,7 +158,7 @@ def names() -> list[str]:
 
 @functools.cache
 def read(name: str) -> Card:
-    """Read a card. UserError: no such card, or one that is no card, with the reason."""
+    """Read a card. UserError: there is no such card, or its file is invalid, with the reason."""
     if name not in names():
         raise UserError(nearest(name, names(), "experiment"))
     try:
@@ -171,7 +173,7 @@ def read(name: str) -> Card:
 
 
 def overrides(settings: Settings) -> list[str]:
-    """Return the settings as the command line takes them."""
+    """Return the settings as overrides for the command line."""
     return [f"{key}={_literal(value)}" for key, value in settings.items()]
 
 

@@ -1,4 +1,4 @@
-"""From overrides to one run's configuration: composed, resolved, checked before any data is touched."""
+"""Turn overrides into the configuration of one run: compose, resolve and check it before any data is read."""
 
 import functools
 import hashlib
@@ -44,21 +44,21 @@ GROUPS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "schedule": read_schedule,
     "budget": Budget.read,
 }
-# What determines a run's result, and so its id; the rest says where it runs.
+# The settings that determine a run's result, and so its id; all others say where it runs.
 RESULT_KEYS = (*GROUPS, "seed", "precision", "compile", "deterministic")
-# What a data set says of a budget: of all, of detectors, of scenes.
+# The settings that a data set may give in its `budgets`: for all tasks, for detection, for segmentation.
 OF_BUDGET = (
     *("epochs", "warmup", "subset", "size"),
     *("steps", "train_images_evaluated", "width", "max_size", "boxes", "proposals", "candidates", "roi_size"),
     "crop",
 )
-LOOK_AT_ALL = ("guard", "mean_batch", "var_batch")  # options by which a layer looks at the whole batch at once
-COMPILE_FROM = 1000  # steps that pay for the compiler on a CPU
+LOOK_AT_ALL = ("guard", "mean_batch", "var_batch")  # options that need the whole batch at once
+COMPILE_FROM = 1000  # steps: on a CPU, shorter runs lose more time to the compiler than it saves
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config(Group):
-    """One run: what determines its result, and where it runs."""
+    """The settings of one run: those that determine its result, and those that say where it runs."""
 
     dataset: Dataset
     arch: Arch
@@ -81,13 +81,13 @@ class Config(Group):
     checkpoint_every: Part = 0.05  # of the run's steps
 
     def __post_init__(self) -> None:
-        """Check groups against each other. UserError."""
+        """Raise UserError if the subset has fewer images than one step."""
         subset, grad = self.budget.subset, self.batch.grad_batch
         expect(subset is None or subset >= grad, "budget.subset", subset, f"null or at least one step's {grad} images")
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
-        """Make a configuration from plain values, as `values` returns them. UserError: unknown ones, bad ones."""
+        """Make a configuration from plain values, as `values` returns them. UserError: unknown setting, bad value."""
         return super().read({key: GROUPS[key](of) if key in GROUPS else of for key, of in values.items()})
 
     def values(self) -> dict[str, Any]:
@@ -95,18 +95,18 @@ class Config(Group):
         return {key: of.values() if key in GROUPS else of for key, of in super().values().items()}
 
     def result(self) -> dict[str, Any]:
-        """Return what determines the result, as plain values: what the id is made of, and a record holds."""
+        """Return the settings that determine the result, as plain values: the id is their hash; a record holds them."""
         values = self.values()
         return {key: values[key] for key in RESULT_KEYS}
 
     @property
     def task(self) -> str:
-        """What the network learns."""
+        """The task that the network learns: classification, detection or segmentation."""
         return getattr(self.dataset, "task", "classification")
 
 
 def conf_dir() -> Path:
-    """Return conf/ of the checkout; inside the package where it was installed from a wheel."""
+    """Return the folder conf/: that of the checkout, or inside the package if it was installed from a wheel."""
     package = Path(__file__).resolve().parents[1]
     candidates = (package / "conf", package.parents[1] / "conf")
     found = next((c for c in candidates if (c / "config.yaml").exists()), None)
@@ -120,7 +120,7 @@ def compose(overrides: list[str]) -> Config:
     values = composition.compose(conf_dir(), overrides)
     for group in GROUPS:
         expect(isinstance(values[group], dict), group, values[group], f"settings; a choice is {group}=NAME without a +")
-    for budget, own in values["dataset"].pop("budgets").items():  # the chosen one stands under `budget`
+    for budget, own in values["dataset"].pop("budgets").items():  # the chosen budget is in values["budget"]
         expect(isinstance(own, dict), f"dataset.budgets.{budget}", own, "settings")
         for key in own.keys() - set(OF_BUDGET):
             raise unknown(key, OF_BUDGET, f"dataset.budgets.{budget}.")
@@ -129,7 +129,10 @@ def compose(overrides: list[str]) -> Config:
 
 
 def _check_names(values: Mapping[str, Any]) -> None:
-    """Raise UserError for a name that no file of conf/ has, of what is known by it. A folder of images may have any."""
+    """Raise UserError for the name of a network, normalizer, schedule or budget that is in no file of conf/.
+
+    Data sets are not checked: a folder of images may have any name.
+    """
     for group in ("arch", "norm", "schedule", "budget"):
         known = _names(conf_dir() / group)
         if values[group].get("name") not in known:
@@ -138,7 +141,7 @@ def _check_names(values: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _names(folder: Path) -> tuple[str, ...]:
-    """Return the names that stand in the files of a group."""
+    """Return the `name` values in the files of a group's folder."""
     named = (
         re.search(r"^name: *([\w-]+)", (folder / f"{file}.yaml").read_text("utf-8", "replace"), re.MULTILINE)
         for file in composition.choices(folder)
@@ -147,18 +150,18 @@ def _names(folder: Path) -> tuple[str, ...]:
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """Say in one line what run it is, from what determines its result."""
+    """Describe a run in one line, from `Config.result()`."""
     names = " ".join(result[group]["name"] for group in ("dataset", "arch", "norm"))
     return f"{names} {batches(result)} {result['budget']['name']} seed {result['seed']}"
 
 
 def batches(result: Mapping[str, Any]) -> str:
-    """Say (images a step, images that share statistics); - where a normalizer has none of a batch."""
+    """Return "(images per step,images that share statistics)", "-" for a normalizer without batch statistics."""
     return f"({result['batch']['grad_batch']},{result['batch']['stat_batch'] or '-'})"
 
 
 def check_batches(config: Config, devices: int) -> None:
-    """Raise UserError unless every device, and every micro-batch there, gets whole statistics groups."""
+    """Raise UserError unless every micro-batch on every device consists of whole statistics groups."""
     grad, stat, parts, name = config.batch.grad_batch, config.batch.stat_batch, config.accumulate, config.norm.name
     where = f"{devices} devices" + (f" x accumulate = {parts}" if parts > 1 else "")
     if grad % (devices * parts):
@@ -173,7 +176,7 @@ def check_batches(config: Config, devices: int) -> None:
 
 
 def _resolve(values: dict[str, Any]) -> Config:
-    """Fill in what `auto` and null stand for, so that the record says what ran."""
+    """Replace `auto` and null by the values they stand for, so that the record says what ran."""
     if values["dataset"].get("classes") == "auto" and "folder" in values["dataset"]:
         from kalmannorm import data
 
@@ -191,24 +194,26 @@ def _resolve(values: dict[str, Any]) -> Config:
     on_gpu = str(values["device"]).startswith("cuda")
     automatic = [key for key in ("precision", "compile") if values[key] == "auto"]
     if "precision" in automatic:
-        # Of a convolution over two frames torch's CPU kernels give a bfloat16 gradient that is not finite.
+        # No bfloat16 for videos on a CPU: torch's gradient of a convolution over two frames is not finite there.
         fast = on_gpu or (machine.multiplies_bfloat16() and not detects and not of_videos)
         values["precision"] = "bf16" if fast else "fp32"
     if "compile" in automatic:
         values["compile"] = False
     config = Config.read(values)
-    if "compile" in automatic and not detects:  # a detector's batches have a shape of their own each
-        # On a CPU the compiler takes a minute; without instructions for bfloat16 steps take half the time all the same.
+    if "compile" in automatic and not detects:  # batches of a detector all differ in shape: each would be compiled
+        # On a CPU the compiler takes a minute and halves the time of a step, even without bfloat16 instructions.
         on_cpu = config.device == "cpu" and not of_videos and machine.has_compiler()
         config = replace(config, compile=on_gpu or (on_cpu and _steps(config) >= COMPILE_FROM))
     return replace(config, **_resolve_norm(config.norm, config.batch, config.arch.options.get("head_norm")))
 
 
 def _resolve_norm(norm: Norm, batch: Batch, head_norm: str | None) -> dict[str, Any]:
-    """Return the normalizer with its preset's options, and the batch with the images that share its statistics, or
-    those of a detector's heads."""
+    """Return {"norm", "batch"}: the normalizer with its preset's options, the batch with `stat_batch` filled in.
+
+    `head_norm`: the normalizer of a detector's heads, whose statistics the batch may be for as well.
+    """
     if norm.name not in BATCH_STATISTICS and head_norm not in BATCH_STATISTICS:
-        batch = replace(batch, stat_batch=None)  # means nothing there: one run serves every column
+        batch = replace(batch, stat_batch=None)  # has no effect here: all columns of a card share one run
     elif batch.stat_batch is None or norm.name in WHOLE_BATCH:
         batch = replace(batch, stat_batch=batch.grad_batch)
     if norm.name in KALMAN:
@@ -223,7 +228,8 @@ def _resolve_norm(norm: Norm, batch: Batch, head_norm: str | None) -> dict[str, 
 
 
 def _resolve_weights(arch: Mapping[str, Any], file: str | None, detects: bool) -> dict[str, Any]:
-    """Return what the given weights are, by content; a run that has none trains from scratch."""
+    """Return arch settings: `pretrained`, the sha256 of the weights file, None for training from scratch; and, unless a
+    detector's configuration says it, `frozen_stages`."""
     found: dict[str, Any] = {"pretrained": None}
     if file is not None:
         try:
@@ -237,7 +243,7 @@ def _resolve_weights(arch: Mapping[str, Any], file: str | None, detects: bool) -
 
 
 def _steps(config: Config) -> float:
-    """Return about how many steps the run has; of a data set whose size the configuration does not know, many."""
+    """Estimate the number of steps of the run; a data set of unknown size counts as infinitely large."""
     budget, published = config.budget, config.dataset.published
     images = budget.subset or (published[0] if published else math.inf)
     return min(float(budget.epochs * images / config.batch.grad_batch), budget.stop_after or math.inf)

@@ -1,7 +1,7 @@
-"""Run records: results/records/<id>.json, and beside it <id>.npz with the small arrays that figures draw.
+"""Write, read and check run records: results/records/<id>.json, beside it <id>.npz with small arrays for figures.
 
-Schema (types and ranges of every field), writer, reader and the one check of what is read. Tables read records and
-nothing else. A record is written whole or not at all, the JSON last.
+The schema gives type and range of every field, and every record is checked against it when it is read. Tables read
+records and nothing else. A record is written whole or not at all, the JSON after the arrays.
 """
 
 import functools
@@ -26,15 +26,15 @@ from kalmannorm.files import write_atomically
 if TYPE_CHECKING:
     import numpy as np
 
-# Raised when a change alters results: records of another number are listed as stale and never tabulated.
+# Incremented when a change alters results: records with another number are listed as stale and never tabulated.
 NUMERICS = 2
 
-# Arrays beside a record: more than a network's layers and their channels come to.
+# Limit for an array beside a record; arrays by layer and channel are far smaller for any network.
 MAX_ARRAY_BYTES = 2**28
 
 Status = Literal["done", "failed"]
-# By which an evaluation is known, in percent: accuracy, a detector's average precision, a segmenter's mean
-# intersection over union; the latter two are shown beside a second number.
+# The metrics of the tasks, in percent: accuracy, a detector's average precision, a segmenter's mean intersection over
+# union. The last two are shown together with a second number (PAIRS).
 METRICS = ("accuracy", "box_ap", "miou")
 PAIRS = {"box / mask AP": ("box_ap", "mask_ap"), "mIoU / pixel accuracy": ("miou", "pixel_accuracy")}
 Count = Annotated[int, Field(ge=0)]
@@ -42,7 +42,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _check_evaluation(values: dict[str, float | str | None]) -> dict[str, float | str | None]:
-    """Raise ValueError for what no evaluation gives."""
+    """Return the values; raise ValueError for a value that no evaluation gives."""
     if not any(metric in values for metric in METRICS):
         raise ValueError(f"expected a number by one of the names {', '.join(METRICS)}")
     for name, value in values.items():
@@ -52,7 +52,7 @@ def _check_evaluation(values: dict[str, float | str | None]) -> dict[str, float 
             least = 0 if name == "detections" else 1
             right, expected = isinstance(value, float) and value >= least and value.is_integer(), "how many"
         elif name == "loss":
-            # None: it was not finite
+            # None stands for a loss that was not finite.
             right, expected = value is None or (isinstance(value, float) and 0 <= value < math.inf), "a number from 0"
         else:
             right = isinstance(value, float) and 0 <= value <= 100
@@ -63,7 +63,7 @@ def _check_evaluation(values: dict[str, float | str | None]) -> dict[str, float 
 
 
 def _check_curves(curves: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Raise ValueError for curves of several lengths, or values that no training gives."""
+    """Return the curves; raise ValueError for curves of different lengths, or a value that no training gives."""
     if len({len(values) for values in curves.values()}) > 1:
         raise ValueError("expected lists of one length")
     for name, values in curves.items():
@@ -77,15 +77,15 @@ def _check_curves(curves: dict[str, list[float]]) -> dict[str, list[float]]:
     return curves
 
 
-# One value an epoch each.
+# One value per epoch in each list.
 Curves = Annotated[dict[str, list[float]], AfterValidator(_check_curves)]
-# The metric and the loss, and of how many images; None: an average precision of no object.
+# The metric, the loss and the number of images. None: an average precision over no objects.
 Evaluation = Annotated[dict[str, float | str | None], AfterValidator(_check_evaluation)]
-Tree = Mapping[str, Any]  # plain values in groups: what determines a result, as a record has it
+Tree = Mapping[str, Any]  # plain values by group: `Config.result()`, as a record holds it
 
 
 def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Raise ValueError for a configuration that no composed one looks like."""
+    """Return the settings; raise ValueError if a group is missing or has the wrong form."""
     for group in ("arch", "budget", "dataset", "norm", "schedule"):
         if not (isinstance(settings[group], dict) and isinstance(settings[group].get("name"), str)):
             raise ValueError(f"{group!r} is {settings[group]!r:.80}, expected settings with a name")
@@ -96,7 +96,7 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 @with_config(ConfigDict(extra="allow"))
 class Data(TypedDict, total=False):
-    """What a data set says of itself, and how many images of it were used; one of one's own may say more."""
+    """A data set's provenance, and how many of its images were used; a data set of your own may add fields."""
 
     name: str
     fidelity: str
@@ -108,12 +108,12 @@ class Data(TypedDict, total=False):
     files: Count
     unreadable: dict[str, Any]
     beton: dict[str, Any]
-    other: dict[str, Any]  # the data set that a segmenter is tested on as well
+    other: dict[str, Any]  # the second data set that a segmenter is tested on
 
 
 @with_config(ConfigDict(extra="forbid"))
 class Norms(TypedDict, total=False):
-    """The normalizers after training, by their names (docs/records.md)."""
+    """The state of the normalizers after training, by their names (docs/records.md)."""
 
     order: list[str]
     last: list[str]
@@ -126,9 +126,9 @@ class Norms(TypedDict, total=False):
 
 @with_config(ConfigDict(extra="forbid"))
 class Record(TypedDict):
-    """What is known of a run. Two records of one run are equal but for `host`.
+    """The record of a run. Two records of the same run differ in `host` only.
 
-    A failed run has what there was when it failed; one whose process died has the first five and `host` alone.
+    A failed run has the fields known when it failed; if its process died, the first five and `host`.
     """
 
     id: str
@@ -137,15 +137,15 @@ class Record(TypedDict):
     reason: str | None  # why it failed
     config: Annotated[
         dict[str, Any], AfterValidator(_check_settings)
-    ]  # what determines the result (config.RESULT_KEYS); the id is its hash
-    host: machine.Host  # time and place (machine.host), seconds, images per second
+    ]  # the settings that determine the result (config.RESULT_KEYS); the id is their hash
+    host: machine.Host  # start, device, versions (machine.host); seconds, images per second
     parameters: NotRequired[Count]
     data: NotRequired[Data]
     curves: NotRequired[Curves]
     final: NotRequired[dict[str, Evaluation]]  # by kind of statistics
     norms: NotRequired[Norms]
-    weights: NotRequired[dict[str, str | None]]  # where a detector's come from
-    final_on_training_images: NotRequired[Evaluation]  # a detector's
+    weights: NotRequired[dict[str, str | None]]  # provenance of a detector's pretrained weights
+    final_on_training_images: NotRequired[Evaluation]  # for detectors
 
 
 @functools.cache
@@ -154,18 +154,18 @@ def _schema() -> TypeAdapter[Record]:
 
 
 def run_id(config: Config) -> str:
-    """Hash what determines the result: 12 hexadecimal digits."""
+    """Return the run's id: 12 hexadecimal digits, a hash of the settings that determine its result."""
     return _hash(config.result(), NUMERICS)
 
 
 def _hash(result: Tree, numerics: int) -> str:
-    """Hash the configuration of a record made under `numerics`, which may be another version's."""
+    """Return the id for a record's configuration and `numerics`, which may be that of another version."""
     text = json.dumps({"numerics": numerics, **{key: result[key] for key in RESULT_KEYS}}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def begin(config: Config, parameters: int, data: Tree, device: str, processes: int) -> Record:
-    """Return what is known of a run before it trains. `parameters`: how many; `data`: provenance and sizes."""
+    """Return the record of a run that has not trained yet. `parameters`: their number; `data`: provenance and sizes."""
     return {
         "id": run_id(config),
         "numerics": NUMERICS,
@@ -179,7 +179,7 @@ def begin(config: Config, parameters: int, data: Tree, device: str, processes: i
 
 
 def add_speed(record: Record, images: int, train_seconds: float, seconds: float) -> None:
-    """Note how many images were trained on in `train_seconds`; `seconds`: of this process, with evaluation."""
+    """Add the speed: `images` trained on in `train_seconds`; `seconds`: time of this process, evaluation included."""
     record["host"] |= {
         "seconds": round(seconds, 1),
         "train_seconds": round(train_seconds, 1),
@@ -188,12 +188,13 @@ def add_speed(record: Record, images: int, train_seconds: float, seconds: float)
 
 
 def path(results: str | Path, identity: str) -> Path:
-    """Name the record's file."""
+    """Return the path of a run's record."""
     return Path(results) / "records" / f"{identity}.json"
 
 
 def write(results: str | Path, record: Record, arrays: "Mapping[str, np.ndarray] | None" = None) -> Path:
-    """Write the arrays, then the record; both by a temporary file and a rename."""
+    """Write the arrays, then the record, each whole or not at all, and return the record's path. UserError: no
+    permission, no space."""
     file = path(results, record["id"])
     if arrays:
         import numpy as np
@@ -206,8 +207,10 @@ def write(results: str | Path, record: Record, arrays: "Mapping[str, np.ndarray]
 
 
 def arrays(identity: str, results: str | Path = "results") -> "dict[str, np.ndarray]":
-    """Return the arrays beside one run's record (docs/records.md), in double precision. UserError: no such file, or a
-    broken one; one that claims more than MAX_ARRAY_BYTES."""
+    """Return the arrays beside one run's record (docs/records.md), in double precision.
+
+    UserError: the file is missing or broken, or an array is larger than MAX_ARRAY_BYTES.
+    """
     import numpy as np
 
     file = path(results, identity).with_suffix(".npz")
@@ -225,7 +228,7 @@ def arrays(identity: str, results: str | Path = "results") -> "dict[str, np.ndar
 
 
 def _check_claim(stream: IO[bytes], size: int) -> None:
-    """Raise ValueError where the header of a .npy file claims more than its `size`, or that is too much to load."""
+    """Raise ValueError if the header of a .npy file claims more bytes than its `size` or than MAX_ARRAY_BYTES."""
     from numpy.lib import format
 
     read_header = {(1, 0): format.read_array_header_1_0, (2, 0): format.read_array_header_2_0}[
@@ -237,8 +240,8 @@ def _check_claim(stream: IO[bytes], size: int) -> None:
 
 
 def read(results: str | Path, identity: str) -> Record | None:
-    """Return the record of a run, None where there is none. UserError as for read_file: training the run again would
-    write over what may be mended."""
+    """Return the record of a run, None if it has none. UserError as for read_file: a broken record may be repairable,
+    and training the run again would overwrite it."""
     file = path(results, identity)
     return read_file(file) if file.exists() else None
 
@@ -250,7 +253,7 @@ def is_done(results: str | Path, identity: str) -> bool:
 
 
 def find(results: str | Path, run: str) -> Record:
-    """Return the record whose id is `run` or begins with it. UserError: no such run, or several."""
+    """Return the record whose id is `run` or begins with it. UserError: there is none, or more than one."""
     folder = Path(results) / "records"
     matches = sorted(folder.glob(f"{run}*.json")) if run.isalnum() else []
     if len(matches) != 1:
@@ -260,16 +263,16 @@ def find(results: str | Path, run: str) -> Record:
 
 
 def files(results: str | Path) -> list[Path]:
-    """Return the files in `results`/records, by name. UserError: not a results folder."""
+    """Return the .json files in `results`/records, sorted by name. UserError: `results` is not a results folder."""
     results = Path(results)
     folder = results / "records"
     if any(path.exists() and not path.is_dir() for path in (results, folder)):
         raise UserError(f"{results} is not a results folder: expected a folder with a folder 'records' in it")
-    return sorted(folder.glob("[!.]*.json"))  # a hidden file is one that its writer has not renamed yet
+    return sorted(folder.glob("[!.]*.json"))  # hidden files are still being written, and renamed at the end
 
 
 def read_all(results: str | Path) -> list[Record]:
-    """Return all records of a results folder, by id. A file that is no usable record is named and left out."""
+    """Return all usable records of a results folder, sorted by id. Other files are left out, with a line on stderr."""
     found = []
     for path in files(results):
         try:
@@ -280,12 +283,12 @@ def read_all(results: str | Path) -> list[Record]:
 
 
 def current(found: Iterable[Record]) -> list[Record]:
-    """Return those made under this NUMERICS; the others are stale."""
+    """Return the records made under the present NUMERICS; all others are stale."""
     return [record for record in found if record["numerics"] == NUMERICS]
 
 
 def read_file(path: Path) -> Record:
-    """Return the record in a file. UserError: it is not a whole record, or not that of its configuration."""
+    """Return the record in a file. UserError: it is not a valid record, or its id does not fit its configuration."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -297,7 +300,7 @@ def read_file(path: Path) -> Record:
     return record  # type: ignore[no-any-return]
 
 
-@functools.cache  # once a process, however often the folder is read
+@functools.cache  # prints each line once per process, however often the folder is read
 def _say(line: str) -> None:
     print(f"kalmannorm: {line}", file=sys.stderr)
 
@@ -307,7 +310,7 @@ def _broken(path: Path, problem: str) -> str:
 
 
 def _problem(record: object, stem: str) -> str | None:
-    """Say what keeps a parsed file from being a record; None when nothing does."""
+    """Say why a parsed file is no usable record; None if it is one."""
     if not isinstance(record, dict):
         return f"expected a JSON object, found {type(record).__name__}"
     for key, kind in (("id", str), ("numerics", int), ("config", dict)):
@@ -319,12 +322,12 @@ def _problem(record: object, stem: str) -> str | None:
         return f"its config has no {', '.join(missing)}"
     if record["id"] != (expected := _hash(record["config"], record["numerics"])):
         return f"its id is not that of its configuration, {expected} (edited after the run, or made up)"
-    # What another version wrote follows another schema, and is stale in any case.
+    # A record of another version follows another schema, and is stale anyway.
     return None if record["numerics"] != NUMERICS else _problem_of_fields(record)
 
 
 def _problem_of_fields(record: dict[str, Any]) -> str | None:
-    """Say which field is not as the schema has it, or does not fit the others."""
+    """Say which field does not follow the schema, or contradicts another field; None if none does."""
     try:
         _schema().validate_python(record, strict=True)
     except ValidationError as error:
@@ -345,12 +348,12 @@ def _problem_of_fields(record: dict[str, Any]) -> str | None:
 
 
 def headline(values: Evaluation) -> str:
-    """Say what a run reached under one kind of statistics, with its unit."""
+    """Return a run's result under one kind of statistics as text with its unit or metric: "93.10 %"."""
     return f"{reached(values)} %" if "accuracy" in values else f"{_kind(values)} {reached(values)}"
 
 
 def reached(values: Evaluation) -> str:
-    """Say its number: accuracy in percent, or two numbers, "box / mask" AP; "-" for one that there is not."""
+    """Return the metric as text: accuracy in percent, or both numbers of a pair in PAIRS; "-" for a missing one."""
     if "accuracy" in values:
         return f"{values['accuracy']:.2f}"
     found = (values.get(key) for key in PAIRS[_kind(values)])
