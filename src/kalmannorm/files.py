@@ -1,5 +1,6 @@
 """Files written whole or not at all; permission and room looked at before the work is done."""
 
+import errno
 import glob
 import os
 import shutil
@@ -40,6 +41,8 @@ def check_writable(folder: Path, remedy: str = "name another by results= or runs
     """Raise UserError where no file can be written to the folder, or to where it will be made: before days of work."""
     there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))  # links to nowhere too
     try:
+        if max((len(os.fsencode(part)) for part in folder.parts), default=0) > os.pathconf(there, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with tempfile.TemporaryFile(dir=there):  # os.access says yes to root even on read-only file systems
             pass
     except OSError as error:

@@ -123,7 +123,7 @@ def test_a_path_of_bytes_that_are_no_text() -> None:
 
 
 @pytest.mark.parametrize("key", ["results", "runs"])
-@pytest.mark.parametrize("place", ["loop", "loop/x", "nowhere", "file/x", "/proc/self/x"])
+@pytest.mark.parametrize("place", ["loop", "loop/x", "nowhere", "file/x", "/proc/self/x", f"new/{300 * 'x'}"])
 @pytest.mark.parametrize("command", [["train"], ["train", "-m"]])
 def test_what_cannot_be_written_is_named_before_the_work(
     tmp_path: Path,

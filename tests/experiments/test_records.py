@@ -236,6 +236,27 @@ def test_a_stale_record_may_follow_another_schema(tmp_path):
     assert records.current(records.read_all(tmp_path)) == []
 
 
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [(("host",), "a machine"), (("final",), [50.0]), (("config", "norm"), "bn"), (("config", "batch"), {"images": 2})],
+)
+def test_a_record_of_a_newer_version_that_this_one_cannot_read_is_named(tmp_path, capsys, keys, value):
+    file = add(tmp_path, [], numerics=records.NUMERICS + 1)
+    record = place = json.loads(file.read_text())
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    record["id"] = records._hash(record["config"], record["numerics"])
+    file.rename(file.with_stem(record["id"])).write_text(json.dumps(record))
+    for read in (lambda: main(["records", "list", "--results", str(tmp_path)]), lambda: len(report.load(tmp_path))):
+        records._say.cache_clear()
+        assert read() == 0
+        out, error = capsys.readouterr()
+        assert record["id"] not in out and "is of another version" in error and error.count("\n") == 1
+    assert main(["records", "prune", "--results", str(tmp_path)]) == 0
+    assert "stale: made by NUMERICS" in capsys.readouterr().out
+
+
 def test_arrays_that_claim_more_than_they_have_are_refused_before_anything_is_allocated(tmp_path):
     file = add(tmp_path, []).with_suffix(".npz")
     for shape in ("(1000000000000,)", "(64, 64)"):

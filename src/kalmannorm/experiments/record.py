@@ -89,8 +89,9 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     for group in ("arch", "budget", "dataset", "norm", "schedule"):
         if not (isinstance(settings[group], dict) and isinstance(settings[group].get("name"), str)):
             raise ValueError(f"{group!r} is {settings[group]!r:.80}, expected settings with a name")
-    if not isinstance(settings["batch"], dict) or type(settings["seed"]) is not int:
-        raise ValueError("expected settings 'batch' and an integer 'seed'")
+    batch, seed = settings["batch"], settings["seed"]
+    if not isinstance(batch, dict) or not {"grad_batch", "stat_batch"} <= batch.keys() or type(seed) is not int:
+        raise ValueError("expected settings 'batch' (grad_batch, stat_batch) and an integer 'seed'")
     return settings
 
 
@@ -276,7 +277,10 @@ def read_all(results: str | Path) -> list[Record]:
     found = []
     for path in files(results):
         try:
-            found.append(read_file(path))
+            record = read_file(path)
+            if record["numerics"] != NUMERICS and (problem := _problem_of_fields(record)):  # type: ignore[arg-type]
+                raise UserError(f"{path} is of another version (NUMERICS {record['numerics']}), and {problem}")
+            found.append(record)
         except UserError as error:
             _say(f"left out: {error}")
     return found
