@@ -1,1 +1,1 @@
-"""What a sweep does: which runs are missing, where each executes. Imports torch only when something is trained."""
+"""Sweeps: find the missing runs of an experiment, and execute them. torch is only imported to train or measure."""

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a live table of its runs on a terminal, a line for every event elsewhere."""
+"""Show a sweep's progress: a live table of its runs on a terminal, elsewhere a line for every event."""
 
 import json
 import time
@@ -20,32 +20,32 @@ COLOURS = {RUNNING: "cyan", ELSEWHERE: "magenta", DONE: "green", FAILED: "red", 
 
 
 class Job:
-    """A run of a sweep: what it is, and how it stands."""
+    """A run of a sweep, and its state. `key`: of its row in the card."""
 
     def __init__(self, config: Config, key: str, devices: int, device_seconds: float | None) -> None:
         self.config, self.key, self.devices = config, key, devices
-        self.device_seconds = device_seconds  # predicted, None where nothing like it was measured
+        self.device_seconds = device_seconds  # predicted; None if no run like it is recorded
         self.identity = run_id(config)
         self.folder = Path(config.runs) / self.identity
         self.state = WAITING
-        self.reason = ""  # why it failed, or who has it
+        self.reason = ""  # why it failed, or which process works on it
         self.attempts = 0
         self.began = 0.0
         self.seconds = 0.0
 
     @property
     def predicted(self) -> float | None:
-        """Seconds on its devices."""
+        """Predicted seconds on the devices that it gets; None if not known."""
         return None if self.device_seconds is None else self.device_seconds / self.devices
 
     def progress(self) -> dict[str, Any]:
-        """Return what the run last said of itself (train/progress.py); empty if it said nothing in this attempt."""
+        """Return the run's last progress report (train/progress.py); {} if there is none in this attempt."""
         file = self.folder / "progress.json"
         try:
             if file.stat().st_mtime < self.began:
                 return {}
             found = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError):  # none yet, or just being written
+        except (OSError, ValueError, RecursionError):  # there is none yet, or it is being written
             return {}
         right = isinstance(found, dict) and all(
             type(found.get(key)) in (int, float) for key in ("part", "seconds_left")
@@ -62,7 +62,8 @@ class Job:
 
 @dataclass
 class Board:
-    """A context around a sweep's loop. `jobs` are those that were not done when it began, of `total`."""
+    """Shows the jobs of a sweep, as a context around its loop. `jobs`: those not done before, of `total`; `parallel`:
+    how many run at once."""
 
     jobs: list[Job]
     total: int
@@ -81,13 +82,13 @@ class Board:
         self._live.stop()
 
     def say(self, job: Job, text: str) -> None:
-        """Show one event of a run."""
+        """Print a line about an event of a run."""
         ended = self.total - sum(j.state in (WAITING, RUNNING, ELSEWHERE) for j in self.jobs)
         line = f"[{ended}/{self.total}] {job.identity} {job.key} {describe(job.config.result())}: {text}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def counts(self) -> str:
-        """Return the runs by state, and the time that is left."""
+        """Return a line with the number of runs in each state and the time left."""
         counted = {state: sum(job.state == state for job in self.jobs) for state in COLOURS}
         counted[DONE] += self.total - len(self.jobs)
         parts = [f"{number} {state}" for state, number in counted.items() if number]
@@ -100,12 +101,12 @@ class Board:
         known = [seconds for seconds in left if seconds is not None]
         if not known:
             return ["time left not known"] if left else []
-        # No shorter than the longest run, no shorter than all of them on all the slots.
+        # At least as long as the longest run, and as all runs together on all slots.
         guess = max(max(known), sum(known) / len(known) * len(left) / self.parallel)
         return [f"about {duration(guess)} left"]
 
     def _render(self) -> Group:
-        """Draw the table: running and failed runs, and as room is left, the last that were done and the next."""
+        """Draw the table: running and failed runs first, then, as far as there is room, the last done and the next."""
         table = Table(box=None, padding=(0, 1), show_header=False)
         order = (RUNNING, ELSEWHERE, FAILED, REFUSED, DONE, WAITING)
         rows = sorted(self.jobs, key=lambda job: (order.index(job.state), -job.began if job.state == DONE else 0))

@@ -1,4 +1,5 @@
-"""One run as a sweep sees it: locked, its output in runs/<id>/log.txt, and an outcome in place of an exception."""
+"""Train one run of a sweep: under its lock, with its output in runs/<id>/log.txt, and an Outcome in place of an
+exception."""
 
 import io
 import json
@@ -26,12 +27,17 @@ LOG = "log.txt"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """How an attempt at a run ended. `reason` says why, in a line.
 
-    done; diverged (its loss is not finite: a failed record, and it would be the same again); failed (an exception of
-    its own: worth another try, in a fresh process); died (its process did, or the machine failed it: memory, disk,
-    network, libraries, which says nothing of the run and is never recorded); refused (a UserError: the user has to
-    change something); busy (another process works on it); stopped (by a signal, saved).
+    status:
+        done: the record is written.
+        diverged: the loss was not finite, as it would be again; the record says "failed".
+        failed: the run raised an exception; worth another try, in a fresh process.
+        died: the process died, or the machine failed (memory, disk, network, libraries). That says nothing about the
+            run, and is never recorded.
+        refused: a UserError; the user has to change something.
+        busy: another process works on the run.
+        stopped: by a signal, after saving.
     """
 
     status: str
@@ -39,14 +45,15 @@ class Outcome:
 
 
 def attempt(config: Config, devices: int, gpus: str | None) -> Outcome:
-    """Train a run here. With several devices: by torchrun, whose processes see `gpus` (None: what this one sees).
+    """Train a run in this process, or on several devices by torchrun, whose processes see `gpus` (None: all that this
+    process sees).
 
-    From then on this process writes to the run's log.
+    From then on this process prints to the run's log.
     """
     identity = records.run_id(config)
     try:
         with hold(config.runs, identity) as lock:
-            if records.is_done(config.results, identity):  # by another process, since the sweep looked
+            if records.is_done(config.results, identity):  # by another process, after the sweep had checked
                 return Outcome("done")
             _log_to(Path(config.runs) / identity / LOG)
             return perform(config) if devices == 1 else _with_torchrun(config, devices, gpus, lock)
@@ -57,7 +64,7 @@ def attempt(config: Config, devices: int, gpus: str | None) -> Outcome:
 
 
 def perform(config: Config) -> Outcome:
-    """Train a run; what goes wrong goes to stderr, and comes back as a reason."""
+    """Train a run. An exception is printed to stderr, and returned as an outcome with its reason."""
     try:
         from kalmannorm.train.run import execute
 
@@ -76,7 +83,7 @@ def perform(config: Config) -> Outcome:
 
 
 def _of_the_machine(error: BaseException) -> bool:
-    """Say whether an exception says something of the machine or the launch, and nothing of the run."""
+    """Say whether an exception is the fault of the machine or the launch, and not of the run."""
     kinds: tuple[type[BaseException], ...] = (OSError, MemoryError, ImportError, EOFError)
     if torch := sys.modules.get("torch"):
         kinds += (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
@@ -85,7 +92,7 @@ def _of_the_machine(error: BaseException) -> bool:
 
 
 def write_failed(config: Config, reason: str) -> None:
-    """Write the record of a run that failed for good, so that tables say so."""
+    """Write a failed record for a run that will not be tried again, so that tables show the failure."""
     identity = records.run_id(config)
     if records.is_done(config.results, identity):
         return
@@ -101,7 +108,7 @@ def write_failed(config: Config, reason: str) -> None:
 
 
 class _Log(io.TextIOWrapper):
-    """Python's stdout or stderr in a log file: a full disk costs lines of the log, and not the run."""
+    """Python's stdout or stderr, written to a log file. On a full disk log lines are lost, but the run goes on."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -114,7 +121,7 @@ class _Log(io.TextIOWrapper):
 
 
 def _log_to(file: Path) -> None:
-    """Send what this process and its children print from now on to a file, libraries in C included."""
+    """Redirect what this process and its children print to a file, including the output of C libraries."""
     with file.open("ab") as log:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -128,11 +135,12 @@ def _log_to(file: Path) -> None:
 
 
 def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) -> Outcome:
-    """Train the run on several processes of this machine. torchrun holds the lock too, as it may outlive this one."""
+    """Train the run in several processes of this machine. torchrun inherits the lock, since it may outlive this
+    process."""
     with tempfile.TemporaryDirectory(prefix="kalmannorm-") as folder:
         order, answer = Path(folder) / "config.json", Path(folder) / "outcome.json"
         order.write_text(json.dumps(config.values()))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]  # else PET_NNODES
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]  # not $PET_NNODES
         command += [f"--nproc-per-node={devices}", "-m", "kalmannorm.runs.job", str(order), str(answer)]
         environment = os.environ if gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
         process = subprocess.Popen(command, env=environment, pass_fds=(lock,))
@@ -140,7 +148,7 @@ def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) ->
 
         def pass_on(number: int, _: object) -> None:
             asked.append(number)
-            process.terminate()  # torchrun hands SIGTERM down, and SIGUSR1 would end it
+            process.terminate()  # torchrun passes SIGTERM on to its processes; SIGUSR1 would kill it
 
         with handling(STOP_SIGNALS, pass_on):
             code = process.wait()
@@ -152,7 +160,8 @@ def _with_torchrun(config: Config, devices: int, gpus: str | None, lock: int) ->
 
 
 def main(order: str, answer: str) -> None:
-    """Run one process of a run that `_with_torchrun` started."""
+    """Train in one of the processes that `_with_torchrun` started. `order`: file with the configuration; `answer`: file
+    for the outcome."""
     from kalmannorm.train.ranks import end_process, leave_with_parent
 
     leave_with_parent()
@@ -162,7 +171,7 @@ def main(order: str, answer: str) -> None:
         write_atomically(Path(answer), json.dumps(asdict(outcome)).encode())
     well = outcome.status in ("done", "diverged")
     if not well and int(os.environ["RANK"]):
-        time.sleep(2)  # the exit code makes torchrun end the others, and the first one has the reason to write
+        time.sleep(2)  # this exit makes torchrun end rank 0, which must first write the reason
     end_process(0 if well else 1)
 
 

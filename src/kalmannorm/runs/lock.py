@@ -1,9 +1,10 @@
-"""One process at a time works on a run: a lock on runs/<id>/lock that the kernel drops when its holder dies.
+"""Lock a run by runs/<id>/lock, so that one process at a time works on it.
 
-flock(2), so a crash leaves nothing behind. It holds between machines where the file system carries it over: NFS from
-version 4 (and 3 with its lock daemon), Lustre and BeeGFS when mounted with it, GPFS. Where it does not, two machines
-may run the same run at once; each writes whole files, so that costs time and spoils nothing. Where there are no locks
-at all (Lustre without its option, NFS without its daemon), that is said once and work goes on.
+flock(2) is used, which the kernel releases when its holder dies, so that a crash leaves no lock behind. It works
+between machines if the file system supports that: NFS from version 4 (and 3 with its lock daemon), Lustre and BeeGFS
+when mounted with it, GPFS. If not, two machines may train the same run at once: that costs time but does no harm, since
+files are written whole. On a file system without locks (Lustre without its option, NFS without its daemon), one warning
+is printed and work goes on.
 """
 
 import errno
@@ -30,10 +31,10 @@ class Busy(UserError):
 
 @contextmanager
 def hold(runs: str | Path, identity: str) -> Iterator[int]:
-    """Hold the lock of a run while the context lasts; yield its file descriptor, which a child may inherit to hold it
-    too.
+    """Hold the lock of a run while the context lasts. Yield its file descriptor: a child that inherits it holds the
+    lock too.
 
-    Busy: another process has it. UserError: no permission.
+    Busy: another process holds it. UserError: no permission.
     """
     file = _file(runs, identity)
     try:
@@ -42,10 +43,10 @@ def hold(runs: str | Path, identity: str) -> Iterator[int]:
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from None
     try:
-        if not _lock(handle, tries=5):  # `holder` takes it for a moment to look
+        if not _lock(handle, tries=5):  # several, as `holder` takes the lock for a moment
             raise Busy(f"run {identity} is being trained by {_owner(handle)}: wait for it, or stop it ({file})")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
-        with suppress(OSError):  # the name is a courtesy: a full disk is found out by who needs it
+        with suppress(OSError):  # the name is a courtesy, not worth failing for on a full disk
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(owner).encode(), 0)
         yield handle
@@ -54,7 +55,7 @@ def hold(runs: str | Path, identity: str) -> Iterator[int]:
 
 
 def holder(runs: str | Path, identity: str) -> str | None:
-    """Say who works on the run, in words; None if nobody does."""
+    """Describe the process that works on the run ("process 7 on HOST since ..."); None if there is none."""
     try:
         handle = os.open(_file(runs, identity), os.O_RDWR)
     except OSError:
@@ -93,7 +94,7 @@ def _owner(handle: int) -> str:
     try:
         owner = json.loads(os.pread(handle, 1000, 0))
         return " ".join(f"process {owner['pid']} on {owner['host']} since {owner['since']}".split())
-    except (ValueError, KeyError, TypeError, RecursionError, OSError):  # it is just writing its name, or damaged
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):  # its name is being written, or damaged
         return "another process"
 
 

@@ -1,4 +1,4 @@
-"""Measurements of training speed for a card of kind "speed" (Table 3): two rows, alternating step by step."""
+"""Measure training speed for a card of kind "speed" (Table 3): its two rows take turns step by step."""
 
 import hashlib
 import json
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def measure(experiment: Experiment, dry_run: bool = False) -> int:
-    """Measure what is missing, eager and, where the configuration compiles (on a GPU), compiled; 0.
+    """Make the missing measurements, eager and, if the configuration compiles (on a GPU), compiled. Return 0.
 
-    A measurement stands for one setting on one kind of hardware: delete its file to measure again. UserError: a card of
-    other than two rows, a device that is not there or too small.
+    There is one measurement for each setting and kind of hardware; delete its file to measure again. UserError: the
+    card does not have two rows; the device does not exist, or has too little memory.
     """
     import torch
 
@@ -64,7 +64,7 @@ def measure(experiment: Experiment, dry_run: bool = False) -> int:
 
 
 def _identity(name: str, parts: dict[str, Tree], host: machine.Host) -> str:
-    """Hash the setting and the hardware: 12 hexadecimal digits."""
+    """Return a hash of the setting and the hardware, 12 hexadecimal digits."""
     of = {"experiment": name, "configs": parts, "where": where(host)}
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -72,7 +72,7 @@ def _identity(name: str, parts: dict[str, Tree], host: machine.Host) -> str:
 def _alternate(
     configs: dict[str, Config], card: Card, device: "torch.device", compiled: bool
 ) -> dict[str, list[float]]:
-    """Return the seconds of each step, by row."""
+    """Measure the rows' training steps in turn. Return the seconds of each step, by row."""
     from kalmannorm.train.model import build
     from kalmannorm.train.timed_steps import alternate, synthetic_batch, training_step
 

@@ -1,4 +1,4 @@
-"""Where a sweep's runs execute: the arguments that say so, which are no overrides and no part of a run."""
+"""Parse the arguments that say where a sweep's runs execute. They are not overrides, and not part of a run."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ HELP = """where the runs execute, beside overrides:
 @dataclass(frozen=True)
 class Options:
     launcher: str = "local"
-    gpus: tuple[str, ...] | int | None = None  # ids, or how many
+    gpus: tuple[str, ...] | int | None = None  # ids, or their number
     per_gpu: int = 1
     slots: int | None = None
     threads: int | None = None
@@ -37,9 +37,9 @@ class Options:
 
 
 def split(arguments: list[str]) -> tuple[Options, list[str]]:
-    """Return the options among `arguments`, and the rest. UserError: a value that cannot be.
+    """Return the options among `arguments`, and the other arguments. UserError: an invalid value.
 
-    Who asks for GPUs means device=cuda, though the machine that composes the runs, as a cluster's login node, has none.
+    Asking for GPUs adds device=cuda: the machine that composes the runs may have none, such as a cluster's login node.
     """
     refuse_repeated(arguments)
     own: dict[str, Any] = {"slurm": {}}

@@ -13,30 +13,31 @@ from kalmannorm.runs.job import Outcome
 from kalmannorm.runs.placement import Options
 from kalmannorm.runs.worker import Worker
 
-CPU_SLOTS = 4  # at most, where nobody says how many
+CPU_SLOTS = 4  # most slots on a CPU if the user does not say how many
 
 
 @dataclass(eq=False)
 class Slot:
-    """Room for a run on one device: a share of a GPU, or some CPU threads (gpu None)."""
+    """Room for a run on one device: a share of a GPU, or (with gpu None) some CPU threads."""
 
     gpu: str | None
     worker: Worker
 
 
 class Local:
-    """Runs on the slots of this machine. A run on k devices holds k slots, and torchrun is started in the first."""
+    """Executes runs in this machine's slots. A run on k devices takes k slots; the first one's worker starts
+    torchrun."""
 
     def __init__(self, options: Options, device: str, runs: int) -> None:
-        """Make room for so many `runs`. UserError: GPUs that are not there."""
+        """Make slots. `runs`: how many runs there will be. UserError: GPUs that do not exist."""
         gpus = _gpus(options, device)
-        # Small networks use two runs of one thread better than one run of two; each takes memory for its data.
+        # On small networks, two runs of one thread are faster than one run of two; but each holds the data in memory.
         places = gpus * options.per_gpu if gpus else (None,) * (options.slots or min(runs, cores(), CPU_SLOTS))
-        said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # OpenMP takes a list, for nested loops
+        said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # may be a list, for nested loops
         threads = options.threads or (int(said) if said.isdecimal() else 0) or max(1, cores() // len(places))
         self.slots = [Slot(gpu, Worker(gpu, threads)) for gpu in places]
-        self.running: dict[str, list[Slot]] = {}  # by run: what it holds, its worker first
-        self.devices = len(gpus) or len(places)  # most that a run can have
+        self.running: dict[str, list[Slot]] = {}  # by run: the slots it takes; the first has the worker
+        self.devices = len(gpus) or len(places)  # most devices that one run can have
         what = f"GPUs {', '.join(gpus)}" if gpus else device
         self.title = f"{len(places)} at once on {what}, {threads} CPU threads each"
 
@@ -54,7 +55,7 @@ class Local:
         slots[0].worker.start(config, devices, gpus)
 
     def ended(self, timeout: float) -> list[tuple[str, Outcome]]:
-        """Return the ids and outcomes of the runs that ended; wait `timeout` seconds for the first."""
+        """Return the ids and outcomes of the runs that ended; wait up to `timeout` seconds for the first."""
         answers = {slots[0].worker.fileno(): run for run, slots in self.running.items()}
         readable, _, _ = select.select(list(answers), [], [], timeout)
         ended = [answers[handle] for handle in readable]
@@ -73,7 +74,7 @@ class Local:
             slot.worker.close()
 
     def _free(self, devices: int) -> list[Slot]:
-        """Return the free slots for a run: each on another GPU."""
+        """Return up to `devices` free slots, all on different GPUs."""
         taken = list(itertools.chain.from_iterable(self.running.values()))
         chosen: list[Slot] = []
         for slot in self.slots:
@@ -83,7 +84,8 @@ class Local:
 
 
 def _gpus(options: Options, device: str) -> tuple[str, ...]:
-    """Return the ids of the GPUs to use; none on a CPU. UserError: more than there are."""
+    """Return the ids of the GPUs to use; () for a CPU. UserError: more GPUs than there are, or options of the other
+    kind of device."""
     if device != "cuda":
         if options.gpus is not None:
             raise UserError(f"gpus= goes with device=cuda, not with device={device}; on CPUs pass slots=N")
@@ -100,8 +102,8 @@ def _gpus(options: Options, device: str) -> tuple[str, ...]:
 
 
 def _chosen(asked: tuple[str, ...], visible: tuple[str, ...]) -> tuple[str, ...]:
-    """Find which of the `visible` GPUs are meant: by their ids, or else by their places from 0, as CUDA counts what
-    CUDA_VISIBLE_DEVICES leaves. UserError: others, or one twice."""
+    """Return those of the `visible` GPUs that are asked for: by id, or else by position from 0, as CUDA counts the GPUs
+    in CUDA_VISIBLE_DEVICES. UserError: a GPU that is not visible, or one named twice."""
     text = ",".join(asked)
     if len(set(asked)) < len(asked):
         raise UserError(f"gpus={text}: expected each GPU once; per_gpu=N puts several runs on each")

@@ -1,4 +1,4 @@
-"""launcher=ray: the same worker processes, kept by actors that Ray places on the machines of a cluster."""
+"""launcher=ray: worker processes, as in pool.py, each started by an actor that Ray places on a cluster's machines."""
 
 import os
 import time
@@ -14,11 +14,11 @@ from kalmannorm.runs.worker import Worker
 
 
 class OnRay:
-    """Runs on a Ray cluster. An actor is a Worker on the GPUs that Ray gave it, which has set CUDA_VISIBLE_DEVICES; it
-    lives on from run to run, so imports are paid once. Where it dies, its process saves and leaves."""
+    """Executes runs on a Ray cluster. An actor is a Worker; Ray sets CUDA_VISIBLE_DEVICES to the GPUs it assigns to it.
+    It is reused from run to run, so that imports happen once. If it dies, its process saves the run and exits."""
 
     def __init__(self, options: Options, device: str) -> None:
-        """Connect to the cluster. UserError: no ray, no cluster there, no GPU in it."""
+        """Connect to the cluster. UserError: ray is not installed; no cluster at the address; no GPU in it."""
         try:
             import ray
         except ImportError:
@@ -45,7 +45,7 @@ class OnRay:
         self._running: dict[Any, tuple[str, int, Any]] = {}  # by the pending result: run, devices, actor
 
     def room(self, devices: int) -> bool:
-        """Say whether there is room. A run on several devices takes all of each, whatever share the others have."""
+        """Say whether there is room for a run. On several GPUs a run takes each of them whole, whatever `per_gpu`."""
         return sum(self._slots(held) for _, held, _ in self._running.values()) + self._slots(devices) <= self.parallel
 
     def start(self, config: Config, devices: int) -> None:
@@ -53,7 +53,7 @@ class OnRay:
         self._running[actor.run.remote(config, devices)] = (run_id(config), devices, actor)
 
     def ended(self, timeout: float) -> list[tuple[str, Outcome]]:
-        """Return the ids and outcomes of the runs that ended; wait `timeout` seconds for the first."""
+        """Return the ids and outcomes of the runs that ended; wait up to `timeout` seconds for the first."""
         outcomes = []
         if not self._running:
             time.sleep(timeout)
@@ -83,7 +83,7 @@ class OnRay:
         return devices if devices == 1 or not self._on_gpu else devices * self._share
 
     def _actor(self, devices: int) -> Any:
-        """Return an idle actor with that many devices, else a new one, for which idle ones of other kinds make room."""
+        """Return an idle actor with that many devices; if there is none, end the idle ones and start a new one."""
         for entry in self._idle:
             if entry[0] == devices:
                 self._idle.remove(entry)
@@ -92,13 +92,13 @@ class OnRay:
             self._ray.kill(actor)
         self._idle.clear()
         gpus = (1 / self._share if devices == 1 else devices) if self._on_gpu else 0
-        # Two calls at once: `ask_to_stop` arrives while `run` waits for the worker.
+        # Two calls at a time, since `ask_to_stop` must get through while `run` waits for the worker.
         options = {"num_gpus": gpus, "num_cpus": 0 if self._on_gpu else devices * self._threads, "max_concurrency": 2}
         return self._ray.remote(Worker).options(**options).remote(threads=self._threads)
 
 
 def _connect(ray: Any, options: Options) -> None:
-    """Connect to the cluster that was named, else to one of this machine's own. UserError: it is not there."""
+    """Connect to the named cluster, or start one on this machine. UserError: no cluster answers, or none starts."""
     address = options.address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -108,6 +108,6 @@ def _connect(ray: Any, options: Options) -> None:
         gpus = {} if options.gpu_count is None else {"num_gpus": options.gpu_count}
         processors = max(cores(), (options.slots or 1) * (options.threads or 1))
         ray.init(num_cpus=processors, include_dashboard=False, log_to_driver=False, **gpus)
-    except Exception as error:  # ray raises bare ones, for instance where its processes take too long to start
+    except Exception as error:  # ray raises plain Exceptions, e.g. if its processes start too slowly
         ray.shutdown()
         raise UserError(f"no Ray at {address or 'this machine'}: {reason(error)}") from None

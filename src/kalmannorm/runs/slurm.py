@@ -1,4 +1,4 @@
-"""launcher=slurm: array jobs through submitit, one run each, requeued when they are preempted or out of time."""
+"""launcher=slurm: array jobs by submitit, one run per job, requeued when a job is preempted or out of time."""
 
 import os
 import time
@@ -14,12 +14,12 @@ from kalmannorm.runs.job import Outcome
 from kalmannorm.runs.placement import Options
 from kalmannorm.runs.worker import Worker
 
-SAVE_SECONDS = 120  # ahead of the time limit that a run is told to save and leave
-SET_BY_USERS = ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS")  # and not by Slurm for a job
+SAVE_SECONDS = 120  # before the time limit, a run is asked to save and stop
+SET_BY_USERS = ("SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS")  # by users, not by Slurm for a job
 
 
 class Attempt:
-    """What an array job does: one run in a worker process. submitit calls `checkpoint` ahead of a time-out."""
+    """What an array job does: train one run in a worker process. submitit calls `checkpoint` before a time-out."""
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
@@ -28,13 +28,13 @@ class Attempt:
         self.worker = Worker()
         outcome = self.worker.run(config, devices)
         if outcome.status == "stopped":
-            # Preempted or cancelled: SIGTERM reached the worker. Slurm requeues a preempted job that it had to end, not
-            # one that ended by itself, so wait for that.
+            # Preempted or cancelled: SIGTERM reached the worker. Slurm requeues a preempted job only if it had to kill
+            # it, so wait to be killed.
             time.sleep(SAVE_SECONDS)
         return outcome
 
     def checkpoint(self, config: Config, devices: int) -> Any:
-        """Save the run and return what goes on with it, which submitit requeues."""
+        """Save the run and return the submission by which submitit requeues it."""
         from submitit.helpers import DelayedSubmission
 
         if self.worker is not None and self.worker.process is not None:
@@ -46,21 +46,22 @@ class Attempt:
 
 
 class OnSlurm:
-    """Runs as Slurm jobs. All are handed over at once, an array for each number of devices; Slurm schedules them."""
+    """Executes runs as Slurm jobs. All are submitted at once, in an array for each number of devices; Slurm schedules
+    them."""
 
     def __init__(self, options: Options, device: str, runs: str) -> None:
-        """Check what a job needs. UserError: no submitit, no Slurm here, parameters that submitit does not know."""
+        """Check the parameters. UserError: no submitit, no Slurm on this machine, parameters unknown to submitit."""
         if options.per_gpu > 1:
             raise UserError(f"per_gpu={options.per_gpu}: Slurm hands out whole GPUs; pass per_gpu=1")
         self._on_gpu = device == "cuda"
         self._options = options
         self._folder = Path(runs).absolute() / "slurm"
         self.parallel = options.gpu_count or options.slots or 256
-        self.devices = options.devices or 8  # on one machine
+        self.devices = options.devices or 8  # of one machine
         self.title = f"at most {self.parallel} at once, by Slurm; its own logs: {self._folder}"
         self._new: list[tuple[Config, int]] = []
         self._jobs: dict[str, Any] = {}
-        self._executor(1)  # what is wrong with the parameters is said before anything starts
+        self._executor(1)  # raises for wrong parameters before anything starts
 
     def room(self, devices: int) -> bool:
         return True
@@ -69,14 +70,14 @@ class OnSlurm:
         self._new.append((config, devices))
 
     def ended(self, timeout: float) -> list[tuple[str, Outcome]]:
-        """Submit what was handed over, and return the ids and outcomes of what ended within `timeout` seconds."""
+        """Submit the new runs, wait `timeout` seconds, and return the ids and outcomes of the runs that ended."""
         self._submit()
         time.sleep(timeout)
         ended = [identity for identity, job in self._jobs.items() if job.done()]
         return [(identity, _outcome(self._jobs.pop(identity))) for identity in ended]
 
     def ask_to_stop(self) -> None:
-        """Call scancel: Slurm sends SIGTERM, and SIGKILL after its KillWait. What still waits is gone at once."""
+        """Cancel all jobs by scancel: Slurm sends SIGTERM, then SIGKILL after its KillWait; waiting jobs vanish."""
         self._new.clear()
         for job in self._jobs.values():
             job.cancel(check=False)
@@ -92,7 +93,7 @@ class OnSlurm:
             try:
                 with _outside_of_a_job():
                     jobs = self._executor(devices).map_array(Attempt(), configs, [devices] * len(configs))
-            except RuntimeError as error:  # what sbatch said
+            except RuntimeError as error:  # with sbatch's message
                 raise UserError(f"sbatch refused: {reason(error)}") from None
             self._jobs |= {run_id(config): job for config, job in zip(configs, jobs, strict=True)}
         self._new.clear()
@@ -124,7 +125,7 @@ def make_executor(folder: Path) -> Any:
     except ImportError:
         raise UserError("launcher=slurm needs submitit: pip install 'kalmannorm[launchers]'") from None
     try:
-        # A run that is preempted or out of time goes on from its checkpoint, however often that happens.
+        # A run may be preempted or out of time many times: it always resumes from its checkpoint.
         return submitit.SlurmExecutor(folder, max_num_timeout=1000)
     except RuntimeError as error:
         raise UserError(f"launcher=slurm: {error}") from None
@@ -132,8 +133,8 @@ def make_executor(folder: Path) -> Any:
 
 @contextmanager
 def _outside_of_a_job() -> Iterator[None]:
-    """Hide what Slurm and torchrun have set where this is called within a job: sbatch hands all of it on, and the new
-    jobs would take its cores, memory and processes for theirs."""
+    """Hide the variables that Slurm and torchrun set, in case this runs within a job: sbatch passes all of them on, and
+    the new jobs would take this job's cores, memory and processes for theirs."""
     from submitit.helpers import clean_env
 
     kept = {name: os.environ[name] for name in SET_BY_USERS if name in os.environ}

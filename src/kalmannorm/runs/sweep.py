@@ -1,4 +1,4 @@
-"""A sweep: what an experiment asks for, less what is done."""
+"""A sweep: run those runs of an experiment that have no finished record yet."""
 
 import math
 import signal
@@ -23,20 +23,20 @@ from kalmannorm.runs.lock import holder
 from kalmannorm.runs.placement import Options, split
 from kalmannorm.stopping import STOP_SIGNALS, handling
 
-LOOK_EVERY = 2.0  # seconds between looks at a run that another process has
-STOP_SECONDS = 120.0  # that runs get to save themselves
-LOG_LINES = 15  # of a failed run
+LOOK_EVERY = 2.0  # seconds between checks of runs that other processes work on
+STOP_SECONDS = 120.0  # that runs have to save themselves before they are killed
+LOG_LINES = 15  # last lines of a failed run's log that are shown
 
 
 class Launcher(Protocol):
-    """Where runs execute."""
+    """Executes runs, in processes of this machine or of others."""
 
     @property
     def title(self) -> str: ...
     @property
     def parallel(self) -> int: ...  # runs at once
     @property
-    def devices(self) -> int: ...  # most that one run can have
+    def devices(self) -> int: ...  # most devices that one run can have
 
     def room(self, devices: int) -> bool: ...
     def start(self, config: Config, devices: int) -> None: ...
@@ -47,7 +47,10 @@ class Launcher(Protocol):
 
 
 def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
-    """Run what is missing and go on past failures; 1 if a run failed. `arguments`: overrides and options.HELP."""
+    """Run what an experiment is missing, whatever fails on the way. Return 1 if a run failed, else 0.
+
+    `arguments`: overrides, and those that placement.HELP describes. `dry_run`: only list the runs. UserError: as run.
+    """
     options, arguments = split(arguments)
     experiment = load(name, arguments)
     kind = experiment.card.kind
@@ -62,8 +65,11 @@ def sweep(name: str, arguments: list[str], dry_run: bool = False) -> int:
 
 
 def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
-    """Sweep an experiment that is loaded. UserError: nothing ran, and why; KeyboardInterrupt, Stopped: a signal,
-    after which the same command goes on."""
+    """Run what a loaded experiment is missing. Return 1 if a run failed, else 0.
+
+    UserError: nothing could run, with the reason. KeyboardInterrupt, Stopped: a signal; the same command continues the
+    sweep.
+    """
     if (world := machine.launch().world) > 1:
         raise UserError(f"a sweep starts processes itself: without torchrun, pass devices={world}")
     found = records.current(records.read_all(experiment.runs[0].results))
@@ -96,7 +102,7 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
 
 
 def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> None:
-    """Start runs where there is room and settle those that ended, until none is left."""
+    """Start runs whenever there is room, and handle those that ended, until none is left."""
     waiting, elsewhere = deque(jobs), list[Job]()
     running: dict[str, Job] = {}
     looked, asked = -math.inf, list[int]()  # the signals that asked the sweep to stop, in order
@@ -135,13 +141,13 @@ def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> N
 
 
 def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
-    """Note how an attempt ended."""
+    """Set a job's state by the outcome of an attempt, and report it."""
     job.seconds, job.reason = time.time() - job.began, outcome.reason
     if outcome.status == "done":
         job.state = DONE
         record = records.read(job.config.results, job.identity)
         assert record is not None
-        for other in board.jobs:  # what was not predicted takes as long as its like
+        for other in board.jobs:  # unpredicted runs of the same row: as long as this one
             if other.key == job.key and other.device_seconds is None:
                 other.device_seconds = record["host"]["seconds"] * job.devices
         shown = "  ".join(f"{kind} {records.headline(values)}" for kind, values in record["final"].items())
@@ -165,7 +171,7 @@ def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
 
 
 def _moved(job: Job, who: str, board: Board) -> Job:
-    """Note that somebody else has it: it is looked at again later."""
+    """Note that another process works on a run, which the loop then checks from time to time."""
     if job.state != ELSEWHERE:
         job.state, job.reason = ELSEWHERE, who
         board.say(job, f"another process has it ({who}), waiting for it")
@@ -174,7 +180,8 @@ def _moved(job: Job, who: str, board: Board) -> Job:
 
 
 def _stop(running: dict[str, Job], launcher: Launcher, asked: list[int]) -> None:
-    """Let the runs save themselves; at a second signal, or after STOP_SECONDS, end them. Raise what stopped us."""
+    """Ask the runs to save and stop; kill them at a second signal or after STOP_SECONDS. Then raise KeyboardInterrupt
+    or Stopped, by the first signal."""
     print(f"stopping: {len(running)} runs save themselves; once more ends them at once", file=sys.stderr)
     launcher.ask_to_stop()
     until = time.monotonic() + STOP_SECONDS
@@ -187,7 +194,7 @@ def _stop(running: dict[str, Job], launcher: Launcher, asked: list[int]) -> None
 
 
 def _conclude(jobs: list[Job]) -> int:
-    """List what failed, with the ends of the logs. UserError: nothing but refusals."""
+    """List the failed runs, with the ends of their logs; return the exit code. UserError: all runs were refused."""
     refused = [job for job in jobs if job.state == REFUSED]
     failed = [job for job in jobs if job.state == FAILED]
     for job in failed:
@@ -213,7 +220,7 @@ def _tail(file: Path) -> list[str]:
 
 
 def _announce(experiment: Experiment, jobs: list[Job], missing: list[Job], list_all: bool) -> None:
-    """Say how much there is to do, and how long it should take by the speed of recorded runs like these."""
+    """Print how many runs are missing, and the time they should take, predicted from recorded runs."""
     print(f"{experiment.card.name}: {experiment.card.title}", file=sys.stderr)
     todo = {job.identity for job in missing}
     for job in jobs if list_all else []:
@@ -235,7 +242,8 @@ def _announce(experiment: Experiment, jobs: list[Job], missing: list[Job], list_
 
 
 def _devices(config: Config, asked: int) -> int:
-    """Return the most devices, up to those asked for, that the statistics groups can be dealt to. UserError: none."""
+    """Return the largest number of devices, up to `asked`, to which the statistics groups can be dealt out. UserError:
+    as check_batches."""
     for devices in range(asked, 1, -1):
         try:
             check_batches(config, devices)
@@ -247,7 +255,7 @@ def _devices(config: Config, asked: int) -> int:
 
 
 def _check_data(jobs: list[Job]) -> None:
-    """Raise UserError where data are missing, before Slurm queues a job that would say so days later."""
+    """Raise UserError if data are missing: else a job that Slurm queues would only say so days later."""
     from kalmannorm import data
     from kalmannorm.data.scenes import find
 
@@ -265,11 +273,11 @@ def _check_data(jobs: list[Job]) -> None:
             for split in ("train", "test"):
                 find(dataset.name, scenes, root / scenes.folder, split)
         elif dataset.name != "digits" and not (root / data.VARIANTS.get(dataset.name, dataset.name)).exists():
-            data.load(dataset.name, root)  # which says what to do
+            data.load(dataset.name, root)  # raises an error that says what to do
 
 
 def _make_paths_absolute(jobs: list[Job]) -> None:
-    """Make paths absolute: other machines start elsewhere and see the same folders, on a shared file system."""
+    """Make paths absolute: other machines share the file system, but start in other folders."""
     from kalmannorm import data
 
     for job in jobs:

@@ -1,7 +1,7 @@
-"""A process that trains runs one after another: imports, the data set's pages and compiled kernels stay with it.
+"""A process that trains one run after another, so that imports, cached data and compiled kernels are reused.
 
-Run by `python -m kalmannorm.runs.worker`: orders arrive as JSON lines on stdin, outcomes leave as JSON lines on what
-was stdout. When stdin ends, whoever gave the orders is gone: the run under way is saved, and the process leaves.
+`python -m kalmannorm.runs.worker` reads orders as JSON lines from stdin and writes outcomes as JSON lines to the
+original stdout; prints go to stderr. When stdin ends, its parent is gone: the process saves the current run and exits.
 """
 
 import gc
@@ -27,9 +27,9 @@ COMMAND = [sys.executable, "-m", "kalmannorm.runs.worker"]
 
 
 class Worker:
-    """The handle of such a process, which starts with the first run and anew after it died.
+    """The handle of a worker process, which is started for the first run, and again after it died.
 
-    `gpus`: what it may see (CUDA_VISIBLE_DEVICES), None for all that this process sees. `threads`: of its arithmetic.
+    `gpus`: its CUDA_VISIBLE_DEVICES; None: all that this process sees. `threads`: its OMP_NUM_THREADS; None: as here.
     """
 
     def __init__(self, gpus: str | None = None, threads: int | None = None) -> None:
@@ -43,23 +43,23 @@ class Worker:
         self._environment.pop("FORCE_COLOR", None)  # no colours and bars in log files
 
     def start(self, config: Config, devices: int = 1, gpus: str | None = None) -> None:
-        """Hand over a run; with several devices, `gpus` names those that it may see."""
+        """Send a run to the process. With several devices, `gpus` names those that the run may see."""
         if self.process is not None and self.process.poll() is not None:
-            self.close()  # it died while it had nothing to do
+            self.close()  # it died while it was idle
         if self.process is None:
             self._spawn(config)
         assert self.process is not None and self.process.stdin is not None
         order = {"config": config.values(), "devices": devices, "gpus": gpus}
-        with suppress(BrokenPipeError):  # it died since; `outcome` says so
+        with suppress(BrokenPipeError):  # it has just died, which `outcome` reports
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
 
     def fileno(self) -> int:
-        """Return the descriptor that is readable when there is an outcome."""
+        """Return the file descriptor that becomes readable when there is an outcome."""
         assert self.process is not None and self.process.stdout is not None
         return self.process.stdout.fileno()
 
     def outcome(self) -> Outcome:
-        """Return the outcome of the run that was handed over; wait for it."""
+        """Wait for the outcome of the run that was started, and return it."""
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         if line.endswith(b"\n"):
@@ -75,7 +75,7 @@ class Worker:
         return self.outcome()
 
     def ask_to_stop(self) -> None:
-        """Let the run under way save a checkpoint, if there is anything to save, and end with the outcome "stopped"."""
+        """Ask the current run to save a checkpoint, if there is anything to save, and to end as "stopped"."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
@@ -85,7 +85,7 @@ class Worker:
             self.process.wait()
 
     def close(self) -> None:
-        """Let an idle process leave."""
+        """Let an idle process exit; kill it if it takes more than 30 seconds."""
         if self.process is None:
             return
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -102,7 +102,7 @@ class Worker:
         check_writable(log.parent)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
-            # A session of its own: Ctrl-C reaches the sweep alone, which stops its workers in order.
+            # In a session of its own, so that Ctrl-C reaches only the sweep, which then stops its workers.
             self.process = subprocess.Popen(
                 COMMAND,
                 stdin=subprocess.PIPE,
@@ -122,7 +122,7 @@ def _death(code: int) -> str:
 
 
 def main() -> None:
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit's, which Slurm sends to every process of a job
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends submitit's signal to every process of a job
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     orders: queue.Queue[bytes] = queue.Queue()
@@ -134,17 +134,17 @@ def main() -> None:
         try:
             with listening():
                 outcome = attempt(Config.read(order["config"]), order["devices"], order["gpus"])
-        except Stopped as stopped:  # ahead of the run itself
+        except Stopped as stopped:  # before or after the run itself
             outcome = Outcome("stopped", str(stopped))
         busy.clear()
         answers.write(json.dumps(asdict(outcome)) + "\n")
         if outcome.status == "stopped":
-            break  # whoever asked waits for the end of this process
+            break  # the parent waits for this process to end
         _free_memory()
     answers.flush()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # as in train/ranks.py: what libraries do at exit can only go wrong
+    os._exit(0)  # as in train/ranks.py: libraries' exit handlers may abort
 
 
 def _listen(orders: "queue.Queue[bytes]", busy: threading.Event) -> None:
@@ -157,7 +157,7 @@ def _listen(orders: "queue.Queue[bytes]", busy: threading.Event) -> None:
 
 
 def _free_memory() -> None:
-    """Free what other runs on the same GPU may need. Kernels that were compiled stay in inductor's cache."""
+    """Free memory that other runs on the same GPU may need. Compiled kernels stay in inductor's cache."""
     if "torch._dynamo" in sys.modules:
         sys.modules["torch"].compiler.reset()
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
