@@ -1,5 +1,6 @@
-"""What docs/ shows runs."""
+"""What docs/ shows runs; docstrings say what a function does."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -14,6 +15,13 @@ from kalmannorm import NORMS
 from kalmannorm.experiments.config import conf_dir
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+SOURCE = DOCS.parent / "src" / "kalmannorm"
+# With these a fragment begins ("A copy of ...", "Whether ...", "Of the groups ..."), where a verb should stand.
+NO_VERBS = {
+    *("a", "an", "the", "this", "that", "these", "those", "its", "it", "each", "every", "all", "one", "no", "none"),
+    *("of", "in", "as", "by", "for", "from", "to", "with", "at", "on", "through", "under", "behind", "beside"),
+    *("what", "which", "who", "where", "when", "while", "whether", "how", "if", "not", "such", "x", "mean", "names"),
+}
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -52,3 +60,14 @@ def test_a_few_lines_of_plain_python_find_the_answer_that_readme_gives() -> None
         found = re.search(rf"{network}, bf16, rate 0.1: {kind}: .* against BN (\S+)", said)
         (line,) = (line for line in readme.splitlines() if words in line)
         assert found and f" {found[1]} ".replace("-", "−") in line
+
+
+def test_functions_docstrings_begin_with_a_verb() -> None:
+    fragments = [
+        f"{file.relative_to(SOURCE)}: {node.name}: {said}"
+        for file in sorted(SOURCE.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and not any("property" in ast.unparse(one) for one in node.decorator_list)
+        if (said := ast.get_docstring(node)) and re.split(r"\W", said, maxsplit=1)[0].lower() in NO_VERBS | {""}
+    ]
+    assert not fragments, "\n".join(fragments)

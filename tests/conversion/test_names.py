@@ -166,6 +166,24 @@ def test_what_a_function_closes_over_is_read_when_it_runs() -> None:
     torch.testing.assert_close(converted(x), model(x))
 
 
+def test_containers_may_hold_themselves() -> None:
+    around: dict[str, Any] = {"rate": 1.0}
+    around["around"] = around
+
+    class Around(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x)) * around["rate"] * self.own["rate"]
+
+    model = Around(lambda *_: None).eval()
+    model.own = dict(around)
+    model.own["around"] = model.own
+    converted, x = same(model), torch.randn(2, 3, 6, 6)
+    around["rate"] = 5.0
+    for each in (model, converted):
+        each.own["rate"] = 3.0
+    torch.testing.assert_close(converted(x), model(x))
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -5,6 +5,7 @@ import copyreg
 import functools
 import inspect
 import itertools
+from collections import deque
 from collections.abc import Iterable
 from types import CellType, FunctionType
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
 from kalmannorm.conversion.names import content
 from kalmannorm.norm import NORMS, Estimator, Whitening, contract
@@ -218,8 +218,10 @@ def copied(model: nn.Module) -> nn.Module:
     ValueError: a forward that would go on calling the original.
     """
     _refuse_foreign_forwards(model)
-    attributes = tree_leaves([vars(module) for module in model.modules()])
-    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    held: dict[int, Any] = {}
+    for module in model.modules():
+        _collect(vars(module), held)
+    computed = [value for value in held.values() if isinstance(value, Tensor) and not value.is_leaf]
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
     made = copy.deepcopy(model, memo)
     for hooks in (hooks for module in made.modules() for key, hooks in vars(module).items() if key in _ALL_HOOKS):
@@ -229,6 +231,15 @@ def copied(model: nn.Module) -> nn.Module:
             elif inspect.isfunction(inner := getattr(hook, "hook", None)):  # in a wrapper of ours or of torch's
                 hook.hook = _of_copy(inner, memo)
     return made
+
+
+def _collect(value: Any, held: dict[int, Any]) -> None:
+    """Add a value and what containers hold in it to `held`, by id; a container may be inside of itself."""
+    if id(value) not in held:
+        held[id(value)] = value
+        if isinstance(value, dict | list | tuple | deque):
+            for one in value.values() if isinstance(value, dict) else value:
+                _collect(one, held)
 
 
 def _of_copy(function: FunctionType, memo: dict[int, Any]) -> FunctionType:

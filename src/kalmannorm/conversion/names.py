@@ -92,23 +92,24 @@ def plain_parts(expression: str, value: object) -> dict[str, Any]:
     return {f"{expression}[{key!r}]": one for key, one in items if is_plain(one)}
 
 
-def is_plain(value: object) -> bool:
+def is_plain(value: Any, within: tuple[int, ...] = ()) -> bool:
     """Say whether a value is a bool, a number, a string or None, or a list, tuple, set or dict of plain values.
 
-    Instances of subclasses are not plain: their repr() may be no code (an IntEnum's).
+    Instances of subclasses are not plain: their repr() may be no code (an IntEnum's). Nor is a container inside of
+    itself, whose ids are `within`.
     """
-    if type(value) is dict:
-        return all(map(is_plain, (*value, *value.values())))
-    if type(value) in (tuple, list, set, frozenset):
-        return all(map(is_plain, value))  # type: ignore[call-overload]
+    if type(value) in (dict, tuple, list, set, frozenset):
+        parts = (*value, *value.values()) if isinstance(value, dict) else value
+        return id(value) not in within and all(is_plain(part, (*within, id(value))) for part in parts)
     return type(value) in (bool, int, float, str, type(None))
 
 
-def may_change(value: object) -> bool:
+def may_change(value: object, within: tuple[int, ...] = ()) -> bool:
     """Say whether a value can change in place unseen by a graph's conditions, or holds one that can: tensors, arrays,
-    sets, random generators, iterators, objects without a __dict__."""
+    sets, random generators, iterators, objects without a __dict__; or a container inside of itself (`within`: ids)."""
     if isinstance(value, dict | list | tuple):
-        return any(map(may_change, value.values() if isinstance(value, dict) else value))
+        parts = value.values() if isinstance(value, dict) else value
+        return id(value) in within or any(may_change(part, (*within, id(value))) for part in parts)
     if isinstance(value, _CHANGING):
         return True
     if type(value).__module__.partition(".")[0] == "numpy":

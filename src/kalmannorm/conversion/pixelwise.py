@@ -68,7 +68,7 @@ def arithmetic(sign: str) -> Rule:
         if sign == "+" and isinstance(o.y, list | tuple):
             return [*_each(a, of_a), *_each(b, of_b)]
         if set(o.kwargs) - {"input", "other"}:
-            return "with weights"
+            return f"with {', '.join(sorted(set(o.kwargs) - {'input', 'other'}))}"  # alpha, rounding_mode
         if o.kind == "constant second" or isinstance(b, int | float):
             return _with_constant(sign, a, of_a, b, False)
         if o.kind == "constant first" or isinstance(a, int | float):
