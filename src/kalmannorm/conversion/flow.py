@@ -41,7 +41,8 @@ class Flow(TorchFunctionMode):
     """The beliefs of the tensors in one running forward, and the mode that intercepts its function calls."""
 
     def __init__(self, switches: bool = False, batch_norm: Callable[..., Any] | None = None) -> None:
-        """`switches`: whether the forward itself switches gradients off or on. `batch_norm`: replaces F.batch_norm."""
+        """Start without beliefs. `switches`: the forward itself switches gradients off or on. `batch_norm`: replaces
+        F.batch_norm."""
         super().__init__()
         self._batch_norm = batch_norm
         self._known: dict[int, tuple[Tensor, int, Any]] = {}
