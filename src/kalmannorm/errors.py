@@ -1,40 +1,40 @@
-"""What went wrong, said to the person who can put it right."""
+"""Define errors that the user can put right, and the wording of their messages."""
 
 import difflib
 import signal
 from collections.abc import Iterable
 
-# Words by which libraries' RuntimeErrors say so.
+# Texts by which these cases are recognized in the errors of libraries.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 TOO_MANY_FILES = "Too many open files"
-OF_A_WORKER = "DataLoader worker"  # that was killed, or has no room left
+OF_A_WORKER = "DataLoader worker"  # was killed, or ran out of shared memory
 
 
 class UserError(Exception):
-    """Bad input, data or surroundings: something the user can put right, as opposed to a bug of ours.
+    """Bad input, data or environment: something the user can put right, as opposed to a bug in this package.
 
     The message is all the user sees (the command line prints it as one line and exits with code 2), so it names the
-    thing, its value, what was expected, and what to do.
+    setting or file, its value, what was expected, and what to do.
     """
 
 
 def absent(name: str, found: str, remedy: str) -> UserError:
-    """Return the error for a data set that is not there: what was looked for and where, and how to get it."""
+    """Return the error for a missing data set. `found`: what was looked for and where; `remedy`: how to get it."""
     remedies = f"{remedy}, or say where it is by DATA=... or data=...; `dataset=digits` runs without any download"
     return UserError(f"data set {name!r} is not there: {found}; {remedies}")
 
 
 def reason(error: BaseException) -> str:
-    """Return what a library's exception says, in one line: of an OSError what the system said, else the message."""
+    """Return a library's exception as one line: the system's message of an OSError, else the exception's own."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class Stopped(BaseException):
-    """A signal asked a run to leave; what it had is saved.
+    """A signal asked a run to stop, and its state is saved.
 
-    No Exception, so that nothing that expects a library to raise anything at all takes it for that.
+    Not an Exception, so that code that catches any Exception of a library lets it pass.
     """
 
     def __init__(self, number: int) -> None:
@@ -43,7 +43,7 @@ class Stopped(BaseException):
 
 
 def nearest(name: str, valid: Iterable[str], kind: str = "name") -> str:
-    """Return the message for a name that is not among the valid ones, with the closest of them if there is a close one.
+    """Return the message for an invalid name, with the most similar valid one if there is one.
 
     >>> nearest("cifar11", ["digits", "cifar10"], "dataset")
     "unknown dataset 'cifar11'; did you mean 'cifar10'? valid: digits, cifar10"

@@ -1,4 +1,4 @@
-"""Files written whole or not at all; permission and room looked at before the work is done."""
+"""Write files whole or not at all, and check permission and space before the work is done."""
 
 import errno
 import glob
@@ -12,7 +12,7 @@ from kalmannorm.errors import UserError, reason
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all, also under a power cut. UserError: no permission, no space."""
+    """Write a file whole or not at all, even if power fails. UserError: no permission, no space."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
@@ -32,25 +32,25 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 
 def clear_unfinished(file: Path) -> None:
-    """Remove what processes left that were killed while they wrote `file`; call where nobody else can be writing it."""
+    """Remove the temporary files of processes killed while writing `file`. No other process may be writing it now."""
     for left in file.parent.glob(f".{glob.escape(file.name)}.*"):
         left.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, remedy: str = "name another by results= or runs=") -> None:
-    """Raise UserError where no file can be written to the folder, or to where it will be made: before days of work."""
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))  # links to nowhere too
+    """Raise UserError if no file can be written to the folder, or to the place where it will be made."""
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))  # lexists: also dangling links
     try:
         if max((len(os.fsencode(part)) for part in folder.parts), default=0) > os.pathconf(there, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        with tempfile.TemporaryFile(dir=there):  # os.access says yes to root even on read-only file systems
+        with tempfile.TemporaryFile(dir=there):  # os.access is true for root, even if read-only
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy}") from None
 
 
 def check_room(folder: Path, needed: int, remedy: str = "pass runs=FOLDER") -> None:
-    """Make the folder and raise UserError where it takes no file, or has no room for `needed` bytes."""
+    """Make the folder. UserError: no file can be written there, or fewer than `needed` bytes are free."""
     check_writable(folder, remedy)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -59,7 +59,7 @@ def check_room(folder: Path, needed: int, remedy: str = "pass runs=FOLDER") -> N
 
 
 def _sync(folder: Path) -> None:
-    """Make a renaming last. What is renamed is whole in any case, and some file systems cannot sync a folder."""
+    """Make a renaming permanent. Errors are ignored: the file is whole, and some systems cannot sync a folder."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

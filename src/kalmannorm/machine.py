@@ -1,4 +1,4 @@
-"""What this machine has; all but `host` asked without torch, which takes seconds to import."""
+"""Find out what this machine has. Only `host` imports torch, which takes seconds."""
 
 import ctypes
 import functools
@@ -16,33 +16,33 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
-from typing_extensions import TypedDict  # of which the records' schema is made: Python's own does from 3.12 on
+from typing_extensions import TypedDict  # for the records' schema: pydantic takes Python's own from 3.12 on
 
 from kalmannorm.errors import UserError
 
 CPUS = Path("/proc/cpuinfo")
 DRIVER = Path("/proc/driver/nvidia/version")
-# What torchrun sets for each process, and what any other launcher has to set.
+# Variables that torchrun sets for each process, and any other launcher has to set.
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def cores() -> int:
-    """Count the cores that this process may use, by its affinity and its container's quota."""
-    from joblib import cpu_count  # half a second
+    """Return the number of cores that this process may use, by its affinity and its container's quota."""
+    from joblib import cpu_count  # importing it takes half a second
 
     count: int = cpu_count()
     return count
 
 
 def has_gpu() -> bool:
-    """Say whether there is a driver, and CUDA_VISIBLE_DEVICES does not hide all its GPUs."""
+    """Say whether there is an NVIDIA driver whose GPUs CUDA_VISIBLE_DEVICES does not all hide."""
     return DRIVER.exists() and allotted_gpus() != ()
 
 
 def allotted_gpus() -> tuple[str, ...] | None:
     """Return the GPUs that CUDA_VISIBLE_DEVICES names, by number or UUID, as CUDA reads it; None where it is not set.
 
-    A cluster sets it to what it allots to a job. What follows a number below 0 or a word like "none" is not seen.
+    A cluster sets it to the GPUs of a job. Like CUDA, this ignores all that follows a negative number or other word.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
@@ -54,21 +54,21 @@ def allotted_gpus() -> tuple[str, ...] | None:
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Say whether the CPU has instructions for products of bfloat16 matrices."""
+    """Say whether the CPU has instructions for products of bfloat16 matrices; False outside of Linux."""
     return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_of_cpu("flags").split())
 
 
 def has_compiler() -> bool:
-    """Say whether there is the C++ compiler that torch.compile needs on a CPU."""
+    """Say whether the C++ compiler is installed that torch.compile needs on a CPU."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for what is asked for next, where it is glibc.
+    """Make glibc keep freed memory for later allocations; other C libraries are left alone.
 
-    Else it hands a backward's feature maps back to the system, and the next step takes a page fault for each 4 kB of
-    them: up to a tenth of an eager step on a CPU, and more for the model that frees larger pieces. The process is as
-    large as it was at its peak.
+    By default glibc returns the feature maps to the system after the backward, and the next step takes a page fault for
+    each 4 kB of them: up to a tenth of an eager step on a CPU, more for a model that frees larger pieces. The cost: the
+    process keeps the size of its peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -78,7 +78,7 @@ def keep_freed_memory() -> None:
 
 
 def _of_cpu(what: str) -> str:
-    """Return what Linux says of the first processor; nothing elsewhere."""
+    """Return a field of the first processor in /proc/cpuinfo, "" if there is none."""
     try:
         lines = CPUS.read_text().splitlines()
     except OSError:
@@ -87,7 +87,7 @@ def _of_cpu(what: str) -> str:
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Return the ids of this machine's GPUs, those of CUDA_VISIBLE_DEVICES if it is set."""
+    """Return the ids of this machine's GPUs, those in CUDA_VISIBLE_DEVICES if it is set."""
     if (chosen := allotted_gpus()) is not None:
         return chosen
     try:
@@ -99,7 +99,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Launch:
-    """Which process of how many this is: of the run, and of those on this machine (torchrun's LOCAL_...)."""
+    """This process's rank and the number of processes: in the whole run, and on this machine (local_...)."""
 
     rank: int = 0
     world: int = 1
@@ -108,7 +108,8 @@ class Launch:
 
 
 def launch() -> Launch:
-    """Read what a launcher such as torchrun has set. UserError: part of it, as an earlier shell or a pod leaves it."""
+    """Read the variables of a launcher such as torchrun. UserError: only some are set, as an earlier shell leaves them;
+    a bad value."""
     given = {name: value for name in LAUNCHER if (value := os.environ.get(name, "").strip())}
     shown = " ".join(f"{name}={value}" for name, value in given.items())
     remedy = f"start with torchrun --nproc-per-node N -m kalmannorm train ..., or `unset {' '.join(LAUNCHER)}`"
@@ -132,12 +133,12 @@ class Commit(TypedDict):
     dirty: bool | None
 
 
-# Finite, from 0 on; a record's schema checks it.
+# Finite and not negative, as a record's schema checks.
 Measured = Annotated[float, Field(ge=0, lt=math.inf)]
 
 
 class Host(TypedDict, total=False):
-    """Time and place of a run: all that may differ between two records of it."""
+    """Time, machine and speed of a run: the only part in which two records of it may differ."""
 
     started: str  # ISO 8601, UTC
     device: str
@@ -152,7 +153,7 @@ class Host(TypedDict, total=False):
 
 
 def host(device: str) -> Host:
-    """Return what is known of it before the run."""
+    """Return the part of Host that is known before the run. Imports torch."""
     import torch
 
     on_gpu = device.startswith("cuda")
@@ -175,7 +176,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-@functools.cache  # what this process imported, not what the checkout holds when a long sweep ends
+@functools.cache  # the commit at the import, also if the checkout changes during a long sweep
 def _git() -> Commit:
     here = Path(__file__).resolve().parent
 
@@ -183,7 +184,7 @@ def _git() -> Commit:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else another's, in whose folder this one is installed
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails in another project's checkout
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}

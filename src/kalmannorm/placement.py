@@ -1,4 +1,4 @@
-"""Which normalizer stands where: the placements that have names.
+"""Define the named placements: which normalizer goes to which layer.
 
 PLACEMENTS[name](model) is the mapping of layer patterns to normalizers that `convert` takes (mapping.py).
 """
@@ -16,13 +16,14 @@ Placed = dict[str, str | tuple[str, Mapping[str, Any]]]
 
 
 def ibn_a(model: nn.Module) -> Placed:
-    """Place as IBN-Net a: Instance Norm on half of the channels of the first normalizer of every residual block of
-    the stages 1 to 3 (of DenseNets: of every third dense layer of the blocks 1 to 3, on 40 % of its channels, the last
-    ones); all else is Batch Norm.
+    """Place normalizers as in IBN-Net a.
 
-    `model`: a ResNet with torchvision's names (ResNeXt, SE-ResNet as well), also as a segmenter's `backbone`, a
-    DenseNet of torchvision's, or one of this project's post-activation ResNets for CIFAR, of whose three stages it
-    takes two (ours). ValueError: another network.
+    Instance Norm is put on half of the channels of the first normalizer in every residual block of stages 1 to 3; in
+    DenseNets, on the last 40 % of the channels in every third dense layer of blocks 1 to 3. All else is Batch Norm.
+
+    `model`: a ResNet with torchvision's names (ResNeXt and SE-ResNet too), also as a segmenter's `backbone`; a
+    torchvision DenseNet; or one of this project's post-activation ResNets for CIFAR, where the first two of the three
+    stages are taken (ours). ValueError: another network.
     """
     if (resnet := _resnet(model)) is not None:
         return {f"{resnet}layer[1-3].*.bn1": "ibn", "*": "bn"}
@@ -40,10 +41,12 @@ def ibn_a(model: nn.Module) -> Placed:
 
 
 def ibn_b(model: nn.Module) -> Placed:
-    """Place as IBN-Net b: Instance Norm in the stem, and a new one, `IN`, after the addition and before the last
-    ReLU of the last block of the stages 1 and 2; all else is Batch Norm. The new layers are added to `model` itself.
+    """Place normalizers as in IBN-Net b.
 
-    `model`: a ResNet of torchvision's, or one of this project's post-activation ResNets for CIFAR: the stem and the end
+    Instance Norm is put in the stem; and a new one, `IN`, is added to `model` itself in the last block of stages 1 and
+    2, between the addition and the last ReLU. All else is Batch Norm.
+
+    `model`: a torchvision ResNet; or one of this project's post-activation ResNets for CIFAR, with the stem and the end
     of stage 1 (ours). ValueError: another network.
     """
     if (resnet := _resnet(model)) is not None:
@@ -62,12 +65,12 @@ def ibn_b(model: nn.Module) -> Placed:
 
 
 def zca_first(model: nn.Module) -> Placed:
-    """Place ZCA whitening at the first normalizer, as in its ResNets for CIFAR and ImageNet; all else is Batch Norm."""
+    """Place ZCA whitening at the first normalizer, as its paper does in ResNets; all else is Batch Norm."""
     return _first("zca", model)
 
 
 def itern_first(model: nn.Module) -> Placed:
-    """Place IterNorm at the first normalizer, as in its ResNets for ImageNet; all else is Batch Norm."""
+    """Place IterNorm at the first normalizer, as its paper does in ImageNet's ResNets; all else is Batch Norm."""
     return _first("itern", model)
 
 
@@ -89,10 +92,10 @@ _KNOWN = "ResNets with torchvision's names, DenseNets of torchvision's and this 
 
 
 def choices(model: nn.Module) -> Placed:
-    """Return what every SSN layer of a trained model has chosen, as a mapping for `convert` of the plain model: bn, in
-    or ln where mean and variance chose the same, else `ssn`, as it is.
+    """Return the choice of every SSN layer of a trained model, as a mapping with which to `convert` the plain model.
 
-    ValueError: a model without SSN, or with a layer that has not chosen yet.
+    A layer becomes bn, in or ln if mean and variance chose the same, else it stays `ssn`. ValueError: the model has no
+    SSN layer, or one that has not chosen yet.
     """
     found: Placed = {}
     for name, layer in model.named_modules():
@@ -107,7 +110,7 @@ def choices(model: nn.Module) -> Placed:
 
 
 def _resnet(model: nn.Module) -> str | None:
-    """Return what the names of a ResNet's layers begin with: nothing, or `backbone.` in a segmenter; None in others."""
+    """Return the prefix of a ResNet's layer names: "", or "backbone." in a segmenter; None for another network."""
     for prefix, resnet in (("", model), ("backbone.", getattr(model, "backbone", None))):
         stages = [getattr(resnet, f"layer{i}", None) for i in (1, 2, 3, 4)]
         if all(isinstance(s, nn.Sequential) and all(hasattr(b, "bn1") for b in s) for s in stages):

@@ -1,16 +1,16 @@
-"""The variants of Kalman Normalization, as paper, released code, talk and v1 have them. Imports nothing heavy."""
+"""Define the variants of Kalman Normalization: of the paper, the released code, the talk and v1. Imports no torch."""
 
 from typing import Any
 
 KALMAN = ("bkn", "gkn")
-SYNONYMS = {"kn": "bkn"}  # names of the papers, as conf/norm has them too
-# Normalizers whose statistics are shared by a group of images: `stat_batch` means something for them.
+SYNONYMS = {"kn": "bkn"}  # names in the papers, also in conf/norm
+# Normalizers whose statistics are shared by a group of images, so that `stat_batch` has an effect.
 BATCH_STATISTICS = ("bn", "brn", "sn", "bkn", "syncbn", "ibn", "ssn", "zca", "itern", "pn")
-# Those whose groups may span devices.
+# Normalizers whose groups may span devices.
 SPAN_DEVICES = ("syncbn", "pn")
-# Those whose statistics are, in a run, always the whole gradient batch's.
+# Normalizers whose statistics are, in a run, always those of the whole gradient batch.
 WHOLE_BATCH = ("pn",)
-# Those that put no beta in a convolution's bias's place: convert gives every convolution one.
+# Normalizers without a beta that could replace a convolution's bias: convert gives every convolution one.
 NEED_BIAS = ("wn", "none")
 
 # The released code fixes the gain, at two statistics batches only.

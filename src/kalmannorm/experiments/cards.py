@@ -1,4 +1,4 @@
-"""Experiments: the runs that a card asks for (experiments/card.py), composed."""
+"""Compose the runs of an experiment from its card (experiments/card.py)."""
 
 import itertools
 import math
@@ -13,12 +13,12 @@ from kalmannorm.experiments.composition import PATHS, parse, refuse_repeated
 from kalmannorm.experiments.config import Config, compose
 from kalmannorm.experiments.record import run_id
 
-MOST_RUNS = 10_000  # at once: more is a slip of the finger
+MOST_RUNS = 10_000  # per sweep: more are taken for a typing error
 
 
 @dataclass
 class Experiment:
-    """A card, with the rows and columns that were chosen, and the runs that it asks for."""
+    """A card reduced to the chosen rows and columns, and its runs."""
 
     card: Card
     runs: list[Config]
@@ -26,14 +26,14 @@ class Experiment:
 
 
 def load(name: str, arguments: list[str]) -> Experiment:
-    """Load the card `name` under `arguments`: overrides of every run, and
+    """Load the card `name` and compose its runs. `arguments`: overrides for every run, and
 
     seeds=N        seeds 1..N in place of the card's number; seeds=1,4 or seeds=4, names them
     rows=paper     only the papers' rows, without ours; rows=KEY,KEY names them; rows=bn_* by a pattern
-    columns=KEY    only these columns, of a card whose columns have runs of their own
-    dataset=NAME   where the columns are data sets: that one alone, also one that the paper does not have
+    columns=KEY    only these columns, if the card's columns have runs of their own
+    dataset=NAME   only this data set, if the columns are data sets; it may be one that the paper does not have
 
-    Rows that come to the same run (a normalizer without batch statistics at two of them) share it.
+    Rows with the same run (a normalizer without batch statistics, at two statistics batches) share it.
     UserError: unknown names or values.
     """
     card, own, overrides = chosen(name, arguments)
@@ -44,25 +44,28 @@ def load(name: str, arguments: list[str]) -> Experiment:
     for row in card.rows:
         for column in card.columns_of(row) if card.has_columns_of_runs else [None]:
             of_row = cards.overrides(card.settings(row, column))
-            # Of two of the same key the later one, where Hydra would refuse both.
+            # The later of two overrides with the same key counts; Hydra would refuse both.
             config = compose(list({o.partition("=")[0]: o for o in (*of_row, *overrides, "seed=0")}.values()))
             for seed in seeds:
                 run = replace(config, seed=seed)
                 found.setdefault(run_id(run), (f"{row.key} {column.key}" if column else row.key, run))
-    # Seed by seed, so that a sweep that is cut short has whole comparisons.
+    # Seed by seed, so that an interrupted sweep has whole comparisons.
     ordered = sorted(found.values(), key=lambda one: one[1].seed)
     return Experiment(card, [run for _, run in ordered], [key for key, _ in ordered])
 
 
 def chosen(name: str, arguments: Sequence[str]) -> tuple[Card, dict[str, str], list[str]]:
-    """Return the card with the rows and columns that are chosen; its own arguments; the overrides of every run."""
+    """Return the card with the chosen rows and columns; the arguments seeds, rows, columns; and all other overrides.
+
+    UserError: an unknown name or value; an override of a setting in which the rows differ.
+    """
     refuse_repeated(arguments)
     card = cards.read(name)
     own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows", "columns")}
     overrides = [a for a in arguments if a.partition("=")[0] not in own]
     _seeds(own.get("seeds", str(card.seeds)))
     card = replace(card, rows=_choose(card.rows, own.get("rows")))
-    # Other kinds announce that they are of whatever batches are given; a table's rows are named after theirs.
+    # Rows of a table are named after their batch; cards of other kinds show any batch that is given.
     fixed = ("arch.", "norm", "batch") if card.kind == "table" else ("arch.", "norm")
     for key in (override.partition("=")[0] for override in overrides if override.startswith(fixed)):
         if len({str(row.runs.get(key)) for row in card.rows}) > 1:
@@ -76,7 +79,7 @@ def chosen(name: str, arguments: Sequence[str]) -> tuple[Card, dict[str, str], l
 
 
 def _columns(card: Card, wanted: str | None, overrides: list[str]) -> tuple[Card, list[str]]:
-    """Return the card with the columns that are wanted, and what is left of the overrides for every run."""
+    """Return the card with the wanted columns, and the overrides without a data set that chose a column."""
     if not card.has_columns_of_runs:
         if wanted is not None:
             raise UserError(f"columns={wanted}: the columns of {card.name} are of the same runs; there is no choice")
@@ -91,7 +94,7 @@ def _columns(card: Card, wanted: str | None, overrides: list[str]) -> tuple[Card
     if dataset and card.fixes_dataset:
         overrides = [o for o in overrides if not o.startswith("dataset=")]
         same = tuple(column for column in card.columns if column.runs.get("dataset") == dataset)
-        if not same:  # every row can have it, as no paper says otherwise
+        if not same:  # no paper restricts the rows of a new column
             same = (Column(dataset, dataset, card.columns[0].statistics, runs={"dataset": dataset}),)
             card = replace(card, rows=tuple(replace(row, columns=None) for row in card.rows))
         card = replace(card, columns=same)

@@ -1,7 +1,7 @@
-"""conf/ and overrides to plain values, in Hydra's grammar: config.yaml's choices of groups, then the overrides.
+"""Compose conf/ and overrides, in Hydra's grammar, to plain values: first config.yaml's defaults, then the overrides.
 
-Hydra's own composition takes a tenth of a second, and a report has hundreds of them, of a few dozen files, which are
-read once here.
+Hydra's own composition takes a tenth of a second, and a report makes hundreds of them from a few dozen files. Here each
+file is read once.
 """
 
 import copy
@@ -18,17 +18,16 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 Values = dict[str, Any]
-# Settings that are places of files. Their values are no part of Hydra's grammar, in which 2024 is a number and "=", "("
-# and a blank mean something: what stands behind the first "=" is the path, "~" is home.
+# Settings that are paths. They are not parsed by Hydra's grammar, in which 2024 is a number and "=", "(" and blanks
+# have a meaning: the path is all that follows the first "=", and "~" is the home folder.
 PATHS = ("data", "results", "runs", "weights")
-OPTIONAL = ("data", "weights")  # of them, those that null leaves to their default
+OPTIONAL = ("data", "weights")  # those of PATHS that may be null, for the default
 
 
 def compose(conf: Path, overrides: Sequence[str]) -> Values:
     """Return the configuration of conf/config.yaml under the overrides, interpolations resolved.
 
-    UserError: an override that cannot be, in one line; a choice that does not exist, with the nearest that does; a
-    setting that is given twice.
+    UserError: an invalid override; a choice that does not exist, with the nearest that does; a setting given twice.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -54,7 +53,7 @@ def compose(conf: Path, overrides: Sequence[str]) -> Values:
 
 
 def refuse_repeated(overrides: Sequence[str]) -> None:
-    """Raise UserError for a key that is given twice: which of the two is meant?"""
+    """Raise UserError for a key that is given twice, since either value could be meant."""
     known: dict[str, str] = {}
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
@@ -64,7 +63,7 @@ def refuse_repeated(overrides: Sequence[str]) -> None:
 
 
 def split_paths(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
-    """Return the values of PATHS that are given, and the other overrides. UserError: no path."""
+    """Return the given values of PATHS, and all other overrides. UserError: a value that is no path."""
     paths: dict[str, str | None] = {}
     rest = []
     for override in overrides:
@@ -77,7 +76,7 @@ def split_paths(overrides: Sequence[str]) -> tuple[dict[str, str | None], list[s
 
 
 def _path(key: str, text: str) -> str | None:
-    """Return the path as it is, without quotes around the whole of it."""
+    """Return the path without quotes around it, ~ expanded; None for null. UserError: no path."""
     if text == "null" and key in OPTIONAL:
         return None
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
@@ -90,7 +89,7 @@ def _path(key: str, text: str) -> str | None:
 
 @functools.cache
 def parse(override: str) -> "Override":
-    """Read an override. UserError: it is none in Hydra's grammar."""
+    """Parse an override. UserError: it does not follow Hydra's grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -102,7 +101,7 @@ def parse(override: str) -> "Override":
 
 @functools.cache
 def _file(folder: Path, name: str) -> Values:
-    """Read a file of conf/, under those of its own folder that its `defaults` name."""
+    """Read a file of conf/. Its settings take precedence over those of the files named by its `defaults`."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -121,7 +120,7 @@ def _file(folder: Path, name: str) -> Values:
 
 
 def choices(folder: Path) -> list[str]:
-    """Return the names of a group's files, less the hidden ones that editors and archives leave there."""
+    """Return the names of a group's files, without hidden ones, which editors and archives leave behind."""
     return sorted(file.stem for file in folder.glob("[!.]*.yaml"))
 
 
@@ -131,7 +130,7 @@ def _chooses(conf: Path, override: "Override") -> bool:
 
 
 def _change(whole: "DictConfig", override: "Override") -> None:
-    """Change, add or delete a setting. UserError: it is not there, or there already."""
+    """Change, add or delete a setting. UserError: it does not exist, or should be added and exists already."""
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 

@@ -1,4 +1,4 @@
-"""A measurement of training speed: one JSON file in results/speed, as runs/measure_speed.py writes it."""
+"""Define the format of a speed measurement: a JSON file in results/speed, written by runs/measure_speed.py."""
 
 from typing import TypedDict
 
@@ -9,17 +9,17 @@ FOLDER = "speed"  # in the results folder
 
 
 class Measurement(TypedDict):
-    """The steps of two rows of a card, which took turns."""
+    """Times of the steps of two rows of a card, run alternately."""
 
     id: str
     experiment: str  # the card's name
-    configs: dict[str, Tree]  # by row: `measured_part`
-    seconds: dict[str, list[float]]  # by row, of each step
+    configs: dict[str, Tree]  # row -> measured_part
+    seconds: dict[str, list[float]]  # row -> time of each step
     host: Host
 
 
 def measured_part(config: Tree, compiled: bool) -> Tree:
-    """Return what of a run's configuration its speed depends on."""
+    """Return the settings of a run on which its speed depends."""
     return {
         **{key: config[key] for key in ("arch", "norm", "batch", "precision")},
         "compile": compiled,
@@ -29,6 +29,6 @@ def measured_part(config: Tree, compiled: bool) -> Tree:
 
 
 def where(host: Host) -> str:
-    """Say the device in words."""
+    """Return the name of the device; on a CPU with the number of threads."""
     threads = f", {host['threads']} thread{'s' if host['threads'] != 1 else ''}"
     return str(host["hardware"]) + ("" if host["device"].startswith("cuda") else threads)

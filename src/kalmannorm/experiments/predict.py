@@ -1,4 +1,4 @@
-"""How long a run will take: from the time that recorded runs like it took, or not at all."""
+"""Predict how long a run will take from recorded runs like it."""
 
 from collections.abc import Callable, Hashable, Iterable
 
@@ -8,8 +8,11 @@ Kind = Callable[[Tree], Hashable]
 
 
 def predictor(runs: Iterable[Record], device: str) -> Callable[[Tree], float | None]:
-    """Return a function from a run's configuration to its device-seconds on such a device ("cpu", "cuda"): training and
-    evaluation. None where none of the recorded runs is of the same network, normalizer, resolution and data."""
+    """Return a function that predicts a run's device-seconds, evaluation included, from its configuration.
+
+    `device`: "cpu" or "cuda"; only runs on such a device count. The function returns None if no recorded run has the
+    same network, normalizer, resolution and data set.
+    """
     kind_of_device = device.partition(":")[0]
     there = [r for r in runs if r["host"].get("device", "").partition(":")[0] == kind_of_device]
     done = [r for r in there if r["status"] == "done" and r["host"].get("seconds")]
@@ -44,17 +47,17 @@ def _same_batch(config: Tree) -> tuple[Hashable, ...]:
 
 
 def _rates(done: list[Record], kind: Kind) -> dict[Hashable, list[float]]:
-    """Return the device-seconds an image, of all the runs of each kind."""
+    """Return the device-seconds per image of all runs, by kind."""
     rates: dict[Hashable, list[float]] = {}
     for record in done:
         config, host = record["config"], record["host"]
         images = config["budget"]["epochs"] * _images(record)
-        # A resumed run's `seconds` are of its last process alone.
+        # The `seconds` of a resumed run are those of its last process only.
         seconds = max(host["seconds"], host.get("train_seconds", 0))
         rates.setdefault(kind(config), []).append(seconds * host.get("processes", 1) / images)
     return rates
 
 
 def _images(record: Record) -> int:
-    """Count the images of its training set."""
+    """Return the number of images in the run's training set."""
     return record["data"]["train_images"]

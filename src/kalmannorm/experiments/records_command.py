@@ -1,4 +1,4 @@
-"""`kalmannorm records`: those of a results folder as a table; those of other machines taken in; stale ones removed."""
+"""Implement `kalmannorm records`: show the records of a results folder, merge in other folders, remove stale ones."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from kalmannorm.experiments.record import NUMERICS, Record, Tree, files, reached
 from kalmannorm.files import write_atomically
 
 STATES = ("done", "failed")
-CHOICES = ("arch", "batch", "budget", "norm", "schedule")  # groups that have nothing but what conf/ has
+CHOICES = ("arch", "batch", "budget", "norm", "schedule")  # groups whose choices are all in conf/
 HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "device", "started")
 
 
 def show(results: str, overrides: list[str]) -> int:
-    """Print the records whose configuration fits `overrides`, a row each; stale ones are marked."""
+    """Print a table of the records whose configuration matches all `overrides`; stale ones are marked."""
     _expect_folder(results)
     every = read_all(results)
     tests = [_test(override, every) for override in overrides]
@@ -38,10 +38,10 @@ def show(results: str, overrides: list[str]) -> int:
 
 
 def merge(results: str, folders: list[str]) -> int:
-    """Copy the records, and the arrays beside them, that `results` has not. 1 if any could not be taken in.
+    """Copy records, and the arrays beside them, from `folders` into `results`. Return 1 if one could not be taken.
 
-    A record that is there already is left as it is, but for a failed one, which a done one replaces. It is no conflict
-    if it says the same but for time and host, or if the other failed.
+    A record that `results` has already is kept, but a done one replaces a failed one. Two records are in conflict if
+    they differ in more than `host` and the new one did not fail.
     """
     sources = [(folder, file) for folder in folders for file in _files(folder)]
     taken = known = 0
@@ -55,7 +55,7 @@ def merge(results: str, folders: list[str]) -> int:
             problems.append(str(error))
             continue
         if here is not None and here["status"] == "failed" and record["status"] == "done":
-            here = None  # as a sweep that is called again replaces it
+            here = None  # replaced, as by a sweep that is run again
         if here is not None and record["status"] == "failed":
             known += 1
             continue
@@ -78,7 +78,7 @@ def merge(results: str, folders: list[str]) -> int:
 
 
 def prune(results: str, failed: bool = False, yes: bool = False) -> int:
-    """List records of another NUMERICS and files that are none (`failed`: and failed runs); `yes`: deletes them."""
+    """List stale records and unusable files, with `failed` also failed runs; delete them if `yes`."""
     doomed: list[tuple[Path, str]] = []
     _expect_folder(results)
     for file in files(results):
@@ -116,9 +116,9 @@ def _row(record: Record) -> tuple[str, ...]:
 
 
 def _test(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
-    """Say whether a record fits key=value: a group's choice (norm=bkn), a setting (batch.stat_batch=2), status=failed.
+    """Return a test of records for key=value: a choice (norm=bkn), a setting (batch.stat_batch=2), or status=failed.
 
-    UserError: what no record has.
+    UserError: an unknown choice, or a setting that no record has.
     """
     from omegaconf import OmegaConf
     from yaml import YAMLError
@@ -134,7 +134,7 @@ def _test(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
     if choice.exists():
         from kalmannorm.experiments.config import compose
 
-        # What every composition of the choice has in common: its name, or where it has none its settings.
+        # A record matches a choice by its name, or by all its settings if it has none.
         composed = compose([override]).values()[key]
         wanted = {"name": composed["name"]} if "name" in composed else composed
         return lambda record: all(record["config"][key].get(name) == value for name, value in wanted.items())
@@ -167,7 +167,7 @@ def _expect_folder(results: str) -> None:
 
 
 def _files(folder: str) -> list[Path]:
-    """Return the records of a results folder, or of its folder `records`."""
+    """Return the record files of a results folder, given by its own path or by that of its folder `records`."""
     path = Path(folder)
     if path.name == "records" and not (path / "records").exists():
         path = path.parent

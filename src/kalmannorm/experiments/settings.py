@@ -1,8 +1,7 @@
-"""The settings of one run by group, each with its type and range, which pydantic checks.
+"""Define the settings of one run by group, each with its type and range, which pydantic checks.
 
-A UserError names the setting, its value and what was expected. Values are brought to their type, so that 1 and 1.0 of a
-setting are one value and one id. What a run's id is made of is `values()`; a setting that is null unless it is set is
-not in it where it is null.
+A UserError names the setting, its value and what was expected. Values are converted to their type, so that 1 and 1.0
+give the same id. The id is a hash of `values()`, which leaves out a setting that has the default null and is null.
 """
 
 import functools
@@ -38,8 +37,8 @@ def _whole(value: object) -> object:
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
-Number = Annotated[int | float, BeforeValidator(_whole)]  # a whole number is an int, however it was written
-Float = Annotated[float, AfterValidator(lambda value: value + 0.0)]  # -0.0 is 0.0
+Number = Annotated[int | float, BeforeValidator(_whole)]  # 2.0 becomes the int 2
+Float = Annotated[float, AfterValidator(lambda value: value + 0.0)]  # -0.0 becomes 0.0
 Positive = Annotated[Int, Field(gt=0)]
 Natural = Annotated[Int, Field(ge=0)]
 Rate = Annotated[Float, Field(gt=0)]
@@ -47,7 +46,7 @@ Share = Annotated[Float, Field(ge=0, le=1)]
 Part = Annotated[Float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
 Pair = Annotated[list[Positive], Field(min_length=2, max_length=2)]
-Channels = Field(min_length=3, max_length=3)  # a number for each
+Channels = Field(min_length=3, max_length=3)  # one number per channel
 Factors = Annotated[list[Annotated[Float, Field(gt=0, le=16)]], Field(min_length=1)]
 Blocks = Annotated[Int, Field(ge=1, le=100)]
 Upto4096 = Annotated[Int, Field(ge=1, le=4096)]
@@ -55,7 +54,7 @@ Upto4096 = Annotated[Int, Field(ge=1, le=4096)]
 
 @with_config(STRICT)
 class ArchOptions(TypedDict, total=False):
-    """All options of networks that a run may have; which of them are whose, their builders know."""
+    """The options of all networks; each builder refuses those that are not its own."""
 
     pretrained: str | None  # the sha256 of weights=FILE
     width: Annotated[Float, Field(gt=0, le=64)]
@@ -67,12 +66,12 @@ class ArchOptions(TypedDict, total=False):
     max_size: Annotated[Int, Field(ge=8, le=10**4)]
     boxes: Annotated[Int, Field(ge=1, le=10**4)]
     roi_size: Annotated[Int, Field(ge=1, le=64)]
-    head_norm: Literal["none", "bn", "gn", "ln", "in", "sn", "bkn"]  # of a detector's pyramid and heads
+    head_norm: Literal["none", "bn", "gn", "ln", "in", "sn", "bkn"]  # in a detector's pyramid and heads
     mask_head: bool
     roi_belief: Literal["end", "carry"]
     proposals: Pair | None  # in training, in evaluation
     candidates: Pair | None
-    # torchvision's own
+    # Options of torchvision's ResNets.
     zero_init_residual: bool
     groups: Upto4096
     width_per_group: Upto4096
@@ -81,7 +80,7 @@ class ArchOptions(TypedDict, total=False):
 
 @with_config(STRICT)
 class NormOptions(TypedDict, total=False):
-    """All options of normalizers that a run may have; which of them are whose, and what words mean, their builders
+    """The options of all normalizers; each builder refuses those that are not its own, and words that it does not
     know."""
 
     learn_gain: bool | None
@@ -107,7 +106,7 @@ class NormOptions(TypedDict, total=False):
     estimator: str | None
     gain: Part | None
     prior_values: Rate | None
-    guard: Annotated[int | float, Field(gt=0)] | None  # recorded ids have whole numbers of it in both forms
+    guard: Annotated[int | float, Field(gt=0)] | None  # int and float stay apart: recorded ids have both
     gamma_cap: Rate | None
     gamma_decay: Annotated[list[Number | str], Field(min_length=2, max_length=2)] | None  # [variant, number]
     ratio: Share
@@ -133,7 +132,7 @@ class _Refreshes(TypedDict):
 
 @with_config(STRICT)
 class WeightOptions(_Refreshes, total=False):
-    """norm.options.weights: of all whitened weights, and of some kinds."""
+    """norm.options.weights: the options of whitened weights; the optional ones belong to some kinds only."""
 
     covariance: Literal["measured", "predicted"]
     eps: Rate
@@ -141,9 +140,9 @@ class WeightOptions(_Refreshes, total=False):
     share: Part
 
 
-# Options of networks that came later than recorded runs: at these values they are no part of an id.
+# Options of networks that are newer than recorded runs: at these values they are left out of the id.
 UNSAID = {"head_norm": "none", "mask_head": True}
-# Options that every builder takes, and these normalizers have no use for.
+# Options that every builder takes -> the normalizers that do not use them.
 UNREAD = {"momentum": ("gn", "ln", "in", "gkn", "frozen", "wn", "none"), "eps": ("wn", "none")}
 
 
@@ -155,7 +154,7 @@ def expect(condition: bool, key: str, value: object, expected: str) -> None:
 
 @contextmanager
 def _explained(values: Mapping[str, Any], known: Iterable[str], group: str) -> Iterator[None]:
-    """Raise UserError for what pydantic finds: an unknown setting, a missing one, or a value that cannot be."""
+    """Turn pydantic's errors into a UserError: an unknown setting, a missing one, or a value out of range."""
     try:
         yield
     except ValidationError as error:
@@ -173,12 +172,12 @@ def _explained(values: Mapping[str, Any], known: Iterable[str], group: str) -> I
 
 
 def unknown(key: str, known: Iterable[str], prefix: str) -> UserError:
-    """Return the error for a setting that nothing reads, with the nearest that there is."""
+    """Return the error for an unknown setting; it names the nearest known one."""
     return UserError(nearest(f"{prefix}{key}", sorted(f"{prefix}{name}" for name in known), "setting"))
 
 
 def checked(kind: Any, values: Mapping[str, Any], group: str) -> Any:
-    """Return options as a typed dictionary has them. UserError: an unknown one, a value that cannot be."""
+    """Return the options converted to the types of a TypedDict, `kind`. UserError: an unknown option, a bad value."""
     with _explained(values, kind.__annotations__, group):
         return _adapter(kind).validate_python(values)
 
@@ -194,14 +193,14 @@ def ascending(values: list[Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Group:
-    """What all groups of settings have in common."""
+    """Base class of the groups of settings."""
 
     GROUP: ClassVar[str] = ""  # its name in conf/
 
     @model_validator(mode="wrap")
     @classmethod
     def _explain(cls, given: ArgsKwargs, check: ModelWrapValidatorHandler[Self]) -> Self:
-        """Raise UserError for what cannot be, whoever makes the group. In another group, that one does."""
+        """Raise UserError for a bad setting, however the group is made; inside another group, that one raises it."""
         if not isinstance(given, ArgsKwargs):
             return check(given)
         with _explained(given.kwargs or {}, [one.name for one in fields(cls)], cls.GROUP):
@@ -209,11 +208,11 @@ class Group:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
-        """Make the group from plain values. UserError."""
+        """Make the group from plain values. UserError: an unknown, missing or bad setting."""
         return cls(**{str(key): value for key, value in values.items()})
 
     def values(self) -> dict[str, Any]:
-        """Return plain values, as they stand in conf/ and in records."""
+        """Return the settings as plain values, as conf/ and records hold them."""
         every = ((one, getattr(self, one.name)) for one in fields(self))
         return {one.name: value for one, value in every if value is not None or one.default is MISSING}
 
@@ -223,7 +222,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Dataset(Group):
-    """What is common to all data sets."""
+    """The settings that all data sets have."""
 
     GROUP: ClassVar[str] = "dataset"
     name: Name
@@ -257,7 +256,7 @@ class FolderDataset(FilesDataset):
     """Images as files."""
 
     loader: Literal["torchvision", "ffcv"]
-    unreadable: Literal["fail", "skip"]  # what becomes of a run that finds files that cannot be read
+    unreadable: Literal["fail", "skip"]  # what a run does about unreadable files
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -271,7 +270,7 @@ class VideoDataset(FilesDataset):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CocoDataset(Dataset):
-    """Images with boxes and masks of objects, as COCO has them."""
+    """Images with boxes and masks of objects, in COCO's format."""
 
     published: Pair | None = None
     task: Literal["detection"]
@@ -291,7 +290,7 @@ class SegmentationDataset(Dataset):
     flip: bool
     mean: Annotated[list[Share], Channels]
     std: Annotated[list[Rate], Channels]
-    other: Name | None = None  # another data set of the same classes, on which it is tested as well
+    other: Name | None = None  # a second test set, with the same classes
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -314,7 +313,7 @@ class Arch(Group):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Norm(Group):
-    """A normalizer, and what its builder takes; a Kalman one's preset and predictor."""
+    """A normalizer with the options of its builder; preset and predictor if it is a Kalman normalizer."""
 
     GROUP: ClassVar[str] = "norm"
     name: Name
@@ -339,7 +338,7 @@ class Norm(Group):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Batch(Group):
-    """Images of an optimizer step, and images that share statistics (null: all of the step)."""
+    """Numbers of images per optimizer step, and of images that share statistics (null: all of the step)."""
 
     GROUP: ClassVar[str] = "batch"
     grad_batch: Positive
@@ -354,7 +353,7 @@ class Batch(Group):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SGD(Group):
-    """What is common to all schedules."""
+    """The settings that all schedules have."""
 
     GROUP: ClassVar[str] = "schedule"
     name: Name
@@ -367,8 +366,8 @@ class SGD(Group):
 class Schedule(SGD):
     """Learning rates of a classifier.
 
-    `lr` is [[last epoch, rate], ...] of a run whose length is the last of these epochs, or with `decay` one rate, that
-    is taken to 0. With `lr_batch` rates are meant for steps of that many images.
+    `lr` is [[last epoch, rate], ...], where the last epoch is the length of the run; with `decay`, the one rate from
+    which it decays to 0. `lr_batch`: the number of images per step for which the rates are meant.
     """
 
     lr: list[list[Number]] | Float
@@ -387,7 +386,7 @@ class Schedule(SGD):
 
     @property
     def milestones(self) -> list[list[Number]]:
-        """`lr` of a schedule without `decay`."""
+        """`lr`, for a schedule without `decay`."""
         assert isinstance(self.lr, list)
         return self.lr
 
@@ -399,7 +398,7 @@ class Schedule(SGD):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DetectionSchedule(SGD):
-    """Learning rates of a detector, in steps of a run of `of_steps`, for `of_batch` images a step."""
+    """Learning rates of a detector, for a run of `of_steps` steps with `of_batch` images each."""
 
     of_steps: Positive
     lr: Rate
@@ -413,7 +412,7 @@ class DetectionSchedule(SGD):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Budget(Group):
-    """How much of the experiment is run: its length, images and resolution."""
+    """How much of an experiment is run: epochs, number of images and resolution."""
 
     GROUP: ClassVar[str] = "budget"
     name: Name
@@ -433,7 +432,7 @@ OF_TASK: dict[str, type[Dataset]] = {"detection": CocoDataset, "segmentation": S
 
 
 def read_dataset(values: Mapping[str, Any]) -> Dataset:
-    """Return the data set of the kind that the settings are of."""
+    """Return the settings of a data set as the class for its kind. UserError: an unknown task, a bad setting."""
     if "task" in values:
         if values["task"] not in OF_TASK:
             task = nearest(str(values["task"]), OF_TASK, "task")
@@ -444,5 +443,5 @@ def read_dataset(values: Mapping[str, Any]) -> Dataset:
 
 
 def read_schedule(values: Mapping[str, Any]) -> Schedule | DetectionSchedule:
-    """Return the schedule of the kind that the settings are of."""
+    """Return the settings of a schedule as the class for its kind. UserError: a bad setting."""
     return DetectionSchedule.read(values) if "of_steps" in values else Schedule.read(values)
