@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`this` over `against`; `goal` is an upper bound, a lower one where `at_least`; None: for the record."""
+    """A ratio, `this` over `against`. `goal`: its upper bound, or with `at_least` its lower bound; None: no goal."""
 
     this: str
     against: str
@@ -61,7 +61,7 @@ COMPARISONS = {
     "restart": Comparison("time to the first compiled step, KN at 16 pixels", "time without a compile cache", None),
     "processes": Comparison("images/s of 2 processes", "images/s of 1 process with 2 threads", 0.8, at_least=True),
     "detector": Comparison("images/s of mask_rcnn_fpn", "images/s of torchvision's maskrcnn_resnet50_fpn", None),
-    # What every other normalizer costs.
+    # The cost of every other normalizer.
     **{
         f"norm-{name}": Comparison(f"{name}, eager", "BN at stat 2, eager", None)
         for name in NORMS
@@ -108,7 +108,7 @@ def _met(comparison: Comparison, ratios: Sequence[float]) -> bool | None:
 
 
 def _goal(comparison: Comparison, ratios: Sequence[float]) -> str:
-    """ ">= 0.8: met"; empty without a goal."""
+    """Return the goal and whether it is met, ">= 0.8: met"; "" without a goal."""
     if comparison.goal is None:
         return ""
     verdict = "met" if _met(comparison, ratios) else "missed"
@@ -116,13 +116,13 @@ def _goal(comparison: Comparison, ratios: Sequence[float]) -> str:
 
 
 def _middle_half(ratios: Sequence[float]) -> str:
-    """ "1.021 [0.984, 1.173] n = 40"."""
+    """Return median, quartiles and number of the ratios: "1.021 [0.984, 1.173] n = 40"."""
     low, middle, high = quartiles(ratios)
     return f"{middle:.3f}" + (f" [{low:.3f}, {high:.3f}] n = {len(ratios)}" if len(ratios) > 1 else "")
 
 
 def _table(folder: Path) -> str:
-    """Return the table of all that was measured and kept, in Markdown."""
+    """Return a table of all kept measurements, in Markdown."""
     lines = [
         "Written by `make bench`: ratios of neighbouring steps, both sides alternating in one process; the median, in",
         "brackets the middle half. ResNet-32 training steps of 128 images of 32 x 32 pixels unless it says otherwise.",
@@ -148,7 +148,7 @@ def _table(folder: Path) -> str:
 
 
 def _compare(this: Step, against: Step, seconds: float, device: torch.device) -> tuple[list[float], str]:
-    """The ratios of neighbouring steps' times, and the median times in ms."""
+    """Return the ratios of neighbouring steps' times, and a note with both median times in ms."""
     pairs = alternate(this, against, seconds, device)
     ours, theirs = (1e3 * statistics.median(side) for side in zip(*pairs, strict=True))
     return [a / b for a, b in pairs], f"{ours:.1f} ms against {theirs:.1f} ms"
@@ -169,12 +169,12 @@ def _kn(device: torch.device, seconds: float) -> tuple[list[float], str]:
 
 
 def _norm(name: str, device: torch.device, seconds: float) -> tuple[list[float], str]:
-    """At 2 images where it has statistics of several."""
+    """Compare a normalizer with BN. Those with batch statistics share them among 2 images."""
     return _compare(training_step(_model(name), device), training_step(_model("bn"), device), seconds, device)
 
 
 def _weights(kind: str, device: torch.device, seconds: float) -> tuple[list[float], str]:
-    """Between refreshes."""
+    """Compare steps with whitened weights, without their refreshes."""
     torch.manual_seed(0)
     plain = ARCHS["resnet32"]()
     whiten_weights(plain, kind)
@@ -200,7 +200,8 @@ def _sampling(device: torch.device, seconds: float) -> tuple[list[float], str]:
 
 
 def _auto(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    """Training steps at budget lite's 16 pixels: in the precision, memory format and form that `auto` stands for."""
+    """Compare steps at budget lite's 16 pixels: with the precision, memory format and compilation that `auto` chooses,
+    and in fp32, eager."""
     from kalmannorm.experiments.config import compose
 
     config = compose(["dataset=cifar10", "budget=lite", "norm=bkn", f"device={device.type}"])
@@ -216,7 +217,7 @@ def _auto(device: torch.device, seconds: float) -> tuple[list[float], str]:
 
 
 def _memory(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    """At 8 and at 128 images of 32 pixels; the larger ratio counts."""
+    """Compare saved bytes at 8 and at 128 images of 32 pixels. Return the larger ratio."""
     ratios, said = [], []
     for images in (8, GRAD_BATCH):
         ours, theirs = (saved_bytes(_resnet18(norm), device, images) for norm in ("bkn", "bn"))
@@ -232,7 +233,7 @@ def _resnet18(norm: str) -> nn.Module:
 
 
 def saved_bytes(model: nn.Module, device: torch.device, images: int) -> int:
-    """Count the bytes of the distinct storages that autograd keeps between forward and backward, parameters aside."""
+    """Return the bytes that autograd keeps from forward to backward, each storage counted once, without parameters."""
     model.to(device).train()
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -252,8 +253,10 @@ def saved_bytes(model: nn.Module, device: torch.device, images: int) -> int:
 
 @contextmanager
 def _training(device: torch.device, steps: int) -> "Iterator[tuple[Session, Step]]":
-    """A session of `kalmannorm train`, KN at 2, and what trains it for an epoch of `steps` steps, all of it as it is:
-    loader, augmentation, progress, logging. Random images of CIFAR's size."""
+    """Yield a session of `kalmannorm train`, KN at 2, and a function that trains it for an epoch of `steps` steps.
+
+    The loader, augmentation, progress and logging are those of a real run; the images are random, of CIFAR's size.
+    """
     import tempfile
 
     import numpy as np
@@ -284,7 +287,7 @@ def _training(device: torch.device, steps: int) -> "Iterator[tuple[Session, Step
 
 
 def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    """Epochs of 10 steps by `kalmannorm train`, each followed by 10 bare steps of the same model."""
+    """Compare epochs of 10 steps by `kalmannorm train` with 10 bare steps of the same model."""
     steps = 10
     bare = training_step(_model("bkn"), device)
 
@@ -298,8 +301,11 @@ def _loop(device: torch.device, seconds: float) -> tuple[list[float], str]:
 
 
 def _checkpoints(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    """The 31 steps that are 5 % of CIFAR-10's lite run, the shortest one that is more than a demonstration, then a
-    checkpoint, over and over. The same steps are both sides: the steps' own noise would hide a checkpoint."""
+    """Measure the cost of a checkpoint after every 31 steps.
+
+    That is 5 % of CIFAR-10's lite run, the shortest run that is more than a demonstration. Both sides of a ratio have
+    the same steps, since the noise between different steps would hide a checkpoint.
+    """
     pairs: Pairs = []
     with _training(device, steps=31) as (session, epoch):
         epoch()

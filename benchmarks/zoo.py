@@ -1,4 +1,4 @@
-"""Converts models that nobody here wrote, and does with each what one does: docs/zoo.md is the table.
+"""Converts models of other libraries, and trains, evaluates and folds each: docs/zoo.md is the table.
 
     python benchmarks/zoo.py [NAME ...]
 
@@ -33,7 +33,7 @@ from kalmannorm.files import write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "zoo.md"
 IMAGES, STAT_BATCH = 4, 2
-TOLERANCE = 1e-6  # of the folded model's outputs, relative to the largest
+TOLERANCE = 1e-6  # largest difference of the folded model's outputs, relative to the largest output
 
 HEAD = """# Models of other libraries
 
@@ -122,7 +122,7 @@ def of_torchvision() -> Iterator[Entry]:
             name,
             lambda make=make, size=size: make(weights=None, weights_backbone=None, num_classes=3, **size),  # type: ignore[misc]
             scenes,
-            # Normalizers behind the proposals, of which there is any number.
+            # Normalizers behind the proposals, whose number varies.
             {"ragged": "measure"} if name.endswith("rcnn_resnet50_fpn_v2") else {},
         )
     for name, (frames, side) in FILMS.items():
@@ -284,7 +284,7 @@ def of_transformers() -> Iterator[Entry]:
 
 
 def tensors(value: Any) -> Iterable[Tensor]:
-    """Those of floats in whatever a model returns."""
+    """Return the floating-point tensors in whatever a model returns."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if hasattr(value, "items"):
@@ -302,7 +302,7 @@ def outputs(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
 
 
 def tried(entry: Entry) -> str:
-    """Return the model's row; raise what went wrong."""
+    """Try all steps on a model and return its row of the table. Raises what goes wrong."""
     torch.manual_seed(0)
     original = entry.build().double()
     training, evaluation = entry.inputs()
@@ -310,7 +310,7 @@ def tried(entry: Entry) -> str:
     try:
         model = kalmannorm.convert(original, "bkn", stat_batch=STAT_BATCH, **extra)
     except ValueError as error:
-        if "thaw=True" not in str(error):  # of frozen BatchNorm alone
+        if "thaw=True" not in str(error):  # raised only for frozen BatchNorm
             raise
         extra = {**extra, "thaw": True}
         model = kalmannorm.convert(original, "bkn", stat_batch=STAT_BATCH, **extra)
@@ -320,7 +320,7 @@ def tried(entry: Entry) -> str:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None), (
         "a gradient is not finite"
     )
-    # Without it a Levit with random weights is no longer finite: BatchNorm's own gradients in it are of 1e17.
+    # Without clipping, a step makes a Levit with random weights infinite: its gradients, with BatchNorm too, are 1e17.
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     model.eval()

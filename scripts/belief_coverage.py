@@ -33,12 +33,12 @@ FIRST = "nothing: no normalizer before it"
 
 
 def names() -> list[str]:
-    """Of the models with BatchNorm or without it."""
+    """Return the names of all models, with or without BatchNorm."""
     return list_models(module=torchvision.models) + list_models(module=segmentation)
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """One of them, with random weights where it is built for real."""
+    """Build a model, with random weights unless on the meta device."""
     if name in list_models(module=segmentation):
         options["weights_backbone"] = None
     if name in ("googlenet", "inception_v3"):
@@ -48,7 +48,8 @@ def build(name: str, **options: Any) -> nn.Module:
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Models that are built in it have parameters and buffers on the device "meta": no memory, no initialization."""
+    """Put parameters and buffers of models built in this context on the device "meta": they take no memory, and are
+    not initialized."""
     parameter, buffer = nn.Module.register_parameter, nn.Module.register_buffer
 
     def register_parameter(self: nn.Module, key: str, value: nn.Parameter | None) -> None:
@@ -69,7 +70,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def report(model: nn.Module) -> dict[str, str | None]:
-    """What the report says of the model, converted: run on shapes alone."""
+    """Return the belief report of the model, converted to BKN and run on shapes alone."""
     side = SIDES.get(type(model).__name__, 224)
     images = torch.empty(2, 3, side, side, device="meta")
     return kalmannorm.belief_report(kalmannorm.convert(model, "bkn"), images)

@@ -36,7 +36,7 @@ Epochs = Callable[[int], Iterator[Any]]
 
 
 def reference(files: Path, chosen: np.ndarray, config: dict[str, Any], device: torch.device) -> Epochs:
-    """torchvision's loader over the same images."""
+    """Return a function that yields an epoch's batches from torchvision's loader, over the `chosen` images."""
     dataset, size = config.dataset, config.budget.size
     preset = v2.Compose(
         [

@@ -22,7 +22,7 @@ EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule 
 exit codes: 0 all well; 1 a run failed; 2 wrong input; 130, 138, 143 stopped by a signal (the same command goes on)"""
 
 
-# What tables and titles hold beyond ASCII, for terminals and pipes that have no more.
+# Replacements for characters beyond ASCII in tables and titles, for terminals and pipes that cannot encode them.
 PLAIN = {"−": "-", "–": "-", "±": "+-", "×": "x", "≤": "<=", "≥": ">=", "…": "...", "’": "'", "σ": "sigma", "μ": "mu"}
 
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
         return _say("interrupted; the same command goes on from the last checkpoint", 130)
-    except BrokenPipeError:  # who reads has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         _drop_output()
         return 0
     except ModuleNotFoundError as error:
@@ -71,17 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Let what is left of the output go nowhere: Python writes it at its end, and would fail once more."""
+    """Redirect stdout to nowhere: Python flushes the rest of the output when it exits, and would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _say(text: str, code: int) -> int:
-    print("kalmannorm:", text.replace("\n", "\\n"), file=sys.stderr)  # as a path may have it
+    print("kalmannorm:", text.replace("\n", "\\n"), file=sys.stderr)  # a path may contain newlines
     return code
 
 
 def _check_folder() -> None:
-    """Raise UserError where the current folder was removed: libraries end the process there, in words of their own."""
+    """Raise UserError if the current folder was removed: libraries would fail there with obscure messages."""
     try:
         os.getcwd()  # noqa: PTH109, no path is wanted
     except FileNotFoundError:
@@ -89,12 +89,12 @@ def _check_folder() -> None:
 
 
 def _settle_surroundings() -> None:
-    """Let nothing of the user's terminal, shell and matplotlib get between a command and its result."""
-    # Threads that wait busily make two processes on the same cores slow each other many times over.
+    """Guard against settings of the user's terminal, shell and matplotlib that would make a command fail or slow."""
+    # With threads that wait busily, two processes on the same cores slow each other down many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ |= {"MATPLOTLIBRC": os.devnull, "MPLBACKEND": "agg"}  # a mistake in them would end matplotlib's import
-    with suppress(OSError):  # of a folder that was removed
-        if str(Path.cwd()) not in sys.path:  # as of an installed command: a user's queue.py there is not for workers
+    os.environ |= {"MATPLOTLIBRC": os.devnull, "MPLBACKEND": "agg"}  # errors in the user's break its import
+    with suppress(OSError):  # the current folder was removed
+        if str(Path.cwd()) not in sys.path:  # an installed command: nor may workers import a user's queue.py
             os.environ["PYTHONSAFEPATH"] = "1"
     codecs.register_error("plain", _plainly)
     if sys.stdout is None or sys.stderr is None:  # closed by the shell
@@ -116,8 +116,8 @@ def _plainly(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse as parse_args does, and overrides may stand behind options too (`sweep table1 --dry-run budget=paper`),
-    which argparse takes for unknown ones."""
+    """Parse as parse_args does, but also allow overrides after options (`sweep table1 --dry-run budget=paper`), which
+    argparse reports as unknown arguments."""
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any("=" not in r or r.startswith("-") for r in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -253,7 +253,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    with chdir(os.sep):  # it reads a matplotlibrc of the current folder before any other
+    with chdir(os.sep):  # else matplotlib would read a matplotlibrc in the current folder
         import matplotlib  # noqa: F401
 
     from kalmannorm.report import command
@@ -263,7 +263,7 @@ def _report(options: argparse.Namespace) -> int:
     if name is None or "=" in name or options.compare:
         overrides = [*([name] if name else []), *options.overrides]
         return command.compare(options.compare, overrides) if options.compare else command.report_all(overrides)
-    return command.report(name, split(options.overrides)[1])  # where runs execute means nothing here
+    return command.report(name, split(options.overrides)[1])  # without the options of where runs execute
 
 
 def _records(options: argparse.Namespace) -> int:

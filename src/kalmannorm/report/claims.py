@@ -1,11 +1,11 @@
-"""The papers' claims (claims.yaml) against the frame: an effect with its interval, and one rule for all of them.
+"""Test the papers' claims (claims.yaml) on the frame: each by an effect with its interval, all by one rule.
 
-The rule: a claim is supported where the whole interval of its effect lies on the claimed side of the bound,
-contradicted where it lies on the other side, else open. The intervals of the family (the papers' claims, in the papers'
-settings, at one budget) hold all at once at 95 % (Bonferroni). Other settings and our own readings are explored: an
-interval for each alone, and no verdict. With less than three degrees of freedom, or three lost runs where these are
-compared, there is no interval. Runs that failed or stayed at chance count against the side that the claim favours: with
-one of them it is not supported, with more than half, and more than the other side, contradicted.
+The rule: a claim is supported if the whole interval of its effect lies on the claimed side of the bound, contradicted
+if it lies on the other side, else open. The intervals of a family (the papers' claims, in the papers' settings, at one
+budget) hold all at once at 95 % (Bonferroni). Other settings and our own claims are explored: each has an interval of
+its own and no verdict. With fewer than three degrees of freedom, or fewer than three lost runs if the claim compares
+lost runs, there is no interval. Runs that failed or stayed at chance count against the side that the claim favours: if
+it has one, the claim is not supported; if it lost more than half, and more than the other side, it is contradicted.
 """
 
 import functools
@@ -27,7 +27,7 @@ from kalmannorm.report.quantities import QUANTITIES
 
 HERE = Path(__file__).parent
 UNJUDGED = ("smoke", FIRST_STEPS)  # budgets whose accuracies mean nothing
-SEEDS = (3, 5, 10)  # for how many an open claim says what its interval would be
+SEEDS = (3, 5, 10)  # numbers of seeds for which an open claim's future interval is predicted
 UNITS = {of: quantity.unit for of, quantity in QUANTITIES.items()}
 UNITS |= {"steps_to": "%", "parameters": "parameters", "speed": "%", "lost": "points"}
 
@@ -46,7 +46,7 @@ class Term:
 
     @property
     def identity(self) -> Identity:
-        """As the frame has the row."""
+        """The row's identity in the frame."""
         return effects.identity(self.card, self.row, self.column)
 
     @property
@@ -59,7 +59,7 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """An entry of claims.yaml, whose head says what the fields mean."""
+    """An entry of claims.yaml; the fields are explained at the top of that file."""
 
     id: str
     text: str
@@ -83,7 +83,7 @@ class Claim:
 
     @property
     def hypothesis(self) -> str:
-        """ "greater than 0", "within ±0.3 of 0"."""
+        """The claim about the effect, in words: "greater than 0", "within ±0.3 of 0"."""
         if self.expect == "equal":
             return f"within ±{self.margin:g} of {self.than:g}"
         return f"{self.expect} than {self.than:g}"
@@ -99,12 +99,12 @@ class Claim:
 
     @property
     def of(self) -> tuple[str, ...]:
-        """The data sets that it speaks of: those named, those that a value is printed for, else the card's."""
+        """The data sets that the claim is about: those named, else those with a printed value, else the card's."""
         printed = tuple(self.paper) if isinstance(self.paper, Mapping) else ()
         return self.datasets or printed or (str(self.contrast[0].card.runs.get("dataset", "cifar10")),)
 
     def printed(self, dataset: str) -> float | None:
-        """Return the paper's value on a data set."""
+        """Return the paper's value on a data set; None if it prints none."""
         return self.paper.get(dataset) if isinstance(self.paper, Mapping) else self.paper
 
     def percent(self, value: float) -> float:
@@ -113,7 +113,7 @@ class Claim:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Between which the compared value is claimed to lie."""
+        """The interval in which the compared value lies by the claim."""
         than, margin = (math.log1p(bound / 100) if self.log else bound for bound in (self.than, self.margin))
         if self.expect == "equal":
             return than - margin, than + margin
@@ -122,20 +122,20 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the records say of a claim in one group of runs."""
+    """The outcome of a claim in one group of runs."""
 
     claim: Claim
     state: State
     why: str = ""
     group: Group | None = None
     effect: Effect | Shares | None = None
-    low: float = math.nan  # of the interval that decides, as shown
+    low: float = math.nan  # bounds of the interval that decides, as shown
     high: float = math.nan
     family: int = 0  # how many intervals hold at once
     notes: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
-    count: float = math.nan  # of parameters, of speed: there is no effect
-    lost: Literal["", "some", "most"] = ""  # runs of the favoured side failed or stayed at chance: `why` says how many
+    count: float = math.nan  # the value of a claim about parameters or speed, which has no effect
+    lost: Literal["", "some", "most"] = ""  # how many of the favoured side's runs were lost; `why` has the numbers
 
     @property
     def judged(self) -> bool:
@@ -143,7 +143,7 @@ class Verdict:
 
     @property
     def explored(self) -> bool:
-        """Whether an interval for it alone is all that there is."""
+        """Whether there is an effect, but no verdict: its interval is not one of a family."""
         return self.state == "explored" and self.effect is not None
 
     @property
@@ -152,23 +152,24 @@ class Verdict:
 
     @property
     def place(self) -> str:
-        """ "cifar10, lite"; "" of what is counted and timed."""
+        """Data set and budget, "cifar10, lite"; "" for parameters and speed."""
         return f"{self.group.dataset}, {self.group.budget}" if self.group else ""
 
     @property
     def printed(self) -> str:
-        """Return the paper's value on these data, as printed: "+1.5"; "" where there is none."""
+        """The paper's value on these data, with its sign: "+1.5"; "" if there is none."""
         value = self.claim.printed(self.group.dataset if self.group else "")
         return "" if value is None or self.claim.than > 50 else f"{value:+g}".replace("-", "−")
 
     @property
     def measured(self) -> float:
-        """As shown; nan where there is none."""
+        """The measured value, as shown; nan if there is none."""
         return self.claim.percent(self.effect.mean) if self.effect else self.count
 
     @property
     def estimate(self) -> str:
-        """ "+1.2 [−0.3, +2.7] points (n = 3)"; without an interval the seeds, "+1.2 (+1.1, +1.3) points (n = 2)"."""
+        """The measured value with its interval, "+1.2 [−0.3, +2.7] points (n = 3)"; without an interval with the seeds'
+        values, "+1.2 (+1.1, +1.3) points (n = 2)"."""
         if not math.isfinite(self.measured):
             return ""
         between = f" [{signed(self.low)}, {signed(self.high)}]" if math.isfinite(self.low + self.high) else ""
@@ -185,7 +186,10 @@ def claims() -> tuple[Claim, ...]:
 
 
 def evaluate(cells: Cells, results: Path) -> list[Verdict]:
-    """Return the verdicts in the order of the claims: one for each group of runs, "not run" where there is none."""
+    """Return the verdicts in the order of the claims: one for each group of runs, or one "not run".
+
+    `results`: the folder with speed measurements.
+    """
     measured = [verdict for claim in claims() for verdict in _of_claim(claim, cells, results)]
     family: dict[str, int] = {}
     for verdict in measured:
@@ -195,7 +199,7 @@ def evaluate(cells: Cells, results: Path) -> list[Verdict]:
 
 
 def decide(claim: Claim, low: float, high: float) -> Literal["supported", "contradicted", "open"]:
-    """Apply the rule to the interval of a compared value."""
+    """Return the verdict on a compared value with the interval [low, high], by the rule above."""
     least, most = claim.bounds
     if least < low and high < most:
         return "supported"
@@ -211,7 +215,7 @@ def _claim(tree: Mapping[str, Any]) -> Claim:
 
 
 def _term(text: str) -> Term:
-    """Read "+table8/KEY@COLUMN online". UserError: no such card, row or column."""
+    """Parse a term such as "+table8/KEY@COLUMN online". UserError: no such card, row or column."""
     place, _, statistics = text[1:].partition(" ")
     name, _, key = place.partition("/")
     key, _, column = key.partition("@")
@@ -237,12 +241,12 @@ def _of_claim(claim: Claim, cells: Cells, results: Path) -> list[Verdict]:
 
 
 def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells) -> Verdict:
-    """Estimate the effect, before its interval is known."""
+    """Return a verdict with the effect, not decided yet: the interval depends on the size of the family."""
     cells = cells.alike(rows, group)
     sides = [cells.of(row, group, term.statistics) for row, term in zip(rows, claim.contrast, strict=True)]
     verdict = Verdict(claim, "open", "", group)
     ids = tuple(dict.fromkeys(identity for side in sides for identity in side.ids))
-    if claim.quantity == "lost":  # of all of the rows that ran
+    if claim.quantity == "lost":  # counts the runs of all rows that ran, whether or not they learned
         of = {sign: [side for side, t in zip(sides, claim.contrast, strict=True) if t.sign == sign] for sign in (1, -1)}
         (lost, n), (others, m) = (
             (sum(side.lost for side in of[sign]), sum(side.n for side in of[sign])) for sign in of
@@ -274,7 +278,7 @@ def _measure(claim: Claim, group: Group, rows: Sequence[Identity], cells: Cells)
 
 
 def _value(claim: Claim, sides: Sequence[Cell]) -> quantities.Value | None:
-    """Return what is compared, of one run."""
+    """Return the function that reads the compared value from a run; None if `steps_to` has no run to set the level."""
     if claim.quantity == "steps_to":
         against = [
             run for term, side in zip(claim.contrast, sides, strict=True) if term.sign < 0 for run in side.learned
@@ -287,13 +291,13 @@ def _value(claim: Claim, sides: Sequence[Cell]) -> quantities.Value | None:
 
 
 def _lost(claim: Claim, sides: Sequence[Cell], value: quantities.Value) -> tuple[str, Literal["", "some", "most"]]:
-    """Say which runs were lost, if any of the side that the claim favours; "most": more than half and than the other's,
-    which contradicts the claim."""
+    """Return in words which runs were lost, and how many of the favoured side: "", "some", or "most", which means more
+    than half, and more than on the other side, and contradicts the claim. ("", "") if the favoured side lost none."""
     parts: dict[int, list[tuple[int, int]]] = {1: [], -1: []}
     said = []
     for term, side in zip(claim.contrast, sides, strict=True):
         never = sum(value(run) is None for run in side.learned) if claim.quantity == "steps_to" else 0
-        # Of a run against itself, neither side is ahead where it was lost.
+        # If a run is compared with itself and was lost, both sides lost it.
         for sign in (1, -1) if claim.quantity == "shift" and not claim.contrast[1:] else (term.sign,):
             parts[sign].append((side.lost + never, side.n))
         if side.lost + never:
@@ -301,7 +305,7 @@ def _lost(claim: Claim, sides: Sequence[Cell], value: quantities.Value) -> tuple
             said.append(f"{side.lost + never} of {side.n} runs of {term} {how}")
     share = {sign: sum(lost for lost, _ in of) / max(1, sum(n for _, n in of)) for sign, of in parts.items()}
     favoured = {"greater": 1, "less": -1}.get(claim.expect, max(share, key=lambda sign: share[sign]))
-    if claim.quantity == "steps_to":  # fewer steps favour the side that is to have fewer
+    if claim.quantity == "steps_to":  # fewer steps are better
         favoured = -favoured
     if not share[favoured]:
         return "", ""
@@ -309,7 +313,7 @@ def _lost(claim: Claim, sides: Sequence[Cell], value: quantities.Value) -> tuple
 
 
 def _in_family(verdict: Verdict) -> bool:
-    """Say whether it is a claim of the papers in their setting, whatever the budget."""
+    """Say whether a verdict is on a claim of the papers in the papers' setting, at whatever budget."""
     group, claim = verdict.group, verdict.claim
     return not claim.ours and group is not None and group.main and group.dataset in claim.of
 

@@ -25,7 +25,7 @@ from kalmannorm.report.compare import compare as beside
 from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.page import Made
 
-ALONE = ("gains", "layer_errors", "mixture", "death", "conditioning")  # kinds of cards that say something of one run
+ALONE = ("gains", "layer_errors", "mixture", "death", "conditioning")  # kinds that are useful for one run
 COUNTED = ("parameters", "speed")  # kinds of cards without runs
 GROUPED = ("dataset", "budget", "schedule")
 DOCUMENTS = {"docs/results.md": page.results_markdown, "README.md": page.readme_markdown}
@@ -40,8 +40,8 @@ _shared: list[Any] = []  # cells and results, in a process that draws
 def report(name: str, arguments: list[str]) -> int:
     """Write the experiment's files, print its tables and the paths.
 
-    `arguments`: as for experiments.cards.load. What a card leaves open chooses among the groups of runs, other settings
-    are of every row. UserError: no run of them.
+    `arguments`: as for experiments.cards.load. Settings that the card leaves open choose among the groups of runs;
+    other settings apply to every row. UserError: there are no such runs.
     """
     refuse_repeated(arguments)
     paths, rest = split_paths(arguments)
@@ -50,7 +50,7 @@ def report(name: str, arguments: list[str]) -> int:
     named = {key: value for key, _, value in (override.partition("=") for override in overrides)}
     others = {key: yaml.safe_load(value) for key, value in named.items() if key not in (*GROUPED, "arch.width")}
     apart = [f"{key}-{value}" for key, value in {**own, **others}.items() if key != "seeds" and value != "paper"]
-    stem = "-".join([name, *(re.sub(r"[^\w.]+", "-", said).strip("-") for said in apart)])  # not over the whole table
+    stem = "-".join([name, *(re.sub(r"[^\w.]+", "-", said).strip("-") for said in apart)])  # beside the whole table
     rows = tuple(replace(row, runs={**row.runs, **others}) for row in card.rows)
     card = replace(card, name=stem, rows=rows)
     cells = Cells(frame.load(results))
@@ -69,14 +69,15 @@ def report(name: str, arguments: list[str]) -> int:
 
 
 def report_all(arguments: list[str]) -> int:
-    """Write all that the records give, and print the paths.
+    """Write everything that can be made from the records, and print the paths.
 
-    Tables, figures, claims.md, report.html, and in a checkout the generated parts of README and docs/results.md.
+    That is tables, figures, claims.md, report.html, and in a checkout the generated parts of README and
+    docs/results.md. UserError: no results folder.
     """
     results = place_of_results(arguments)
     if not results.is_dir():
         raise UserError(f"results={results} is no folder: there is nothing to report")
-    gc.disable()  # in the seconds of a report, a sixth was looking for garbage; without, it takes a fifth more memory
+    gc.disable()  # garbage collection took a sixth of a report's time; without it, memory grows by a fifth
     try:
         for path in write_all(results):
             print(path)
@@ -91,8 +92,8 @@ def write_all(results: Path) -> list[Path]:
     every = [card for card in map(cards.read, cards.names()) if not card.same_as]
     every.sort(key=lambda card: _place(card, cells))
     for library in DRAWN_WITH:
-        importlib.import_module(library)  # before the processes start: else each takes seconds for it
-    # Drawing is most of the work. What is counted stays here, where the claims count the same networks.
+        importlib.import_module(library)  # before the processes start, else each of them takes seconds to import it
+    # Drawing is most of the work. Counted cards stay in this process, so that claims reuse their parameter counts.
     with ProcessPoolExecutor(min(cores(), len(every)), initializer=_share, initargs=(cells, results)) as pool:
         running = {card.name: pool.submit(_made, card) for card in every if card.kind not in COUNTED}
         of_cards = {card.name: list(_make(card, cells, results)) for card in every if card.kind in COUNTED}
@@ -107,7 +108,7 @@ def write_all(results: Path) -> list[Path]:
     elsewhere = sorted(str(folder.relative_to(results)) for folder in results.glob("*/records"))
     text = page.render(cells, made, verdicts, absent, drawn, elsewhere)
     texts = {"report.html": text, "claims.md": page.claims_file(verdicts)}
-    pages = {name: content.encode(errors="surrogateescape") for name, content in texts.items()}  # folders' names as are
+    pages = {name: content.encode(errors="surrogateescape") for name, content in texts.items()}  # names may be no UTF-8
     written += [results / name for name in _write(results, pages)]
     for name, generate in DOCUMENTS.items():
         document = results.resolve().parent / name
@@ -119,7 +120,7 @@ def write_all(results: Path) -> list[Path]:
 
 
 def _share(*shared: Any) -> None:
-    """Keep for `_made` what a process of the pool is started with."""
+    """Store cells and results for `_made` when a process of the pool starts."""
     _shared[:] = shared
 
 
@@ -129,13 +130,13 @@ def _made(card: Card) -> list[Made]:
 
 
 def compare(runs: list[str], arguments: list[str]) -> int:
-    """Print two runs beside each other."""
+    """Print a comparison of two runs, given by id or the beginning of one. UserError: no such run, or several."""
     print(beside(place_of_results(arguments), *runs))
     return 0
 
 
 def place_of_results(arguments: list[str]) -> Path:
-    """Return the results folder, where no other override means anything. UserError: another override."""
+    """Return the results folder that the arguments name. UserError: an override of anything else."""
     for argument in arguments:
         if not argument.startswith("results="):
             raise UserError(f"{argument!r}: expected results=FOLDER and nothing else; settings are in the records")
@@ -147,7 +148,7 @@ def place_of_results(arguments: list[str]) -> Path:
 def _make(
     card: Card, cells: Cells, results: Path, wanted: Callable[[Group], bool] = lambda group: True
 ) -> Iterator[Made]:
-    """Write the files of a card, and say what they show, for each group of its runs."""
+    """Write the files of a card for each group of its runs that is `wanted`, and yield what was made."""
     if card.kind in COUNTED:
         counted = parameters.sheet(card) if card.kind == "parameters" else speed.sheet(card, results)
         yield Made(card, None, counted, {}, _write(results, tables.files(counted)))
@@ -161,7 +162,7 @@ def _make(
             pictures: dict[str, str] = {}
             for behind, figure in figures.DRAW[card.kind](card, group, alike).items():
                 stem = f"{card.name}{behind}_{group.stem}"
-                picture, of_picture = _draw(results, stem, figure, group.main)  # others are linked, for a small page
+                picture, of_picture = _draw(results, stem, figure, group.main)  # others are only linked: a small page
                 pictures |= {behind: picture} if picture else {}
                 files += of_picture
             if sheet or pictures or files:
@@ -169,7 +170,7 @@ def _make(
 
 
 def _place(card: Card, cells: Cells) -> tuple[int, int]:
-    """Sort the papers' tables first, then their figures, then what the most runs are behind."""
+    """Return a sort key: the papers' tables first, then their figures, then other cards, those with most runs first."""
     kind = next((i for i, start in enumerate(("table", "figure", "v1-")) if card.name.startswith(start)), 3)
     every = (
         cells.cell(card, r, group, c) for group in groups(card, cells) for r in card.rows for c in card.columns_of(r)
@@ -187,8 +188,8 @@ def groups(card: Card, cells: Cells) -> list[Group]:
 
 
 def _compares(card: Card, group: Group, cells: Cells) -> bool:
-    """Say whether two normalizers ran there, of the several of a card that compares them, and at two values of the
-    setting that it varies: one alone answers nothing. Tables with printed values are always shown."""
+    """Say whether a group has enough runs to compare: of two normalizers, if the card has several, and at two values of
+    the setting that it varies, if any. Tables with printed values and cards about single runs are always shown."""
 
     def normalizers(rows: Iterable[Row]) -> set[str]:
         return {effects.identity(card, row).normalizer for row in rows}
@@ -223,9 +224,10 @@ def _write(results: Path, files: dict[str, bytes]) -> list[str]:
 
 
 def _draw(results: Path, stem: str, figure: Any, whole: bool = True) -> tuple[str, list[str]]:
-    """Write a picture as PNG, and, where `whole`, as PDF; return an SVG for the page, and the names of the files.
+    """Write a picture as PNG, with `whole` also as PDF, and draw an SVG. Return the SVG or "", and the file names.
 
-    A PDF beside the same PNG stays: it takes as long as all else, and its bytes differ from machine to machine.
+    A PDF is kept if its PNG did not change: to write one takes as long as all the rest, and its bytes depend on the
+    machine.
     """
     found = plots.encode(figure, ("png", "svg") if whole else ("png",))
     drawn = plots.inline(found.pop("svg"), stem) if whole else ""

@@ -8,7 +8,7 @@ from kalmannorm.experiments.record import Record, find
 from kalmannorm.report import tables
 from kalmannorm.report.frame import flat
 
-EPOCHS = 3  # of the curves' ends
+EPOCHS = 3  # last epochs of the curves that are shown
 FINALS = ("accuracy", "loss", "box_ap", "mask_ap", "miou", "pixel_accuracy")
 HOST = ("started", "hardware", "device", "threads", "images_per_s", "seconds")
 
@@ -53,7 +53,7 @@ def _around(run: Record) -> dict[str, Any]:
 
 
 def _beside(trees: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return a line for each key of two dicts: the values, and the difference of numbers."""
+    """Return a line for each key of two dicts: both values and, if they are numbers, their difference."""
     lines = []
     for key in dict.fromkeys(key for tree in trees for key in tree):
         values = [tree.get(key) for tree in trees]

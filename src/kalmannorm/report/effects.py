@@ -1,10 +1,10 @@
-"""From the frame to cells and effects: runs of a row together, and what rows differ by.
+"""From the frame to cells, the runs of a row, and effects, the differences between rows.
 
-The one model: value = row + seed, by least squares, over the runs of the rows that are given (those of a card, of one
-network on one data set). Its residuals give one variance for all rows, so that rows of two seeds each have an interval
-between them; a test of equal variances stands beside it. An interval needs three degrees of freedom, as four seeds of
-a row give: with fewer the values of the seeds are shown, and nothing is decided. Runs that failed or stayed at chance
-are no part of it: a mean over what learned and what did not says nothing of either. They are counted.
+There is one model, value = row + seed, fitted by least squares to the runs of the given rows (those of a card, for one
+network on one data set). Its residuals give one variance for all rows, so that even the difference between rows of two
+seeds each has an interval; a test for equal variances goes with it. An interval needs three degrees of freedom, as four
+seeds of one row give; with fewer, the seeds' values are shown and nothing is decided. Runs that failed or stayed at
+chance are not in the model, since a mean over learning and other runs describes neither. They are counted instead.
 """
 
 import functools
@@ -27,13 +27,16 @@ from kalmannorm.report.frame import Identity
 from kalmannorm.report.quantities import Run, Value
 
 CONFIDENCE = 0.95
-LONGEST = 60  # characters of a group in a file's name
-FIRST_STEPS = "start"  # a budget that draws a training's first steps: no accuracy is read from it
-LEAST = 3  # degrees of freedom of an interval; of shares, runs that were lost
+LONGEST = 60  # most characters of a group in a file's name
+FIRST_STEPS = "start"  # the budget whose runs stop after a few steps, which are drawn; their accuracies are not used
+LEAST = 3  # fewest degrees of freedom for an interval; for one of shares, fewest runs that were lost
 
 
 class Group(NamedTuple):
-    """What a card leaves open, and its runs have in common. `schedule` "": what each row, or else conf/, has."""
+    """The settings that a card leaves open and a group of its runs has in common.
+
+    `schedule` "": each row has its own, or else the default of conf/.
+    """
 
     dataset: str
     budget: str
@@ -53,21 +56,21 @@ class Group(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """For the names of files: "cifar10-lite", "cifar10-lite-released_warmup-w0.25"."""
+        """The group in the names of files: "cifar10-lite", "cifar10-lite-released_warmup-w0.25"."""
         parts = [self.dataset, self.budget, self.schedule, f"w{self.width:g}" if self.width != 1 else ""]
         stem = re.sub(r"[^\w.]+", "-", "-".join(filter(None, parts))).strip("-")
         return stem if len(stem) < LONGEST else f"{stem[:LONGEST]}-{hashlib.sha256(stem.encode()).hexdigest()[:6]}"
 
     @property
     def length(self) -> str:
-        """The budget's name, without what differs from conf/."""
+        """The budget's name, without settings that differ from conf/."""
         return self.budget.split(" ")[0]
 
 
 class Cell(NamedTuple):
     """The runs of one row in one group under one kind of statistics, in the order of their seeds."""
 
-    runs: list[Run]  # finished, one a seed
+    runs: list[Run]  # finished, one per seed
     failed: list[Run]
     left_out: list[Run]
 
@@ -77,7 +80,7 @@ class Cell(NamedTuple):
 
     @property
     def lost(self) -> int:
-        """How many failed or stayed at chance."""
+        """How many runs failed or stayed at chance."""
         return self.n - len(self.learned)
 
     @property
@@ -90,12 +93,12 @@ class Cell(NamedTuple):
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """Arithmetic and data; () without runs."""
+        """Arithmetic and data of the runs (frame.KIND); () without runs."""
         return tuple(self.runs[0][column] for column in frame.KIND) if self.runs else ()
 
     @property
     def notes(self) -> list[str]:
-        """What must be said: "seed 2: failed: ..."."""
+        """The runs' notes, with their seeds: "seed 2 failed: ..."."""
         said: dict[str, list[str]] = {}
         for run in (*self.runs, *self.failed, *self.left_out):
             if run["note"]:
@@ -104,7 +107,7 @@ class Cell(NamedTuple):
 
 
 class Cells:
-    """The frame grouped by row, group and kind of statistics; looked up by equality."""
+    """The frame's runs, found by row, group and kind of statistics."""
 
     def __init__(self, runs: pd.DataFrame) -> None:
         self.runs = runs
@@ -118,9 +121,10 @@ class Cells:
         self._in: dict[str, Cells] = {}
 
     def alike(self, rows: Collection[Identity], group: Group) -> "Cells":
-        """Return the cells in which a row that ran in several arithmetics is shown in the one that most of `rows` have.
+        """Return cells in which rows that ran in several arithmetics are shown in the one that most of `rows` have.
 
-        Alone, a row is shown in the one of its most seeds; beside others, that would leave it without a difference.
+        By default a row is shown in the arithmetic with most seeds. Beside rows of another arithmetic, it would have no
+        difference to them.
         """
         cells = [self.of(row, group, "moving") for row in rows]
         ran = [Counter(r["arithmetic"] for r in (*of.runs, *of.left_out) if r["status"] == "done") for of in cells]
@@ -133,7 +137,7 @@ class Cells:
         return self._in[most]
 
     def cell(self, card: Card, row: Row, group: Group, column: Column | None = None, statistics: str = "") -> Cell:
-        """Return the runs of a row, by the column's statistics; an empty cell where there are none."""
+        """Return the runs of a card's row under `statistics`, else the column's; an empty cell if there are none."""
         return self.of(identity(card, row, column), group, statistics or (column.statistics if column else "moving"))
 
     def of(self, row: Identity, group: Group, statistics: str) -> Cell:
@@ -176,17 +180,17 @@ class Cells:
 
 
 class Effect(NamedTuple):
-    """A weighted sum of rows with its standard error."""
+    """A weighted sum of rows, such as a difference, with its standard error."""
 
     mean: float
-    error: float  # nan without an interval
+    error: float  # standard error of the mean; nan without degrees of freedom
     df: int
-    n: int  # runs of the row that has fewest
-    spread: float
+    n: int  # runs of the row with the fewest
+    spread: float  # standard deviation of a run
     weights: tuple[float, ...]
-    rows: int  # of the model
-    seeds: tuple[float, ...] = ()  # the same sum of each seed that all of the rows have
-    equal: float = math.nan  # p of Bartlett's test that rows with two runs or more have one variance; nan: no test
+    rows: int  # number of rows in the model
+    seeds: tuple[float, ...] = ()  # the weighted sum for each seed that all rows have
+    equal: float = math.nan  # p of Bartlett's test that rows of two or more runs have one variance; nan: not tested
 
     def half_width(self, family: int = 1) -> float:
         """Return the half-width of the 95 % interval, simultaneous for `family` ones (Bonferroni); nan if undefined."""
@@ -203,13 +207,14 @@ class Effect(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Runs that were lost, of two sides: the difference in percent."""
+    """The shares of lost runs on two sides, `lost` of `of` and `others` of `of_others`, and their difference in
+    percent."""
 
     lost: int
     of: int
     others: int
     of_others: int
-    equal: float = math.nan  # there is no variance to compare
+    equal: float = math.nan  # as of Effect; shares have no variance to compare
 
     @property
     def mean(self) -> float:
@@ -220,7 +225,8 @@ class Shares(NamedTuple):
         return min(self.of, self.of_others)
 
     def interval(self, family: int = 1) -> tuple[float, float]:
-        """Return Newcombe's interval (1998, method 10), of Wilson's for each side."""
+        """Return Newcombe's interval (1998, method 10), made from Wilson's interval of each side; nan with fewer than
+        LEAST lost runs."""
         from scipy.stats import binomtest
 
         if self.lost + self.others < LEAST:
@@ -233,25 +239,25 @@ class Shares(NamedTuple):
 
 
 def t_quantile(df: float, family: int = 1) -> float:
-    """Return the Student-t quantile of a two-sided interval at 95 % for `family` intervals at once."""
+    """Return the Student-t quantile for two-sided intervals of which `family` hold at once at 95 % (Bonferroni)."""
     from scipy.special import stdtrit
 
     return float(stdtrit(df, 1 - (1 - CONFIDENCE) / (2 * family)))
 
 
 def interval(values: Sequence[float]) -> float:
-    """Return half the 95 % Student-t interval of the mean of independent values; nan of too few."""
+    """Return the half width of the 95 % Student-t interval for the mean of independent values; nan if too few."""
     df = len(values) - 1
     return t_quantile(df) * float(np.std(values, ddof=1)) / math.sqrt(df + 1) if df >= LEAST else math.nan
 
 
 class Fit(NamedTuple):
-    """value = row + seed by least squares, or value = row."""
+    """A least-squares fit of value = row + seed, or of value = row."""
 
     places: list[Any]  # the rows, then the seeds
-    levels: np.ndarray
-    covariance: np.ndarray  # of the levels, over the variance
-    told: np.ndarray  # projects on the sums of levels that the runs determine
+    levels: np.ndarray  # the fitted level of each place
+    covariance: np.ndarray  # of the levels, divided by the variance
+    told: np.ndarray  # projection on the sums of levels that the runs determine
     spread: float
     df: int
     equal: float
@@ -273,10 +279,10 @@ def _fit(values: tuple[tuple[Any, tuple[tuple[int, float], ...]], ...], seeds: b
 
 
 def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> Effect | None:
-    """Return a weighted sum of rows by least squares on `values`: row -> seed -> value.
+    """Return a weighted sum of rows, by least squares on `values`: row -> seed -> value. None if a row has no run.
 
-    The model of a contrast is row + seed; that of a level, or where no common seeds connect the rows, the rows alone.
-    None where a row has no run.
+    If the weights add up to 0, the model is row + seed. Otherwise, or if no common seeds connect the rows, it is the
+    rows alone.
     """
     if not all(values.get(row) for row in weights):
         return None
@@ -287,8 +293,8 @@ def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, fl
         if np.allclose(fit.told @ sought, sought, atol=1e-9):
             break
     error = fit.spread * math.sqrt(max(0.0, float(sought @ fit.covariance @ sought)))
-    # Rounded: whether -0.345 is printed as -0.34 or -0.35 must not hang on the machine's linear algebra, which is
-    # another's to about 1e-12.
+    # Rounded, since machines' linear algebra differs by about 1e-12: that must not decide whether -0.345 is printed as
+    # -0.34 or -0.35.
     mean, error, spread = (round(float(x), 9) for x in (fit.levels @ sought, error, fit.spread))
     common = set.intersection(*(set(values[row]) for row in weights))
     each = (math.fsum(weight * values[row][seed] for row, weight in weights.items()) for seed in sorted(common))
@@ -314,9 +320,10 @@ def compare(
     value: Value,
     kinds: Collection[tuple[str, ...]],
 ) -> Effect | None:
-    """Return a contrast of rows with the spread pooled over the rows of their networks that ran as one of `kinds`.
+    """Return a contrast of rows, with the spread pooled over rows of the same networks (`pool`) of one of `kinds`.
 
-    Where columns fix the data set, it is that of the rows.
+    `weights`: of the rows. `value`: reads the compared value from a run. If columns fix the data set, the rows' is used
+    in place of the group's.
     """
     at = group._replace(dataset=next((row.dataset for row in weights if row.dataset), group.dataset))
     pooled = pool(cells, own, at, statistics, {(row.network, row.length) for row in weights})
@@ -327,11 +334,11 @@ def compare(
 def pool(
     cells: Cells, own: Iterable[Card], group: Group, statistics: str, trained: Collection[tuple[str, str]]
 ) -> dict[Identity, Cell]:
-    """Return the rows whose spread is pooled: those of the papers' tables and of the cards `own`, of these networks
-    and lengths, each with its runs on the group's data.
+    """Return the rows over which spread is pooled, with their runs on the group's data: those of the papers' tables and
+    of the cards `own`, of the (network, length) pairs in `trained`.
 
-    So the same difference has the same interval in all of the papers' tables and claims, which no row of another card
-    widens.
+    The same difference therefore has the same interval in all of the papers' tables and claims, and rows of other cards
+    cannot widen it.
     """
     every = dict.fromkeys((*_rows_of_papers(), *(row for card in own for row in identities(card))))
     rows = dict.fromkeys(replace(row, dataset=None) for row in every if (row.network, row.length) in trained)
@@ -351,20 +358,20 @@ def _rows_of_papers() -> tuple[Identity, ...]:
 
 
 def values_of(cell: Cell, value: Value) -> dict[int, float]:
-    """Return the value by seed, of the runs that learned and have it."""
+    """Return the value by seed, for those runs that learned and have a finite one."""
     found = {int(run["seed"]): value(run) for run in cell.learned}
     return {seed: of_run for seed, of_run in found.items() if of_run is not None and math.isfinite(of_run)}
 
 
 @functools.cache
 def named(what: str) -> frozenset[Any]:
-    """Return the widths, `rates` or lengths that rows of cards name."""
+    """Return the values that rows of any card give a field of Identity: `width`, `rates` or `length`."""
     every = (one for card in map(cards.read, cards.names()) for one in identities(card))
     return frozenset(getattr(one, what) for one in every) - {None}
 
 
 def identities(card: Card) -> list[Identity]:
-    """Return what the runs of a card are in the frame: of each row, or of its columns that have runs of their own."""
+    """Return the identities of a card's rows; if columns have runs of their own, one for each row and column."""
     return [
         identity(card, row, column)
         for row in card.rows
@@ -373,7 +380,7 @@ def identities(card: Card) -> list[Identity]:
 
 
 def identity(card: Card, row: Row, column: Column | None = None) -> Identity:
-    """Return what a row is in the frame; with its data set where a column fixes it."""
+    """Return the identity of a card's row, with the data set if the column fixes it."""
     settings = card.settings(row, column)
     found = frame.identity(json.dumps(settings))
     return replace(found, dataset=settings["dataset"]) if column and "dataset" in column.runs else found
@@ -387,7 +394,8 @@ def signed(value: float) -> str:
 
 
 def _equal_variances(values: Iterable[Sequence[float]]) -> float:
-    """Return p of Bartlett's test over the rows with two values or more; nan where that is no test."""
+    """Return p of Bartlett's test over the rows with two or more values; nan if fewer than two rows have them, or if a
+    row's values are all equal."""
     from scipy.stats import bartlett
 
     several = [of for of in values if len(of) > 1]

@@ -1,7 +1,7 @@
-"""The one frame that everything is made from: a row for each run and kind of statistics, settings as dotted columns.
+"""The frame that every report is made from: a row for each run and kind of statistics, settings as dotted columns.
 
-Beside the record's own values stand the columns by which runs are found and grouped, in words that say only what is
-not the default of conf/:
+Beside the record's own values it has the columns by which runs are found and grouped, whose words name only what
+differs from the defaults of conf/:
 
     network, width, normalizer,
     grad_batch, stat_batch       what a card's row names ("bkn belief=output"; stat_batch 0: none)
@@ -28,27 +28,28 @@ ROW = ["network", "width", "normalizer", "grad_batch", "stat_batch"]
 GROUP = ["dataset", "budget", "schedule"]
 KIND = ["arithmetic", "data.sha256"]  # what runs must have in common, beside their row, to be averaged
 STATISTICS = ("moving", "online", "precise")
-APART = ("width", "pretrained", "frozen_stages")  # of a network: a group's, and what given weights decide
-CHANCE = 1.2  # times 100 % / classes: what a network that guesses is rarely above on thousands of images
+APART = ("width", "pretrained", "frozen_stages")  # arch settings left out of `network`: groups and weights have them
+CHANCE = 1.2  # times 100 % / classes: on thousands of images, a network that guesses is rarely above
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a card's row names of its runs, in the frame's words; None: left open."""
+    """What a card's row says about its runs, in the words of the frame's columns. None: the row leaves it open."""
 
     network: str
     normalizer: str
     grad_batch: int
     stat_batch: int
     width: float | None = None
-    schedule: str | None = None  # that another may take the place of
-    rates: str | None = None  # a schedule of the row's own
-    length: str = ""  # of its own, as in "lite epochs=5"
-    dataset: str | None = None  # where a column fixes it
+    schedule: str | None = None  # the row's schedule, which a group's replaces
+    rates: str | None = None  # a schedule with settings of the row's own, which a group's does not replace
+    length: str = ""  # budget settings of the row's own, such as "epochs=5"
+    dataset: str | None = None  # if a column fixes it
 
 
 def load(results: str | Path = "results", numerics: int = NUMERICS) -> pd.DataFrame:
-    """Return all records of a results folder, checked; a file that is no usable record is named and left out."""
+    """Return all records of a results folder as a frame, checked. Files that are not usable records are reported and
+    left out. Records of other `numerics` are marked stale."""
     rows = [row for record in read_all(results) for row in _rows(record, Path(results))]
     columns = ["id", "numerics", "status", "statistics", "seed", "accuracy", "gap", "learned", *ROW, *GROUP, *KIND]
     frame = pd.DataFrame(rows, columns=None if rows else columns)
@@ -58,11 +59,12 @@ def load(results: str | Path = "results", numerics: int = NUMERICS) -> pd.DataFr
 def check(runs: pd.DataFrame, numerics: int = NUMERICS, arithmetic: str = "") -> pd.DataFrame:
     """Return the frame with the columns `state` and `note`: what must not be averaged, compared or overlooked.
 
-    Runs of another numerics are stale. Of runs that differ in arithmetic or data, the kind with the most seeds is used,
-    of this `arithmetic` where there are such; of two runs of one seed, the one that started first.
+    Runs of other numerics are stale. If runs of a row differ in arithmetic or data, those of `arithmetic` are used if
+    there are any, else the kind with the most seeds; the others are left out. Of two runs with one seed, the one that
+    started first is used.
     """
     few = ["numerics", "status", "reason", "seed", "learned", "host.started", *ROW, *GROUP, *KIND]
-    one = runs.drop_duplicates("id").set_index("id").reindex(columns=few)  # all of them would take ten times as long
+    one = runs.drop_duplicates("id").set_index("id").reindex(columns=few)  # all columns would take ten times as long
     one["row"] = one.groupby([*ROW, *GROUP], dropna=False).ngroup()
     one["kind"] = one.groupby(KIND, dropna=False).ngroup()
     stale = one[one.numerics != numerics]
@@ -103,8 +105,7 @@ def check(runs: pd.DataFrame, numerics: int = NUMERICS, arithmetic: str = "") ->
 
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracies (percent) after every epoch, in long form: one row per run, kind of statistics and
-    evaluation."""
+    """Return the accuracies (percent) after every epoch in long form: a row per run, kind of statistics and epoch."""
     whole = runs[runs.curve.map(lambda curve: isinstance(curve, list) and len(curve) > 0)]
     settings = [column for column in runs if column not in ("curve", "step", "epoch", "train_loss", "accuracy")]
     long = whole[[*settings, "epoch", "step", "curve"]].explode(["epoch", "step", "curve"], ignore_index=True)
@@ -113,7 +114,7 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
 
 @functools.cache
 def identity(text: str) -> Identity:
-    """Return what a card's settings, as JSON, stand for."""
+    """Return the Identity of runs with a card's settings, given as JSON text (hashable, for the cache)."""
     settings: dict[str, Any] = json.loads(text)
     chosen = {**defaults(), **{key.lstrip("+"): value for key, value in settings.items()}}
     batch = dict(zip(("grad_batch", "stat_batch"), batch_sizes(chosen["batch"]), strict=True)) | _under("batch", chosen)
@@ -137,7 +138,7 @@ def identity(text: str) -> Identity:
 
 
 def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
-    """Make a row for each kind of statistics; a failed record, which knows none, has one for each that there is."""
+    """Return a row of the frame for each kind of statistics in the record; a failed record has a row for every kind."""
     config, final, curve = record["config"], record.get("final") or {}, record.get("curves") or {}
     data, host, batch = record.get("data") or {}, record.get("host") or {}, config["batch"]
     shared = {key: record.get(key) for key in ("id", "numerics", "status", "reason", "parameters", "norms", "weights")}
@@ -185,14 +186,14 @@ def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
 
 
 def own_options(norm: Mapping[str, Any], stat_batch: int | None) -> dict[str, Any]:
-    """Return the options of a normalizer that are not those of its preset and of conf/norm, nested ones dotted."""
+    """Return the options of a normalizer that differ from its preset and conf/norm; nested options have dotted keys."""
     known = norm_defaults(norm["name"])
     defaults = {key: value for key, value in (known.get("options") or {}).items() if value is not None}
     if norm["name"] in KALMAN:
         preset = norm.get("preset") or known["preset"]
         defaults = preset_options(preset, norm["name"], stat_batch, defaults) if preset in PRESETS else {}
     given = {key: value for key, value in flat(norm.get("options") or {}, "").items() if value is not None}
-    # Some normalizers have no options by default: then every one is of the run's own.
+    # Of a normalizer without default options, every option is the run's own.
     return {key: value for key, value in sorted(given.items()) if key not in defaults or defaults[key] != value}
 
 
@@ -208,7 +209,7 @@ def _normalizer(norm: Mapping[str, Any], stat_batch: int | None) -> str:
 
 
 def _own(known: Mapping[str, Any], found: Mapping[str, Any], but: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what is not as conf/ has it; "auto" there stands for anything."""
+    """Return the settings that differ from conf/'s (`known`), except for those in `but`. "auto" in conf/ allows any."""
     return {
         key: value
         for key, value in sorted(found.items())
@@ -227,21 +228,21 @@ def _under(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def batch_sizes(name: str) -> tuple[int, int]:
-    """Return (128, 2) of g128_s2: images of a gradient, and of a statistics batch."""
+    """Return the images of a gradient and of a statistics batch by the name of a pair: (128, 2) for g128_s2."""
     grad, stat = name.removeprefix("g").split("_s")
     return int(grad), int(stat)
 
 
 @functools.cache
 def defaults() -> dict[str, str]:
-    """Return what conf/config.yaml chooses of each group."""
+    """Return the name that conf/config.yaml chooses in each group."""
     listed = yaml.safe_load((conf_dir() / "config.yaml").read_bytes())["defaults"]
     return {key: value for entry in listed if isinstance(entry, dict) for key, value in entry.items() if value}
 
 
 @functools.cache
 def _conf(group: str, name: str) -> dict[str, Any]:
-    """Return a file of conf/, as it stands there; {} where there is none."""
+    """Return the content of conf/GROUP/NAME.yaml, not composed; {} if there is no such file."""
     path = conf_dir() / group / f"{name}.yaml"
     return (yaml.safe_load(path.read_bytes()) or {}) if path.exists() else {}
 
@@ -255,7 +256,7 @@ def norm_defaults(name: str) -> dict[str, Any]:
 
 @functools.cache
 def resolved(dataset: str, budget: str, schedule: str, arch: str) -> dict[str, Any]:
-    """Return the files of these groups with what they refer to in each other."""
+    """Return the files of conf/ with these names, by group, with their references to each other resolved."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -263,7 +264,7 @@ def resolved(dataset: str, budget: str, schedule: str, arch: str) -> dict[str, A
     tree = {group: dict(_conf(group, name)) for group, name in parts.items()}
     try:
         found: Any = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-    except OmegaConfBaseException:  # a budget that this data set does not have
+    except OmegaConfBaseException:  # the data set does not have this budget
         found = {group: {} for group in parts}
     found["dataset"].pop("budgets", None)
     return dict(found)

@@ -1,7 +1,7 @@
-"""What is written of all together: results/report.html, claims.md, the generated parts of README and docs/results.md.
+"""Write what is made from all cards together: results/report.html, claims.md, parts of README and docs/results.md.
 
-The page is one file that works without network: the answer, the claims, the runs, tables and pictures. Every number is
-a link that opens its runs (#runs=ID,ID). What comes from records is escaped by the template engine.
+The page is one file that works without network access, with the answer, the claims, the runs, tables and pictures.
+Every number is a link that opens its runs (#runs=ID,ID). The template engine escapes text from records.
 """
 
 import json
@@ -27,20 +27,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKS = {"supported": "✓", "contradicted": "✗", "open": "?"}
-BUDGETS = ("paper", "short", "lite")  # the fullest first
-POINTS = 40  # of a curve
-HALF = 45  # characters of a row, beside its label, that half of the page has room for
+BUDGETS = ("paper", "short", "lite")  # the longest first
+POINTS = 40  # about so many points of a curve are kept
+HALF = 45  # most characters of a row, without its label, that fit on half of the page's width
 ROOM = 840_000  # characters of runs and pictures: with claims and tables, the page is under 1 MB
-# To the page's first questions; of what is ours an interval is given, and no verdict.
+# Answers to the page's first questions, by a verdict's state; our own claims get an interval, but no verdict.
 ANSWERS = {"supported": "yes", "contradicted": "no", "open": "not decided", "explored": "explored"}
-FOREST = 25.0  # points to either side that the claims' picture shows
-NAMES = {norm: norm.upper() for norm in ("bn", "kn", "gn", "gkn", "brn", "sn", "wn", "ln")}  # in claims' ids
+FOREST = 25.0  # most points to either side of 0 that the claims' picture shows
+NAMES = {norm: norm.upper() for norm in ("bn", "kn", "gn", "gkn", "brn", "sn", "wn", "ln")}  # words of claims' ids
 GENERATED = ("<!-- results -->", "<!-- end -->")  # the part of a document that `make report` writes
 
 
 @dataclass
 class Made:
-    """What a card gives in one group: its sheet, pictures by what stands behind the stem, names of its files."""
+    """What was made for a card in one group: its sheet, its pictures by the suffix of their file names, all file
+    names."""
 
     card: Card
     group: Group | None
@@ -54,12 +55,12 @@ class Made:
 
     @property
     def wide(self) -> bool:
-        """Whether it takes the page's width."""
+        """Whether the table takes more than half of the page's width."""
         return self.sheet is not None and self.sheet.width > HALF
 
     @property
     def main(self) -> bool:
-        """Whether it is of the papers' setting, whatever the budget."""
+        """Whether the group is in the papers' setting, at whatever budget."""
         return self.group is None or self.group.main
 
 
@@ -76,7 +77,7 @@ def render(
     of_card: dict[str, list[Made]] = {}
     runs = json.dumps(_runs(cells.runs), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     left = ROOM - len(runs) - len(forest)
-    for one in made:  # the first group of each card is shown, others on demand, without pictures: these are linked
+    for one in made:  # pictures are embedded for each card's first group while there is room; others are linked
         size = sum(map(len, one.pictures.values()))
         first = one.card.name not in of_card and size <= left
         left -= size if first else 0
@@ -101,7 +102,7 @@ def render(
 
 
 def write(template: str, **view: Any) -> str:
-    """Return a template filled in."""
+    """Return a template filled in with the values of `view`."""
     import jinja2
 
     found = jinja2.Environment(
@@ -117,8 +118,8 @@ def write(template: str, **view: Any) -> str:
 
 
 def answers(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
-    """Return by question the claims that answer it, at the fullest budget that any of them has; those on the data sets
-    that they speak of, where there are such."""
+    """Return by question the verdicts that answer it, at the longest budget that any of them has. If some are on the
+    data sets that their claim is about, only those are returned."""
     found = {}
     answering = [v for v in verdicts if v.claim.answer and v.group and v.effect and (v.judged or _ours(v))]
     for question in dict.fromkeys(v.claim.answer for v in sorted(answering, key=lambda v: not v.judged)):
@@ -131,7 +132,7 @@ def answers(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
 
 
 def counts(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
-    """Return a sentence for each budget: how many of the papers' claims hold there."""
+    """Return a sentence for each budget that says how many of the papers' claims hold there."""
     judged = [v for v in verdicts if v.judged and v.group and v.effect]
     said = [] if judged else ["No claim of the papers has been tested in their setting yet."]
     for budget in sorted({v.budget for v in judged}, key=_fullness):
@@ -147,7 +148,7 @@ def counts(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
 
 
 def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
-    """Return the answer in sentences: of each question, then how many claims hold."""
+    """Return the answer in sentences: one for each question, then those of `counts`."""
     found = answers(verdicts)
     places = {v.place for of in found.values() for v in of}
     said = []
@@ -158,7 +159,8 @@ def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
 
 
 def _ours(verdict: Verdict) -> bool:
-    """Say whether it is a claim of ours on a whole network with an interval, without which it answers nothing."""
+    """Say whether a verdict is on a claim of ours, on networks of full width, and has an interval, which an answer
+    needs."""
     at_full_width = verdict.group is not None and verdict.group.width == 1
     return verdict.explored and verdict.claim.ours and at_full_width and math.isfinite(verdict.low)
 
@@ -205,7 +207,8 @@ def forest(verdicts: Sequence[Verdict]) -> "Figure | None":
     if not entries:
         return None
     legend = {name: Point(0, colour, "o") for name, colour in colours.items()} | {"paper": paper_point}
-    # One interval that says nothing must not make points of the others: twice as far as any value, the shortest whole.
+    # A very long interval must not shrink the others to points: the axis reaches twice as far as any value, and at
+    # least as far as the shortest interval.
     least = min(FOREST, *(max(abs(v.low), abs(v.high)) for v in shown))
     around = min(FOREST, 1.1 * max(1.0, least, *(2 * abs(point.value) for entry in entries for point in entry.points)))
     said = "Points of the first side over the second. Intervals hold for all claims of a budget at once (95 %)"
@@ -219,13 +222,13 @@ def claims_file(verdicts: Sequence[Verdict]) -> str:
 
 
 def results_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: Cells) -> str:
-    """Return what docs/results.md holds between its markers."""
+    """Return the generated part of docs/results.md, between its markers."""
     text = write("results.md.j2", answer=answer(verdicts, cells), verdicts=verdicts, made=made)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def readme_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: Cells) -> str:
-    """Return what README holds between its markers: the answer and one picture."""
+    """Return the generated part of README, between its markers: the answer and one picture."""
     drawn = [
         f"![{one.card.title}](results/{name})"
         for one in made
@@ -246,7 +249,7 @@ def between(text: str, generated: str) -> str:
 
 
 def _fullness(budget: str) -> tuple[int, str]:
-    """Return a sort key that puts the fullest budget first."""
+    """Return a sort key that puts the longest budget first."""
     name = budget.split(" ")[0]
     return (BUDGETS.index(name) if name in BUDGETS else len(BUDGETS), budget)
 
@@ -259,7 +262,7 @@ def _length(cells: Cells, budget: str, datasets: Sequence[str]) -> str:
 
 
 def _runs(runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return what the page's table of runs shows, a dict for each run."""
+    """Return the data of the page's table of runs, a dict for each run."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs.to_dict("records"):
         config, kind = run["config"], run["statistics"]
@@ -304,7 +307,7 @@ def _command(config: Mapping[str, Any]) -> str:
 
 
 def _thin(values: Any, digits: int = 0) -> list[float | None] | None:
-    """Return a curve with few points and digits."""
+    """Return a curve with about POINTS points, rounded to `digits`; None if there is none."""
     if not isinstance(values, list) or not values:
         return None
     every = max(1, len(values) // POINTS)

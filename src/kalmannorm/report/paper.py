@@ -1,4 +1,4 @@
-"""Every number that the sources print, and where they contradict each other (paper_values.yaml)."""
+"""The numbers that the papers print, and the places where they contradict each other (paper_values.yaml)."""
 
 import functools
 from pathlib import Path
@@ -11,12 +11,12 @@ from kalmannorm.report.frame import flat
 
 @functools.cache
 def values() -> dict[str, Any]:
-    """Return what is printed, by dotted path."""
+    """Return all of paper_values.yaml by dotted path."""
     return flat(yaml.safe_load(Path(__file__).with_name("paper_values.yaml").read_bytes()), "")
 
 
 def printed(path: str) -> float | None:
-    """Return the printed value at a dotted path; None where nothing is printed."""
+    """Return the printed value at a dotted path; None if no number is printed there."""
     found = values().get(path)
     return float(found) if isinstance(found, int | float) else None
 

@@ -1,4 +1,4 @@
-"""Table 2: parameters of networks, counted from the models when the table is made; nothing is trained for it."""
+"""Table 2: the networks' numbers of parameters, counted from the models when the table is made, without training."""
 
 import functools
 
@@ -10,7 +10,7 @@ from kalmannorm.report.tables import Place, Sheet
 
 
 def sheet(card: Card) -> Sheet:
-    """Make a sheet: a row per network, a column per normalizer with runs of its own."""
+    """Return a table with a row per network and two columns per normalizer: counted and printed in the paper."""
     header = [name for column in card.columns for name in (column.label, f"{column.label}: paper")]
     rows, records, differing = [], [], []
     for row in card.rows:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-CLIP = (1, 99)  # percentiles between which a map's colours spread
+CLIP = (1, 99)  # percentiles of the values that get a map's outermost colours
 NOTHING = "#eeeeee"  # the colour of a map where there is no value
-FLOOR = 0.001  # errors below it are zero but for rounding, or as good as zero
+FLOOR = 0.001  # smaller errors are rounding errors, or negligible
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Line:
     at: list[float | None]
     values: Sequence[Sequence[float]]
     lost: list[float | None] = field(default_factory=list)  # where runs failed or stayed at chance
-    apart: frozenset[int] = frozenset()  # places that no line joins to the one before
+    apart: frozenset[int] = frozenset()  # places that are not joined by a line to the one before
     band: bool = True
 
 
@@ -90,7 +90,7 @@ def lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear") -> 
                     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                     axis.tick_params(labelbottom=True)
                     axis.xaxis.set_minor_locator(NullLocator())
-                    if scale == "logit" and ticks:  # else half of it stays empty
+                    if scale == "logit" and ticks:  # else half of the axis is empty
                         axis.set_xlim(ticks[0] / 1.4, 1 - (1 - ticks[-1]) / 1.4)
             axes[0].set_ylabel(panels[0].vertical)
             if panels[0].log:
@@ -115,7 +115,7 @@ class Point(NamedTuple):
     high: float = math.nan
     runs: Sequence[float] = ()
     filled: bool = True
-    axis: int = 0  # which of the forest's
+    axis: int = 0  # number of its axis in the forest
 
 
 @dataclass
@@ -141,7 +141,7 @@ def forest(
     from matplotlib.lines import Line2D
 
     with style.context():
-        height = 1.0 + 0.21 * max(3, len(entries))  # the legend and the caption want as much with one entry
+        height = 1.0 + 0.21 * max(3, len(entries))  # with one entry, legend and caption need the room of three
         figure = Figure(figsize=(style.WIDTH, height), layout="constrained")
         axes = figure.subplots(1, len(horizontal), sharey=True, squeeze=False)[0]
         for place, entry in enumerate(entries):
@@ -282,7 +282,7 @@ def _line(axis: "Axes", line: Line, place: int) -> None:
     found = pd.DataFrame(list(seeds), columns=range(len(at)), dtype=float)
     means, lows, highs = (of().to_numpy() for of in (found.mean, found.min, found.max))
     if len(at):
-        cuts = sorted(line.apart)  # a gap before each of these
+        cuts = sorted(line.apart)  # the line has a gap before each of these places
         joined = [np.insert(values, cuts, np.nan) for values in (at, means, lows, highs)]
         axis.plot(*joined[:2], color=colour, linestyle=dashes, lw=1.2 if line.band else 0.8)
         if line.band and (highs > lows).any():
@@ -324,7 +324,7 @@ def encode(figure: "Figure", kinds: Iterable[str] = ("png", "pdf")) -> dict[str,
     with style.context(), _fonts_as_shapes():
         if engine := figure.get_layout_engine():
             engine.execute(figure)
-        figure.set_layout_engine(None)  # once is enough: savefig would draw all twice
+        figure.set_layout_engine(None)  # the layout is done: with an engine, savefig would draw everything twice
         for kind in kinds:
             out = io.BytesIO()
             figure.savefig(out, format=kind, dpi=150, metadata=metadata[kind])

@@ -1,4 +1,4 @@
-"""What is read off one run: a final value, one on the way, the steps to a level, gaps, errors, shares."""
+"""Quantities read from one run: a final or intermediate value, the steps to a level, gaps, errors, shares."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,11 @@ from kalmannorm.experiments import record as records
 
 Run = Mapping[str, Any]  # a row of the frame
 Value = Callable[[Run], float | None]
-# A detector's: COCO's average precision; at IoU 0.5 and 0.75, of small, medium and large objects.
+# COCO's average precision of a detector: overall, at IoU 0.5 and 0.75, of small, medium and large objects.
 PRECISIONS = tuple(
     f"{kind}_ap{of}" for kind in ("box", "mask") for of in ("", "50", "75", "_small", "_medium", "_large")
 )
-# What a record holds in percent under each kind of statistics; the last two are a segmenter's.
+# The values that a record has in percent under each kind of statistics; the last two are of segmenters.
 PERCENT = {
     "accuracy": "top-1 accuracy",
     "top5": "top-5 accuracy",
@@ -24,11 +24,11 @@ PERCENT = {
     "miou": "mean IoU",
     "pixel_accuracy": "pixel accuracy",
 }
-EPS = 1e-5  # torch's default for normalizers, which the models here keep: a channel that is always 0 divides by it
+EPS = 1e-5  # the normalizers' eps, torch's default; keeps the relative gap of a channel that is always 0 finite
 
 
 def accuracy_at(run: Run, part: float) -> float | None:
-    """Return the percent after the epoch that ends nearest to this part of the run's steps."""
+    """Return the accuracy in percent after the epoch that ends nearest to this part (0 to 1) of the run's steps."""
     steps, values = run.get("step"), run.get("curve")
     if not isinstance(steps, list) or not isinstance(values, list):
         return None
@@ -37,10 +37,9 @@ def accuracy_at(run: Run, part: float) -> float | None:
 
 
 def steps_to(run: Run, level: float) -> float | None:
-    """Count the optimizer steps until the accuracy reaches `level` percent, straight between evaluations; infinite:
-    never.
+    """Return the optimizer steps after which the accuracy reaches `level` percent; inf: never. None: no curve.
 
-    Training starts at chance. None where there is no curve.
+    The accuracy is taken as linear between evaluations, and as chance at the start.
     """
     if not isinstance(run.get("step"), list) or not isinstance(run.get("curve"), list):
         return None
@@ -68,15 +67,18 @@ def block(name: str) -> tuple[str, ...]:
 
 
 def layers(run: Run, count: int) -> list[str]:
-    """Name the normalizers in network order; their numbers where the record does not have `count` of them."""
+    """Return the normalizers' names in network order; numbers from 1 if the record does not have `count` names."""
     names = (run.get("norms") or {}).get("order") or []
     return names if len(names) == count else [str(i + 1) for i in range(count)]
 
 
 @cache
 def _of_arrays(identity: str, results: str, order: tuple[str, ...]) -> dict[str, float]:
-    """Return the logarithms of the mean variance gaps (of the measurement; of what normalizes), how the relative gap
-    grows with depth, and by how much the posterior's errors are above the measurement's."""
+    """Return the quantities that are read from the arrays beside a record, without those that are missing.
+
+    They are logarithms of: the mean variance gaps, of the measured variance and of the used one; the ratio of the
+    posterior's errors to the measurement's. Also the growth of the relative gap with depth.
+    """
     try:
         found = records.arrays(identity, results)
     except UserError:  # no arrays beside the record: nothing to compare
@@ -95,15 +97,15 @@ def _of_arrays(identity: str, results: str, order: tuple[str, ...]) -> dict[str,
         for what, key in (("error", f"layer_error_{moment}"), ("spread", f"layer_error_{moment}_spread")):
             if key not in found or not np.isfinite(found[key][1]).any():
                 continue
-            measurement, _, posterior = found[key][:, np.isfinite(found[key][1])]  # layers that have a prior
+            measurement, _, posterior = found[key][:, np.isfinite(found[key][1])]  # only layers with a prior
             values[f"posterior_{what}_{moment}"] = _log(np.median(posterior / measurement))
-            if what == "error" and np.isfinite(found[key][1, 0]):  # where the input has a belief
+            if what == "error" and np.isfinite(found[key][1, 0]):  # if the input has a belief
                 values[f"first_error_{moment}"] = _log(found[key][2, 0] / found[key][0, 0])
     return {key: number for key, number in values.items() if math.isfinite(number)}
 
 
 def _growth(names: Sequence[str], gaps: np.ndarray) -> float:
-    """Say by how much ln(gap) grows from the first block to the last, by a straight line through the layers."""
+    """Return the growth of ln(gap) from the first block to the last, along a straight line fitted to the layers."""
     order = list(dict.fromkeys(map(block, names)))
     depth = np.array([order.index(block(name)) for name in names]) / max(1, len(order) - 1)
     return float(np.polyfit(depth, np.log(gaps), 1)[0]) if (gaps > 0).all() and np.ptp(depth) else math.nan
@@ -114,7 +116,7 @@ def _log(number: Any) -> float:
 
 
 def number(found: Any) -> float | None:
-    """Return a value of the record or the frame; None where it is no number."""
+    """Return a value of a record or the frame as a float; None if it is not a finite number."""
     return None if missing(found) else float(found)
 
 
@@ -128,7 +130,8 @@ def _last_loss(run: Run) -> float | None:
 
 
 def _share(place: int) -> Value:
-    """Return what reads a weight (IN, LN, BN) of Switchable Norm in percent: mean over layers, means and variances."""
+    """Return a function that reads a weight of Switchable Norm (IN, LN, BN by `place`) in percent, averaged over layers
+    and over the weights for means and variances."""
 
     def share(run: Run) -> float | None:
         mixed = (run.get("norms") or {}).get("mixture") or {}
@@ -139,7 +142,7 @@ def _share(place: int) -> Value:
 
 
 def _zeta_growth(run: Run) -> float | None:
-    """Return how ln of gamma decay's mean coefficient grows with depth."""
+    """Return the growth of ln(gamma decay's mean coefficient) with depth, as _growth; None for two layers or fewer."""
     norms = run.get("norms") or {}
     found = norms.get("gamma_decay") or {}
     names = [name for name in norms.get("order") or [] if name in found]
@@ -153,13 +156,13 @@ def _array(key: str) -> Value:
 
 
 class Quantity(NamedTuple):
-    """How a quantity is read off a run and compared. Logarithms are compared by subtraction: an effect of d is
+    """How a quantity is read from a run and compared. With `log`, `read` gives logarithms: a difference of d means
     100 (e^d - 1) percent."""
 
     unit: str
     read: Value
     log: bool = False
-    lower: bool = False  # is better
+    lower: bool = False  # whether lower is better
 
 
 OF_ARRAYS = (
@@ -168,9 +171,9 @@ OF_ARRAYS = (
 )
 QUANTITIES = {
     **{key: Quantity("points", _recorded(key)) for key in PERCENT},
-    # How far apart the same weights are under online and moving statistics.
+    # Distance between the same weights' accuracies under online and moving statistics.
     "gap": Quantity("points", lambda run: None if missing(run["gap"]) else abs(run["gap"])),
-    "shift": Quantity("points", _recorded("shift")),  # of an accuracy from that under moving statistics
+    "shift": Quantity("points", _recorded("shift")),  # accuracy minus that under moving statistics
     "ln_share": Quantity("points", _share(1)),
     "bn_share": Quantity("points", _share(2)),
     **{key: Quantity("%", _array(key), log=True) for key in OF_ARRAYS},
@@ -182,9 +185,10 @@ QUANTITIES = {
 
 
 def value(quantity: str = "accuracy", at: tuple[float, float] | None = None) -> Value:
-    """Return what reads a quantity off a run, its logarithm where it has `log`; None where the record does not have it.
+    """Return a function that reads a quantity (its logarithm if it has `log`) from a run, or None if it is missing.
 
-    `at`: of an accuracy, after this part of the whole of the run's steps instead of its end.
+    `at`: (part, whole); the function then reads the accuracy after this part of the run's steps. UserError: an unknown
+    quantity.
     """
     if at is not None:
         return lambda run: accuracy_at(run, at[0] / at[1])

@@ -1,7 +1,7 @@
-"""Table 3: training speed of two networks, from the measurements in results/speed/ and from nothing else.
+"""Table 3: training speed of two networks, from the measurements in results/speed/ and nothing else.
 
-A measurement (runs/measure_speed.py makes it) is one JSON file: both rows' configurations, the seconds of each of their
-alternating steps, and the host. Measurements of different devices, resolutions or batches stand in rows of their own.
+A measurement, made by runs/measure_speed.py, is one JSON file: both rows' configurations, the seconds of each of their
+alternating steps, and the host. Each measurement is a row of the table.
 """
 
 import json
@@ -18,10 +18,10 @@ from kalmannorm.report.tables import Place, Sheet
 
 
 def read(results: Path, card: Card) -> list[Measurement]:
-    """Return the measurements of a card, the largest input first. UserError: a file that is not a whole measurement."""
+    """Return the measurements of a card, those with the largest input first. UserError: a damaged file."""
     keys = {row.key for row in card.rows}
     found = []
-    for path in sorted((results / FOLDER).glob("[!.]*.json")):  # hidden: not renamed to its final name yet
+    for path in sorted((results / FOLDER).glob("[!.]*.json")):  # hidden files are still being written
         try:
             measurement = json.loads(path.read_text())
             if measurement["id"] != path.stem or not keys <= measurement["configs"].keys():
@@ -43,7 +43,8 @@ def read(results: Path, card: Card) -> list[Measurement]:
 
 
 def sheet(card: Card, results: Path) -> Sheet:
-    """Make a sheet: a row for every measurement, the paper's last."""
+    """Return a table with a row for every measurement, and the paper's values last. UserError: the card does not have
+    two rows."""
     if len(card.rows) != 2:
         raise UserError(f"{card.name} compares two rows, this is {card.rows[0].key} alone: leave out rows=")
     base, other = sorted(card.rows, key=lambda row: row.key != card.baseline)

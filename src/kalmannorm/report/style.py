@@ -1,7 +1,7 @@
-"""What all pictures share: fonts, sizes, colours, and how one normalizer's line is told from another's.
+"""The style of all pictures: fonts, sizes, colours, and the looks that tell normalizers' lines apart.
 
-Drawn with matplotlib's objects, without pyplot: no window, no global state. Colours of Okabe and Ito, which
-colour-blind readers tell apart; every line has its own marker as well, for print without colour.
+Pictures are drawn with matplotlib's objects, without pyplot: no window, no global state. The colours are Okabe and
+Ito's, which colour-blind readers can tell apart; every line also has its own marker, for print without colour.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 7.2  # inches: a page's text width, so that the fonts print at the size set here
-CAPTION = 124  # characters of 7.5 points in that width
+CAPTION = 124  # characters that fit into that width at 7.5 points
 RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
     "font.size": 8,
@@ -46,7 +46,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (
 
 @dataclass(frozen=True)
 class Look:
-    """How a row's line is drawn: the hue says which normalizer, tint and dashes which variant, the marker both."""
+    """How a row's line is drawn: the hue shows the normalizer, tint and dashes the variant, the marker the row."""
 
     colour: str
     marker: str
@@ -54,12 +54,12 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        """As keywords of `Axes.plot`."""
+        """The look as keyword arguments of `Axes.plot`."""
         return {"color": self.colour, "marker": self.marker, "linestyle": self.dashes, "ms": 4, "lw": 1.2}
 
 
 def looks(rows: Sequence[tuple[str, str]]) -> dict[str, Look]:
-    """Choose a look per name, of (name, normalizer) in the order of the card; rows of the same name share one."""
+    """Choose a look for each name. `rows`: (name, normalizer) in the order of the card; equal names share a look."""
     found: dict[str, Look] = {}
     variants: dict[str, int] = {}
     for name, norm in rows:
@@ -71,7 +71,8 @@ def looks(rows: Sequence[tuple[str, str]]) -> dict[str, Look]:
 
 
 def tint(colour: str, variant: int) -> str:
-    """Return the colour itself, half way to black, half way to white, and so on: a lighter BLUE is nearly SKY."""
+    """Return a variant of a colour: 0 the colour itself, 1 half way to black (a lighter BLUE would look like SKY), 2
+    half way to white, and so on in turn."""
     towards = (None, 0, 255)[variant % 3]
     if towards is None:
         return colour
@@ -80,14 +81,15 @@ def tint(colour: str, variant: int) -> str:
 
 
 def of_class(number: int) -> str:
-    """Return the colour of a class on a map: Okabe and Ito's and their shades, again after 24."""
+    """Return the colour of a class on a map: one of 12 hues, then their light shades; they repeat after 24."""
     hues = (SKY, GREY, "#000000", "#882255", ORANGE, GREEN, "#F0E442", "#E69F00", BLUE, "#CC79A7", "#44AA99", "#332288")
     return tint(hues[number % 12], number // 12 % 2 * 2)
 
 
 @contextmanager
 def context() -> Iterator[None]:
-    """Set fonts and sizes; a figure is made and encoded within it. Nothing of the user's own settings shows."""
+    """Set fonts and sizes while the context lasts, in place of the user's own settings. Figures are made and encoded
+    within it."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -103,7 +105,7 @@ def grid(axis: "Axes", which: str = "y") -> None:
 
 
 def logarithmic(axis: "Axes", floor: float) -> None:
-    """Make the vertical axis logarithmic: it ends at `floor` at the latest, with plain numbers at 1, 2 and 5."""
+    """Make the vertical axis logarithmic, with plain numbers at 1, 2 and 5. It does not go below `floor`."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     axis.set_yscale("log")
@@ -114,6 +116,7 @@ def logarithmic(axis: "Axes", floor: float) -> None:
 
 
 def name_layers(axis: "Axes", names: Sequence[str], most: int = 24) -> None:
-    """Write the normalizers' names along the horizontal axis; more than `most` would touch."""
+    """Write the normalizers' names along the horizontal axis; leave out some if there are more than `most`, which would
+    overlap."""
     every = -(-len(names) // most)
     axis.set_xticks(range(0, len(names), every), names[::every], rotation=60, ha="right", rotation_mode="anchor")

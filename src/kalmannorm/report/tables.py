@@ -19,8 +19,8 @@ from kalmannorm.report.frame import batch_sizes
 from kalmannorm.report.quantities import PRECISIONS, QUANTITIES
 
 WIDTH = 100  # characters of a terminal line
-WIDE = 130  # characters of a row, from which LaTeX would print a third of its text's size or less
-LOW = 20  # rows that a page's width has room for, with what stands below
+WIDE = 130  # characters of a row above which LaTeX would shrink a table to a third of the text's size or less
+LOW = 20  # most rows of a table that lies on its side, with its notes
 LATEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "{}&%$#_"},
@@ -31,7 +31,7 @@ LATEX = str.maketrans(
 
 
 class Place(NamedTuple):
-    """What stands in one place, and the runs behind it."""
+    """The text in one place of a table, the runs that it was made from, and the letters of its notes."""
 
     text: str
     ids: Sequence[str] = ()
@@ -41,36 +41,36 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table in whose places stands text."""
+    """A table of text."""
 
     stem: str  # file name without ending
     title: str
     caption: str  # one line
-    about: tuple[str, ...]  # the rest, on demand
+    about: tuple[str, ...]  # further sentences, which the page shows on demand
     header: tuple[str, ...]
-    index: tuple[tuple[str, str], ...]  # of each row: its block ("" without), its label
+    index: tuple[tuple[str, str], ...]  # each row's block ("" for none) and label
     rows: tuple[tuple[Place, ...], ...]
-    notes: tuple[str, ...] = ()  # of mark a, b, ... in this order
-    records: tuple[Mapping[str, object], ...] = field(default=(), repr=False)  # the lines of its CSV
+    notes: tuple[str, ...] = ()  # footnotes a, b, ... in this order
+    records: tuple[Mapping[str, object], ...] = field(default=(), repr=False)  # the lines of the CSV file
 
     @property
     def width(self) -> int:
-        """Characters of a line that has the longest text of every column, without labels."""
+        """Characters of a line, without its label, if every column is as wide as its longest text."""
         lines = [self.header, *([place.text for place in row] for row in self.rows)]
         return sum(max(map(len, column)) for column in zip(*lines, strict=True))
 
 
 class Found(NamedTuple):
-    """What there is of a row in a column."""
+    """What was found for a row in a column."""
 
     cell: Cell
-    values: Mapping[int, float]  # of each seed that learned
-    printed: float | None  # by the sources
-    effect: Effect | None = None  # over the baseline
+    values: Mapping[int, float]  # by seed, of the runs that learned
+    printed: float | None  # in the papers
+    effect: Effect | None = None  # the difference to the baseline
 
 
 def table(card: Card, group: Group, cells: Cells) -> Sheet:
-    """Return the cells of a card in one group, each with the printed value and the difference to its baseline."""
+    """Return the table of a card in one group: its cells, with printed values and differences to the baseline."""
     every = {column.key: find(card, group, column, cells) for column in card.columns}
     columns = [column for column in card.columns if any(one.cell.n for one in every[column.key].values())]
     columns = columns or list(card.columns)
@@ -141,8 +141,8 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
 
 
 def by_batch(card: Card, group: Group, cells: Cells) -> Card:
-    """Return a card of rows at several batches as a table of those that ran: a block for each network, a column for
-    each batch and kind of statistics."""
+    """Turn a card whose rows differ in batches into a table card: a block for each network, a column for each batch and
+    kind of statistics. Rows that did not run in the group are left out."""
     networks = list(dict.fromkeys(row.runs["arch"] for row in card.rows))
     batches = sorted({row.runs["batch"] for row in card.rows}, key=batch_sizes)
     columns = [
@@ -162,7 +162,7 @@ def by_batch(card: Card, group: Group, cells: Cells) -> Card:
 
 
 def find(card: Card, group: Group, column: Column, cells: Cells) -> dict[str, Found]:
-    """Find what a column has, by row, and compare every row with its baseline: value = row + seed, one variance."""
+    """Return what was found in a column, by row, with every row's difference to its baseline (effects.compare)."""
     read = quantities.value(column.value, column.at)
     if (level := column.steps_to) is not None:
         read = functools.partial(quantities.steps_to, level=level)
@@ -205,7 +205,7 @@ def difference(found: Effect | None) -> str:
 
 
 def paper_value(card: Card, row: Row, column: Column, group: Group) -> float | None:
-    """Return what the sources print for exactly this data set, row and statistics; None on other data."""
+    """Return the papers' value for exactly this data set, row and statistics; None if they print none."""
     if not card.fixes_dataset and group.dataset != card.paper_dataset:
         return None
     path = row.paper or (f"{card.paper}.{row.key}" if card.paper and not row.ours else None)
@@ -219,7 +219,7 @@ def described(card: Card, group: Group, cells: Cells) -> tuple[str, list[str]]:
     on data, seeds, arithmetic and weights."""
     of_rows = (cells.cell(card, row, group, column) for row in card.rows for column in card.columns_of(row))
     runs = [run for cell in of_rows for run in (*cell.runs, *cell.failed)]
-    whole = [run for run in runs if run["status"] == "done"] or runs  # one that failed early knows no data
+    whole = [run for run in runs if run["status"] == "done"] or runs  # failed early: the record has no data
     length = dict.fromkeys(f"{run['budget.epochs']} epochs of {_seen(run)} at {run['budget.size']} px" for run in whole)
     words = [*dict.fromkeys(run["dataset"] for run in runs), *dict.fromkeys(run["network"] for run in runs)]
     words += [f"budget {group.budget} ({' / '.join(length)})", f"schedule {group.schedule}" if group.schedule else ""]
@@ -237,7 +237,7 @@ def described(card: Card, group: Group, cells: Cells) -> tuple[str, list[str]]:
         weights = [run["weights"] for run in runs if isinstance(run["weights"], dict)]
         origins = dict.fromkeys(str(of[key]) for of in weights if of.get(key))
         said += [f"{what}: {' / '.join(origins)}."] if origins else []
-    if by_heart := [run for run in runs if isinstance(run["training"], dict)]:  # a set that is learned so
+    if by_heart := [run for run in runs if isinstance(run["training"], dict)]:  # evaluated on training images too
         one = len({run["network"] for run in by_heart}) == 1
         seen = {run["normalizer"] if one else f"{run['normalizer']} on {run['network']}": run for run in by_heart}
         shown = (f"{name} {reached(run['training'])}" for name, run in seen.items())
@@ -246,9 +246,9 @@ def described(card: Card, group: Group, cells: Cells) -> tuple[str, list[str]]:
 
 
 def latex(sheet: Sheet) -> str:
-    """Write a table environment for booktabs and graphicx, which shrinks it to the text's width.
+    """Return a table environment for booktabs and graphicx, shrunk to the text's width if necessary.
 
-    A wide one of few rows lies on its side (rotating), where it is shrunk half as much.
+    A wide table of few rows is turned on its side (rotating), where it has to shrink half as much.
     """
     blocks = any(block for block, _ in sheet.index)
     body = _written(sheet, _latex, r"\textbf{{{}}}", r"\textsuperscript{{{}}}").style.to_latex(
@@ -274,7 +274,7 @@ def latex(sheet: Sheet) -> str:
 
 
 def page_html(sheet: Sheet) -> str:
-    """Write the table alone; each number a link that opens its runs."""
+    """Return the table as HTML, without caption and notes; each number is a link that opens its runs."""
     frame = _written(sheet, html.escape, "<b>{}</b>", "<sup>{}</sup>", '<a href="#runs={}">{}</a>')
     text = frame.style.set_table_attributes('class="numbers"').set_uuid(sheet.stem).to_html(sparse_index=True)
     text = re.sub(r"<style.*?</style>\n", "", text, flags=re.DOTALL)
@@ -282,7 +282,7 @@ def page_html(sheet: Sheet) -> str:
 
 
 def markdown(sheet: Sheet) -> str:
-    """Write a pipe table, the caption above it and the notes below."""
+    """Return a pipe table, with the caption above it and the notes below."""
     escaped = escape_markdown
     frame = _written(sheet, escaped, "**{}**", "<sup>{}</sup>")
     lines = [["", *frame.columns], [":--", *[":-:"] * len(sheet.header)]]
@@ -302,7 +302,7 @@ def markdown(sheet: Sheet) -> str:
 
 
 def text(sheet: Sheet) -> str:
-    """Write aligned columns for the terminal."""
+    """Return the table in aligned columns, for the terminal, with its notes."""
     body = _written(sheet, str, "{}", " [{}]").to_numpy()
     labels = [f"{block}: {label}" if block else label for block, label in sheet.index]
     drawn = aligned([["", *sheet.header], *([label, *row] for label, row in zip(labels, body, strict=True))])
@@ -312,7 +312,7 @@ def text(sheet: Sheet) -> str:
 
 
 def csv(sheet: Sheet) -> str:
-    """Write the long form: a line for each place, or what the sheet has as records; numbers unrounded."""
+    """Return the sheet's records as CSV: for a card's table one line per row and column, with numbers unrounded."""
     return pd.DataFrame(sheet.records).to_csv(index=False, lineterminator="\n")
 
 
@@ -323,7 +323,7 @@ def files(sheet: Sheet) -> dict[str, bytes]:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Pad the places of lines to columns; lines may be short."""
+    """Return lines of padded columns; a line may have fewer columns than others."""
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
     return [
         "  ".join(place.ljust(width) for place, width in zip(line, widths, strict=False)).rstrip() for line in lines
@@ -345,7 +345,8 @@ def _latex(said: str) -> str:
 
 
 def _written(sheet: Sheet, escaped: Callable[[str], str], best: str, mark: str, link: str = "{1}") -> pd.DataFrame:
-    """Return the places as text, by the formats of what is bold, of marks, and of (runs, text) where there are runs."""
+    """Return the places as text. Formats: `best` for the best value, `mark` for footnote letters, `link` for (run ids,
+    text) if a place has runs; `escaped` escapes text."""
 
     def written(place: Place) -> str:
         text = escaped(place.text)
@@ -360,7 +361,7 @@ def _written(sheet: Sheet, escaped: Callable[[str], str], best: str, mark: str, 
 
 
 def _best(card: Card, column: Column, found: Mapping[str, Found]) -> set[str]:
-    """Return the row with the best mean of each block in which several have one."""
+    """Return the keys of the rows with the best mean in their block, for blocks in which several rows have a mean."""
     means: dict[str, dict[str, float]] = {}
     for row in card.rows if column.steps_to is None else ():
         if (one := found.get(row.key)) and one.values and not one.cell.lost:
@@ -370,7 +371,7 @@ def _best(card: Card, column: Column, found: Mapping[str, Found]) -> set[str]:
 
 
 def _printed(card: Card, row: Row, column: Column, printed: float | None) -> str:
-    """Return the value as printed (90.0, not 90.00), with its batches where they are not the row's."""
+    """Return a paper's value with the paper's digits (90.0, not 90.00), and its batches if they are not the row's."""
     if printed is None:
         return "–"
     own = effects.identity(card, row, column)
@@ -392,12 +393,12 @@ def _seen(run: quantities.Run) -> str:
 
 
 def _recorded(run: quantities.Run, key: str) -> Any:
-    """Return a value of the record; None where it has none, which the frame has as nan."""
+    """Return a value of the record; None if the record has none, which the frame marks by nan."""
     return None if pd.isna(found := run.get(key)) else found
 
 
 def _record(card: Card, row: Row, column: Column, one: Found) -> dict[str, object]:
-    """Return a line of the CSV; pandas leaves nan and None empty."""
+    """Return a line of the CSV file. (pandas writes nan and None as empty.)"""
     own, effect, values = effects.identity(card, row, column), one.effect, one.values.values()
     return {
         "row": row.key,
