@@ -324,8 +324,11 @@ def _checkpoints(device: torch.device, seconds: float) -> tuple[list[float], str
 
 
 def _restart(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    """Two processes in a row, whose compile cache begins empty: the processor's seconds of each, with those of the
-    compilers that it starts. Other processes of the machine take none of them."""
+    """Compare the CPU seconds of two processes in a row, the first of which starts with an empty compile cache.
+
+    The seconds include those of the compilers that each starts. Unlike elapsed time, CPU time does not depend on what
+    else the machine does.
+    """
     import resource
     import subprocess
     import tempfile
@@ -345,7 +348,8 @@ def _restart(device: torch.device, seconds: float) -> tuple[list[float], str]:
 
 
 def _processes(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    """Two processes of one thread, 64 images each, and in turn one of two threads with all 128; on CPU."""
+    """Compare two processes of one thread and 64 images each with one process of two threads and 128 images, on a CPU,
+    step by step in turn."""
     import socket
     import tempfile
 

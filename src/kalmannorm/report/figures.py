@@ -21,27 +21,27 @@ from kalmannorm.report.style import Look
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Figures = dict[str, "Figure"]  # by what stands behind the card's name in the file's; none where nothing was run
+Figures = dict[str, "Figure"]  # by the suffix that the file name adds to the card's; empty if nothing was run
 Arrays = dict[str, np.ndarray]
-OF_FIRST_STEPS = ("death", "conditioning")  # kinds of cards that draw what was watched (train/first_steps.py)
+OF_FIRST_STEPS = ("death", "conditioning")  # kinds of cards about a run's first steps (train/first_steps.py)
 FIRST_STEPS = {
     "offsets": "|prior mean - measured| / sd",
     "variance_ratios": "prior / measured variance",
     "scales": "mean square, normalized",
     "gradients": "gradient / weight",
 }
-SMOOTHED = 10  # steps of a training loss
+SMOOTHED = 10  # steps over which a training loss is averaged
 RELEASED = ((0, 0.1),)  # the released recipe's highest rate
 READING = "Line: mean over the seeds that learned; band: from the lowest to the highest; hollow: one seed."
 SN_OF, TILE = ("in", "ln", "bn"), 8
 OF_SN = {"IN": Look("#000000", "^", ":"), "LN": Look(style.GREY, "D", "--"), "BN": Look(style.ORANGE, "s", "-")}
 COLUMNS = tuple(zip((style.ORANGE, style.BLUE, style.GREEN, "#CC79A7", style.GREY), style.MARKERS, strict=False))
-STATISTICS = dict(zip(("moving", "online"), COLUMNS, strict=False))  # the same in all tables
+STATISTICS = dict(zip(("moving", "online"), COLUMNS, strict=False))  # these columns look the same in all figures
 
 
 def table(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw a table's percentages, an axis for each quantity: the mean, and a tick for every run. The paper's values
-    stand in the table."""
+    """Draw a table's percentages, with an axis for each quantity: the mean, and a tick for every run. The paper's
+    values are only in the table."""
     entries: list[Entry] = []
     columns = [
         c
@@ -77,7 +77,7 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def _choices(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw which statistics every layer of SSN chose for good, in every run that learned."""
+    """Draw the statistics that every layer of SSN finally chose, in every run that learned."""
     columns: dict[str, list[np.ndarray]] = {}
     for row, column in itertools.product(card.rows, card.columns):
         norms = [run["norms"] for run in cells.cell(card, row, group, column).learned if _norms(run, "choices")]
@@ -94,7 +94,8 @@ def _choices(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def _scenes(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw a few test scenes' true and predicted classes, a column for each row of the card; of segmenters."""
+    """Draw a few test scenes' true and predicted classes, if the runs are segmenters: a column for each row of the
+    card."""
     loaded = {row.name: _arrays(cells.cell(card, row, group, card.columns[0]), "scene_true_0") for row in card.rows}
     found = {name: next(iter(of_seeds.values())) for name, of_seeds in loaded.items() if of_seeds}
     if not found:
@@ -115,7 +116,7 @@ def curves(card: Card, group: Group, cells: Cells) -> Figures:
     look = _looks(card, group, cells)
 
     def line(label: str, look: Look, runs: Sequence[quantities.Run], band: bool = True) -> Line:
-        places = list(zip(*(run["curve"] for run in runs), strict=False))  # as far as all of them got
+        places = list(zip(*(run["curve"] for run in runs), strict=False))  # up to the epoch that all runs reached
         values = [[np.nan if value is None else value for value in place] for place in places]
         return Line(label, look, runs[0]["step"][: len(places)], values, band=band)
 
@@ -135,16 +136,17 @@ def curves(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apart: str) -> "Draw":
-    """Return what draws final accuracy against a setting `of` the rows: a line per label, a panel per `apart`, in words
-    of a row's identity, and kind of statistics.
+    """Return a function that draws final accuracy against a setting of the rows: a line per label, a panel per title
+    and kind of statistics. Rows without the setting (no statistics batch, no gain) are horizontal lines.
 
-    Rows without the setting (no statistics batch, no gain) are horizontal lines.
+    `name`: the setting, for the axis. `scale`: of the axis. `of`: reads the setting from a row. `apart`: a format that
+    makes the panel's title from a row's identity.
     """
 
     def draw(card: Card, group: Group, cells: Cells) -> Figures:
         look, titles = _looks(card, group, cells), [apart.format(effects.identity(card, row)) for row in card.rows]
         at = [of(card, row) for row in card.rows]
-        ran_in: dict[str, dict[str, list[str]]] = {}  # the panels of each row, by its runs' arithmetic
+        ran_in: dict[str, dict[str, list[str]]] = {}  # arithmetic -> row -> panels in which the row ran so
         for row, title, x in zip(card.rows, titles, at, strict=True):
             called = row.name if x is None else f"{row.name} {x:g}"
             for arithmetic in {run["arithmetic"] for run in cells.cell(card, row, group).runs}:
@@ -168,7 +170,8 @@ def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apar
 
 
 def _differing(ran_in: Mapping[str, Mapping[str, list[str]]]) -> str:
-    """Say which rows ran in another arithmetic than most, with the panel where a row of the same name did not."""
+    """Return a sentence on the rows that ran in another arithmetic than most; "" if there are none. Panels are named if
+    a row's arithmetic differs between them."""
     if len(ran_in) < 2:
         return ""
     *few, most = sorted(ran_in, key=lambda arithmetic: len(ran_in[arithmetic]))
@@ -295,8 +298,8 @@ def mixture(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def death(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw what becomes of each layer, step by step (train/first_steps.py): how wrong its prior is, the mean square of
-    its normalized features, gradient over weight. A network whose estimate does not know that it is wrong blows up.
+    """Draw each layer's first steps (train/first_steps.py): the error of its prior, the mean square of its normalized
+    features, gradient over weight. A network whose priors are wrong, but trusted, diverges.
     """
     found: dict[str, list[Map]] = {label: [] for label in FIRST_STEPS.values()}
     for row in card.rows:
@@ -315,7 +318,7 @@ def death(card: Card, group: Group, cells: Cells) -> Figures:
 
 
 def conditioning(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw how well conditioned learning is, step by step (train/conditioning.py), and the training loss."""
+    """Draw the layers' condition numbers at each step (train/conditioning.py), and the training loss."""
     watched = {r.name: _arrays(cells.cell(card, r, group), "condition_inputs", of_all=True) for r in card.rows}
     watched = {name: runs for name, runs in watched.items() if runs}
     smooth = np.full(SMOOTHED, 1 / SMOOTHED)
@@ -329,10 +332,10 @@ def conditioning(card: Card, group: Group, cells: Cells) -> Figures:
         for panel, value in zip(found, of.values(), strict=True):
             for place, (name, runs) in enumerate(watched.items()):
                 values = list(zip(*(value(arrays) for _, arrays in runs.values()), strict=False))
-                look = Look(style.of_class(place + (place > 5)), "", "-")  # not yellow, which is faint on white
+                look = Look(style.of_class(place + (place > 5)), "", "-")  # skips yellow, which is faint on white
                 panel.lines.append(Line(name, look, [float(i + 1) for i in range(len(values))], values))
                 highest[name], lowest = max(highest[name], np.max(values)), min(lowest, np.min(values))
-        top = 1.2 * sorted(highest.values())[-2:][0]  # one that runs away would leave nothing to see of the others
+        top = 1.2 * sorted(highest.values())[-2:][0]  # a diverging row would squeeze the others
         for panel in found:
             panel.limits = (0.9 * lowest, top)
         return found
@@ -366,7 +369,7 @@ def _accuracies(
 
 
 def _lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear") -> Figures:
-    """Draw the rows that have lines."""
+    """Draw the rows of panels that have lines; {} if there are none."""
     drawn = [row for row in rows if any(panel.lines for panel in row)]
     return {"": lines(drawn, said, scale)} if drawn else {}
 
@@ -380,7 +383,7 @@ def _final(cell: Cell, quantity: str = "accuracy") -> dict[int, float]:
 
 
 def _looks(card: Card, group: Group, cells: Cells) -> dict[str, Look]:
-    """Choose the looks of the rows that ran: few are told apart better than many."""
+    """Choose looks for the rows that ran only, since few looks are easier to tell apart than many."""
     ran = [row for row in card.rows if any(cells.cell(card, row, group, column).n for column in card.columns)]
     return style.looks([(row.name, effects.identity(card, row).normalizer.split(" ")[0]) for row in ran])
 
@@ -393,13 +396,13 @@ def _by_network(card: Card) -> dict[str, list[Row]]:
 
 
 def _arrays(cell: Cell, having: str = "gap_measured", of_all: bool = False) -> dict[int, tuple[quantities.Run, Arrays]]:
-    """Return, by seed, the runs that learned, or all of them, and the arrays beside their record, which has `having`
-    among them."""
+    """Return by seed the runs that learned, or all runs, with the arrays beside their records. Runs without an array
+    named `having` are left out."""
     found = {}
     for run in cell.runs if of_all else cell.learned:
         try:
             arrays = records.arrays(str(run["id"]), run["results"])
-        except UserError:  # none beside it
+        except UserError:  # there are no arrays
             continue
         if having in arrays:
             found[int(run["seed"])] = (run, arrays)
@@ -407,7 +410,8 @@ def _arrays(cell: Cell, having: str = "gap_measured", of_all: bool = False) -> d
 
 
 def _add_layers(panel: Panel, label: str, look: Look, found: Sequence[tuple[quantities.Run, np.ndarray]]) -> None:
-    """Add values per layer of some runs, if there are any; parallel branches of a block are not joined."""
+    """Add a line of some runs' values per layer to a panel, if there are any. It does not join parallel branches of a
+    block."""
     found = [(run, of) for run, of in found if np.isfinite(of).any()]
     if not found:
         return
@@ -430,7 +434,8 @@ def _branch(name: str) -> tuple[tuple[str, ...], str]:
 
 
 def _last(run: quantities.Run, arrays: Arrays) -> dict[str, int]:
-    """Return the last normalizers with their channels, by what their names do not share; {} where that is not known."""
+    """Return the numbers of channels of the last normalizers, by the parts of their names that differ; {} if the record
+    does not have them."""
     names = [name.split(".") for name in _norms(run, "last") or []]
     sizes = [int(size) for size in arrays.get("last_channels", ())]
     if not names or len(sizes) != len(names) or sum(sizes) != len(arrays["moving_var"]):
@@ -444,7 +449,8 @@ def _said(card: Card, group: Group) -> str:
     return f"{', '.join(filter(None, ['' if group.dataset else ' / '.join(of_columns), group.label]))}."
 
 
-# Of cards that vary one setting: its name, the axis's scale, what reads it off a row, and what panels are of.
+# By kind of cards that vary one setting, the arguments of `against`: the setting's name, the axis's scale, a function
+# that reads it from a row, the panels' titles.
 SETTINGS: Mapping[str, tuple[str, str, Callable[[Card, Row], float | None], str]] = {
     "stat_batch": (
         "images that share statistics",

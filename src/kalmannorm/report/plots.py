@@ -1,5 +1,5 @@
-"""How pictures are drawn: `lines` (values against a setting, steps or layers), `forest` (values with their intervals,
-one below the other), `maps`; and as what files they are kept. What a card shows by them: figures.py."""
+"""Draw pictures and encode them as files: `lines` (values against a setting, steps or layers), `forest` (values with
+their intervals, one below the other) and `maps`. figures.py says which of them a card uses."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ FLOOR = 0.001  # smaller errors are rounding errors, or negligible
 
 @dataclass
 class Line:
-    """Values of some seeds at each x; x None is no place on the axis, but all of it."""
+    """Values of some seeds at each x. An x of None stands for the whole axis: a horizontal line."""
 
     label: str
     look: Look
@@ -51,13 +51,13 @@ class Panel:
     horizontal: str = ""
     log: bool = False
     limits: tuple[float, float] | None = None
-    names: Sequence[str] = ()  # of the places 0, 1, ...
+    names: Sequence[str] = ()  # tick labels at x = 0, 1, ...
     levels: dict[float, Look] = field(default_factory=dict)  # faint horizontal lines
 
 
 def lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear") -> "Figure":
-    """Draw a grid of panels with one legend. Panels of a row share the vertical axis, all of them the horizontal one
-    where its `scale` is not linear: it has a tick at each place that there is."""
+    """Draw a grid of panels with one legend and the caption `said`. Panels of a row share the vertical axis. If `scale`
+    is not linear, all panels share the horizontal axis, with a tick at every x that occurs."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullLocator
@@ -120,7 +120,7 @@ class Point(NamedTuple):
 
 @dataclass
 class Entry:
-    """One line of a forest; without points and note a heading."""
+    """One line of a forest; a heading if it has neither points nor a note."""
 
     label: str
     points: list[Point] = field(default_factory=list)
@@ -134,9 +134,11 @@ def forest(
     legend: Mapping[str, Point],
     around: float | None = None,
 ) -> "Figure":
-    """Draw values with their intervals, one below the other, on an axis for each of `horizontal`; `legend`: a point
-    that looks like those of each name. `around`: how far the axes reach to either side of 0; an interval that goes on
-    beyond it ends in an arrow."""
+    """Draw values with their intervals, one below the other, on an axis for each label in `horizontal`.
+
+    `said`: the caption. `legend`: names, each with a point in its look. `around`: how far the axes reach to either side
+    of 0; an interval that is longer ends in an arrow.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -180,7 +182,7 @@ def _mark(point: Point) -> dict[str, Any]:
 
 @dataclass
 class Map:
-    """Values [rows, columns] under a title; `names` of consecutive rows: name -> how many."""
+    """Values [rows, columns] under a title. `names`: of consecutive rows, each with the number of rows it is for."""
 
     title: str
     values: np.ndarray
@@ -188,7 +190,7 @@ class Map:
 
 
 def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, vertical: str) -> "Figure":
-    """Draw rows of maps, each row under one logarithmic scale of colours: (what is shown, maps)."""
+    """Draw rows of maps, (label of the colour bar, maps). A row has one logarithmic colour scale."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -232,7 +234,7 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
 
 
 def label_maps(columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], said: str) -> "Figure":
-    """Draw maps of classes, [H, W] numbers of `classes` or of none of them, a column for each name; white: none."""
+    """Draw maps of classes, [H, W] of indices into `classes`, with a column for each name. Larger numbers are white."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -271,7 +273,7 @@ def _thinned(values: np.ndarray, most: int = 128) -> np.ndarray:
 
 
 def _line(axis: "Axes", line: Line, place: int) -> None:
-    """Draw one line with its band; horizontal without marks where it has no x."""
+    """Draw one line with its band and marks; values without an x as a horizontal line."""
     colour, dashes, marker = line.look.colour, line.look.dashes, line.look.marker
     for x, values in zip(line.at, line.values, strict=True):
         if x is None and len(values):
@@ -314,7 +316,8 @@ def _n(counts: Sequence[int]) -> str:
 
 
 def encode(figure: "Figure", kinds: Iterable[str] = ("png", "pdf")) -> dict[str, bytes]:
-    """Return the bytes of files by their ending, without dates and versions: the same picture is the same file."""
+    """Return the bytes of files by their ending. They have no dates or versions, so that equal pictures are equal
+    files."""
     metadata = {
         "png": {"Software": None},
         "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
@@ -334,8 +337,8 @@ def encode(figure: "Figure", kinds: Iterable[str] = ("png", "pdf")) -> dict[str,
 
 @contextmanager
 def _fonts_as_shapes() -> Iterator[None]:
-    """Embed fonts in a PDF without the tables that lay out text: no reader needs them, and they are two thirds of what
-    fontTools spends."""
+    """Embed fonts in PDFs without their tables for text layout, which no reader needs and which take fontTools two
+    thirds of its time."""
     from fontTools import subset  # type: ignore[import-untyped]
 
     options = subset.Options
@@ -348,8 +351,8 @@ def _fonts_as_shapes() -> Iterator[None]:
 
 
 def inline(picture: bytes, stem: str) -> str:
-    """Prepare an SVG file to stand in a page: text as text, numbers with one decimal, looks once a line, names of its
-    own."""
+    """Return an SVG file as text to be embedded in a page: coordinates with one decimal, a line's style written once,
+    and ids that are unique to `stem`."""
     text = picture.decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
