@@ -1,10 +1,9 @@
-"""COCO's instances files as people and tools write them -> checked, and of one form.
+"""Read COCO's instances files as people and tools write them, check them, and bring them to one form.
 
-All that training and evaluation will read is checked in one pass when a set is loaded, so that a training of days does
-not end in its evaluation. What is optional is filled in: `iscrowd` 0, `area` that of the mask (as pycocotools does),
-an image's size from its file. Masks become run-length codes, whatever they were, and lie with their boxes on the
-upright picture (pixels.py). Annotations are numbered anew from 1: pycocotools takes an id of 0 for "no match" and
-two equal ids for one object.
+All that training and evaluation will read is checked when a set is loaded, so that no training of days fails in its
+evaluation. Optional fields are filled in: `iscrowd` 0, `area` from the mask (as pycocotools does), an image's size from
+its file. Every mask becomes a run-length code; masks and boxes are turned with the upright picture (pixels.py).
+Annotations are renumbered from 1, since pycocotools takes the id 0 for "no match" and equal ids for one object.
 """
 
 import contextlib
@@ -26,8 +25,8 @@ from kalmannorm.data.pixels import Header, Unreadable, look, turn, turn_box
 from kalmannorm.errors import UserError, reason
 
 LISTS = ("images", "annotations", "categories")
-OUTSIDE = 2.0  # pixels by which a box may leave its image: the official boxes are rounded, not exact
-THREADS = 8  # that open image files: on a file server most of it is waiting
+OUTSIDE = 2.0  # pixels by which a box may exceed its image: the official boxes are rounded
+THREADS = 8  # for opening image files, which on a file server is mostly waiting
 SHOWN = 3  # problems in a message
 
 Values = dict[str, Any]
@@ -35,7 +34,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Split:
-    """Images in `root`, their annotations, and the images' ids in ascending order: positions are in that order."""
+    """One split: the images' folder, their annotations, and their ids, ascending. A position is an index into `ids`."""
 
     root: Path
     coco: COCO
@@ -49,12 +48,12 @@ class Split:
 
 
 class _Wrong(ValueError):
-    """What is wrong with an entry, to stand behind its name."""
+    """A problem with an entry; the message continues a sentence that begins with the entry's name."""
 
 
 def read(file: Path, root: Path) -> Split:
-    """Read the split that an instances file describes, whose images are in `root`. UserError: the first things wrong
-    with it, each with its annotation's id, and how many more there are."""
+    """Read the split that an instances file describes, with its images in `root`. UserError: names the first problems,
+    each with its entry's id, and the number of others."""
     content = _parse(file)
     problems: list[str] = []
     categories = {one["id"]: one for one in _checked(content, "categories", _category, problems)}
@@ -96,7 +95,7 @@ def _parse(file: Path) -> dict[str, list[object]]:
 def _checked(
     content: dict[str, list[object]], kind: str, check: Callable[[Values], Values], problems: list[str]
 ) -> Iterator[Values]:
-    """Yield the entries of a list that are right, with integers for ids."""
+    """Yield the valid entries of a list, with integer ids; add the others to `problems`."""
     known = set()
     for number, entry in enumerate(content[kind]):
         what = f"{kind} entry {number + 1}"
@@ -130,11 +129,11 @@ def _image(image: Values) -> Values:
     return image
 
 
-Known = tuple[Values, Header, bool]  # an image, its file's header, and whether annotations are to be turned with it
+Known = tuple[Values, Header, bool]  # an image, its file's header, whether its annotations must be turned
 
 
 def _with_headers(images: dict[int, Values], root: Path, problems: list[str]) -> dict[int, Known]:
-    """Return the images whose files are there and of the listed size, which becomes that of the upright picture."""
+    """Return the images whose files exist and have the listed size; the size becomes that of the upright picture."""
 
     def header(image: Values) -> Header | Unreadable:
         try:
@@ -148,7 +147,7 @@ def _with_headers(images: dict[int, Values], root: Path, problems: list[str]) ->
         for image, found in zip(images.values(), pool.imap(header, images.values(), chunksize=64), strict=True):
             name, identity = image["file_name"], image["id"]
             if (other := by_file.setdefault(PurePosixPath(name), identity)) != identity:
-                # Each would teach that the other's objects are not there.
+                # Training on each would teach that the other's objects are background.
                 problems.append(f"images {other} and {identity} are one file, {name}")
             if isinstance(found, Unreadable):
                 there = (root / name).exists()
@@ -161,7 +160,7 @@ def _with_headers(images: dict[int, Values], root: Path, problems: list[str]) ->
                 sizes = f"{stored[0]} x {stored[1]} pixels, its annotations say {listed[0]} x {listed[1]}"
                 problems.append(f"{root / name} has {sizes}")
                 continue
-            # Where both sizes are one, as of a half turn, annotations lie on the stored pixels: nothing says else.
+            # If both sizes are equal (a half turn), annotations are taken to lie on the stored pixels.
             known[identity] = ({**image, "width": upright[0], "height": upright[1]}, found, listed == stored)
     return known
 
@@ -176,8 +175,8 @@ def _annotations(
     problems: list[str],
     notes: list[str],
 ) -> Iterator[Values]:
-    """Yield the annotations that are right, in one form, numbered from 1."""
-    bad_images = bool(problems)  # whose annotations are no problem of their own
+    """Yield the valid annotations in one form, numbered from 1; add to `problems`, and oddities to `notes`."""
+    bad_images = bool(problems)  # then an annotation of an unlisted image is no further problem
     for number, entry in enumerate(entries):
         what = f"annotation {entry.get('id', f'number {number + 1}') if isinstance(entry, dict) else number + 1}"
         try:
@@ -225,7 +224,7 @@ def _object(entry: Values, image: Values, header: Header, turned: bool) -> Value
 
 
 def _apart(annotation: Values) -> bool:
-    """Say whether box and mask are of different places: boxes are rounded, small ones by half of their size."""
+    """Say whether box and mask lie in different places. Small boxes, rounded by up to half of their size, never do."""
     box = np.array([annotation["bbox"]], dtype=np.float64)
     around = run_length.toBbox([annotation["segmentation"]])
     return box[0, 2:].min() >= 4 and float(run_length.iou(box, around, [0])[0, 0]) < 0.5
@@ -264,13 +263,13 @@ def _mask(segmentation: object, height: int, width: int) -> Values:
 
 
 def _is_polygon(polygon: object, height: int, width: int) -> bool:
-    """Say whether it has an area; points and lines, which some tools write beside polygons, have none."""
+    """Say whether a polygon has an area; points and lines, which some tools write among polygons, have none."""
     if not isinstance(polygon, list):
         hint = "; a single polygon stands in a list of its own: [[x, y, ...]]" if _is_number(polygon) else ""
         raise _Wrong(f"has {_short(polygon)} among its polygons, expected lists [x, y, x, y, ...]{hint}")
     if len(polygon) % 2 or not all(map(_is_number, polygon)):
         raise _Wrong(f"has the polygon {_short(polygon)}, expected numbers in pairs: [x, y, x, y, ...]")
-    # pycocotools allocates by the length of a polygon's sides.
+    # pycocotools allocates memory in proportion to the length of a polygon's sides.
     inside_x = all(-width <= x <= 2 * width for x in polygon[::2])
     inside_y = all(-height <= y <= 2 * height for y in polygon[1::2])
     if not (inside_x and inside_y):
@@ -279,10 +278,10 @@ def _is_polygon(polygon: object, height: int, width: int) -> bool:
 
 
 def _runs(text: str) -> list[int]:
-    """Return the runs of a compressed code, none if it is no code: pycocotools itself decodes any string to something.
+    """Return the runs of a compressed code, [] if it is invalid; pycocotools decodes any string without an error.
 
-    Six bits a character from "0" on, five of them digits of a number (the lowest first, in two's complement) and one
-    that says that there are more; from the fourth run on, what is written is the difference to the last but one.
+    Each character, from "0" on, holds six bits: five bits of a number (lowest first, two's complement), and one that
+    says that more follow. From the fourth run on, the number is the difference to the last run but one.
     """
     runs: list[int] = []
     value = place = 0
@@ -299,7 +298,7 @@ def _runs(text: str) -> list[int]:
 
 
 def _integer(value: object) -> int | None:
-    """Return the integer that a number is, as some tools write 7.0; None for what is none."""
+    """Return an integer as int, also if it is written 7.0, as some tools do; None for anything else."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

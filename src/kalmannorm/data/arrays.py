@@ -1,6 +1,6 @@
-"""A data set as four arrays: in memory, in a folder, resized, thinned out.
+"""Keep a data set as four arrays: in memory or in a folder; resize them, take subsets.
 
-On disk, `ROOT/NAME/{train,test}_{images,labels}.npy` and `source.json`, which says where the pixels come from.
+The folder has `ROOT/NAME/{train,test}_{images,labels}.npy` and `source.json`, which says where the pixels come from.
 Nothing is ever unpickled here.
 """
 
@@ -23,7 +23,7 @@ from kalmannorm.errors import UserError, absent, reason
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")  # also the order in which sha256 takes them
 SOURCE = "source.json"
-SIZE = 32  # pixels: of all the sets that are kept in such a folder
+SIZE = 32  # pixels: side of the images of all sets that are kept in such folders
 CHUNK = 4096  # images resized at a time: the float copies of a chunk stay within some 50 MB
 
 
@@ -44,7 +44,7 @@ class Arrays:
 
 
 def digest(*arrays: NDArray[np.generic]) -> str:
-    """Hash by sha256 the arrays' bytes, one after the other, in C order and little endian."""
+    """Return the sha256 of the arrays' bytes, one after the other, in C order and little endian."""
     total = hashlib.sha256()
     for array in arrays:
         total.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
@@ -62,8 +62,8 @@ def is_complete(folder: Path) -> bool:
 def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int]) -> Arrays:
     """Read the set `name` from its folder under `root`, checked.
 
-    official: number of training and test images of the published set. Another number is accepted and said in the
-    fidelity. Raises UserError for whatever is missing, unreadable, of the wrong type or shape, or inconsistent.
+    official: numbers of training and test images of the published set; other numbers are accepted, and noted in the
+    fidelity. UserError: an array is missing, unreadable, of the wrong type or shape, or inconsistent.
     """
     folder = root / name
     if not is_complete(folder):
@@ -83,7 +83,7 @@ def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int
 
 def _read(path: Path) -> NDArray[Any]:
     try:
-        # Mapped first: a header that claims more than the file has is refused before anything is allocated for it.
+        # Mapped first, so that a header that claims more than the file holds is refused before memory is allocated.
         array = np.load(path, allow_pickle=False, mmap_mode="r")
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
         raise UserError(
@@ -149,7 +149,7 @@ def _fidelity(folder: Path, name: str, counts: tuple[int, int], sha256: str) -> 
 
 
 def write_folder(folder: Path, arrays: dict[str, NDArray[Any]], source: dict[str, Any]) -> None:
-    """Write the four arrays and source.json: all of them, or (should this be interrupted) an incomplete folder.
+    """Write the four arrays and source.json; if interrupted, the folder is left incomplete, never inconsistent.
 
     The folder may exist and hold other files, such as the archive; arrays in it are replaced.
     """
@@ -164,9 +164,9 @@ def write_folder(folder: Path, arrays: dict[str, NDArray[Any]], source: dict[str
             _flush(file)
         folder.mkdir(exist_ok=True)
         names = [*(f"{name}.npy" for name in ARRAYS), SOURCE]
-        for name in names:  # first all old ones away: old and new arrays never make up a folder together
+        for name in names:  # first remove all old files, so that old and new arrays never mix
             (folder / name).unlink(missing_ok=True)
-        for name in reversed(names):  # the arrays last: never complete without its source.json
+        for name in reversed(names):  # source.json first: a complete folder always has it
             (temporary / name).replace(folder / name)
 
 
@@ -177,10 +177,9 @@ def _flush(file: IO[bytes] | IO[str]) -> None:
 
 @contextmanager
 def partial(folder: Path) -> Iterator[Path]:
-    """Make a hidden folder beside `folder`, for what is not finished yet; removed at the end, OSErrors become
-    UserErrors.
+    """Make a hidden folder beside `folder` for unfinished files, and remove it at the end. OSErrors become UserErrors.
 
-    Those of killed processes of this machine are removed too.
+    Hidden folders left by killed processes of this machine are removed too.
     """
     prefix = f".{folder.name}.{socket.gethostname()}."
     temporary = folder.parent / f"{prefix}{os.getpid()}.partial"
@@ -201,7 +200,7 @@ def partial(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Make a folder whole or not at all: yield the one that becomes `target`. UserError: that is there already."""
+    """Make a folder whole or not at all: yield a temporary one, then rename it to `target`. UserError: that exists."""
     if target.exists():
         raise UserError(f"{target} is there already: remove it to write it again")
     with partial(target) as temporary:
@@ -214,7 +213,7 @@ def _lives(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # it exists, but belongs to another user
         return True
     return True
 
@@ -223,7 +222,7 @@ def _lives(process: int) -> bool:
 
 
 def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Bring square images to another size: uint8 [N, H, H, C] -> uint8 [N, size, size, C].
+    """Resize square images: uint8 [N, H, H, C] -> uint8 [N, size, size, C].
 
     Down by an integer factor: the mean over each block of pixels. Up: bilinear, between pixels' centres. Halves round
     up. Raises UserError for any other size.
@@ -247,7 +246,7 @@ def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def class_balanced_subset(labels: NDArray[np.int64], count: int, seed: int = 0) -> NDArray[np.int64]:
-    """Return the indices, ascending, of `count` images with equally many of each class, up to one.
+    """Return the indices, ascending, of `count` images; the numbers per class differ by at most one.
 
     Drawn by `RandomState`, whose stream numpy never changes. Raises UserError if the set or a class is too small.
     """

@@ -1,4 +1,4 @@
-"""FFCV's .beton files as a data set. `kalmannorm data ffcv` writes them (`beton_write`), `beton_loader` reads them."""
+"""Open FFCV's .beton files as a data set. `beton_write` (`kalmannorm data ffcv`) writes, `beton_loader` decodes."""
 
 import importlib.util
 import json
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from kalmannorm.data.folder import SPLITS
 from kalmannorm.errors import UserError, absent
 
-SOURCE = "beton.json"  # beside the two files: what they were made from, and how
+SOURCE = "beton.json"  # beside the two files: their source, and how they were written
 PIPELINE = "FFCV; crops and flips keyed by (seed, epoch, position), not FFCV's own, which ignore the seed"
 
 
 @dataclass(frozen=True)
 class Beton:
-    """One split: the images `indices` of a file. labels: int64 [len(indices)]."""
+    """One split: the images of a file at `indices`, int64 [n]; their labels, int64 [n]."""
 
     file: Path
     indices: NDArray[np.int64]
@@ -49,7 +49,7 @@ def require_ffcv() -> None:
 
 
 def load(root: Path, dataset: Mapping[str, Any]) -> Betons:
-    """Open the .beton files in `root/FOLDER`, or in `root` itself. UserError: missing, or damaged."""
+    """Open the .beton files in `root/FOLDER`, or in `root` itself. UserError: these or FFCV missing; a damaged file."""
     require_ffcv()
     name = dataset["name"]
     places = (root / dataset["folder"], root)

@@ -1,6 +1,6 @@
-"""FFCV operations, compiled by numba: an image's crop and flip are drawn from its key. Imports ffcv.
+"""Define FFCV operations, compiled by numba, that draw an image's crop and flip from its key. Imports ffcv.
 
-An index is 64 bits: the image's number below, its key above (data/beton_loader.py).
+An index has 64 bits: the image's number in the lower half, its key in the upper one (data/beton_loader.py).
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from ffcv.pipeline.compiler import Compiler
 from kalmannorm.data.stream import RATIO, RESIZE, SCALE
 
 NUMBER, KEY = np.uint64(0xFFFFFFFF), np.uint64(32)  # mask of the image's number, shift of its key
-TRIES = 10  # crops drawn before the centre is taken, as torchvision has it
+TRIES = 10  # attempts at a crop before the centre is taken, as in torchvision
 
 Box = tuple[int, int, int, int]  # row, column, height, width
 
 
 def set_threads(count: int) -> None:
-    """Set FFCV's threads without FFCV's own way, which also sets torch's number of threads, and with it the results of
-    a training on the CPU."""
+    """Set FFCV's number of threads only. FFCV's own function also sets torch's, which changes the results of a training
+    on the CPU."""
 
     def threads(n: int) -> None:
         Compiler.num_threads = min(n, numba.config.NUMBA_NUM_THREADS)
@@ -37,7 +37,7 @@ def set_threads(count: int) -> None:
 
 @numba.njit
 def uniform(key: int, number: int) -> float:
-    """Draw `number` of a key, in [0, 1): the finalizer of splitmix64 (Steele et al. 2014)."""
+    """Return the random number with index `number` of a key, in [0, 1): splitmix64's finalizer (Steele et al. 2014)."""
     z = (np.uint64(key) << np.uint64(32)) + np.uint64(number + 1) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -47,7 +47,7 @@ def uniform(key: int, number: int) -> float:
 
 @numba.njit
 def random_box(height: int, width: int, key: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
-    """Return the random-resized crop as torchvision draws it: area and aspect uniform (log-uniform) in their ranges."""
+    """Return a random-resized crop as torchvision draws it: area uniform, aspect ratio log-uniform in their ranges."""
     low, high = np.log(ratio[0]), np.log(ratio[1])
     for n in range(TRIES):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform(key, 4 * n))
@@ -65,7 +65,7 @@ def random_box(height: int, width: int, key: int, scale: tuple[float, float], ra
 
 
 class Crop(SimpleRGBImageDecoder):
-    """uint8 [size, size, 3] of an image: its random crop, perhaps mirrored; without `augment` the centre."""
+    """Decodes an image to uint8 [size, size, 3]: a random crop, mirrored if `flip`; without `augment` the centre."""
 
     def __init__(self, size: int, augment: bool, flip: bool) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Crop(SimpleRGBImageDecoder):
 
 
 class Label(IntDecoder):
-    """The label of an image, int64 [1]."""
+    """Decodes an image's label, int64 [1]."""
 
     def generate_code(self) -> Callable[..., Any]:
         def decode(batch: Any, out: Any, metadata: Any, storage: Any) -> Any:

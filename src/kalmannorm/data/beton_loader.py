@@ -1,9 +1,9 @@
-"""Images from FFCV's .beton files (`kalmannorm data ffcv` writes them): decoded by compiled code in threads.
+"""Load images from FFCV's .beton files (written by `kalmannorm data ffcv`), decoded by compiled code in threads.
 
-FFCV's own random crop and flip draw from numba's generators, which its `seed` does not reach: two runs of one seed see
-different images. So they are not used. Here an image's crop and flip come from its key (data/stream.py), which travels
-to the decoder in the upper half of the image's index; exact resume and 1 == k processes then hold as they do with
-torchvision. The pixels are not torchvision's: re-encoded when the file was written, resized by OpenCV's area method.
+FFCV's own random crop and flip are not used: they draw from numba's generators, which FFCV's `seed` does not reach, so
+that two runs with one seed see different images. Here an image's crop and flip are drawn from its key (data/stream.py),
+which the decoder gets in the upper half of the image's index. So resuming is exact, and k processes compute what one
+does, as with torchvision. The pixels differ from torchvision's: they are re-encoded in the file, and resized by area.
 """
 
 import queue
@@ -20,7 +20,7 @@ from kalmannorm.data.stream import Part, Stream
 
 
 class BetonLoader(Stream):
-    """Batches of one split of .beton files. size: of the crops; workers: threads that decode."""
+    """Batches of one split of .beton files. size: side of the crops; workers: threads that decode."""
 
     borrowed = True
 
@@ -44,14 +44,14 @@ class BetonLoader(Stream):
             while (taken := _take(decoding)) is not None:
                 _, (images, labels) = taken
                 yield images.permute(0, 3, 1, 2), labels.flatten()
-        finally:  # an epoch that is left early: its thread waits for somebody to take what it has
+        finally:  # an epoch left early: its thread waits until its batches are taken
             decoding.close()
             while decoding.is_alive():
                 with suppress(queue.Empty):
                     decoding.output_queue.get(timeout=0.1)
 
     def _loader(self, augment: bool) -> Any:
-        """Return FFCV's loader, compiled at its first use: seconds each for training and evaluation."""
+        """Return FFCV's loader, compiled at the first use, which takes seconds for training and for evaluation."""
         if augment not in self._compiled:
             from ffcv.loader import Loader, OrderOption
             from ffcv.transforms import ToTensor
@@ -75,8 +75,8 @@ class BetonLoader(Stream):
 
 
 def _take(decoding: Any) -> Any:
-    """Return the next batch and its place in FFCV's buffers, None after the last; FFCV itself waits forever for a
-    thread that has died."""
+    """Return the next batch and its place in FFCV's buffers, None after the last. RuntimeError: the decoding thread has
+    died, for which FFCV itself would wait forever."""
     while True:
         try:
             return decoding.output_queue.get(timeout=5)

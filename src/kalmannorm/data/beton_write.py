@@ -1,8 +1,8 @@
-"""`kalmannorm data ffcv`: an image folder as FFCV's .beton files.
+"""Implement `kalmannorm data ffcv`: write an image folder as FFCV's .beton files.
 
-FFCV's writer waits forever when one of its workers dies. So it runs in a process of its own (this module as a program)
-that says what is done and what went wrong, a line each. It is ended with its workers when something did, or when it
-says nothing for `timeout` seconds.
+FFCV's writer waits forever when one of its workers dies. So it runs in a process of its own (this module as a program),
+which prints a line for each image done and for each error. That process and its workers are ended after an error, or
+when it prints nothing for `timeout` seconds.
 """
 
 import json
@@ -27,19 +27,19 @@ from kalmannorm.data.arrays import partial
 from kalmannorm.data.beton import SOURCE, require_ffcv
 from kalmannorm.errors import UserError
 
-MODES = ("jpg", "raw")  # FFCV's `proportion` draws which images to compress, unseeded: no two files would be the same
-LARGEST = 1600  # pixels: an uncompressed image of that side fits into FFCV's pages of 8 MiB
-DONE, WRONG = "+", "!"  # how the writer's lines begin
-CHECK = 0.2  # seconds between two looks at processes
+MODES = ("jpg", "raw")  # not FFCV's `proportion`, which compresses a random part, unseeded: no two files are the same
+LARGEST = 1600  # pixels: an uncompressed image with this side still fits into FFCV's pages of 8 MiB
+DONE, WRONG = "+", "!"  # first characters of the writer's lines
+CHECK = 0.2  # seconds between two checks of the processes
 
 
 @dataclass(frozen=True)
 class Form:
-    """How images are stored: JPEG of a quality, or raw; the longer side is brought down to `max_resolution` pixels."""
+    """How images are stored: as JPEG of a quality, or raw; the longer side is reduced to `max_resolution` pixels."""
 
     mode: str = "jpg"
     quality: int = 90
-    max_resolution: int = 500  # as the FFCV authors' ImageNet
+    max_resolution: int = 500  # as in the FFCV authors' ImageNet
 
     def check(self) -> None:
         if self.mode not in MODES:
@@ -62,8 +62,8 @@ def write(
 ) -> Path:
     """Write train.beton, val.beton and beton.json to `out` (None: beside train/ and val/); return that folder.
 
-    skip: leave out images that cannot be read, after looking at all of them; else the first one ends it. UserError: no
-    such data set; an unreadable image; a worker that died; nothing done for `timeout` seconds. Nothing is left behind.
+    skip: read all images first, and leave out the unreadable ones; else the first of these is an error. UserError: no
+    such data set; an unreadable image; a worker died; no image done for `timeout` seconds. Then no file is left behind.
     """
     require_ffcv()
     form = form or Form()
@@ -82,7 +82,7 @@ def write(
         source = {"classes": images.classes, "bytes": sizes, "written": written, "provenance": images.provenance}
         (temporary / SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
         out.mkdir(parents=True, exist_ok=True)
-        (out / SOURCE).unlink(missing_ok=True)  # new files never stand under an old description
+        (out / SOURCE).unlink(missing_ok=True)  # so that no old description lies beside new files
         for name in (*(f"{split}.beton" for split in folder.SPLITS), SOURCE):
             (temporary / name).replace(out / name)
     return out
@@ -135,14 +135,14 @@ def _read(stream: IO[str], lines: "queue.SimpleQueue[str | None]") -> None:
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line of what FFCV or Python said, in brackets."""
+    """Return the last line that FFCV or Python wrote to the log, in brackets, "" if there is none."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return f" ({lines[-1].strip()})" if lines else ""
 
 
 def _end(writer: "subprocess.Popen[str]") -> None:
-    """End what is left of the writer's process group. SIGTERM first: it spares the process that frees shared memory,
-    which goes by itself."""
+    """End the remaining processes of the writer's group. SIGTERM comes first: the process that frees shared memory
+    ignores it, and ends by itself."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for _ in range(20):
             writer.poll()
@@ -158,12 +158,12 @@ def _end(writer: "subprocess.Popen[str]") -> None:
 
 
 def _say(kind: str, text: str = "") -> None:
-    """Write a line at once: lines of several processes stay whole."""
+    """Write a line in one call, so that lines of several processes do not mix."""
     os.write(sys.stdout.fileno(), f"{kind}{text}\n".encode())
 
 
 class _Samples:
-    """What FFCV asks for: index -> image, label."""
+    """The data set for FFCV's writer: index -> (image, label)."""
 
     def __init__(self, files: folder.Files) -> None:
         self.files = files
@@ -182,7 +182,7 @@ class _Samples:
 
 
 class _Worker(multiprocessing.Process):
-    """In place of the processes of FFCV's writer, which does not look after them."""
+    """Replaces the processes of FFCV's writer, which does not notice their death, and lists them."""
 
     started: ClassVar[list["_Worker"]] = []
 
@@ -194,7 +194,7 @@ class _Worker(multiprocessing.Process):
 def _watch() -> None:
     while not any(worker.exitcode for worker in _Worker.started):
         time.sleep(CHECK)
-    time.sleep(5 * CHECK)  # what it said itself comes first
+    time.sleep(5 * CHECK)  # so that the worker's own message comes first
     _say(WRONG, "a worker of FFCV's writer died")
 
 

@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 in 10 or 100 (fine) classes.
+"""Read CIFAR-10 and CIFAR-100 (Krizhevsky 2009): 50,000 + 10,000 images of 32x32 in 10 or 100 (fine) classes.
 
-Nothing of their archives is extracted to disk, and their pickles can make nothing but numpy arrays and plain values.
+The archives are not extracted to disk, and their pickles can create numpy arrays and plain values only.
 """
 
 import io
@@ -39,7 +39,8 @@ CIFAR100 = Official("cifar100", 100, COUNTS, lambda: _files(100))
 
 
 def _members(file: BinaryIO, path: Path) -> dict[str, bytes]:
-    """Read the archive's files into memory. UserError: one that is not a plain file or leads outside."""
+    """Read the archive's files into memory. UserError: it is damaged, or has a member that is no plain file or leads
+    outside."""
     members = {}
     try:
         with tarfile.open(fileobj=file, mode="r:*") as tar:
@@ -58,7 +59,7 @@ def _members(file: BinaryIO, path: Path) -> dict[str, bytes]:
 def _batch(
     members: dict[str, bytes], member: str, path: Path, classes: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Read one pickled batch: images and labels."""
+    """Read one pickled batch: images uint8 [n, 32, 32, 3], labels int64 [n]. UserError: missing or damaged."""
     if member not in members:
         raise UserError(f"{path} does not hold {member}; expected the official archive")
     try:
@@ -77,13 +78,13 @@ def _batch(
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Unpickles what the official batches are made of, numpy arrays and plain values, and refuses any other name."""
+    """Unpickles numpy arrays and plain values, all that the official batches need, and refuses any other name."""
 
     def __init__(self, file: BinaryIO | io.BytesIO) -> None:
         super().__init__(file, encoding="latin1")  # they were written by Python 2
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the three names a pickled array needs. `numpy._core` is what newer numpy calls the same module."""
+        """Return one of the three names that a pickled array needs. Newer numpy calls `numpy.core` `numpy._core`."""
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return np.ndarray.__reduce__(np.empty(0))[0]
         if module == "numpy" and name in ("ndarray", "dtype"):

@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: 1,797 real 8x8 images, no download (UCI, Alpaydin & Kaynak 1998)."""
+"""Load scikit-learn's handwritten digits: 1,797 real 8x8 images, no download (UCI, Alpaydin & Kaynak 1998)."""
 
 import numpy as np
 

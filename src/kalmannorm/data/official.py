@@ -1,5 +1,7 @@
-"""Published sets of small images, from their official files: found where the user put them, or fetched, and never
-read before their md5 is right."""
+"""Prepare published sets of small images from their official files, which the user provides or which are downloaded.
+
+No file is read before its md5 is verified.
+"""
 
 import hashlib
 import http.client
@@ -20,7 +22,7 @@ Part = tuple[str, NDArray[np.uint8], NDArray[np.int64]]  # "train" or "test", im
 
 @dataclass(frozen=True)
 class File:
-    """An official file; `read` takes it, open, and its path, and raises UserError where it is not as expected."""
+    """An official file. read: (open file, path) -> its parts; raises UserError if the content is not as expected."""
 
     url: str
     name: str
@@ -31,8 +33,8 @@ class File:
 
 @dataclass(frozen=True)
 class Official:
-    """A published set. counts: of its training and test images. files: asked for when the set is prepared, as
-    torchvision knows them, which imports torch."""
+    """A published set. counts: numbers of training and test images. files: a function, called only to prepare the set,
+    since it imports torch: torchvision knows the files."""
 
     name: str
     classes: int
@@ -40,14 +42,14 @@ class Official:
     files: Callable[[], list[File]]
 
     def load(self, root: Path) -> Arrays:
-        """Load the set from `root/name`, as `prepare` (or a copy of it in the same layout) has it there."""
+        """Load the set from `root/name`, where `prepare` wrote it. UserError: it is missing or damaged."""
         return read_folder(root, self.name, classes=self.classes, official=self.counts)
 
     def prepare(self, root: Path, archive: Path | None = None, download: bool = True) -> Path:
-        """Bring the set into `root/name`; return that folder. One already complete is checked and kept.
+        """Bring the set into `root/name` and return that folder; a complete one is checked and kept.
 
-        archive: the official file, or a folder that holds all of them; else those in `root` or `root/name`, and what is
-        missing is downloaded into `root` (and stays there).
+        archive: the official file, or a folder with all of them. None: the files in `root` or `root/name`; missing ones
+        are downloaded into `root`, and stay there. UserError: a file is missing or damaged, or there is no space.
         """
         folder = root / self.name
         if is_complete(folder):
@@ -91,7 +93,7 @@ def _find(name: str, *places: Path) -> Path | None:
 
 
 def fetch(file: File, root: Path) -> Path:
-    """Download into `root` under its final name only once it is whole and its md5 is right. UserError otherwise."""
+    """Download a file into `root`; it gets its name once its md5 is right. UserError: no download, wrong md5."""
     from torchvision.datasets.utils import download_url
 
     with partial(root / file.name) as temporary:
@@ -107,7 +109,8 @@ def fetch(file: File, root: Path) -> Path:
 
 
 def open_verified(path: Path, md5: str) -> BinaryIO:
-    """Open the file at its start; the md5 is checked on this very handle, so nobody can exchange it in between."""
+    """Open a file after checking its md5 on the same handle, so that it cannot be exchanged in between. UserError:
+    unreadable, wrong md5."""
     try:
         file = path.open("rb")
     except OSError as error:

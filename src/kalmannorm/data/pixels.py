@@ -1,7 +1,7 @@
-"""Image files as people have them -> 8-bit RGB, upright. Every reader of files (folder, COCO, FFCV's writer) goes here.
+"""Read image files as people have them to upright 8-bit RGB: for image folders, COCO, scenes and FFCV's writer.
 
-Formats are named one by one: with all of Pillow's, a file that says it is PostScript would be handed to ghostscript,
-which is a programming language. What a file claims to be is looked at before anything is allocated for it.
+Formats are named one by one: with all of Pillow's, a file that claims to be PostScript would be run by ghostscript.
+The size that a file claims is checked before memory is allocated for it.
 """
 
 import os
@@ -21,12 +21,12 @@ from kalmannorm.errors import UserError, reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
-PIXELS = 89_478_485  # of an image: where Pillow begins to warn of decompression bombs; 256 MiB as RGB
+PIXELS = 89_478_485  # most of an image: where Pillow warns of decompression bombs; 256 MiB as RGB
 ORIENTATION = 0x0112  # EXIF's tag
 
 T = TypeVar("T")
 
-# The limit here is PIXELS; of damaged metadata it is only the orientation that is read.
+# Warnings are not needed: PIXELS is the limit here, and only the orientation is read from the metadata.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -37,7 +37,7 @@ class Unreadable(UserError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its picture: pixels as stored, and EXIF's orientation, 1 (as stored) to 8."""
+    """Size of a picture as stored, in pixels, and its EXIF orientation, 1 (upright as stored) to 8."""
 
     width: int
     height: int
@@ -45,16 +45,16 @@ class Header:
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width and height of the picture as it is to be seen."""
+        """(width, height) of the picture turned upright."""
         return (self.width, self.height) if self.orientation < 5 else (self.height, self.width)
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """Read the picture as 8-bit RGB, turned as EXIF says; of several in a file the first.
+    """Read the first picture of a file as 8-bit RGB, turned as EXIF says.
 
-    Grey, palettes, CMYK and the like are converted, transparency is dropped, of 16 bits the upper eight are taken.
-    Unreadable: damaged or no image; another format than FORMATS; 32-bit integers and floats, whose black and white no
-    file tells; too many pixels.
+    Grey, palettes, CMYK and the like are converted, transparency is dropped, the upper eight of 16 bits are taken.
+    Unreadable: the file is damaged, no image, or in another format than FORMATS; it has 32-bit integers or floats, for
+    which no file says what is black and white; it has too many pixels.
     """
 
     def read(image: Image.Image, header: Header) -> Image.Image:
@@ -69,15 +69,17 @@ def read_rgb(path: Path) -> Image.Image:
 
 
 def read_numbers(path: Path) -> NDArray[np.uint8]:
-    """Read a map of numbers, one byte a pixel, grey or of a palette: uint8 [H, W], as stored. Unreadable: damaged, no
-    image, or one of another kind; a form in which numbers become others without a word."""
+    """Read a map of numbers, one byte per pixel, grey or with a palette: uint8 [H, W], as stored.
+
+    Unreadable: the file is damaged, or is no such map; its form changes numbers silently (JPEG, fewer than 8 bits).
+    """
 
     def read(image: Image.Image, header: Header) -> NDArray[np.uint8]:
         if image.mode not in ("L", "P"):
             raise ValueError(f"its pixels are {image.mode}, expected numbers of one byte, grey or of a palette")
         if image.format == "JPEG":
             raise ValueError("a JPEG, which does not keep numbers: expected PNG")
-        if image.mode == "L" and "'L;" in str(getattr(image, "tile", "")):  # Pillow stretches them to 0 to 255
+        if image.mode == "L" and "'L;" in str(getattr(image, "tile", "")):  # Pillow would stretch them to 0..255
             raise ValueError("its greys have fewer than 8 bits, or white is 0: expected numbers of one byte")
         numbers = np.asarray(image)
         if image.mode == "P":
@@ -88,19 +90,19 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
 
 
 def look(path: Path) -> Header:
-    """Read size and orientation, without decoding the pixels. Unreadable: as for `read_rgb`, if it shows."""
+    """Read size and orientation without decoding the pixels. Unreadable: as for `read_rgb`, if the header shows it."""
     return _open(path, lambda _, header: header)
 
 
 def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Turn [H, W, ...] as stored -> as EXIF's `orientation` says it is to be seen (EXIF 2.32, 4.6.4)."""
+    """Turn pixels [H, W, ...] from the stored to the upright picture, by EXIF's `orientation` (EXIF 2.32, 4.6.4)."""
     mirrored = pixels[:, ::-1] if orientation in (2, 4, 5, 7) else pixels
     quarters = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: -1, 7: -1, 8: 1}[orientation]  # counterclockwise, after the mirror
     return np.ascontiguousarray(np.rot90(mirrored, quarters))
 
 
 def turn_box(box: tuple[float, float, float, float], header: Header) -> tuple[float, float, float, float]:
-    """Turn (left, top, width, height) in the stored picture -> in the upright one."""
+    """Turn a box (left, top, width, height) from the stored to the upright picture."""
     x, y, w, h = box
     if header.orientation in (2, 4, 5, 7):
         x = header.width - x - w
@@ -115,14 +117,14 @@ def turn_box(box: tuple[float, float, float, float], header: Header) -> tuple[fl
 
 def _open(path: Path, use: Callable[[Image.Image, Header], T]) -> T:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for somebody to write to it
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
             raise ValueError("no plain file")
         with Image.open(path, formats=FORMATS) as image:
             header = _header(image, path)
             if header.width * header.height > PIXELS:
                 raise ValueError(f"{header.width} x {header.height} pixels, expected at most {PIXELS:,}")
             return use(image, header)
-    except Exception as error:  # Pillow raises many things for a damaged file
+    except Exception as error:  # Pillow raises many kinds for a damaged file
         raise Unreadable(f"cannot read {os.fspath(path)}: {_reason(error, path)}") from None
 
 
@@ -140,7 +142,7 @@ def _header(image: Image.Image, path: Path) -> Header:
 
 
 def _orientation(image: Image.Image, path: Path) -> int:
-    """Read the orientation: 1 where EXIF data are missing, damaged or mean nothing: as every viewer has it."""
+    """Read the orientation; 1 if EXIF data are missing, damaged or meaningless, as in every viewer."""
     try:
         if image.format == "PNG":
             exif = Image.Exif()
@@ -148,13 +150,13 @@ def _orientation(image: Image.Image, path: Path) -> int:
         else:
             exif = image.getexif()
         found = exif.get(ORIENTATION)
-    except Exception:  # whatever damaged EXIF data make of it
+    except Exception:  # damaged EXIF data may raise any kind
         return 1
     return found if type(found) is int and 1 <= found <= 8 else 1
 
 
 def _png_exif(path: Path) -> bytes:
-    """Find the EXIF chunk, which may stand behind the pixels, where Pillow finds it only after decoding them."""
+    """Return the EXIF chunk of a PNG, b"" if it has none. Pillow finds one behind the pixels only by decoding these."""
     with path.open("rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
@@ -168,7 +170,7 @@ def _png_exif(path: Path) -> bytes:
 
 
 def _refuse_misread(image: Image.Image) -> None:
-    """Raise ValueError for what Pillow makes another picture of without a word."""
+    """Raise ValueError for TIFF files that Pillow silently reads as another picture."""
     if not isinstance(image, TiffImageFile):
         return
     bits, planes, formats = (image.tag_v2.get(tag, default) for tag, default in ((258, (1,)), (284, 1), (339, ())))
@@ -179,8 +181,7 @@ def _refuse_misread(image: Image.Image) -> None:
 
 
 def _refuse_greys(image: Image.Image, numbers: NDArray[np.uint8]) -> None:
-    """Raise ValueError where the numbers of a palette stand for a map's own, its greys, as programs that make files
-    smaller leave it."""
+    """Raise ValueError if a palette of greys has replaced the map's numbers, as programs do that make files smaller."""
     palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
     greys = palette[numbers, 0] if len(palette) > numbers.max() else numbers
     if (palette == palette[:, :1]).all() and len(set(greys)) == len(greys) and (greys != numbers).any():
@@ -188,9 +189,9 @@ def _refuse_greys(image: Image.Image, numbers: NDArray[np.uint8]) -> None:
 
 
 def _wide(image: Image.Image) -> Image.Image:
-    """Convert grey of more than 8 bits; Pillow's own conversion saturates."""
+    """Convert grey of more than 8 bits to RGB; Pillow's own conversion saturates. ValueError: 32-bit numbers."""
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-    # Pillow opens 16-bit PNG and PGM files in the mode of 32 bits in some of its versions.
+    # Some versions of Pillow open 16-bit PNG and PGM files in the 32-bit mode.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floats" if image.mode == "F" else "integers"
         raise ValueError(f"its pixels are 32-bit {kind}, and nothing says which is white: convert it to 8 or 16 bits")

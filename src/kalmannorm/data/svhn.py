@@ -1,6 +1,6 @@
-"""Street View House Numbers, cropped digits (Netzer et al. 2011): 73,257 + 26,032 images of 32x32, 10 classes.
+"""Read Street View House Numbers, cropped digits (Netzer et al. 2011): 73,257 + 26,032 images of 32x32, 10 classes.
 
-`svhn_extra` trains on the 531,131 easier `extra` images too. Digits are not to be flipped (conf: flip false).
+`svhn_extra` trains on the 531,131 easier `extra` images too. Digits must not be flipped (conf: flip false).
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def _read(file: BinaryIO, path: Path) -> list[Part]:
     try:
         content = scipy.io.loadmat(file, variable_names=("X", "y"))
         images, labels = content["X"], content["y"].reshape(-1).astype(np.int64)
-    except Exception as error:  # scipy raises many things for a damaged file
+    except Exception as error:  # scipy raises many kinds for a damaged file
         raise UserError(f"cannot read {path}: {error}; expected the official file with X and y") from error
     if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
         raise UserError(

@@ -1,10 +1,9 @@
-"""A data set of videos as Kinetics has it: {train,val}/CLASS/FILE, decoded by PyAV (`pip install -e '.[video]'`).
+"""Read videos in Kinetics's layout, {train,val}/CLASS/FILE, decoded by PyAV (`pip install -e '.[video]'`).
 
-Where train.txt or val.txt stands beside the folders, it lists the files of the split that count, CLASS/FILE a line.
-A clip is every `interval`-th of the frames that follow each other; one that is longer than its video ends with the last
-frame, repeated. Training: one clip at a random place, short side 256 to 320 to a random crop of 224 (in proportion for
-other sizes), flip; all drawn from the video's key, as images' crops are (stream.py). Evaluation: as many clips as asked
-for, spread evenly, centre crop.
+If train.txt or val.txt lies beside the folders, the split has only the files listed there, one CLASS/FILE per line.
+A clip has every `interval`-th frame; in a video that is too short, the last frame is repeated. Training: one clip at a
+random place, short side resized to 256 to 320, a random crop of 224 (in proportion for other sizes), flip; all drawn
+from the video's key (stream.py). Evaluation: the wanted number of clips, spread evenly, and the centre crop.
 """
 
 import codecs
@@ -31,14 +30,14 @@ VIDEOS = Kind(
     "expected Kinetics's layout, train/CLASS/*.mp4 and val/CLASS/*.mp4",
     "PyAV; clips, crops and flips keyed by (seed, epoch, position)",
 )
-SHORT, LONG = 256 / 224, 320 / 224  # the short side before cropping, from and to, in training; SHORT in evaluation
-CLIPS_AT_ONCE = 16  # in evaluation, about
-MOST_PIXELS = 2**26  # of a frame: where it is no video
+SHORT, LONG = 256 / 224, 320 / 224  # range of the short side, in crops, in training; SHORT in evaluation
+CLIPS_AT_ONCE = 16  # in evaluation, approximately
+MOST_PIXELS = 2**26  # of a frame: a file with more is refused
 
 
 def load(root: Path, dataset: Mapping[str, Any]) -> Images:
-    """Return the files of the data set. UserError: it is missing, or not of the layout; PyAV is missing; a list names a
-    file that is not there."""
+    """Return the files of the data set. UserError: it is missing, or has another layout; PyAV is missing; a list names
+    a missing file."""
     try:
         import av  # noqa: F401
     except ImportError:
@@ -61,7 +60,7 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Images:
 
 
 def _listed(files: Files) -> Files:
-    """Return those of the files that the split's list names; all of them where there is none."""
+    """Return the files that the split's list names, or all if there is no list. UserError: a bad list."""
     file = files.root.with_suffix(".txt")
     if not file.exists():
         return files
@@ -80,10 +79,10 @@ def _listed(files: Files) -> Files:
 
 
 def read_frames(path: Path, choose: Callable[[int], Sequence[int]], short: int) -> np.ndarray:
-    """Return the chosen frames, uint8 [n, H, W, 3], upright, the shorter side `short`.
+    """Return the chosen frames, uint8 [n, H, W, 3], upright, with the shorter side `short`.
 
-    choose: from the number of frames to those wanted, in any order, repeated or not. Unreadable: no video; damaged; one
-    that ends before its last chosen frame.
+    choose: number of frames -> indices of the wanted ones, in any order, also repeated. Unreadable: the file is no
+    video, is damaged, or ends before the last chosen frame.
     """
     import av
 
@@ -113,7 +112,7 @@ def read_frames(path: Path, choose: Callable[[int], Sequence[int]], short: int) 
 
 
 def _video(container: Any, path: Path) -> Any:
-    """Return the stream of frames. Unreadable: there is none, or only the picture that goes with a sound."""
+    """Return the video stream. Unreadable: there is none, or only the cover picture of a sound file."""
     from av.stream import Disposition
 
     films = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
@@ -123,8 +122,8 @@ def _video(container: Any, path: Path) -> Any:
 
 
 def _frames(path: Path) -> int:
-    """Count the frames that are shown: the number that a file gives is not that where its edit list leaves some out,
-    and VP8 has frames that others are made of."""
+    """Count the frames that are shown. The number in the file may be larger: an edit list may leave frames out, and VP8
+    has frames that are not shown."""
     import av
 
     with av.open(str(path)) as container:
@@ -136,15 +135,15 @@ def _frames(path: Path) -> int:
 
 
 def clip(start: float, count: int, frames: int, interval: int) -> list[int]:
-    """Return the frames of a clip that begins at the part `start` (0 to 1) of where one can, in a video of `count`."""
+    """Return a clip's frame indices in a video of `count`. start: 0 (first possible start) to 1 (last possible one)."""
     first = round(start * max(0, count - 1 - (frames - 1) * interval))
     return [min(first + number * interval, count - 1) for number in range(frames)]
 
 
 class VideoLoader(Decoding):
-    """Batches of clips [n, 3, frames, size, size]; of one split.
+    """Batches of clips [n, 3, frames, size, size] of one split.
 
-    views: None: in `plain`, the clip in the middle of each video; else so many clips of each, [n, views, 3, ...].
+    views: clips of each video in `plain`, [n, views, 3, ...]; None: the one in the middle, without the dimension.
     """
 
     at_once = CLIPS_AT_ONCE
@@ -167,7 +166,7 @@ class VideoLoader(Decoding):
 
 
 class _Decode(Dataset[Sample]):
-    """(index, key) -> clip and label."""
+    """Map (index, key) to a clip and its label."""
 
     def __init__(self, files: Files, size: int, flip: bool, frames: int, interval: int, views: int | None) -> None:
         self.files, self.size, self.flip, self.frames, self.interval = files, size, flip, frames, interval

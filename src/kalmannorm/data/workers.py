@@ -1,4 +1,4 @@
-"""Processes that read files for a loader."""
+"""Set up the processes that read files for a loader."""
 
 import resource
 import signal
@@ -12,19 +12,19 @@ from kalmannorm.errors import UserError
 
 T = TypeVar("T")
 
-GRACE = 20  # seconds that a worker lives on after SIGTERM
-OPEN, OPEN_EACH = 32, 20  # files that a run has open, and more for each worker: pipes, and batches that wait
+GRACE = 20  # seconds between SIGTERM and the end of a worker
+OPEN, OPEN_EACH = 32, 20  # open files of a run, and of each worker in addition: pipes, waiting batches
 
 
 def begin_worker(number: int) -> None:
-    """Settle a worker's signals: what asks a run to stop reaches its workers too, and it needs them to end the step."""
+    """Make a worker ignore or delay signals that stop a run: the run still needs its workers to end the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # also how an interpreter that ends ends its workers
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # also sent by an exiting interpreter
 
 
 def check_open_files(workers: int) -> None:
-    """Let this process open the files that `workers` need, within what the system allows. UserError: it allows less."""
+    """Raise this process's limit of open files to what `workers` need. UserError: the system allows fewer."""
     needed = OPEN + OPEN_EACH * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if workers == 0 or soft == resource.RLIM_INFINITY or soft >= needed:
@@ -38,7 +38,7 @@ def check_open_files(workers: int) -> None:
 
 
 class Named(Dataset[T | str]):
-    """What a data set gives, or what is wrong with a file: an exception would not leave a worker in its form."""
+    """Returns the data set's sample, or a UserError's message: a worker would pass the exception on in another form."""
 
     def __init__(self, dataset: Dataset[T]) -> None:
         self.dataset = dataset
@@ -53,7 +53,7 @@ class Named(Dataset[T | str]):
 def share(batch: T) -> T:
     """Put a worker's tensors into shared memory, as torch's own `default_collate` does.
 
-    Where there is too little of it (a container has 64 MiB), that ends the run with an error. Without this torch does
-    it in a thread of the worker, whose errors nobody hears of, and the run waits forever.
+    If there is too little of it (a container has 64 MiB), the run ends with an error. Otherwise torch would do it in a
+    thread of the worker, whose errors are lost, and the run would wait forever.
     """
     return tree_map_only(Tensor, Tensor.share_memory_, batch) if get_worker_info() else batch
