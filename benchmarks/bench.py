@@ -1,7 +1,7 @@
-"""Speed and memory as ratios, both sides alternating step by step in one process: python benchmarks/bench.py [NAME ...]
+"""Measure ratios of speed and memory, both sides taking turns in one process: python benchmarks/bench.py [NAME ...]
 
-Machines are shared and noisy: a ratio is the median over repetitions of the ratio of two neighbouring steps, with the
-interval that holds the middle half of them; single times are printed for orientation only.
+Machines are shared and noisy. A result is therefore the median of the ratios of neighbouring steps, with the interval
+that holds the middle half of them; single times are printed for orientation only.
 """
 
 import argparse
@@ -72,9 +72,10 @@ COMPARISONS = {
 
 
 def bench(names: list[str], seconds: float, results: Path | None = None) -> int:
-    """Run the named comparisons (none: all), about `seconds` each, and print a line for each. 0 if goals are met.
+    """Run the named comparisons (none: all), about `seconds` each, and print a line for each.
 
-    `results`: folder in which bench/NAME.json gets the ratios, with machine and commit, and bench/README.md the table.
+    `results`: folder for bench/NAME.json, with the ratios, machine and commit, and bench/README.md, with the table.
+    Return 1 if a goal is missed, else 0. UserError: an unknown name.
     """
     for name in names:
         if name not in COMPARISONS:
@@ -403,8 +404,8 @@ def _alternate_processes(rank: int, port: int, seconds: float, folder: str) -> N
 
 
 def _detector(device: torch.device, seconds: float) -> tuple[list[float], str]:
-    """Training steps on the same two images of noise with five objects each, BN in both: of the network that
-    `kalmannorm train` builds, and of torchvision's as its training script steps it."""
+    """Compare training steps of two detectors with BN, on the same two images of noise with five objects each: the
+    network that `kalmannorm train` builds, and torchvision's, trained as in its training script."""
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
     from kalmannorm.experiments.config import compose

@@ -73,7 +73,7 @@ def pictures(side: int, *frames: int, number: int = IMAGES) -> Callable[[], tupl
 
 # --- torchvision ------------------------------------------------------------------------------------------------------
 
-CLASSIFIERS = {  # and the side of the images
+CLASSIFIERS = {  # name -> side of the images in pixels
     **dict.fromkeys(("densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "mnasnet0_5"), 64),
     **dict.fromkeys(("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "regnet_x_400mf"), 64),
     **dict.fromkeys(("regnet_y_400mf", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"), 64),
@@ -88,7 +88,7 @@ DETECTORS = (
     *("retinanet_resnet50_fpn_v2", "ssdlite320_mobilenet_v3_large", "maskrcnn_resnet50_fpn"),
     *("maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn"),
 )
-FILMS = {"mc3_18": (8, 32), "r2plus1d_18": (8, 32), "r3d_18": (8, 32), "s3d": (16, 224)}  # frames and side
+FILMS = {"mc3_18": (8, 32), "r2plus1d_18": (8, 32), "r3d_18": (8, 32), "s3d": (16, 224)}  # name -> frames, side
 
 
 def of_torchvision() -> Iterator[Entry]:
@@ -132,7 +132,7 @@ def of_torchvision() -> Iterator[Entry]:
 
 
 def scenes() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Images with two objects each: boxes, masks and keypoints."""
+    """Return images with two objects each, with boxes, masks and keypoints, as a detector's arguments."""
     images = [torch.rand(3, 64, 80, dtype=torch.float64) for _ in range(IMAGES)]
     targets = []
     for _ in images:
@@ -148,7 +148,7 @@ def scenes() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 # --- timm -------------------------------------------------------------------------------------------------------------
 
-TIMM = {  # and the side of the images
+TIMM = {  # name -> side of the images in pixels
     **dict.fromkeys(
         ("cs3darknet_focus_s", "cspnext_s", "dla46_c", "dpn48b", "ecaresnet26t", "ese_vovnet19b_slim_dw"), 64
     ),

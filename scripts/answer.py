@@ -1,5 +1,5 @@
-"""Prints the report's first differences again, from the records and nothing of the project: on CIFAR-10 at budget lite,
-every KN against BN, both with statistics of 2 images, in points under moving statistics, seed by seed."""
+"""Recomputes the report's first differences from the records, without the project's code: on CIFAR-10 at budget lite,
+every KN against BN, both with statistics of 2 images, in points under moving statistics, paired by seed."""
 
 import json
 from collections import defaultdict
