@@ -347,6 +347,15 @@ def test_exported_models_take_batches_of_any_size(norm: str, training: bool) -> 
     torch.testing.assert_close(program.module()(other), model(other))
 
 
+@pytest.mark.parametrize("norm", ["bkn", "gn", "gkn", "in"])
+def test_exported_models_take_maps_of_any_size(norm: str) -> None:
+    model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), norm)
+    sides = {2: torch.export.Dim("height", min=8, max=64), 3: torch.export.Dim("width", min=8, max=64)}
+    program = torch.export.export(model.eval(), (images(),), dynamic_shapes=(sides,))
+    other = torch.randn(len(images()), 3, 12, 20)
+    torch.testing.assert_close(program.module()(other), model(other))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("options", quick(OPTIONS, OPTIONS[3]), ids=str)

@@ -3,6 +3,7 @@
 With one group it is Layer Normalization over (C, H, W), with a group for every channel Instance Normalization.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -
 
 def refuse_single_values(layer: nn.Module, x: Tensor, num_groups: int) -> None:
     """Raise ValueError if a group of channels of x [N, C, ...] has a single value, whose variance says nothing."""
-    if x.shape[0] and x.shape[1:].numel() == num_groups:
+    if x.shape[0] and math.prod(x.shape[1:]) == num_groups:  # Size.numel() fixes the sizes of graphs
         raise ValueError(
             f"{groups.name_of(layer)}: statistics of a single value ({num_groups} groups of {x.shape[1]} channels on a "
             f"feature map of {'x'.join(map(str, x.shape[2:])) or '1'}); take fewer groups or keep a larger map there"
@@ -35,7 +36,7 @@ def refuse_single_values(layer: nn.Module, x: Tensor, num_groups: int) -> None:
 
 def refuse_single_pixels(layer: nn.Module, x: Tensor) -> None:
     """Raise ValueError if x [N, C, ...] has a single pixel, where an image's variance per channel says nothing."""
-    if x.shape[2:].numel() == 1:
+    if math.prod(x.shape[2:]) == 1:
         raise ValueError(
             f"{groups.name_of(layer)}: statistics of a single value (instance statistics on a feature map of "
             f"{'x'.join(map(str, x.shape[2:])) or '1'}); keep a larger map there, or take another normalizer"
