@@ -59,14 +59,14 @@ demo: $(READY) ## Table 7 and Figure 5 on the bundled digits: 9 trainings, about
 	@$(KN) report figure5 $(DEMO)
 	@$(KN) report table7 $(DEMO)
 
-# ImageNet's are the papers' experiments unless BUDGET and SEEDS say otherwise: a CPU cannot pay a lite one either.
+# On ImageNet the default is the papers' experiments, since a CPU cannot afford even a lite one.
 $(IMAGENET): BUDGET = paper
 $(IMAGENET): SEEDS = 1
-# What is watched step by step.
+# Experiments that record single steps.
 death talk-conditioning: BUDGET = start
 death talk-conditioning: SEEDS = 1
 
-# What is missing of an experiment, then its table or figure from what there is; its exit code is the runs'.
+# Runs what is missing of an experiment, then writes its table or figure from all records; the exit code is the runs'.
 $(EXPERIMENTS): $(READY)
 	@$(KN) sweep $@ $(OVERRIDES); code=$$?; $(KN) report $@ $(OVERRIDES) || exit; exit $$code
 
