@@ -1,8 +1,8 @@
-"""Architectures: plain PyTorch with plain BatchNorm layers; `kalmannorm.convert` puts the normalizer in.
+"""List the architectures: plain PyTorch with BatchNorm layers, which `kalmannorm.convert` replaces.
 
 ARCHS[name](classes=..., **options) builds one with fresh weights from torch's global generator. LAST_NORMALIZERS[name]
-names those between its last convolution and the global pooling (Figure 5 draws them); it stands here because
-torchvision's models cannot say it themselves.
+names its normalizers between the last convolution and the global pooling (drawn in Figure 5); it is kept here, since
+torchvision's models have no place for it.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,16 @@ from kalmannorm.models.resnet_cifar import ResNet, conv3x3, he_init
 
 
 def _torchvision(name: str, classes: int = 1000, **options: Any) -> nn.Module:
-    """Build torchvision's model as it is, without pretrained weights; the options are torchvision's own."""
+    """Build torchvision's model, unchanged and without pretrained weights; the options are torchvision's."""
     import torchvision  # slow to import, and most runs do without
 
     return torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
 
 
 def _resnet18_cifar(classes: int = 10, dropout: float = 0.0) -> nn.Module:
-    """Build torchvision's ResNet-18 for images of 32 pixels: a stem of 3x3 without a stride, no pooling behind it.
+    """Build torchvision's ResNet-18 for images of 32 pixels: a 3x3 stem with stride 1, and no pooling after it.
 
-    `dropout`: of the pooled features.
+    `dropout`: probability, on the pooled features.
     """
     model = _torchvision("resnet18", classes)
     model.conv1 = conv3x3(3, 64)
@@ -39,7 +39,7 @@ def _resnet18_cifar(classes: int = 10, dropout: float = 0.0) -> nn.Module:
 
 
 def _of(module: str, name: str, **options: Any) -> nn.Module:
-    """Build a network of a module that imports torchvision, as above."""
+    """Build a network from a module that is imported only now, since it imports torchvision."""
     return getattr(import_module(f"kalmannorm.models.{module}"), name)(**options)
 
 
@@ -63,7 +63,7 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
     "i3d_small": partial(_of, "i3d", "I3D"),
 }
 
-# Networks that give each pixel a class: maps [N, classes, H, W] under "out", and under "aux" those of deep supervision.
+# Networks for segmentation: they return scores [N, classes, H, W] as "out", and those for deep supervision as "aux".
 SEGMENTERS: dict[str, Callable[..., nn.Module]] = dict.fromkeys(
     ("fcn_resnet50", "fcn_resnet14"), partial(_of, "segmentation", "FCNResnet")
 )

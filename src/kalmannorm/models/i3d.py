@@ -1,6 +1,6 @@
-"""I3D (Carreira & Zisserman 2017) as a ResNet-50: the network of the talk's Table 6, inflated from torchvision's.
+"""Define I3D (Carreira & Zisserman 2017), a ResNet-50 inflated from torchvision's: the network of the talk's Table 6.
 
-Clips [N, 3, frames, H, W] -> logits. The parts are torchvision's under their names, so that ImageNet's weights fit
+Clips [N, 3, frames, H, W] -> logits. The parts are torchvision's, with the same names, so that ImageNet weights fit
 (inflate_weights). Temporal kernels and strides are those of the public code of Non-local Networks (Wang et al. 2018;
 facebookresearch/video-nonlocal-net, resnet_video_org.py); but its poolings are over 2 frames, without padding, and here
 over 3, as the paper's table has them (from memory).
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from kalmannorm.models.resnet import Resnet
 
-STEM, BLOCK = 5, 3  # frames that the stem's kernel sees, and the first kernel of some blocks
+STEM, BLOCK = 5, 3  # depth in frames of the stem's kernel, and of the first kernel in some blocks
 
 
 class I3D(Resnet):
-    """torchvision's ResNet of bottleneck blocks with a third dimension.
+    """torchvision's bottleneck ResNet with time as a third dimension.
 
-    layers, width: as Resnet's. strides: in time, of the stem, the pooling behind it, and the one behind stage 1.
-    dropout: ahead of the classifier; it draws from torch's global generator, so that k processes draw something else
-    than one does.
+    layers, width: as in Resnet. strides: in time, of the stem, the pooling after it, and the pooling after stage 1.
+    dropout: before the classifier; it draws from torch's global generator, so that k processes draw other numbers than
+    one process.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class I3D(Resnet):
         _inflate(self)
         self.conv1: nn.Module = _convolution(self.conv1, STEM, strides[0])
         self.maxpool = nn.MaxPool3d(3, (strides[1], 2, 2), 1)
-        # All blocks of the first stage; of the last stage's three the middle one.
+        # All blocks of the first stage; the middle one of the last stage's three.
         last = self.layer4[len(self.layer4) // 2 :: 2]
         for block in (*self.layer1, *self.layer2[::2], *self.layer3[::2], *last):
             block.conv1 = _convolution(block.conv1, BLOCK, 1)
@@ -47,7 +47,7 @@ class I3D(Resnet):
 
 
 def _inflate(model: nn.Module) -> None:
-    """Replace what is flat by what is one frame deep."""
+    """Replace 2D convolutions and BatchNorm layers by 3D ones, one frame deep."""
     for name, child in model.named_children():
         if isinstance(child, nn.Conv2d):
             setattr(model, name, _convolution(child, 1, 1))
@@ -58,7 +58,7 @@ def _inflate(model: nn.Module) -> None:
 
 
 def _convolution(flat: Any, depth: int, stride: int) -> nn.Conv3d:
-    """Build a convolution of `depth` frames whose response to a still clip is that of `flat`, of one frame or none."""
+    """Build a convolution over `depth` frames with the response of `flat` (2D, or 3D of depth 1) to a still clip."""
     (*_, height, width), (*_, down, across) = flat.kernel_size, flat.stride
     *_, above, beside = flat.padding
     deep = nn.Conv3d(
@@ -79,7 +79,7 @@ def _deepened(weight: Tensor, depth: int) -> Tensor:
 
 
 def inflate_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return a flat ResNet's weights as those of `model`: kernels repeated over the frames, divided by their number."""
+    """Convert a 2D ResNet's weights for `model`: kernels are repeated over the frames and divided by their number."""
     deep = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor) and value.dim() == 5}
     return {
         key: _deepened(value, deep[key].shape[2]) if key in deep and value.dim() == 4 else value

@@ -1,4 +1,4 @@
-"""Residual blocks with one more Instance Norm, after the addition and before the last ReLU (IBN-Net's placement b)."""
+"""Define residual blocks with an Instance Norm between the addition and the last ReLU (IBN-Net's placement b)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from kalmannorm.models.resnet_cifar import Block
 
 
 class BlockIN(Block):
-    """This project's, for 32 x 32 images."""
+    """This project's block for 32 x 32 images, with `IN`."""
 
     IN: nn.Module
 
@@ -18,7 +18,7 @@ class BlockIN(Block):
 
 
 class BasicBlockIN(BasicBlock):
-    """torchvision's of two convolutions."""
+    """torchvision's block of two convolutions, with `IN`."""
 
     IN: nn.Module
 
@@ -29,7 +29,7 @@ class BasicBlockIN(BasicBlock):
 
 
 class BottleneckIN(Bottleneck):
-    """torchvision's of three convolutions."""
+    """torchvision's block of three convolutions, with `IN`."""
 
     IN: nn.Module
 
@@ -48,7 +48,7 @@ KINDS: dict[type[nn.Module], tuple[type[nn.Module], str]] = {
 
 
 def normalize_sum(name: str, block: nn.Module) -> None:
-    """Give a block an affine Instance Norm, `IN`. ValueError: a block of another class than those of KINDS."""
+    """Add an affine Instance Norm, `IN`, to a block, in place. ValueError: the block's class is not in KINDS."""
     if type(block) not in KINDS:
         known = ", ".join(kind.__name__ for kind in KINDS)
         raise ValueError(f"{name} ({type(block).__name__}): placement ibn_b knows blocks of the classes {known}")

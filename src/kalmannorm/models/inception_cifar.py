@@ -1,8 +1,8 @@
-"""The small CIFAR Inception of the paper's section 4.3.2: one convolution and three Inception blocks at 16 x 16.
+"""Define the small CIFAR Inception of the paper's section 4.3.2: one convolution and three Inception blocks at 16 x 16.
 
-The paper gives the table of filters and omits the rest. Ours, where it is silent: stem 3x3, stride 2, padding 1; max
-pooling 3x3, stride 1, in the pooling branch; the classifier straight on the pooled features ("a fully connected layer
-with 1,000 output channels is omitted" can also mean a hidden layer: `hidden=1000`).
+The paper gives only the table of filters. The rest is ours: stem 3x3, stride 2, padding 1; max pooling 3x3, stride 1,
+in the pooling branch; the classifier directly on the pooled features ("a fully connected layer with 1,000 output
+channels is omitted" can also mean a hidden layer: `hidden=1000`).
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Inception-v2, that is BN-Inception (Ioffe & Szegedy 2015), for 224 x 224 images.
+"""Define Inception-v2, that is BN-Inception (Ioffe & Szegedy 2015), for 224 x 224 images.
 
 The layout is the one in common use since the Caffe version: pool projections of 128 in blocks 4c and 4d (the paper's
 table has 96), a plain 7x7 stem (the paper's is depthwise separable). With convolutions without bias it has 11,285,224
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kalmannorm.models.inception_cifar import Unit
 from kalmannorm.models.resnet_cifar import he_init
 
-# 1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 -> 3x3 | pool -> 1x1. Where there is no 1x1, the block has stride 2 and the pooled input
-# goes on as it is.
+# 1x1 | 1x1 -> 3x3 | 1x1 -> 3x3 -> 3x3 | pool -> 1x1. A block without the first 1x1 (0) has stride 2, and no convolution
+# after the pooling.
 BLOCKS: dict[str, tuple[int, tuple[int, int], tuple[int, int], str, int]] = {
     "3a": (64, (64, 64), (64, 96), "avg", 32),
     "3b": (64, (64, 96), (64, 96), "avg", 64),
@@ -33,8 +33,8 @@ BLOCKS: dict[str, tuple[int, tuple[int, int], tuple[int, int], str, int]] = {
 
 
 class Inception(nn.Module):
-    """Branches side by side: 1x1; 1x1, 3x3; 1x1, 3x3, 3x3; pooling, 1x1. With b1 = 0, at stride 2: the last three only,
-    the pooled one without its convolution."""
+    """Branches side by side: 1x1; 1x1, 3x3; 1x1, 3x3, 3x3; pooling, 1x1. With b1 = 0 only the last three, at stride 2,
+    and no convolution after the pooling."""
 
     def __init__(self, c_in: int, b1: int, b3: tuple[int, int], b33: tuple[int, int], pooling: str, pool: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""torchvision's bottleneck ResNets, as narrow as one likes: for detectors, segmenters, and I3D."""
+"""Define torchvision's bottleneck ResNet at any width, for detectors, segmenters and I3D."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 
 class Resnet(ResNet):
-    """torchvision's ResNet with all channels but the stem's times `width`; options are torchvision's."""
+    """torchvision's ResNet, with the channels of all stages multiplied by `width`; options are torchvision's."""
 
     def __init__(self, layers: Sequence[int], width: float, **options: Any) -> None:
         self.factor = width

@@ -14,14 +14,14 @@ def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 def he_init(model: nn.Module) -> None:
-    """Initialize convolutions as He et al. do, by fan-out (released code)."""
+    """Initialize all convolutions as in He et al., by fan-out (as the released code does)."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class Block(nn.Module):
-    """3x3, BN, ReLU, 3x3, BN, + shortcut, ReLU. Shortcut to more channels: subsampled, zero channels behind."""
+    """3x3, BN, ReLU, 3x3, BN, + shortcut, ReLU. A shortcut to more channels is subsampled, with zero channels added."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Block(nn.Module):
 class PreactBlock(nn.Module):
     """BN, ReLU, 3x3, BN, ReLU, 3x3, + shortcut of the raw input. The first block's input is activated already.
 
-    Shortcut to more channels: 2x2 average pooling, zero channels in halves on both sides (released code).
+    A shortcut to more channels: 2x2 average pooling, and half of the zero channels on each side (released code).
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int, first: bool) -> None:
@@ -62,7 +62,7 @@ class PreactBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """x [N, 3, H, W] -> logits [N, classes]; depth 6 n + 2. `dropout`: of the pooled features."""
+    """x [N, 3, H, W] -> logits [N, classes]; depth 6 n + 2. `dropout`: probability, on the pooled features."""
 
     def __init__(self, n: int, classes: int = 10, preact: bool = False, dropout: float = 0.0) -> None:
         super().__init__()

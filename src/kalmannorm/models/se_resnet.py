@@ -1,4 +1,4 @@
-"""SE-ResNet (Hu et al. 2018) in torchvision's ResNet, as the talk's Table 2 has it."""
+"""Define SE-ResNet (Hu et al. 2018) on torchvision's ResNet, for the talk's Table 2."""
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class SEBottleneck(Bottleneck):
-    """torchvision's bottleneck with the excitation of its last normalizer's output, before the addition."""
+    """torchvision's bottleneck with squeeze-and-excitation between its last normalizer and the addition."""
 
     def __init__(self, inplanes: int, planes: int, *args: object, **options: object) -> None:
         super().__init__(inplanes, planes, *args, **options)  # type: ignore[arg-type]
@@ -33,10 +33,10 @@ class SEBottleneck(Bottleneck):
 
 
 def se_resnet101(classes: int = 1000) -> ResNet:
-    """Build SE-ResNet-101, of 49,292,328 parameters at 1000 classes."""
+    """Build SE-ResNet-101, with 49,292,328 parameters at 1000 classes."""
     return ResNet(SEBottleneck, [3, 4, 23, 3], num_classes=classes)
 
 
 def resnext101_32x4d(classes: int = 1000) -> ResNet:
-    """Build ResNeXt-101 32x4d (Xie et al. 2017), which torchvision has no name for; 44,177,704 parameters."""
+    """Build ResNeXt-101 32x4d (Xie et al. 2017), which torchvision does not offer; 44,177,704 parameters."""
     return ResNet(Bottleneck, [3, 4, 23, 3], num_classes=classes, groups=32, width_per_group=4)

@@ -1,8 +1,9 @@
-"""A network that gives every pixel a class: torchvision's fcn_resnet50, part by part and name by name.
+"""Define a network for segmentation: torchvision's fcn_resnet50, with the same parts and names.
 
-A ResNet dilated to stride 8, a fully convolutional head on its last stage, and one on the third for a loss of its own
-(deep supervision): the network of the talk's Table 5, but for the second head's width, which is a quarter of its input
-here and half there. torchvision's dropout is left out, as there: what it draws would depend on who shares a batch.
+It has a ResNet dilated to stride 8, a fully convolutional head on the last stage, and one on the third stage with a
+loss of its own (deep supervision). This is the network of the talk's Table 5, except that the second head is a quarter
+as wide as its input, there half. torchvision's dropout is left out, as in the talk: what it draws for an image would
+depend on the rest of the batch.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,13 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 from kalmannorm.models.resnet import Resnet
 
-DROPOUT = 3  # its place in torchvision's heads
+DROPOUT = 3  # its index in torchvision's heads
 
 
 class FCNResnet(FCN):
     """Images [N, 3, H, W] -> {"out": scores [N, classes, H, W], "aux": those of the third stage}, at full size.
 
-    layers: blocks of the four stages; width: a factor on the channels.
+    layers: blocks in each of the four stages; width: factor on the channels.
     """
 
     def __init__(self, classes: int = 150, *, layers: Sequence[int] = (3, 4, 6, 3), width: float = 1.0) -> None:

@@ -1,1 +1,1 @@
-"""Mask R-CNN, of torchvision's parts."""
+"""Define two Mask R-CNNs from torchvision's parts: C4 and FPN."""

@@ -1,8 +1,8 @@
-"""Mask R-CNN with a ResNet-50 conv4 backbone (C4): RoI features go through conv5, which boxes and masks share.
+"""Define Mask R-CNN with a ResNet-50 conv4 backbone (C4): RoI features go through conv5, shared by boxes and masks.
 
-He et al. 2017, as Detectron and tensorpack have it; what the paper (4.2) trains. Proposals, RoIAlign, the matching of
-boxes, losses and post-processing are torchvision's. Ours are the assembly and two rules for runs on several devices
-(detection.py).
+This is the network of He et al. 2017, as in Detectron and tensorpack, that the paper (4.2) trains. Proposals, RoIAlign,
+the matching of boxes, losses and post-processing are torchvision's. The assembly and two rules for runs on several
+devices (parts.py) are ours.
 """
 
 from collections import OrderedDict
@@ -36,17 +36,17 @@ class MaskRCNNC4(nn.Module):
     """(images, targets) -> losses in training, (images) -> detections in evaluation, in torchvision's formats.
 
     Args:
-        classes: of objects; the background comes on top, as label 0.
-        layers, width: blocks per stage and a factor on the channels of ResNet-50 (narrow ones are for tests).
-        size, max_size: images are resized to this short side, but to no longer side than that.
-        boxes: regions an image that the box and mask losses see (paper: 256).
-        proposals: regions an image that the proposal network hands on in training and in evaluation.
-        candidates: how many of the best anchors, ahead of the non-maximum suppression, those are taken from.
-        roi_size: side of RoIAlign's output; conv5 halves it, the mask has roi_size pixels a side again.
+        classes: number of kinds of objects; the background is label 0 in addition.
+        layers, width: blocks per stage, and a factor on the channels of ResNet-50 (narrow ones are for tests).
+        size, max_size: images are resized to the short side `size`, or less if the long side would exceed `max_size`.
+        boxes: regions per image in the box and mask losses (paper: 256).
+        proposals: regions per image that the proposal network returns, in training and in evaluation.
+        candidates: numbers of best anchors, likewise, from which non-maximum suppression selects the proposals.
+        roi_size: side of RoIAlign's output; conv5 halves it, and the mask has roi_size pixels a side again.
 
-    images: float [3, H, W] each, in [0, 1]; targets: torchvision's (boxes, labels, masks), at least one object each,
-    and `key`, a number that determines what is drawn for this image. `canvas` (height, width): pad to that at least;
-    processes that share a batch must agree on it, since what is padded takes part in statistics.
+    images: float [3, H, W] each, in [0, 1]. targets: torchvision's (boxes, labels, masks), with at least one object
+    each, and `key`, a number from which an image's random samples are drawn. canvas: least (height, width) after
+    padding; processes that share a batch must use the same, since padding takes part in statistics.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class MaskRCNNC4(nn.Module):
         if targets is not None:
             give_keys(self, targets)
         features, belief = self.body(batch.tensors), None
-        if isinstance(features, tuple):  # a converted body that hands its belief on
+        if isinstance(features, tuple):  # a converted body that returns its belief too
             features, belief = features
         maps = OrderedDict([("0", features)])
         proposals, rpn_losses = self.rpn(batch, maps, targets)
@@ -101,18 +101,18 @@ class MaskRCNNC4(nn.Module):
 
 
 class RegionHeads(RoIHeads):
-    """torchvision's RoIHeads on one pass through conv5, whose features boxes and masks share in training.
+    """torchvision's RoIHeads with one pass through conv5, whose features boxes and masks share in training.
 
-    Each image gives exactly `boxes` rows to conv5, so that statistics are of equally many regions of each image: where
-    fewer are sampled they are repeated in turn, and repeats count in no loss. Region j of image n of N is row j N + n;
-    so the images of an interleaved statistics group (image n of G groups in group n mod G) and their regions (row i in
-    group i mod G) are in the same group, whatever the statistics batch.
+    Each image gives exactly `boxes` rows to conv5, so that all images have equal weight in the statistics: if fewer
+    regions are sampled, they are repeated in turn, and repeats count in no loss. Region j of image n of N is row
+    j N + n. So the images of an interleaved statistics group (image n in group n mod G) and their regions (row i in
+    group i mod G) are in the same group, for every statistics batch.
     """
 
     boxes: int
     roi_size: int
-    carries = False  # whether box_head takes the belief of the features, as (x, belief)
-    rows_are_images = False  # whether that belief has a row an image, and not a row a group of images
+    carries = False  # whether box_head is called with the features' belief, (x, belief)
+    rows_are_images = False  # whether that belief has a row per image, not per group of images
 
     def forward(  # type: ignore[override]
         self,
@@ -174,9 +174,9 @@ class RegionHeads(RoIHeads):
         return [dict(zip(("boxes", "scores", "labels", "masks"), own, strict=True)) for own in together]
 
     def _conv5(self, image_map: Tensor, boxes: Tensor, image: Tensor, belief: Any) -> Tensor:
-        """Compute features [R, C, roi_size / 2, roi_size / 2] of boxes [R, 4] on the images `image` [R]."""
+        """Return features [R, C, roi_size / 2, roi_size / 2] of boxes [R, 4]. image: each box's image, [R]."""
         rows = torch.cat([image[:, None].to(boxes.dtype), boxes], 1)
-        # As many samples a bin as it has cells, and no half-pixel shift: as Detectron's C4 models.
+        # As many samples per bin as it has cells, and no half-pixel shift, as in Detectron's C4 models.
         regions = roi_align(image_map, rows, self.roi_size, 1 / STRIDE, sampling_ratio=0, aligned=False)
         if not self.carries:
             return self.box_head(regions)

@@ -1,9 +1,9 @@
-"""Mask R-CNN with a ResNet-50-FPN backbone: torchvision's maskrcnn_resnet50_fpn, part by part and name by name.
+"""Define Mask R-CNN with a ResNet-50-FPN backbone: torchvision's maskrcnn_resnet50_fpn, with the same parts and names.
 
-Lin et al. 2017; the model of the Group Normalization literature. The paper trains C4 (c4.py). Normalizers are in
-the backbone's body alone, as torchvision has them, or with `head_norm` also in the pyramid and in the heads (the talk,
-part 3; public code of Switchable Normalization): behind each of the pyramid's eight convolutions, without ReLU, and in
-heads of four convolutions, with one. None is in the proposal network.
+This is the model of Lin et al. 2017 and of the Group Normalization literature; the paper trains C4 (c4.py). Normalizers
+are in the backbone's body only, as in torchvision; with `head_norm` also in the pyramid and the heads (the talk, part
+3; public code of Switchable Normalization): behind each of the pyramid's eight convolutions, without ReLU, and in heads
+of four convolutions, with ReLU. The proposal network has none.
 """
 
 from collections.abc import Sequence
@@ -35,17 +35,17 @@ from kalmannorm.models.detection.parts import (
 from kalmannorm.models.resnet import Resnet
 from kalmannorm.norm.modes import averaging_once
 
-LEVELS = ("0", "1", "2", "3")  # of the pyramid, as torchvision names them: layer1 to layer4
-CONVOLUTIONS = 4  # of a head
-CANONICAL = 224  # side in pixels, at ANCHORS_AT, of a region that is taken from the third level (Lin et al. 2017)
+LEVELS = ("0", "1", "2", "3")  # torchvision's names of the pyramid's levels, from layer1 to layer4
+CONVOLUTIONS = 4  # in a head
+CANONICAL = 224  # side in pixels, at ANCHORS_AT, of a region taken from the third level (Lin et al. 2017)
 
 
 class MaskRCNNFPN(GeneralizedRCNN):
     """(images, targets) -> losses in training, (images) -> detections in evaluation; arguments as MaskRCNNC4's.
 
-    proposals, candidates: an image and level. Anchors and levels shrink with `size`, as C4's anchors do. `head_norm`:
-    whether pyramid and heads have normalizers, here BatchNorm ones: convert puts in what is named. `mask_head`: without
-    it this is Faster R-CNN, whose box head has two linear layers and no normalizer in either case.
+    proposals, candidates: per image and level. Anchors and levels shrink with `size`, as C4's anchors do. head_norm:
+    unless "none", pyramid and heads have BatchNorm layers, which convert replaces by the named normalizer. mask_head:
+    False makes this Faster R-CNN, whose box head has two linear layers and never a normalizer.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class MaskRCNNFPN(GeneralizedRCNN):
 
 
 class _ImageByImage(RoIHeads):
-    """torchvision's heads; in training on one image after the other, whose losses are averaged.
+    """torchvision's heads, in training run on one image after the other; the images' losses are averaged.
 
-    Without normalizers in them that changes nothing but the weights of the images, which are equal then. Batch
-    statistics in them are of one image's regions (public code: of all the device's images), so that any number of
-    devices computes the same; moving averages go one step a batch.
+    In heads without normalizers this changes only the weights of the images in the loss: they are equal. With them,
+    batch statistics are those of one image's regions (public code: of all images on the device), so that any number of
+    devices computes the same; moving averages are updated once per batch.
     """
 
     def forward(  # type: ignore[override]
@@ -123,8 +123,8 @@ class _ImageByImage(RoIHeads):
 
 
 def _align(side: int, size: int) -> MultiScaleRoIAlign:
-    """Build RoIAlign over the levels. torchvision infers their strides from the first images that it sees, and would be
-    wrong where `canvas` is much larger than an image: they are given."""
+    """Build RoIAlign over the levels, with given strides: torchvision infers them from the first images, and would be
+    wrong if `canvas` is much larger than an image."""
     canonical = max(1, round(CANONICAL * size / ANCHORS_AT))
     pool = MultiScaleRoIAlign(list(LEVELS), side, sampling_ratio=2, canonical_scale=canonical)
     pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]

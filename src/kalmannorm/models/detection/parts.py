@@ -1,7 +1,7 @@
-"""What both Mask R-CNNs are made of: torchvision's parts, under two rules by which k devices compute what one does.
+"""Build the parts of both Mask R-CNNs from torchvision's, with two rules by which k devices compute what one does.
 
-Every loss is the mean over the images of torchvision's loss of that image (as on devices with one image each), and what
-is drawn (anchors and regions for the losses) is keyed by the image.
+Every loss is the mean of torchvision's losses of the single images (as on devices with one image each); and the random
+choice of anchors and regions for the losses is keyed by the image.
 """
 
 import math
@@ -16,16 +16,16 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-CANVAS = 32  # padded images are a multiple of it, as torchvision's are
-# Anchors of Detectron's C4 models, in pixels of an image whose short side is 800: 5 x 3 a location. They shrink with
-# the budget's resolution, as objects do.
+CANVAS = 32  # the sides of padded images are multiples of it, as in torchvision
+# Anchors of Detectron's C4 models, in pixels of an image with short side 800: 5 x 3 per location. They shrink with the
+# budget's resolution, as objects do.
 ANCHORS, RATIOS, ANCHORS_AT = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0), 800
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # what torchvision's weights expect
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")
 
 Head = TypeVar("Head", bound=nn.Module)
 
-# Options of torchvision's RoIHeads, at its defaults, which have none there.
+# Options of torchvision's RoIHeads, which has no defaults; the values are those of its MaskRCNN.
 HEADS: Mapping[str, Any] = {
     "fg_iou_thresh": 0.5,
     "bg_iou_thresh": 0.5,
@@ -38,15 +38,15 @@ HEADS: Mapping[str, Any] = {
 
 
 def anchor_sides(size: int) -> list[int]:
-    """Return the sides of the anchors, in pixels, of images whose short side is `size`."""
+    """Return the sides of the anchors, in pixels, for images with short side `size`."""
     return [max(1, round(side * size / ANCHORS_AT)) for side in ANCHORS]
 
 
 def proposal_network(
     channels: int, anchors: AnchorGenerator, proposals: Sequence[int], candidates: Sequence[int]
 ) -> "ProposalNetwork":
-    """Build the proposal network on features of `channels` channels; how many proposals it hands on, of how many
-    candidates, in training and in evaluation."""
+    """Build the proposal network for features with `channels` channels. proposals, candidates: numbers of regions that
+    it returns, and from which it selects them, each in training and in evaluation."""
     network = ProposalNetwork(
         anchors,
         in_float32(RPNHead(channels, anchors.num_anchors_per_location()[0])),
@@ -63,13 +63,13 @@ def proposal_network(
 
 
 def give_keys(model: Any, targets: Sequence[Mapping[str, Any]]) -> None:
-    """Let what is drawn for the losses of the next batch be drawn by its images' keys."""
+    """Hand the images' keys to the samplers, which draw the samples for the next batch's losses from them."""
     for sampler in (model.rpn.fg_bg_sampler, model.roi_heads.fg_bg_sampler):
         sampler.keys = [target["key"] for target in targets]
 
 
 class ProposalNetwork(RegionProposalNetwork):
-    """torchvision's, its losses averaged over images instead of over all their anchors."""
+    """torchvision's proposal network, with losses averaged over images instead of over all their anchors."""
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
@@ -85,7 +85,7 @@ class ProposalNetwork(RegionProposalNetwork):
 
 
 def in_float32(head: Head) -> Head:
-    """Let what leaves a head be float32 under autocast too: boxes decoded from bfloat16 would be off by pixels."""
+    """Make a head return float32 under autocast too, and return it: boxes decoded from bfloat16 are off by pixels."""
     head.register_forward_hook(_to_float32)
     return head
 
@@ -95,9 +95,9 @@ def _to_float32(head: nn.Module, args: Any, out: Any) -> Any:
 
 
 class KeyedSampler(BalancedPositiveNegativeSampler):
-    """torchvision's sampler of positives and negatives, which draws for each image from a generator of its own.
+    """torchvision's sampler of positives and negatives, with a random generator for each image.
 
-    `keys`: a number an image; the same image with the same key draws the same on every device, in any batch.
+    `keys`: one number per image; an image with the same key gets the same samples on every device, in any batch.
     """
 
     def __init__(self, batch_size_per_image: int, positive_fraction: float, salt: int) -> None:
@@ -122,7 +122,7 @@ class KeyedSampler(BalancedPositiveNegativeSampler):
 
 
 class Transform(GeneralizedRCNNTransform):
-    """torchvision's, which pads to `canvas` (height, width) at least."""
+    """torchvision's transform, which pads to at least `canvas` (height, width)."""
 
     canvas = (0, 0)
 
