@@ -67,8 +67,8 @@ def arithmetic(sign: str) -> Rule:
         of_a, of_b = o.belief_of(0, "input"), o.belief_of(1, "other")
         if sign == "+" and isinstance(o.y, list | tuple):
             return [*_each(a, of_a), *_each(b, of_b)]
-        if set(o.kwargs) - {"input", "other"}:
-            return f"with {', '.join(sorted(set(o.kwargs) - {'input', 'other'}))}"  # alpha, rounding_mode
+        if more := set(o.kwargs) - {"input", "other"}:
+            return "with weights" if more == {"alpha"} else f"with {', '.join(sorted(more))}"
         if o.kind == "constant second" or isinstance(b, int | float):
             return _with_constant(sign, a, of_a, b, False)
         if o.kind == "constant first" or isinstance(a, int | float):

@@ -56,6 +56,7 @@ _DEPTH = 3  # how deep attributes of a module's attributes are watched
 # Objects of classes from these packages are not watched.
 _NOT_READ = ("builtins", "torch", "collections", "functools", "enum", "random", "numpy")
 _OF_MODULES = {*vars(nn.Module())}
+_OF_FX = ("_tensor_constant", "__")  # beginnings of attributes that torch.fx and Python look for and set themselves
 
 
 class Passed(NamedTuple):
@@ -447,14 +448,14 @@ class _Reading:
             try:
                 return cls.__getattr__(self, name)  # type: ignore[attr-defined]
             except AttributeError:
-                if (found := objects.get(id(self))) is not None and not name.startswith("__"):
+                if (found := objects.get(id(self))) is not None and not name.startswith(_OF_FX):
                     read[f'hasattr({found[0]}, "{name}")'] = False
                 raise
 
         def setter(self: Any, name: str, value: object) -> None:
             # Names of these kinds are set by fx and by this class. A forward may set an attribute back at its end (a
             # mode, a momentum), so that a comparison before and after would not show it.
-            if id(self) in objects and not name.startswith(("_tensor_constant", "__")):
+            if id(self) in objects and not name.startswith(_OF_FX):
                 raise Untraceable("its forward sets attributes")
             cls.__setattr__(self, name, value)  # type: ignore[call-arg]
 
