@@ -178,29 +178,32 @@ class _Native(torch.autograd.Function):
         dprior_mean = dprior_var = dgain = None
         dmeasured_mean, dmeasured_var = dmean, dvar
         if q is not None:
-            p = torch.where(q == 1, 1, 1 - q)  # no division by 0 at q = 1, where these gradients are masked below
+            p = torch.where(q == 1, 1.0, 1 - q)  # no division by 0 at q = 1, where these gradients are masked below
             dmeasured_var = q * dvar
             dprior_var = dvar - dmeasured_var
-            from_prior = var - q * measured_var
-            slope = dmeasured_var.new_zeros(())
+            var_by_gain, mean_by_gain = (measured_var - var) / p, None
             if ctx.predicts_mean:
-                deviation = (measured_mean - mean) / p
+                mean_by_gain = (measured_mean - mean) / p  # measured mean - prior mean
                 dmeasured_mean = q * dmean
-                dprior_mean = dmean - dmeasured_mean
-                slope = slope + dmean * deviation
                 if ctx.mixture:
-                    from_prior = from_prior - p * q * deviation.square()
-                    spread = 2 * q * (1 - q) * deviation * dvar
-                    dmeasured_mean, dprior_mean = dmeasured_mean + spread, dprior_mean - spread
-                    slope = slope + dvar * deviation.square() * (1 - 2 * q)
-            slope = slope + dvar * (measured_var - from_prior / p)
-            # If the guard rejected the prior, q is the constant 1.
-            dgain = torch.where(q == 1, 0.0, slope.sum()).view_as(q) if ctx.needs_input_grad[4] else None
+                    var_by_gain = torch.addcmul(var_by_gain, mean_by_gain, p * mean_by_gain)
+                    dmeasured_mean = torch.addcmul(dmeasured_mean, mean_by_gain * (2 * q * p), dvar)
+                dprior_mean = dmean - dmeasured_mean
+            if ctx.needs_input_grad[4]:
+                by_gain = dvar * var_by_gain
+                if mean_by_gain is not None:
+                    by_gain = torch.addcmul(by_gain, dmean, mean_by_gain)
+                # If the guard rejected the prior, q is the constant 1.
+                dgain = by_gain.sum().masked_fill(q == 1, 0.0).view_as(q)
 
         values = rows.shape[0] * rows.shape[2]
         by_x = dmeasured_var * (2 / values)
-        constant = dmeasured_mean / values - by_x * measured_mean
-        dx = torch.addcmul(constant.reshape(column), rows, by_x.reshape(column))
+        constant = torch.addcmul(dmeasured_mean / values, by_x, measured_mean, value=-1)
+        if torch.is_grad_enabled() or x.dtype != mean.dtype:
+            dx = torch.addcmul(constant.reshape(column), rows, by_x.reshape(column))
+        else:  # the same by the native kernel, in two thirds of the time
+            zeros, ones = dot.new_zeros(mean.numel()), dot.new_ones(mean.numel())
+            dx = torch.native_batch_norm(rows, by_x.flatten(), constant.flatten(), zeros, ones, False, 0.0, 0.0)[0]
         dx = dx.addcmul_(dy, scale.reshape(column)).to(x.dtype).view(x.shape)
         dweight = None if weight is None else dot.sum(0)
         dbias = total.sum(0) if ctx.needs_input_grad[6] else None

@@ -88,7 +88,8 @@ class _ThroughTaps(torch.autograd.Function):
     def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
         mean, var, weight = ctx.saved_tensors
         taps, groups = weight.to(mean.dtype).flatten(2), ctx.groups
-        dtaps = _outer_sums(dmean, mean, groups)[:, :, None] + 2 * taps * _outer_sums(dvar, var, groups)[:, :, None]
+        dsums, dsquares = (_outer_sums(*pair, groups)[:, :, None] for pair in ((dmean, mean), (dvar, var)))
+        dtaps = torch.addcmul(dsums, taps, dsquares, value=2)
         return (
             _mix(dmean, _transposed(taps.sum(2), groups), groups),
             _mix(dvar, _transposed(taps.square().sum(2), groups), groups),
@@ -301,34 +302,38 @@ class _RectifiedMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(mean, var)  # no more memory: the normalizer saves them too. All else is computed again
-        a, above, below, density, rectified = _rectified(mean, var)
-        # E2 - E^2, written so that it does not cancel.
-        share = above + a * a * above * below + a * density * (below - above) - density * density
+        _, a, above, below, density, rectified = _rectified(mean, var)
+        # E2 - E^2, written so that it does not cancel:
+        # Phi(a) + a^2 Phi(a) Phi(-a) + a phi(a) (Phi(-a) - Phi(a)) - phi(a)^2.
+        share = torch.addcmul(above, a * a, above * below)
+        share = torch.addcmul(share, a * density, below - above)
+        share = torch.addcmul(share, density, density, value=-1)
         return rectified, var * share.clamp_min(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         mean, var = ctx.saved_tensors
-        _, above, below, density, rectified = _rectified(mean, var)
-        slope = torch.where(var > 0, density * torch.where(var > 0, var, 1).rsqrt(), 0)
+        sd, _, above, below, density, rectified = _rectified(mean, var)
+        slope = (density / sd).masked_fill(var <= 0, 0.0)
         dmean, dvar = grads
         return (
-            dmean * above + 2 * dvar * rectified * below,
-            0.5 * dmean * slope + dvar * (above - rectified * slope),
+            torch.addcmul(dmean * above, dvar * rectified, below, value=2),
+            torch.addcmul(dvar * torch.addcmul(above, rectified, slope, value=-1), dmean, slope, value=0.5),
         )
 
 
 def _rectified(mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
-    """Return a = mean / sd, Phi(a), Phi(-a), phi(a) and the mean of the rectified Gaussian."""
-    positive = var > 0
-    sd = torch.where(positive, var, 1).sqrt()
+    """Return sd (1 at variance 0), a = mean / sd, Phi(a), Phi(-a), phi(a) and the mean of the rectified Gaussian."""
+    point = var <= 0
+    sd = var.masked_fill(point, 1.0).sqrt()
     # Beyond 30 standard deviations every term is 0 or exact even in float64; unclamped, a^2 overflows for tiny
     # variances. At variance 0 the distribution is a point, and a = +-30 says on which side of 0.
-    a = torch.where(positive, mean / sd, torch.where(mean > 0, 30.0, -30.0)).clamp(-30, 30)
-    density = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
-    below, above = torch.special.ndtr(-a), torch.special.ndtr(a)
-    rectified = torch.where(positive, mean * above + sd * density, mean.clamp_min(0)).clamp_min(0)
-    return a, above, below, density, rectified
+    a = torch.where(point, torch.where(mean > 0, 30.0, -30.0), mean / sd).clamp(-30, 30)
+    density = torch.exp(a * a * -0.5) * (1 / math.sqrt(2 * math.pi))
+    half = torch.erf(a * math.sqrt(0.5)) * 0.5
+    below, above = 0.5 - half, 0.5 + half
+    rectified = torch.where(point, mean, torch.addcmul(mean * above, sd, density)).clamp_min(0)
+    return sd, a, above, below, density, rectified
 
 
 @full_precision
