@@ -18,7 +18,7 @@ from kalmannorm import Belief, convert
 from kalmannorm.models import ARCHS
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import pick
-from kalmannorm.norm.moments import plain
+from kalmannorm.norm.moments import channel_belief
 from kalmannorm.norm.sampling import Noise
 
 D = torch.float64
@@ -87,7 +87,7 @@ class Spy:
 
     def see(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Tensor, Any]) -> None:
-            self.prior[name] = plain(pick(kwargs["beliefs"], 0, "x"))
+            self.prior[name] = channel_belief(pick(kwargs["beliefs"], 0, "x"))
             handed_on = out[1]
             self.handed_on[name] = handed_on if isinstance(handed_on, Belief) else handed_on.belief
             self.input[name] = args[0].detach()

@@ -1,4 +1,4 @@
-"""The Kalman update's two forms, native and plain: one arithmetic, and its gradients."""
+"""The Kalman update's two forms, native and composite: one arithmetic, and its gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from kalmannorm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm
 from kalmannorm.norm import moments as belief
-from kalmannorm.norm.estimate import _Native, _plain
+from kalmannorm.norm.estimate import _composite, _Native
 from kalmannorm.norm.sampling import sampled_conv
 
 
@@ -39,7 +39,7 @@ def run(form: Any, mixture: bool, guard: float | None, eps: float = 1e-2) -> Cal
     return call
 
 
-FORMS = pytest.mark.parametrize("form", [_Native.apply, _plain], ids=["native", "plain"])
+FORMS = pytest.mark.parametrize("form", [_Native.apply, _composite], ids=["native", "composite"])
 
 
 @DTYPES
@@ -56,13 +56,13 @@ FORMS = pytest.mark.parametrize("form", [_Native.apply, _plain], ids=["native", 
         (True, True, True, 1e9),  # it does not
     ],
 )
-def test_native_form_is_the_plain_form(
+def test_native_form_is_the_composite_form(
     prior: bool | str, weight: bool, mixture: bool, guard: float | None, dims: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     inputs = arguments(prior, weight, dims, dtype)
     needed = [t for t in inputs if t is not None]
     results = []
-    for form in (_Native.apply, _plain):
+    for form in (_Native.apply, _composite):
         out = form(inputs[0], 2, *inputs[1:], 1e-5, mixture, guard, False)
         cotangents = [torch.randn(t.shape, dtype=dtype, generator=torch.Generator().manual_seed(1)) for t in out[:3]]
         grads = torch.autograd.grad(out[:3], needed, cotangents, allow_unused=True)
@@ -100,7 +100,7 @@ def test_gradients_at_zero_measured_variance(form: Any, prior: bool, mixture: bo
 def test_gradients_with_a_guard(form: Any, held: bool) -> None:
     """No gradient through the decision, and none to the prior where it is given up. One decision, by the mean ratio."""
     inputs = arguments(True, True, 4)
-    measured = _plain(inputs[0], 2, None, None, inputs[3], None, None, 0, False, None, False)[4]  # type: ignore[arg-type]
+    measured = _composite(inputs[0], 2, None, None, inputs[3], None, None, 0, False, None, False)[4]  # type: ignore[arg-type]
     ratios = inputs[2].detach() / measured  # type: ignore[union-attr]
     guard = ratios.mean().item() * (0.99 if held else 1.01)
     assert (ratios > guard).any() and (ratios < guard).any()

@@ -156,7 +156,7 @@ def concatenation(o: Operation) -> Found:
         return ""
     if dim % o.y.dim() != 1 or any(isinstance(belief, Carried) and belief.axes for belief in beliefs):
         return "not of channels"
-    carried = [moments.settled(b) if isinstance(b, Carried) else Carried(b) for b in beliefs]
+    carried = [moments.relu_applied(b) if isinstance(b, Carried) else Carried(b) for b in beliefs]
     return shortened(carried[0]._replace(belief=moments.concat([c.belief for c in carried]), axes="nc"))
 
 
@@ -171,7 +171,7 @@ def partition(function: Callable[..., list[Belief]], name: str) -> Rule:
             return ""
         if o.argument(2, "dim", 0) % o.x.dim() != 1 or (isinstance(o.belief, Carried) and o.belief.axes):
             return "not of channels"
-        carried = moments.settled(o.belief) if isinstance(o.belief, Carried) else Carried(o.belief)
+        carried = moments.relu_applied(o.belief) if isinstance(o.belief, Carried) else Carried(o.belief)
         return tuple(
             shortened(carried._replace(belief=part, axes="nc"))
             for part in function(carried.belief, o.argument(1, name))
@@ -246,12 +246,12 @@ def narrow(o: Operation) -> Found:
 
 def pixel_shuffle(o: Operation) -> Found:
     """Turn channels into pixels: each new channel is a mixture of the old ones."""
-    return on_channels(moments.interleave, o.belief, o.argument(1, "upscale_factor") ** 2)
+    return on_channels(moments.pixel_shuffle, o.belief, o.argument(1, "upscale_factor") ** 2)
 
 
 def pixel_unshuffle(o: Operation) -> Found:
     """Turn pixels into channels: each new channel is like the old one that it comes from."""
-    return on_channels(moments.deal, o.belief, o.argument(1, "downscale_factor") ** 2)
+    return on_channels(moments.pixel_unshuffle, o.belief, o.argument(1, "downscale_factor") ** 2)
 
 
 def channel_shuffle(o: Operation) -> Found:

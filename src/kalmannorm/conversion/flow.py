@@ -26,7 +26,7 @@ from kalmannorm.norm import GroupedStatistics, contract
 from kalmannorm.norm.belief import Args, Belief, Beliefs, Carried, Kwargs, Returned
 from kalmannorm.norm.checkpoints import is_within
 from kalmannorm.norm.contract import running
-from kalmannorm.norm.moments import plain
+from kalmannorm.norm.moments import channel_belief
 from kalmannorm.norm.whitened import Layer
 
 # Names of operators' methods -> the function, or the method's name, under which FUNCTIONS has the rule.
@@ -292,7 +292,7 @@ def beliefs_of_inputs(model: nn.Module, x: Tensor) -> dict[nn.Module, Belief]:
             flow.put(y, Belief(bias, weight.square()))
 
         def takes(layer: nn.Module, args: Args) -> None:
-            if (belief := plain(flow.get(args[0]))) is not None:
+            if (belief := channel_belief(flow.get(args[0]))) is not None:
                 found[layer] = belief
 
         for module in model.modules():

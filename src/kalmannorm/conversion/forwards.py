@@ -15,7 +15,7 @@ from kalmannorm.conversion.trace import Trace, expression_of
 from kalmannorm.conversion.write import Summary, Writer, summary_of_class
 from kalmannorm.norm import contract
 from kalmannorm.norm.belief import Belief, Carried, Estimated, Returned, pick
-from kalmannorm.norm.moments import Predictor, plain
+from kalmannorm.norm.moments import Predictor, channel_belief
 
 HELD = "_held"  # key in the names of generated code: lists the attributes that must not be set (Trace.held)
 
@@ -26,7 +26,7 @@ HELPERS: Scope = {
         *(runtime.call, runtime.belief_of, runtime.changed, runtime.lost, runtime.checkpointed, runtime.in_segments),
         *(runtime.normalized, runtime.of_convolution, runtime.of_linear, runtime.of_transition, runtime.of_sample),
         *(runtime.of_transposed, runtime.transposed, runtime.has_parts, runtime.refuse_torch_sync, runtime.known_input),
-        *(as_original, follow, pick, plain, class_of, lending, stand_ins, contract.used),
+        *(as_original, follow, pick, channel_belief, class_of, lending, stand_ins, contract.unless_idle),
         *(Belief, Carried, Estimated, Returned, Tensor, fx.Proxy, Predictor),
     )
 } | {"linear": F.linear}
@@ -282,13 +282,13 @@ def root_code(cls: type[nn.Module], input_belief: str | None, relu: str, returns
         head = head.replace(first, f"{first}, {first}_belief=None", 1)
     lines = [f"    given = pick(beliefs, 0, {first!r})"]
     if input_belief is not None and first:
-        lines += [f"    given = used({known} if given is None else given)"]
+        lines += [f"    given = unless_idle({known} if given is None else given)"]
     lines += ["    if isinstance(given, Belief) and _RELU != 'closed':", "        given = Carried(given, '', _RELU)"]
     positional = "=" not in handed and not handed.startswith("**")
     others = "".join(f"{a}, " for a in arguments.values())
     lines += [
         f"    out = _base.forward(self, {others}beliefs={'((given,), {})' if positional else f'((), {by_name})'})"
     ]
-    plain = "Estimated(out[0], plain(out[1]))" if returns_belief else "out[0]"
-    lines += [f"    return {plain} if beliefs is None else out"]
+    result = "Estimated(out[0], channel_belief(out[1]))" if returns_belief else "out[0]"
+    lines += [f"    return {result} if beliefs is None else out"]
     return "\n".join([f"def forward({head}):", *lines]) + "\n", names

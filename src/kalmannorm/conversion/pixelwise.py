@@ -19,7 +19,7 @@ def relu(o: Operation) -> Found:
         return lift(moments.relu, belief)
     if belief.relu == "ignored":
         return belief
-    return moments.settled(belief)._replace(relu="pending")
+    return moments.relu_applied(belief)._replace(relu="pending")
 
 
 def activation(function: Callable[..., Belief], **parameters: Any) -> Rule:

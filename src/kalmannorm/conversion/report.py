@@ -13,7 +13,7 @@ from kalmannorm.conversion.rules import Operation, fields_of, has_belief
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import Args, Carried, Kwargs, pick
 from kalmannorm.norm.contract import running
-from kalmannorm.norm.moments import plain
+from kalmannorm.norm.moments import channel_belief
 
 NOTHING = "nothing: no normalizer before it, and the input's distribution is not given"
 CHECKPOINTED = "a checkpoint of several modules that are called in turn: nothing is known in it of what it is given"
@@ -65,7 +65,7 @@ def observe(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, str | Non
         why = None if prior is not None else reasons.get(id(x), CHECKPOINTED if inside else NOTHING)
         if isinstance(prior, Carried) and prior.axes:
             why = "its axis 1 is not that of the channels"
-        elif (known := plain(prior)) is not None and len(known.mean) not in (1, layer.rows(len(x))):
+        elif (known := channel_belief(prior)) is not None and len(known.mean) not in (1, layer.rows(len(x))):
             why = f"a belief of {len(known.mean)} groups of images, where there are {layer.rows(len(x))}"
         found[name] = found.get(name) or why
 

@@ -80,7 +80,7 @@ def with_axes(belief: Belief | Carried, dim: int) -> Carried:
     """Spell out which of a value's `dim` axes holds images, channels or pixels, one letter each (belief.Carried)."""
     if isinstance(belief, Belief):
         return Carried(belief, "nc" + "p" * (dim - 2))
-    belief = moments.settled(belief)
+    belief = moments.relu_applied(belief)
     return belief if belief.axes else belief._replace(axes="nc" + "p" * (dim - 2))
 
 
@@ -96,7 +96,7 @@ def lift(function: Callable[..., Belief], belief: Any, *rest: Any) -> Any:
     if isinstance(belief, Belief):
         return function(belief, *rest)
     if isinstance(belief, Carried):
-        belief = moments.settled(belief)
+        belief = moments.relu_applied(belief)
         return belief._replace(belief=function(belief.belief, *rest))
     return ""
 
@@ -114,5 +114,5 @@ def as_it_is(o: Operation) -> Found:
 
 
 def unchanged(o: Operation) -> Found:
-    """Hand the belief on, a pending ReLU settled: the distribution of each pixel stays the same."""
-    return moments.settled(o.belief) if isinstance(o.belief, Carried) else o.belief
+    """Hand the belief on, a pending ReLU applied: the distribution of each pixel stays the same."""
+    return moments.relu_applied(o.belief) if isinstance(o.belief, Carried) else o.belief

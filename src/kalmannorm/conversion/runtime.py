@@ -20,7 +20,7 @@ from kalmannorm.conversion.rules import Found, Known, Operation, Rule
 from kalmannorm.conversion.trace import IN_SEGMENTS
 from kalmannorm.norm import contract, moments
 from kalmannorm.norm.belief import Args, Belief, Carried, Kwargs
-from kalmannorm.norm.checkpoints import once
+from kalmannorm.norm.checkpoints import preserved
 from kalmannorm.norm.contract import proxy_among
 from kalmannorm.norm.sampling import sampled_conv
 
@@ -258,7 +258,7 @@ def seen_input(model: Any, x: Any) -> Belief:
     is counted first. ValueError: torch.fx traces a model in training."""
     if model.training:
         retrace.refuse(model, (x,))
-    return once(model, functools.partial(_see_input, model, x))
+    return preserved(model, functools.partial(_see_input, model, x))
 
 
 @torch.no_grad()

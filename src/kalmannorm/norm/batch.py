@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.belief import Belief
-from kalmannorm.norm.checkpoints import is_run_again, once
+from kalmannorm.norm.checkpoints import is_recomputation, preserved
 from kalmannorm.norm.contract import refuse_script, refusing_qconfig
 from kalmannorm.norm.options import TakesOptions
 
@@ -184,7 +184,7 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
         ones when a checkpoint runs the forward again.
         """
         found: list[Tensor] = [getattr(self, name) for name in self.averaged]
-        return once(self, lambda: [average.clone() for average in found]) if self.left else found
+        return preserved(self, lambda: [average.clone() for average in found]) if self.left else found
 
     def of_images(self, x: Tensor, mean: Tensor, var: Tensor) -> list[Tensor]:
         """Record the groups' mean and variance, and return them for each image of x: [N, C] from the images' [N, C]."""
@@ -205,7 +205,7 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
         `averaged`. As in torch, `momentum=None` gives the cumulative average, and nothing is averaged once
         `track_running_stats` is set to False.
         """
-        if self.running_mean is None or not self.track_running_stats or self.left or is_run_again():
+        if self.running_mean is None or not self.track_running_stats or self.left or is_recomputation():
             return
         if self.moving_unbiased:
             var = var * (values / (values - 1))
@@ -323,7 +323,7 @@ class BatchNorm(GroupedStatistics):
         tracks = self.training and self.track_running_stats and not self.left
         if not tracks or self.running_mean is None or self.running_var is None:
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        if is_run_again():  # into copies: a checkpoint compares the number of tensors kept for the backward pass
+        if is_recomputation():  # into copies: a checkpoint compares the number of tensors kept for the backward pass
             moving = self.running_mean.clone(), self.running_var.clone()
             return F.batch_norm(x, *moving, self.weight, self.bias, True, 0.0, self.eps)
         assert self.num_batches_tracked is not None

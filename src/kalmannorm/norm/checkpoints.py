@@ -19,7 +19,7 @@ _FIRST = {"forward": "ctx", "_checkpoint_impl": "gen", "checkpoint": "gen"}
 _AGAIN = {"backward": "ctx", "unpack_hook": "frame"}
 
 
-def is_run_again() -> bool:
+def is_recomputation() -> bool:
     """Say whether this forward is a checkpoint's second one, within a backward pass.
 
     It must then draw and correct as the first one did, and leave the moving averages alone.
@@ -27,7 +27,7 @@ def is_run_again() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def once(layer: nn.Module, make: Callable[[], T]) -> T:
+def preserved(layer: nn.Module, make: Callable[[], T]) -> T:
     """Return `make()`, or in a checkpoint's second forward what it returned in the first.
 
     For values that differ from forward to forward in training. They are kept with the checkpoint, so that any number of
@@ -38,8 +38,8 @@ def once(layer: nn.Module, make: Callable[[], T]) -> T:
         return make()
     if torch.compiler.is_compiling():
         # Compiled code cannot look for a checkpoint around it: within one, it breaks the graph to do so.
-        return torch.compiler.disable(once)(layer, make) if _is_compiled_within() else make()
-    again, checkpoints = is_run_again(), _checkpoints()
+        return torch.compiler.disable(preserved)(layer, make) if _is_compiled_within() else make()
+    again, checkpoints = is_recomputation(), _checkpoints()
     if not again and not checkpoints:
         value = make()
         if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True):
@@ -88,7 +88,7 @@ def _value_of_waiting(layer: nn.Module, make: Callable[[], T]) -> T:
 
 
 class _Record:
-    """The values that `once` made for one layer within one checkpoint, call by call."""
+    """The values that `preserved` returned for one layer within one checkpoint, call by call."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []

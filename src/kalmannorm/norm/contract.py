@@ -59,7 +59,7 @@ def _set_class(layer: Any, cls: Any) -> None:
 own_class = property(lambda self: lent.get("class_of", type)(self), _set_class)
 
 
-def used(belief: Any) -> Any:
+def unless_idle(belief: Any) -> Any:
     """Return the belief, or None while no belief is used."""
     return None if running.idle else belief
 

@@ -47,8 +47,8 @@ def normalize_by_posterior(
         # plain operations would.
         y, *found = _Native.apply(x.contiguous(), *options)
         y = y.contiguous(memory_format=groups.format_of(x))
-    else:  # on a GPU the plain form is compiled by default
-        y, *found = _plain(x, *options)
+    else:  # on a GPU the composite form is compiled by default
+        y, *found = _composite(x, *options)
     mean, var, measured_mean, measured_var = found
     return y, Belief(mean, var), Belief(measured_mean, measured_var)
 
@@ -69,7 +69,7 @@ def _effective_gain(
     return torch.where(ratio < guard, gain, 1.0)
 
 
-def _plain(
+def _composite(
     x: Tensor,
     size: int,
     prior_mean: Tensor | None,
@@ -102,7 +102,7 @@ def _rows(x: Tensor, size: int) -> Tensor:
 
 
 class _Native(torch.autograd.Function):
-    """`_plain` by native kernels, for contiguous x."""
+    """`_composite` by native kernels, for contiguous x."""
 
     @staticmethod
     def forward(

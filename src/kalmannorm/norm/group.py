@@ -13,7 +13,7 @@ from kalmannorm.norm import groups
 from kalmannorm.norm.options import TakesOptions
 
 
-def channel_groups(num_features: int, num_groups: int | None, max_groups: int) -> int:
+def channel_groups(num_features: int, num_groups: int | None, max_groups: int = 32) -> int:
     """Return `num_groups`, or if None the largest divisor of the channels that is not above `max_groups`.
 
     ValueError: `num_groups` does not divide the channels.

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import GroupedStatistics, by_whole_groups
 from kalmannorm.norm.belief import Belief, Carried, Estimated, pick
-from kalmannorm.norm.contract import TakesBeliefs, is_traced, used
+from kalmannorm.norm.contract import TakesBeliefs, is_traced, unless_idle
 from kalmannorm.norm.estimate import normalize_by_posterior
-from kalmannorm.norm.group import refuse_single_values
-from kalmannorm.norm.moments import plain
+from kalmannorm.norm.group import channel_groups, refuse_single_values
+from kalmannorm.norm.moments import channel_belief
 from kalmannorm.norm.options import TakesOptions
 
 INITIAL_NOISE = 0.02  # R's initial value: no source gives one
@@ -90,13 +90,13 @@ class Estimator(TakesBeliefs):
 
     def forward(self, input: Tensor, beliefs: Any = None) -> Any:
         """Return y like the input; with `beliefs` (the input's, or an empty tuple) return Estimated(y, belief)."""
-        prior = plain(pick(beliefs, 0, "input"))
+        prior = channel_belief(pick(beliefs, 0, "input"))
         if prior is not None and prior.mean.shape[0] not in (self.rows(input.shape[0]), 1):
             prior = None  # it comes from a normalizer with other groups: a part of the model converted by itself
         y, belief = self.estimate(input, prior)
         if beliefs is None:
             return y
-        return Estimated(y, used(belief if self.on_relu == "closed" else Carried(belief, "", self.on_relu)))
+        return Estimated(y, unless_idle(belief if self.on_relu == "closed" else Carried(belief, "", self.on_relu)))
 
     @property
     def gain(self) -> Tensor | float:
@@ -272,9 +272,9 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
         self.values = values = groups.values(x, size)
         predicted = None if prior is None else self.predicted(prior)
         weight = self.weight if prior is not None else self.tie_idle(self.weight)
-        used = predicted if predicted is None or self.predict == "both" else (None, predicted.var)
+        prior_moments = predicted if predicted is None or self.predict == "both" else (None, predicted.var)
         y, posterior, measured = normalize_by_posterior(
-            x, size, used, self.gain, weight, self.bias, self.eps, self.mixture, self.guard, self.over_ranks
+            x, size, prior_moments, self.gain, weight, self.bias, self.eps, self.mixture, self.guard, self.over_ranks
         )
         if self.training:
             self.update_moving(*posterior, values)
@@ -321,9 +321,7 @@ class KalmanGroupNorm(TakesOptions, Estimator):
     ) -> None:
         super().__init__()
         groups.check(self, num_channels, eps)
-        if num_groups < 1 or num_channels % num_groups:
-            raise ValueError(f"{num_groups} groups do not divide {num_channels} channels")
-        self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
+        self.num_groups, self.num_channels, self.eps = channel_groups(num_channels, num_groups), num_channels, eps
         ones, zeros = (torch.full((num_channels,), value, device=device, dtype=dtype) for value in (1.0, 0.0))
         self.weight = nn.Parameter(ones) if affine else None
         self.bias = nn.Parameter(zeros) if affine and bias else None
@@ -356,9 +354,9 @@ class KalmanGroupNorm(TakesOptions, Estimator):
         # input only the result is rounded.
         sets = x.contiguous().view(1, images * self.num_groups, -1).to(groups.moments_dtype(x))
         self.values = sets.shape[2]
-        used = predicted if predicted is None or self.predict == "both" else (None, predicted.var)
+        prior_moments = predicted if predicted is None or self.predict == "both" else (None, predicted.var)
         y, posterior, _ = normalize_by_posterior(
-            sets, 1, used, self.gain, None, None, self.eps, self.mixture, self.guard, self.over_ranks
+            sets, 1, prior_moments, self.gain, None, None, self.eps, self.mixture, self.guard, self.over_ranks
         )
         shape = (1, channels) + (1,) * (x.dim() - 2)
         affine = (self.weight if prior is not None else self.tie_idle(self.weight), self.bias)

@@ -271,14 +271,14 @@ def shuffle(belief: Belief, first: int, second: int) -> Belief:
     return Belief(mean, var)
 
 
-def interleave(belief: Belief, number: int) -> Belief:
+def pixel_shuffle(belief: Belief, number: int) -> Belief:
     """Merge each `number` adjacent channels, whose pixels alternate in the output: their mixture (pixel shuffle)."""
     mean, var = (t.unflatten(1, (-1, number)) for t in belief)
     spread, mean = torch.var_mean(mean, 2, correction=0)
     return Belief(mean, var.mean(2) + spread)
 
 
-def deal(belief: Belief, number: int) -> Belief:
+def pixel_unshuffle(belief: Belief, number: int) -> Belief:
     """Split each channel's pixels between `number` adjacent channels (pixel unshuffle)."""
     return Belief(*(t.repeat_interleave(number, 1) for t in belief))
 
@@ -346,15 +346,15 @@ def relu(belief: Belief) -> Belief:
     return Belief(*applied(_RectifiedMoments, *belief))
 
 
-def settled(carried: Carried) -> Carried:
+def relu_applied(carried: Carried) -> Carried:
     """Apply a pending ReLU in closed form."""
     if carried.relu != "pending":
         return carried
     return Carried(relu(carried.belief), carried.axes, "sampled")
 
 
-def plain(carried: Belief | Carried | None) -> Belief | None:
+def channel_belief(carried: Belief | Carried | None) -> Belief | None:
     """Return the Belief about a tensor whose channels are axis 1, a pending ReLU applied; None for other axes."""
     if carried is None or isinstance(carried, Belief):
         return carried
-    return settled(carried).belief if isinstance(carried, Carried) and not carried.axes else None
+    return relu_applied(carried).belief if isinstance(carried, Carried) and not carried.axes else None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import by_whole_groups
-from kalmannorm.norm.checkpoints import is_run_again, once
+from kalmannorm.norm.checkpoints import is_recomputation, preserved
 from kalmannorm.norm.renorm import WARM_UP
 from kalmannorm.norm.sync import SyncBatchNorm
 
@@ -201,7 +201,7 @@ class PopulationNorm(SyncBatchNorm):
     def _normalize_by_memory(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         averages = self.running_mean, self.running_var
-        past_mean, past_var = (t.expand_as(mean) for t in once(self, lambda: [t.clone() for t in averages]))
+        past_mean, past_var = (t.expand_as(mean) for t in preserved(self, lambda: [t.clone() for t in averages]))
         if self.estimator == "frozen":
             return groups.normalize(x, 1, past_mean, past_var, self.weight, self.bias, self.eps)
         # BRN's r and d without limits, constants for the gradient.
@@ -215,9 +215,9 @@ class PopulationNorm(SyncBatchNorm):
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         # A checkpoint runs this twice; features count once, in its first forward if that builds a graph.
-        seen = once(self, torch.is_grad_enabled)
+        seen = preserved(self, torch.is_grad_enabled)
         if torch.is_grad_enabled():
-            if not (seen and is_run_again()):
+            if not (seen and is_recomputation()):
                 self.decay.see_features(x.detach(), mean.detach(), var.detach(), weight.detach(), bias.detach())
             weight, bias = self.decay.watch(weight, bias, len(x))
         return groups.normalize(x, 1, mean, var, weight, bias, self.eps)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kalmannorm.norm import groups
 from kalmannorm.norm.batch import BatchNorm, by_whole_groups
-from kalmannorm.norm.checkpoints import once
+from kalmannorm.norm.checkpoints import preserved
 
 # The original schedule in steps: plain BN for 5k, then linear relaxation, until 25k for d and 40k for r. To make these
 # fractions of a run, we take 130k steps as the total, after which the paper compares BN and BRN. That reading, and
@@ -87,7 +87,7 @@ class BatchRenorm(BatchNorm):
             return self.of_no_images(input)
         size = self.group_size(input)
         # r and d are constants for the gradient: this is BN with a gamma and beta for each group.
-        r, d = once(self, lambda: self.correction(*groups.moments(*groups.image_moments(input.detach()), size)))
+        r, d = preserved(self, lambda: self.correction(*groups.moments(*groups.image_moments(input.detach()), size)))
         return self._normalize_groups(input, size, *self.corrected(r, d))
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.norm.belief import Belief
-from kalmannorm.norm.checkpoints import once
+from kalmannorm.norm.checkpoints import preserved
 from kalmannorm.norm.contract import is_traced
 from kalmannorm.norm.moments import Predictor, full_precision
 
@@ -51,7 +51,7 @@ class Noise(Predictor):
         return self._draw(belief, x)
 
     def _draw(self, belief: Belief, x: Tensor) -> Tensor:
-        key = ("train", once(self, self._next_step)) if self.training else ("eval", 0)
+        key = ("train", preserved(self, self._next_step)) if self.training else ("eval", 0)
         digest = hashlib.blake2b(repr((self.seed, self.layer, *key)).encode(), digest_size=8).digest()
         generator = None  # the meta device, with shapes alone, has none
         if x.device.type != "meta":
