@@ -39,15 +39,15 @@ HEAD = """# Models of other libraries
 
 {models} models of {libraries}, each converted by
 `kalmannorm.convert(model, "bkn", stat_batch=2)`, trained for one step, saved and loaded, and folded back into a plain
-model with the same outputs in evaluation (in float64, to 10⁻⁶), but for the rows that say otherwise.
-Small members of their families, random weights, small images. A
-normalizer without a prior measures only; "the input" is that of the model, of which nothing is known
-unless `input_belief` is given. R-CNNs with normalizers behind the proposals, of which there is any number, are
-converted with `ragged="measure"`. Parts whose forward torch.fx cannot trace run as they are, with beliefs followed by
-tensor.
-Made by `make zoo` (`benchmarks/zoo.py`).
+model with the same outputs in evaluation (in float64, to 10⁻⁶), but for the rows that say otherwise: small members of
+their families, with random weights and small images. Made by `make zoo` (`benchmarks/zoo.py`).
 
-| library | model | with a prior / normalizers | parts that run as they are | without a prior because of |
+A normalizer without a prior only measures. "The input": the normalizer follows the model's input, whose distribution is
+unknown unless `input_belief` is given. "Untraced parts": torch.fx cannot trace their forward, so that they run it eagerly
+and beliefs are found by tensor. R-CNNs with normalizers after the proposals, of which there is any number, are converted
+with `ragged="measure"`.
+
+| library | model | with a prior / normalizers | untraced parts | without a prior because of |
 | --- | --- | --- | --- | --- |
 """
 
