@@ -43,9 +43,9 @@ model with the same outputs in evaluation (in float64, to 10⁻⁶), but for the
 their families, with random weights and small images. Made by `make zoo` (`benchmarks/zoo.py`).
 
 A normalizer without a prior only measures. "The input": the normalizer follows the model's input, whose distribution is
-unknown unless `input_belief` is given. "Untraced parts": torch.fx cannot trace their forward, so that they run it eagerly
-and beliefs are found by tensor. R-CNNs with normalizers after the proposals, of which there is any number, are converted
-with `ragged="measure"`.
+unknown unless `input_belief` is given. "Untraced parts": torch.fx cannot trace their forward, so that they run it
+eagerly and beliefs are found by tensor. R-CNNs with normalizers after the proposals, of which there is any number, are
+converted with `ragged="measure"`.
 
 | library | model | with a prior / normalizers | untraced parts | without a prior because of |
 | --- | --- | --- | --- | --- |
