@@ -96,8 +96,8 @@ def test_a_report_on_an_ascii_terminal_reads_no_matplotlibrc(trained: Path, pack
     ],
 )
 def test_what_a_terminal_lacks_is_said_plainly(text: str, encoding: str, shown: str) -> None:
-    codecs.register_error("plain", cli._plainly)
-    assert text.encode(encoding, "plain").decode(encoding) == shown
+    codecs.register_error("transliterate", cli._transliterate)
+    assert text.encode(encoding, "transliterate").decode(encoding) == shown
 
 
 def test_a_reader_that_leaves_is_no_error(trained: Path) -> None:
@@ -142,7 +142,7 @@ def test_modules_of_the_users_folder_are_not_for_workers(tmp_path: Path, monkeyp
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     assert subprocess.run(worker.COMMAND, stdin=subprocess.DEVNULL, capture_output=True).returncode == 1
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
-    cli._settle_surroundings()
+    cli._prepare_environment()
     subprocess.run(worker.COMMAND, stdin=subprocess.DEVNULL, check=True)
 
 

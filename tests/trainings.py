@@ -52,7 +52,7 @@ def place(folder: Path, root: Path | None = None) -> list[str]:
     return [*([f"data={root}"] if root else []), f"results={folder / 'results'}", f"runs={folder / 'runs'}"]
 
 
-def once(overrides: list[str]) -> list[str]:
+def last_of_each(overrides: list[str]) -> list[str]:
     """The later one of two of the same setting."""
     return list({override.partition("=")[0]: override for override in overrides}.values())
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import chdir, nullcontext, suppress
 from pathlib import Path
 
-from kalmannorm.errors import OF_A_WORKER, OUT_OF_MEMORY, TOO_MANY_FILES, Stopped, UserError
+from kalmannorm.errors import OUT_OF_MEMORY, TOO_MANY_FILES, WORKER_ERROR, Stopped, UserError
 from kalmannorm.runs.placement import HELP
 from kalmannorm.stopping import listening
 
@@ -23,11 +23,22 @@ exit codes: 0 all well; 1 a run failed; 2 wrong input; 130, 138, 143 stopped by 
 
 
 # Replacements for characters beyond ASCII in tables and titles, for terminals and pipes that cannot encode them.
-PLAIN = {"−": "-", "–": "-", "±": "+-", "×": "x", "≤": "<=", "≥": ">=", "…": "...", "’": "'", "σ": "sigma", "μ": "mu"}
+ASCII = {
+    "−": "-",
+    "–": "-",
+    "±": "+-",
+    "×": "x",
+    "≤": "<=",
+    "≥": ">=",
+    "…": "...",
+    "’": "'",
+    "σ": "sigma",
+    "μ": "mu",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    _settle_surroundings()
+    _prepare_environment()
     try:
         options = _parse(_parser(), arguments)
         _check_folder()
@@ -51,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if TOO_MANY_FILES in str(error):
             return _say("too many open files: pass fewer workers= (0: none), or raise what is allowed (ulimit -n)", 2)
-        if OF_A_WORKER in str(error):
+        if WORKER_ERROR in str(error):
             said = [line for line in str(error).splitlines() if line.strip()]
             remedy = (
                 "pass fewer workers= (0: none), or more shared memory where this is a container (docker: --shm-size)"
@@ -88,7 +99,7 @@ def _check_folder() -> None:
         raise UserError("the current folder was removed: go to another one (cd) and call again") from None
 
 
-def _settle_surroundings() -> None:
+def _prepare_environment() -> None:
     """Guard against settings of the user's terminal, shell and matplotlib that would make a command fail or slow."""
     # With threads that wait busily, two processes on the same cores slow each other down many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -96,21 +107,21 @@ def _settle_surroundings() -> None:
     with suppress(OSError):  # the current folder was removed
         if str(Path.cwd()) not in sys.path:  # an installed command: nor may workers import a user's queue.py
             os.environ["PYTHONSAFEPATH"] = "1"
-    codecs.register_error("plain", _plainly)
+    codecs.register_error("transliterate", _transliterate)
     if sys.stdout is None or sys.stderr is None:  # closed by the shell
         nowhere = Path(os.devnull).open("w")  # noqa: SIM115, as long as the process
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="plain")
+            stream.reconfigure(errors="transliterate")
 
 
-def _plainly(error: UnicodeError) -> tuple[str | bytes, int]:
+def _transliterate(error: UnicodeError) -> tuple[str | bytes, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     character = error.object[error.start]
-    if character in PLAIN:
-        return PLAIN[character], error.start + 1
+    if character in ASCII:
+        return ASCII[character], error.start + 1
     one = UnicodeEncodeError(error.encoding, error.object, error.start, error.start + 1, error.reason)
     return codecs.backslashreplace_errors(one)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 # Texts by which these cases are recognized in the errors of libraries.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 TOO_MANY_FILES = "Too many open files"
-OF_A_WORKER = "DataLoader worker"  # was killed, or ran out of shared memory
+WORKER_ERROR = "DataLoader worker"  # was killed, or ran out of shared memory
 
 
 class UserError(Exception):
@@ -18,7 +18,7 @@ class UserError(Exception):
     """
 
 
-def absent(name: str, found: str, remedy: str) -> UserError:
+def missing_dataset(name: str, found: str, remedy: str) -> UserError:
     """Return the error for a missing data set. `found`: what was looked for and where; `remedy`: how to get it."""
     remedies = f"{remedy}, or say where it is by DATA=... or data=...; `dataset=digits` runs without any download"
     return UserError(f"data set {name!r} is not there: {found}; {remedies}")

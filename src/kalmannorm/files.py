@@ -49,7 +49,7 @@ def check_writable(folder: Path, remedy: str = "name another by results= or runs
         raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy}") from None
 
 
-def check_room(folder: Path, needed: int, remedy: str = "pass runs=FOLDER") -> None:
+def check_free_space(folder: Path, needed: int, remedy: str = "pass runs=FOLDER") -> None:
     """Make the folder. UserError: no file can be written there, or fewer than `needed` bytes are free."""
     check_writable(folder, remedy)
     folder.mkdir(parents=True, exist_ok=True)

@@ -248,13 +248,13 @@ def test_a_decoding_thread_that_dies_is_no_hang(betons: Path, monkeypatch: pytes
 def test_ffcv_evaluates_every_image_once(betons: Path, root: Path) -> None:
     from kalmannorm.data.stream import FolderLoader
 
-    batches = list(loader(betons, "test").plain(8, fill=8))
+    batches = list(loader(betons, "test").unaugmented(8, fill=8))
     assert [(len(images), counted) for images, _, counted in batches] == [(8, 8), (8, 4)]
     files = data.source(folders.config(), root)
     assert isinstance(files, data.Images)
     common = {key: folders.config()[key] for key in ("flip", "mean", "std")}
     other = FolderLoader(files.test, size=16, batch=8, device="cpu", seed=3, **common)
-    for (ours, labels, _), (theirs, same_labels, _) in zip(batches, other.plain(8, fill=8), strict=True):
+    for (ours, labels, _), (theirs, same_labels, _) in zip(batches, other.unaugmented(8, fill=8), strict=True):
         assert torch.equal(labels, same_labels)
         assert (ours - theirs).abs().mean() < 0.2  # of a standard deviation: another way to make images smaller
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from kalmannorm.data import coco
-from kalmannorm.data.batches import choose
+from kalmannorm.data.batches import choose_subset
 from kalmannorm.errors import UserError
 
 CPU = torch.device("cpu")
@@ -91,9 +91,9 @@ def test_the_canvas_is_torchvisions_size(shape):
 
 
 def test_a_subset_is_always_the_same():
-    assert choose(list(range(10, 90)), 4) == choose(list(range(10, 90)), 4)
+    assert choose_subset(list(range(10, 90)), 4) == choose_subset(list(range(10, 90)), 4)
     with pytest.raises(UserError, match="subset of 9"):
-        choose([1, 2, 3], 9)
+        choose_subset([1, 2, 3], 9)
 
 
 def damage(folder, change):

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from kalmannorm import data
 from kalmannorm.cli import main
 from kalmannorm.data import folder as listing
-from kalmannorm.data.batches import mix
+from kalmannorm.data.batches import derive_seed
 from kalmannorm.data.folder import find_unreadable
 from kalmannorm.data.pixels import Unreadable, read_rgb
 from kalmannorm.data.stream import FolderLoader
@@ -303,7 +303,7 @@ def same(some: Any, others: Any) -> bool:
 def test_an_epoch_is_drawn_as_documented(root: Path) -> None:
     images, labels = together(loader(root).epoch(5))
     assert images.shape == (32, 3, SIZE, SIZE) and images.dtype == torch.float32 and images.is_contiguous()
-    generator = torch.Generator().manual_seed(mix(3, 5))
+    generator = torch.Generator().manual_seed(derive_seed(3, 5))
     order = torch.randperm(36, generator=generator)
     keys = torch.randint(2**32, (36,), generator=generator)
     files = load(root).train
@@ -325,7 +325,7 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(root: Path) -> None:
     assert same(together(with_workers.epoch(1)), first)
     assert same(together(with_workers.epoch(1)), first)  # the workers live on
     assert same(together(source.epoch(1)), first)
-    list(source.plain(8))
+    list(source.unaugmented(8))
     assert torch.equal(before, torch.get_rng_state())
     assert not torch.equal(together(source.epoch(2))[0], first[0])
     assert not torch.equal(together(loader(root, seed=4).epoch(1))[0], first[0])
@@ -357,17 +357,17 @@ def test_shards_together_are_one(root: Path, world: int) -> None:
 
 @pytest.mark.parametrize(("batch", "fill", "last"), [(8, 4, 4), (5, 5, 5), (12, 6, 12), (7, 1, 5)])
 def test_evaluation_counts_each_image_once(root: Path, batch: int, fill: int, last: int) -> None:
-    batches = list(loader(root, "test").plain(batch, fill=fill))
+    batches = list(loader(root, "test").unaugmented(batch, fill=fill))
     assert sum(counted for _, _, counted in batches) == 12 and len(batches[-1][0]) == last
     means = torch.cat([images[:counted] for images, _, counted in batches]).flatten(1).mean(1)
     assert len(means.unique()) == 12
-    again = list(loader(root, "test", seed=9, workers=1).plain(batch, fill=fill))
+    again = list(loader(root, "test", seed=9, workers=1).unaugmented(batch, fill=fill))
     assert all(same(a[:2], b[:2]) and a[2] == b[2] for a, b in zip(batches, again, strict=True))
 
 
 def test_evaluation_sees_the_centre(root: Path) -> None:
     """The shorter side becomes size x 256 / 224, then the centre is cut out."""
-    images, _, _ = next(loader(root, "test").plain(1, [3]))
+    images, _, _ = next(loader(root, "test").unaugmented(1, [3]))
     centre = v2.Compose([v2.Resize(round(SIZE * 256 / 224)), v2.CenterCrop(SIZE), v2.PILToTensor()])
     mean, std = (torch.tensor(folders.config()[key]).view(3, 1, 1) * 255 for key in ("mean", "std"))
     assert torch.allclose(images[0], (centre(read_rgb(load(root).test.path(3))) - mean) / std, atol=1e-5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kalmannorm.data.loader import Loader, mix
+from kalmannorm.data.loader import Loader, derive_seed
 from kalmannorm.errors import UserError
 
 COUNT, SIZE = 50, 8
@@ -46,7 +46,7 @@ def test_batches_are_the_released_recipe_drawn_as_documented() -> None:
     mean = torch.from_numpy(IMAGES.astype(np.float64).mean(axis=0)).permute(2, 0, 1).float()
     assert torch.equal(source.mean, mean)
     images, labels = epoch_of(source, epoch=5)
-    generator = torch.Generator().manual_seed(mix(3, 5))
+    generator = torch.Generator().manual_seed(derive_seed(3, 5))
     order = torch.randperm(COUNT, generator=generator)
     rows, columns = torch.randint(0, 5, (2, COUNT), generator=generator)
     flips = torch.randint(0, 2, (COUNT,), generator=generator)
@@ -94,7 +94,7 @@ def test_flip_off_changes_nothing_but_the_flips() -> None:
 
 def test_given_mean_is_used() -> None:
     mean = torch.full((3, SIZE, SIZE), 7.0)
-    images, labels, _ = next(loader(mean=mean, pad=0).plain(4))
+    images, labels, _ = next(loader(mean=mean, pad=0).unaugmented(4))
     assert torch.equal(images[0], normalized(IMAGES[labels[0]], mean))
 
 
@@ -102,8 +102,9 @@ def test_given_mean_is_used() -> None:
 
 
 def test_mix_is_stable_and_depends_on_every_number_and_its_place() -> None:
-    assert mix(1, 2) == 863661761539424187
-    values = [mix(), mix(0), mix(0, 0), mix(1, 2), mix(2, 1), mix(12), mix(1, 2, 0), mix(-1)]
+    assert derive_seed(1, 2) == 863661761539424187
+    numbers = [(), (0,), (0, 0), (1, 2), (2, 1), (12,), (1, 2, 0), (-1,)]
+    values = [derive_seed(*each) for each in numbers]
     assert len({value & 0xFFFFFFFF for value in values}) == len(values)
     assert all(0 <= value < 2**63 for value in values)
 
@@ -123,7 +124,7 @@ def test_an_epoch_depends_on_seed_and_epoch_alone() -> None:
 def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     epoch_of(loader())
-    list(loader().plain(8))
+    list(loader().unaugmented(8))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -161,13 +162,13 @@ def test_shards_together_are_one(world: int) -> None:
 @pytest.mark.parametrize("batch", [1, 7, 16, 50, 64])
 def test_plain_counts_each_image_once_in_a_fixed_random_order(batch: int) -> None:
     seen = []
-    for images, labels, counted in loader().plain(batch):
+    for images, labels, counted in loader().unaugmented(batch):
         assert len(images) == len(labels) == counted <= batch
         for image, label in zip(images, labels, strict=True):
             assert torch.equal(image, normalized(IMAGES[label], loader().mean))
         seen += labels.tolist()
     assert sorted(seen) == list(range(COUNT)) and seen != sorted(seen)
-    other = [label for _, labels, _ in loader(seed=99, pad=0).plain(batch) for label in labels.tolist()]
+    other = [label for _, labels, _ in loader(seed=99, pad=0).unaugmented(batch) for label in labels.tolist()]
     assert seen == other  # not the run's seed
 
 
@@ -175,7 +176,7 @@ def test_plain_counts_each_image_once_in_a_fixed_random_order(batch: int) -> Non
     ("batch", "fill", "last"), [(16, 8, 8), (16, 16, 16), (20, 4, 12), (48, 3, 3), (50, 5, 50), (64, 64, 64)]
 )
 def test_the_last_batch_is_filled_up_uncounted(batch: int, fill: int, last: int) -> None:
-    batches = list(loader().plain(batch, fill=fill))
+    batches = list(loader().unaugmented(batch, fill=fill))
     order = torch.cat([labels[:counted] for _, labels, counted in batches])
     assert sorted(order.tolist()) == list(range(COUNT))
     for _, labels, counted in batches[:-1]:
@@ -187,9 +188,9 @@ def test_the_last_batch_is_filled_up_uncounted(batch: int, fill: int, last: int)
 
 def test_plain_in_a_given_order() -> None:
     for order in ([4, 2, 9], np.array([4, 2, 9]), torch.tensor([4, 2, 9])):
-        batches = [(labels.tolist(), counted) for _, labels, counted in loader().plain(8, order, fill=8)]
+        batches = [(labels.tolist(), counted) for _, labels, counted in loader().unaugmented(8, order, fill=8)]
         assert batches == [([4, 2, 9, 4, 2, 9, 4, 2], 3)]
-    assert list(loader().plain(8, [])) == []
+    assert list(loader().unaugmented(8, [])) == []
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -198,14 +199,14 @@ def test_sharded_evaluation_has_the_same_groups(world: int, batch: int, fill: in
     def groups(source: Loader) -> list[list[int]]:
         """Each statistics group as the normalizers form it: image i of G groups belongs to group i mod G."""
         found = []
-        for _, labels, _ in source.plain(batch, fill=fill):
+        for _, labels, _ in source.unaugmented(batch, fill=fill):
             count = len(labels) // fill
             found += [labels[group::count].tolist() for group in range(count)]
         return sorted(found)
 
     ranks = [loader(shard=(rank, world)) for rank in range(world)]
     assert sorted(group for rank in ranks for group in groups(rank)) == groups(loader())
-    counted = [i for rank in ranks for _, labels, n in rank.plain(batch, fill=fill) for i in labels[:n].tolist()]
+    counted = [i for rank in ranks for _, labels, n in rank.unaugmented(batch, fill=fill) for i in labels[:n].tolist()]
     assert sorted(counted) == list(range(COUNT))
 
 
@@ -218,7 +219,7 @@ def test_user_errors() -> None:
     with pytest.raises(UserError, match="batch 64 is larger than the 50 training images"):
         next(loader(batch=64).epoch(0))
     with pytest.raises(UserError, match="evaluation batch 10 is not a multiple of the statistics batch 4"):
-        loader().plain(10, fill=4)
+        loader().unaugmented(10, fill=4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -226,21 +227,23 @@ def test_a_gpu_sees_bitwise_the_same() -> None:
     for epoch in range(2):
         for here, there in zip(loader().epoch(epoch), loader(device="cuda").epoch(epoch), strict=True):
             assert torch.equal(here[0], there[0].cpu()) and torch.equal(here[1], there[1].cpu())
-    for here, there in zip(loader().plain(16, fill=16), loader(device="cuda").plain(16, fill=16), strict=True):
+    for here, there in zip(
+        loader().unaugmented(16, fill=16), loader(device="cuda").unaugmented(16, fill=16), strict=True
+    ):
         assert torch.equal(here[0], there[0].cpu()) and torch.equal(here[1], there[1].cpu()) and here[2] == there[2]
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_groups_that_do_not_divide_evenly_are_dealt_out_whole(world: int) -> None:
     """3 groups of 4 images a batch: the ranks together see every batch's groups, each whole, and count every image."""
-    one = list(loader().plain(12, fill=4))
+    one = list(loader().unaugmented(12, fill=4))
     counted = 0
     for rank in range(world):
-        for images, _, count in loader(shard=(rank, world)).plain(12, fill=4):
+        for images, _, count in loader(shard=(rank, world)).unaugmented(12, fill=4):
             assert len(images) % 4 == 0
             counted += count
     assert counted == len(IMAGES) == sum(count for _, _, count in one)
-    first = [next(iter(loader(shard=(rank, world)).plain(12, fill=4)), None) for rank in range(world)]
+    first = [next(iter(loader(shard=(rank, world)).unaugmented(12, fill=4)), None) for rank in range(world)]
     for rank, batch in enumerate(first):
         mine = [i for i in range(12) if i % 3 % world == rank]
         assert (batch is None and not mine) or torch.equal(batch[0], one[0][0][mine])

@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from kalmannorm.data import pixels
-from kalmannorm.data.pixels import Header, Unreadable, look, read_rgb, turn, turn_box
+from kalmannorm.data.pixels import Header, Unreadable, read_header, read_rgb, turn, turn_box
 
 COLOUR = folders.image(1)  # [24, 32, 3]
 GREY = np.asarray(Image.fromarray(COLOUR).convert("L"))
@@ -138,7 +138,7 @@ def test_pictures_stand_upright(tmp_path: Path, orientation: int, name: str) -> 
     stored.save(tmp_path / name, exif=exif, **({"lossless": True} if name == "x.webp" else {"quality": 98}))
     found = np.asarray(read_rgb(tmp_path / name)).astype(int)
     assert found.shape == COLOUR.shape and np.abs(found - COLOUR).mean() <= (4 if name == "x.jpg" else 0)
-    header = look(tmp_path / name)
+    header = read_header(tmp_path / name)
     assert header == Header(*stored.size, orientation) and header.upright == (32, 24)
 
 
@@ -150,7 +150,7 @@ def test_orientation_behind_the_pixels_of_a_png(tmp_path: Path) -> None:
     chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
     whole, end = file.read_bytes()[:-12], file.read_bytes()[-12:]
     file.write_bytes(whole + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + end)
-    assert look(file).orientation == 6 and read_rgb(file).size == (24, 32)
+    assert read_header(file).orientation == 6 and read_rgb(file).size == (24, 32)
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
@@ -160,7 +160,7 @@ def test_an_orientation_that_means_nothing(tmp_path: Path, value: int) -> None:
     Image.fromarray(COLOUR).save(tmp_path / "x.jpg", exif=exif)
     Image.fromarray(COLOUR).save(tmp_path / "y.jpg", exif=b"Exif\0\0garbage")
     for name in ("x.jpg", "y.jpg"):
-        assert look(tmp_path / name).orientation == 1 and read_rgb(tmp_path / name).size == (32, 24)
+        assert read_header(tmp_path / name).orientation == 1 and read_rgb(tmp_path / name).size == (32, 24)
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -207,7 +207,7 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path: Path, side: int) -
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b""))
     packed = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
-    for read in (read_rgb, look):
+    for read in (read_rgb, read_header):
         with pytest.raises(Unreadable, match=r"x\.png: .*pixels"):
             read(tmp_path / "x.png")
 

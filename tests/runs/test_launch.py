@@ -96,7 +96,7 @@ def test_processes_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypat
     from kalmannorm.experiments.config import compose
     from kalmannorm.train import ranks
 
-    monkeypatch.setattr(ranks, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(ranks, "CONNECT_TIMEOUT", timedelta(seconds=1))
     monkeypatch.setattr(ranks, "leave_with_parent", lambda: None)
     for rank in ("0", "1"):
         left = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}

@@ -13,7 +13,7 @@ import torch
 from coco_files import TINY, TINY_FPN
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from trainings import assert_same_run, once, outcome, place, signal_in_steps
+from trainings import assert_same_run, last_of_each, outcome, place, signal_in_steps
 
 from kalmannorm.cli import main
 from kalmannorm.data import coco
@@ -94,7 +94,7 @@ def test_going_on_ends_in_the_same_numbers(root, done, tmp_path, monkeypatch):
 @pytest.mark.parametrize("tiny", [TINY, [*TINY_FPN, "arch.head_norm=bkn"]], ids=["c4", "fpn"])
 def test_going_on_in_mid_epoch_ends_in_the_same_numbers(root, tmp_path, monkeypatch, tiny):
     """Two epochs of 2 steps, stopped by a signal in the third step: the second epoch's first."""
-    overrides = once([*tiny, "norm=bkn", "batch.grad_batch=2", "budget.epochs=2"])
+    overrides = last_of_each([*tiny, "norm=bkn", "batch.grad_batch=2", "budget.epochs=2"])
     assert main(["train", *overrides, *place(tmp_path / "whole", root)]) == 0
     steps = signal_in_steps(monkeypatch, signal.SIGUSR1, 3)
     assert main(["train", *overrides, *place(tmp_path / "cut", root)]) == 128 + signal.SIGUSR1
@@ -111,7 +111,7 @@ def test_going_on_in_mid_epoch_ends_in_the_same_numbers(root, tmp_path, monkeypa
 def test_a_run_may_end_within_an_epoch(root, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "FILE_EVERY", 0)
     changes = ["norm=gn", "budget.epochs=2", "batch.grad_batch=2", "dataset.steps=3"]
-    overrides = [*once([*TINY, *changes]), *place(tmp_path, root)]
+    overrides = [*last_of_each([*TINY, *changes]), *place(tmp_path, root)]
     assert main(["train", *overrides]) == 0
     record, state = outcome(tmp_path)
     assert record["curves"]["step"] == [2, 3] and (state["epoch"], state["step"]) == (2, 0)
@@ -151,7 +151,7 @@ def test_frozen_constants_are_measured_once(root, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["frozen", "gn", "bkn"])
 def test_all_losses_fall(root, norm):
-    config = compose(once([*TINY, f"norm={norm}", "schedule.lr=0.02", "budget.subset=4"]))
+    config = compose(last_of_each([*TINY, f"norm={norm}", "schedule.lr=0.02", "budget.subset=4"]))
     ranks = Ranks(config)
     batches = task_detection.training_batches(config, coco.load("coco", root, 3), ranks)
     model = detector.build(config)
@@ -299,7 +299,7 @@ def test_the_talks_tables_3_and_4():
 def test_a_faster_rcnns_run(root, tmp_path, capsys):
     changes = ["norm=gn", "norm.options.max_groups=32", "arch.head_norm=gn", "arch.mask_head=false"]
     changes.append("dataset.train_images_evaluated=2")
-    assert main(["train", *once([*TINY_FPN, *changes, "schedule=fpn_180k"]), *place(tmp_path, root)]) == 0
+    assert main(["train", *last_of_each([*TINY_FPN, *changes, "schedule=fpn_180k"]), *place(tmp_path, root)]) == 0
     record, _ = outcome(tmp_path)
     assert "mask_ap" not in record["final"]["moving"] and "loss_mask" not in record["curves"]
     assert f"AP {record['final']['moving']['box_ap']:.2f} / -" in capsys.readouterr().out

@@ -170,7 +170,7 @@ def test_all_collectives_wait_for_what_rank_0_does_alone(monkeypatch):
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(dist, name, lambda *_, **options: waits.append(options.get("timeout")))
     Ranks(compose([*SPREAD, "batch.stat_batch=2"]))
-    assert waits == [ranks.PATIENCE] * 2
+    assert waits == [ranks.CONTROL_TIMEOUT] * 2
 
 
 @pytest.mark.parametrize(("asked", "local_rank", "expected"), [("cuda", None, 0), ("cuda:2", None, 2), ("cuda", 1, 1)])

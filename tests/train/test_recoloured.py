@@ -27,7 +27,7 @@ def test_colours_are_changed_and_clipped():
     red = plain + np.array([50, 0, 0])
     mean = plain.mean((1, 2), keepdims=True)
     for name, expected in (("rgb_50", plain + 50), ("red_50", red), ("contrast", (plain - mean) * 1.5 + mean)):
-        images, labels, counted = next(found[name].plain(4, range(4)))
+        images, labels, counted = next(found[name].unaugmented(4, range(4)))
         seen = images * 128 + train.mean
         expected = torch.from_numpy(expected[:4].clip(0, 255)).permute(0, 3, 1, 2)
         assert counted == 4 and torch.equal(labels, torch.from_numpy(source.test_labels[:4]))

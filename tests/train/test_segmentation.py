@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from scene_files import TINY
-from trainings import assert_same_run, on_processes, once, outcome, place, signal_in_steps
+from trainings import assert_same_run, last_of_each, on_processes, outcome, place, signal_in_steps
 
 from kalmannorm import belief_report, convert
 from kalmannorm.cli import main
@@ -98,7 +98,7 @@ def test_two_processes_compute_what_one_does(root, done, tmp_path):
 
 @pytest.mark.slow
 def test_the_network_learns_bands(root, tmp_path):
-    overrides = once([*TINY, "norm=bn", "arch.width=0.25", "budget.epochs=20", "schedule.lr=0.1"])
+    overrides = last_of_each([*TINY, "norm=bn", "arch.width=0.25", "budget.epochs=20", "schedule.lr=0.1"])
     assert main(["train", *overrides, *place(tmp_path, root)]) == 0
     record, _ = outcome(tmp_path)
     assert record["curves"]["train_loss"][-1] < 0.5 * record["curves"]["train_loss"][0]
@@ -123,7 +123,7 @@ def test_the_tables_have_the_talks_values():
 
 
 def test_a_table_and_maps_come_of_the_records(root, tmp_path, capsys):
-    run = once([*TINY, "batch=g8_s2", "schedule.lr=0.1", "norm=bn"])
+    run = last_of_each([*TINY, "batch=g8_s2", "schedule.lr=0.1", "norm=bn"])
     run = [setting for setting in run if not setting.startswith(("batch.", "dataset."))]
     assert main(["train", *run, *place(tmp_path, root)]) == 0
     record, _ = outcome(tmp_path)
@@ -227,7 +227,7 @@ def test_the_rate_is_poly():
 )
 def test_bad_settings_are_refused_in_one_line(root, tmp_path, capsys, override, words):
     tiny = TINY if "arch" not in override else [setting for setting in TINY if "arch" not in setting]
-    assert main(["train", *once([*tiny, "norm=gn", override]), *place(tmp_path, root)]) == 2
+    assert main(["train", *last_of_each([*tiny, "norm=gn", override]), *place(tmp_path, root)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert all(word in line for word in words), line
 

@@ -34,7 +34,7 @@ def test_input_belief_is_that_of_the_preprocessed_training_set() -> None:
     ranks = Ranks(config)
     model, _ = build(config)
     loader, _ = loaders(config, arrays, ranks)
-    measure_input(model, (x[:counted] for x, _, counted in loader.plain(50)), ranks)
+    measure_input(model, (x[:counted] for x, _, counted in loader.unaugmented(50)), ranks)
     chosen = data.class_balanced_subset(arrays.train_labels, config.budget.subset)
     images = data.resize(arrays.train_images[chosen], config.budget.size).astype(np.float64)
     images = (images - images.mean(0)) / 128

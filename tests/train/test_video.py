@@ -144,9 +144,9 @@ def test_batches_of_training(root):
 
 def test_views_of_evaluation(root):
     one, several = loader(root, "val"), loader(root, "val", views=3, interval=1)
-    x, labels, counted = next(one.plain(4))
+    x, labels, counted = next(one.unaugmented(4))
     assert x.shape == (4, 3, 4, 32, 32) and counted == 4
-    x, labels, counted = next(several.plain(4, order=[0, 3]))
+    x, labels, counted = next(several.unaugmented(4, order=[0, 3]))
     assert x.shape == (2, 3, 3, 4, 32, 32) and labels.tolist() == [0, 1]
     greys = x[0].mean((1, 3, 4))  # [views, frames] of 9 frames: from 0, from 2 or 3, from 5
     first = (greys[:, 0] - 20) / 16
@@ -162,7 +162,7 @@ def test_the_mean_of_the_views_counts(root):
     model[2].weight.data /= 50
     found = evaluate(model, test, "moving", None)
     correct, loss = 0, 0.0
-    for x, labels, _ in test.plain(6):
+    for x, labels, _ in test.unaugmented(6):
         chance = torch.stack([F.softmax(model(x[:, view]), 1) for view in range(3)]).mean(0)
         correct += int((chance.argmax(1) == labels).sum())
         loss += F.nll_loss(chance.log(), labels, reduction="sum").item()

@@ -21,7 +21,7 @@ import numpy as np
 from pycocotools import mask as run_length
 from pycocotools.coco import COCO
 
-from kalmannorm.data.pixels import Header, Unreadable, look, turn, turn_box
+from kalmannorm.data.pixels import Header, Unreadable, read_header, turn, turn_box
 from kalmannorm.errors import UserError, reason
 
 LISTS = ("images", "annotations", "categories")
@@ -47,7 +47,7 @@ class Split:
         return list(self.coco.imgToAnns[self.ids[position]])
 
 
-class _Wrong(ValueError):
+class _Invalid(ValueError):
     """A problem with an entry; the message continues a sentence that begins with the entry's name."""
 
 
@@ -101,14 +101,14 @@ def _checked(
         what = f"{kind} entry {number + 1}"
         try:
             if not isinstance(entry, dict):
-                raise _Wrong(f"is a {type(entry).__name__}, expected an object")
+                raise _Invalid(f"is a {type(entry).__name__}, expected an object")
             if (identity := _integer(entry.get("id"))) is None:
-                raise _Wrong(f"has the id {entry.get('id')!r}, expected an integer")
+                raise _Invalid(f"has the id {entry.get('id')!r}, expected an integer")
             if identity in known:
-                raise _Wrong(f"has the id {identity} of another one: annotations cannot tell them apart")
+                raise _Invalid(f"has the id {identity} of another one: annotations cannot tell them apart")
             known.add(identity)
             yield check({**entry, "id": identity})
-        except _Wrong as wrong:
+        except _Invalid as wrong:
             problems.append(f"{what} {wrong}")
 
 
@@ -119,13 +119,13 @@ def _category(category: Values) -> Values:
 def _image(image: Values) -> Values:
     name = image.get("file_name")
     if not isinstance(name, str) or not name or "\0" in name:
-        raise _Wrong(f"has the file_name {name!r}, expected that of an image file")
+        raise _Invalid(f"has the file_name {name!r}, expected that of an image file")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise _Wrong(f"has the file_name {name}, which leads outside of its folder")
+        raise _Invalid(f"has the file_name {name}, which leads outside of its folder")
     for key in ("width", "height"):
         given = image.get(key)
         if given is not None and (_integer(given) or 0) < 1:
-            raise _Wrong(f"({name}) has the {key} {given!r}, expected a number of pixels")
+            raise _Invalid(f"({name}) has the {key} {given!r}, expected a number of pixels")
     return image
 
 
@@ -137,7 +137,7 @@ def _with_headers(images: dict[int, Values], root: Path, problems: list[str]) ->
 
     def header(image: Values) -> Header | Unreadable:
         try:
-            return look(root / image["file_name"])
+            return read_header(root / image["file_name"])
         except Unreadable as error:
             return error
 
@@ -181,23 +181,23 @@ def _annotations(
         what = f"annotation {entry.get('id', f'number {number + 1}') if isinstance(entry, dict) else number + 1}"
         try:
             if not isinstance(entry, dict):
-                raise _Wrong(f"is a {type(entry).__name__}, expected an object")
+                raise _Invalid(f"is a {type(entry).__name__}, expected an object")
             image, category = _integer(entry.get("image_id")), _integer(entry.get("category_id"))
             if image not in images or category not in categories:
                 if bad_images:
                     continue
                 named = f"image {entry.get('image_id')!r} and category {entry.get('category_id')!r}"
-                raise _Wrong(f"is of {named}, one of which the file does not list")
+                raise _Invalid(f"is of {named}, one of which the file does not list")
             same = {"id": number + 1, "image_id": image, "category_id": category}
             found = {**entry, **same, **_object(entry, *images[image])}
-        except _Wrong as wrong:
+        except _Invalid as wrong:
             problems.append(f"{what} {wrong}")
             continue
         if isinstance(entry["segmentation"], list) and any(len(polygon) < 6 for polygon in entry["segmentation"]):
             notes.append(f"{what} has points or lines among its polygons, which have no area: left out")
         elif not found["iscrowd"] and not run_length.area(found["segmentation"]):
             notes.append(f"{what} has a mask without a single pixel: not trained on")
-        elif _apart(found):
+        elif _box_off_mask(found):
             box = entry["bbox"]
             notes.append(f"{what} has the box {box}, elsewhere than its mask: is it [left, top, width, height]?")
         yield found
@@ -208,22 +208,22 @@ def _object(entry: Values, image: Values, header: Header, turned: bool) -> Value
     width, height = (header.width, header.height) if turned else header.upright
     box = _box(entry.get("bbox"), width, height, image["file_name"])
     if not entry.get("segmentation"):
-        raise _Wrong("has no mask (segmentation): expected polygons or a run-length code")
+        raise _Invalid("has no mask (segmentation): expected polygons or a run-length code")
     mask = _mask(entry["segmentation"], height, width)
     if turned and header.orientation != 1:
         box = turn_box(box, header)
         mask = run_length.encode(np.asfortranarray(turn(run_length.decode(mask), header.orientation)))
     crowd, area = entry.get("iscrowd"), entry.get("area")
     if crowd is not None and crowd not in (0, 1):
-        raise _Wrong(f"has iscrowd {crowd!r}, expected 0 or 1")
+        raise _Invalid(f"has iscrowd {crowd!r}, expected 0 or 1")
     if area is None:
         area = float(run_length.area(mask))
     elif not _is_number(area) or area < 0:
-        raise _Wrong(f"has the area {area!r}, expected a number of pixels; without one it is the mask's")
+        raise _Invalid(f"has the area {area!r}, expected a number of pixels; without one it is the mask's")
     return {"bbox": list(box), "segmentation": mask, "iscrowd": int(crowd or 0), "area": area}
 
 
-def _apart(annotation: Values) -> bool:
+def _box_off_mask(annotation: Values) -> bool:
     """Say whether box and mask lie in different places. Small boxes, rounded by up to half of their size, never do."""
     box = np.array([annotation["bbox"]], dtype=np.float64)
     around = run_length.toBbox([annotation["segmentation"]])
@@ -232,11 +232,11 @@ def _apart(annotation: Values) -> bool:
 
 def _box(box: object, width: int, height: int, name: str) -> tuple[float, float, float, float]:
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise _Wrong(f"has the box {_short(box)}, expected the numbers [left, top, width, height]")
+        raise _Invalid(f"has the box {_short(box)}, expected the numbers [left, top, width, height]")
     x, y, w, h = box
     inside = min(x, y) >= -OUTSIDE and x + w <= width + OUTSIDE and y + h <= height + OUTSIDE
     if not inside or min(w, h) < 0:
-        raise _Wrong(f"has the box {box}, outside of its image {name} of {width} x {height} pixels")
+        raise _Invalid(f"has the box {box}, outside of its image {name} of {width} x {height} pixels")
     return x, y, w, h
 
 
@@ -245,18 +245,18 @@ def _mask(segmentation: object, height: int, width: int) -> Values:
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if _is_polygon(polygon, height, width)]
         if not polygons:
-            raise _Wrong("has no mask (segmentation): none of its polygons has the three points of an area")
+            raise _Invalid("has no mask (segmentation): none of its polygons has the three points of an area")
         return dict(run_length.merge(run_length.frPyObjects(polygons, height, width)))
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        raise _Wrong(f"has the segmentation {_short(segmentation)}, expected polygons or a run-length code")
+        raise _Invalid(f"has the segmentation {_short(segmentation)}, expected polygons or a run-length code")
     if segmentation["size"] != [height, width]:
         size, expected = _short(segmentation["size"]), f"its image's [height, width] {[height, width]}"
-        raise _Wrong(f"has a run-length code of size {size}, expected {expected}")
+        raise _Invalid(f"has a run-length code of size {size}, expected {expected}")
     counts = segmentation["counts"]
     runs = _runs(counts) if isinstance(counts, str) else counts
     whole = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
     if not whole or sum(runs) != height * width:
-        raise _Wrong(f"has the run-length code {_short(counts)}, which is none of {height} x {width} pixels")
+        raise _Invalid(f"has the run-length code {_short(counts)}, which is none of {height} x {width} pixels")
     if isinstance(counts, str):
         return {"size": [height, width], "counts": counts.encode()}
     return dict(run_length.frPyObjects(segmentation, height, width))
@@ -266,14 +266,14 @@ def _is_polygon(polygon: object, height: int, width: int) -> bool:
     """Say whether a polygon has an area; points and lines, which some tools write among polygons, have none."""
     if not isinstance(polygon, list):
         hint = "; a single polygon stands in a list of its own: [[x, y, ...]]" if _is_number(polygon) else ""
-        raise _Wrong(f"has {_short(polygon)} among its polygons, expected lists [x, y, x, y, ...]{hint}")
+        raise _Invalid(f"has {_short(polygon)} among its polygons, expected lists [x, y, x, y, ...]{hint}")
     if len(polygon) % 2 or not all(map(_is_number, polygon)):
-        raise _Wrong(f"has the polygon {_short(polygon)}, expected numbers in pairs: [x, y, x, y, ...]")
+        raise _Invalid(f"has the polygon {_short(polygon)}, expected numbers in pairs: [x, y, x, y, ...]")
     # pycocotools allocates memory in proportion to the length of a polygon's sides.
     inside_x = all(-width <= x <= 2 * width for x in polygon[::2])
     inside_y = all(-height <= y <= 2 * height for y in polygon[1::2])
     if not (inside_x and inside_y):
-        raise _Wrong(f"has the polygon {_short(polygon)}, far outside of its image of {width} x {height} pixels")
+        raise _Invalid(f"has the polygon {_short(polygon)}, far outside of its image of {width} x {height} pixels")
     return len(polygon) >= 6
 
 

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kalmannorm.errors import UserError, absent, reason
+from kalmannorm.errors import UserError, missing_dataset, reason
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")  # also the order in which sha256 takes them
 SOURCE = "source.json"
@@ -69,7 +69,7 @@ def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int
     if not is_complete(folder):
         missing = ", ".join(f"{array}.npy" for array in ARRAYS if not (folder / f"{array}.npy").is_file())
         remedy = f"get it by `make data-{name} DATA={root}` or `kalmannorm data prepare {name} --root {root}`"
-        raise absent(name, f"looked in {folder.absolute()}, missing {missing}", remedy)
+        raise missing_dataset(name, f"looked in {folder.absolute()}, missing {missing}", remedy)
     arrays = {array: _read(folder / f"{array}.npy") for array in ARRAYS}
     for split in ("train", "test"):
         _check(folder, split, arrays[f"{split}_images"], arrays[f"{split}_labels"], classes)
@@ -185,7 +185,7 @@ def partial(folder: Path) -> Iterator[Path]:
     temporary = folder.parent / f"{prefix}{os.getpid()}.partial"
     for left in folder.parent.glob(f"{glob.escape(prefix)}*.partial"):
         number = left.name.removeprefix(prefix).removesuffix(".partial")
-        if left == temporary or (number.isdecimal() and not _lives(int(number))):
+        if left == temporary or (number.isdecimal() and not _process_exists(int(number))):
             shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -208,7 +208,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         temporary.rename(target)
 
 
-def _lives(process: int) -> bool:
+def _process_exists(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from kalmannorm.errors import UserError
 
-EVALUATION_SEED = 0  # of the order in `plain`: the same in all runs, so that all are evaluated on the same groups
+EVALUATION_SEED = 0  # of the order in `unaugmented`: the same in all runs, so that all are evaluated on the same groups
 
 Batch = tuple[Tensor, Tensor]  # images float32 [n, 3, H, W], normalized, and labels int64 [n], on the device
 Counted = tuple[Tensor, Tensor, int]  # images, labels, and how many of them count
 
 
-def mix(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """Mix integers to one seed of 63 bits: the first bits of the sha256 of their decimal digits joined by commas.
 
     The result is the same on every platform and in every version. Related arguments (seed 1, epoch 2 and seed 2,
@@ -37,10 +37,10 @@ def fixed_order(count: int) -> Tensor:
 
     A test set may be sorted by class, and results depend on which images share a statistics group.
     """
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(EVALUATION_SEED)))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(EVALUATION_SEED)))
 
 
-def choose(positions: Sequence[int], count: int | None) -> list[int]:
+def choose_subset(positions: Sequence[int], count: int | None) -> list[int]:
     """Choose `count` of the images, always the same ones, in ascending order; None: all. UserError: there are fewer."""
     if count is None:
         return list(positions)
@@ -81,13 +81,13 @@ class Batches(ABC):
         """
 
 
-class PlainBatches(Batches):
+class EvaluationBatches(Batches):
     """Batches that also come without augmentation, for evaluation; a detector is tested image by image instead."""
 
-    views: int | None = None  # clips of each video in `plain`: [n, views, ...]; None for images
+    views: int | None = None  # clips of each video in `unaugmented`: [n, views, ...]; None for images
     at_once = 500  # images per evaluation batch, approximately; online statistics depend on it (NUMERICS)
 
-    def plain(
+    def unaugmented(
         self, batch: int, order: Tensor | NDArray[np.int64] | Sequence[int] | None = None, fill: int = 1
     ) -> Iterator[Counted]:
         """Yield batches without augmentation: (images, labels, counted). Every image is counted exactly once.
@@ -102,13 +102,13 @@ class PlainBatches(Batches):
         if fill < 1 or batch < 1 or batch % fill:
             raise UserError(f"evaluation batch {batch} is not a multiple of the statistics batch {fill}")
         indices = self.fixed_order() if order is None else order
-        return self._plain(self._dealt(batch, torch.as_tensor(indices, dtype=torch.int64, device="cpu"), fill))
+        return self._unaugmented(self._shard(batch, torch.as_tensor(indices, dtype=torch.int64, device="cpu"), fill))
 
     def fixed_order(self) -> Tensor:
         return fixed_order(self.count)
 
-    def _dealt(self, batch: int, order: Tensor, fill: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield this rank's part of every batch of `plain`: indices int64 [n], and how many of these images count."""
+    def _shard(self, batch: int, order: Tensor, fill: int) -> Iterator[tuple[Tensor, int]]:
+        """Yield this rank's part of every evaluation batch: indices int64 [n], and how many of these images count."""
         for start in range(0, len(order), batch):
             real = min(batch, len(order) - start)
             groups = -(-real // fill)  # rounded up
@@ -121,4 +121,4 @@ class PlainBatches(Batches):
             yield order.index_select(0, place), counted
 
     @abstractmethod
-    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]: ...
+    def _unaugmented(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]: ...

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalmannorm.data.folder import SPLITS
-from kalmannorm.errors import UserError, absent
+from kalmannorm.errors import UserError, missing_dataset
 
 SOURCE = "beton.json"  # beside the two files: their source, and how they were written
 PIPELINE = "FFCV; crops and flips keyed by (seed, epoch, position), not FFCV's own, which ignore the seed"
@@ -57,7 +57,7 @@ def load(root: Path, dataset: Mapping[str, Any]) -> Betons:
     if folder is None:
         looked = f"looked for {SOURCE} in {' and '.join(str(place.absolute()) for place in places)}"
         write = f"write .beton files by `kalmannorm data ffcv {name} --root FOLDER`"
-        raise absent(name, looked, f"{write}, or pass dataset.loader=torchvision")
+        raise missing_dataset(name, looked, f"{write}, or pass dataset.loader=torchvision")
     try:
         source = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
         expected = {split: source["bytes"][split] for split in SPLITS}

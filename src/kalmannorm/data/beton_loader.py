@@ -32,10 +32,10 @@ class BetonLoader(Stream):
     def decoded(self, parts: Iterator[Part], augment: bool, largest: int) -> Iterator[Batch]:
         from ffcv.loader.epoch_iterator import EpochIterator
 
-        dealt = list(parts)
-        if not dealt:
+        listed = list(parts)
+        if not listed:
             return
-        indices, keys = (torch.cat(column).numpy() for column in zip(*dealt, strict=True))
+        indices, keys = (torch.cat(column).numpy() for column in zip(*listed, strict=True))
         order = self.split.indices[indices].astype(np.uint64) | (keys.astype(np.uint64) << np.uint64(32))
         loader = self._loader(augment)
         loader.batch_size = largest

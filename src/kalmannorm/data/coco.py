@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from kalmannorm.data.annotations import Split, Values, read
-from kalmannorm.data.batches import Batches, mix
+from kalmannorm.data.batches import Batches, derive_seed
 from kalmannorm.data.pixels import read_rgb
 from kalmannorm.data.workers import Named, begin_worker, check_open_files, share
-from kalmannorm.errors import UserError, absent
+from kalmannorm.errors import UserError, missing_dataset
 
 SPLITS = ("train2017", "val2017")
 OFFICIAL = (118_287, 5_000)
@@ -92,7 +92,7 @@ def find(name: str, root: Path) -> Path:
     if missing := [str(path) for path in needed if not path.exists()]:
         where = f"from cocodataset.org and unpack them into {folder.absolute()}"
         remedy = f"get train2017, val2017 and the annotations of 2017 {where}"
-        raise absent(name, f"{' and '.join(missing)} missing", remedy)
+        raise missing_dataset(name, f"{' and '.join(missing)} missing", remedy)
     return folder
 
 
@@ -168,7 +168,7 @@ class TrainingBatches(Batches):
 
     def order(self, epoch: int) -> list[list[int]]:
         """Return each step's images, as indices into `positions`: of one orientation, except for the remainders."""
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         shuffled: list[int] = torch.randperm(self.count, generator=generator).tolist()
         wide = [i for i in shuffled if self.shapes[i][1] >= self.shapes[i][0]]
         tall = [i for i in shuffled if self.shapes[i][1] < self.shapes[i][0]]
@@ -208,7 +208,7 @@ class TrainingBatches(Batches):
 
     def _item(self, index: int, epoch: int) -> tuple[int, bool, int]:
         position = self.positions[index]
-        key = mix(self.seed, epoch, position)
+        key = derive_seed(self.seed, epoch, position)
         return position, bool(key & 1), key
 
 

@@ -14,7 +14,7 @@ from pycocotools import mask as run_length
 from kalmannorm.data import coco
 from kalmannorm.data.annotations import Split
 from kalmannorm.data.arrays import new_folder
-from kalmannorm.data.pixels import look, turn
+from kalmannorm.data.pixels import read_header, turn
 from kalmannorm.data.scene_sources import COCO_CLASSES
 
 SOURCE = "coco-tiny"
@@ -33,7 +33,7 @@ def prepare(target: Path, archive: Path | None) -> Path:
             for position in range(len(split.ids)):
                 file = split.root / split.image(position)["file_name"]
                 shutil.copyfile(file, images / f"{file.stem}.jpg")
-                as_stored = {6: 8, 8: 6}.get(kept := look(file).orientation, kept)  # reading turns it back
+                as_stored = {6: 8, 8: 6}.get(kept := read_header(file).orientation, kept)  # reading turns it back
                 painted = turn(paint(split, position, found.labels), as_stored)
                 Image.fromarray(painted).save(maps / f"{file.stem}.png")
     return target

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalmannorm.data.pixels import EXTENSIONS, Unreadable, read_rgb
-from kalmannorm.errors import UserError, absent, reason
+from kalmannorm.errors import UserError, missing_dataset, reason
 
 SPLITS = ("train", "val")
 HOW_TO_GET = {
@@ -111,7 +111,7 @@ def find(root: Path, dataset: Mapping[str, Any], layout: str = LAYOUT) -> Path:
         if (place / "train").is_dir():
             raise UserError(f"data set {dataset['name']!r}: {place.absolute()} has train/ but no val/; {layout}")
     looked = f"looked for train/ and val/ in {' and '.join(str(place.absolute()) for place in places)}"
-    raise absent(dataset["name"], looked, HOW_TO_GET.get(dataset["name"], layout))
+    raise missing_dataset(dataset["name"], looked, HOW_TO_GET.get(dataset["name"], layout))
 
 
 def count_classes(root: Path, dataset: Mapping[str, Any]) -> int:

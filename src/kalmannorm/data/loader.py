@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kalmannorm.data.batches import Batch, Counted, PlainBatches, mix
+from kalmannorm.data.batches import Batch, Counted, EvaluationBatches, derive_seed
 
 SCALE = 128.0  # as in the released code
 CHUNK = 8192  # images that are padded at a time, while the set is copied to the device
 AHEAD = {"cuda": 16}  # batches prepared at once: launching kernels costs most there; else 1, to fit the cache
 
 
-class Loader(PlainBatches):
+class Loader(EvaluationBatches):
     """Batches of one split, from arrays. `options`: those of Batches.
 
     images: uint8 [N, H, W, 3]; labels: int64 [N].
@@ -74,9 +74,9 @@ class Loader(PlainBatches):
         """Draw image, start of the crop's run and flip (0 or 1): int64 [3, steps * batch / world], on the device.
 
         They are drawn for all N positions, in this order: permutation, row and column shifts, flips. A change of the
-        order, or of `mix`, changes results (NUMERICS).
+        order, or of `derive_seed`, changes results (NUMERICS).
         """
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = torch.randperm(self.count, generator=generator)
         shifts = torch.randint(0, 2 * self.pad + 1, (2, self.count), generator=generator)
         flips = torch.randint(0, 2, (self.count,), generator=generator)
@@ -95,7 +95,7 @@ class Loader(PlainBatches):
         images = crops.to(torch.float32, memory_format=torch.contiguous_format)
         return images.sub_(self.mean).mul_(1 / SCALE)
 
-    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
+    def _unaugmented(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
         for indices, counted in parts:
             index = indices.to(self.device)
             starts = index * self._image_stride + self.pad * self._row_stride + self.pad

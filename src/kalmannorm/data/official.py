@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kalmannorm.data.arrays import Arrays, is_complete, partial, read_folder, write_folder
 from kalmannorm.errors import UserError
-from kalmannorm.files import check_room
+from kalmannorm.files import check_free_space
 
 Part = tuple[str, NDArray[np.uint8], NDArray[np.int64]]  # "train" or "test", images [n, 32, 32, 3], labels [n]
 
@@ -62,7 +62,7 @@ class Official:
             paths = [archive / file.name if archive.is_dir() else archive for file in files]
         arrays_size = sum(self.counts) * (32 * 32 * 3 + 8)
         needed = arrays_size + sum(file.size for file, path in zip(files, paths, strict=True) if path is None)
-        check_room(root.absolute(), needed, "give another by --root, DATA=... or KALMANNORM_DATA")
+        check_free_space(root.absolute(), needed, "give another by --root, DATA=... or KALMANNORM_DATA")
         parts: list[Part] = []
         for file, found in zip(files, paths, strict=True):
             if found is None and not download:

@@ -89,7 +89,7 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
     return _open(path, read)
 
 
-def look(path: Path) -> Header:
+def read_header(path: Path) -> Header:
     """Read size and orientation without decoding the pixels. Unreadable: as for `read_rgb`, if the header shows it."""
     return _open(path, lambda _, header: header)
 

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, 
 
 from kalmannorm.data.batches import Counted
 from kalmannorm.data.scenes import IGNORED, REMEDY, Scenes
-from kalmannorm.data.stream import PLAIN, Decoding, Sample
+from kalmannorm.data.stream import UNAUGMENTED, Decoding, Sample
 
 Wholes = tuple[list[Tensor], list[Tensor], int]  # images, classes of their pixels, and how many images count
 
@@ -41,13 +41,13 @@ class SceneLoader(Decoding):
         super().__init__(_Decode(scenes, size, crop, scales, flip, fill), len(scenes), **options)
 
     def wholes(self, batch: int, order: Tensor | None = None, fill: int = 1) -> Iterator[Wholes]:
-        """Yield batches as `plain` does, but as lists: images [3, H, W] and classes [H, W] at the files' resolution."""
-        return cast(Iterator[Wholes], self.plain(batch, order, fill))
+        """Yield batches as `unaugmented` does, as lists: images [3, H, W], classes [H, W] at the files' resolution."""
+        return cast(Iterator[Wholes], self.unaugmented(batch, order, fill))
 
-    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
-        dealt = list(parts)
-        keyed = ((indices, torch.zeros_like(indices)) for indices, _ in dealt)
-        for (images, labels), (_, counted) in zip(self.decoded(keyed, False, 0), dealt, strict=True):
+    def _unaugmented(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
+        listed = list(parts)
+        keyed = ((indices, torch.zeros_like(indices)) for indices, _ in listed)
+        for (images, labels), (_, counted) in zip(self.decoded(keyed, False, 0), listed, strict=True):
             x = [self._normalized(image[None].to(self.device))[0] for image in images]
             yield x, [label.to(self.device) for label in labels], counted  # type: ignore[misc]
 
@@ -65,7 +65,7 @@ class _Decode(Dataset[Sample]):
         index, key = drawn
         picture, numbers = self.scenes.read(index)
         image, classes = pil_to_tensor(picture), torch.from_numpy(np.ascontiguousarray(numbers))
-        return (image, classes) if key == PLAIN else self._crop(image, classes, key)
+        return (image, classes) if key == UNAUGMENTED else self._crop(image, classes, key)
 
     def _crop(self, image: Tensor, classes: Tensor, key: int) -> tuple[Tensor, Tensor]:
         draw = functools.partial(torch.rand, generator=torch.Generator().manual_seed(key))

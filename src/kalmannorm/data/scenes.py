@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from kalmannorm import machine
-from kalmannorm.data.pixels import Header, Unreadable, look, read_numbers, read_rgb, turn
-from kalmannorm.errors import UserError, absent
+from kalmannorm.data.pixels import Header, Unreadable, read_header, read_numbers, read_rgb, turn
+from kalmannorm.errors import UserError, missing_dataset
 
 IGNORED = 255  # class of a pixel that counts neither in training nor in evaluation
 REMEDY = "; get the file again, or remove image and label map"
@@ -82,7 +82,7 @@ class Scenes:
     def read(self, index: int) -> tuple[Image, NDArray[np.uint8]]:
         """Return the RGB image and its pixels' classes, uint8 [H, W], some IGNORED. UserError: one cannot be read."""
         image, numbers = self.pairs[index]
-        return read_rgb(image), self._classes(numbers, look(image))
+        return read_rgb(image), self._classes(numbers, read_header(image))
 
     def _classes(self, file: Path, image: Header) -> NDArray[np.uint8]:
         """Return the classes of the upright picture's pixels, uint8 [H, W].
@@ -107,7 +107,7 @@ class Scenes:
         read, or their sizes differ."""
         image, numbers = self.pairs[index]
         try:
-            header = look(image)
+            header = read_header(image)
             size, classes = header.upright, self._classes(numbers, header)
         except Unreadable as error:
             raise UserError(f"{error}{REMEDY}") from None
@@ -162,7 +162,7 @@ def find(name: str, source: Source, folder: Path, split: str) -> Scenes:
     """Return the scenes of a split, "train" or "test", unchecked. UserError: there are none."""
     scenes = Scenes(source.pairs(folder, split), source.table) if folder.is_dir() else None
     if not scenes:
-        raise absent(name, f"no {split} scenes in {folder.absolute()}", source.how_to_get)
+        raise missing_dataset(name, f"no {split} scenes in {folder.absolute()}", source.how_to_get)
     return scenes
 
 

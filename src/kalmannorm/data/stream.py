@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from kalmannorm.data.batches import Batch, Counted, PlainBatches, mix
+from kalmannorm.data.batches import Batch, Counted, EvaluationBatches, derive_seed
 from kalmannorm.data.folder import Files
 from kalmannorm.data.pixels import read_rgb
 from kalmannorm.data.workers import Named, begin_worker, check_open_files, share
@@ -24,13 +24,13 @@ from kalmannorm.errors import UserError
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # area and aspect of the random-resized crop (torchvision's defaults)
 RESIZE = 256 / 224  # evaluation: ratio of the resized shorter side to the side of the crop
 AHEAD = 4  # batches that each worker prepares in advance
-PLAIN = -1  # the key of an image that is not augmented
+UNAUGMENTED = -1  # the key of an image that is not augmented
 
 Sample = tuple[Tensor, int | Tensor]  # image uint8 [3, H, W]; its label, or one label per pixel
 Part = tuple[Tensor, Tensor]  # indices and keys of the images of one step, int64 [n]
 
 
-class Stream(PlainBatches):
+class Stream(EvaluationBatches):
     """Batches of images, decoded while the device works. mean, std: per channel, on the scale 0..1."""
 
     borrowed = False  # whether the decoder overwrites a batch some batches later
@@ -44,7 +44,7 @@ class Stream(PlainBatches):
 
         The permutation, then the keys, are drawn for all N positions; a change of that changes results (NUMERICS).
         """
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = torch.randperm(self.count, generator=generator)
         keys = torch.randint(2**32, (self.count,), generator=generator)
         mine = slice(self.rank, self.steps_per_epoch * self.batch, self.world)
@@ -56,12 +56,12 @@ class Stream(PlainBatches):
         parts = zip(order.split(local)[start_step:], keys.split(local)[start_step:], strict=True)
         return self._on_device(self.decoded(parts, True, local))
 
-    def _plain(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
-        dealt = list(parts)
-        keyed = ((indices, torch.zeros_like(indices)) for indices, _ in dealt)
-        largest = max((len(indices) for indices, _ in dealt), default=0)
+    def _unaugmented(self, parts: Iterator[tuple[Tensor, int]]) -> Iterator[Counted]:
+        listed = list(parts)
+        keyed = ((indices, torch.zeros_like(indices)) for indices, _ in listed)
+        largest = max((len(indices) for indices, _ in listed), default=0)
         images = self._on_device(self.decoded(keyed, False, largest))
-        for (x, labels), (_, counted) in zip(images, dealt, strict=True):
+        for (x, labels), (_, counted) in zip(images, listed, strict=True):
             yield x, labels, counted
 
     @abstractmethod
@@ -158,7 +158,7 @@ class _Plan:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for indices, keys in self.parts:
-            yield list(zip(indices.tolist(), keys.tolist() if self.augment else [PLAIN] * len(keys), strict=True))
+            yield list(zip(indices.tolist(), keys.tolist() if self.augment else [UNAUGMENTED] * len(keys), strict=True))
 
 
 class _Decode(Dataset[Sample]):
@@ -168,13 +168,13 @@ class _Decode(Dataset[Sample]):
         self.files = files
         mirror = v2.RandomHorizontalFlip(0.5 if flip else 0.0)
         self.augment = v2.Compose([v2.RandomResizedCrop(size, SCALE, RATIO), mirror, v2.PILToTensor()])
-        self.plain = v2.Compose([v2.Resize(round(size * RESIZE)), v2.CenterCrop(size), v2.PILToTensor()])
+        self.resize = v2.Compose([v2.Resize(round(size * RESIZE)), v2.CenterCrop(size), v2.PILToTensor()])
 
     def __getitem__(self, drawn: tuple[int, int]) -> Sample:
         index, key = drawn
         image, label = read_rgb(self.files.path(index)), int(self.files.labels[index])
-        if key == PLAIN:
-            return self.plain(image), label
+        if key == UNAUGMENTED:
+            return self.resize(image), label
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key)  # torch.manual_seed would look for GPUs
             return self.augment(image), label

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from kalmannorm.data import folder
 from kalmannorm.data.folder import Files, Images, Kind
 from kalmannorm.data.pixels import Unreadable
-from kalmannorm.data.stream import PLAIN, Decoding, Sample
+from kalmannorm.data.stream import UNAUGMENTED, Decoding, Sample
 from kalmannorm.errors import UserError, reason
 
 VIDEOS = Kind(
@@ -143,7 +143,7 @@ def clip(start: float, count: int, frames: int, interval: int) -> list[int]:
 class VideoLoader(Decoding):
     """Batches of clips [n, 3, frames, size, size] of one split.
 
-    views: clips of each video in `plain`, [n, views, 3, ...]; None: the one in the middle, without the dimension.
+    views: clips of each video in `unaugmented`, [n, views, 3, ...]; None: the one in the middle, without the dimension.
     """
 
     at_once = CLIPS_AT_ONCE
@@ -175,7 +175,7 @@ class _Decode(Dataset[Sample]):
 
     def __getitem__(self, drawn: tuple[int, int]) -> Sample:
         index, key = drawn
-        pixels = self._plain(index) if key == PLAIN else self._augmented(index, key)
+        pixels = self._unaugmented(index) if key == UNAUGMENTED else self._augmented(index, key)
         return pixels, int(self.files.labels[index])
 
     def _augmented(self, index: int, key: int) -> Tensor:
@@ -188,7 +188,7 @@ class _Decode(Dataset[Sample]):
         found = found[..., y : y + self.size, x : x + self.size]
         return (found.flip(-1) if self.flip and mirror < 0.5 else found).contiguous()
 
-    def _plain(self, index: int) -> Tensor:
+    def _unaugmented(self, index: int) -> Tensor:
         def choose(count: int) -> list[int]:
             return [frame for start in self.starts for frame in clip(start, count, self.frames, self.interval)]
 

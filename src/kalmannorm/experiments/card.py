@@ -56,10 +56,10 @@ def _swept(rows: Iterable[Any]) -> list[Any]:
         if not isinstance(row, dict) or "sweep" not in row:
             found.append(row)
             continue
-        plain = {key: value for key, value in row.items() if key != "sweep"}
+        shared = {key: value for key, value in row.items() if key != "sweep"}
         for values in itertools.product(*row["sweep"].values()):
             runs = {**row["runs"], **dict(zip(row["sweep"], values, strict=True))}
-            found.append({**plain, "key": "_".join(map(str, (row["key"], *values))), "runs": runs})
+            found.append({**shared, "key": "_".join(map(str, (row["key"], *values))), "runs": runs})
     return found
 
 

@@ -47,12 +47,12 @@ GROUPS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 # The settings that determine a run's result, and so its id; all others say where it runs.
 RESULT_KEYS = (*GROUPS, "seed", "precision", "compile", "deterministic")
 # The settings that a data set may give in its `budgets`: for all tasks, for detection, for segmentation.
-OF_BUDGET = (
+BUDGET_KEYS = (
     *("epochs", "warmup", "subset", "size"),
     *("steps", "train_images_evaluated", "width", "max_size", "boxes", "proposals", "candidates", "roi_size"),
     "crop",
 )
-LOOK_AT_ALL = ("guard", "mean_batch", "var_batch")  # options that need the whole batch at once
+NEED_WHOLE_BATCH = ("guard", "mean_batch", "var_batch")  # options that need the whole batch at once
 COMPILE_FROM = 1000  # steps: on a CPU, shorter runs lose more time to the compiler than it saves
 
 
@@ -122,8 +122,8 @@ def compose(overrides: list[str]) -> Config:
         expect(isinstance(values[group], dict), group, values[group], f"settings; a choice is {group}=NAME without a +")
     for budget, own in values["dataset"].pop("budgets").items():  # the chosen budget is in values["budget"]
         expect(isinstance(own, dict), f"dataset.budgets.{budget}", own, "settings")
-        for key in own.keys() - set(OF_BUDGET):
-            raise unknown(key, OF_BUDGET, f"dataset.budgets.{budget}.")
+        for key in own.keys() - set(BUDGET_KEYS):
+            raise unknown(key, BUDGET_KEYS, f"dataset.budgets.{budget}.")
     _check_names(values)
     return _resolve(values)
 
@@ -169,7 +169,7 @@ def check_batches(config: Config, devices: int) -> None:
     if stat is not None and name not in SPAN_DEVICES and (grad // (devices * parts)) % stat:
         groups = f"no whole groups of batch.stat_batch = {stat}, and a group cannot span devices; take fewer devices"
         raise UserError(f"batch.grad_batch = {grad} on {where}: {grad // (devices * parts)} images each are {groups}")
-    whole = [key for key in LOOK_AT_ALL if config.norm.options.get(key) is not None]
+    whole = [key for key in NEED_WHOLE_BATCH if config.norm.options.get(key) is not None]
     if parts > 1 and (name in SPAN_DEVICES or whole):
         what = name if name in SPAN_DEVICES else f"norm.options.{whole[0]}"
         raise UserError(f"accumulate = {parts}: {what} looks at the whole batch, not at one micro-batch at a time")

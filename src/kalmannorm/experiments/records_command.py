@@ -21,7 +21,7 @@ def show(results: str, overrides: list[str]) -> int:
     """Print a table of the records whose configuration matches all `overrides`; stale ones are marked."""
     _expect_folder(results)
     every = read_all(results)
-    tests = [_test(override, every) for override in overrides]
+    tests = [_predicate(override, every) for override in overrides]
     chosen = [r for r in every if all(test(r) for test in tests)]
     rows = [_row(record) for record in sorted(chosen, key=lambda r: (describe(r["config"]), r["id"]))]
     if sys.stdout.isatty():
@@ -115,7 +115,7 @@ def _row(record: Record) -> tuple[str, ...]:
     )
 
 
-def _test(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
+def _predicate(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
     """Return a test of records for key=value: a choice (norm=bkn), a setting (batch.stat_batch=2), or status=failed.
 
     UserError: an unknown choice, or a setting that no record has.

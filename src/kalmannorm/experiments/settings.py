@@ -141,9 +141,9 @@ class WeightOptions(_Refreshes, total=False):
 
 
 # Options of networks that are newer than recorded runs: at these values they are left out of the id.
-UNSAID = {"head_norm": "none", "mask_head": True}
+OMITTED_DEFAULTS = {"head_norm": "none", "mask_head": True}
 # Options that every builder takes -> the normalizers that do not use them.
-UNREAD = {"momentum": ("gn", "ln", "in", "gkn", "frozen", "wn", "none"), "eps": ("wn", "none")}
+UNUSED_OPTIONS = {"momentum": ("gn", "ln", "in", "gkn", "frozen", "wn", "none"), "eps": ("wn", "none")}
 
 
 def expect(condition: bool, key: str, value: object, expected: str) -> None:
@@ -304,8 +304,8 @@ class Arch(Group):
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
         options = checked(ArchOptions, {key: value for key, value in values.items() if key != "name"}, "arch")
-        said = {key: value for key, value in options.items() if key not in UNSAID or value != UNSAID[key]}
-        return cls(name=values["name"], options=said)
+        given = {key: value for key, value in options.items() if OMITTED_DEFAULTS.get(key, ...) != value}
+        return cls(name=values["name"], options=given)
 
     def values(self) -> dict[str, Any]:
         return {"name": self.name, **self.options}
@@ -329,7 +329,7 @@ class Norm(Group):
             raise UserError(
                 "norm.options.gain = 1 cannot be learned: pass norm.options.learn_gain=false, or a gain below 1"
             )
-        for key, names in UNREAD.items():
+        for key, names in UNUSED_OPTIONS.items():
             given = options.get(key)
             unread = given is not None and self.name in names
             expect(not unread, f"norm.options.{key}", given, f"none: {self.name} has no use for it")
@@ -428,16 +428,16 @@ class Budget(Group):
                f"null or epochs from 0, below budget.epochs = {self.epochs}")  # fmt: skip
 
 
-OF_TASK: dict[str, type[Dataset]] = {"detection": CocoDataset, "segmentation": SegmentationDataset}
+DATASET_CLASSES: dict[str, type[Dataset]] = {"detection": CocoDataset, "segmentation": SegmentationDataset}
 
 
 def read_dataset(values: Mapping[str, Any]) -> Dataset:
     """Return the settings of a data set as the class for its kind. UserError: an unknown task, a bad setting."""
     if "task" in values:
-        if values["task"] not in OF_TASK:
-            task = nearest(str(values["task"]), OF_TASK, "task")
+        if values["task"] not in DATASET_CLASSES:
+            task = nearest(str(values["task"]), DATASET_CLASSES, "task")
             raise UserError(f"dataset.task is {values['task']!r}, expected a task: {task}")
-        return OF_TASK[values["task"]].read(values)
+        return DATASET_CLASSES[values["task"]].read(values)
     kind = VideoDataset if "frames" in values else FolderDataset if "loader" in values else ArrayDataset
     return kind.read(values)
 

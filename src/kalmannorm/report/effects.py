@@ -257,7 +257,7 @@ class Fit(NamedTuple):
     places: list[Any]  # the rows, then the seeds
     levels: np.ndarray  # the fitted level of each place
     covariance: np.ndarray  # of the levels, divided by the variance
-    told: np.ndarray  # projection on the sums of levels that the runs determine
+    estimable: np.ndarray  # projection on the sums of levels that the runs determine
     spread: float
     df: int
     equal: float
@@ -271,11 +271,12 @@ def _fit(values: tuple[tuple[Any, tuple[tuple[int, float], ...]], ...], seeds: b
     found = np.array([value for *_, value in runs])
     normal = design.T @ design
     covariance = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)
-    told = covariance @ normal
+    estimable = covariance @ normal
     levels = covariance @ design.T @ found
-    df = len(runs) - round(float(np.trace(told)))
+    df = len(runs) - round(float(np.trace(estimable)))
     spread = math.sqrt(float(((found - design @ levels) ** 2).sum()) / df) if df else math.nan
-    return Fit(places, levels, covariance, told, spread, df, _equal_variances([[v for _, v in of] for _, of in values]))
+    equal = _equal_variances([[value for _, value in of] for _, of in values])
+    return Fit(places, levels, covariance, estimable, spread, df, equal)
 
 
 def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, float]) -> Effect | None:
@@ -290,7 +291,7 @@ def contrast(values: Mapping[Any, Mapping[int, float]], weights: Mapping[Any, fl
     for seeds in (True, False) if abs(sum(weights.values())) < 1e-9 else (False,):
         fit = _fit(runs, seeds)
         sought = np.array([weights.get(place, 0.0) for place in fit.places])
-        if np.allclose(fit.told @ sought, sought, atol=1e-9):
+        if np.allclose(fit.estimable @ sought, sought, atol=1e-9):
             break
     error = fit.spread * math.sqrt(max(0.0, float(sought @ fit.covariance @ sought)))
     # Rounded, since machines' linear algebra differs by about 1e-12: that must not decide whether -0.345 is printed as

@@ -249,15 +249,15 @@ def layer_errors(card: Card, group: Group, cells: Cells) -> Figures:
     def panel(moment: str, part: str) -> Panel:
         found = Panel(parts[part], [], what[moment], log=True)
         for place, (name, of_row) in enumerate(loaded.items()):
-            plain = any("gap_used" not in arrays for _, arrays in of_row.values())  # BN normalizes by its measurement
+            is_bn = any("gap_used" not in arrays for _, arrays in of_row.values())  # it normalizes by its measurement
             for i, (estimate, (colour, marker, dashes)) in enumerate(estimates.items()):
                 errors = [
                     (run, arrays[key][i])
                     for run, arrays in of_row.values()
                     if (key := f"layer_error_{moment}{part}") in arrays
                 ]
-                look = Look(style.ORANGE, "s", "-") if plain else Look(style.tint(colour, place - 1), marker, dashes)
-                if not (plain and estimate == "posterior"):
+                look = Look(style.ORANGE, "s", "-") if is_bn else Look(style.tint(colour, place - 1), marker, dashes)
+                if not (is_bn and estimate == "posterior"):
                     _add_layers(found, f"{name}: {estimate}", look, errors)
         return found
 

@@ -278,9 +278,9 @@ def _runs(runs: pd.DataFrame) -> list[dict[str, Any]]:
                 "schedule": run["schedule"],
                 "seed": run["seed"],
                 "note": run["note"] if run["state"] in ("used", "failed") else f"{run['note']} ({run['state']})",
-                "parameters": _plain(run["parameters"]),
-                "minutes": _plain(run.get("host.seconds"), 1 / 60),
-                "rate": _plain(run.get("host.images_per_s")),
+                "parameters": _rounded(run["parameters"]),
+                "minutes": _rounded(run.get("host.seconds"), 1 / 60),
+                "rate": _rounded(run.get("host.images_per_s")),
                 "where": ", ".join(filter(None, [str(run.get("host.hardware") or ""), run["arithmetic"]])),
                 "made": f"{str(run.get('host.started'))[:10]}, commit {str(run.get('host.git.commit'))[:10]}",
                 "command": _command(config),
@@ -288,7 +288,7 @@ def _runs(runs: pd.DataFrame) -> list[dict[str, Any]]:
                 "loss": _thin(run["train_loss"], 3),
             },
         )
-        one[kind] = _plain(next((run[key] for key in METRICS if not missing(run.get(key))), None))
+        one[kind] = _rounded(next((run[key] for key in METRICS if not missing(run.get(key))), None))
         one[f"curve_{kind}"] = _thin(run["curve"], 1)
     return [{key: value for key, value in one.items() if value not in (None, "")} for one in found.values()]
 
@@ -315,5 +315,5 @@ def _thin(values: Any, digits: int = 0) -> list[float | None] | None:
     return [None if missing(v) else round(v, digits) if digits else int(v) for v in kept]
 
 
-def _plain(value: Any, factor: float = 1) -> float | None:
+def _rounded(value: Any, factor: float = 1) -> float | None:
     return None if missing(value) else round(float(value) * factor, 2)

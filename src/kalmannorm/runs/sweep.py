@@ -95,13 +95,13 @@ def run(experiment: Experiment, options: Options, dry_run: bool = False) -> int:
         for job in missing:
             job.devices = _devices(job.config, min(job.devices, launcher.devices))
         with Board(missing, len(jobs), launcher.parallel) as board:
-            _drive(missing, launcher, board, options.retries)
+            _run_jobs(missing, launcher, board, options.retries)
     finally:
         launcher.close()
     return _conclude(missing)
 
 
-def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> None:
+def _run_jobs(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> None:
     """Start runs whenever there is room, and handle those that ended, until none is left."""
     waiting, elsewhere = deque(jobs), list[Job]()
     running: dict[str, Job] = {}
@@ -111,7 +111,7 @@ def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> N
             while waiting and launcher.room(waiting[0].devices) and not asked:
                 job = waiting.popleft()
                 if (who := holder(job.config.runs, job.identity)) is not None:
-                    elsewhere.append(_moved(job, who, board))
+                    elsewhere.append(_mark_elsewhere(job, who, board))
                     continue
                 job.state, job.began, job.attempts = RUNNING, time.time(), job.attempts + 1
                 running[job.identity] = job
@@ -119,7 +119,7 @@ def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> N
                 board.say(job, "started" if job.attempts == 1 else f"started again, attempt {job.attempts}")
             for identity, outcome in launcher.ended(0.5):
                 job = running.pop(identity)
-                _settle(job, outcome, board, retries)
+                _handle_outcome(job, outcome, board, retries)
                 if job.state == ELSEWHERE:
                     elsewhere.append(job)
                 elif job.state == WAITING:
@@ -140,7 +140,7 @@ def _drive(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -> N
             _stop(running, launcher, asked)
 
 
-def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
+def _handle_outcome(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
     """Set a job's state by the outcome of an attempt, and report it."""
     job.seconds, job.reason = time.time() - job.began, outcome.reason
     if outcome.status == "done":
@@ -153,7 +153,7 @@ def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
         shown = "  ".join(f"{kind} {records.headline(values)}" for kind, values in record["final"].items())
         board.say(job, f"done in {duration(job.seconds)}, {shown}")
     elif outcome.status == "busy":
-        _moved(job, holder(job.config.runs, job.identity) or "it has just left", board)
+        _mark_elsewhere(job, holder(job.config.runs, job.identity) or "it has just left", board)
     elif outcome.status == "refused":
         job.state = REFUSED
         board.say(job, f"refused: {outcome.reason}")
@@ -170,7 +170,7 @@ def _settle(job: Job, outcome: Outcome, board: Board, retries: int) -> None:
         board.say(job, f"failed: {outcome.reason}")
 
 
-def _moved(job: Job, who: str, board: Board) -> Job:
+def _mark_elsewhere(job: Job, who: str, board: Board) -> Job:
     """Note that another process works on a run, which the loop then checks from time to time."""
     if job.state != ELSEWHERE:
         job.state, job.reason = ELSEWHERE, who

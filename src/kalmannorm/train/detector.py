@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kalmannorm.conversion import belief_report, convert, is_converted
-from kalmannorm.data.batches import mix
+from kalmannorm.data.batches import derive_seed
 from kalmannorm.data.coco import TrainingBatches
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import Config
@@ -56,7 +56,7 @@ def build(config: Config) -> nn.Module:
     except ValueError as error:
         raise UserError(f"norm {norm.name} on {config.arch.name}: {error}") from None
     for number, part in enumerate(converted_parts(model).values()):
-        seed_noise(part, mix(config.seed, number))
+        seed_noise(part, derive_seed(config.seed, number))
     for stage in STAGES[: frozen_stages + 1] if frozen_stages else ():
         body(model).get_submodule(stage).requires_grad_(False)
     return model
@@ -134,10 +134,10 @@ def _convert_with_heads(
     if head_norm in KALMAN and options.get("predictor") == "sampling":
         raise ValueError(f"arch.head_norm = {head_norm}: regions are not sampled; pass norm.predictor=closed")
     given = {key: value for key, value in options.items() if key in ("preset", "predictor")}
-    plain = {key: value for key, value in options.items() if key not in given}
-    own = plain if head_norm == norm else {}
+    norm_options = {key: value for key, value in options.items() if key not in given}
+    own = norm_options if head_norm == norm else {}
     backbone = model.get_submodule("backbone")
-    choices = {"body.*": (norm, plain), "fpn.*": (head_norm, own)}
+    choices = {"body.*": (norm, norm_options), "fpn.*": (head_norm, own)}
     model.backbone = convert(backbone, choices, stat_batch=stat_batch, **given)
     for name in (HEAD, MASK_HEAD):
         if _has_batch_norm(_part(model, name)):
@@ -186,8 +186,8 @@ def measure_constants(model: nn.Module, config: Config, batches: TrainingBatches
     """Measure the constants of frozen normalizers, for a run without pretrained weights: means and variances under the
     present weights, averaged over CONSTANTS_BATCHES training batches."""
     norm = Norm(name="bn", preset=None, predictor=None, options={})
-    plain = replace(config, norm=norm, batch=replace(config.batch, stat_batch=None))
-    twin = build(plain).to(batches.device)
+    bn_config = replace(config, norm=norm, batch=replace(config.batch, stat_batch=None))
+    twin = build(bn_config).to(batches.device)
     constants = ("running_mean", "running_var")
     state = {key: value for key, value in model.state_dict().items() if not key.endswith(constants)}
     twin.load_state_dict(state, strict=False)

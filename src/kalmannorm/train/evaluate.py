@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kalmannorm.data.batches import Batches, PlainBatches
+from kalmannorm.data.batches import Batches, EvaluationBatches
 from kalmannorm.experiments.record import Evaluation
 from kalmannorm.norm.modes import normalizers, precise_statistics, set_statistics, shard_noise, spread_batches
 from kalmannorm.train.ranks import Ranks
@@ -20,7 +20,7 @@ PRECISE_BATCHES = 200
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: PlainBatches, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
+    model: nn.Module, loader: EvaluationBatches, statistics: str, stat_batch: int | None, ranks: Ranks | None = None
 ) -> Evaluation:
     """Return accuracy in percent and mean cross-entropy over the images of the split, each counted once.
 
@@ -36,7 +36,7 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=loader.device)
     # On a CPU, channels_last can halve the time, but not with statistics by groups of images.
     fast = torch.channels_last if loader.device.type == "cpu" and statistics == "moving" else torch.preserve_format
-    for x, labels, counted in loader.plain(max(1, loader.at_once // fill) * fill, fill=fill):
+    for x, labels, counted in loader.unaugmented(max(1, loader.at_once // fill) * fill, fill=fill):
         if loader.views is None:
             found = model(x.to(memory_format=fast) if x.dim() == 4 else x)
         else:

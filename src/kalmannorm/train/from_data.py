@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kalmannorm.conversion import INPUT_BELIEF
 from kalmannorm.conversion.flow import beliefs_of_inputs
-from kalmannorm.data.batches import Batches, PlainBatches, mix
+from kalmannorm.data.batches import Batches, EvaluationBatches, derive_seed
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.settings import VideoDataset
 from kalmannorm.norm.weight import initialize_weight_norm, is_weight_normalized
@@ -46,7 +46,7 @@ def initialize(model: nn.Module, train: Batches) -> None:
         initialize_weight_norm(model.train(), x)
 
 
-def refresh_weights(config: Config, session: Session, train: PlainBatches, step: int) -> None:
+def refresh_weights(config: Config, session: Session, train: EvaluationBatches, step: int) -> None:
     """Refresh whitened weights before step number `step` (from 0), if it is a multiple of `every`.
 
     They are measured on `samples` training images without augmentation, drawn anew each time; norm.options.weights has
@@ -59,7 +59,7 @@ def refresh_weights(config: Config, session: Session, train: PlainBatches, step:
     weights = config.norm.options.get("weights")
     if not weights or step % weights["every"]:
         return
-    seed = mix(config.seed, step)
+    seed = derive_seed(config.seed, step)
     images = torch.randperm(train.count, generator=torch.Generator().manual_seed(seed))[: weights["samples"]]
     size = config.batch.stat_batch or 1
     at_a_time = max(1, REFRESH_BATCH // size) * size
@@ -71,9 +71,9 @@ def refresh_weights(config: Config, session: Session, train: PlainBatches, step:
         inputs = beliefs_of_inputs(session.model, blank)
     refresh(
         session.model,
-        (x for x, _, _ in train.plain(at_a_time, images, fill=size)),
+        (x for x, _, _ in train.unaugmented(at_a_time, images, fill=size)),
         session.optimizer,
         momentum=weights["momentum"],
-        generator=torch.Generator().manual_seed(mix(seed, train.rank)),
+        generator=torch.Generator().manual_seed(derive_seed(seed, train.rank)),
         inputs=inputs,
     )

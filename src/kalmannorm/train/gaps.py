@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kalmannorm.data.batches import PlainBatches
+from kalmannorm.data.batches import EvaluationBatches
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.belief import Belief
 from kalmannorm.norm.modes import normalizers, probing, set_statistics, shard_noise
@@ -55,7 +55,7 @@ class Gaps:
 @torch.no_grad()
 def variance_gaps(
     model: nn.Module,
-    train: PlainBatches,
+    train: EvaluationBatches,
     last: tuple[str, ...],
     grad_batch: int,
     stat_batch: int,
@@ -83,9 +83,9 @@ def variance_gaps(
     set_statistics(model, "online")
     model.eval()
     with probing(model, dict(probes)):
-        for x, _, _ in train.plain(grad_batch, order, fill=stat_batch):
+        for x, _, _ in train.unaugmented(grad_batch, order, fill=stat_batch):
             model(x)
-    first = islice(train.plain(grad_batch, order, fill=stat_batch), ERROR_BATCHES)
+    first = islice(train.unaugmented(grad_batch, order, fill=stat_batch), ERROR_BATCHES)
     errors = layer_errors(model, {name: probe.population for name, probe in probes.items()}, (x for x, _, _ in first))
     set_statistics(model, "moving")
     arrays = {

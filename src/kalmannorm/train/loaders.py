@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kalmannorm import data
-from kalmannorm.data.batches import PlainBatches
+from kalmannorm.data.batches import EvaluationBatches
 from kalmannorm.data.folder import find_unreadable
 from kalmannorm.data.loader import Loader
 from kalmannorm.errors import UserError
@@ -77,7 +77,7 @@ def _kept(file: Path, images: data.Images) -> data.folder.Unreadables | None:
 
 def loaders(
     config: Config, source: data.Source, ranks: Ranks, whole: bool = False
-) -> tuple[PlainBatches, PlainBatches]:
+) -> tuple[EvaluationBatches, EvaluationBatches]:
     """Return loaders of the training and test images, which put them on the device at the budget's resolution. Images
     are dealt out to the ranks; with `whole` this rank gets all."""
     shard = (0, 1) if whole else ranks.shard
@@ -96,7 +96,7 @@ def evaluation_shard(config: Config, ranks: Ranks) -> tuple[int, int]:
 
 def _in_memory(
     config: Config, arrays: data.Arrays, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
-) -> tuple[PlainBatches, PlainBatches]:
+) -> tuple[EvaluationBatches, EvaluationBatches]:
     """Make both loaders from arrays. The mean of the training images is subtracted from both."""
     budget, dataset = config.budget, config.dataset
     assert isinstance(dataset, ArrayDataset)
@@ -136,8 +136,8 @@ def options_of_files(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 
 def recoloured(
-    config: Config, source: data.Source, train: PlainBatches, device: torch.device
-) -> dict[str, PlainBatches]:
+    config: Config, source: data.Source, train: EvaluationBatches, device: torch.device
+) -> dict[str, EvaluationBatches]:
     """Return loaders of all test images in changed colours, by the name of the change; {} without `dataset.recolour`.
 
     IBN-Net's question is how accuracy depends on appearance while content stays. The sizes of the changes are ours.
@@ -162,7 +162,7 @@ def recoloured(
 
 def _of_files(
     config: Config, source: data.Images | data.Betons, ranks: Ranks, shard: tuple[int, int], test_shard: tuple[int, int]
-) -> tuple[PlainBatches, PlainBatches]:
+) -> tuple[EvaluationBatches, EvaluationBatches]:
     """Make both loaders from files, normalized by the data set's `mean` and `std`. A test video gives several clips."""
     from kalmannorm.data.beton_loader import BetonLoader  # here: torchvision's transforms take a second to import
     from kalmannorm.data.stream import FolderLoader

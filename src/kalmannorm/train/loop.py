@@ -15,7 +15,7 @@ from kalmannorm.conversion.compiled import prepare_compiler
 from kalmannorm.errors import UserError, reason
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
-from kalmannorm.files import check_room, clear_unfinished
+from kalmannorm.files import check_free_space, clear_unfinished
 from kalmannorm.machine import keep_freed_memory
 from kalmannorm.norm.modes import finish_gradients, flush_moving, place_batch, set_progress, spread_batches
 from kalmannorm.stopping import finishing, listening
@@ -53,7 +53,7 @@ def _run(config: Config, ranks: Ranks) -> records.Record:
     task = open_task(config, ranks)
     if ranks.main:
         weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
-        check_room(folder, 4 * weights + 2**26)  # two checkpoints, each with weights and momentum
+        check_free_space(folder, 4 * weights + 2**26)  # two checkpoints, each with weights and momentum
         file = records.path(config.results, identity)
         clear_unfinished(file)
         clear_unfinished(file.with_suffix(".npz"))

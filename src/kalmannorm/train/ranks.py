@@ -25,8 +25,10 @@ from kalmannorm.experiments.config import Config, check_batches
 T = TypeVar("T")
 
 # How long the other ranks wait for rank 0, which re-estimates precise statistics and measures gaps alone.
-PATIENCE = timedelta(hours=2)
-MEETING = timedelta(minutes=2)  # time limit to connect to the other processes, which may not exist without torchrun
+CONTROL_TIMEOUT = timedelta(hours=2)
+CONNECT_TIMEOUT = timedelta(
+    minutes=2
+)  # time limit to connect to the other processes, which may not exist without torchrun
 
 
 class Ranks:
@@ -45,11 +47,11 @@ class Ranks:
         self._began = self.world > 1 and not dist.is_initialized()
         if self._began:
             leave_with_parent()
-            _meet("nccl" if self.device.type == "cuda" else "gloo", self.rank, self.world)
+            _init_process_group("nccl" if self.device.type == "cuda" else "gloo", self.rank, self.world)
         if self.world > 1:
             # A group on the CPU, so that decisions need not wait for the GPU. The others wait for rank 0 in it, longer
             # than the default timeout of half an hour.
-            self._control = dist.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[assignment]
+            self._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)  # type: ignore[assignment]
 
     def _device(self, asked: str) -> torch.device:
         if asked == "cuda" and self.world > 1:
@@ -131,12 +133,12 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def _meet(backend: str, rank: int, world: int) -> None:
+def _init_process_group(backend: str, rank: int, world: int) -> None:
     """Start the process group. UserError: the other processes do not answer."""
     try:
-        store, _, _ = next(rendezvous("env://", rank, world, timeout=MEETING))
-        store.set_timeout(PATIENCE)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=CONNECT_TIMEOUT))
+        store.set_timeout(CONTROL_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=CONTROL_TIMEOUT)
     except (dist.DistError, RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         found = f"WORLD_SIZE={world} RANK={rank} in the environment, but no {world} processes meet at {place}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kalmannorm import data
 from kalmannorm.conversion import belief_report
-from kalmannorm.data.batches import PlainBatches
+from kalmannorm.data.batches import EvaluationBatches
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Curves, Evaluation, Record
 from kalmannorm.experiments.settings import FilesDataset, VideoDataset
@@ -40,8 +40,8 @@ class Classification(Task):
     evaluates_epochs = True
     metric = "accuracy"
     model: nn.Module
-    train: PlainBatches
-    test: PlainBatches
+    train: EvaluationBatches
+    test: EvaluationBatches
 
     def __init__(self, config: Config, ranks: Ranks, source: data.Source | None = None) -> None:
         """Build the model and open the data, unless `source` has them. UserError: as build and open_data."""
@@ -57,8 +57,8 @@ class Classification(Task):
         self.provenance = self.source.provenance | sizes
         self.model.to(self.ranks.device)
         train = self.train
-        plain = train.plain(max(1, train.at_once // train.world) * train.world)
-        measure_input(self.model, (x[:counted] for x, _, counted in plain), self.ranks)
+        images = train.unaugmented(max(1, train.at_once // train.world) * train.world)
+        measure_input(self.model, (x[:counted] for x, _, counted in images), self.ranks)
 
     @property
     def end(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kalmannorm import data
 from kalmannorm.data import coco
-from kalmannorm.data.batches import choose, fixed_order
+from kalmannorm.data.batches import choose_subset, fixed_order
 from kalmannorm.data.coco import Batch, Coco, TrainingBatches
 from kalmannorm.experiments.config import Config
 from kalmannorm.experiments.record import Evaluation, Record
@@ -107,7 +107,7 @@ class Detection(Task):
 
     def finish(self, record: Record, session: Session) -> Arrays:
         images, ranks = self.images, self.ranks
-        seen = choose(self.train.positions, min(self.dataset.train_images_evaluated, self.train.count))
+        seen = choose_subset(self.train.positions, min(self.dataset.train_images_evaluated, self.train.count))
         pictures = {"detections": (images.test, fixed_order(len(images.test.ids))[:SHOWN].tolist())}
         record["norms"] = describe(self.model, detector.belief_report_of_parts(self.model))
         with self.full_precision:
@@ -126,7 +126,7 @@ def training_batches(config: Config, images: Coco, ranks: Ranks) -> TrainingBatc
     """Return batches of the budget's training images, dealt out to the ranks."""
     return TrainingBatches(
         images,
-        choose(images.train_images, config.budget.subset),
+        choose_subset(images.train_images, config.budget.subset),
         batch=config.batch.grad_batch,
         size=(config.budget.size, config.arch.options["max_size"]),
         seed=config.seed,

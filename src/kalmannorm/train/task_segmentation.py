@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kalmannorm import data
 from kalmannorm.conversion import belief_report
-from kalmannorm.data.batches import choose, fixed_order
+from kalmannorm.data.batches import choose_subset, fixed_order
 from kalmannorm.data.scene_loader import SceneLoader, scaled
 from kalmannorm.data.scenes import IGNORED, Scenes, Split, load
 from kalmannorm.errors import UserError, nearest
@@ -67,7 +67,7 @@ class Segmentation(Task):
     def load(self) -> None:
         config, scenes = self.config, self.split.train
         if config.budget.subset is not None:
-            scenes = scenes.take(np.array(choose(range(len(scenes)), config.budget.subset)))
+            scenes = scenes.take(np.array(choose_subset(range(len(scenes)), config.budget.subset)))
         self.train = self._loader(scenes, self.ranks.shard, config.batch.grad_batch)
         self.test = self._loader(self.split.test, evaluation_shard(config, self.ranks))
         self.provenance = self.split.provenance | {"train_images": self.train.count, "test_images": self.test.count}
