@@ -64,6 +64,29 @@ def test_layer(name: str, memory_format: torch.memory_format) -> None:
         assert error(value.detach(), expected) <= 1e-5, key
 
 
+@FORMATS
+def test_moving_averages_over_steps(memory_format: torch.memory_format) -> None:
+    """Three training steps, then an evaluation, of a layer without a prior and of one with priors.
+
+    The released code's first layer hands on the unbiased variance, and averages it too (`moving_unbiased`).
+    """
+    data = load("steps")
+    order = interleaved(len(data["x:0"]), int(data["split"]))
+    for name in ("first", "later"):
+        layer = kalman_norm(data | {"x": data["x:0"]}, data[f"{name}:gamma"], data[f"{name}:beta"])
+        layer.moving_groups, layer.first_unbiased, layer.moving_unbiased = "first", True, name == "first"
+        for step in range(3):
+            x = data[f"x:{step}"][order].contiguous(memory_format=memory_format)
+            prior = Belief(data[f"prior_mean:{step}"], data[f"prior_var:{step}"]) if name == "later" else ()
+            out, posterior = layer(x, beliefs=prior)
+            found = {"mean": posterior.mean, "var": posterior.var}
+            found |= {"moving_mean": layer.running_mean, "moving_var": layer.running_var}
+            for key, value in found.items():
+                assert error(value.detach(), data[f"{name}:{key}:{step}"]) <= 1e-5, (name, key, step)
+            assert error(out.detach(), data[f"{name}:out:{step}"][order]) <= 1e-5, (name, step)
+        assert error(layer.eval()(x).detach(), data[f"{name}:evaluated"][order]) <= 1e-5, name
+
+
 def test_the_guard_files_differ_in_the_guard() -> None:
     """Above: the measurement everywhere. Below: a posterior that is not the measurement, high ratios included."""
     for kind, held in (("guard", True), ("guard_above", True), ("guard_below", False)):
