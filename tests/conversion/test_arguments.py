@@ -87,6 +87,20 @@ class WithAFunction(Holding):
         return head(self.net(image))
 
 
+class NamedLikeBuiltins(Holding):
+    """Its generated forward would compare the method and the list, and call the arguments to do so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = [2, 3]
+
+    def whole(self, image: Tensor) -> Tensor:
+        return self.net(image)
+
+    def forward(self, image: Tensor, type: str | None = None, len: int = 3) -> Tensor:
+        return self.whole(image) * self.scales[0]
+
+
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 GIVEN: dict[type[nn.Module], tuple[tuple[Any, ...], dict[str, Tensor], bool]] = {  # and whether its belief is known
     ByName: ((), {"image": IMAGE}, True),
@@ -99,6 +113,7 @@ GIVEN: dict[type[nn.Module], tuple[tuple[Any, ...], dict[str, Tensor], bool]] = 
     Film: ((IMAGE.view(2, 2, 3, 8, 8),), {}, False),
     ChannelsLast: ((IMAGE.permute(0, 2, 3, 1),), {}, False),
     Tokens: ((torch.arange(48).view(4, 12) % 10,), {}, False),
+    NamedLikeBuiltins: ((IMAGE,), {}, True),
     WithAFunction: ((IMAGE, torch.neg), {}, True),
 }
 
@@ -209,6 +224,11 @@ def test_a_belief_of_the_input_that_is_given_comes_back_from_the_device_meta(kin
     filled = copy.deepcopy(empty).to_empty(device="cpu")
     filled.load_state_dict(model.state_dict())
     torch.testing.assert_close(filled(x), model(x), rtol=0, atol=0)
+
+
+def test_a_slice_of_a_model_with_a_belief_of_the_input_changes_its_type() -> None:
+    model, x = convert(net(), "bkn", input_belief=([0.0] * 3, [1.0] * 3)), torch.randn(4, 3, 8, 8).double()
+    torch.testing.assert_close(model[:3].double()(x), copy.deepcopy(model).double()[:3](x))
 
 
 def test_a_belief_of_the_input_on_the_device_meta_is_refused() -> None:

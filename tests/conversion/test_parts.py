@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -68,13 +68,24 @@ class Output:
     second: Tensor | None = None
 
 
+@dataclass(slots=True)
+class SlottedOutput:
+    value: Tensor
+
+
+class NamedOutput(NamedTuple):
+    value: Tensor
+    second: Tensor | None = None
+
+
 class InAnObject(nn.Module):
-    def __init__(self, values_decide: bool) -> None:
+    def __init__(self, values_decide: bool, kind: Any = Output) -> None:
         super().__init__()
         self.values_decide, self.part = values_decide, nn.Sequential(conv3x3(3, 4), nn.BatchNorm2d(4))
+        self.kind = kind
 
-    def forward(self, x: Tensor) -> Output:
-        return Output(self.part(x) if not self.values_decide or x.sum() < 1e9 else x)
+    def forward(self, x: Tensor) -> Any:
+        return self.kind(value=self.part(x) if not self.values_decide or x.sum() < 1e9 else x)
 
 
 class Around(nn.Module):
@@ -84,7 +95,7 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.part(x)
-        return self.bn(self.conv(x.value if isinstance(x, Output) else x))
+        return self.bn(self.conv(x if isinstance(x, Tensor) else x.value))
 
 
 def twice(self: Any, x: Tensor) -> Tensor:
@@ -95,9 +106,10 @@ def twice_the_whole(self: Any, x: Tensor) -> Tensor:
     return 2 * self.bn(self.conv(self.part(x)))
 
 
+@pytest.mark.parametrize("kind", [Output, SlottedOutput, NamedOutput])
 @pytest.mark.parametrize("values_decide", [False, True])
-def test_a_data_class_hands_beliefs_on(values_decide: bool) -> None:
-    model = Around(InAnObject(values_decide)).eval()
+def test_an_object_hands_the_beliefs_of_its_fields_on(values_decide: bool, kind: Any) -> None:
+    model = Around(InAnObject(values_decide, kind)).eval()
     converted, x = convert(model, "bkn", stat_batch=2), torch.randn(4, 3, 6, 6)
     assert belief_report(converted, x)["bn"] is None
     torch.testing.assert_close(converted(x), model(x))

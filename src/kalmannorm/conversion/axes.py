@@ -232,8 +232,11 @@ def _indexed(o: Operation, index: list[Any]) -> Found:
 
 
 def attribute(o: Operation) -> Found:
-    """Return the belief of a named field of an output."""
-    found = o.belief.get(o.args[1]) if isinstance(o.belief, dict) else None
+    """Return the belief of a named field of an output: a dict, a dataclass or a NamedTuple."""
+    x, name, belief = o.args[0], o.args[1], o.belief
+    if name in getattr(x, "_fields", ()):
+        return _part(x, x._fields.index(name), belief)
+    found = belief.get(name) if isinstance(belief, dict) else None
     return "" if found is None else found
 
 

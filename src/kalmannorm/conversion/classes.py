@@ -153,7 +153,7 @@ def _refilling(base: type[nn.Module]) -> Callable[..., nn.Module]:
     no state dict holds its numbers."""
 
     def _apply(self: nn.Module, *args: Any, **options: Any) -> nn.Module:
-        given = self.__dict__[contract.MARK][contract.GIVEN]
+        given = self.__dict__.get(contract.MARK, {}).get(contract.GIVEN, ())  # a slice of a Sequential has none
         on_meta = [name for name in given if self._buffers[name].is_meta]  # type: ignore[union-attr]
         base._apply(self, *args, **options)
         for name in on_meta:

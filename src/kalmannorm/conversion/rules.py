@@ -5,7 +5,7 @@ belief of the result or, if there is none, a string with the reason (empty where
 """
 
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -59,7 +59,9 @@ def fields_of(value: Any) -> dict[Any, Any] | None:
     """Return the items of a dict or a dataclass's fields, None for anything else."""
     if isinstance(value, dict):
         return value
-    return vars(value) if is_dataclass(value) and hasattr(value, "__dict__") else None
+    if not is_dataclass(value) or isinstance(value, type):
+        return None
+    return {field.name: getattr(value, field.name, None) for field in fields(value)}
 
 
 def has_belief(structure: object) -> bool:

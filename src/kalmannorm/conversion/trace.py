@@ -91,6 +91,7 @@ class Trace(NamedTuple):
     given: tuple[str, ...] = ()  # arguments that must not be None
 
 
+_CONDITIONS = {"type", "len", "isinstance", "hasattr", "getattr", "float"}  # the builtins that conditions call
 APPENDS = "appends to a list that it was given"
 
 
@@ -101,8 +102,10 @@ class Untraceable(ValueError):
 def trace(module: nn.Module, passed: Passed) -> dict[str, Trace]:
     """Trace a forward in training mode and, if it asks for the mode, in evaluation. Return {"train": ..., "eval": ...}.
 
-    Raises Untraceable, as trace_mode does.
+    Raises Untraceable, as trace_mode does, and for an argument by the name of a function that conditions call.
     """
+    for name in _CONDITIONS & inspect.signature(type(module).forward).parameters.keys():
+        raise Untraceable(f"it has an argument called {name}")
     found = {"train": trace_mode(module, passed, True)}
     return found if found["train"].of_both else {**found, "eval": trace_mode(module, passed, False)}
 

@@ -175,6 +175,10 @@ class Writer:
             with self.graph.inserting_after(node):
                 self._belief[node] = self._add(same_items, keys, self._beliefs_of(values), name=name)
             return
+        if hasattr(target, "_fields"):  # a NamedTuple, which fx builds from values by position
+            with self.graph.inserting_after(node):
+                self._belief[node] = self._add(tuple, self._beliefs_of(node.args), name=name)
+            return
         before = self._beliefs_of(node.args), self._beliefs_of(dict(node.kwargs))
         if not any(_nodes(before)):
             return
