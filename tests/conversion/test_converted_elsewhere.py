@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import get_default_qat_qconfig, prepare_qat, quantize_dynamic
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.models import ResNet, resnet18
@@ -484,6 +485,20 @@ def test_sharded_models_in_mixed_precision(options: dict[str, Any], by: str) -> 
     found = shard(model, by, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))(x)
     assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.1
     found.float().square().sum().backward()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_linear_layers_that_are_spread_over_devices_hand_no_belief_on() -> None:
+    """As tensor parallelism spreads them."""
+    head = nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)
+    layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), *head, nn.BatchNorm1d(8))
+    model, x = convert(layers, "bkn", stat_batch=2), torch.randn(4, 6)
+    plan: dict[str, Any] = {"2": ColwiseParallel(), "4": RowwiseParallel()}
+    spread = parallelize_module(copy.deepcopy(model), init_device_mesh("cpu", (1,)), plan)
+    assert str(belief_report(spread, x)["5"]).startswith("2 (Linear: a hook")
+    assert gradients(spread, x).keys() == gradients(model, x).keys()
+    moving = {name: value for name, value in spread.named_buffers() if name.startswith("1.")}
+    assert all(torch.equal(value, model.get_buffer(name)) for name, value in moving.items())
 
 
 def replica(model: nn.Module) -> nn.Module:

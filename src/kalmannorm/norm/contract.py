@@ -273,12 +273,14 @@ def unwrap_hooks(module: nn.Module) -> None:
 def _is_of_torch(hook: Any) -> bool:
     """Say whether a hook is torch's own, and stays unwrapped.
 
-    FSDP's hooks must see beliefs; those that compute weights (torch.nn.utils) ignore what is passed.
+    FSDP's hooks must see beliefs; those that compute weights (torch.nn.utils) ignore what is passed. Tensor
+    parallelism's (torch.distributed.tensor) replace arguments and results, as a user's do.
     """
     while isinstance(hook, functools.partial):
         hook = hook.func
     where = getattr(hook, "__module__", None) or type(hook).__module__
-    return any(module.startswith(("torch.distributed.", "torch.nn.")) for module in (where, type(hook).__module__))
+    of_hook = [module for module in (where, type(hook).__module__) if not module.startswith("torch.distributed.tensor")]
+    return any(module.startswith(("torch.distributed.", "torch.nn.")) for module in of_hook)
 
 
 def rounds(hook: Any) -> bool:
