@@ -1,7 +1,7 @@
 """Load arrays: the whole set lies on the training device, where whole batches are cropped, flipped and normalized.
 
 The recipe is that of the released CIFAR code: zero-pad the raw image, crop at random, flip at random, subtract the
-training set's per-pixel mean, divide by 128.
+per-pixel mean, divide by 128. The mean is the training set's; the released one includes the test images.
 
 All random numbers of an epoch are drawn beforehand on the CPU from (seed, epoch) alone, and go to the device in one
 transfer. So image i of an epoch gets the same crop on any device and any number of devices, and a run that is resumed
