@@ -9,6 +9,7 @@ from trainings import place
 
 from kalmannorm.cli import main
 from kalmannorm.experiments.cards import load
+from kalmannorm.experiments.predict import predictor
 from kalmannorm.runs import placement
 
 
@@ -21,6 +22,29 @@ def test_dry_run_predicts_by_the_speed_of_recorded_runs(tmp_path, capsys, plan):
     # 2 s for an epoch of 256 images: 180 device-seconds a run
     assert error.count("to run, about 45 s on 4 devices") == 4
     assert "4 of 4 runs to do, about 12 min on one device (0.20 device-hours)" in error
+
+
+def test_a_run_of_a_few_steps_is_predicted_by_its_steps() -> None:
+    """As those of budget=start are; their speeds, too, are those of the steps that they trained for."""
+    runs = [
+        {
+            "status": "done",
+            "config": {
+                "arch": {"name": "resnet32"},
+                "norm": {"name": "bn"},
+                "dataset": {"name": "cifar10"},
+                "batch": {"grad_batch": 100, "stat_batch": 2},
+                "budget": {"size": 16, "epochs": 12, "subset": None, "stop_after": stop_after},
+            },
+            "data": {"train_images": 50_000},
+            "host": {"device": "cpu", "seconds": seconds},
+        }
+        for stop_after, seconds in ((None, 600), (60, 6))
+    ]
+    whole, few = (run["config"] for run in runs)
+    for recorded, seconds in ((runs[:1], (600, 6)), (runs[1:], (600, 6))):
+        predict = predictor(recorded, "cpu")
+        assert (predict(whole), predict(few)) == pytest.approx(seconds)
 
 
 def test_a_dry_run_of_an_imagenet_table_on_a_machine_without_gpus(tmp_path, capsys):

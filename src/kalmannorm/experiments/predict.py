@@ -25,7 +25,7 @@ def predictor(runs: Iterable[Record], device: str) -> Callable[[Tree], float | N
         images = budget["subset"] or sizes.get(dataset["name"]) or (dataset.get("published") or [None])[0]
         for kind, rates in kinds:
             if images and (known := rates.get(kind(config))):
-                return sorted(known)[len(known) // 2] * budget["epochs"] * images
+                return sorted(known)[len(known) // 2] * _seen(config, images)
         return None
 
     return predict
@@ -51,11 +51,17 @@ def _rates(done: list[Record], kind: Kind) -> dict[Hashable, list[float]]:
     rates: dict[Hashable, list[float]] = {}
     for record in done:
         config, host = record["config"], record["host"]
-        images = config["budget"]["epochs"] * _images(record)
         # The `seconds` of a resumed run are those of its last process only.
-        seconds = max(host["seconds"], host.get("train_seconds", 0))
-        rates.setdefault(kind(config), []).append(seconds * host.get("processes", 1) / images)
+        seconds = max(host["seconds"], host.get("train_seconds", 0)) * host.get("processes", 1)
+        rates.setdefault(kind(config), []).append(seconds / _seen(config, _images(record)))
     return rates
+
+
+def _seen(config: Tree, images: int) -> int:
+    """Return the number of images that a run trains on, repeats counted; `images`: the size of its training set."""
+    steps = config["budget"].get("stop_after") or config["dataset"].get("steps")
+    every = config["budget"]["epochs"] * images
+    return min(every, steps * config["batch"]["grad_batch"]) if steps else every
 
 
 def _images(record: Record) -> int:
