@@ -263,7 +263,7 @@ def _refuse_foreign_forwards(model: nn.Module) -> None:
         if any(one in modules for one in _modules_of(getattr(forward, "__func__", forward))):
             raise ValueError(
                 f"{name or 'the model'} ({type(module).__name__}): its forward is a function that calls the model by "
-                "another name than self, so that a copy's would call it too: set it after the copy is made"
+                "another name than self, and in a copy would still call the original: set such a forward after convert"
             )
 
 

@@ -160,6 +160,8 @@ def _check_choice(conf: Path, override: str) -> None:
     if not group or not equals:
         raise UserError(f"override {override!r}: expected key=value, for example seed=2 or norm=bn")
     if group.lstrip("+~").split(".")[0].split("/")[0] == "hydra":
-        raise UserError(f"override {override!r}: Hydra composes here and runs nothing; results= and runs= say where to")
+        raise UserError(
+            f"override {override!r}: Hydra's own settings have no effect; set the folders by results= and runs="
+        )
     if (conf / group).is_dir() and name not in (names := choices(conf / group)):
         raise UserError(nearest(name, names, group))

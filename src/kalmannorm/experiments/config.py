@@ -182,11 +182,13 @@ def _resolve(values: dict[str, Any]) -> Config:
 
         values["dataset"]["classes"] = data.folder.count_classes(data.root(values["data"]), values["dataset"])
     if "pretrained" in values["arch"]:
-        raise UserError(f"arch.pretrained = {values['arch']['pretrained']}: expected none, weights=FILE says it")
+        raise UserError(
+            f"arch.pretrained = {values['arch']['pretrained']}: expected no such setting; pass weights=FILE"
+        )
     task, weights, of_videos = values["dataset"].get("task"), values["weights"], "frames" in values["dataset"]
     detects = task == "detection"
     if weights is not None and task is None and not of_videos:
-        raise UserError(f"weights = {weights}: only detectors, segmenters and videos' networks begin with them")
+        raise UserError(f"weights = {weights}: only for detectors, segmenters and networks of videos; leave it out")
     if weights is not None or task is not None:
         values["arch"] |= _resolve_weights(values["arch"], weights, detects)
     if values["device"] == "auto":

@@ -146,7 +146,7 @@ def _predicate(override: str, every: Sequence[Record]) -> Callable[[Record], boo
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except YAMLError:
-        raise UserError(f"{override!r}: {text!r} is no value") from None
+        raise UserError(f"{override!r}: {text!r} is no value; expected a number, a word or a list [1,2]") from None
     return lambda record: _setting(record["config"], path, override) == value
 
 
@@ -154,7 +154,9 @@ def _setting(config: Tree, path: list[str], override: str) -> Any:
     found: Any = config
     for name in path:
         if not isinstance(found, dict):
-            raise UserError(f"{override!r}: no such setting in the records")
+            raise UserError(
+                f"{override!r}: no record has such a setting; the key 'config' of a record has those there are"
+            )
         found = found.get(name)
         if found is None:
             return None

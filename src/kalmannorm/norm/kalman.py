@@ -265,7 +265,9 @@ class KalmanBatchNorm2d(Estimator, GroupedStatistics):  # type: ignore[misc]
             return y, self.hand_on(moving, self.weight, self.bias)
         if not x.shape[0]:
             if self.guard is not None and self.over_ranks:  # the other processes would wait for this one in all_reduce
-                raise ValueError(f"{self.where}: a batch of no images on one of several devices, and a guard over all")
+                raise ValueError(
+                    f"{self.where}: no images on this device, but the guard averages over all: take guard=None"
+                )
             y = self.of_no_images(x, *(prior or ()))
             return y, self.hand_on(groups.belief_of_no_images(x), self.weight, self.bias)
         size = self.group_size(x)

@@ -114,7 +114,7 @@ class OnSlurm:
         try:
             executor.update_parameters(**parameters | self._options.slurm)
         except ValueError as error:
-            raise UserError(f"slurm.: {reason(error)}") from None
+            raise UserError(f"slurm.NAME=VALUE: {reason(error)}") from None
         return executor
 
 

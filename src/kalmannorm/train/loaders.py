@@ -28,7 +28,9 @@ def open_data(config: Config, ranks: Ranks) -> data.Source:
     dataset = config.dataset
     source = data.source(dataset.values(), data.root(config.data))
     if source.classes != dataset.classes:
-        raise UserError(f"{dataset.name} has {source.classes} classes, not dataset.classes = {dataset.classes}")
+        raise UserError(
+            f"{dataset.name} has {source.classes} classes, not dataset.classes = {dataset.classes}: correct it"
+        )
     if isinstance(source, data.Images):
         check_same_files(source.provenance, source.train.root.parent, ranks)
         if isinstance(dataset, FolderDataset) and dataset.unreadable == "skip":
@@ -39,7 +41,7 @@ def open_data(config: Config, ranks: Ranks) -> data.Source:
 def check_same_files(provenance: Tree, folder: Path, ranks: Ranks) -> None:
     """Raise UserError if this process sees other files in the data set's folder than rank 0 does."""
     if provenance["sha256"] != ranks.from_main(provenance["sha256"]):
-        raise UserError(f"the processes see different files in {folder}: one folder for all")
+        raise UserError(f"the processes see different files in {folder}: give all of them the same folder")
 
 
 def workers_beside_network(config: Config, ranks: Ranks) -> int:
@@ -145,7 +147,7 @@ def recoloured(
     if not isinstance(config.dataset, ArrayDataset) or not config.dataset.recolour:
         return {}
     if not isinstance(source, data.Arrays) or not isinstance(train, Loader):
-        raise UserError("dataset.recolour is for data sets in memory")
+        raise UserError("dataset.recolour = true: expected false, since only data sets in memory can be recoloured")
     images = data.resize(source.test_images, config.budget.size).astype(np.float32)
     mean = images.mean((1, 2), keepdims=True)
     changed = {

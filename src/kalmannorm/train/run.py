@@ -81,7 +81,10 @@ def _finished(run: str, overrides: list[str]) -> tuple[records.Record, Config, d
     if record["status"] != "done":
         raise UserError(f"run {record['id']} failed ({record['reason']}): there is nothing to evaluate")
     if record["numerics"] != records.NUMERICS:
-        raise UserError(f"run {record['id']} was made by NUMERICS {record['numerics']}, this is {records.NUMERICS}")
+        raise UserError(
+            f"run {record['id']} was made by another version of the code (NUMERICS {record['numerics']}, this is "
+            f"{records.NUMERICS}): train it again"
+        )
     config = Config.read({**place.values(), **record["config"]})
     folder = Path(config.runs) / record["id"]
     state = checkpoint.load(folder, record["id"])

@@ -179,7 +179,7 @@ def open_scenes(dataset: SegmentationDataset, root: Path, ranks: Ranks) -> tuple
         if len(source.classes) != dataset.classes:
             raise UserError(f"{name} has {len(source.classes)} classes, not dataset.classes = {dataset.classes}")
         if found and source.classes != found[0].classes:
-            raise UserError(f"dataset.other = {name} has other classes than {dataset.name}")
+            raise UserError(f"dataset.other = {name} has other classes than {dataset.name}: expected the same")
         published = dataset.published if name == dataset.name else None
         split = load(name, source, root / source.folder, published, ranks.shard)
         check_same_files(split.provenance, root / source.folder, ranks)
