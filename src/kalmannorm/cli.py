@@ -130,7 +130,8 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     """Parse as parse_args does, but also allow overrides after options (`sweep table1 --dry-run budget=paper`), which
     argparse reports as unknown arguments."""
     options, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(options, "overrides") or any("=" not in r or r.startswith("-") for r in rest)):
+    odd = [one for one in rest if one.startswith("-") or not ("=" in one or one.startswith("~"))]
+    if odd or (rest and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 # Texts by which these cases are recognized in the errors of libraries.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 TOO_MANY_FILES = "Too many open files"
+MANY_NAMES = 12  # more are not printed where similar ones are found
 WORKER_ERROR = "DataLoader worker"  # was killed, or ran out of shared memory
 
 
@@ -42,14 +43,19 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
-def nearest(name: str, valid: Iterable[str], kind: str = "name") -> str:
+def nearest(name: str, valid: Iterable[str], kind: str = "name", where: str = "") -> str:
     """Return the message for an invalid name, with the most similar valid one if there is one.
+
+    `where`: what lists all valid names. If it is given, and there are many, similar ones stand for them.
 
     >>> nearest("cifar11", ["digits", "cifar10"], "dataset")
     "unknown dataset 'cifar11'; did you mean 'cifar10'? valid: digits, cifar10"
     """
     names = list(valid)
     folded = {candidate.lower(): candidate for candidate in names}
-    close = difflib.get_close_matches(name.lower(), folded, n=1)
-    guess = f"did you mean {folded[close[0]]!r}? " if close else ""
-    return f"unknown {kind} {name!r}; {guess}valid: {', '.join(names)}"
+    short = where and len(names) > MANY_NAMES
+    close = [folded[one] for one in difflib.get_close_matches(name.lower(), folded, n=3 if short else 1)]
+    if short and name and not close:
+        close = [candidate for candidate in names if name.lower() in candidate.lower()][:3]
+    guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"unknown {kind} {name!r}; {guess}" + (where if short and close else f"valid: {', '.join(names)}")

@@ -353,9 +353,17 @@ def test_sweep_arguments():
     for text, expected in (("2", {1, 2}), ("4,7", {4, 7}), ("5,", {5})):
         assert {c.seed for c in cards.load("table7", [f"seeds={text}"]).runs} == expected
     assert set(cards.load("table7", ["rows=paper"]).keys) == {"bn_stat2", "bn_stat128", "kn_stat2"}
-    for bad, word in (("rows=bn_stat3", "bn_stat2"), ("seeds=x", "seeds=x"), ("seeds=0", "seeds=0")):
+    some = ["rows=paper, kn_robust*", "seeds=1"]
+    assert cards.load("table7", some).keys == ["bn_stat2", "bn_stat128", "kn_stat2", "kn_robust_stat2"]
+    refused = [("rows=bn_stat3", "bn_stat2"), ("seeds=x", "seeds=x"), ("seeds=0", "seeds=0"), ("+seed=1", "seeds=4,")]
+    for bad, word in (*refused, ("++norm.options.gain=0.2", "the rows of table7 differ in it")):
         with pytest.raises(UserError, match=word):
             cards.load("table7", [bad])
+    with pytest.raises(UserError, match="rows=paper: all rows of camvid are ours"):
+        cards.load("camvid", ["rows=paper"])
+    with pytest.raises(UserError, match=r"did you mean 'kn_resnet14_g128_s2_0.5' .*--dry-run lists all 52") as error:
+        cards.load("initial-gain", ["rows=kn_resnet14_g128_s2_05"])
+    assert len(str(error.value)) < 300  # 52 names would fill the screen
     with pytest.raises(UserError, match="table7"):
         cards.load("table77", [])
 

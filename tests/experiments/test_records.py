@@ -45,6 +45,10 @@ def contents(results: Path) -> dict[str, bytes]:
         (["status=failed"], 1),
         (["dataset=cifar10"], 0),
         (["precision=fp32", "dataset=digits"], 5),
+        (["norm=bn,gn", "seed=1,2"], 3),
+        (["seed=range(2,4)"], 1),
+        (["status=done,failed"], 5),
+        (["schedule.weight_decay=2e-4"], 5),
     ],
 )
 def test_list(tmp_path, capsys, overrides, count):
@@ -70,7 +74,7 @@ def test_list_shows_detectors_beside_classifiers(tmp_path, capsys):
 
 def test_list_refuses_what_is_no_setting(tmp_path, capsys):
     add(tmp_path, [])
-    for wrong in ("norm", "batch.stat_batch.x=2"):
+    for wrong in ("norm", "batch.stat_batch.x=2", "+norm=bn", "~norm", "norm=glob(b*)"):
         assert main(["records", "list", "--results", str(tmp_path), wrong]) == 2
         assert wrong in capsys.readouterr().err
 
@@ -130,6 +134,16 @@ def test_prune_lists_and_deletes_on_request(tmp_path, capsys):
     assert set(contents(tmp_path)) == kept
     assert main(["records", "prune", "--results", str(tmp_path), "--failed", "--yes"]) == 0
     assert set(contents(tmp_path)) == {good.name, f"{good.stem}.npz"}
+
+
+def test_prune_leaves_a_folder_alone_and_deletes_the_rest(tmp_path, capsys):
+    stale = add(tmp_path, ["seed=3"], numerics=records.NUMERICS - 1)
+    folder = tmp_path / "records" / f"{'0' * 12}.json"
+    (folder / "inner").mkdir(parents=True)
+    assert main(["records", "prune", "--results", str(tmp_path), "--yes"]) == 0
+    out, error = capsys.readouterr()
+    assert "1 records deleted" in out and not stale.exists()
+    assert f"{folder}: a folder" in error and (folder / "inner").exists()
 
 
 def test_what_a_run_reached():

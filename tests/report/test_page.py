@@ -213,6 +213,25 @@ def test_one_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "kalmannorm sweep table7 dataset=cifar100" in capsys.readouterr().err
 
 
+def test_one_experiment_without_its_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table7(tmp_path)
+    assert main(["report", "table7", "rows=kn_stat2", f"results={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert "62.20 (62.10, 62.20, 62.30)" in said and "Δ:" not in said
+
+
+def test_one_experiment_under_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table7(tmp_path)
+    where = ["dataset=cifar10", f"results={tmp_path}"]
+    for settings in (["schedule.weight_decay=2e-4"], ["precision=fp32", "workers=2", "checkpoint_every=0.1"]):
+        assert main(["report", "table7", *where, *settings]) == 0, settings
+    assert not list(tmp_path.glob("*workers*")) and list(tmp_path.glob("table7-precision-fp32_*.csv"))
+    capsys.readouterr()
+    for other in ("precision=bf16", "deterministic=true", "schedule.weight_decay=1e-3"):
+        assert main(["report", "table7", *where, other]) == 2
+        assert f"to run it: kalmannorm sweep table7 {' '.join(where)} {other}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_five_thousand_records(tmp_path: Path) -> None:
     """Loaded, tabulated, judged and rendered within 2 GB and three times what a report without records takes.
@@ -260,6 +279,14 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
     [
         (["report", "table7", "seeds="], "expected seeds from 0"),
         (["report", "table3", "rows=bn"], "compares two rows"),
+        (["report", "table7", "budgt=lite"], "there is no setting 'budgt'"),
+        (["report", "table7", "budget=lit"], "did you mean 'lite'"),
+        (["report", "table7", "arch.width=half"], "arch.width = half"),
+        (["report", "table7", "seed=3"], "seeds=4,"),
+        (["report", "table7", "++norm.options.gain=0.2"], "the rows of table7 differ in it"),
+        (["report", "table7", "schedule.momentum={a:"], "is no value"),
+        (["sweep", "table7", "--dry-run", "~norm"], "the rows of table7 differ in it"),
+        (["train", "results=gr\udcc3\udcb6\udcc3\udc9fe"], "LC_ALL=C.UTF-8"),
         (["report", "v1-table3", "arch.width=0.25"], "the rows of v1-table3 differ in it"),
         (["sweep", "table7", "norm=gn"], "the rows of table7 differ in it"),
         (["sweep", "table7", "batch=g128_s4"], "the rows of table7 differ in it"),

@@ -160,7 +160,7 @@ def names() -> list[str]:
 def read(name: str) -> Card:
     """Read a card. UserError: there is no such card, or its file is invalid, with the reason."""
     if name not in names():
-        raise UserError(nearest(name, names(), "experiment"))
+        raise UserError(nearest(name, names(), "experiment", "`make` lists all"))
     try:
         tree = yaml.safe_load((conf_dir() / "experiment" / f"{name}.yaml").read_bytes())
         return TypeAdapter(Card).validate_python(tree)

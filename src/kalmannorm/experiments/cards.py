@@ -9,11 +9,9 @@ from fnmatch import fnmatch
 from kalmannorm.errors import UserError, nearest
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Column, Row
-from kalmannorm.experiments.composition import PATHS, parse, refuse_repeated
+from kalmannorm.experiments.composition import MOST, PATHS, expand, key_of, refuse_repeated
 from kalmannorm.experiments.config import Config, compose
 from kalmannorm.experiments.record import run_id
-
-MOST_RUNS = 10_000  # per sweep: more are taken for a typing error
 
 
 @dataclass
@@ -29,7 +27,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
     """Load the card `name` and compose its runs. `arguments`: overrides for every run, and
 
     seeds=N        seeds 1..N in place of the card's number; seeds=1,4 or seeds=4, names them
-    rows=paper     only the papers' rows, without ours; rows=KEY,KEY names them; rows=bn_* by a pattern
+    rows=paper     only the papers' rows, without ours; rows=KEY,KEY names rows; rows=bn_*,paper: patterns, and several
     columns=KEY    only these columns, if the card's columns have runs of their own
     dataset=NAME   only this data set, if the columns are data sets; it may be one that the paper does not have
 
@@ -38,14 +36,12 @@ def load(name: str, arguments: list[str]) -> Experiment:
     """
     card, own, overrides = chosen(name, arguments)
     seeds = _seeds(own.get("seeds", str(card.seeds)))
-    if any(override.startswith("seed=") for override in overrides):
-        raise UserError("seed: an experiment takes seeds=N (1 to N) or seeds=4,7 (these); seeds=4, is that one alone")
     found: dict[str, tuple[str, Config]] = {}  # by id: key and run
     for row in card.rows:
         for column in card.columns_of(row) if card.has_columns_of_runs else [None]:
             of_row = cards.overrides(card.settings(row, column))
             # The later of two overrides with the same key counts; Hydra would refuse both.
-            config = compose(list({o.partition("=")[0]: o for o in (*of_row, *overrides, "seed=0")}.values()))
+            config = compose(list({key_of(o): o for o in (*of_row, *overrides, "seed=0")}.values()))
             for seed in seeds:
                 run = replace(config, seed=seed)
                 found.setdefault(run_id(run), (f"{row.key} {column.key}" if column else row.key, run))
@@ -63,11 +59,14 @@ def chosen(name: str, arguments: Sequence[str]) -> tuple[Card, dict[str, str], l
     card = cards.read(name)
     own = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in ("seeds", "rows", "columns")}
     overrides = [a for a in arguments if a.partition("=")[0] not in own]
+    if any(key_of(override) == "seed" for override in overrides):
+        raise UserError("seed: an experiment takes seeds=N (1 to N) or seeds=4,7 (these); seeds=4, is that one alone")
     _seeds(own.get("seeds", str(card.seeds)))
-    card = replace(card, rows=_choose(card.rows, own.get("rows")))
+    if "rows" in own:
+        card = replace(card, rows=_choose(card, own["rows"]))
     # Rows of a table are named after their batch; cards of other kinds show any batch that is given.
     fixed = ("arch.", "norm", "batch") if card.kind == "table" else ("arch.", "norm")
-    for key in (override.partition("=")[0] for override in overrides if override.startswith(fixed)):
+    for key in (key for key in map(key_of, overrides) if key.startswith(fixed)):
         if len({str(row.runs.get(key)) for row in card.rows}) > 1:
             raise UserError(f"{key}: the rows of {name} differ in it; name some that do not by rows=KEY,KEY")
     card, overrides = _columns(card, own.get("columns"), overrides)
@@ -103,39 +102,31 @@ def _columns(card: Card, wanted: str | None, overrides: list[str]) -> tuple[Card
 
 def multirun(overrides: list[str]) -> Experiment:
     """Return the runs that Hydra's --multirun makes: all combinations of norm=bn,bkn and seed=range(1,4)."""
-    from hydra.core.override_parser.types import Glob
-
-    choices = []
-    for override in overrides:
-        if override.partition("=")[0].lstrip("+") in PATHS:
-            choices.append([override])
-            continue
-        parsed = parse(override)
-        if not parsed.is_sweep_override():
-            choices.append([override])
-        elif isinstance(parsed.value(), Glob):
-            raise UserError(f"override {override!r}: name the values, as in norm=bn,bkn")
-        else:
-            values = itertools.islice(parsed.sweep_string_iterator(), MOST_RUNS + 1)
-            choices.append([f"{parsed.get_key_element()}={value}" for value in values])
+    choices = [[one] if key_of(one) in PATHS else expand(one) for one in overrides]
     title = " ".join(overrides)
-    if not 1 <= math.prod(map(len, choices)) <= MOST_RUNS:
-        raise UserError(f"{title}: expected from 1 to {MOST_RUNS:,} runs")
+    if not 1 <= math.prod(map(len, choices)) <= MOST:
+        raise UserError(f"{title}: expected from 1 to {MOST:,} runs")
     configs = [compose(list(combination)) for combination in itertools.product(*choices)]
     runs = list({run_id(config): config for config in configs}.values())
     return Experiment(Card("multirun", title, ()), runs, ["multirun"] * len(runs))
 
 
-def _choose(rows: tuple[Row, ...], wanted: str | None) -> tuple[Row, ...]:
-    if wanted is None or wanted == "all":
-        return rows
-    if wanted == "paper":
-        return tuple(row for row in rows if not row.ours)
-    keys = [row.key for row in rows]
-    for pattern in wanted.split(","):
-        if not any(fnmatch(key, pattern) for key in keys):
-            raise UserError(nearest(pattern, [*keys, "paper", "all"], "row"))
-    return tuple(row for row in rows if any(fnmatch(row.key, pattern) for pattern in wanted.split(",")))
+def _choose(card: Card, wanted: str) -> tuple[Row, ...]:
+    """Return the rows named by any of the words in `wanted`: all, paper, a key, or a pattern of keys."""
+
+    def fits(row: Row, word: str) -> bool:
+        return word == "all" or (word == "paper" and not row.ours) or fnmatch(row.key, word)
+
+    words = [word.strip() for word in wanted.split(",")]
+    for word in words:
+        if word == "paper" and all(row.ours for row in card.rows):
+            raise UserError(f"rows=paper: all rows of {card.name} are ours; name them by their keys or by rows=all")
+        if not any(fits(row, word) for row in card.rows):
+            listing = (
+                f"kalmannorm sweep {card.name} --dry-run lists all {len(card.rows)}; patterns are such as rows=bn_*"
+            )
+            raise UserError(nearest(word, [*(row.key for row in card.rows), "paper", "all"], "row", listing))
+    return tuple(row for row in card.rows if any(fits(row, word) for word in words))
 
 
 def _seeds(text: str) -> list[int]:
@@ -144,7 +135,7 @@ def _seeds(text: str) -> list[int]:
     except ValueError:
         raise UserError(f"seeds={text}: expected a number of seeds, or seeds separated by commas") from None
     if numbers and "," not in text:
-        numbers = list(range(1, min(numbers[0], MOST_RUNS + 1) + 1))
-    if not numbers or min(numbers) < 0 or max(numbers) >= 2**63 or len(numbers) > MOST_RUNS:
-        raise UserError(f"seeds={text}: expected seeds from 0 to 2^63 - 1, from 1 to {MOST_RUNS:,} of them")
+        numbers = list(range(1, min(numbers[0], MOST + 1) + 1))
+    if not numbers or min(numbers) < 0 or max(numbers) >= 2**63 or len(numbers) > MOST:
+        raise UserError(f"seeds={text}: expected seeds from 0 to 2^63 - 1, from 1 to {MOST:,} of them")
     return numbers

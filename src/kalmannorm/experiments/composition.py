@@ -6,6 +6,7 @@ file is read once.
 
 import copy
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ Values = dict[str, Any]
 # Settings that are paths. They are not parsed by Hydra's grammar, in which 2024 is a number and "=", "(" and blanks
 # have a meaning: the path is all that follows the first "=", and "~" is the home folder.
 PATHS = ("data", "results", "runs", "weights")
+MOST = 10_000  # runs of a sweep, values of an override: more are taken for a typing error
 OPTIONAL = ("data", "weights")  # those of PATHS that may be null, for the default
 
 
@@ -34,6 +36,9 @@ def compose(conf: Path, overrides: Sequence[str]) -> Values:
 
     refuse_repeated(overrides)
     paths, rest = split_paths(overrides)
+    for key, path in paths.items():
+        if path is not None and any("\ud800" <= letter <= "\udfff" for letter in path):  # bytes that were not decoded
+            raise UserError(f"{key} = {path}: this locale has no such letters; call with LC_ALL=C.UTF-8")
     for override in rest:
         _check_choice(conf, override)
     parsed = [parse(override) for override in rest]
@@ -52,11 +57,16 @@ def compose(conf: Path, overrides: Sequence[str]) -> Values:
     return {**resolved, **paths}
 
 
+def key_of(override: str) -> str:
+    """Return the setting that an override changes, adds (+, ++) or deletes (~)."""
+    return override.partition("=")[0].lstrip("+~")
+
+
 def refuse_repeated(overrides: Sequence[str]) -> None:
     """Raise UserError for a key that is given twice, since either value could be meant."""
     known: dict[str, str] = {}
     for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
+        key = key_of(override)
         if key in known and "=" in override:
             raise UserError(f"{key} is given twice, {known[key]!r} and {override!r}: expected it once")
         known[key] = override
@@ -96,7 +106,26 @@ def parse(override: str) -> "Override":
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
-        raise UserError(f"override {override!r}: {reason(error)}") from None
+        text = override.partition("=")[2]
+        expected = "expected a number, a word or a list [1,2]"
+        raise UserError(f"override {override!r}: {text!r} is no value ({reason(error)}); {expected}") from None
+
+
+def expand(override: str) -> list[str]:
+    """Return the overrides that one with several values stands for (norm=bn,bkn, seed=range(1,4)), at most MOST + 1.
+
+    UserError: it does not follow Hydra's grammar, or names no values (glob).
+    """
+    from hydra.core.override_parser.types import Glob
+
+    parsed = parse(override)
+    if not parsed.is_sweep_override():
+        return [override]
+    if isinstance(parsed.value(), Glob):
+        raise UserError(f"override {override!r}: name the values, as in norm=bn,bkn")
+    return [
+        f"{parsed.get_key_element()}={value}" for value in itertools.islice(parsed.sweep_string_iterator(), MOST + 1)
+    ]
 
 
 @functools.cache
@@ -164,4 +193,4 @@ def _check_choice(conf: Path, override: str) -> None:
             f"override {override!r}: Hydra's own settings have no effect; set the folders by results= and runs="
         )
     if (conf / group).is_dir() and name not in (names := choices(conf / group)):
-        raise UserError(nearest(name, names, group))
+        raise UserError(nearest(name, names, group, f"conf/{group}/ has all {len(names)}"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmannorm.errors import UserError, nearest
-from kalmannorm.experiments.composition import choices
+from kalmannorm.experiments.composition import choices, expand, parse
 from kalmannorm.experiments.config import conf_dir, describe
 from kalmannorm.experiments.predict import duration
 from kalmannorm.experiments.record import NUMERICS, Record, Tree, files, reached, read_all, read_file
@@ -18,11 +18,11 @@ HEADER = ("id", "status", "run", "moving %", "online %", "images/s", "time", "de
 
 
 def show(results: str, overrides: list[str]) -> int:
-    """Print a table of the records whose configuration matches all `overrides`; stale ones are marked."""
+    """Print a table of the records that match all `overrides`, of norm=bn,bkn either; stale ones are marked."""
     _expect_folder(results)
     every = read_all(results)
-    tests = [_predicate(override, every) for override in overrides]
-    chosen = [r for r in every if all(test(r) for test in tests)]
+    tests = [[_predicate(one, every) for one in _each(override)] for override in overrides]
+    chosen = [r for r in every if all(any(test(r) for test in values) for values in tests)]
     rows = [_row(record) for record in sorted(chosen, key=lambda r: (describe(r["config"]), r["id"]))]
     if sys.stdout.isatty():
         from rich.console import Console
@@ -82,6 +82,9 @@ def prune(results: str, failed: bool = False, yes: bool = False) -> int:
     doomed: list[tuple[Path, str]] = []
     _expect_folder(results)
     for file in files(results):
+        if file.is_dir():
+            print(f"{file}: a folder, which stays: move it away", file=sys.stderr)
+            continue
         try:
             record = read_file(file)
         except UserError as error:
@@ -115,17 +118,19 @@ def _row(record: Record) -> tuple[str, ...]:
     )
 
 
+def _each(override: str) -> list[str]:
+    """Return an override for each of its values. UserError: no key=value."""
+    if override[:1] in "+~" or "=" not in override:
+        raise UserError(f"{override!r}: expected key=value, for example norm=bkn, seed=1,2 or status=failed")
+    return expand(override)
+
+
 def _predicate(override: str, every: Sequence[Record]) -> Callable[[Record], bool]:
     """Return a test of records for key=value: a choice (norm=bkn), a setting (batch.stat_batch=2), or status=failed.
 
     UserError: an unknown choice, or a setting that no record has.
     """
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"{override!r}: expected key=value, for example norm=bkn or status=failed")
+    key, _, text = override.partition("=")
     if key == "status":
         if text not in STATES:
             raise UserError(nearest(text, STATES, "status"))
@@ -139,14 +144,12 @@ def _predicate(override: str, every: Sequence[Record]) -> Callable[[Record], boo
         wanted = {"name": composed["name"]} if "name" in composed else composed
         return lambda record: all(record["config"][key].get(name) == value for name, value in wanted.items())
     if key in CHOICES:
-        raise UserError(nearest(text, choices(choice.parent), key))
+        names = choices(choice.parent)
+        raise UserError(nearest(text, names, key, f"conf/{key}/ has all {len(names)}"))
     path = key.split(".")
     if every and all(_setting(record["config"], path, override) is None for record in every):
         raise UserError(f"{override!r}: no record has a setting {key}")
-    try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
-    except YAMLError:
-        raise UserError(f"{override!r}: {text!r} is no value; expected a number, a word or a list [1,2]") from None
+    value = parse(override).value()
     return lambda record: _setting(record["config"], path, override) == value
 
 

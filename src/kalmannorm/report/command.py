@@ -11,13 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Row
 from kalmannorm.experiments.cards import chosen
-from kalmannorm.experiments.composition import refuse_repeated, split_paths
+from kalmannorm.experiments.composition import key_of, parse, refuse_repeated, split_paths
+from kalmannorm.experiments.config import RESULT_KEYS, compose
 from kalmannorm.files import write_atomically
 from kalmannorm.machine import cores
 from kalmannorm.report import claims, effects, figures, frame, page, parameters, plots, speed, tables
@@ -28,6 +27,12 @@ from kalmannorm.report.page import Made
 ALONE = ("gains", "layer_errors", "mixture", "death", "conditioning")  # kinds that are useful for one run
 COUNTED = ("parameters", "speed")  # kinds of cards without runs
 GROUPED = ("dataset", "budget", "schedule")
+OF_RUNS = (
+    "dataset",
+    "precision",
+    "compile",
+    "deterministic",
+)  # settings by which runs are left out, not rows told apart
 DOCUMENTS = {"docs/results.md": page.results_markdown, "README.md": page.readme_markdown}
 DRAWN_WITH = (
     *(f"matplotlib.backends.backend_{kind}" for kind in ("agg", "pdf", "svg")),
@@ -45,15 +50,19 @@ def report(name: str, arguments: list[str]) -> int:
     """
     refuse_repeated(arguments)
     paths, rest = split_paths(arguments)
-    card, own, overrides = chosen(name, [argument for argument in rest if not argument.startswith("device=")])
+    card, own, overrides = chosen(name, rest)
     results = Path(paths.get("results") or "results")
-    named = {key: value for key, _, value in (override.partition("=") for override in overrides)}
-    others = {key: yaml.safe_load(value) for key, value in named.items() if key not in (*GROUPED, "arch.width")}
-    apart = [f"{key}-{value}" for key, value in {**own, **others}.items() if key != "seeds" and value != "paper"]
+    named = _settings(card, overrides)
+    of_runs = {key: named.pop(key) for key in list(named) if key.partition(".")[0] in OF_RUNS and key != "dataset"}
+    others = {key: value for key, value in named.items() if key not in (*GROUPED, "arch.width")}
+    apart = [f"{key}-{value}" for key, value in (own | others | of_runs).items() if key != "seeds" and value != "paper"]
     stem = "-".join([name, *(re.sub(r"[^\w.]+", "-", said).strip("-") for said in apart)])  # beside the whole table
     rows = tuple(replace(row, runs={**row.runs, **others}) for row in card.rows)
     card = replace(card, name=stem, rows=rows)
-    cells = Cells(frame.load(results))
+    runs = frame.load(results)
+    for key, value in of_runs.items():
+        runs = runs[runs[key].map(lambda of, value=value: of == value)] if key in runs else runs[:0]
+    cells = Cells(frame.check(runs) if of_runs else runs)
     made = list(_make(card, cells, results, lambda group: _fits(group, named)))
     if not made:
         raise UserError(
@@ -66,6 +75,21 @@ def report(name: str, arguments: list[str]) -> int:
         for file in one.files:
             print(results / file)
     return 0
+
+
+def _settings(card: Card, overrides: list[str]) -> dict[str, Any]:
+    """Return the values of the overrides that determine a run's result. UserError: the first row's runs cannot be
+    composed with them, as by a sweep."""
+    row = card.rows[0]
+    of_row = cards.overrides(card.settings(row, next(iter(card.columns_of(row)), None)))
+    merged = {key_of(override): override for override in (*of_row, *overrides)}
+    if merged.get("dataset", "").endswith(
+        "=image_folder"
+    ):  # its classes are counted in the data, which may be elsewhere
+        merged.setdefault("dataset.classes", "dataset.classes=2")
+    compose(list(merged.values()))
+    parsed = [parse(override) for override in overrides if key_of(override).partition(".")[0] in RESULT_KEYS]
+    return {one.key_or_group: one.value() for one in parsed}
 
 
 def report_all(arguments: list[str]) -> int:
@@ -208,7 +232,7 @@ def _compares(card: Card, group: Group, cells: Cells) -> bool:
     return len(normalizers(ran)) >= min(2, len(normalizers(card.rows)))
 
 
-def _fits(group: Group, named: dict[str, str]) -> bool:
+def _fits(group: Group, named: dict[str, Any]) -> bool:
     width = float(named.get("arch.width", group.width))
     return group.width == width and all(
         not getattr(group, key)

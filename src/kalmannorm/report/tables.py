@@ -112,9 +112,11 @@ def table(card: Card, group: Group, cells: Cells) -> Sheet:
         f"With {LEAST + 1} seeds and more, ± half the 95 % interval. The best mean of a column, in each block, is "
         "bold. Where runs failed or stayed at chance: how many learned, and the mean of those."
     )
-    if baselines := dict.fromkeys(base for row in card.rows if (base := row.baseline or card.baseline)):
+    keys = {row.key for row in card.rows}  # rows=KEY may leave out a baseline
+    if baselines := dict.fromkeys(base for row in card.rows if (base := row.baseline or card.baseline) in keys):
+        labels = dict.fromkeys(row.label for key in baselines for row in card.rows if row.key == key)
         about.append(
-            f"Δ: difference to {' and '.join(dict.fromkeys(card.row(key).label for key in baselines))}, with its 95 % "
+            f"Δ: difference to {' and '.join(labels)}, with its 95 % "
             "interval under the variance pooled over the network's rows here and in the papers' tables, from "
             f"{LEAST} degrees of freedom on (one interval at a time: verdicts are the claims')."
         )
