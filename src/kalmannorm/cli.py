@@ -19,7 +19,7 @@ EPILOG = """overrides are Hydra's: group=name (dataset arch norm batch schedule 
   kalmannorm report table7 dataset=cifar10 budget=paper
   kalmannorm report                                       every table and figure, the claims, results/report.html
   torchrun --nproc-per-node 8 -m kalmannorm train dataset=cifar10 norm=bkn       the same run on 8 devices
-exit codes: 0 all well; 1 a run failed; 2 wrong input; 130, 138, 143 stopped by a signal (the same command goes on)"""
+exit codes: 0 all well; 1 a run failed; 2 wrong input; 129, 130, 138, 143 stopped by a signal (repeat to go on)"""
 
 
 # Replacements for characters beyond ASCII in tables and titles, for terminals and pipes that cannot encode them.

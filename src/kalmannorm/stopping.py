@@ -1,4 +1,5 @@
-"""Handle signals that ask a command to stop: SIGTERM, and SIGUSR1, which Slurm sends before a job's time is over.
+"""Handle signals that ask a command to stop: SIGTERM; SIGUSR1, which Slurm sends before a job's time is over; and
+SIGHUP, when the terminal is closed or its connection is lost.
 
 A command stops at once where no work would be lost: while data are loaded, while a model is built, or in an evaluation
 that can be repeated from a checkpoint. Within `finishing` (a step and its checkpoint, a file) it completes the work
@@ -6,7 +7,9 @@ first. A run of several processes goes on until they ask each other whether to s
 128 plus the signal's number, after which schedulers requeue the job.
 """
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,15 +17,16 @@ from types import FrameType
 
 from kalmannorm.errors import Stopped
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _asked: list[int] = []  # numbers of the signals that came, in order
 _depth = 0  # how many `finishing` contexts are open
 
 
 @contextmanager
 def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle these signals by `handler` while the context lasts."""
-    before = {number: signal.signal(number, handler) for number in numbers}
+    """Handle these signals by `handler` while the context lasts. SIGHUP stays ignored under nohup."""
+    kept = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
+    before = {number: signal.signal(number, handler) for number in numbers if number not in kept}
     try:
         yield
     finally:
@@ -61,7 +65,19 @@ def asked() -> int | None:
     return _asked[0] if _asked else None
 
 
+def drop_terminal(number: int) -> None:
+    """After SIGHUP (`number`), redirect output to nowhere, unless it goes to a file: printing to a terminal or a pipe
+    that is gone would fail before the work is saved."""
+    if number == signal.SIGHUP:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in (1, 2):
+            if not stat.S_ISREG(os.fstat(output).st_mode):
+                os.dup2(nowhere, output)
+        os.close(nowhere)
+
+
 def _note(number: int, frame: FrameType | None) -> None:
+    drop_terminal(number)
     _asked.append(number)
     if _depth == 0:
         raise Stopped(number)

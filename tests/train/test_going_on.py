@@ -1,6 +1,8 @@
 """Runs that were killed, stopped, or left with a damaged checkpoint: the same command goes on to the same numbers."""
 
+import os
 import pickle
+import pty
 import signal
 import subprocess
 import sys
@@ -121,6 +123,28 @@ def test_a_scheduler_s_signal_saves_and_leaves(tmp_path):
             process.send_signal(signal.SIGUSR1)
     assert process.wait() == 128 + signal.SIGUSR1
     assert "the same command goes on" in lines[-1]
+    assert checkpoint.load(next((tmp_path / "runs").iterdir()), records.run_id(compose(overrides)))["epoch"] >= 1
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_saves_and_leaves_unless_nohup_ignores_it(tmp_path, ignored):
+    """What it prints on the way, to a terminal that is gone, must not keep it from saving."""
+    overrides = [*SMALL, "budget.epochs=100", "checkpoint_every=1"]
+    master, terminal = pty.openpty()
+    ignore = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+    process = subprocess.Popen(
+        command(tmp_path, overrides), stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=ignore
+    )
+    os.close(terminal)
+    while process.poll() is None and not list(tmp_path.glob("runs/*/tensorboard/*")):  # written after an epoch
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    if ignored:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.kill()
+    os.close(master)
+    assert process.wait() == (-signal.SIGKILL if ignored else 128 + signal.SIGHUP)
     assert checkpoint.load(next((tmp_path / "runs").iterdir()), records.run_id(compose(overrides)))["epoch"] >= 1
 
 

@@ -20,6 +20,7 @@ def begin_worker(number: int) -> None:
     """Make a worker ignore or delay signals that stop a run: the run still needs its workers to end the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))  # also sent by an exiting interpreter
 
 

@@ -21,7 +21,7 @@ from kalmannorm.runs.display import DONE, ELSEWHERE, FAILED, REFUSED, RUNNING, W
 from kalmannorm.runs.job import LOG, Outcome, write_failed
 from kalmannorm.runs.lock import holder
 from kalmannorm.runs.placement import Options, split
-from kalmannorm.stopping import STOP_SIGNALS, handling
+from kalmannorm.stopping import STOP_SIGNALS, drop_terminal, handling
 
 LOOK_EVERY = 2.0  # seconds between checks of runs that other processes work on
 STOP_SECONDS = 120.0  # that runs have to save themselves before they are killed
@@ -106,7 +106,12 @@ def _run_jobs(jobs: list[Job], launcher: Launcher, board: Board, retries: int) -
     waiting, elsewhere = deque(jobs), list[Job]()
     running: dict[str, Job] = {}
     looked, asked = -math.inf, list[int]()  # the signals that asked the sweep to stop, in order
-    with handling((signal.SIGINT, *STOP_SIGNALS), lambda number, _: asked.append(number)):
+
+    def note(number: int, _: object) -> None:
+        drop_terminal(number)
+        asked.append(number)
+
+    with handling((signal.SIGINT, *STOP_SIGNALS), note):
         while waiting or running or elsewhere:
             while waiting and launcher.room(waiting[0].devices) and not asked:
                 job = waiting.popleft()
