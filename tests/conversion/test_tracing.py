@@ -4,11 +4,13 @@ import copy
 import random
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import Chain, Residual, conv3x3, equal, error, images, same_as_original
 from torch import Tensor, nn
 
@@ -473,3 +475,47 @@ def test_forwards_of_two_threads() -> None:
         first = copy.deepcopy(model)(x, lambda: (first_is_in.set(), second_is_in.wait(60)))
         first_is_done.set()
         assert torch.equal(first, expected) and torch.equal(found.result(), expected)
+
+
+class OfItself(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor], values_decide: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1, self.conv2, self.bn2 = conv3x3(3, 4), nn.BatchNorm2d(4), conv3x3(4, 4), nn.BatchNorm2d(4)
+        self.function, self.values_decide = function, values_decide
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.values_decide and x.sum() > 1e9:
+            x = x / 2
+        return self.bn2(self.conv2(self.function(self.bn1(self.conv1(x)))))
+
+
+@pytest.mark.parametrize(
+    ("function", "known"),
+    [
+        (lambda x: x * torch.sigmoid(x), True),
+        (lambda x: x * (F.relu6(x + 3) / 6), True),
+        (lambda x: F.softplus(x).tanh().mul(x), True),
+        (lambda x: torch.mul(input=x, other=torch.sigmoid(input=x)), True),
+        (lambda x: x + x * 2, False),
+        (lambda x: x - F.relu(x).add(1), False),
+    ],
+)
+def test_functions_of_one_value_are_known_where_nothing_is_traced(function: Any, known: bool) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    traced, followed = (convert(OfItself(function, decide), "bkn", stat_batch=2) for decide in (False, True))
+    assert "" in untraced(followed) and not untraced(traced)
+    reports = belief_report(traced, x)["bn2"], belief_report(followed, x)["bn2"]
+    assert {why is None for why in reports} == {known}
+    torch.testing.assert_close(followed(x), traced(x))
+
+
+class WeightByName(OfItself):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(self.bn1(self.conv1(x)), weight=self.conv2.weight, padding=1)
+        return self.bn2(x / 2 if x.sum() > 1e9 else x)
+
+
+def test_a_weight_that_is_passed_by_name_where_nothing_is_traced() -> None:
+    model, x = convert(WeightByName(torch.relu, True), "bkn", stat_batch=2), torch.randn(4, 3, 8, 8)
+    assert untraced(model) and belief_report(model, x)["bn2"] is None

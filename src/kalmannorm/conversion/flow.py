@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from kalmannorm.conversion import retrace, runtime
 from kalmannorm.conversion.batch_norms import BATCH_NORM
 from kalmannorm.conversion.names import CHECKPOINT, Loan, Surroundings, class_of, lending, lent_now
-from kalmannorm.conversion.operations import SIGNS, WEIGHTED, rule_of
+from kalmannorm.conversion.operations import WEIGHTED, formula_of, rule_of, sign_of
+from kalmannorm.conversion.pixelwise import PRODUCTS
 from kalmannorm.conversion.rules import Operation, fields_of, has_belief
 from kalmannorm.conversion.runtime import apply, call, checkpointed, normalized
 from kalmannorm.norm import GroupedStatistics, contract
@@ -46,6 +47,8 @@ class Flow(TorchFunctionMode):
         super().__init__()
         self._batch_norm = batch_norm
         self._known: dict[int, tuple[Tensor, int, Any]] = {}
+        # A tensor that is a function of another, pixel by pixel: both, each with its version, and the formula.
+        self._curve: dict[int, tuple[Tensor, int, Tensor, int, str]] = {}
         self._switches, self._place = switches, _place()
 
     def __enter__(self) -> "Flow":
@@ -105,6 +108,11 @@ class Flow(TorchFunctionMode):
         rule = rule_of(func) or rule_of(_METHODS.get(name, name))
         beliefs = tuple(map(self._get_or_constant, args))  # read now, since `func` may change its arguments in place
         keyword_beliefs = {key: self._get_or_constant(value) for key, value in kwargs.items()}
+        given = Operation(None, args, kwargs, beliefs, keyword_beliefs)
+        kind, curve, x = "", "", given.argument(0, "input")
+        if has_belief((beliefs, keyword_beliefs)):
+            kind, curve = self._kind(func, name, given), _curve(func, name, given)
+        version = contract.version(x)
         y = func(*args, **kwargs)
         # The version of an inference tensor does not count in-place changes.
         if name == "__setitem__" or (args and y is args[0] and y.is_inference()):
@@ -114,12 +122,54 @@ class Flow(TorchFunctionMode):
         elif runtime.observer is not None or has_belief((beliefs, keyword_beliefs)):
             operation = Operation(y, args, kwargs, tuple(map(_no_constant, beliefs)), {
                 key: _no_constant(value) for key, value in keyword_beliefs.items()
-            })  # fmt: skip
-            self.put(y, apply(rule, operation._replace(kind=_kind(func, name, args, beliefs)), name))
+            }, kind)  # fmt: skip
+            self.put(y, apply(rule, operation, name))
+            if curve and isinstance(y, Tensor) and y is not x:
+                self._curve[id(y)] = y, contract.version(y), x, version, curve
         return y
+
+    def _formula(self, value: Tensor, end: object = None) -> tuple[Tensor, int, str]:
+        """Return the tensor of which `value` is a function pixel by pixel (`end`, else the earliest), its version, and
+        the formula in terms of "x"."""
+        now = contract.version(value)
+        known = self._curve.get(id(value))
+        if value is end or known is None or known[0] is not value or known[1] != now:
+            return value, now, "x"
+        x, version_of_x, curve = known[2:]
+        if contract.version(x) != version_of_x:  # x was changed in place since
+            return x, version_of_x, curve.replace("{}", "x")
+        root, version, inner = self._formula(x, end)
+        return root, version, curve.replace("{}", inner)
+
+    def _kind(self, func: object, name: str, given: Operation) -> str:
+        """Return Operation.kind."""
+        if func in WEIGHTED:
+            return "" if given.belief_of(1, "weight") is _CONSTANT else "computed"
+        if not (sign := sign_of(func, _METHODS.get(name, name))):
+            return ""
+        if given.belief_of(1, "other") is _CONSTANT:
+            return "constant second"
+        if given.belief_of(0, "input") is _CONSTANT:
+            return "constant first"
+        first, second = given.argument(0, "input"), given.argument(1, "other")
+        if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+            return ""
+        for i, (one, other) in enumerate(((first, second), (second, first)) if sign == "*" else ()):
+            root, version, formula = self._formula(other, one)
+            if root is one and version == contract.version(one) and formula in PRODUCTS:
+                return f"product {formula} {i}"
+        (root, version, _), (other, other_version, _) = self._formula(first), self._formula(second)
+        return "dependent" if root is other and version == other_version else ""
 
     def _get_or_constant(self, value: object) -> Any:
         return _CONSTANT if isinstance(value, nn.Parameter) else self.get(value)
+
+
+def _curve(func: object, name: str, given: Operation) -> str:
+    """Return the formula of an operation on its first argument, "" if it does not act pixel by pixel."""
+    other = given.argument(1, "other")
+    others = (f"constant {id(other)}",) if given.belief_of(1, "other") is _CONSTANT else given.args[1:] or (other,)
+    return formula_of(func, _METHODS.get(name, name), others)
 
 
 def _place() -> tuple[bool, int | None]:
@@ -135,18 +185,6 @@ def _only_constants(values: Iterable[object]) -> bool:
 
 def _no_constant(belief: object) -> object:
     return None if belief is _CONSTANT else belief
-
-
-def _kind(func: object, name: str, args: Args, beliefs: Args) -> str:
-    """Return Operation.kind, as far as the beliefs of the arguments show it."""
-    if func in WEIGHTED:
-        return "" if beliefs[1] is _CONSTANT else "computed"
-    if len(args) > 1 and (func in SIGNS or name in _METHODS or name.rstrip("_") in ("add", "sub", "mul", "div")):
-        if beliefs[1] is _CONSTANT:
-            return "constant second"
-        if beliefs[0] is _CONSTANT:
-            return "constant first"
-    return ""
 
 
 def follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kwargs: Kwargs, beliefs: Beliefs) -> Any:

@@ -197,6 +197,26 @@ CURVES: dict[Key, str] = {
 SIGNS: dict[Key, str] = {key: rule.sign for key, rule in FUNCTIONS.items() if hasattr(rule, "sign")}
 
 
+def sign_of(function: Key, name: str) -> str:
+    """Return the sign of an arithmetic function, or of the method with this name; "" for any other."""
+    return SIGNS.get(function) or SIGNS.get(name, "")
+
+
+def formula_of(function: Key, name: str, others: tuple[Any, ...]) -> str:
+    """Return the formula of a call of a function, or of the method with this name, on its first argument; "" if it does
+    not act pixel by pixel with `others`, the arguments after the first: numbers, and names of constants."""
+    if sign := sign_of(function, name):
+        plain = len(others) == 1 and isinstance(others[0], int | float | str)
+        return f"{sign}({{}},{others[0] if isinstance(others[0], str) else f'{others[0]:g}'})" if plain else ""
+    return with_parameters(CURVES.get(function) or CURVES.get(name, ""), others)
+
+
+def with_parameters(curve: str, given: Any) -> str:
+    """Put the numbers that a function was given beside the feature into its formula, but no 1: softplus's default."""
+    extra = "".join(f",{value:g}" for value in given if type(value) in (int, float) and value != 1)
+    return curve.replace("({})", f"({{}}{extra})") if extra else curve
+
+
 def make_dict(keys: tuple[Any, ...], values: tuple[Any, ...]) -> "OrderedDict[Any, Any]":
     """Build the OrderedDict that a forward returns; fx itself would put a plain dict into the graph."""
     return OrderedDict(zip(keys, values, strict=True))

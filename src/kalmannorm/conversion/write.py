@@ -16,7 +16,16 @@ from torch.fx.node import map_aggregate
 
 from kalmannorm.conversion.batch_norms import normalize
 from kalmannorm.conversion.names import CHECKPOINT
-from kalmannorm.conversion.operations import CURVES, MODULES, SIGNS, VIEWS, WEIGHTED, make_dict, same_items
+from kalmannorm.conversion.operations import (
+    CURVES,
+    MODULES,
+    SIGNS,
+    VIEWS,
+    WEIGHTED,
+    make_dict,
+    same_items,
+    with_parameters,
+)
 from kalmannorm.conversion.pixelwise import PRODUCTS
 from kalmannorm.conversion.runtime import belief_of, call, changed, checkpointed, in_segments, key_of, lost, normalized
 from kalmannorm.conversion.trace import IN_SEGMENTS, is_in_place
@@ -40,15 +49,9 @@ class Summary(NamedTuple):
 def summary_of_class(module: nn.Module) -> Summary:
     """Return the summary of a module that is not converted, which follows from its class."""
     key = type(module)
-    curve = _with_parameters(CURVES.get(key, ""), [getattr(module, name) for name in MODULES.get(key, ("", ()))[1]])
+    curve = with_parameters(CURVES.get(key, ""), [getattr(module, name) for name in MODULES.get(key, ("", ()))[1]])
     in_place, view = getattr(module, "inplace", False) is True, key in VIEWS or key.__name__ in VIEWS
     return Summary(curve, frozenset({0} if in_place else ()), frozenset({0} if in_place or view else ()))
-
-
-def _with_parameters(curve: str, given: Any) -> str:
-    """Put the numbers that a function was given beside the feature into its formula, but no 1: softplus's default."""
-    extra = "".join(f",{value:g}" for value in given if type(value) in (int, float) and value != 1)
-    return curve.replace("({})", f"({{}}{extra})") if extra else curve
 
 
 class Writer:
@@ -232,7 +235,7 @@ class Writer:
                 return
         else:
             curve = CURVES.get(key, "") if isinstance(key, str | type) or callable(key) else ""
-            curve = _with_parameters(curve, node.args[1:])
+            curve = with_parameters(curve, node.args[1:])
         if curve:
             self._curve[node] = (x, curve)
 
