@@ -146,6 +146,13 @@ def test_a_key_that_nothing_reads_is_refused(added: str) -> None:
     assert "unknown setting" in refused(["device=cpu", added])
 
 
+@pytest.mark.parametrize("dataset", ["imagenet", "kinetics", "coco", "camvid"])
+def test_only_arrays_in_memory_are_recoloured(dataset: str) -> None:
+    assert "unknown setting 'dataset.recolour'" in refused(
+        ["device=cpu", f"dataset={dataset}", "+dataset.recolour=true"]
+    )
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

@@ -11,8 +11,9 @@ from records import config, table7, write_record
 from kalmannorm import report
 from kalmannorm.experiments.config import conf_dir
 from kalmannorm.report import claims, page, paper, quantities
+from kalmannorm.report.cells import Cells, Group
 from kalmannorm.report.claims import Claim, Verdict, decide
-from kalmannorm.report.effects import Cells, Effect, Group
+from kalmannorm.report.effects import Effect
 
 KN_OVER_BN = ("+table7/kn_stat2", "-table7/bn_stat2")
 

@@ -12,7 +12,8 @@ import pytest
 from kalmannorm import report
 from kalmannorm.experiments import card as cards
 from kalmannorm.report import effects, tables
-from kalmannorm.report.effects import Cells, contrast
+from kalmannorm.report.cells import FIRST_STEPS, Cells, Group, identity
+from kalmannorm.report.effects import contrast
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
@@ -153,9 +154,7 @@ def test_every_cell_and_effect_of_the_committed_records() -> None:
             for column in card.columns
             if column.value == "accuracy" and column.at is None and not column.steps_to
         ]
-        rows = [
-            effects.identity(card, row, c if card.has_columns_of_runs else None) for row in card.rows for c in columns
-        ]
+        rows = [identity(card, row, c if card.has_columns_of_runs else None) for row in card.rows for c in columns]
         for group in cells.groups(rows):
             sheet = tables.table(card, group, cells)
             for record in sheet.records:
@@ -172,13 +171,11 @@ def test_every_cell_and_effect_of_the_committed_records() -> None:
     assert (cell_count and effect_count) or not (runs.state == "used").any()
 
 
-def _recomputed(
-    cells: Cells, card: cards.Card, group: effects.Group, record: dict, kind: str, by_id: pd.DataFrame
-) -> float:  # type: ignore[type-arg]
+def _recomputed(cells: Cells, card: cards.Card, group: Group, record: dict, kind: str, by_id: pd.DataFrame) -> float:  # type: ignore[type-arg]
     """The difference to the baseline by least squares over all rows of the network, written out."""
     row = card.row(str(record["row"]))
     column = next(c for c in card.columns if c.key == record["column"])
-    ours, base = (effects.identity(card, one, column) for one in (row, card.row(row.baseline or str(card.baseline))))
+    ours, base = (identity(card, one, column) for one in (row, card.row(row.baseline or str(card.baseline))))
     at = group._replace(dataset=ours.dataset or group.dataset)
     ours, base = (dataclasses.replace(one, dataset=None) for one in (ours, base))
     pool = effects.pool(cells, [card], at, kind, {(row.network, row.length) for row in (ours, base)})
@@ -199,6 +196,6 @@ def _recomputed(
 
 
 def test_a_budget_keeps_its_name_when_a_setting_differs() -> None:
-    assert effects.Group("cifar10", "start").length == effects.FIRST_STEPS
-    assert effects.Group("cifar10", "start epochs=3").length == effects.FIRST_STEPS
-    assert effects.Group("cifar10", "lite epochs=3").length == "lite"
+    assert Group("cifar10", "start").length == FIRST_STEPS
+    assert Group("cifar10", "start epochs=3").length == FIRST_STEPS
+    assert Group("cifar10", "lite epochs=3").length == "lite"

@@ -11,15 +11,13 @@ from kalmannorm import report
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.record import NUMERICS
-from kalmannorm.report import claims, effects, frame, tables
-from kalmannorm.report.effects import Cells, Group
+from kalmannorm.report import claims, frame, tables
+from kalmannorm.report.cells import Cell, Cells, Group, identities, identity
 
 LITE = Group("cifar10", "lite")
 
 
-def cell(
-    results: Path, row: str, statistics: str = "moving", card: str = "table7", group: Group = LITE
-) -> effects.Cell:
+def cell(results: Path, row: str, statistics: str = "moving", card: str = "table7", group: Group = LITE) -> Cell:
     found = cards.read(card)
     return Cells(report.load(results)).cell(found, found.row(row), group, statistics=statistics)
 
@@ -69,9 +67,7 @@ def test_other_runs_do_not_enter(tmp_path: Path) -> None:
         write_record(tmp_path, other, seed, 10.5)
     assert [run["accuracy"] for run in cell(tmp_path, "kn_stat2").runs] == [70.0]
     card = cards.read("table7")
-    labels = {
-        group.label for group in Cells(report.load(tmp_path)).groups([effects.identity(card, card.row("kn_stat2"))])
-    }
+    labels = {group.label for group in Cells(report.load(tmp_path)).groups([identity(card, card.row("kn_stat2"))])}
     assert labels == {
         "cifar10, budget lite",
         "cifar10, budget paper",
@@ -90,7 +86,7 @@ def test_a_width_that_a_row_names_is_no_setting_of_others(tmp_path: Path) -> Non
     card = cards.read("v1-table3")
     row, column = card.row("bn_stat2_widened"), card.columns[2]
     assert cells.cell(card, row, Group("", "lite"), column).n == 1
-    assert not cells.groups([effects.identity(cards.read("table7"), cards.read("table7").row("bn_stat2"))])
+    assert not cells.groups([identity(cards.read("table7"), cards.read("table7").row("bn_stat2"))])
 
 
 def test_a_length_that_a_column_names_is_no_group_of_others(tmp_path: Path) -> None:
@@ -99,11 +95,11 @@ def test_a_length_that_a_column_names_is_no_group_of_others(tmp_path: Path) -> N
         write_record(tmp_path, {**one, "budget": {**one["budget"], "epochs": epochs, "warmup": warmup}}, 1, moving)
     cells = Cells(report.load(tmp_path))
     card = cards.read("epochs")
-    bn, found = card.row("bn"), cells.groups(effects.identities(card))
+    bn, found = card.row("bn"), cells.groups(identities(card))
     assert [group.budget for group in found] == ["lite", "lite epochs=7 warmup=1"]
     of_columns = [cells.cell(card, bn, found[0], column) for column in card.columns]
     assert [[run["accuracy"] for run in cell.runs] for cell in of_columns] == [[60.0], [70.0], []]
-    others = cells.groups(effects.identities(cards.read("variants")))
+    others = cells.groups(identities(cards.read("variants")))
     assert [group.budget for group in others] == ["lite", "lite epochs=7 warmup=1"]
 
 
@@ -172,7 +168,7 @@ def test_a_row_in_several_arithmetics_is_shown_in_that_of_the_rows_beside_it(tmp
         write_record(tmp_path, config("bkn"), seed, 62.0)
     card = cards.read("table7")
     alone = Cells(report.load(tmp_path))
-    beside = alone.alike(effects.identities(card), LITE)
+    beside = alone.alike(identities(card), LITE)
     shown = [[run["accuracy"] for run in of.cell(card, card.row("bn_stat2"), LITE).runs] for of in (alone, beside)]
     assert shown == [[80.0, 80.0, 80.0], [60.0, 60.0]]
     assert beside.cell(card, card.row("bn_stat2"), LITE).notes == [

@@ -14,7 +14,8 @@ from kalmannorm.cli import main
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import cards
 from kalmannorm.experiments.card import Card, read
-from kalmannorm.report import parameters, speed, tables
+from kalmannorm.report import parameters, speed
+from kalmannorm.report import sheet as sheets
 from kalmannorm.runs import measure_speed
 
 TINY = ["budget.size=32", "arch.width=0.1", "batch.grad_batch=4", "batch.stat_batch=2", "device=cpu"]
@@ -24,11 +25,11 @@ def load(tmp_path: Path, *overrides: str) -> cards.Experiment:
     return cards.load("table3", ["device=cpu", f"results={tmp_path}", *overrides])
 
 
-def table3(tmp_path: Path, *overrides: str) -> tables.Sheet:
+def table3(tmp_path: Path, *overrides: str) -> sheets.Sheet:
     return speed.sheet(load(tmp_path, *overrides).card, tmp_path)
 
 
-def rows(sheet: tables.Sheet) -> list[list[str]]:
+def rows(sheet: sheets.Sheet) -> list[list[str]]:
     return [[label, *(place.text for place in row)] for (_, label), row in zip(sheet.index, sheet.rows, strict=True)]
 
 
@@ -106,10 +107,10 @@ def test_medians_and_the_middle_half(tmp_path: Path, timed: list[bool]) -> None:
     (row, printed) = rows(table3(tmp_path))
     assert row[1:] == ["320.00", "213.33", "1.500 [1.500, 1.875]", "4"]
     assert "thread" in row[0] and "224x224 px, (64, 32), fp32, eager" in row[0] and printed[0].startswith("paper")
-    (bn, kn) = csv.DictReader(io.StringIO(tables.csv(table3(tmp_path))))
+    (bn, kn) = csv.DictReader(io.StringIO(sheets.csv(table3(tmp_path))))
     assert (bn["row"], float(bn["examples_per_s"]), bn["paper_examples_per_s"], bn["n"]) == ("bn", 320, "325.74", "4")
     assert kn["commit"] and kn["torch"] and float(kn["seconds_per_step"]) == 0.3 and float(kn["ratio_high"]) == 1.875
-    for output in (tables.markdown, tables.latex, tables.text):
+    for output in (sheets.markdown, sheets.latex, sheets.text):
         assert "320.00" in output(table3(tmp_path))
 
 

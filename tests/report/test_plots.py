@@ -10,15 +10,15 @@ from records import config, table7, write_record
 
 from kalmannorm import report
 from kalmannorm.experiments import card as cards
-from kalmannorm.report import command, figures, frame, plots, style
-from kalmannorm.report.effects import Cells, Group
+from kalmannorm.report import command, figure_data, figures, frame, layer_figures, plots, style
+from kalmannorm.report.cells import Cells, Group
 from kalmannorm.report.plots import Line, Panel
 
 LITE = Group("cifar10", "lite")
 LOOK = style.Look(style.BLUE, "o", "-")
 
 
-def drawn(results: Path, name: str, group: Group = LITE) -> figures.Figures:
+def drawn(results: Path, name: str, group: Group = LITE) -> figure_data.Figures:
     card = cards.read(name)
     return figures.DRAW[card.kind](card, group, Cells(report.load(results)))
 
@@ -107,10 +107,10 @@ def test_branches_are_not_joined_and_a_single_seed_is_hollow() -> None:
     assert {found.get_markerfacecolor() for found in marks(axis)} == {style.BLUE, "white"}
     names = ["stem.bn", "blocks.0.b1.bn", "blocks.0.b3.0.bn", "blocks.0.b3.1.bn", "blocks.1.b1.bn"]
     panel = Panel("", [])
-    figures._add_layers(panel, "", LOOK, [({"norms": {"order": names}}, np.arange(5.0))])
+    layer_figures._add_layers(panel, "", LOOK, [({"norms": {"order": names}}, np.arange(5.0))])
     assert panel.lines[0].apart == {1, 2, 4} and panel.names == names  # b3.0 and b3.1 follow each other
     straight = [f"layers.{i}.bn{j}" for i in range(3) for j in (1, 2)]
-    figures._add_layers(panel, "", LOOK, [({"norms": {"order": straight}}, np.arange(6.0))])
+    layer_figures._add_layers(panel, "", LOOK, [({"norms": {"order": straight}}, np.arange(6.0))])
     assert not panel.lines[1].apart
 
 
@@ -198,7 +198,7 @@ def test_quantities_of_a_table_have_axes_of_their_own(tmp_path: Path) -> None:
 
 def test_a_caption_is_as_wide_as_its_figure() -> None:
     panel = Panel("", [Line("", LOOK, [0.0, 1.0], [[1.0], [2.0]])])
-    figure = plots.lines([[panel]], 3 * f"cifar10, budget lite. {figures.READING} ")
+    figure = plots.lines([[panel]], 3 * f"cifar10, budget lite. {figure_data.READING} ")
     (caption,) = (text for text in figure.texts if text.get_text().startswith("cifar10"))
     for dpi in (72, 150):  # of PDF and SVG, and of PNG, whose letters are narrower
         figure.set_dpi(dpi)
@@ -215,7 +215,7 @@ def test_a_table_is_not_stretched_to_the_papers_values(tmp_path: Path) -> None:
 
 
 def test_the_first_steps_are_drawn_by_quantity_and_what_has_no_prior_says_so(tmp_path: Path) -> None:
-    arrays = {name: np.full((3, 2), 2.0, np.float32) for name in figures.FIRST_STEPS}
+    arrays = {name: np.full((3, 2), 2.0, np.float32) for name in layer_figures.FIRST_STEPS}
     start = Group("cifar10", "start")
     for norm in ("bn", "bkn"):
         none = {"offsets": np.full((3, 2), np.nan), "variance_ratios": np.full((3, 2), np.nan)} if norm == "bn" else {}

@@ -12,9 +12,10 @@ from records import config, table7, write_record
 from kalmannorm import report
 from kalmannorm.experiments import card as cards
 from kalmannorm.report import paper, tables
+from kalmannorm.report import sheet as sheets
+from kalmannorm.report.cells import Cells, Group
 from kalmannorm.report.command import groups
-from kalmannorm.report.effects import Cells, Group
-from kalmannorm.report.tables import Sheet
+from kalmannorm.report.sheet import Sheet
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
@@ -40,7 +41,7 @@ def test_rows_without_runs_are_a_line_below_unless_the_paper_prints_them(tmp_pat
     table7(tmp_path)
     found = sheet(tmp_path)
     assert "KN, stat 2, belief=output (ours)" not in [label for _, label in found.index]
-    assert "Not run: KN, stat 2, belief=output (ours)" in found.about[0] and "belief=output" in tables.csv(found)
+    assert "Not run: KN, stat 2, belief=output (ours)" in found.about[0] and "belief=output" in sheets.csv(found)
     eight = sheet(tmp_path, "table8")
     assert [label for block, label in eight.index if block == "ResNet-110"] == ["GN", "BN, stat 128", "KN, stat 128"]
     assert "ResNet-32, pre-activation: GN (ours); BN, stat 2 (ours)" in eight.about[0]
@@ -69,11 +70,11 @@ def test_the_papers_value_is_of_the_papers_data(tmp_path: Path) -> None:
     ours, other = sheet(tmp_path), sheet(tmp_path, dataset="cifar100")
     assert "online: paper" in ours.header and not any("paper" in name for name in other.header)
     for written in (
-        tables.markdown(other),
-        tables.latex(other),
-        tables.csv(other),
-        tables.text(other),
-        tables.page_html(other),
+        sheets.markdown(other),
+        sheets.latex(other),
+        sheets.csv(other),
+        sheets.text(other),
+        sheets.page_html(other),
     ):
         assert "90.9" not in written and "89.4" not in written
     write_record(tmp_path, config("wn"), 1, 50.0)
@@ -106,15 +107,15 @@ def test_steps_to_an_accuracy(tmp_path: Path) -> None:
 def test_every_format_says_the_same(tmp_path: Path) -> None:
     table7(tmp_path)
     found = dataclasses.replace(sheet(tmp_path), title="Table 7: 100 % & more_or_less", notes=("#1 <b>|x|",))
-    markdown, latex, text = tables.markdown(found), tables.latex(found), tables.text(found)
-    for written in (markdown, latex, text, tables.page_html(found)):
+    markdown, latex, text = sheets.markdown(found), sheets.latex(found), sheets.text(found)
+    for written in (markdown, latex, text, sheets.page_html(found)):
         assert "62.20" in written and "90.9" in written
     assert r"more\_or\_less" in markdown and r"\|x\|" in markdown and "&lt;b>" in markdown
     assert r"\caption{100 \% \& more\_or\_less.}" in latex and "Table 7" not in latex  # one number, LaTeX's
     assert r"\textbf{66.20" in latex and "make " not in latex and "kalmannorm" not in latex and latex.isascii()
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({line.count(" |") for line in lines}) == 1
-    assert 'href="#runs=' in tables.page_html(found) and "<script" not in tables.page_html(found)
+    assert 'href="#runs=' in sheets.page_html(found) and "<script" not in sheets.page_html(found)
 
 
 def test_batches_are_columns_and_networks_blocks_with_a_best_each(tmp_path: Path) -> None:
@@ -135,12 +136,12 @@ def test_batches_are_columns_and_networks_blocks_with_a_best_each(tmp_path: Path
 def test_blocks_are_ruled(tmp_path: Path) -> None:
     for arch in ("inception_cifar", "resnet32", "resnet32_preact"):
         write_record(tmp_path, config("bn", arch=arch), 1, 50.0)
-    latex = tables.latex(sheet(tmp_path, "table8"))
+    latex = sheets.latex(sheet(tmp_path, "table8"))
     assert latex.count(r"\cline") + latex.count(r"\cmidrule") >= 3 and "multirow" not in latex
 
 
 def test_footnote_marks() -> None:
-    assert [tables.letter(i) for i in (0, 25, 26, 27, 52)] == ["a", "z", "aa", "ab", "ba"]
+    assert [sheets.letter(i) for i in (0, 25, 26, 27, 52)] == ["a", "z", "aa", "ab", "ba"]
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
@@ -154,9 +155,9 @@ def test_latex_compiles_and_fits_the_page(tmp_path: Path) -> None:
     narrow = found[-1]
     rows, index = tuple(row * 3 for row in narrow.rows[:9]), narrow.index[:9]
     wide = dataclasses.replace(narrow, stem="wide", header=narrow.header * 3, rows=rows, index=index)
-    assert "sideways" in tables.latex(wide) and "sideways" not in tables.latex(narrow)
+    assert "sideways" in sheets.latex(wide) and "sideways" not in sheets.latex(narrow)
     found += [wide]
-    text = "\n\\clearpage\n".join(map(tables.latex, found))
+    text = "\n\\clearpage\n".join(map(sheets.latex, found))
     packages = r"\usepackage{booktabs,graphicx,rotating}"
     (tmp_path / "all.tex").write_text(rf"\documentclass{{article}}{packages}\begin{{document}}{text}\end{{document}}")
     done = subprocess.run(

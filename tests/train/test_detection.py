@@ -21,7 +21,7 @@ from kalmannorm.experiments import cards
 from kalmannorm.experiments.config import compose
 from kalmannorm.experiments.record import run_id
 from kalmannorm.report import tables
-from kalmannorm.report.effects import Group
+from kalmannorm.report.cells import Group
 from kalmannorm.train import average_precision, checkpoint, detector, progress, task_detection
 from kalmannorm.train.ranks import Ranks
 

@@ -21,7 +21,7 @@ from kalmannorm.models import SEGMENTERS
 from kalmannorm.models.resnet import Resnet
 from kalmannorm.placement import PLACEMENTS
 from kalmannorm.report import tables
-from kalmannorm.report.effects import Group
+from kalmannorm.report.cells import Group
 from kalmannorm.train import task_segmentation
 from kalmannorm.train.model import learning_rate
 from kalmannorm.train.pretrained import load_pretrained

@@ -26,7 +26,7 @@ from kalmannorm.experiments.record import run_id
 from kalmannorm.models.i3d import I3D, inflate_weights
 from kalmannorm.models.resnet import Resnet
 from kalmannorm.report import tables
-from kalmannorm.report.effects import Group
+from kalmannorm.report.cells import Group
 from kalmannorm.train.evaluate import evaluate
 from kalmannorm.train.model import build, optimizer
 

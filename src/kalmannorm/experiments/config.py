@@ -15,24 +15,17 @@ from pydantic.dataclasses import dataclass
 from kalmannorm import machine
 from kalmannorm.errors import UserError, nearest, reason
 from kalmannorm.experiments import composition
+from kalmannorm.experiments.schema import STRICT, Group, Int, Name, Part, Positive, expect, unknown
 from kalmannorm.experiments.settings import (
-    STRICT,
     Arch,
     Batch,
     Budget,
     Dataset,
     DetectionSchedule,
-    Group,
-    Int,
-    Name,
     Norm,
-    Part,
-    Positive,
     Schedule,
-    expect,
     read_dataset,
     read_schedule,
-    unknown,
 )
 from kalmannorm.presets import BATCH_STATISTICS, KALMAN, PRESETS, SPAN_DEVICES, WHOLE_BATCH, preset_options
 

@@ -43,47 +43,30 @@ def _of(module: str, name: str, **options: Any) -> nn.Module:
     return getattr(import_module(f"kalmannorm.models.{module}"), name)(**options)
 
 
-ARCHS: dict[str, Callable[..., nn.Module]] = {
-    "inception_cifar": InceptionCifar,
-    "inception_v2": InceptionV2,
-    "resnet14": partial(ResNet, 2),
-    "resnet14_preact": partial(ResNet, 2, preact=True),
-    "resnet32": partial(ResNet, 5),
-    "resnet32_preact": partial(ResNet, 5, preact=True),
-    "resnet110": partial(ResNet, 18),
-    "resnet110_preact": partial(ResNet, 18, preact=True),
-    "resnet18_cifar": _resnet18_cifar,
-    "resnet50": partial(_torchvision, "resnet50"),
-    "resnet101": partial(_torchvision, "resnet101"),
-    "densenet121": partial(_torchvision, "densenet121"),
-    "densenet169": partial(_torchvision, "densenet169"),
-    "resnext101_32x4d": partial(_of, "se_resnet", "resnext101_32x4d"),
-    "se_resnet101": partial(_of, "se_resnet", "se_resnet101"),
-    "i3d_resnet50": partial(_of, "i3d", "I3D"),
-    "i3d_small": partial(_of, "i3d", "I3D"),
+# Constructors, and the names of the last normalizers.
+_NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    "inception_cifar": (InceptionCifar, tuple(f"blocks.2.{unit}.bn" for unit in ("b1", "b3.1", "b5.1", "pool"))),
+    "inception_v2": (InceptionV2, tuple(f"blocks.5b.{unit}.bn" for unit in ("b1", "b3.1", "b33.2", "pool"))),
+    "resnet14": (partial(ResNet, 2), ("blocks.5.bn2",)),
+    "resnet14_preact": (partial(ResNet, 2, preact=True), ("bn_last",)),
+    "resnet32": (partial(ResNet, 5), ("blocks.14.bn2",)),
+    "resnet32_preact": (partial(ResNet, 5, preact=True), ("bn_last",)),
+    "resnet110": (partial(ResNet, 18), ("blocks.53.bn2",)),
+    "resnet110_preact": (partial(ResNet, 18, preact=True), ("bn_last",)),
+    "resnet18_cifar": (_resnet18_cifar, ("layer4.1.bn2",)),
+    "resnet50": (partial(_torchvision, "resnet50"), ("layer4.2.bn3",)),
+    "resnet101": (partial(_torchvision, "resnet101"), ("layer4.2.bn3",)),
+    "densenet121": (partial(_torchvision, "densenet121"), ("features.norm5",)),
+    "densenet169": (partial(_torchvision, "densenet169"), ("features.norm5",)),
+    "resnext101_32x4d": (partial(_of, "se_resnet", "resnext101_32x4d"), ("layer4.2.bn3",)),
+    "se_resnet101": (partial(_of, "se_resnet", "se_resnet101"), ("layer4.2.bn3",)),
+    "i3d_resnet50": (partial(_of, "i3d", "I3D"), ("layer4.2.bn3",)),
+    "i3d_small": (partial(_of, "i3d", "I3D"), ("layer4.0.bn3",)),
 }
+ARCHS = {name: build for name, (build, _) in _NETWORKS.items()}
+LAST_NORMALIZERS = {name: last for name, (_, last) in _NETWORKS.items()}
 
 # Networks for segmentation: they return scores [N, classes, H, W] as "out", and those for deep supervision as "aux".
 SEGMENTERS: dict[str, Callable[..., nn.Module]] = dict.fromkeys(
     ("fcn_resnet50", "fcn_resnet14"), partial(_of, "segmentation", "FCNResnet")
 )
-
-LAST_NORMALIZERS: dict[str, tuple[str, ...]] = {
-    "inception_cifar": ("blocks.2.b1.bn", "blocks.2.b3.1.bn", "blocks.2.b5.1.bn", "blocks.2.pool.bn"),
-    "inception_v2": ("blocks.5b.b1.bn", "blocks.5b.b3.1.bn", "blocks.5b.b33.2.bn", "blocks.5b.pool.bn"),
-    "resnet14": ("blocks.5.bn2",),
-    "resnet14_preact": ("bn_last",),
-    "resnet32": ("blocks.14.bn2",),
-    "resnet32_preact": ("bn_last",),
-    "resnet110": ("blocks.53.bn2",),
-    "resnet110_preact": ("bn_last",),
-    "resnet18_cifar": ("layer4.1.bn2",),
-    "resnet50": ("layer4.2.bn3",),
-    "resnet101": ("layer4.2.bn3",),
-    "densenet121": ("features.norm5",),
-    "densenet169": ("features.norm5",),
-    "resnext101_32x4d": ("layer4.2.bn3",),
-    "se_resnet101": ("layer4.2.bn3",),
-    "i3d_resnet50": ("layer4.2.bn3",),
-    "i3d_small": ("layer4.0.bn3",),
-}

@@ -21,7 +21,8 @@ from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Column, Row
 from kalmannorm.report import effects, quantities, speed
-from kalmannorm.report.effects import FIRST_STEPS, LEAST, Cell, Cells, Effect, Group, Shares, signed
+from kalmannorm.report.cells import FIRST_STEPS, Cell, Cells, Group, identity
+from kalmannorm.report.effects import LEAST, Effect, Shares, signed
 from kalmannorm.report.frame import Identity
 from kalmannorm.report.quantities import QUANTITIES
 
@@ -47,7 +48,7 @@ class Term:
     @property
     def identity(self) -> Identity:
         """The row's identity in the frame."""
-        return effects.identity(self.card, self.row, self.column)
+        return identity(self.card, self.row, self.column)
 
     @property
     def place(self) -> str:

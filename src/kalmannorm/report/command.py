@@ -19,9 +19,10 @@ from kalmannorm.experiments.composition import key_of, parse, refuse_repeated, s
 from kalmannorm.experiments.config import RESULT_KEYS, compose
 from kalmannorm.files import write_atomically
 from kalmannorm.machine import cores
-from kalmannorm.report import claims, effects, figures, frame, page, parameters, plots, speed, tables
+from kalmannorm.report import claims, figures, frame, page, parameters, plots, speed, tables
+from kalmannorm.report import sheet as sheets
+from kalmannorm.report.cells import FIRST_STEPS, Cells, Group, identities, identity
 from kalmannorm.report.compare import compare as beside
-from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.page import Made
 
 ALONE = ("gains", "layer_errors", "mixture", "death", "conditioning")  # kinds that are useful for one run
@@ -71,7 +72,7 @@ def report(name: str, arguments: list[str]) -> int:
         )
     for one in made:
         if one.sheet:
-            print(tables.text(one.sheet))
+            print(sheets.text(one.sheet))
         for file in one.files:
             print(results / file)
     return 0
@@ -175,14 +176,14 @@ def _make(
     """Write the files of a card for each group of its runs that is `wanted`, and yield what was made."""
     if card.kind in COUNTED:
         counted = parameters.sheet(card) if card.kind == "parameters" else speed.sheet(card, results)
-        yield Made(card, None, counted, {}, _write(results, tables.files(counted)))
+        yield Made(card, None, counted, {}, _write(results, sheets.files(counted)))
         return
     for group in groups(card, cells):
         if wanted(group):
-            alike = cells.alike(effects.identities(card), group)
+            alike = cells.alike(identities(card), group)
             shown = tables.by_batch(card, group, alike) if card.kind == "stat_batch" else card
             sheet = tables.table(shown, group, alike) if shown.kind == "table" else None
-            files = _write(results, tables.files(sheet)) if sheet else []
+            files = _write(results, sheets.files(sheet)) if sheet else []
             pictures: dict[str, str] = {}
             for behind, figure in figures.DRAW[card.kind](card, group, alike).items():
                 stem = f"{card.name}{behind}_{group.stem}"
@@ -206,8 +207,8 @@ def groups(card: Card, cells: Cells) -> list[Group]:
     """Return the groups in which a card has runs."""
     return [
         group
-        for group in cells.groups(effects.identities(card))
-        if (group.length == effects.FIRST_STEPS) == (card.kind in figures.OF_FIRST_STEPS)
+        for group in cells.groups(identities(card))
+        if (group.length == FIRST_STEPS) == (card.kind in figures.OF_FIRST_STEPS)
     ]
 
 
@@ -216,7 +217,7 @@ def _compares(card: Card, group: Group, cells: Cells) -> bool:
     the setting that it varies, if any. Tables with printed values and cards about single runs are always shown."""
 
     def normalizers(rows: Iterable[Row]) -> set[str]:
-        return {effects.identity(card, row).normalizer for row in rows}
+        return {identity(card, row).normalizer for row in rows}
 
     ran = [r for r in card.rows if any(cells.cell(card, r, group, column).runs for column in card.columns_of(r))]
     if card.kind in ALONE or card.paper or any(row.paper for row in card.rows):

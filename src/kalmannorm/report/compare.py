@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmannorm.experiments.record import Record, find
-from kalmannorm.report import tables
+from kalmannorm.report import sheet as sheets
 from kalmannorm.report.frame import flat
 
 EPOCHS = 3  # last epochs of the curves that are shown
@@ -25,7 +25,7 @@ def compare(results: Path, first: str, second: str) -> str:
     lines += [["curves, the last epochs"], *_beside([_curves(run) for run in runs])]
     lines += [["data and host, where they differ"], *_differing([_around(run) for run in runs])]
     headings = ["" if len(line) > 1 else f"\n{line[0]}" for line in lines]
-    rows = tables.aligned([line if len(line) > 1 else [""] for line in lines])
+    rows = sheets.aligned([line if len(line) > 1 else [""] for line in lines])
     return "\n".join(heading or f"  {row}" for heading, row in zip(headings, rows, strict=True))
 
 

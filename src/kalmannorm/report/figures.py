@@ -4,35 +4,21 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kalmannorm.data import SCENES
-from kalmannorm.errors import UserError
-from kalmannorm.experiments import record as records
 from kalmannorm.experiments.card import Card, Column, Row
-from kalmannorm.report import effects, quantities, style
-from kalmannorm.report.effects import Cell, Cells, Group
-from kalmannorm.report.plots import Entry, Line, Map, Panel, Point, forest, label_maps, lines, maps
+from kalmannorm.report import quantities, style
+from kalmannorm.report.cells import Cell, Cells, Group, identity, values_of
+from kalmannorm.report.figure_data import READING, Figures, arrays_of, by_network, draw_panels, looks_of, setting
+from kalmannorm.report.layer_figures import conditioning, death, figure5, gains, layer_errors
+from kalmannorm.report.plots import Entry, Line, Panel, Point, forest, label_maps
 from kalmannorm.report.quantities import PERCENT
 from kalmannorm.report.style import Look
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Figures = dict[str, "Figure"]  # by the suffix that the file name adds to the card's; empty if nothing was run
-Arrays = dict[str, np.ndarray]
 OF_FIRST_STEPS = ("death", "conditioning")  # kinds of cards about a run's first steps (train/first_steps.py)
-FIRST_STEPS = {
-    "offsets": "|prior mean - measured| / sd",
-    "variance_ratios": "prior / measured variance",
-    "scales": "mean square, normalized",
-    "gradients": "gradient / weight",
-}
-SMOOTHED = 10  # steps over which a training loss is averaged
 RELEASED = ((0, 0.1),)  # the released recipe's highest rate
-READING = "Line: mean over the seeds that learned; band: from the lowest to the highest; hollow: one seed."
 SN_OF, TILE = ("in", "ln", "bn"), 8
 OF_SN = {"IN": Look("#000000", "^", ":"), "LN": Look(style.GREY, "D", "--"), "BN": Look(style.ORANGE, "s", "-")}
 COLUMNS = tuple(zip((style.ORANGE, style.BLUE, style.GREEN, "#CC79A7", style.GREY), style.MARKERS, strict=False))
@@ -69,10 +55,12 @@ def table(card: Card, group: Group, cells: Cells) -> Figures:
         ]
         entries.append(Entry(row.name, points, lost[0] if lost else ""))
     ran = replace(card, columns=tuple(columns))
-    said = f"{_said(ran, group)} After the last epoch. Ticks: single runs; marks: their mean, over those that learned."
+    caption = (
+        f"{setting(ran, group)} After the last epoch. Ticks: single runs; marks: their mean, over those that learned."
+    )
     legend = {column.label: Point(0, *looks[column.key]) for column in columns}
     shown = any(entry.points for entry in entries)
-    figures = {"": forest(entries, said, [f"{name} (%)" for name in axes], legend)} if shown else {}
+    figures = {"": forest(entries, caption, [f"{name} (%)" for name in axes], legend)} if shown else {}
     return figures | _scenes(card, group, cells) | _choices(card, group, cells)
 
 
@@ -80,23 +68,24 @@ def _choices(card: Card, group: Group, cells: Cells) -> Figures:
     """Draw the statistics that every layer of SSN finally chose, in every run that learned."""
     columns: dict[str, list[np.ndarray]] = {}
     for row, column in itertools.product(card.rows, card.columns):
-        norms = [run["norms"] for run in cells.cell(card, row, group, column).learned if _norms(run, "choices")]
+        learned = cells.cell(card, row, group, column).learned
+        norms = [run["norms"] for run in learned if quantities.norm_state(run, "choices")]
         chosen = [[of["choices"][name]["chosen"] for name in of["order"] if name in of["choices"]] for of in norms]
         for i, moment in enumerate(("mean", "variance") if chosen else ()):
             numbers = [[SN_OF.index(layer[i]) for layer in run] for run in chosen]
             tiles = np.kron(np.array(numbers).T, np.ones((TILE, TILE), int))
             tiles[TILE - 1 :: TILE], tiles[:, TILE - 1 :: TILE] = len(SN_OF), len(SN_OF)  # white lines between them
             columns[f"{column.label}: {moment}"] = [tiles]
-    said = (
-        f"{_said(card, group)} What SSN's layers chose for good, from the first (above) to the last; a column a seed."
+    caption = (
+        f"{setting(card, group)} What SSN's layers chose for good, from the first (above) to the last; a column a seed."
     )
-    return {"_choices": label_maps(columns, [name.upper() for name in SN_OF], said)} if columns else {}
+    return {"_choices": label_maps(columns, [name.upper() for name in SN_OF], caption)} if columns else {}
 
 
 def _scenes(card: Card, group: Group, cells: Cells) -> Figures:
     """Draw a few test scenes' true and predicted classes, if the runs are segmenters: a column for each row of the
     card."""
-    loaded = {row.name: _arrays(cells.cell(card, row, group, card.columns[0]), "scene_true_0") for row in card.rows}
+    loaded = {row.name: arrays_of(cells.cell(card, row, group, card.columns[0]), "scene_true_0") for row in card.rows}
     found = {name: next(iter(of_seeds.values())) for name, of_seeds in loaded.items() if of_seeds}
     if not found:
         return {}
@@ -104,16 +93,15 @@ def _scenes(card: Card, group: Group, cells: Cells) -> Figures:
     scenes = range(sum(key.startswith("scene_true_") for key in first))
     columns = {"truth": [first[f"scene_true_{i}"] for i in scenes]}
     columns |= {name: [arrays[f"scene_predicted_{i}"] for i in scenes] for name, (_, arrays) in found.items()}
-    said = f"{_said(card, group)} Test scenes of {run['dataset']} by moving statistics, the first seed that learned."
-    return {
-        "_maps": label_maps(columns, SCENES[run["config"]["dataset"]["name"]].classes, f"{said} White: not labelled.")
-    }
+    dataset, classes = run["dataset"], SCENES[run["config"]["dataset"]["name"]].classes
+    caption = f"{setting(card, group)} Test scenes of {dataset} by moving statistics, the first seed that learned."
+    return {"_maps": label_maps(columns, classes, f"{caption} White: not labelled.")}
 
 
 def curves(card: Card, group: Group, cells: Cells) -> Figures:
     """Draw the accuracy after every epoch against steps, a panel per kind of statistics; runs at chance as thin
     lines."""
-    look = _looks(card, group, cells)
+    look = looks_of(card, group, cells)
 
     def line(label: str, look: Look, runs: Sequence[quantities.Run], band: bool = True) -> Line:
         places = list(zip(*(run["curve"] for run in runs), strict=False))  # up to the epoch that all runs reached
@@ -131,8 +119,8 @@ def curves(card: Card, group: Group, cells: Cells) -> Figures:
         for row in networks[network]:
             yield from of_row(row, cells.cell(card, row, group, column))
 
-    networks = _by_network(card)
-    return _lines(_accuracies(card, networks, "optimizer steps", of_network), f"{_said(card, group)} {READING}")
+    networks = by_network(card)
+    return draw_panels(_accuracies(card, networks, "optimizer steps", of_network), f"{setting(card, group)} {READING}")
 
 
 def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apart: str) -> "Draw":
@@ -144,7 +132,7 @@ def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apar
     """
 
     def draw(card: Card, group: Group, cells: Cells) -> Figures:
-        look, titles = _looks(card, group, cells), [apart.format(effects.identity(card, row)) for row in card.rows]
+        look, titles = looks_of(card, group, cells), [apart.format(identity(card, row)) for row in card.rows]
         at = [of(card, row) for row in card.rows]
         ran_in: dict[str, dict[str, list[str]]] = {}  # arithmetic -> row -> panels in which the row ran so
         for row, title, x in zip(card.rows, titles, at, strict=True):
@@ -162,9 +150,9 @@ def against(name: str, scale: str, of: Callable[[Card, Row], float | None], apar
                     values = [list(_final(ran[x]).values()) for x in places]
                     yield Line(label, look[label], places, values, [x for x in places if ran[x].lost])
 
-        said = f"{READING} Crosses: where runs failed or stayed at chance. Horizontal: no such setting."
-        said += _differing(ran_in)
-        return _lines(_accuracies(card, titles, name, of_title), f"{_said(card, group)} {said}", scale)
+        caption = f"{READING} Crosses: where runs failed or stayed at chance. Horizontal: no such setting."
+        caption += _differing(ran_in)
+        return draw_panels(_accuracies(card, titles, name, of_title), f"{setting(card, group)} {caption}", scale)
 
     return draw
 
@@ -176,97 +164,12 @@ def _differing(ran_in: Mapping[str, Mapping[str, list[str]]]) -> str:
         return ""
     *few, most = sorted(ran_in, key=lambda arithmetic: len(ran_in[arithmetic]))
     several = Counter(called for rows in ran_in.values() for called in rows)
-    said = []
+    parts = []
     for arithmetic in few:
         rows = sorted(ran_in[arithmetic].items())
         names = [f"{called} ({', '.join(panels)})" if several[called] > 1 else called for called, panels in rows]
-        said.append(f"{', '.join(names)} in {arithmetic}")
-    return f" Arithmetic differs: {'; '.join(said)}; the others in {most}."
-
-
-def figure5(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw variance gaps of the last normalizers by channel and batch, and of every layer, for the first two rows."""
-    (bn_name, bn), (kn_name, kn) = ((row.name, _arrays(cells.cell(card, row, group))) for row in card.rows[:2])
-    if not bn or not kn:
-        return {}
-    seed = min(bn.keys() & kn.keys(), default=None)
-    (run, one), (_, other) = (of[seed] if seed is not None else next(iter(of.values())) for of in (bn, kn))
-    sample, posterior = "sample variance", "posterior"
-    shown = [(f"{bn_name}: {sample}", one, "gap_measured"), (f"{kn_name}: {sample}", other, "gap_measured")]
-    shown += [(f"{kn_name}: {posterior}", other, "gap_used")] if "gap_used" in other else []
-    names = _last(run, one)
-    absolute = [Map(title, of[key], names) for title, of, key in shown]
-    relative = [Map(title, of[key] / (of["moving_var"][:, None] + quantities.EPS), names) for title, of, key in shown]
-    said = (
-        f"{_said(card, group)} Seed {seed if seed is not None else 'of each its own'}; groups of the training set "
-        "without augmentation, in bins. Top: |variance − moving variance|; bottom: over the moving variance. One "
-        "logarithmic scale a row. The paper compares the sample variance; the posterior is what normalizes in KN."
-    )
-    of_maps = [("gap", absolute), ("gap / moving variance", relative)]
-    by_channel = maps(of_maps, said, "groups, in bins", "channels of the last normalizers")
-    panel = Panel("", [], "mean gap / moving variance", log=True)
-    for name, runs, what, look in (
-        (bn_name, bn, "measured", Look(style.ORANGE, "s", "-")),
-        (kn_name, kn, "measured", Look(style.SKY, "^", "--")),
-        (kn_name, kn, "used", Look(style.BLUE, "o", "-")),
-    ):
-        found = [(run, arrays[key]) for run, arrays in runs.values() if (key := f"layer_gap_{what}") in arrays]
-        _add_layers(panel, f"{name}: {sample if what == 'measured' else posterior}", look, found)
-    by_layer = lines([[panel]], f"{_said(card, group)} Normalizers in network order. {READING}")
-    return {"": by_channel, "_layers": by_layer}
-
-
-def gains(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw the gain that every layer learned, a line per row."""
-    look, found = _looks(card, group, cells), []
-    for network, rows in _by_network(card).items():
-        panel = Panel(network, [], "gain q, weight of the measurement", limits=(-0.03, 1.03), levels={})
-        for row in rows:
-            runs = [run for run in cells.cell(card, row, group).learned if _norms(run, "gains")]
-            if not runs:
-                continue
-            order = [name for name in runs[0]["norms"]["order"] if name in runs[0]["norms"]["gains"]]
-            values = [np.array([run["norms"]["gains"][name] for name in order]) for run in runs]
-            _add_layers(panel, row.name, look[row.name], [({"norms": {"order": order}}, of) for of in values])
-            if (start := quantities.number(runs[0].get("norm.options.gain"))) is not None:
-                panel.levels[start] = look[row.name]
-        found.append([panel])
-    return _lines(found, f"{_said(card, group)} Faint: where the gain starts. {READING}")
-
-
-def layer_errors(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw, for each layer, the errors of measurement, prior and posterior against the population's statistics, and
-    their parts."""
-    what = {"mean": "mean:\n|error| / population sd", "var": "variance:\n|ln(estimate / population)|"}
-    parts = {"": "root mean square error", "_bias": "the same in all groups", "_spread": "from group to group"}
-    estimates = {
-        "measurement": (style.SKY, "^", "--"),
-        "prior": (style.GREEN, "D", ":"),
-        "posterior": (style.BLUE, "o", "-"),
-    }
-    loaded = {row.name: _arrays(cells.cell(card, row, group)) for row in card.rows}
-
-    def panel(moment: str, part: str) -> Panel:
-        found = Panel(parts[part], [], what[moment], log=True)
-        for place, (name, of_row) in enumerate(loaded.items()):
-            is_bn = any("gap_used" not in arrays for _, arrays in of_row.values())  # it normalizes by its measurement
-            for i, (estimate, (colour, marker, dashes)) in enumerate(estimates.items()):
-                errors = [
-                    (run, arrays[key][i])
-                    for run, arrays in of_row.values()
-                    if (key := f"layer_error_{moment}{part}") in arrays
-                ]
-                look = Look(style.ORANGE, "s", "-") if is_bn else Look(style.tint(colour, place - 1), marker, dashes)
-                if not (is_bn and estimate == "posterior"):
-                    _add_layers(found, f"{name}: {estimate}", look, errors)
-        return found
-
-    said = (
-        f"{_said(card, group)} Of the median channel, over groups of training images, against the statistics of the "
-        "same features over the training set. What is the same in all groups, gamma and beta can make up for. "
-        f"{READING}"
-    )
-    return _lines([[panel(moment, part) for part in parts] for moment in what], said)
+        parts.append(f"{', '.join(names)} in {arithmetic}")
+    return f" Arithmetic differs: {'; '.join(parts)}; the others in {most}."
 
 
 def mixture(card: Card, group: Group, cells: Cells) -> Figures:
@@ -276,10 +179,10 @@ def mixture(card: Card, group: Group, cells: Cells) -> Figures:
         layers = [
             [layer["mean"], layer["var"]]
             for run in cells.cell(card, row, group).learned
-            for layer in (_norms(run, "mixture") or {}).values()
+            for layer in (quantities.norm_state(run, "mixture") or {}).values()
         ]
         if layers:
-            shares[float(effects.identity(card, row).stat_batch)] = np.array(layers)
+            shares[float(identity(card, row).stat_batch)] = np.array(layers)
 
     def quartiles(j: int, i: int) -> list[list[float]]:
         return [list(np.quantile(of[:, j, i], (0.25, 0.5, 0.75))) for of in shares.values()]
@@ -293,66 +196,8 @@ def mixture(card: Card, group: Group, cells: Cells) -> Figures:
         )
         for j, moment in enumerate(("means", "variances"))
     ]
-    said = f"{_said(card, group)} Over layers and seeds: the quartiles and their mean."
-    return _lines([panels], said, "log")
-
-
-def death(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw each layer's first steps (train/first_steps.py): the error of its prior, the mean square of its normalized
-    features, gradient over weight. A network whose priors are wrong, but trusted, diverges.
-    """
-    found: dict[str, list[Map]] = {label: [] for label in FIRST_STEPS.values()}
-    for row in card.rows:
-        watched = _arrays(cells.cell(card, row, group), "scales", of_all=True)
-        for run, arrays in list(watched.values())[:1]:
-            for name, label in FIRST_STEPS.items():
-                names = quantities.layers(run, arrays[name].shape[1])
-                found[label].append(Map(row.name, arrays[name].T, dict.fromkeys(names, 1) if len(names) < 13 else {}))
-    if not any(found.values()):
-        return {}
-    said = (
-        f"{_said(card, group)} A column a normalizer, the first layer on top; each row has one logarithmic scale of "
-        "colours; median: of all layers and steps; none, grey: there is no prior."
-    )
-    return {"": maps(list(found.items()), said, "steps, from the first on", "layers, from the first on")}
-
-
-def conditioning(card: Card, group: Group, cells: Cells) -> Figures:
-    """Draw the layers' condition numbers at each step (train/conditioning.py), and the training loss."""
-    watched = {r.name: _arrays(cells.cell(card, r, group), "condition_inputs", of_all=True) for r in card.rows}
-    watched = {name: runs for name, runs in watched.items() if runs}
-    smooth = np.full(SMOOTHED, 1 / SMOOTHED)
-
-    def condition(*factors: str) -> Callable[[Arrays], np.ndarray]:
-        return lambda arrays: np.exp(sum(np.log(arrays[f"condition_{factor}"]).mean(1) for factor in factors))
-
-    def panels(vertical: str, log: bool, of: Mapping[str, Callable[[Arrays], np.ndarray]]) -> list[Panel]:
-        found, highest = [Panel(title, [], vertical, "steps", log) for title in of], dict.fromkeys(watched, 0.0)
-        lowest = np.inf
-        for panel, value in zip(found, of.values(), strict=True):
-            for place, (name, runs) in enumerate(watched.items()):
-                values = list(zip(*(value(arrays) for _, arrays in runs.values()), strict=False))
-                look = Look(style.of_class(place + (place > 5)), "", "-")  # skips yellow, which is faint on white
-                panel.lines.append(Line(name, look, [float(i + 1) for i in range(len(values))], values))
-                highest[name], lowest = max(highest[name], np.max(values)), min(lowest, np.min(values))
-        top = 1.2 * sorted(highest.values())[-2:][0]  # a diverging row would squeeze the others
-        for panel in found:
-            panel.limits = (0.9 * lowest, top)
-        return found
-
-    if not watched:
-        return {}
-    conditions = {
-        "of the inputs, E[o oᵀ]": condition("inputs"),
-        "of the gradients, E[dh dhᵀ]": condition("gradients"),
-        "of both: of the block": condition("inputs", "gradients"),
-    }
-    loss = {"training loss": lambda arrays: np.convolve(arrays["losses"], smooth, "valid")}
-    said = (
-        f"{_said(card, group)} Condition numbers: as the weights that learn see them, geometric mean over the "
-        f"convolutions. Loss: mean over {SMOOTHED} steps. A line that runs away is cut off."
-    )
-    return _lines([panels("condition number", True, conditions), panels("cross-entropy", False, loss)], said)
+    caption = f"{setting(card, group)} Over layers and seeds: the quartiles and their mean."
+    return draw_panels([panels], caption, "log")
 
 
 def _accuracies(
@@ -368,85 +213,8 @@ def _accuracies(
     ]
 
 
-def _lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear") -> Figures:
-    """Draw the rows of panels that have lines; {} if there are none."""
-    drawn = [row for row in rows if any(panel.lines for panel in row)]
-    return {"": lines(drawn, said, scale)} if drawn else {}
-
-
-def _norms(run: quantities.Run, key: str) -> dict[str, Any] | None:
-    return (run["norms"] or {}).get(key)
-
-
 def _final(cell: Cell, quantity: str = "accuracy") -> dict[int, float]:
-    return effects.values_of(cell, quantities.value(quantity))
-
-
-def _looks(card: Card, group: Group, cells: Cells) -> dict[str, Look]:
-    """Choose looks for the rows that ran only, since few looks are easier to tell apart than many."""
-    ran = [row for row in card.rows if any(cells.cell(card, row, group, column).n for column in card.columns)]
-    return style.looks([(row.name, effects.identity(card, row).normalizer.split(" ")[0]) for row in ran])
-
-
-def _by_network(card: Card) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in card.rows:
-        found.setdefault(effects.identity(card, row).network, []).append(row)
-    return found
-
-
-def _arrays(cell: Cell, having: str = "gap_measured", of_all: bool = False) -> dict[int, tuple[quantities.Run, Arrays]]:
-    """Return by seed the runs that learned, or all runs, with the arrays beside their records. Runs without an array
-    named `having` are left out."""
-    found = {}
-    for run in cell.runs if of_all else cell.learned:
-        try:
-            arrays = records.arrays(str(run["id"]), run["results"])
-        except UserError:  # there are no arrays
-            continue
-        if having in arrays:
-            found[int(run["seed"])] = (run, arrays)
-    return found
-
-
-def _add_layers(panel: Panel, label: str, look: Look, found: Sequence[tuple[quantities.Run, np.ndarray]]) -> None:
-    """Add a line of some runs' values per layer to a panel, if there are any. It does not join parallel branches of a
-    block."""
-    found = [(run, of) for run, of in found if np.isfinite(of).any()]
-    if not found:
-        return
-    names = panel.names = quantities.layers(found[0][0], len(found[0][1]))
-    branches = [_branch(name) for name in names]
-    parallel = {block for block, _ in branches if len({b for other, b in branches if other == block}) > 1}
-    apart = frozenset(
-        i for i in range(1, len(names))
-        if branches[i] != branches[i - 1] and (branches[i][0] in parallel or branches[i - 1][0] in parallel)
-    )  # fmt: skip
-    values = np.array([one for _, one in found if len(one) == len(names)]).T
-    panel.lines.append(Line(label, look, [float(i) for i in range(len(names))], values.tolist(), apart=apart))
-
-
-def _branch(name: str) -> tuple[tuple[str, ...], str]:
-    """Return a layer's block and branch: "blocks.0.b3.1.bn" is in b3 of blocks.0, "layers.3.bn1" in "" of layers.3."""
-    block = quantities.block(name)
-    rest = name.split(".")[len(block) :]
-    return block, rest[0] if len(rest) > 1 else ""
-
-
-def _last(run: quantities.Run, arrays: Arrays) -> dict[str, int]:
-    """Return the numbers of channels of the last normalizers, by the parts of their names that differ; {} if the record
-    does not have them."""
-    names = [name.split(".") for name in _norms(run, "last") or []]
-    sizes = [int(size) for size in arrays.get("last_channels", ())]
-    if not names or len(sizes) != len(names) or sum(sizes) != len(arrays["moving_var"]):
-        return {}
-    kept = [[part for part in parts if sum(part in other for other in names) < len(names)] for parts in names]
-    return dict(zip([".".join(parts) for parts in kept], sizes, strict=True))
-
-
-def _said(card: Card, group: Group) -> str:
-    of_columns = dict.fromkeys(column.runs["dataset"] for column in card.columns if "dataset" in column.runs)
-    return f"{', '.join(filter(None, ['' if group.dataset else ' / '.join(of_columns), group.label]))}."
+    return values_of(cell, quantities.value(quantity))
 
 
 # By kind of cards that vary one setting, the arguments of `against`: the setting's name, the axis's scale, a function
@@ -455,7 +223,7 @@ SETTINGS: Mapping[str, tuple[str, str, Callable[[Card, Row], float | None], str]
     "stat_batch": (
         "images that share statistics",
         "log",
-        lambda card, row: effects.identity(card, row).stat_batch or None,
+        lambda card, row: identity(card, row).stat_batch or None,
         "{0.network}",
     ),
     "initial_gain": (

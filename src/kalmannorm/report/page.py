@@ -16,12 +16,13 @@ import pandas as pd
 
 from kalmannorm.experiments.card import Card
 from kalmannorm.experiments.record import METRICS
-from kalmannorm.report import frame, paper, plots, style, tables
+from kalmannorm.report import frame, paper, plots, style
+from kalmannorm.report import sheet as sheets
+from kalmannorm.report.cells import Cells, Group
 from kalmannorm.report.claims import Claim, Verdict
-from kalmannorm.report.effects import Cells, Group
 from kalmannorm.report.plots import Entry, Point
 from kalmannorm.report.quantities import missing
-from kalmannorm.report.tables import Sheet
+from kalmannorm.report.sheet import Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,8 +113,8 @@ def write(template: str, **view: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    found.filters |= {"md": tables.escape_markdown, "pipes": tables.markdown, "table": tables.page_html}
-    found.filters["letter"] = tables.letter
+    found.filters |= {"md": sheets.escape_markdown, "pipes": sheets.markdown, "table": sheets.page_html}
+    found.filters["letter"] = sheets.letter
     return found.get_template(template).render(**view)
 
 
@@ -236,7 +237,7 @@ def readme_markdown(made: Iterable[Made], verdicts: Sequence[Verdict], cells: Ce
         for name in one.files
         if name.endswith(".png")
     ]
-    return "\n".join([*(f"- {tables.escape_markdown(said)}" for said in answer(verdicts, cells)), "", *drawn[:1]])
+    return "\n".join([*(f"- {sheets.escape_markdown(said)}" for said in answer(verdicts, cells)), "", *drawn[:1]])
 
 
 def between(text: str, generated: str) -> str:

@@ -6,7 +6,7 @@ from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Settings
 from kalmannorm.experiments.config import compose
 from kalmannorm.report import paper
-from kalmannorm.report.tables import Place, Sheet
+from kalmannorm.report.sheet import Place, Sheet
 
 
 def sheet(card: Card) -> Sheet:

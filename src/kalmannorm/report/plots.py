@@ -55,9 +55,9 @@ class Panel:
     levels: dict[float, Look] = field(default_factory=dict)  # faint horizontal lines
 
 
-def lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear") -> "Figure":
-    """Draw a grid of panels with one legend and the caption `said`. Panels of a row share the vertical axis. If `scale`
-    is not linear, all panels share the horizontal axis, with a tick at every x that occurs."""
+def lines(rows: Sequence[Sequence[Panel]], caption: str, scale: str = "linear") -> "Figure":
+    """Draw a grid of panels with one legend and the caption. Panels of a row share the vertical axis. If `scale` is not
+    linear, all panels share the horizontal axis, with a tick at every x that occurs."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullLocator
@@ -101,7 +101,7 @@ def lines(rows: Sequence[Sequence[Panel]], said: str, scale: str = "linear") -> 
         flat = {line.label for row in rows for panel in row for line in panel.lines if line.at == [None]}
         for handle, label in zip(handles, shown, strict=True):
             handle.set_marker("" if label in flat else handle.get_marker())
-        _words(figure, said, handles)
+        _words(figure, caption, handles)
     return figure
 
 
@@ -129,15 +129,15 @@ class Entry:
 
 def forest(
     entries: Sequence[Entry],
-    said: str,
+    caption: str,
     horizontal: Sequence[str],
     legend: Mapping[str, Point],
     around: float | None = None,
 ) -> "Figure":
     """Draw values with their intervals, one below the other, on an axis for each label in `horizontal`.
 
-    `said`: the caption. `legend`: names, each with a point in its look. `around`: how far the axes reach to either side
-    of 0; an interval that is longer ends in an arrow.
+    `legend`: names, each with a point in its look. `around`: how far the axes reach to either side of 0; an interval
+    that is longer ends in an arrow.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -171,7 +171,7 @@ def forest(
         for name, entry in zip(axes[0].get_yticklabels(), entries, strict=True):
             name.set_fontweight("normal" if entry.points or entry.note else "bold")
         axes[0].set_ylim(len(entries) - 0.4, -0.6)
-        _words(figure, said, [Line2D([], [], linestyle="", label=name, **_mark(of)) for name, of in legend.items()])
+        _words(figure, caption, [Line2D([], [], linestyle="", label=name, **_mark(of)) for name, of in legend.items()])
     return figure
 
 
@@ -189,7 +189,7 @@ class Map:
     names: Mapping[str, int] = field(default_factory=dict)
 
 
-def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, vertical: str) -> "Figure":
+def maps(rows: Sequence[tuple[str, Sequence[Map]]], caption: str, horizontal: str, vertical: str) -> "Figure":
     """Draw rows of maps, (label of the colour bar, maps). A row has one logarithmic colour scale."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -229,11 +229,11 @@ def maps(rows: Sequence[tuple[str, Sequence[Map]]], said: str, horizontal: str, 
         for axis in grid[-1] if columns <= 3 else [grid[-1][columns // 2]]:
             axis.set_xlabel(horizontal)
         figure.supylabel(vertical, fontsize=8)
-        _words(figure, said)
+        _words(figure, caption)
     return figure
 
 
-def label_maps(columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], said: str) -> "Figure":
+def label_maps(columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str], caption: str) -> "Figure":
     """Draw maps of classes, [H, W] of indices into `classes`, with a column for each name. Larger numbers are white."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -254,7 +254,7 @@ def label_maps(columns: Mapping[str, Sequence[np.ndarray]], classes: Sequence[st
         seen = np.unique(np.concatenate([one.ravel() for of_column in columns.values() for one in of_column]))
         patches = [Patch(color=colours[int(i)], label=classes[int(i)]) for i in seen if i < len(classes)]
         figure.legend(handles=patches, loc="outside upper center", ncols=6, frameon=False)
-        _words(figure, said)
+        _words(figure, caption)
     return figure
 
 
@@ -300,9 +300,9 @@ def _line(axis: "Axes", line: Line, place: int) -> None:
         axis.plot([x or 0], [height], "x", color=colour, ms=4.5, mew=1.3, transform=transform, clip_on=False)
 
 
-def _words(figure: "Figure", said: str, handles: Sequence["Line2D"] = ()) -> None:
+def _words(figure: "Figure", caption: str, handles: Sequence["Line2D"] = ()) -> None:
     """Write the caption below, in lines as long as the figure is wide, and the legend above."""
-    figure.supxlabel(textwrap.fill(said, style.CAPTION), fontsize=7.5, x=0.01, ha="left")
+    figure.supxlabel(textwrap.fill(caption, style.CAPTION), fontsize=7.5, x=0.01, ha="left")
     if handles:
         widest = max(len(str(handle.get_label())) for handle in handles)
         columns = min(len(handles), max(1, 105 // (widest + 9)))

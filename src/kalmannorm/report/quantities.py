@@ -66,9 +66,14 @@ def block(name: str) -> tuple[str, ...]:
     return tuple(parts[: number + 1])
 
 
+def norm_state(run: Run, key: str) -> Any:
+    """Return what the record says of the normalizers after training under this key; None if it says nothing."""
+    return (run.get("norms") or {}).get(key)
+
+
 def layers(run: Run, count: int) -> list[str]:
     """Return the normalizers' names in network order; numbers from 1 if the record does not have `count` names."""
-    names = (run.get("norms") or {}).get("order") or []
+    names = norm_state(run, "order") or []
     return names if len(names) == count else [str(i + 1) for i in range(count)]
 
 
@@ -134,7 +139,7 @@ def _share(place: int) -> Value:
     and over the weights for means and variances."""
 
     def share(run: Run) -> float | None:
-        mixed = (run.get("norms") or {}).get("mixture") or {}
+        mixed = norm_state(run, "mixture") or {}
         weights = [layer[moment][place] for layer in mixed.values() for moment in ("mean", "var")]
         return 100 * math.fsum(weights) / len(weights) if weights else None
 
@@ -143,16 +148,13 @@ def _share(place: int) -> Value:
 
 def _zeta_growth(run: Run) -> float | None:
     """Return the growth of ln(gamma decay's mean coefficient) with depth, as _growth; None for two layers or fewer."""
-    norms = run.get("norms") or {}
-    found = norms.get("gamma_decay") or {}
-    names = [name for name in norms.get("order") or [] if name in found]
+    found = norm_state(run, "gamma_decay") or {}
+    names = [name for name in norm_state(run, "order") or [] if name in found]
     return number(_growth(names, np.array([found[name]["zeta"] for name in names]))) if len(names) > 2 else None
 
 
 def _array(key: str) -> Value:
-    return lambda run: _of_arrays(
-        str(run["id"]), str(run["results"]), tuple((run.get("norms") or {}).get("order") or ())
-    ).get(key)
+    return lambda run: _of_arrays(run["id"], str(run["results"]), tuple(norm_state(run, "order") or ())).get(key)
 
 
 class Quantity(NamedTuple):

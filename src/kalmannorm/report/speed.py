@@ -14,7 +14,7 @@ from kalmannorm.errors import UserError
 from kalmannorm.experiments.card import Card
 from kalmannorm.experiments.measurement import FOLDER, Measurement, where
 from kalmannorm.report import paper
-from kalmannorm.report.tables import Place, Sheet
+from kalmannorm.report.sheet import Place, Sheet
 
 
 def read(results: Path, card: Card) -> list[Measurement]:
