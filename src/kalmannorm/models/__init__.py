@@ -58,7 +58,8 @@ _NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "resnet101": (partial(_torchvision, "resnet101"), ("layer4.2.bn3",)),
     "densenet121": (partial(_torchvision, "densenet121"), ("features.norm5",)),
     "densenet169": (partial(_torchvision, "densenet169"), ("features.norm5",)),
-    "resnext101_32x4d": (partial(_of, "se_resnet", "resnext101_32x4d"), ("layer4.2.bn3",)),
+    # Xie et al. 2017: 44,177,704 parameters at 1000 classes.
+    "resnext101_32x4d": (partial(_torchvision, "resnet101", groups=32, width_per_group=4), ("layer4.2.bn3",)),
     "se_resnet101": (partial(_of, "se_resnet", "se_resnet101"), ("layer4.2.bn3",)),
     "i3d_resnet50": (partial(_of, "i3d", "I3D"), ("layer4.2.bn3",)),
     "i3d_small": (partial(_of, "i3d", "I3D"), ("layer4.0.bn3",)),

@@ -35,8 +35,3 @@ class SEBottleneck(Bottleneck):
 def se_resnet101(classes: int = 1000) -> ResNet:
     """Build SE-ResNet-101, with 49,292,328 parameters at 1000 classes."""
     return ResNet(SEBottleneck, [3, 4, 23, 3], num_classes=classes)
-
-
-def resnext101_32x4d(classes: int = 1000) -> ResNet:
-    """Build ResNeXt-101 32x4d (Xie et al. 2017), which torchvision does not offer; 44,177,704 parameters."""
-    return ResNet(Bottleneck, [3, 4, 23, 3], num_classes=classes, groups=32, width_per_group=4)
