@@ -81,7 +81,9 @@ def _columns(card: Card, wanted: str | None, overrides: list[str]) -> tuple[Card
     """Return the card with the wanted columns, and the overrides without a data set that chose a column."""
     if not card.has_columns_of_runs:
         if wanted is not None:
-            raise UserError(f"columns={wanted}: the columns of {card.name} show the same runs: leave out columns=")
+            raise UserError(
+                f"columns={wanted}: there is no choice, the columns of {card.name} show the same runs: leave out columns="
+            )
         return card, overrides
     if wanted is not None:
         keys = [column.key for column in card.columns]
