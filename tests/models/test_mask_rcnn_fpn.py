@@ -20,6 +20,7 @@ from kalmannorm.models.detection.fpn import MaskRCNNFPN
 from kalmannorm.models.detection.parts import LOSSES
 from kalmannorm.norm import BatchNorm, FrozenBatchNorm, GroupNorm, KalmanBatchNorm2d, SwitchableNorm
 from kalmannorm.train import detector
+from kalmannorm.train.model import optimizer
 from kalmannorm.train.pretrained import load_pretrained
 
 
@@ -108,6 +109,15 @@ def test_weights_and_frozen_stages_are_the_bodys(tmp_path):
     assert torch.equal(body.get_parameter("layer4.0.conv2.weight"), weights["layer4.0.conv2.weight"])
     still = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert "backbone.body.conv1.weight" in still and not any("layer2" in name or "fpn" in name for name in still)
+
+
+def test_every_convolutions_and_linear_layers_weight_decays():
+    """The mask head's transposed convolution too, as in Detectron; biases, gamma and beta do not."""
+    model = detector.build(compose([*TINY_FPN, "norm=gn", "arch.head_norm=gn"]))
+    decayed = {id(p) for p in optimizer(model, momentum=0.9, weight_decay=1e-4).param_groups[0]["params"]}
+    assert {name for name, p in model.named_parameters() if id(p) in decayed} == {
+        name for name, p in model.named_parameters() if p.dim() > 1
+    }
 
 
 # --- normalizers in pyramid and heads ---

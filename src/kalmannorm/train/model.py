@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from kalmannorm.conversion import convert
@@ -143,7 +144,7 @@ def optimizer(model: nn.Module, *, momentum: float, weight_decay: float) -> torc
     whitened_weights = whitened(model).values()
     for layer in whitened_weights:  # W decays, not the learned V: finish_gradients adds W's decay to V's gradient
         parametrization_of(layer).weight_decay = weight_decay
-    kinds = nn.Conv2d | nn.Conv3d | nn.Linear
+    kinds = _ConvNd | nn.Linear  # transposed convolutions too, as in public detectors
     layers = [m for m in model.modules() if isinstance(m, kinds) and m not in set(whitened_weights)]
     decayed = [_decayed(m) for m in layers]
     logits = [p for m in model.modules() if isinstance(m, SparseSwitchableNorm) for p in (m.mean_weight, m.var_weight)]
@@ -155,7 +156,7 @@ def optimizer(model: nn.Module, *, momentum: float, weight_decay: float) -> torc
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum)
 
 
-def _decayed(layer: nn.Conv2d | nn.Conv3d | nn.Linear) -> torch.Tensor:
+def _decayed(layer: _ConvNd | nn.Linear) -> torch.Tensor:
     """Return the parameter that decays: the weight; under weight normalization g, since W = g v / |v| has the norm of
     g whatever v's norm. The recipe has no weight normalization; that the penalty stays one on W is our reading."""
     if is_weight_normalized(layer):
