@@ -82,7 +82,7 @@ def _columns(card: Card, wanted: str | None, overrides: list[str]) -> tuple[Card
     if not card.has_columns_of_runs:
         if wanted is not None:
             raise UserError(
-                f"columns={wanted}: there is no choice, the columns of {card.name} show the same runs: leave out columns="
+                f"columns={wanted}: no choice, the columns of {card.name} show the same runs: leave out columns="
             )
         return card, overrides
     if wanted is not None:
