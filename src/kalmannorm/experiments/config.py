@@ -181,7 +181,7 @@ def _resolve(values: dict[str, Any]) -> Config:
     task, weights, of_videos = values["dataset"].get("task"), values["weights"], "frames" in values["dataset"]
     detects = task == "detection"
     if weights is not None and task is None and not of_videos:
-        raise UserError(f"weights = {weights}: only for detectors, segmenters and networks of videos; leave it out")
+        raise UserError(f"weights = {weights}: only detectors, segmenters and videos' networks take them; leave it out")
     if weights is not None or task is not None:
         values["arch"] |= _resolve_weights(values["arch"], weights, detects)
     if values["device"] == "auto":

@@ -58,7 +58,7 @@ class InstanceBatchNorm(TakesOptions, nn.Module):
         if self.IN is not None and not bias:
             self.IN.register_parameter("bias", None)
         if options.get("ragged", "error") != "error":
-            raise ValueError("ragged must be 'error' for IBN, which measures whole groups only")
+            raise ValueError("ragged: IBN measures whole groups only: leave ragged='error'")
         options |= {"stat_batch": stat_batch, "eps": eps, "affine": affine, "bias": bias}
         of_batch = num_features - of_instance
         batch = BatchNorm(max(of_batch, 1), **options)  # built even without channels, to check the options

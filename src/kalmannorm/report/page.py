@@ -149,12 +149,16 @@ def counts(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
 
 
 def answer(verdicts: Sequence[Verdict], cells: Cells) -> list[str]:
-    """Return the answer in sentences: one for each question, then those of `counts`."""
+    """Return the answer in sentences: one for each question, then those of `counts`.
+
+    Data set and budget stand only where they are not those of most answers, which `counts` names.
+    """
     found = answers(verdicts)
-    places = {v.place for of in found.values() for v in of}
+    places = Counter(v.place for of in found.values() for v in of)
+    usual = max(places, key=places.__getitem__, default="")
     said = []
     for question, of in found.items():
-        words = "; ".join(_in_words(v, v.place if len(places) > 1 else "") for v in of)
+        words = "; ".join(_in_words(v, "" if v.place == usual else v.place) for v in of)
         said.append(f"{question} {words[0].upper()}{words[1:]}." if question.endswith("?") else f"{question}: {words}.")
     return [*said, *counts(verdicts, cells)]
 
