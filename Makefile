@@ -54,7 +54,7 @@ setup-ffcv: $(READY) ## FFCV for dataset.loader=ffcv: its Debian or Ubuntu packa
 	@$(VENV)/bin/uv pip install --python $(VENV)/bin/python -e '.[dev,ffcv]'
 	@$(VENV)/bin/python -c 'import ffcv, sys; print("FFCV is installed:", ffcv.__file__, file=sys.stderr)'
 
-demo: $(READY) ## Table 7 and Figure 5 on the bundled digits: 9 trainings, about 3 minutes on 2 cores
+demo: $(READY) ## Table 7 and Figure 5 on the bundled digits: 9 trainings, about 4 minutes on 2 cores
 	@$(KN) sweep table7 $(DEMO)
 	@$(KN) report figure5 $(DEMO)
 	@$(KN) report table7 $(DEMO)
