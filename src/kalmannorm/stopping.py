@@ -66,7 +66,7 @@ def asked() -> int | None:
 
 
 def drop_terminal(number: int) -> None:
-    """After SIGHUP (`number`), redirect output to nowhere, unless it goes to a file: printing to a terminal or a pipe
+    """Redirect output to nowhere after SIGHUP (`number`), unless it goes to a file: printing to a terminal or a pipe
     that is gone would fail before the work is saved."""
     if number == signal.SIGHUP:
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -215,7 +215,7 @@ def test_a_table_is_not_stretched_to_the_papers_values(tmp_path: Path) -> None:
 
 
 def test_the_first_steps_are_drawn_by_quantity_and_what_has_no_prior_says_so(tmp_path: Path) -> None:
-    arrays = {name: np.full((3, 2), 2.0, np.float32) for name in layer_figures.FIRST_STEPS}
+    arrays = {name: np.full((3, 2), 2.0, np.float32) for name in layer_figures.WATCHED}
     start = Group("cifar10", "start")
     for norm in ("bn", "bkn"):
         none = {"offsets": np.full((3, 2), np.nan), "variance_ratios": np.full((3, 2), np.nan)} if norm == "bn" else {}

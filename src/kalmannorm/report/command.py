@@ -28,12 +28,7 @@ from kalmannorm.report.page import Made
 ALONE = ("gains", "layer_errors", "mixture", "death", "conditioning")  # kinds that are useful for one run
 COUNTED = ("parameters", "speed")  # kinds of cards without runs
 GROUPED = ("dataset", "budget", "schedule")
-OF_RUNS = (
-    "dataset",
-    "precision",
-    "compile",
-    "deterministic",
-)  # settings by which runs are left out, not rows told apart
+OF_RUNS = ("dataset", "precision", "compile", "deterministic")  # they leave runs out, and tell no rows apart
 DOCUMENTS = {"docs/results.md": page.results_markdown, "README.md": page.readme_markdown}
 DRAWN_WITH = (
     *(f"matplotlib.backends.backend_{kind}" for kind in ("agg", "pdf", "svg")),
@@ -84,9 +79,8 @@ def _settings(card: Card, overrides: list[str]) -> dict[str, Any]:
     row = card.rows[0]
     of_row = cards.overrides(card.settings(row, next(iter(card.columns_of(row)), None)))
     merged = {key_of(override): override for override in (*of_row, *overrides)}
-    if merged.get("dataset", "").endswith(
-        "=image_folder"
-    ):  # its classes are counted in the data, which may be elsewhere
+    # The classes of image_folder are counted in the data, which may be elsewhere.
+    if merged.get("dataset", "").endswith("=image_folder"):
         merged.setdefault("dataset.classes", "dataset.classes=2")
     compose(list(merged.values()))
     parsed = [parse(override) for override in overrides if key_of(override).partition(".")[0] in RESULT_KEYS]

@@ -34,6 +34,7 @@ def looks_of(card: Card, group: Group, cells: Cells) -> dict[str, Look]:
 
 
 def by_network(card: Card) -> dict[str, list[Row]]:
+    """Return the card's rows by their network."""
     found: dict[str, list[Row]] = {}
     for row in card.rows:
         found.setdefault(identity(card, row).network, []).append(row)
@@ -57,5 +58,6 @@ def arrays_of(
 
 
 def setting(card: Card, group: Group) -> str:
+    """Return the data sets and the group as the beginning of a caption."""
     of_columns = dict.fromkeys(column.runs["dataset"] for column in card.columns if "dataset" in column.runs)
     return f"{', '.join(filter(None, ['' if group.dataset else ' / '.join(of_columns), group.label]))}."

@@ -20,7 +20,7 @@ from kalmannorm.report.figure_data import (
 from kalmannorm.report.plots import Line, Map, Panel, lines, maps
 from kalmannorm.report.style import Look
 
-FIRST_STEPS = {
+WATCHED = {  # arrays of the first steps -> the labels of their rows
     "offsets": "|prior mean - measured| / sd",
     "variance_ratios": "prior / measured variance",
     "scales": "mean square, normalized",
@@ -118,11 +118,11 @@ def death(card: Card, group: Group, cells: Cells) -> Figures:
     """Draw each layer's first steps (train/first_steps.py): the error of its prior, the mean square of its normalized
     features, gradient over weight. A network whose priors are wrong, but trusted, diverges.
     """
-    found: dict[str, list[Map]] = {label: [] for label in FIRST_STEPS.values()}
+    found: dict[str, list[Map]] = {label: [] for label in WATCHED.values()}
     for row in card.rows:
         watched = arrays_of(cells.cell(card, row, group), "scales", of_all=True)
         for run, arrays in list(watched.values())[:1]:
-            for name, label in FIRST_STEPS.items():
+            for name, label in WATCHED.items():
                 names = quantities.layers(run, arrays[name].shape[1])
                 found[label].append(Map(row.name, arrays[name].T, dict.fromkeys(names, 1) if len(names) < 13 else {}))
     if not any(found.values()):
