@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kalmannorm.conversion.names import Scope
-from kalmannorm.conversion.trace import Passed, Trace, Tracer, Untraceable
+from kalmannorm.conversion.proxies import Untraceable
+from kalmannorm.conversion.trace import Passed, Trace, Tracer
 from kalmannorm.norm import contract
 
 BATCH_NORM = inspect.signature(F.batch_norm)

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from kalmannorm.conversion import runtime
 from kalmannorm.conversion.flow import as_original, follow, stand_ins
 from kalmannorm.conversion.names import Scope, class_of, lending
-from kalmannorm.conversion.trace import Trace, expression_of
+from kalmannorm.conversion.reading import expression_of
+from kalmannorm.conversion.trace import Trace
 from kalmannorm.conversion.write import Summary, Writer, summary_of_class
 from kalmannorm.norm import contract
 from kalmannorm.norm.belief import Belief, Carried, Estimated, Returned, pick

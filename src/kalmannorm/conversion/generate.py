@@ -16,7 +16,8 @@ from kalmannorm.conversion import classes, forwards
 from kalmannorm.conversion.attach import Search
 from kalmannorm.conversion.layers import copied, replace
 from kalmannorm.conversion.operations import MODULES_BY_NAME
-from kalmannorm.conversion.trace import APPENDS, Passed, Trace, Untraceable, trace
+from kalmannorm.conversion.proxies import Untraceable
+from kalmannorm.conversion.trace import APPENDS, Passed, Trace, trace
 from kalmannorm.conversion.write import Summary
 from kalmannorm.norm import Estimator
 from kalmannorm.norm.moments import Transition

@@ -27,8 +27,9 @@ from kalmannorm.conversion.operations import (
     with_parameters,
 )
 from kalmannorm.conversion.pixelwise import PRODUCTS
+from kalmannorm.conversion.proxies import is_in_place
 from kalmannorm.conversion.runtime import belief_of, call, changed, checkpointed, in_segments, key_of, lost, normalized
-from kalmannorm.conversion.trace import IN_SEGMENTS, is_in_place
+from kalmannorm.conversion.trace import IN_SEGMENTS
 from kalmannorm.norm.belief import pick
 
 
