@@ -138,6 +138,35 @@ def test_what_a_function_closes_over_is_read_when_it_runs() -> None:
     torch.testing.assert_close(converted(x), model(x))
 
 
+class Elsewhere(Net):
+    """Keeps one rate in a slot, and others where its __getattr__ finds them."""
+
+    __slots__ = ("rate",)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["rates"][name] if name in self.__dict__.get("rates", ()) else super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "rate": self.rate}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.rate = state.pop("rate")
+        super().__setstate__(state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.rate * self.other_rate
+
+
+def test_attributes_that_stand_elsewhere_are_read_when_it_runs() -> None:
+    model, x = Elsewhere(None).eval(), torch.randn(2, 3, 6, 6)  # type: ignore[arg-type]
+    model.rate, model.rates = 2.0, {"other_rate": 1.0}
+    converted = same(model)
+    for change in (lambda m: setattr(m, "rate", 3.0), lambda m: m.rates.update(other_rate=5.0)):
+        for each in (model, converted):
+            change(each)
+        torch.testing.assert_close(converted(x), model(x))
+
+
 def test_containers_may_hold_themselves() -> None:
     around: dict[str, Any] = {"rate": 1.0}
     around["around"] = around

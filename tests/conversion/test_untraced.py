@@ -233,7 +233,12 @@ class OfItself(nn.Module):
         (lambda x: x * (F.relu6(x + 3) / 6), True),
         (lambda x: F.softplus(x).tanh().mul(x), True),
         (lambda x: torch.mul(input=x, other=torch.sigmoid(input=x)), True),
+        (lambda x: 2 - torch.negative(x).divide(2).multiply(3), True),
+        (lambda x: torch.true_divide(1 - x, 2).subtract(1), True),
+        (lambda x: x * (F.relu6(3 + x) / 6), True),
         (lambda x: x + x * 2, False),
+        (lambda x: x + 2 * x, False),
+        (lambda x: x * (1 - torch.sigmoid(x)), False),
         (lambda x: x - F.relu(x).add(1), False),
     ],
 )

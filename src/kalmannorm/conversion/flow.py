@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from kalmannorm.conversion import retrace, runtime
 from kalmannorm.conversion.batch_norms import BATCH_NORM
 from kalmannorm.conversion.names import CHECKPOINT, Loan, Surroundings, class_of, lending, lent_now
-from kalmannorm.conversion.operations import WEIGHTED, formula_of, rule_of, sign_of
+from kalmannorm.conversion.operations import WEIGHTED, formula_of, formula_with, rule_of, sign_of
 from kalmannorm.conversion.pixelwise import PRODUCTS
 from kalmannorm.conversion.rules import Operation, fields_of, has_belief
 from kalmannorm.conversion.runtime import apply, call, checkpointed, normalized
@@ -35,6 +35,8 @@ _METHODS: dict[str, Any] = {"__getitem__": operator.getitem}
 _METHODS |= {f"__{name}__": name for name in ("add", "sub", "mul", "neg")}
 _METHODS |= {f"__i{name}__": f"{name}_" for name in ("add", "sub", "mul")}
 _METHODS |= {"__radd__": "add", "__rmul__": "mul", "__truediv__": "div", "__itruediv__": "div_"}
+# Methods by which 2 - x and 2 / x are x.__rsub__(2) and x.__rdiv__(2) -> the operators.
+_REFLECTED = {"__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv}
 _CONSTANT = object()  # marks, in place of a belief, a tensor that is computed from parameters alone
 
 
@@ -105,13 +107,16 @@ class Flow(TorchFunctionMode):
         if func is F.batch_norm and self._batch_norm is not None:
             return self._batch_norm(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name in _REFLECTED:
+            func, args = _REFLECTED[name], args[::-1]
+            name = func.__name__
         rule = rule_of(func) or rule_of(_METHODS.get(name, name))
         beliefs = tuple(map(self._get_or_constant, args))  # read now, since `func` may change its arguments in place
         keyword_beliefs = {key: self._get_or_constant(value) for key, value in kwargs.items()}
         given = Operation(None, args, kwargs, beliefs, keyword_beliefs)
         kind, curve, x = "", "", given.argument(0, "input")
         if has_belief((beliefs, keyword_beliefs)):
-            kind, curve = self._kind(func, name, given), _curve(func, name, given)
+            kind, (x, curve) = self._kind(func, name, given), _curve(func, name, given)
         version = contract.version(x)
         y = func(*args, **kwargs)
         # The version of an inference tensor does not count in-place changes.
@@ -165,11 +170,19 @@ class Flow(TorchFunctionMode):
         return _CONSTANT if isinstance(value, nn.Parameter) else self.get(value)
 
 
-def _curve(func: object, name: str, given: Operation) -> str:
-    """Return the formula of an operation on its first argument, "" if it does not act pixel by pixel."""
-    other = given.argument(1, "other")
-    others = (f"constant {id(other)}",) if given.belief_of(1, "other") is _CONSTANT else given.args[1:] or (other,)
-    return formula_of(func, _METHODS.get(name, name), others)
+def _curve(func: object, name: str, given: Operation) -> tuple[Any, str]:
+    """Return the argument on which an operation acts pixel by pixel, and its formula; "" if there is no such one."""
+    name = _METHODS.get(name, name)
+    first, second = given.argument(0, "input"), given.argument(1, "other")
+    if not (sign := sign_of(func, name)):
+        return first, formula_of(func, name, given.args[1:] or (second,))
+    constants = [
+        f"constant {id(value)}" if belief is _CONSTANT else value
+        for value, belief in ((first, given.belief_of(0, "input")), (second, given.belief_of(1, "other")))
+    ]
+    if formula := formula_with(sign, constants[1]):
+        return first, formula
+    return second, formula_with(sign, constants[0], first=True)
 
 
 def _place() -> tuple[bool, int | None]:

@@ -19,6 +19,10 @@ def _table(*entries: tuple[Rule, list[Key]]) -> dict[Key, Rule]:
     return {key: rule for rule, keys in entries for key in keys}
 
 
+def _methods(*names: str) -> list[Key]:
+    return [*names, *(f"{name}_" for name in names)]
+
+
 FUNCTIONS: dict[Key, Rule] = _table(
     (unchanged, [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.clone]),
     (unchanged, ["contiguous", "clone", "float", "double", "to", "type_as"]),
@@ -42,10 +46,14 @@ FUNCTIONS: dict[Key, Rule] = _table(
     (pixelwise.activation(activations.elu, alpha=1.0), [F.elu, F.elu_]),
     (pixelwise.fixed(activations.selu), [F.selu, F.selu_]),
     (pixelwise.arithmetic("+"), [operator.add, operator.iadd, torch.add, "add", "add_"]),
-    (pixelwise.arithmetic("-"), [operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_"]),
-    (pixelwise.arithmetic("*"), [operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_"]),
-    (pixelwise.arithmetic("/"), [operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_"]),
-    (pixelwise.fixed(moments.scale, -1.0), [operator.neg, torch.neg, "neg", "neg_"]),
+    (pixelwise.arithmetic("-"), [operator.sub, operator.isub, torch.sub, torch.subtract, *_methods("sub", "subtract")]),
+    (pixelwise.arithmetic("*"), [operator.mul, operator.imul, torch.mul, torch.multiply, *_methods("mul", "multiply")]),
+    (
+        pixelwise.arithmetic("/"),
+        [operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide]
+        + _methods("div", "divide", "true_divide"),
+    ),
+    (pixelwise.fixed(moments.scale, -1.0), [operator.neg, torch.neg, torch.negative, *_methods("neg", "negative")]),
     (axes.pooling, [F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d]),
     (axes.pooling, [F.avg_pool1d, F.avg_pool2d, F.avg_pool3d]),
     (axes.pooling, [F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d]),
@@ -204,11 +212,17 @@ def sign_of(function: Key, name: str) -> str:
 
 def formula_of(function: Key, name: str, others: tuple[Any, ...]) -> str:
     """Return the formula of a call of a function, or of the method with this name, on its first argument; "" if it does
-    not act pixel by pixel with `others`, the arguments after the first: numbers, and names of constants."""
-    if sign := sign_of(function, name):
-        plain = len(others) == 1 and isinstance(others[0], int | float | str)
-        return f"{sign}({{}},{others[0] if isinstance(others[0], str) else f'{others[0]:g}'})" if plain else ""
+    not act pixel by pixel. `others`: the arguments after the first."""
     return with_parameters(CURVES.get(function) or CURVES.get(name, ""), others)
+
+
+def formula_with(sign: str, constant: Any, first: bool = False) -> str:
+    """Return the formula of arithmetic with a constant, a number or a constant's name; `first`: it stands before the
+    feature. Return "" if it is neither."""
+    if not isinstance(constant, int | float | str):
+        return ""
+    written = constant if isinstance(constant, str) else f"{constant:g}"
+    return f"{sign}({written},{{}})" if first and sign in "-/" else f"{sign}({{}},{written})"
 
 
 def with_parameters(curve: str, given: Any) -> str:

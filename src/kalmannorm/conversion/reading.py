@@ -128,7 +128,7 @@ class Reading:
             if name.startswith("__") or name in _OF_MODULES or found is None:
                 return value
             static = own[name] if name in own else next((vars(b)[name] for b in cls.__mro__ if name in vars(b)), None)
-            if name in own or is_plain(static):
+            if not isinstance(static, property):  # what a property reads is recorded itself
                 for expression, part in plain_parts(attribute_of(found[0], name), value).items():
                     read.setdefault(expression, copy.deepcopy(part))
             if not (is_plain(value) or id(value) in objects or isinstance(static, property)):
@@ -136,12 +136,16 @@ class Reading:
             return value
 
         def missing(self: Any, name: str) -> Any:
+            found = None if name.startswith(_OF_FX) else objects.get(id(self))
             try:
-                return cls.__getattr__(self, name)  # type: ignore[attr-defined]
+                value = cls.__getattr__(self, name)  # type: ignore[attr-defined]
             except AttributeError:
-                if (found := objects.get(id(self))) is not None and not name.startswith(_OF_FX):
+                if found is not None:
                     read[f'hasattr({found[0]}, "{name}")'] = False
                 raise
+            if found is not None:
+                read.update(copy.deepcopy(plain_parts(attribute_of(found[0], name), value)))
+            return value
 
         def setter(self: Any, name: str, value: object) -> None:
             # Names of these kinds are set by fx and by this class. A forward may set an attribute back at its end (a

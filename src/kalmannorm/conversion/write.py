@@ -22,6 +22,7 @@ from kalmannorm.conversion.operations import (
     SIGNS,
     VIEWS,
     WEIGHTED,
+    formula_with,
     make_dict,
     same_items,
     with_parameters,
@@ -224,30 +225,27 @@ class Writer:
 
     def _note_curve(self, node: fx.Node, x: fx.Node | None, child: nn.Module | None, key: Any) -> None:
         """Note the formula of a node's result, if it is a function of its first argument x pixel by pixel."""
-        if x is None:
+        if child is None and node.op.startswith("call_") and key in SIGNS:
+            x, curve = self._curve_with_constant(node, SIGNS[key])
+        elif x is None:
             return
-        if child is not None and child in self.summaries:
+        elif child is not None and child in self.summaries:
             curve = self.summaries[child].curve
         elif child is not None:
             curve = summary_of_class(child).curve
-        elif key in SIGNS:
-            curve = self._curve_with_constant(node, SIGNS[key])
-            if len(node.args) > 1 and not isinstance(node.args[0], fx.Node):
-                return
         else:
             curve = CURVES.get(key, "") if isinstance(key, str | type) or callable(key) else ""
             curve = with_parameters(curve, node.args[1:])
-        if curve:
+        if curve and x is not None:
             self._curve[node] = (x, curve)
 
-    def _curve_with_constant(self, node: fx.Node, sign: str) -> str:
-        others = node.args[1:]
-        if len(others) != 1:
-            return ""
-        (other,) = others
-        if isinstance(other, int | float):
-            return f"{sign}({{}},{other:g})"
-        return f"{sign}({{}},{other})" if isinstance(other, fx.Node) and other in self._constant else ""
+    def _curve_with_constant(self, node: fx.Node, sign: str) -> tuple[fx.Node | None, str]:
+        """Return the feature in arithmetic with a constant, and the formula; (None, "") for any other arithmetic."""
+        operands = node.args if len(node.args) == 2 else (None, None)
+        first, second = (str(one) if one in self._constant else one for one in operands)  # type: ignore[comparison-overlap]
+        if isinstance(first, fx.Node):
+            return self._now(first), formula_with(sign, second)
+        return (self._now(second), formula_with(sign, first, first=True)) if isinstance(second, fx.Node) else (None, "")
 
     # --- memory that values share, and changes in place ---
 
