@@ -149,6 +149,23 @@ def test_parts_of_what_cannot_be_traced_are() -> None:
         assert equal(convert(model, "bn")(x), model(x))
 
 
+def test_parts_whose_forward_is_called_by_name_hand_beliefs_on() -> None:
+    """Containers of which one is traced, a Sequential, a layer."""
+
+    def by_name(self: Any, x: Tensor) -> Tensor:
+        for part in (self.traced, self.row, self.layer, self.untraced):
+            x = part.forward(x) if x.sum() < 1e9 else x
+        return x
+
+    model = Chain(by_name)
+    model.traced, model.untraced = Chain(lambda self, x: self.pool(x)), Chain(lambda self, x: x if x.sum() < 9 else -x)
+    model.traced.conv1, model.untraced.conv1 = conv3x3(4, 4), conv3x3(4, 4)
+    model.row, model.layer = nn.Sequential(conv3x3(5, 4), nn.BatchNorm2d(4)), conv3x3(4, 4)
+    model.conv2 = conv3x3(5, 5)
+    report = belief_report(convert(model, "bkn", stat_batch=2), images(size=16))
+    assert [name for name, why in report.items() if why is not None] == ["bn1"] and len(report) == 7
+
+
 class Attending(nn.Module):
     """Cannot be traced, and loses the belief two operations before a normalizer."""
 

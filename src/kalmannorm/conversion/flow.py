@@ -5,6 +5,7 @@ beliefs are given those of their arguments.
 """
 
 import copyreg
+import functools
 import operator
 from collections.abc import Callable, Iterable
 from types import FunctionType
@@ -211,6 +212,17 @@ def follow(forward: Callable[..., Any], module: nn.Module | None, args: Args, kw
 
 
 runtime.follow = follow
+
+
+def is_followed() -> bool:
+    """Say whether the code that calls is a forward whose beliefs are followed by tensor: one that calls a part by
+    `self.part.forward(x)`, since `self.part(x)` passes beliefs."""
+    return running.flow is not None and running.flow.is_here()
+
+
+def followed(forward: Callable[..., Any], module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    """Call a part's forward for such code, with the beliefs of its arguments. Return y alone."""
+    return running.flow.through(functools.partial(forward, module), args, kwargs)
 
 
 def _follow(

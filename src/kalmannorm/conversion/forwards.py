@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from kalmannorm.conversion import runtime
-from kalmannorm.conversion.flow import as_original, follow, stand_ins
+from kalmannorm.conversion.flow import as_original, follow, followed, is_followed, stand_ins
 from kalmannorm.conversion.names import Scope, class_of, lending
 from kalmannorm.conversion.reading import expression_of
 from kalmannorm.conversion.trace import Trace
@@ -27,7 +27,18 @@ HELPERS: Scope = {
         *(runtime.call, runtime.belief_of, runtime.changed, runtime.lost, runtime.checkpointed, runtime.in_segments),
         *(runtime.normalized, runtime.of_convolution, runtime.of_linear, runtime.of_transition, runtime.of_sample),
         *(runtime.of_transposed, runtime.transposed, runtime.has_parts, runtime.refuse_torch_sync, runtime.known_input),
-        *(as_original, follow, pick, channel_belief, class_of, lending, stand_ins, contract.unless_idle),
+        *(
+            as_original,
+            follow,
+            followed,
+            is_followed,
+            pick,
+            channel_belief,
+            class_of,
+            lending,
+            stand_ins,
+            contract.unless_idle,
+        ),
         *(Belief, Carried, Estimated, Returned, Tensor, fx.Proxy, Predictor),
     )
 } | {"linear": F.linear}
@@ -65,6 +76,8 @@ OTHER_CONVOLUTION = _layer_code("_base.forward(self, input)", "of_convolution")
 # All Sequentials share one loop over their parts, so that slicing and appending keep working.
 SEQUENTIAL = """\
 def forward(self, input, beliefs=None):
+    if beliefs is None and is_followed():
+        return followed(forward, self, (input,), {})
     if _base.forward is not _forward:
         return follow(_base.forward, self, (input,), {}, beliefs)
     given, belief, changed = input, pick(beliefs, 0, "input"), None
@@ -101,6 +114,8 @@ def forward(self, *args, **kwargs):
 # For a forward that cannot be traced.
 AS_IT_IS = """\
 def forward(self, *args, beliefs=None, **kwargs):
+    if beliefs is None and is_followed():
+        return followed(forward, self, args, kwargs)
     return follow(_base.forward, self, args, kwargs, beliefs)
 """
 
@@ -177,8 +192,9 @@ def container_code(
     named = "".join(f'"{n}": {n}, ' for n, a in arguments.items() if "=" in a)
     rest = "".join(a for a in arguments.values() if a.startswith("**"))
     lines = [*(f"{name} = {function}" for function, name in was.items()), f"def forward({head}):"]
-    lines += [f"    if not ({' and '.join(guards)}):"]
-    lines += [f"        return follow(_base.forward, self, {packed}, {{{named}{rest}}}, beliefs)"]
+    given = f"self, {packed}, {{{named}{rest}}}"
+    lines += ["    if beliefs is None and is_followed():", f"        return followed(forward, {given})"]
+    lines += [f"    if not ({' and '.join(guards)}):", f"        return follow(_base.forward, {given}, beliefs)"]
     handed = [a.partition("=")[0] for n, a in arguments.items() if n not in frozen]
     handed.sort(key=lambda a: a.startswith("*"))  # fx puts starred arguments last, behind those by keyword
     starred = [a for a in handed if a.startswith("**")]
