@@ -234,3 +234,14 @@ def test_a_slice_of_a_model_with_a_belief_of_the_input_changes_its_type() -> Non
 def test_a_belief_of_the_input_on_the_device_meta_is_refused() -> None:
     with pytest.raises(ValueError, match="on the device meta, which have no values"):
         convert(net(), "bkn", input_belief=(torch.zeros(3, device="meta"), torch.ones(3, device="meta")))
+
+
+def test_an_argument_called_beliefs_is_refused() -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor, beliefs: Tensor) -> Tensor:
+            return x + beliefs
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Own())
+    with pytest.raises(ValueError, match=r"2 \(Own\): its forward has an argument called beliefs"):
+        convert(model, "bkn")
+    convert(model, "bn")

@@ -76,13 +76,20 @@ def generate(source: nn.Module, leaves: tuple[type[nn.Module], ...], own: str, k
             for none of its own.
         known: where the belief of the model's input is known from (forwards.root_code).
 
-    Return the names of the containers that run as they are, each with the reason.
+    Return the names of the containers that run as they are, each with the reason. ValueError: a forward has an argument
+    called beliefs.
     """
     containers = [
         (name, module)
         for name, module in source.named_modules()
         if is_container(module, leaves) and "parametrizations" not in name.split(".")  # those compute weights
     ]
+    for name, module in containers:
+        if "beliefs" in inspect.signature(type(module).forward).parameters:
+            raise ValueError(
+                f"{name or 'the model'} ({type(module).__name__}): its forward has an argument called beliefs, by "
+                "which converted modules pass theirs on: rename it"
+            )
     traces, as_they_are = _trace(containers)
     predictors = _attach(source, traces, own, known) if own else {}
     summaries: dict[nn.Module, Summary] = {}
