@@ -16,7 +16,8 @@ FFCV_NEEDS := libopencv-dev libturbojpeg0-dev pkg-config g++
 READY := $(VENV)/.ready
 KN := $(VENV)/bin/kalmannorm
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
-OVERRIDES = $(if $(DATASET),dataset=$(DATASET)) budget=$(BUDGET) seeds=$(SEEDS) $(if $(DATA),data=$(DATA)) $(WHERE) $(ARGS)
+quoted = '$(subst ','\'',$(1))'
+OVERRIDES = $(if $(DATASET),dataset=$(DATASET)) budget=$(BUDGET) $(if $(DATA),data=$(call quoted,$(DATA))) $(WHERE) $(ARGS)
 WHERE = $(if $(LAUNCHER),launcher=$(LAUNCHER)) $(if $(GPUS),gpus=$(GPUS))
 DEMO := dataset=digits budget=lite arch.width=0.25 rows=paper seeds=3 results=results/demo
 EXPERIMENTS := $(basename $(notdir $(wildcard conf/experiment/*.yaml)))
@@ -68,13 +69,13 @@ death talk-conditioning: SEEDS = 1
 
 # Runs what is missing of an experiment, then writes its table or figure from all records; the exit code is the runs'.
 $(EXPERIMENTS): $(READY)
-	@$(KN) sweep $@ $(OVERRIDES); code=$$?; $(KN) report $@ $(OVERRIDES) || exit; exit $$code
+	@$(KN) sweep $@ seeds=$(SEEDS) $(OVERRIDES); code=$$?; $(KN) report $@ $(OVERRIDES) || exit; exit $$code
 
 report: $(READY) ## all tables and figures, the claims, results/report.html, docs/results.md; from the records alone
 	@$(KN) report
 
 $(DATASETS:%=data-%): data-%: $(READY)
-	@$(KN) data prepare $* $(if $(DATA),--root $(DATA))
+	@$(KN) data prepare $* $(if $(DATA),--root $(call quoted,$(DATA)))
 
 notebooks: $(READY) ## execute the notebooks on the records, in place
 	@$(VENV)/bin/jupyter nbconvert --execute --inplace --ClearMetadataPreprocessor.enabled=True notebooks/*.ipynb

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import chdir, nullcontext, suppress
 from pathlib import Path
 
-from kalmannorm.errors import OUT_OF_MEMORY, TOO_MANY_FILES, WORKER_ERROR, Stopped, UserError
+from kalmannorm.errors import LOST_PROCESS, OUT_OF_MEMORY, TOO_MANY_FILES, WORKER_ERROR, Stopped, UserError
 from kalmannorm.runs.placement import HELP
 from kalmannorm.stopping import listening
 
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _say(f"{error.name} is not installed: pip install 'kalmannorm[detection]' has all that commands need", 2)
     except (MemoryError, RuntimeError) as error:
+        if any(words in str(error) for words in LOST_PROCESS):
+            return _say("another process of this run has ended, and says why; the same command goes on", 1)
         if TOO_MANY_FILES in str(error):
             return _say("too many open files: pass fewer workers= (0: none), or raise what is allowed (ulimit -n)", 2)
         if WORKER_ERROR in str(error):
@@ -145,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"kalmannorm {sys.modules[__package__].__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -152,29 +155,33 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
+    def overrides(sub: argparse.ArgumentParser, text: str | None = None, name: str = "OVERRIDE") -> None:
+        # With a default, since argparse would call them required where another argument is missing.
+        sub.add_argument("overrides", nargs="*", default=[], metavar=name, help=text)
+
     train = add("train", _train, "train and evaluate one run")
-    train.add_argument("overrides", nargs="*", metavar="OVERRIDE")
+    overrides(train)
     train.add_argument("-m", "--multirun", action="store_true", help="several runs: norm=bn,bkn seed=range(1,4)")
     evaluate = add("evaluate", _evaluate, "evaluate a run's weights with moving, online and precise statistics")
     evaluate.add_argument("run", metavar="RUN", help="a run's id, or the beginning of it")
-    evaluate.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="data=, runs=, results=, device=")
+    overrides(evaluate, "data=, runs=, results=, device=")
     export = add("export", _export, "write a run's weights as safetensors, with its configuration")
     export.add_argument("run", metavar="RUN", help="a run's id, or the beginning of it")
     export.add_argument("file", metavar="FILE", help="for example weights.safetensors")
-    export.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="runs=, results=")
+    overrides(export, "runs=, results=")
     sweep = add("sweep", _sweep, "run what is missing of an experiment")
     sweep.add_argument("experiment", metavar="EXPERIMENT")
-    sweep.add_argument("overrides", nargs="*", metavar="ARGUMENT", help="seeds=N, rows=paper, overrides, see below")
+    overrides(sweep, "seeds=N, rows=paper, overrides, see below", "ARGUMENT")
     sweep.epilog, sweep.formatter_class = HELP, argparse.RawDescriptionHelpFormatter
     sweep.add_argument("--dry-run", action="store_true", help="list the runs and the predicted time, run nothing")
     report = add("report", _report, "make an experiment's table or figure from the records; without one, everything")
     report.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help="none: all, claims.md and report.html")
-    report.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="as for sweep; without EXPERIMENT results=")
+    overrides(report, "as for sweep; without EXPERIMENT results=")
     report.add_argument("--compare", nargs=2, metavar="RUN", help="two runs' configurations, results and curves' ends")
     records = add("records", _records, "what runs are recorded; bring records together; remove stale ones")
     actions = records.add_subparsers(required=True, metavar="ACTION", dest="action")
     listed = actions.add_parser("list", help="a table of the records, tab-separated where it is not a terminal")
-    listed.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="only those: norm=bkn seed=1 status=failed")
+    overrides(listed, "only those: norm=bkn seed=1 status=failed")
     merge = actions.add_parser("merge", help="take in the records of other folders; nothing is overwritten")
     merge.add_argument("folders", nargs="+", metavar="FOLDER", help="a results folder of another machine")
     prune = actions.add_parser("prune", help="list stale and unreadable records; with --yes, delete them")
@@ -199,10 +206,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds <= 10**6:
-        raise argparse.ArgumentTypeError(f"{text}: expected seconds above 0, at most a million")
-    return seconds
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) <= 10**6:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text}: expected seconds above 0, at most a million")
 
 
 def _workers(text: str) -> int | str:
@@ -310,11 +317,12 @@ def _ffcv(options: argparse.Namespace, root: Path) -> int:
     from kalmannorm import data
     from kalmannorm.data.beton_write import Form, write
     from kalmannorm.experiments.config import compose
-    from kalmannorm.experiments.settings import FolderDataset
+    from kalmannorm.experiments.settings import ArrayDataset, FolderDataset
 
     dataset = compose([f"dataset={options.dataset}", f"data={root}"]).dataset
     if not isinstance(dataset, FolderDataset):
-        raise UserError(f"dataset {options.dataset!r} fits into memory: FFCV's files are for image folders")
+        why = "fits into memory" if isinstance(dataset, ArrayDataset) else "is no folder with images of each class"
+        raise UserError(f"dataset {options.dataset!r} {why}: FFCV's files are for image folders")
     form = Form(options.mode, options.quality, options.max_resolution)
     workers = data.workers_of(options.workers, 1)
     out = Path(options.out) if options.out else None

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterable
 
 # Texts by which these cases are recognized in the errors of libraries.
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # of gloo and NCCL
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 TOO_MANY_FILES = "Too many open files"
 MANY_NAMES = 12  # more are not printed where similar ones are found

@@ -165,6 +165,8 @@ def test_wrong_md5_is_refused_before_anything_is_read(tmp_path: Path, monkeypatc
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", "c58f30108f718f92721af3b95e74349a")
     monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("opened before its md5 was right"))
     with pytest.raises(UserError, match=r"has md5 .*, expected c58f30108f718f92721af3b95e74349a"):
+        data.prepare("cifar10", tmp_path)
+    with pytest.raises(UserError, match=r"give the official cifar-10-python\.tar\.gz by --archive$"):  # not: delete it
         data.prepare("cifar10", tmp_path, archive)
     assert not (tmp_path / "touched").exists() and not (tmp_path / "cifar10").exists()
 

@@ -56,8 +56,10 @@ def test_list(tmp_path, capsys, overrides, count):
         add(tmp_path, setting)
     add(tmp_path, ["norm=gn"], status="failed", reason="RuntimeError: x", final=None)
     assert main(["records", "list", "--results", str(tmp_path), *overrides]) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    header, *rows = said.out.splitlines()
     assert header.startswith("id\tstatus") and len(rows) == count
+    assert ("none of the 5 records" in said.err) == (count == 0)
     assert all(row.count("\t") == header.count("\t") for row in rows)
 
 

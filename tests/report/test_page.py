@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from records import config, table7, write_record
 
+import kalmannorm
 from kalmannorm.cli import main
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.record import NUMERICS, read_all
@@ -232,6 +233,20 @@ def test_one_experiment_under_settings(tmp_path: Path, capsys: pytest.CaptureFix
         assert f"to run it: kalmannorm sweep table7 {' '.join(where)} {other}" in capsys.readouterr().err
 
 
+def test_one_experiment_with_some_of_its_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table7(tmp_path)
+    assert main(["report", "table7", "seeds=1,3", f"results={tmp_path}"]) == 0
+    assert "62.20 (62.10, 62.30)" in capsys.readouterr().out
+    assert list(tmp_path.glob("table7-seeds-1-3_*.csv")) and not list(tmp_path.glob("table7_*"))
+
+
+def test_one_experiment_at_its_budget_s_own_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table7(tmp_path)
+    assert main(["report", "table7", "dataset=cifar10", "budget.epochs=12", f"results={tmp_path}"]) == 0
+    assert "62.20 (62.10, 62.20, 62.30)" in capsys.readouterr().out
+    assert main(["report", "table7", "dataset=cifar10", "budget.epochs=13", f"results={tmp_path}"]) == 2
+
+
 @pytest.mark.slow
 def test_five_thousand_records(tmp_path: Path) -> None:
     """Loaded, tabulated, judged and rendered within 2 GB and three times what a report without records takes.
@@ -303,8 +318,31 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
         (["data", "prepare", "image_folder"], "train/CLASS/"),
         (["evaluate", "/somewhere"], "whose id begins with '/somewhere'"),
         (["records", "list", "seed=[1"], "is no value"),
+        (["records", "list", "dataset=cifar01"], "did you mean 'cifar10'"),
+        (["sweep", "table7", "seeds=0"], "how many, 1 to 10,000"),
+        (["train", "schedule.lr=-1"], "rates above 0"),
+        (["train", "device=gpu"], "expected to be cpu, mps, cuda"),
+        (["train", "seed=9223372036854775808"], "less than or equal to 9223372036854775807"),
+        (["train", "dataset=cifar10", "data=/no where"], "--root '/no where'"),
+        (["data", "ffcv", "camvid"], "is no folder with images of each class"),
     ],
 )
 def test_wrong_arguments_end_in_a_line(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evaluate"], "required: RUN\n"),
+        (["sweep"], "required: EXPERIMENT\n"),
+        (["data", "ffcv", "imagenet", "--timeout", "soon"], "soon: expected seconds above 0"),
+        (["--version"], f"kalmannorm {kalmannorm.__version__}\n"),
+    ],
+)
+def test_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    said = capsys.readouterr()
+    assert words in said.out + said.err

@@ -16,9 +16,10 @@ from torch.cuda._utils import _get_device_index
 from trainings import SPREAD, Runs, assert_same, on_processes, outcome, place, run_all
 
 import kalmannorm
+from kalmannorm.cli import main
 from kalmannorm.errors import UserError
 from kalmannorm.experiments.config import compose
-from kalmannorm.train import checkpoint, ranks
+from kalmannorm.train import checkpoint, loop, ranks
 from kalmannorm.train.ranks import Ranks
 
 NORMS = {
@@ -229,6 +230,18 @@ def test_a_rank_that_dies_ends_the_job_with_its_own_error(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*launcher, str(tmp_path / "job.py")], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "rank 1 has had it" in done.stderr
+
+
+def test_a_process_that_was_left_alone_says_so(tmp_path, monkeypatch, capsys):
+    """By gloo's words, which SIGKILL to another process of a run brings about."""
+
+    def left(config):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:27546. This is")
+
+    monkeypatch.setattr(loop, "run", left)
+    assert main(["train", *case("bkn", 2), *place(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another process of this run has ended" in line
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ def read_folder(root: Path, name: str, *, classes: int, official: tuple[int, int
     folder = root / name
     if not is_complete(folder):
         missing = ", ".join(f"{array}.npy" for array in ARRAYS if not (folder / f"{array}.npy").is_file())
-        remedy = f"get it by `make data-{name} DATA={root}` or `kalmannorm data prepare {name} --root {root}`"
+        there = shlex.quote(str(root))
+        remedy = f"get it by `make data-{name} DATA={there}` or `kalmannorm data prepare {name} --root {there}`"
         raise missing_dataset(name, f"looked in {folder.absolute()}, missing {missing}", remedy)
     arrays = {array: _read(folder / f"{array}.npy") for array in ARRAYS}
     for split in ("train", "test"):

@@ -71,7 +71,8 @@ class Official:
                     f"{root.absolute()} or {folder.absolute()}"
                 )
             path = found or fetch(file, root)
-            with open_verified(path, file.md5) as stream:
+            remedy = f"give the official {file.name} by --archive" if archive else "delete it and run this again"
+            with open_verified(path, file.md5, remedy) as stream:
                 parts += file.read(stream, path)
         arrays: dict[str, NDArray[np.generic]] = {}
         for split in ("train", "test"):
@@ -108,7 +109,7 @@ def fetch(file: File, root: Path) -> Path:
     return root / file.name
 
 
-def open_verified(path: Path, md5: str) -> BinaryIO:
+def open_verified(path: Path, md5: str, remedy: str) -> BinaryIO:
     """Open a file after checking its md5 on the same handle, so that it cannot be exchanged in between. UserError:
     unreadable, wrong md5."""
     try:
@@ -122,7 +123,7 @@ def open_verified(path: Path, md5: str) -> BinaryIO:
         file.close()
         raise UserError(
             f"{path} has md5 {found}, expected {md5}: damaged, incomplete or not the official file; "
-            "nothing of it was read; delete it and run this again"
+            f"nothing of it was read; {remedy}"
         )
     file.seek(0)
     return file

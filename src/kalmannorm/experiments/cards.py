@@ -35,7 +35,7 @@ def load(name: str, arguments: list[str]) -> Experiment:
     UserError: unknown names or values.
     """
     card, own, overrides = chosen(name, arguments)
-    seeds = _seeds(own.get("seeds", str(card.seeds)))
+    seeds = read_seeds(own.get("seeds", str(card.seeds)))
     found: dict[str, tuple[str, Config]] = {}  # by id: key and run
     for row in card.rows:
         for column in card.columns_of(row) if card.has_columns_of_runs else [None]:
@@ -61,7 +61,7 @@ def chosen(name: str, arguments: Sequence[str]) -> tuple[Card, dict[str, str], l
     overrides = [a for a in arguments if a.partition("=")[0] not in own]
     if any(key_of(override) == "seed" for override in overrides):
         raise UserError("seed: an experiment takes seeds=N (1 to N) or seeds=4,7 (these); seeds=4, is that one alone")
-    _seeds(own.get("seeds", str(card.seeds)))
+    read_seeds(own.get("seeds", str(card.seeds)))
     if "rows" in own:
         card = replace(card, rows=_choose(card, own["rows"]))
     # Rows of a table are named after their batch; cards of other kinds show any batch that is given.
@@ -131,7 +131,8 @@ def _choose(card: Card, wanted: str) -> tuple[Row, ...]:
     return tuple(row for row in card.rows if any(fits(row, word) for word in words))
 
 
-def _seeds(text: str) -> list[int]:
+def read_seeds(text: str) -> list[int]:
+    """Return the seeds that seeds=TEXT means. UserError: it means none."""
     try:
         numbers = [int(part) for part in text.split(",") if part]
     except ValueError:
@@ -139,5 +140,5 @@ def _seeds(text: str) -> list[int]:
     if numbers and "," not in text:
         numbers = list(range(1, min(numbers[0], MOST + 1) + 1))
     if not numbers or min(numbers) < 0 or max(numbers) >= 2**63 or len(numbers) > MOST:
-        raise UserError(f"seeds={text}: expected seeds from 0 to 2^63 - 1, from 1 to {MOST:,} of them")
+        raise UserError(f"seeds={text}: expected seeds from 0 to 2^63 - 1 with commas, or how many, 1 to {MOST:,}")
     return numbers

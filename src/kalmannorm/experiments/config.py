@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from kalmannorm import machine
 from kalmannorm.errors import UserError, nearest, reason
@@ -49,6 +50,12 @@ NEED_WHOLE_BATCH = ("guard", "mean_batch", "var_batch")  # options that need the
 COMPILE_FROM = 1000  # steps: on a CPU, shorter runs lose more time to the compiler than it saves
 
 
+def _device(name: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
+        raise PydanticCustomError("device", "Input should be cpu, mps, cuda, or cuda:0 and so on")
+    return name
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config(Group):
     """The settings of one run: those that determine its result, and those that say where it runs."""
@@ -59,12 +66,12 @@ class Config(Group):
     batch: Batch
     schedule: Schedule | DetectionSchedule
     budget: Budget
-    seed: Annotated[Int, Field(ge=0, lt=2**63)]
+    seed: Annotated[Int, Field(ge=0, le=2**63 - 1)]
     precision: Literal["fp32", "bf16"]
     compile: bool
     deterministic: bool
     # Where it runs.
-    device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d{1,3})?)$")] = "cpu"
+    device: Annotated[str, AfterValidator(_device)] = "cpu"
     data: str | None = None  # root of the data sets; None: $KALMANNORM_DATA, else ./data
     results: Name = "results"
     runs: Name = "runs"

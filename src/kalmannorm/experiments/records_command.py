@@ -24,6 +24,8 @@ def show(results: str, overrides: list[str]) -> int:
     tests = [[_predicate(one, every) for one in _each(override)] for override in overrides]
     chosen = [r for r in every if all(any(test(r) for test in values) for values in tests)]
     rows = [_row(record) for record in sorted(chosen, key=lambda r: (describe(r["config"]), r["id"]))]
+    if every and not rows:
+        print(f"none of the {len(every)} records in {results} matches {' '.join(overrides)}", file=sys.stderr)
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -146,6 +148,11 @@ def _predicate(override: str, every: Sequence[Record]) -> Callable[[Record], boo
     if key in CHOICES:
         names = choices(choice.parent)
         raise UserError(nearest(text, names, key, f"conf/{key}/ has all {len(names)}"))
+    recorded = {record["config"]["dataset"]["name"] for record in every}  # a folder of images may have any name
+    if key == "dataset" and text not in recorded:
+        raise UserError(
+            nearest(text, sorted({*recorded, *choices(choice.parent)}), key, "`kalmannorm records list` shows all")
+        )
     path = key.split(".")
     if every and all(_setting(record["config"], path, override) is None for record in every):
         raise UserError(f"{override!r}: no record has a setting {key}")

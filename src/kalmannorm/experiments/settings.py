@@ -191,7 +191,7 @@ class Schedule(SGD):
         if self.decay is not None:
             expect(isinstance(self.lr, float) and self.lr > 0, "schedule.lr", self.lr, "a rate above 0")
             return
-        pairs = "[[last epoch, rate], ...], epochs in ascending order, for example [[30,0.1],[60,0.01]]"
+        pairs = "[[last epoch, rate], ...], epochs ascending, rates above 0, for example [[30,0.1],[60,0.01]]"
         rates = self.lr if isinstance(self.lr, list) else []
         right = bool(rates) and all(len(pair) == 2 and min(pair) > 0 for pair in rates)
         expect(right and ascending([epoch for epoch, _ in rates]), "schedule.lr", self.lr, pairs)

@@ -14,7 +14,7 @@ from typing import Any
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
 from kalmannorm.experiments.card import Card, Row
-from kalmannorm.experiments.cards import chosen
+from kalmannorm.experiments.cards import chosen, read_seeds
 from kalmannorm.experiments.composition import key_of, parse, refuse_repeated, split_paths
 from kalmannorm.experiments.config import RESULT_KEYS, compose
 from kalmannorm.files import write_atomically
@@ -41,8 +41,8 @@ _shared: list[Any] = []  # cells and results, in a process that draws
 def report(name: str, arguments: list[str]) -> int:
     """Write the experiment's files, print its tables and the paths.
 
-    `arguments`: as for experiments.cards.load. Settings that the card leaves open choose among the groups of runs;
-    other settings apply to every row. UserError: there are no such runs.
+    `arguments`: as for experiments.cards.load; without seeds=, all seeds are shown. Settings that the card leaves open
+    choose among the groups of runs; other settings apply to every row. UserError: there are no such runs.
     """
     refuse_repeated(arguments)
     paths, rest = split_paths(arguments)
@@ -51,14 +51,17 @@ def report(name: str, arguments: list[str]) -> int:
     named = _settings(card, overrides)
     of_runs = {key: named.pop(key) for key in list(named) if key.partition(".")[0] in OF_RUNS and key != "dataset"}
     others = {key: value for key, value in named.items() if key not in (*GROUPED, "arch.width")}
-    apart = [f"{key}-{value}" for key, value in (own | others | of_runs).items() if key != "seeds" and value != "paper"]
+    runs = frame.load(results, spelled=others)
+    for key, value in of_runs.items():
+        runs = runs[runs[key].map(lambda of, value=value: of == value)] if key in runs else runs[:0]
+    seeds = own.pop("seeds", None)
+    if seeds is not None and not (asked := runs.seed.isin(read_seeds(seeds))).all():
+        runs, own["seeds"] = runs[asked], seeds
+    apart = [f"{key}-{value}" for key, value in (own | others | of_runs).items() if value != "paper"]
     stem = "-".join([name, *(re.sub(r"[^\w.]+", "-", said).strip("-") for said in apart)])  # beside the whole table
     rows = tuple(replace(row, runs={**row.runs, **others}) for row in card.rows)
     card = replace(card, name=stem, rows=rows)
-    runs = frame.load(results)
-    for key, value in of_runs.items():
-        runs = runs[runs[key].map(lambda of, value=value: of == value)] if key in runs else runs[:0]
-    cells = Cells(frame.check(runs) if of_runs else runs)
+    cells = Cells(frame.check(runs) if apart else runs)
     made = list(_make(card, cells, results, lambda group: _fits(group, named)))
     if not made:
         raise UserError(

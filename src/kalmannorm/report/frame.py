@@ -12,7 +12,7 @@ differs from the defaults of conf/:
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,13 @@ class Identity:
     dataset: str | None = None  # if a column fixes it
 
 
-def load(results: str | Path = "results", numerics: int = NUMERICS) -> pd.DataFrame:
+def load(results: str | Path = "results", numerics: int = NUMERICS, spelled: Collection[str] = ()) -> pd.DataFrame:
     """Return all records of a results folder as a frame, checked. Files that are not usable records are reported and
-    left out. Records of other `numerics` are marked stale."""
-    rows = [row for record in read_all(results) for row in _rows(record, Path(results))]
+    left out. Records of other `numerics` are marked stale.
+
+    `spelled`: settings of the budget, such as "budget.epochs", that the column `budget` names at their defaults too.
+    """
+    rows = [row for record in read_all(results) for row in _rows(record, Path(results), spelled)]
     columns = ["id", "numerics", "status", "statistics", "seed", "accuracy", "gap", "learned", *ROW, *GROUP, *KIND]
     frame = pd.DataFrame(rows, columns=None if rows else columns)
     return check(frame.reindex(columns=list(dict.fromkeys([*columns, *frame.columns]))), numerics)
@@ -137,14 +140,15 @@ def identity(text: str) -> Identity:
     )
 
 
-def _rows(record: Mapping[str, Any], results: Path) -> list[dict[str, Any]]:
+def _rows(record: Mapping[str, Any], results: Path, spelled: Collection[str] = ()) -> list[dict[str, Any]]:
     """Return a row of the frame for each kind of statistics in the record; a failed record has a row for every kind."""
     config, final, curve = record["config"], record.get("final") or {}, record.get("curves") or {}
     data, host, batch = record.get("data") or {}, record.get("host") or {}, config["batch"]
     shared = {key: record.get(key) for key in ("id", "numerics", "status", "reason", "parameters", "norms", "weights")}
     shared |= flat(config, "") | flat(data, "data.") | flat(host, "host.")
     names = ("dataset", "budget", "schedule", "arch")
-    conf = resolved(*(config[part].get("name", "") for part in names))
+    conf = {**resolved(*(config[part].get("name", "") for part in names))}
+    conf["budget"] = {key: value for key, value in conf["budget"].items() if f"budget.{key}" not in spelled}
     dataset, budget, schedule, arch = (
         _words(
             config[part].get("name", ""),
