@@ -137,18 +137,19 @@ def test_a_layer_with_a_forward_on_the_instance_has_no_rule() -> None:
     torch.testing.assert_close(converted.eval()(x), model(x))
 
 
-def doubling(cls: Any) -> Any:
+def doubling(cls: Any, method: str = "__call__") -> Any:
     """A class whose call does more than its forward."""
 
-    def __call__(self: Any, x: Tensor) -> Tensor:
-        return 2 * cls.__call__(self, x)
+    def call(self: Any, x: Tensor) -> Tensor:
+        return 2 * getattr(cls, method)(self, x)  # type: ignore[no-any-return]
 
-    return type(f"Doubling{cls.__name__}", (cls,), {"__call__": __call__})
+    return type(f"Doubling{cls.__name__}", (cls,), {method: call})
 
 
+@pytest.mark.parametrize("method", ["__call__", "_call_impl"])
 @pytest.mark.parametrize("values_decide", [False, True])
 @pytest.mark.parametrize("place", ["block", "conv", "relu", "whole"])
-def test_a_call_of_a_parts_own_runs_as_it_is(place: str, values_decide: bool) -> None:
+def test_a_call_of_a_parts_own_runs_as_it_is(place: str, values_decide: bool, method: str) -> None:
     """It runs once, also where the forward around it is traced, and hands no belief on."""
 
     class Block(nn.Sequential):
@@ -158,9 +159,9 @@ def test_a_call_of_a_parts_own_runs_as_it_is(place: str, values_decide: bool) ->
         def __init__(self) -> None:
             super().__init__()
             self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-            self.block = (doubling(Block) if place == "block" else Block)(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-            self.relu = (doubling(nn.ReLU) if place == "relu" else nn.ReLU)()
-            self.conv = (doubling(nn.Conv2d) if place == "conv" else nn.Conv2d)(4, 4, 3)
+            self.block = (doubling(Block, method) if place == "block" else Block)(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+            self.relu = (doubling(nn.ReLU, method) if place == "relu" else nn.ReLU)()
+            self.conv = (doubling(nn.Conv2d, method) if place == "conv" else nn.Conv2d)(4, 4, 3)
             self.bn = nn.BatchNorm2d(4)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ def test_a_call_of_a_parts_own_runs_as_it_is(place: str, values_decide: bool) ->
                 x = x / 100
             return self.bn(self.conv(self.relu(self.block(self.stem(x)))))
 
-    model, x = (doubling(Parts) if place == "whole" else Parts)().eval(), torch.randn(4, 3, 12, 12)
+    model, x = (doubling(Parts, method) if place == "whole" else Parts)().eval(), torch.randn(4, 3, 12, 12)
     converted = convert(model, "bkn", stat_batch=2)
     torch.testing.assert_close(converted(x), model(x))
     torch.testing.assert_close(fold(converted)(x), model(x))

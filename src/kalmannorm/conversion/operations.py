@@ -170,7 +170,7 @@ def class_of_rule(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _computes_the_same(cls: Any, base: Any) -> bool:
-    return cls.forward is base.forward and cls.__call__ is base.__call__
+    return all(getattr(cls, name) is getattr(base, name) for name in ("forward", "__call__", "_call_impl"))
 
 
 # Operations whose result may share memory with their input: an in-place change of one then changes the other too.

@@ -121,9 +121,11 @@ def _is_called_by_itself(part: nn.Module, args: Args) -> bool:
 
 
 def has_call_of_its_own(cls: type[nn.Module]) -> bool:
-    """Say whether a class has a __call__ that is neither torch's nor ours: it may do more than forward and hooks."""
-    call = cls.__call__
-    return call is not nn.Module.__call__ and not call.__module__.startswith(("torch.", "kalmannorm."))
+    """Say whether a class has a __call__ or _call_impl that is neither torch's nor ours, and may do more than hooks and
+    forward."""
+    pairs = (cls.__call__, nn.Module.__call__), (cls._call_impl, nn.Module._call_impl)
+    own = [call for call, of_torch in pairs if call is not of_torch]
+    return not all(call.__module__.startswith(("torch.", "kalmannorm.")) for call in own)
 
 
 def methods(base: type[nn.Module]) -> dict[str, Any]:
