@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kalmannorm.conversion import belief_report, compile_blocks, convert, fold
+    from kalmannorm.conversion import belief_report, compile_blocks, convert, fold, prepare_compiler
     from kalmannorm.norm import NORMS, KalmanBatchNorm2d, KalmanGroupNorm, initialize_weight_norm
     from kalmannorm.norm.belief import Belief
     from kalmannorm.norm.modes import precise_statistics, set_progress, set_statistics
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "conversion": ("belief_report", "compile_blocks", "convert", "fold"),
+    "conversion": ("belief_report", "compile_blocks", "convert", "fold", "prepare_compiler"),
     "norm": ("NORMS", "KalmanBatchNorm2d", "KalmanGroupNorm", "initialize_weight_norm"),
     "norm.belief": ("Belief",),
     "norm.modes": ("precise_statistics", "set_progress", "set_statistics"),
@@ -33,6 +33,7 @@ __all__ = [
     "fold",
     "initialize_weight_norm",
     "precise_statistics",
+    "prepare_compiler",
     "set_progress",
     "set_statistics",
 ]

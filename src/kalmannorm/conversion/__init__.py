@@ -2,6 +2,15 @@
 (operations.py)."""
 
 from kalmannorm.conversion.api import INPUT_BELIEF, belief_report, convert, fold, is_converted, untraced
-from kalmannorm.conversion.compiled import compile_blocks
+from kalmannorm.conversion.compiled import compile_blocks, prepare_compiler
 
-__all__ = ["INPUT_BELIEF", "belief_report", "compile_blocks", "convert", "fold", "is_converted", "untraced"]
+__all__ = [
+    "INPUT_BELIEF",
+    "belief_report",
+    "compile_blocks",
+    "convert",
+    "fold",
+    "is_converted",
+    "prepare_compiler",
+    "untraced",
+]

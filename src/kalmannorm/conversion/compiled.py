@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from kalmannorm.conversion.names import class_of
+from kalmannorm.norm import groups, moments
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
@@ -37,16 +38,24 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def prepare_compiler() -> None:
-    """Let later processes reuse compiled code, and avoid code that g++ miscompiles on some CPUs.
+    """Make torch.compile start a converted network in half of the time, and avoid code that g++ miscompiles.
 
-    Of code with custom autograd functions, which beliefs use, torch caches only half (inductor's kernels, but not
-    AOTAutograd's graphs) unless it is told to. torch's transposition of bfloat16 blocks by 512-bit vectors is
-    miscompiled by g++ 12.2 on a processor that it has no tuning for: memory stays as it was (with -O3; right with
-    -fno-tree-slp-vectorize). 256-bit vectors are as fast.
+    Call it before `torch.compile`; `compile_blocks` and the harness do. It sets options of torch's compiler for the
+    whole process.
+
+    The moments of groups and the rules of beliefs go into the graph as they are (`torch.compiler.allow_in_graph`), and
+    torch may cache such graphs, and custom autograd functions, for later processes. torch's transposition of bfloat16
+    blocks by 512-bit vectors is miscompiled by g++ 12.2 on a processor that it has no tuning for: memory stays as it
+    was (with -O3; right with -fno-tree-slp-vectorize). 256-bit vectors are as fast.
     """
     import torch._functorch.config as functorch
-    from torch._inductor.config import cpp
+    from torch._inductor.config import cpp, unsafe_marked_cacheable_functions
+    from torch._inductor.custom_graph_pass import get_hash_for_files
 
+    for function in groups.IN_GRAPH:
+        torch.compiler.allow_in_graph(function)
+        files = (function.__code__.co_filename, moments.__file__, groups.__file__)
+        unsafe_marked_cacheable_functions[f"{function.__module__}.{function.__name__}"] = str(get_hash_for_files(files))
     functorch.autograd_cache_allow_custom_autograd_functions = True
     if cpp.simdlen is None and torch.backends.cpu.get_cpu_capability() == "AVX512":
         cpp.simdlen = 256

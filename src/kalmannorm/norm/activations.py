@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmannorm.norm.belief import Belief
+from kalmannorm.norm.groups import in_graph
 from kalmannorm.norm.moments import applied, full_precision, relu, scale, shift
 
 # --- piecewise linear: closed form ------------------------------------------------------------------------------------
@@ -207,7 +208,12 @@ def _integrals(mean: Tensor, var: Tensor, name: str, parameter: float) -> tuple[
 
 @full_precision
 def _curved(belief: Belief, name: str, parameter: float = 1.0) -> Belief:
-    return Belief(*applied(_CurvedMoments, belief.mean, belief.var, name, parameter))
+    return Belief(*_curved_moments(*belief, name, parameter))
+
+
+@in_graph
+def _curved_moments(mean: Tensor, var: Tensor, name: str, parameter: float) -> tuple[Tensor, Tensor]:
+    return applied(_CurvedMoments, mean, var, name, parameter)  # type: ignore[no-any-return]
 
 
 sigmoid = functools.partial(_curved, name="sigmoid")

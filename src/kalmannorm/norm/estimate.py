@@ -86,14 +86,28 @@ def _composite(
     mean, var = measured_mean, measured_var
     if prior_var is not None:
         q = _effective_gain(gain, prior_var, measured_var, guard, over_ranks)
-        p = 1 - q
-        var = p * prior_var + q * measured_var
-        if prior_mean is not None:
-            mean = p * prior_mean + q * measured_mean
-            if mixture:
-                var = var + p * q * (measured_mean - prior_mean).square()
+        mean, var = _posterior(prior_mean, prior_var, measured_mean, measured_var, q, mixture)
     y = groups.normalize(x, size, mean, var, weight, bias, eps)
     return y, mean, var, measured_mean.detach(), measured_var.detach()
+
+
+@groups.in_graph
+def _posterior(
+    prior_mean: Tensor | None,
+    prior_var: Tensor,
+    measured_mean: Tensor,
+    measured_var: Tensor,
+    q: Tensor,
+    mixture: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of prior and measurement weighed 1 - q to q; without the prior's mean the measured."""
+    p = 1 - q
+    var = p * prior_var + q * measured_var
+    if prior_mean is None:
+        return measured_mean, var
+    if mixture:
+        var = var + p * q * (measured_mean - prior_mean).square()
+    return p * prior_mean + q * measured_mean, var
 
 
 def _rows(x: Tensor, size: int) -> Tensor:

@@ -6,13 +6,29 @@ groups, so that they compute what one device does.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from kalmannorm.norm.belief import Belief
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+IN_GRAPH: list[Callable[..., Any]] = []  # what prepare_compiler hands to torch.compiler.allow_in_graph
+
+
+def in_graph(function: Callable[P, T]) -> Callable[P, T]:
+    """Mark a function of tensors and constants that a compiler need not interpret line by line.
+
+    Interpreting these few functions is half of the time in which a network starts that was compiled before. The
+    compiler's later stages see their operations all the same.
+    """
+    IN_GRAPH.append(function)
+    return function
 
 
 def size(batch: int, stat_batch: int | None) -> int:
@@ -117,6 +133,11 @@ def image_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return x, torch.zeros_like(x)
     if x.device.type == "cpu" and not takes_plain_operations():
         return _ImageMoments.apply(x)  # type: ignore[no-any-return]
+    return _plain_image_moments(x)
+
+
+@in_graph
+def _plain_image_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     var, mean = torch.var_mean(x, tuple(range(2, x.dim())), correction=0)
     return mean, var
 
@@ -154,12 +175,14 @@ def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return together, var.mean(dim, keepdim=True) + between
 
 
+@in_graph
 def moments(mean: Tensor, var: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return mean and population variance of groups of `size` images, each [G, C], from the images' own [N, C]."""
     mean, var = pooled(split(mean, size), split(var, size), 0)
     return mean[0], var[0]
 
 
+@in_graph
 def normalize(
     x: Tensor, size: int, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:

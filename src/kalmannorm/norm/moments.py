@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from kalmannorm.norm.belief import Belief, Carried
-from kalmannorm.norm.groups import is_transformed
+from kalmannorm.norm.groups import in_graph, is_transformed
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,8 +66,13 @@ def conv(belief: Belief, weight: Tensor, bias: Tensor | None = None, groups: int
     kept. Exact for independent pixels in the interior of the map, for any stride and dilation; the border's zero
     padding is ignored.
     """
-    mean, var = applied(_ThroughTaps, *belief, weight, groups)
+    mean, var = _through_taps(*belief, weight, groups)
     return Belief(mean if bias is None else mean + bias.to(mean.dtype), var)
+
+
+@in_graph
+def _through_taps(mean: Tensor, var: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    return applied(_ThroughTaps, mean, var, weight, groups)  # type: ignore[no-any-return]
 
 
 class _ThroughTaps(torch.autograd.Function):
@@ -343,7 +348,12 @@ def relu(belief: Belief) -> Belief:
     The paper's equations have no ReLU and cannot be run literally on a network that has them; the released code
     rectifies a sample instead.
     """
-    return Belief(*applied(_RectifiedMoments, *belief))
+    return Belief(*_rectified_moments(*belief))
+
+
+@in_graph
+def _rectified_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    return applied(_RectifiedMoments, mean, var)  # type: ignore[no-any-return]
 
 
 def relu_applied(carried: Carried) -> Carried:
