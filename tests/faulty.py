@@ -25,6 +25,7 @@ MACHINE = {
     "memory": MemoryError("injected"),
     "disk": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     "library": ImportError("libcudart.so"),
+    "peer": RuntimeError("Connection closed by peer [127.0.0.1]:27546"),  # gloo's, where another process was killed
 }
 
 

@@ -291,3 +291,13 @@ def test_arrays_that_claim_more_than_they_have_are_refused_before_anything_is_al
                 member.write(bytes(2**20))
     with pytest.raises(UserError, match="an array of"):
         records.arrays(file.stem, tmp_path)
+
+
+def test_prune_keeps_what_a_newer_version_made(tmp_path, capsys):
+    record = json.loads(add(tmp_path, ["seed=1"]).read_text())
+    record["numerics"] += 1
+    record["id"] = records._hash(record["config"], record["numerics"])
+    newer = tmp_path / "records" / f"{record['id']}.json"
+    newer.write_text(json.dumps(record))
+    assert main(["records", "prune", "--results", str(tmp_path), "--yes"]) == 0
+    assert newer.exists() and f"{newer}: of a newer version" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from records import config, table7, write_record
 from kalmannorm import report
 from kalmannorm.errors import UserError
 from kalmannorm.experiments import card as cards
-from kalmannorm.experiments.record import NUMERICS
+from kalmannorm.experiments.record import NUMERICS, arrays_if_any
 from kalmannorm.report import claims, frame, tables
 from kalmannorm.report.cells import Cell, Cells, Group, identities, identity
 
@@ -228,3 +228,16 @@ def test_arrays_of_one_run(tmp_path: Path) -> None:
     (tmp_path / "records" / f"{run}.npz").write_text("no")
     with pytest.raises(UserError, match="cannot be read"):
         report.arrays(run, tmp_path)
+
+
+def test_damaged_arrays_are_left_out_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, other = (write_record(tmp_path, config("bkn"), seed, arrays=True) for seed in (1, 2))
+    (tmp_path / "records" / f"{run}.npz").write_bytes(b"")
+    (tmp_path / "records" / f"{other}.npz").unlink()  # as where only records were copied
+    assert arrays_if_any(run, tmp_path) == arrays_if_any(other, tmp_path) == {}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"left out: {tmp_path}/records/{run}.npz cannot be read" in line
+
+
+def test_curves_of_no_records(tmp_path: Path) -> None:
+    assert report.curves(report.load(tmp_path)).empty

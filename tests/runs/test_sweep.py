@@ -56,12 +56,12 @@ def test_failures_are_retried_and_listed_while_the_others_go_on(tmp_path, plan, 
 
 def test_faults_of_the_machine_are_no_failures_of_a_run(tmp_path, plan, capsys):
     """No process, no memory, no disk: listed, no record says that the run failed, and the same command tries again."""
-    arguments = [*TABLE7, "seeds=2", *place(tmp_path)]
+    arguments = [*TABLE7, "seeds=3", *place(tmp_path)]
     ids = [records.run_id(config) for config in load("table7", arguments[1:]).runs]
-    plan(dict(zip(ids, [["kill"], ["memory"], ["disk"], ["library"]], strict=True)))
+    plan(dict(zip(ids, [["kill"], ["memory"], ["disk"], ["library"], ["peer"], ["peer"]], strict=True)))
     assert main(["sweep", *arguments, "slots=2", "retries=0"]) == 1
     error = capsys.readouterr().err
-    assert not statuses(tmp_path) and "4 of 4 runs failed; the same command tries them again" in error
+    assert not statuses(tmp_path) and "6 of 6 runs failed; the same command tries them again" in error
     assert "SIGKILL" in error and "MemoryError" in error and "No space left" in error and "ImportError" in error
     assert main(["sweep", *arguments, "slots=2"]) == 0 and set(statuses(tmp_path).values()) == {"done"}
 

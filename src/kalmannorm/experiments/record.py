@@ -223,9 +223,19 @@ def arrays(identity: str, results: str | Path = "results") -> "dict[str, np.ndar
         with np.load(file, allow_pickle=False) as stored:
             return {key: np.asarray(stored[key], dtype=np.float64) for key in stored.files}
     except FileNotFoundError:
-        raise UserError(f"{file} is missing beside its record: restore it, or run {identity} again") from None
+        raise UserError(f"{file} is missing beside its record: restore it, or remove that and run again") from None
     except Exception as error:  # numpy and zipfile raise many kinds
         raise UserError(f"{file} cannot be read ({reason(error)}): remove it and the record, and run again") from None
+
+
+def arrays_if_any(identity: str, results: str | Path) -> "dict[str, np.ndarray]":
+    """Return the arrays beside one run's record; {} if there is no file, or, with a line on stderr, no usable one."""
+    try:
+        return arrays(identity, results)
+    except UserError as error:
+        if path(results, identity).with_suffix(".npz").exists():
+            _say(f"left out: {error}")
+        return {}
 
 
 def _check_claim(stream: IO[bytes], size: int) -> None:

@@ -80,7 +80,8 @@ def merge(results: str, folders: list[str]) -> int:
 
 
 def prune(results: str, failed: bool = False, yes: bool = False) -> int:
-    """List stale records and unusable files, with `failed` also failed runs; delete them if `yes`."""
+    """List stale records and unusable files, with `failed` also failed runs; delete them if `yes`. Records of a newer
+    version of the code stay."""
     doomed: list[tuple[Path, str]] = []
     _expect_folder(results)
     for file in files(results):
@@ -92,7 +93,9 @@ def prune(results: str, failed: bool = False, yes: bool = False) -> int:
         except UserError as error:
             doomed.append((file, str(error).removeprefix(f"{file} ").partition(". ")[0]))
             continue
-        if record["numerics"] != NUMERICS:
+        if record["numerics"] > NUMERICS:
+            print(f"{file}: of a newer version, NUMERICS {record['numerics']}, which stays", file=sys.stderr)
+        elif record["numerics"] < NUMERICS:
             doomed.append((file, f"stale: made by NUMERICS {record['numerics']}, this is {NUMERICS}"))
         elif failed and record["status"] == "failed":
             doomed.append((file, f"failed: {record['reason']}"))

@@ -64,10 +64,9 @@ def report(name: str, arguments: list[str]) -> int:
     cells = Cells(frame.check(runs) if apart else runs)
     made = list(_make(card, cells, results, lambda group: _fits(group, named)))
     if not made:
-        raise UserError(
-            f"{name}: no run of it in {results / 'records'} whose network learned; to run it: kalmannorm sweep "
-            f"{' '.join([name, *arguments])}"
-        )
+        found = f"{results / 'records'} whose network learned"
+        found += "" if card.kind == "table" else ", with arrays (.npz) if these are drawn"
+        raise UserError(f"{name}: no run of it in {found}; to run it: kalmannorm sweep {' '.join([name, *arguments])}")
     for one in made:
         if one.sheet:
             print(sheets.text(one.sheet))

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kalmannorm.errors import UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.card import Card, Row
 from kalmannorm.report import quantities, style
@@ -48,10 +47,7 @@ def arrays_of(
     named `having` are left out."""
     found = {}
     for run in cell.runs if of_all else cell.learned:
-        try:
-            arrays = records.arrays(str(run["id"]), run["results"])
-        except UserError:  # there are no arrays
-            continue
+        arrays = records.arrays_if_any(str(run["id"]), run["results"])
         if having in arrays:
             found[int(run["seed"])] = (run, arrays)
     return found

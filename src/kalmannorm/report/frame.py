@@ -55,6 +55,7 @@ def load(results: str | Path = "results", numerics: int = NUMERICS, spelled: Col
     """
     rows = [row for record in read_all(results) for row in _rows(record, Path(results), spelled)]
     columns = ["id", "numerics", "status", "statistics", "seed", "accuracy", "gap", "learned", *ROW, *GROUP, *KIND]
+    columns += ["epoch", "step", "curve"]
     frame = pd.DataFrame(rows, columns=None if rows else columns)
     return check(frame.reindex(columns=list(dict.fromkeys([*columns, *frame.columns]))), numerics)
 
@@ -109,7 +110,8 @@ def check(runs: pd.DataFrame, numerics: int = NUMERICS, arithmetic: str = "") ->
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the accuracies (percent) after every epoch in long form: a row per run, kind of statistics and epoch."""
-    whole = runs[runs.curve.map(lambda curve: isinstance(curve, list) and len(curve) > 0)]
+    drawn = runs.curve.map(lambda curve: isinstance(curve, list) and len(curve) > 0)
+    whole = runs[drawn.astype(bool)]  # of no runs, it would be no mask
     settings = [column for column in runs if column not in ("curve", "step", "epoch", "train_loss", "accuracy")]
     long = whole[[*settings, "epoch", "step", "curve"]].explode(["epoch", "step", "curve"], ignore_index=True)
     return long.rename(columns={"curve": "accuracy"}).astype({"epoch": int, "step": int, "accuracy": float})

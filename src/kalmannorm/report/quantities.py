@@ -84,11 +84,8 @@ def _of_arrays(identity: str, results: str, order: tuple[str, ...]) -> dict[str,
     They are logarithms of: the mean variance gaps, of the measured variance and of the used one; the ratio of the
     posterior's errors to the measurement's. Also the growth of the relative gap with depth.
     """
-    try:
-        found = records.arrays(identity, results)
-    except UserError:  # no arrays beside the record: nothing to compare
-        return {}
-    if "gap_measured" not in found:
+    found = records.arrays_if_any(identity, results)
+    if "gap_measured" not in found:  # nothing to compare
         return {}
     measured, used, below = found["gap_measured"], found.get("gap_used"), found["moving_var"][:, None] + EPS
     values: dict[str, float] = {}

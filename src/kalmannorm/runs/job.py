@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kalmannorm.errors import OUT_OF_MEMORY, WORKER_ERROR, Stopped, UserError
+from kalmannorm.errors import LOST_PROCESS, OUT_OF_MEMORY, WORKER_ERROR, Stopped, UserError
 from kalmannorm.experiments import record as records
 from kalmannorm.experiments.config import Config
 from kalmannorm.files import write_atomically
@@ -87,7 +87,7 @@ def _of_the_machine(error: BaseException) -> bool:
     kinds: tuple[type[BaseException], ...] = (OSError, MemoryError, ImportError, EOFError)
     if torch := sys.modules.get("torch"):
         kinds += (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
-    words = ("CUDA error", "NCCL", WORKER_ERROR, "cuDNN error", "CUBLAS", *OUT_OF_MEMORY)
+    words = ("CUDA error", "NCCL", WORKER_ERROR, "cuDNN error", "CUBLAS", *LOST_PROCESS, *OUT_OF_MEMORY)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
