@@ -27,9 +27,9 @@ def missing_dataset(name: str, found: str, remedy: str) -> UserError:
 
 
 def reason(error: BaseException) -> str:
-    """Return a library's exception as one line: the system's message of an OSError, else the exception's own."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    """Return a library's exception as one line: the bare message of an OSError or of FFmpeg, else all of it."""
+    if words := getattr(error, "strerror", None):
+        return str(words)
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

@@ -125,6 +125,22 @@ def test_what_is_no_video_is_refused(tmp_path):
         with pytest.raises(Unreadable) as refused:
             video.read_frames(file, range, 20)
         assert str(refused.value).startswith(str(file)) and "\n" not in str(refused.value)
+        assert "Errno" not in str(refused.value) and str(refused.value).count(name) == 1
+
+
+def test_a_film_that_was_cut_off_is_refused_though_its_index_is_whole(tmp_path):
+    file, noise = tmp_path / "film.mp4", np.random.RandomState(0)
+    with av.open(str(file), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 40, "yuv420p"
+        for _ in range(20):
+            pixels = noise.randint(0, 256, (40, 48, 3)).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    assert len(video.read_frames(file, range, 20)) == 20
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 6 // 10])
+    with pytest.raises(Unreadable, match="was cut off"):
+        video.read_frames(file, range, 20)
 
 
 def test_batches_of_training(root):

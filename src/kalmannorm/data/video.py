@@ -123,15 +123,20 @@ def _video(container: Any, path: Path) -> Any:
 
 def _frames(path: Path) -> int:
     """Count the frames that are shown. The number in the file may be larger: an edit list may leave frames out, and VP8
-    has frames that are not shown."""
+    has frames that are not shown. Unreadable: a frame is not whole, as in an .mp4 that was cut off behind its index.
+    """
     import av
 
     with av.open(str(path)) as container:
         stream = _video(container, path)
-        packets = (packet for packet in container.demux(stream) if packet.size > 0 and not packet.is_discard)
-        if stream.codec_context.name == "vp8":
-            return sum(bytes(packet)[0] >> 4 & 1 for packet in packets)  # show_frame (RFC 6386, 9.1)
-        return sum(1 for _ in packets)
+        hides = stream.codec_context.name == "vp8"
+        count = 0
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise Unreadable(f"{path}: a frame is not whole, the file is damaged or was cut off")
+            if packet.size > 0 and not packet.is_discard:
+                count += bytes(packet)[0] >> 4 & 1 if hides else 1  # show_frame (RFC 6386, 9.1)
+        return count
 
 
 def clip(start: float, count: int, frames: int, interval: int) -> list[int]:
