@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -206,3 +207,17 @@ def test_make_passes_on_folders_with_any_name_and_reports_all_seeds() -> None:
     sweep, report = (line for line in made.stdout.splitlines()[-1].split(";") if " table7 " in line)
     assert f"data={folder}" in shlex.split(sweep) and "seeds=3" in shlex.split(sweep)
     assert f"data={folder}" in shlex.split(report) and "seeds=" not in report
+
+
+def test_what_a_record_asks_git_takes_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user may commit at the same time, and a run that is killed then must not leave the lock behind."""
+    asked: list[list[str]] = []
+    run = subprocess.run
+
+    def note(line: list[str], **options: Any) -> Any:
+        asked.append(line)
+        return run(line, **options)
+
+    monkeypatch.setattr(subprocess, "run", note)
+    machine._git.__wrapped__()
+    assert asked and all(line[:2] == ["git", "--no-optional-locks"] for line in asked)

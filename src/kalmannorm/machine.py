@@ -181,7 +181,9 @@ def _git() -> Commit:
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        # Without a lock on the index: the user's commits would fail meanwhile, and if this is killed from then on.
+        line = ["git", "--no-optional-locks", *words]
+        return subprocess.run(line, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # fails in another project's checkout
