@@ -102,6 +102,15 @@ def test_a_model_in_training_is_exported_whole(options: dict[str, Any]) -> None:
             torch.testing.assert_close(buffers[name], value)
 
 
+@pytest.mark.parametrize(("norm", "strict"), [("bkn", False), ("bkn", True), ("gkn", False), ("brn", False)])
+def test_a_program_of_training_is_saved(norm: str, strict: bool) -> None:
+    """For which no graph may hold a context (no_grad, autocast) whose results nobody uses."""
+    model, x = convert(Net(), norm, stat_batch=2), images()
+    program = torch.export.export(copy.deepcopy(model), (x,), strict=strict)
+    torch.export.save(program, file := io.BytesIO())
+    torch.testing.assert_close(torch.export.load(io.BytesIO(file.getvalue())).module()(x), model(x))
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("norm", ["bn", "bkn"])
 def test_a_trace_in_training_has_moving_statistics(norm: str) -> None:

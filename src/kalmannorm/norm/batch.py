@@ -197,7 +197,6 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
         """Return the moving averages, expanded to one row per image: [N, C]."""
         return [average.expand(images, -1) for average in self.moving()]
 
-    @torch.no_grad()
     def update_moving(self, mean: Tensor, var: Tensor, values: int, *more: Tensor) -> None:
         """Update the moving averages: new = (1 - momentum) old + momentum * mean over the groups.
 
@@ -207,9 +206,9 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
         """
         if self.running_mean is None or not self.track_running_stats or self.left or is_recomputation():
             return
-        if self.moving_unbiased:
-            var = var * (values / (values - 1))
-        parts = [part.detach() for part in (mean, var, *more)]  # torch.jit.trace does not see no_grad
+        # No no_grad: torch.jit.trace does not see it, and torch.export cannot save a graph that has it.
+        mean, var, *more_parts = (part.detach() for part in (mean, var, *more))
+        parts = [mean, var * (values / (values - 1)) if self.moving_unbiased else var, *more_parts]
         if self.moving_groups == "first":
             parts = [part[: int(self.holds_first)] for part in parts]
         if self.pending is None:
@@ -219,9 +218,8 @@ class GroupedStatistics(TakesOptions, nn.BatchNorm2d):
             self.pending += torch.cat([*sums, mean.new_full((1,), len(parts[0]))])
             self.has_pending = True
 
-    @torch.no_grad()
     def average_in(self, means: Sequence[Tensor]) -> None:
-        """Make one step of the moving averages, given a batch's mean for each of them."""
+        """Make one step of the moving averages, given a batch's mean for each of them, without gradients."""
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         rate: float | Tensor = 1.0 / self.num_batches_tracked.float() if self.momentum is None else self.momentum

@@ -45,6 +45,9 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Return a context that disables autocast for a device type; "meta" has no autocast to disable."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext()
+    # A context in an exported graph whose results nobody uses, as the last beliefs, cannot be saved.
+    if torch.compiler.is_exporting() and not torch.is_autocast_enabled(device):
+        return nullcontext()
     return torch.autocast(device, enabled=False)
 
 
