@@ -201,9 +201,8 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 
 def test_make_passes_on_folders_with_any_name_and_reports_all_seeds() -> None:
     folder = "/a b/it's"
-    made = subprocess.run(
-        ["make", "-n", "table7", f"DATA={folder}"], cwd=Path(__file__).parents[1], capture_output=True, text=True
-    )
+    command = ["make", "--no-print-directory", "-n", "table7", f"DATA={folder}"]
+    made = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     sweep, report = (line for line in made.stdout.splitlines()[-1].split(";") if " table7 " in line)
     assert f"data={folder}" in shlex.split(sweep) and "seeds=3" in shlex.split(sweep)
     assert f"data={folder}" in shlex.split(report) and "seeds=" not in report

@@ -300,4 +300,5 @@ def test_prune_keeps_what_a_newer_version_made(tmp_path, capsys):
     newer = tmp_path / "records" / f"{record['id']}.json"
     newer.write_text(json.dumps(record))
     assert main(["records", "prune", "--results", str(tmp_path), "--yes"]) == 0
-    assert newer.exists() and f"{newer}: of a newer version" in capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert newer.exists() and f"{newer}: stale" in said and "of a newer version, which stays" in said

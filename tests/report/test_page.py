@@ -319,7 +319,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
         (["evaluate", "/somewhere"], "whose id begins with '/somewhere'"),
         (["records", "list", "seed=[1"], "is no value"),
         (["records", "list", "dataset=cifar01"], "did you mean 'cifar10'"),
-        (["sweep", "table7", "seeds=0"], "how many, 1 to 10,000"),
+        (["sweep", "table7", "seeds=0"], "how many, from 1 to 10,000"),
         (["train", "schedule.lr=-1"], "rates above 0"),
         (["train", "device=gpu"], "expected to be cpu, mps, cuda"),
         (["train", "seed=9223372036854775808"], "less than or equal to 9223372036854775807"),

@@ -140,5 +140,5 @@ def read_seeds(text: str) -> list[int]:
     if numbers and "," not in text:
         numbers = list(range(1, min(numbers[0], MOST + 1) + 1))
     if not numbers or min(numbers) < 0 or max(numbers) >= 2**63 or len(numbers) > MOST:
-        raise UserError(f"seeds={text}: expected seeds from 0 to 2^63 - 1 with commas, or how many, 1 to {MOST:,}")
+        raise UserError(f"seeds={text}: expected seeds from 0 to 2^63 - 1 with commas, or how many, from 1 to {MOST:,}")
     return numbers

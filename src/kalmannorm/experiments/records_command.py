@@ -93,10 +93,11 @@ def prune(results: str, failed: bool = False, yes: bool = False) -> int:
         except UserError as error:
             doomed.append((file, str(error).removeprefix(f"{file} ").partition(". ")[0]))
             continue
+        stale = f"stale: made by NUMERICS {record['numerics']}, this is {NUMERICS}"
         if record["numerics"] > NUMERICS:
-            print(f"{file}: of a newer version, NUMERICS {record['numerics']}, which stays", file=sys.stderr)
+            print(f"{file}: {stale}; of a newer version, which stays")
         elif record["numerics"] < NUMERICS:
-            doomed.append((file, f"stale: made by NUMERICS {record['numerics']}, this is {NUMERICS}"))
+            doomed.append((file, stale))
         elif failed and record["status"] == "failed":
             doomed.append((file, f"failed: {record['reason']}"))
     for file, reason in doomed:
