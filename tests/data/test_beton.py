@@ -147,6 +147,7 @@ def assert_nothing_is_left(out: Path) -> None:
             pytest.fail(f"worker {pid} is still there")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "words"),
     [

@@ -126,6 +126,7 @@ def test_a_scheduler_s_signal_saves_and_leaves(tmp_path):
     assert checkpoint.load(next((tmp_path / "runs").iterdir()), records.run_id(compose(overrides)))["epoch"] >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_closed_terminal_saves_and_leaves_unless_nohup_ignores_it(tmp_path, ignored):
     """What it prints on the way, to a terminal that is gone, must not keep it from saving."""
