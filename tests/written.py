@@ -10,6 +10,7 @@ from helpers import conv3x3
 from torch import Tensor, nn
 
 from kalmannorm import convert
+from kalmannorm.conversion import untraced
 
 
 class Net(nn.Module):
@@ -45,3 +46,14 @@ def same(model: Net, norm: str = "bkn") -> nn.Module:
     x, converted = torch.randn(2, 3, 6, 6), convert(model, norm, stat_batch=2)
     torch.testing.assert_close(converted(x), model(x))
     return converted
+
+
+def changes_alike(model: Net, change: Callable[[nn.Module], object]) -> None:
+    """Assert that a change has the same effect on the model and on the converted one, which is traced."""
+    converted, x = same(model), torch.randn(2, 3, 6, 6)
+    assert not untraced(converted)
+    before = model(x)
+    for each in (model, converted):
+        change(each)
+    torch.testing.assert_close(converted(x), model(x))
+    assert not torch.equal(model(x), before)

@@ -27,18 +27,8 @@ HELPERS: Scope = {
         *(runtime.call, runtime.belief_of, runtime.changed, runtime.lost, runtime.checkpointed, runtime.in_segments),
         *(runtime.normalized, runtime.of_convolution, runtime.of_linear, runtime.of_transition, runtime.of_sample),
         *(runtime.of_transposed, runtime.transposed, runtime.has_parts, runtime.refuse_torch_sync, runtime.known_input),
-        *(
-            as_original,
-            follow,
-            followed,
-            is_followed,
-            pick,
-            channel_belief,
-            class_of,
-            lending,
-            stand_ins,
-            contract.unless_idle,
-        ),
+        *(as_original, follow, followed, is_followed, lending, stand_ins),
+        *(pick, channel_belief, class_of, contract.unless_idle),
         *(Belief, Carried, Estimated, Returned, Tensor, fx.Proxy, Predictor),
     )
 } | {"linear": F.linear}
